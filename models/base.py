@@ -1,0 +1,171 @@
+"""The contract every model meets, and the registry that finds models by name.
+
+A model is a config dataclass plus an `nn.Module`, joined by one decorator:
+
+    @register("mine")
+    class Mine(LanguageModel):
+        Config = MineConfig
+
+`tests/test_zoo.py` then checks all that is promised below. Models import nothing of `trainer`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -1  # a target that does not count
+
+
+@dataclass
+class Output:
+    """What a forward pass returns.
+
+    loss: mean cross-entropy in nats over the targets that count, fp32 scalar (None without targets)
+    logits: [B, T, V] (None where targets were given and the loss needs no full logits)
+    parts: further losses by name, already inside `loss`
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Cache:
+    """Keys and values of the tokens decoded so far: one (keys, values) pair per layer, grown by the model.
+
+    length: tokens held. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of `layer` along `dim`; returns all held so far."""
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat((old_k, k), dim), torch.cat((old_v, v), dim)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+class LanguageModel(nn.Module):
+    """Base of every model. Subclasses define all that raises here; the rest has a sane default."""
+
+    Config: ClassVar[type]
+    roles: ClassVar[tuple[str, ...]] = ("matrix", "embedding", "head", "norm", "bias", "position")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    # -- to define -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
+        documents: Tensor | None = None,  # [B, T] document number; tokens never attend to another document
+        cache: Cache | None = None,  # incremental decoding: `tokens` follow those already held
+        reduction: str = "mean",  # "mean" or "sum" over the counted targets
+    ) -> Output:
+        raise NotImplementedError
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set every parameter and buffer in place. Called after building on the meta device and `to_empty`."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated modules: units of sharding, activation checkpointing and compilation."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Role -> names (as in `named_parameters`); every parameter stands under exactly one of `roles`."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int) -> Any:
+        """The Config at this `model_scale`; its parameter count lands within 3 % of `target_parameters`."""
+        raise NotImplementedError
+
+    @classmethod
+    def count_parameters(cls, config: Any) -> int:
+        """Parameters by formula, without building the model."""
+        raise NotImplementedError
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs (forward and backward) of one token at this length: 2 per multiply-add, backward twice the forward."""
+        raise NotImplementedError
+
+    # -- defaults ----------------------------------------------------------------------------------------------------
+
+    masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
+    max_context: int | None = None  # longest sequence the model can take; None: any
+
+    def post_step(self) -> None:
+        """Projection after each optimiser step (none by default)."""
+
+    def tied_embedding(self) -> bool:
+        """Whether the output head shares the token embedding's matrix."""
+        return False
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy with an fp32 log-sum-exp whatever the type of `logits` [B, T, V]; targets [B, T] skip IGNORE. fp32 scalar."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+
+def pad_vocab(size: int, multiple: int = 64) -> int:
+    """Vocabulary rounded up for fast matrix products: GPT-2's 50257 -> 50304."""
+    return -(-size // multiple) * multiple
+
+
+_REGISTRY: dict[str, type[LanguageModel]] = {}
+
+
+def register(name: str):
+    """Class decorator: make a model known under `name`. A name can be taken once."""
+
+    def add(cls: type[LanguageModel]) -> type[LanguageModel]:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"model name {name!r} is taken by {_REGISTRY[name].__module__}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def load_models(plugins: list[str] | tuple[str, ...] = ()) -> None:
+    """Import the zoo, the plugins named, and what installed packages offer under the entry point group `crescendo.models`."""
+    package = importlib.import_module("models")
+    for module in _zoo_modules(package):
+        importlib.import_module(module)
+    for plugin in plugins:
+        importlib.import_module(plugin)
+    for entry in importlib.metadata.entry_points(group="crescendo.models"):
+        entry.load()
+
+
+def _zoo_modules(package: Any) -> Iterator[str]:
+    for found in pkgutil.iter_modules(package.__path__):
+        if not found.ispkg and found.name != "base":
+            yield f"models.{found.name}"
+
+
+def model_names() -> list[str]:
+    """Names of the registered models (call `load_models` first)."""
+    return sorted(_REGISTRY)
+
+
+def get_model(name: str) -> type[LanguageModel]:
+    """The class registered under `name`; `KeyError` where there is none."""
+    return _REGISTRY[name]
