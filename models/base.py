@@ -29,8 +29,8 @@ IGNORE = -1  # a target that does not count
 class Output:
     """What a forward pass returns.
 
-    loss: mean cross-entropy in nats over the targets that count, fp32 scalar (None without targets)
-    logits: [B, T, V] (None where targets were given and the loss needs no full logits)
+    loss: cross-entropy in nats, mean or sum over the targets that count, fp32 scalar (None without targets)
+    logits: [B, T, V] (None with targets, so that a loss may be fused with the head)
     parts: further losses by name, already inside `loss`
     """
 
@@ -74,14 +74,17 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,  # [B, T] int64
         targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
-        documents: Tensor | None = None,  # [B, T] document number; tokens never attend to another document
+        documents: Tensor | None = None,  # [B, T] document number, constant along a document; none attends to another
         cache: Cache | None = None,  # incremental decoding: `tokens` follow those already held
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
     ) -> Output:
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set every parameter and buffer in place. Called after building on the meta device and `to_empty`."""
+        """Set every parameter and buffer in place. Called after building on the meta device and `to_empty`.
+
+        generator: of the CPU; the same seed gives the same weights on every device and under every sharding.
+        """
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
@@ -103,7 +106,10 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs (forward and backward) of one token at this length: 2 per multiply-add, backward twice the forward."""
+        """Training FLOPs of one token at this length: 2 per multiply-add, the backward twice the forward.
+
+        Attention counts the whole [T, T] square (the usual convention of MFU), embedding lookups nothing.
+        """
         raise NotImplementedError
 
     # -- defaults ----------------------------------------------------------------------------------------------------
@@ -114,13 +120,24 @@ class LanguageModel(nn.Module):
     def post_step(self) -> None:
         """Projection after each optimiser step (none by default)."""
 
+    def token_embedding(self) -> nn.Embedding:
+        """The [V, d] table that tokens are looked up in."""
+        return self.embedding  # type: ignore[return-value]
+
     def tied_embedding(self) -> bool:
         """Whether the output head shares the token embedding's matrix."""
         return False
 
+    def describe_kernels(self) -> str:
+        """One line on the kernels chosen for the device the weights are on, and why ("" where there was no choice)."""
+        return ""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy with an fp32 log-sum-exp whatever the type of `logits` [B, T, V]; targets [B, T] skip IGNORE. fp32 scalar."""
+    """Cross-entropy in nats, fp32 scalar; logits [B, T, V] of any type (the log-sum-exp is fp32), targets [B, T].
+
+    Where all targets are IGNORE the sum is 0 with zero gradients, the mean is NaN.
+    """
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
@@ -145,7 +162,7 @@ def register(name: str):
 
 
 def load_models(plugins: list[str] | tuple[str, ...] = ()) -> None:
-    """Import the zoo, the plugins named, and what installed packages offer under the entry point group `crescendo.models`."""
+    """Import the zoo, the plugins named, and what installed packages offer as entry points `crescendo.models`."""
     package = importlib.import_module("models")
     for module in _zoo_modules(package):
         importlib.import_module(module)

@@ -1,0 +1,210 @@
+"""hlb-gpt's network (github.com/tysam-code/hlb-gpt): attention and MLP fused in one block, one head, one norm.
+
+Half of a block's GeGLU channels stay local and half are the attention's values. There are no positions but one learned
+slope per layer, a bias linear in the distance (like ALiBi, arXiv 2108.12409, with the slope learned).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Cache, LanguageModel, Output, cross_entropy, register
+from models.layers import normal_
+from models.layers.distance_attention import (
+    FLEX_MIN_LENGTH,
+    BlockMask,
+    Reach,
+    attend_dense,
+    attend_flex,
+    causal_block_mask,
+    document_block_mask,
+    flex_refusal,
+)
+
+QUANTISED_CONTEXT = 1024  # length of the original's table of positions
+
+
+@dataclass(frozen=True)
+class HlbConfig:
+    vocab_size: int = field(default=50304, metadata={"help": "rows of the embedding and of the output projection"})
+    d_model: int = field(default=384, metadata={"help": "width of the residual stream and of the attention's values"})
+    n_layers: int = field(default=8, metadata={"help": "blocks"})
+    qk_divisor: int = field(default=8, metadata={"help": "queries and keys are d_model // qk_divisor wide"})
+    expand_factor: int = field(default=2, metadata={"help": "GeGLU channels per d_model; all but d_model stay local"})
+    position_bias_quantised: bool = field(
+        default=False, metadata={"help": "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"}
+    )
+    attention_kernel: str = field(
+        default="auto", metadata={"help": "auto, flex (fused, no [T, T] tensor) or dense (plain products)"}
+    )
+    norm_eps: float = field(default=1e-5, metadata={"help": "added to the variance in LayerNorm"})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "qk_divisor", "expand_factor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.qk_divisor > self.d_model:
+            raise ValueError(f"qk_divisor must be at most d_model ({self.d_model}), not {self.qk_divisor}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
+        if self.attention_kernel not in ("auto", "flex", "dense"):
+            raise ValueError(f"attention_kernel must be auto, flex or dense, not {self.attention_kernel!r}")
+        if self.attention_kernel == "flex" and self.position_bias_quantised:
+            raise ValueError("attention_kernel must be auto or dense with position_bias_quantised, not flex")
+
+    @property
+    def d_qk(self) -> int:
+        return self.d_model // self.qk_divisor
+
+    @property
+    def d_expand(self) -> int:
+        return self.d_model * self.expand_factor
+
+    @classmethod
+    def for_scale(cls, scale: float, vocab_size: int) -> HlbConfig:
+        """hlb-gpt's law: width 64 rint(6 log2(1+s)), depth rint(8 log2(1+s)); at least 64 and 1."""
+        growth = math.log2(1 + scale)
+        return cls(vocab_size=vocab_size, d_model=max(64, 64 * round(6 * growth)), n_layers=max(1, round(8 * growth)))
+
+
+class LatentAttention(nn.Module):
+    """x + W_out [local, softmax(q k^T / sqrt(d_qk) + softplus(m) (j - i)) values]; x [B, T, D]."""
+
+    def __init__(self, config: HlbConfig, layer: int) -> None:
+        super().__init__()
+        d, d_qk, d_expand = config.d_model, config.d_qk, config.d_expand
+        self.layer = layer
+        self.widths = [d_qk, d_qk, d_expand, d_expand]  # query, key, linear, gate
+        self.norm = nn.LayerNorm(d, eps=config.norm_eps, bias=False)
+        self.expand = nn.Linear(d, sum(self.widths), bias=False)
+        self.project = nn.Linear(d_expand, d, bias=False)
+        self.position_bias = nn.Parameter(torch.ones(1))  # m; [1], since FSDP shards no scalars
+
+    def forward(self, x: Tensor, reach: Reach | BlockMask, cache: Cache | None = None) -> Tensor:
+        q, k, linear, gate = self.expand(self.norm(x)).split(self.widths, dim=-1)
+        u = linear * F.gelu(gate)  # [B, T, D_expand]
+        local, v = u.split([u.shape[-1] - x.shape[-1], x.shape[-1]], dim=-1)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, dim=1)
+        slope = F.softplus(self.position_bias.float())  # [1]
+        if isinstance(reach, BlockMask):
+            attended = attend_flex(q, k, v, slope, reach)
+        else:
+            attended = attend_dense(q, k, v, slope, reach)
+        return x + self.project(torch.cat((local, attended), dim=-1))
+
+
+@register("hlb")
+class Hlb(LanguageModel):
+    """Embedding, LatentAttention blocks, LayerNorm, untied output projection; no bias anywhere."""
+
+    Config = HlbConfig
+    masks_documents = True
+
+    def __init__(self, config: HlbConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(LatentAttention(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.max_context = QUANTISED_CONTEXT if config.position_bias_quantised else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        if documents is not None and cache is not None:
+            raise ValueError("documents must be None with a cache: one document is decoded per row")
+        reach = self._reach(tokens, documents, cache)
+        x = self.embedding(tokens)  # [B, T, D]
+        for block in self.layers:
+            x = block(x, reach, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        logits = self.head(self.norm(x))  # [B, T, V]
+        if targets is None:
+            return Output(logits=logits)
+        return Output(loss=cross_entropy(logits, targets, reduction))
+
+    def _reach(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Reach | BlockMask:
+        length, device = tokens.shape[1], tokens.device
+        start = cache.length if cache is not None else 0
+        if self.max_context is not None and start + length > self.max_context:
+            raise ValueError(f"a sequence of {start + length} tokens exceeds the quantised table of {self.max_context}")
+        if cache is None and self._flex_refusal(length, device) is None:
+            return causal_block_mask(length, device) if documents is None else document_block_mask(documents)
+        j = torch.arange(start + length, device=device)
+        i = j[start:, None]
+        if self.config.position_bias_quantised:
+            # The original rounds positions -1023 .. 0 to bf16 and reads shorter sequences off the coarse end.
+            table = torch.arange(1 - QUANTISED_CONTEXT, 1, device=device).bfloat16()
+            distance = table[j] - table[i]
+        else:
+            distance = j - i
+        visible = j <= i
+        if documents is not None:
+            visible = visible & (documents[:, :, None] == documents[:, None, :])
+        return Reach(distance, visible)
+
+    def _flex_refusal(self, length: int, device: torch.device) -> str | None:
+        """Why attention over `length` tokens does not use Flex; None where it does."""
+        if self.config.attention_kernel != "auto":
+            return None if self.config.attention_kernel == "flex" else "asked for"
+        if self.config.position_bias_quantised:
+            return "the quantised bias is a table"
+        return flex_refusal(length, self.config.d_qk, device)
+
+    def describe_kernels(self) -> str:
+        refusal = self._flex_refusal(FLEX_MIN_LENGTH, self.embedding.weight.device)
+        if refusal is not None:
+            return f"attention: dense ({refusal})"
+        short = f" and under {FLEX_MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""
+        return f"attention: flex (no [T, T] tensors), dense when decoding{short}"
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        std = self.config.d_model**-0.5
+        normal_(self.embedding.weight, 0.25 * std, generator)
+        normal_(self.head.weight, 0.5 * std, generator)
+        nn.init.ones_(self.norm.weight)
+        for block in self.modules():
+            if isinstance(block, LatentAttention):
+                normal_(block.expand.weight, 0.25 * std, generator)
+                normal_(block.project.weight, 0.5 * std / self.config.n_layers, generator)  # 1/L, not 1/sqrt(2L)
+                nn.init.ones_(block.norm.weight)
+                nn.init.ones_(block.position_bias)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        role = {"embedding": "embedding", "head": "head", "norm": "norm", "position_bias": "position"}
+        groups: dict[str, list[str]] = {}
+        for name, _ in self.named_parameters():
+            part = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            groups.setdefault(role.get(part, "matrix"), []).append(name)
+        return groups
+
+    @classmethod
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int) -> HlbConfig:
+        return HlbConfig.for_scale(scale, vocab_size)  # the target is this law's own count
+
+    @classmethod
+    def count_parameters(cls, config: HlbConfig) -> int:
+        d = config.d_model
+        per_block = (2 * config.d_qk + 3 * config.d_expand) * d + d + 1  # 6.25 d^2 + d + 1 by default
+        return 2 * config.vocab_size * d + config.n_layers * per_block + d
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """6 per weight of a product, and q k^T and weights v over the whole [T, T] square, causal or not."""
+        config, d = self.config, self.config.d_model
+        weights = config.vocab_size * d + config.n_layers * (2 * config.d_qk + 3 * config.d_expand) * d
+        return 6 * weights + 6 * config.n_layers * sequence_length * (config.d_qk + d)

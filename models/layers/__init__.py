@@ -1,0 +1,22 @@
+"""What the architectures share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@torch.no_grad()
+def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = None) -> None:
+    """Fill `parameter`, of any type, device and sharding, with N(0, std^2) drawn from `generator` (of the CPU).
+
+    The whole tensor is drawn in fp32 on the CPU and cut to the shard held here, so one seed means one set of weights
+    on every device and under every sharding. No communication: every rank draws the same numbers.
+    """
+    values = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32) * std
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(
+            values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(values)

@@ -1,0 +1,97 @@
+"""Single-head causal attention with a learned slope over the distance, and values wider than its queries and keys.
+
+score(i, j) = q_i k_j / sqrt(d_qk) + slope (j - i), as in ALiBi (arXiv 2108.12409) but with the slope learned. Two
+kernels compute it, `attend_dense` and `attend_flex`; distances, scores and softmax are fp32 in both.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+FLEX_VALUE_WIDTH = 128  # widest value one Flex kernel holds well
+FLEX_MAX_QK_WIDTH = 256  # above it the scores, recomputed for every chunk of values, cost more than [T, T] tensors
+FLEX_MIN_LENGTH = 128  # Flex works on blocks of 128 x 128
+
+
+class Reach(NamedTuple):
+    """What each query sees, and how far away it is."""
+
+    # [Tq, Tk] j - i: integers, which mixed-precision wrappers leave alone; bf16 only to emulate hlb's rounding
+    distance: Tensor
+    visible: Tensor  # [Tq, Tk] or [B, Tq, Tk] bool
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, reach: Reach) -> Tensor:
+    """softmax(q k^T / sqrt(d_qk) + slope (j - i)) v; q [B, Tq, d_qk], k [B, Tk, d_qk], v [B, Tk, D] -> [B, Tq, D].
+
+    Plain products on purpose: the fused kernels of scaled_dot_product_attention take a learned bias in the type of q
+    only, and positions must not be in half precision.
+    """
+    if reach.distance.is_floating_point():
+        slope = slope.to(reach.distance.dtype)
+    scores = (q @ k.transpose(1, 2)).float() * q.shape[-1] ** -0.5 + (slope * reach.distance).float()  # [B, Tq, Tk]
+    return scores.masked_fill(~reach.visible, -math.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: BlockMask) -> Tensor:
+    """The same as `attend_dense` in one FlexAttention kernel, whose scores are fp32; q, k, v as long as each other.
+
+    Values of D channels are too wide for it, so chunks of them stand as heads that share q and k (views, no copies).
+    """
+    length, d_qk, d_v = q.shape[1], q.shape[2], v.shape[2]
+    width = max(16, min(FLEX_VALUE_WIDTH, d_v))  # Triton multiplies no tiles narrower than 16
+    n_chunks = -(-d_v // width)
+    v = F.pad(v, (0, n_chunks * width - d_v)).unflatten(-1, (n_chunks, width)).transpose(1, 2)  # [B, chunks, T, width]
+    q, k = (F.pad(x, (0, max(0, 16 - d_qk))).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
+    # One copy of the slope per query: the kernel adds up its gradient by atomics, slow if all fell on one address.
+    slopes = slope.expand(length).contiguous()
+
+    def add_bias(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + slopes[i] * (j - i)
+
+    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    out = kernel(q, k, v, score_mod=add_bias, block_mask=block_mask, scale=d_qk**-0.5)  # [B, chunks, T, width]
+    return out.transpose(1, 2).flatten(2)[..., :d_v]
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=16)
+def causal_block_mask(length: int, device: torch.device) -> BlockMask:
+    """Every token sees itself and those before it; made once per length."""
+    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
+        return create_block_mask(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
+
+
+def document_block_mask(documents: Tensor) -> BlockMask:
+    """Causal within each document; documents [B, T]."""
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (documents[batch, i] == documents[batch, j])
+
+    batch_size, length = documents.shape
+    return create_block_mask(visible, batch_size, None, length, length, device=documents.device)
+
+
+def flex_refusal(length: int, d_qk: int, device: torch.device) -> str | None:
+    """Why `attend_dense` is the better or only choice for training at this length; None where Flex is."""
+    if device.type != "cuda":
+        return f"no fused kernel trains on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0) or importlib.util.find_spec("triton") is None:
+        return "Flex needs Triton and compute capability 8.0"
+    if d_qk > FLEX_MAX_QK_WIDTH:
+        return f"queries of {d_qk} channels are wider than {FLEX_MAX_QK_WIDTH}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "Flex adds up the slope's gradient in no fixed order"
+    return None if length >= FLEX_MIN_LENGTH else f"fewer than {FLEX_MIN_LENGTH} tokens"

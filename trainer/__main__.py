@@ -1,0 +1,139 @@
+"""`python -m trainer VERB [CONFIG.yaml] [--key value ...]`. Verbs are imported only when called."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from trainer.errors import UserError
+
+VERBS = {
+    "prepare": "text to MDS shards",
+    "plan": "every number of a run and the rule it came from",
+    "train": "train; in an existing run folder: go on from its newest good checkpoint",
+    "generate": "continue prompts with a run's model",
+    "evaluate": "loss of a run's checkpoint on a validation split",
+}
+
+USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
+
+{verbs}
+
+Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
+`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML; --json (plan, evaluate)
+prints one JSON object on stdout."""
+
+
+def main() -> None:
+    """Run a verb; a UserError becomes one line and exit code 2."""
+    rank = int(os.environ.get("RANK") or 0)
+    try:
+        dispatch(sys.argv[1:])
+    except UserError as error:
+        if rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
+            time.sleep(3)
+        print(f"error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        leave(2)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        leave(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def leave(code: int) -> None:
+    """Exit at once: other ranks may wait in a collective that will never come, and reading threads must not hold us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def dispatch(words: list[str]) -> None:
+    """Parse the command line and call the verb."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {name:<9} {text}" for name, text in VERBS.items())
+        print(USAGE.format(verbs=verbs))
+        return
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
+
+    from trainer import config as schema
+    from trainer.settings import help_text, load_yaml, merge, parse_flags
+
+    classes = {
+        "prepare": schema.PrepareConfig,
+        "plan": schema.RunConfig,
+        "train": schema.RunConfig,
+        "generate": schema.GenerateConfig,
+        "evaluate": schema.EvaluateConfig,
+    }
+    cls = classes[verb]
+    if "-h" in rest or "--help" in rest:
+        print(f"python -m trainer {verb} ...   {VERBS[verb]}\n\n{help_text(cls)}")
+        return
+    positional, flags = parse_flags(rest)
+    print_config = _switch(flags, "print_config")
+    as_json = _switch(flags, "json")
+    if as_json and verb not in ("plan", "evaluate"):
+        raise UserError(f"--json: {verb} has no JSON output (plan and evaluate have)")
+    if len(positional) > 1:
+        raise UserError(f"{positional[1]!r}: {verb} takes one file or folder before its flags, and flags begin with --")
+    values: dict[str, Any] = {}
+    if positional and verb in ("generate", "evaluate") and not positional[0].endswith((".yaml", ".yml")):
+        values = {"run": positional[0]}
+    elif positional:
+        values = load_yaml(positional[0])
+    call(verb, cls, merge(values, flags), print_config, as_json)
+
+
+def _switch(flags: dict[str, Any], name: str) -> bool:
+    from trainer.settings import coerce
+
+    return coerce(bool, flags.pop(name, False), f"--{name}")
+
+
+def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_json: bool) -> None:
+    """Import the verb's module and run it."""
+    from trainer.settings import build, to_yaml
+
+    config = build(cls, values)
+    if verb in ("plan", "train") and print_config:
+        from trainer.data.stream import find_dataset
+        from trainer.plan import resolve
+
+        print(to_yaml(resolve(config, find_dataset(config.data)).config), end="")
+    elif print_config:
+        print(to_yaml(config), end="")
+    elif verb == "prepare":
+        from trainer.data import prepare
+
+        prepare.run(config)
+    elif verb == "plan":
+        from trainer import plan
+
+        plan.run(config, as_json)
+    elif verb == "train":
+        from trainer import train
+
+        train.run(values)
+    elif verb == "generate":
+        from trainer import generate
+
+        generate.run(config)
+    else:
+        from trainer import evaluate
+
+        evaluate.run(config, as_json)
+
+
+if __name__ == "__main__":
+    main()

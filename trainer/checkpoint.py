@@ -1,0 +1,237 @@
+"""Checkpoints: a directory per step, written aside, complete once its manifest is there, then renamed.
+
+    checkpoints/step-00000100/   __0_0.distcp ...  tensors, sharded (torch.distributed.checkpoint)
+                                 .metadata         where each tensor lies
+                                 manifest.json     written last: sizes, hashes, step, tokens, state, config, versions
+    checkpoints/latest           name of the newest
+
+Only tensors and JSON are stored, and nothing that is read can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], world: World, keep: Callable) -> Path:
+    """Write one checkpoint from all ranks. facts: JSON for the manifest; keep(steps) -> the steps to retain.
+
+    Raises UserError where it cannot be written; the checkpoints before it are then untouched.
+    """
+    temporary, final = folder / f"{step_name(step)}.tmp", folder / step_name(step)
+    error = None
+    try:
+        if world.leader:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        world.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming a single process": it is one
+            writer = dcp.FileSystemWriter(temporary, sync_files=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    except Exception as problem:  # disk full, permissions; any rank's failure must reach all
+        error = " ".join(f"{problem}".split())[:300] or type(problem).__name__
+    errors = [text for text in world.gather(error) if text]
+    if not errors:
+        hashes = _hash_own_files(temporary, world)
+        if world.leader:
+            try:
+                _publish(temporary, final, {"format": FORMAT, "step": step, "files": hashes, **facts})
+                _purge(folder, keep)
+            except OSError as problem:
+                error = str(problem)
+        errors = [text for text in [world.from_leader(error)] if text]
+    if errors:
+        if world.leader:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"checkpoint: step {step} could not be written to {folder}: {errors[0]}; earlier checkpoints are untouched; "
+            "make room or permit writing there, then start the same command again"
+        )
+    return final
+
+
+def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
+    """Size and xxh64 of every file, each hashed by the rank that wrote it (rank 0 also takes .metadata)."""
+    names = sorted(path.name for path in temporary.iterdir())
+    mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == ".metadata")]
+    own = {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
+    return {name: entry for part in world.gather(own) for name, entry in part.items()}
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Manifest, rename, pointer: in that order, each on disk before the next."""
+    write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    _sync_folder(temporary)
+    if final.exists():  # a damaged one of the same step, passed over when this run started
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    write_file(final.parent / "latest", final.name)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file so that it is either old or new, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _purge(folder: Path, keep: Callable) -> None:
+    """Remove checkpoints that need not be kept and what killed saves left; the manifest goes first, so none is half there."""
+    steps = [step for step, _ in found(folder)]
+    for step in sorted(set(steps) - set(keep(steps))):
+        (folder / step_name(step) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder / step_name(step), ignore_errors=True)
+    for leftover in folder.glob("step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
+    """Keep the `newest` last ones and, where `every` is not 0, all multiples of it."""
+
+    def keep(steps: list[int]) -> list[int]:
+        return sorted(steps)[-max(1, newest) :] + [step for step in steps if every and step % every == 0]
+
+    return keep
+
+
+def found(folder: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every finished checkpoint, oldest first. Unfinished ones have no manifest and do not count."""
+    complete = [path for path in folder.glob("step-*") if (path / MANIFEST).is_file() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in complete)
+
+
+def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole (or the one of `step`), with its manifest; None where there is none at all.
+
+    A damaged one is reported through `say` and the one before it is used; UserError where all are damaged.
+    """
+    candidates = [(at, path) for at, path in found(folder) if step in (None, at)]
+    if not candidates:
+        if step is not None:
+            have = ", ".join(str(at) for at, _ in found(folder)) or "none"
+            raise UserError(f"step: there is no checkpoint of step {step} in {folder} (there: {have})")
+        return None
+    for _, path in reversed(candidates):
+        try:
+            return path, check(path)
+        except UserError as error:
+            say(f"{error}; trying the one before it")
+    raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start anew")
+
+
+def check(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there with the right size and hash; else UserError names the file."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint: {path / MANIFEST} cannot be read ({error})") from None
+    if version != FORMAT:
+        raise UserError(f"checkpoint: {path} has format {version}, this version reads {FORMAT}")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"checkpoint: {file} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise UserError(f"checkpoint: {file} has {file.stat().st_size:,} bytes, {expected['bytes']:,} expected")
+        if _hash(file) != expected["xxh64"]:
+            raise UserError(f"checkpoint: {file} is damaged: its hash is not the manifest's")
+    return manifest
+
+
+def load(path: Path, prefix: str, world: World, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Every tensor whose name begins with `prefix`, without the prefix, on `device`."""
+    reader = _SafeReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+        for name, entry in stored.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
+    return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Reads `.metadata`, which the library pickles, with an unpickler that knows the few classes it needs and no others."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) == ("torch", "Size") or name in self._allowed.get(module, ()):
+            return super().find_class(module, name)
+        raise UserError(f"checkpoint: .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded")

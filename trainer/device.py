@@ -1,0 +1,71 @@
+"""The device at hand: which one, its memory, its compute type, its peak."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.errors import UserError
+
+# Dense bf16 matrix peak in FLOP/s by exact device name (vendor data sheets). A device not here has no MFU, never a guess.
+PEAK_BF16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """cpu or cuda:LOCAL_RANK; auto takes a GPU where there is one."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device: process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} here); "
+            "start fewer processes or use --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why). auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    if wanted != "auto":
+        return wanted, "set"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU multiplies bf16") if native else ("fp32", "this GPU has no bf16 units")
+    if cpu_has_bf16():
+        return "bf16", "this CPU multiplies bf16 (AMX or AVX-512 BF16)"
+    return "fp32", "this CPU has no bf16 units"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has matrix instructions for bf16 (without them bf16 is slower than fp32)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None on a CPU, where memory is not what limits a batch."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s to compare with, or None where it is not known for certain."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return PEAK_BF16.get(torch.cuda.get_device_name(device))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,149 @@
+"""Validation loss, by two protocols, during training and as a verb.
+
+full: the split in order, windows that do not overlap, every token a target once: the same figure on any number of devices.
+hlb:  150 random windows of hlb-gpt (spec A12), seeded; kept to compare with its 3.80.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.base import IGNORE, cross_entropy
+from trainer.config import EvaluateConfig
+from trainer.data.stream import Split, ordered_windows
+from trainer.engine.distributed import World
+from trainer.scaling import EVALUATION_TOKENS, evaluation_shape
+
+LOGIT_BYTES = 1 << 30  # fp32 logits held at once; evaluation is not worth more memory than training
+
+
+@torch.no_grad()
+def full(runner: Any, split: Split, length: int, world: World, max_tokens: int = 0) -> dict[str, Any]:
+    """Loss over the split in order. runner: has model, device, autocast() and world, as an engine does.
+
+    Returns loss (nats per token), perplexity, bits_per_byte, word_perplexity, accuracy, tokens, windows.
+    """
+    windows = list(ordered_windows(split, length, max_tokens))
+    rows = rows_at_once(runner.model.config.vocab_size, length)
+    totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
+    for first in range(world.rank * rows, len(windows), world.size * rows):
+        chunk = windows[first : first + rows]
+        tokens = np.zeros((len(chunk), length), dtype=np.int64)
+        targets = np.full((len(chunk), length), IGNORE, dtype=np.int64)
+        for i, (start, count) in enumerate(chunk):
+            window = split.read(start, count + 1)
+            tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
+        totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
+    nats, correct, count = world.sum(totals).tolist()
+    share = count / split.counts.tokens  # bytes and words are known for the whole split
+    loss = nats / count
+    return {
+        "loss": loss,
+        "perplexity": safe_exp(loss),
+        "bits_per_byte": nats / math.log(2) / (split.counts.bytes * share),
+        "word_perplexity": safe_exp(nats / (split.counts.words * share)) if split.counts.words else None,
+        "accuracy": correct / count,
+        "tokens": int(count),
+        "windows": len(windows),
+    }
+
+
+@torch.no_grad()
+def hlb(runner: Any, split: Split, microbatch_tokens: int, world: World, seed: int, step: int) -> dict[str, Any]:
+    """hlb-gpt's protocol: random windows of 1024 tokens with replacement, mean over batches; drawn from (seed, step)."""
+    length = min(1024, split.counts.tokens - 2)
+    batch, steps = evaluation_shape(microbatch_tokens)
+    draw = random.Random(f"{seed}:{step}:hlb evaluation")
+    starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
+    totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
+    for first in range(world.rank * batch, len(starts), world.size * batch):
+        windows = np.stack([split.read(start, length + 1) for start in starts[first : first + batch]])
+        block = torch.from_numpy(windows)
+        totals += torch.stack(score(runner, block[:, :-1], block[:, 1:]))
+    nats, correct, count = world.sum(totals).tolist()
+    loss = nats / count
+    return {
+        "loss": loss,
+        "perplexity": safe_exp(loss),
+        "accuracy": correct / count,
+        "tokens": int(count),
+        "windows": len(starts),
+        "tokens_of_the_original": EVALUATION_TOKENS,
+    }
+
+
+def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
+    """(sum of losses, right guesses, targets) of a batch [B, T], as fp64 scalars on the device."""
+    tokens, targets = tokens.to(runner.device), targets.to(runner.device)
+    training = runner.model.training
+    runner.model.eval()
+    with runner.autocast():
+        logits = runner.model(tokens).logits
+    runner.model.train(training)
+    right = (logits.argmax(-1) == targets).sum()
+    loss = cross_entropy(logits, targets, reduction="sum")
+    return [loss.double(), right.double(), (targets != IGNORE).sum().double()]
+
+
+def rows_at_once(vocab_size: int, length: int) -> int:
+    """Windows per forward pass so that fp32 logits stay within LOGIT_BYTES."""
+    return max(1, LOGIT_BYTES // (4 * vocab_size * length))
+
+
+def safe_exp(x: float) -> float:
+    """e^x, at its largest where it would overflow."""
+    return math.exp(min(x, 700.0))
+
+
+def validate(runner: Any, split: Split, plan: Any, world: World, step: int, seed: int | None = None) -> dict[str, Any]:
+    """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
+    config = plan.config
+    results: dict[str, Any] = {}
+    if config.evaluation.protocol in ("full", "both"):
+        length = config.evaluation.sequence_length
+        results["full"] = full(runner, split, length, world, config.evaluation.max_tokens)
+    if config.evaluation.protocol in ("hlb", "both"):
+        tokens = config.batch.tokens_per_microbatch
+        results["hlb"] = hlb(runner, split, tokens, world, config.seed if seed is None else seed, step)
+    return results
+
+
+def run(config: EvaluateConfig, as_json: bool = False) -> None:
+    """The verb: the loss of a checkpoint on its own validation split or on another dataset with the same tokenizer."""
+    from trainer.engine.distributed import start
+    from trainer.run_folder import open_run
+
+    world = start(config.device)
+    try:
+        opened = open_run(config.run, config.step, config.device, config.precision, world)
+        split = opened.split(config.data, config.split)
+        settings = opened.plan.config.evaluation
+        settings.protocol, settings.max_tokens = config.protocol, 0
+        settings.sequence_length = config.sequence_length or settings.sequence_length
+        opened.check_length(settings.sequence_length)
+        results = validate(opened, split, opened.plan, world, opened.step, config.seed)
+    finally:
+        world.stop()
+    if not world.leader:
+        return
+    report = {"run": str(opened.folder), "step": opened.step, "data": str(split.folder), "split": config.split, **results}
+    sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
+
+
+def render(report: dict[str, Any]) -> str:
+    """The results as a few lines."""
+    lines = [f"{report['run']}, step {report['step']}, {report['split']} split of {report['data']}"]
+    for protocol in ("full", "hlb"):
+        if protocol in report:
+            values = report[protocol]
+            shown = [f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in values.items()]
+            lines.append(f"{protocol}: " + ", ".join(shown))
+    return "\n".join(lines)

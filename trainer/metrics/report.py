@@ -1,0 +1,188 @@
+"""Collects what each optimiser step measured and tells it: console, metrics.jsonl, wandb.
+
+Losses and norms stay on the device until the next step has been launched, so reading them never makes the device wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.device import peak_flops, peak_memory_bytes
+from trainer.errors import UserError
+from trainer.evaluate import safe_exp
+from trainer.metrics.console import open_console
+from trainer.metrics.record import MetricsFile, Wandb
+
+
+@dataclass
+class Measured:
+    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device; the rest is known without it."""
+
+    step: int  # optimiser steps done, this one included
+    tokens: int  # trained on so far
+    step_tokens: int
+    epoch: float
+    length: int
+    multiplier: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+
+
+class Clock:
+    """Seconds of training only: evaluation, samples and checkpoints stop it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._before, self._since = seconds, time.perf_counter()
+        self._running = True
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._since if self._running else 0.0)
+
+    def stop(self) -> None:
+        self._before, self._running = self.seconds, False
+
+    def start(self) -> None:
+        if not self._running:
+            self._since, self._running = time.perf_counter(), True
+
+
+class Report:
+    """The voice of a run."""
+
+    def __init__(self, folder: Path, plan: Any, world: Any, engine: Any, step: int, seconds: float) -> None:
+        self.config, self.world, self.engine = plan.config, world, engine
+        self.clock = Clock(seconds)
+        self._flops = {t: engine.model.flops_per_token(t) for t in plan.sequence_lengths}
+        self._peak = peak_flops(engine.device, plan.config.precision)
+        self._waiting: Measured | None = None
+        self._seconds_then = seconds
+        self._skips = 0
+        self.last: dict[str, Any] = {}
+        title = f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
+        self.console = open_console(plan.config.log.console, world.leader, title)
+        self._metrics: MetricsFile | None = None
+        if world.leader:
+            self._metrics = MetricsFile(folder / "metrics.jsonl", step)
+            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+            log = plan.config.log
+            self._wandb = Wandb(log.wandb, log.wandb_project, folder, run_id, _plain(plan.config), self.console.say)
+
+    def step_done(self, measured: Measured) -> None:
+        """Take a step's measurements; tells those of the step before, which the device has finished by now."""
+        self.flush()
+        self._waiting = measured
+
+    def flush(self, validation: dict[str, Any] | None = None, train_accuracy: float | None = None) -> None:
+        """Tell the step that is waiting, with the results of an evaluation made after it. Raises at a non-finite step."""
+        if self._waiting is None:
+            return
+        m, self._waiting = self._waiting, None
+        loss, grad_norm, finite = torch.stack([m.loss, m.grad_norm, m.finite]).tolist()
+        seconds = self.clock.seconds
+        elapsed, self._seconds_then = max(seconds - self._seconds_then, 1e-9), seconds
+        rate = m.step_tokens / elapsed
+        mfu = rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None
+        best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
+        row = {
+            "step": m.step,
+            "tokens": m.tokens,
+            "loss": loss if finite else None,
+            "grad_norm": grad_norm if finite else None,
+            "lr": m.lr,
+            "val_loss": best.get("loss"),
+            "val_bits_per_byte": best.get("bits_per_byte"),
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "sequence_length": m.length,
+            "microbatch_steps": m.multiplier,
+            "epoch": m.epoch,
+            "seconds": seconds,
+        }
+        if validation and "full" in validation and "hlb" in validation:
+            row["val_loss_hlb"] = validation["hlb"]["loss"]
+        self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
+        if self._metrics is not None:
+            self._metrics.write(row)
+            self._wandb.write(row)
+        self._show(row, best, train_accuracy)
+        self._guard(m.step, bool(finite))
+
+    def _show(self, row: dict[str, Any], best: dict[str, Any], train_accuracy: float | None) -> None:
+        facts = self._facts(row)
+        self.console.step(facts)
+        if row["step"] % self.config.log.every and not best:
+            return
+        cells = {
+            "epoch": int(row["epoch"]),
+            "curr_step": row["step"],
+            "train_loss": row["loss"],
+            "val_loss": row["val_loss"],
+            "val_perplexity": safe_exp(row["val_loss"]) if best else None,
+            "train_acc": train_accuracy,
+            "val_acc": best.get("accuracy"),
+            "grad_norm": row["grad_norm"],
+            "microbatch_steps": row["microbatch_steps"] if best else None,
+            "total_seconds": row["seconds"] if best else None,
+        }
+        self.console.row(cells, facts)
+
+    def _facts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the live view shows."""
+        left = (self.config.max_steps - row["step"]) * row["seconds"] / max(1, row["step"])
+        return {
+            "step": row["step"],
+            "max_steps": self.config.max_steps,
+            "loss": _short(row["loss"]),
+            "val": _short(row["val_loss"]),
+            "bits/byte": _short(row["val_bits_per_byte"]),
+            "grad norm": _short(row["grad_norm"]),
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "MFU": f"{row['mfu']:.1%}" if row["mfu"] else "n/a",
+            "memory": f"{peak_memory_bytes(self.engine.device) / 1024**3:.2f} GiB",
+            "length": row["sequence_length"],
+            "microbatches": row["microbatch_steps"],
+            "ETA": f"{int(left // 60)} min {int(left % 60):02d} s",
+        }
+
+    def _guard(self, step: int, finite: bool) -> None:
+        self._skips = 0 if finite else self._skips + 1
+        if finite:
+            return
+        optim = self.config.optim
+        if optim.non_finite == "stop" or self._skips > optim.max_skips:
+            raise UserError(
+                f"step {step}: loss or gradient is not finite ({self._skips} in a row); the weights were not touched by it "
+                f"and the last checkpoint is good; lower optim.lr, or set optim.non_finite skip, and start again"
+            )
+        self.console.say(f"step {step}: loss or gradient is not finite; the step is skipped")
+
+    def sync(self) -> None:
+        """Rows on disk, before a checkpoint that continues from them."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        self.console.close()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._wandb.close()
+
+
+def _short(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(config)

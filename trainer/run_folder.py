@@ -1,0 +1,223 @@
+"""A run is a folder: its resolved config, plan, environment, tokenizer, metrics, curves, samples and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import DataConfig, RunConfig
+from trainer.errors import UserError
+from trainer.settings import build, load_yaml, merge, to_yaml
+
+CONFIG = "config.yaml"
+
+# What may change between the parts of one run: where it computes and what it reports, not what it computes.
+CHANGEABLE = (
+    "run_dir",
+    "max_steps",
+    "device",
+    "plugin",
+    "data.path",
+    "data.cache",
+    "data.threads",
+    "batch.tokens_per_microbatch",
+    "batch.device_token_capacity",
+    "optim.non_finite",
+    "optim.max_skips",
+    "engine.",
+    "evaluation.",
+    "checkpoint.",
+    "log.",
+)
+
+
+def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
+    from trainer.plan import default_run_dir
+
+    asked = build(RunConfig, given)
+    folder = Path(asked.run_dir or default_run_dir(asked)).expanduser()
+    if not (folder / CONFIG).exists():
+        return given, False
+    saved = load_yaml(folder / CONFIG)
+    return merge(saved, drop_inferred(given)), True
+
+
+def drop_inferred(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that say `auto`: on resumption what was inferred then holds."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            kept[key] = drop_inferred(value)
+        elif value is not None and str(value).lower() not in ("auto", "none", "null"):
+            kept[key] = value
+    return kept
+
+
+def check_unchanged(folder: Path, config: RunConfig) -> None:
+    """UserError where the config asks of an existing run something other than it was started with."""
+    before, after = flat(build(RunConfig, load_yaml(folder / CONFIG))), flat(config)
+    differing = [key for key in after if after[key] != before.get(key) and not key.startswith(CHANGEABLE)]
+    if differing:
+        key = differing[0]
+        more = f" (and {', '.join(differing[1:])})" if len(differing) > 1 else ""
+        raise UserError(
+            f"{key}: {folder} was started with {before.get(key)!r}, now it is {after[key]!r}{more}; "
+            "choose another --run_dir, or leave that key as it was"
+        )
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted key -> value."""
+    import dataclasses
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(dataclasses.asdict(config), ""))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process. A kill releases it; a second run in the same folder is refused."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir") from None
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {folder}: {error.strerror or error}; choose another --run_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_start(folder: Path, config: RunConfig, plan_text: str, dataset_folder: Path) -> None:
+    """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; environment.json per start."""
+    from trainer.checkpoint import write_file
+
+    for name in ("dataset.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            shutil.copy(dataset_folder / name, folder / name)
+    write_file(folder / "plan.txt", plan_text + "\n")
+    with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment()) + "\n")
+    write_file(folder / CONFIG, to_yaml(config))  # last: a folder with it can be resumed
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, machine and git state of this start."""
+    import importlib.metadata
+
+    versions = {}
+    for package in ("torch", "numpy", "mosaicml-streaming", "deepspeed", "accelerate", "crescendo-lm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": versions,
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    here = Path(__file__).parent
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())} if sha.returncode == 0 else None
+
+
+@dataclass
+class OpenRun:
+    """A run's model with the weights of one checkpoint, ready to evaluate or to write text."""
+
+    folder: Path
+    plan: Any
+    model: Any
+    tokenizer: Any
+    device: Any
+    step: int
+
+    def autocast(self) -> Any:
+        from trainer.engine.torch_engine import autocast
+
+        return autocast(self.device, self.plan.config.precision)
+
+    def split(self, data: DataConfig, name: str) -> Any:
+        """A split of `data` (the run's own dataset where no path is given); its tokenizer must be the run's."""
+        from trainer.data.stream import Split, find_dataset
+
+        data = data if data.path is not None else self.plan.config.data
+        info = find_dataset(data)
+        if info is None:
+            raise UserError(f"data.path: there is no dataset at {data.path}; run `python -m trainer prepare` first")
+        if info.tokenizer.sha256 != self.tokenizer.sha256:
+            raise UserError(
+                f"data.path: {data.path} was prepared with tokenizer {info.tokenizer.name}, "
+                f"the run with {self.tokenizer.name}; prepare it with --tokenizer {self.folder / 'tokenizer.json'}"
+            )
+        return Split(data, info, name)
+
+    def check_length(self, length: int) -> None:
+        limit = self.model.max_context
+        if length < 1 or (limit is not None and length > limit):
+            raise UserError(f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}")
+
+
+def open_run(run: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
+    """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
+    import torch
+
+    from trainer import checkpoint
+    from trainer.data.dataset import DatasetInfo
+    from trainer.data.tokenizers import Tokenizer
+    from trainer.device import choose_device
+    from trainer.engine.distributed import World
+    from trainer.plan import build_meta, resolve
+
+    if run is None:
+        raise UserError("run: name the run's folder, as in `python -m trainer generate runs/NAME`")
+    folder, world = Path(run).expanduser(), world or World()
+    if not (folder / CONFIG).exists():
+        raise UserError(f"run: {folder} is not a run folder (it has no {CONFIG})")
+    values = load_yaml(folder / CONFIG)
+    if precision != "auto":
+        values["precision"] = precision
+    values["device"] = device
+    plan = resolve(build(RunConfig, values), DatasetInfo.load(folder))
+    place = choose_device(device, world.local_rank)
+    chosen = world.from_leader(checkpoint.choose(folder / "checkpoints", step, world.say) if world.leader else None)
+    if chosen is None:
+        raise UserError(f"run: {folder} has no checkpoint yet")
+    path, manifest = chosen
+    tensors = checkpoint.load(path, "model.", world, place)
+    model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)
+    model.load_state_dict(tensors, assign=True)
+    model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])
