@@ -89,7 +89,7 @@ def dispatch(words: list[str]) -> None:
         raise UserError(f"{positional[1]!r}: {verb} takes one file or folder before its flags, and flags begin with --")
     values: dict[str, Any] = {}
     if positional and verb in ("generate", "evaluate") and not positional[0].endswith((".yaml", ".yml")):
-        values = {"run": positional[0]}
+        values = {"run_dir": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
     call(verb, cls, merge(values, flags), print_config, as_json)

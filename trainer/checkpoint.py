@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from trainer.engine.distributed import World
@@ -52,8 +53,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
             warnings.simplefilter("ignore")  # "assuming a single process": it is one
             writer = dcp.FileSystemWriter(temporary, sync_files=True)
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
-    except Exception as problem:  # disk full, permissions; any rank's failure must reach all
-        error = " ".join(f"{problem}".split())[:300] or type(problem).__name__
+    except (Exception, CheckpointException) as problem:  # disk full, permissions; any rank's failure must reach all
+        error = _cause(problem)
     errors = [text for text in world.gather(error) if text]
     if not errors:
         hashes = _hash_own_files(temporary, world)
@@ -72,6 +73,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
             "make room or permit writing there, then start the same command again"
         )
     return final
+
+
+def _cause(problem: BaseException) -> str:
+    """One line. The library wraps what happened in an exception that is no `Exception`, with a traceback as its text."""
+    if isinstance(problem, CheckpointException) and problem.failures:
+        problem = next(iter(problem.failures.values()))[0]
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
 def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
@@ -195,7 +203,10 @@ def load(path: Path, prefix: str, world: World, device: torch.device | str = "cp
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
+        try:
+            dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
+        except CheckpointException as problem:
+            raise UserError(f"checkpoint: {path} cannot be read: {_cause(problem)}") from None
     return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
 
 

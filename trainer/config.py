@@ -156,7 +156,7 @@ class RunConfig:
 class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
-    run: str | None = setting(None, "folder of the run (may stand without its flag)")
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
     step: int | None = setting(None, "checkpoint to use; none: the newest good one")
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
     max_new_tokens: int = setting(128, "tokens to add to each prompt")
@@ -173,7 +173,7 @@ class GenerateConfig:
 class EvaluateConfig:
     """`evaluate`: loss of a run's checkpoint on a validation split."""
 
-    run: str | None = setting(None, "folder of the run (may stand without its flag)")
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
     step: int | None = setting(None, "checkpoint to use; none: the newest good one")
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")

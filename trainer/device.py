@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from trainer.errors import UserError
@@ -33,6 +35,18 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def keep_freed_memory() -> None:
+    """CPU: let glibc reuse large freed blocks. By default each big activation is mapped and unmapped anew, and the kernel
+    spends as long clearing pages as the model spends computing."""
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # mallopt's names for these are M_TRIM_THRESHOLD and M_MMAP_MAX
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tune
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, why). auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if wanted != "auto":
@@ -47,7 +61,8 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU has matrix instructions for bf16 (without them bf16 is slower than fp32)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def memory_bytes(device: torch.device) -> int | None:

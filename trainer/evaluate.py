@@ -123,7 +123,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
     world = start(config.device)
     try:
-        opened = open_run(config.run, config.step, config.device, config.precision, world)
+        opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
         split = opened.split(config.data, config.split)
         settings = opened.plan.config.evaluation
         settings.protocol, settings.max_tokens = config.protocol, 0

@@ -115,7 +115,7 @@ def run(config: GenerateConfig) -> None:
             raise UserError(f"{key}: {getattr(config, key)} is negative")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p: {config.top_p} is not above 0 and at most 1")
-    opened = open_run(config.run, config.step, config.device, config.precision)
+    opened = open_run(config.run_dir, config.step, config.device, config.precision)
     prompts = config.prompt or [opened.plan.config.log.sample_prompt]
     texts = complete(
         opened,

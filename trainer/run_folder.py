@@ -189,7 +189,7 @@ class OpenRun:
             raise UserError(f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}")
 
 
-def open_run(run: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
+def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
 
@@ -200,11 +200,11 @@ def open_run(run: str | None, step: int | None, device: str, precision: str, wor
     from trainer.engine.distributed import World
     from trainer.plan import build_meta, resolve
 
-    if run is None:
-        raise UserError("run: name the run's folder, as in `python -m trainer generate runs/NAME`")
-    folder, world = Path(run).expanduser(), world or World()
+    if run_dir is None:
+        raise UserError("run_dir: name the run's folder, as in `python -m trainer generate runs/NAME`")
+    folder, world = Path(run_dir).expanduser(), world or World()
     if not (folder / CONFIG).exists():
-        raise UserError(f"run: {folder} is not a run folder (it has no {CONFIG})")
+        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
     values = load_yaml(folder / CONFIG)
     if precision != "auto":
         values["precision"] = precision
@@ -213,7 +213,7 @@ def open_run(run: str | None, step: int | None, device: str, precision: str, wor
     place = choose_device(device, world.local_rank)
     chosen = world.from_leader(checkpoint.choose(folder / "checkpoints", step, world.say) if world.leader else None)
     if chosen is None:
-        raise UserError(f"run: {folder} has no checkpoint yet")
+        raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
     tensors = checkpoint.load(path, "model.", world, place)
     model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)

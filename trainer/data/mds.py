@@ -1,10 +1,16 @@
-"""The one door to mosaicml-streaming, which imports torchvision for datasets this project never opens."""
+"""The door to mosaicml-streaming: its import, past a torchvision that nothing here needs, and its writer."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
+
+import numpy as np
+
+from trainer.data.dataset import SplitInfo
+from trainer.data.encode import Encoded
 
 
 def import_streaming() -> ModuleType:
@@ -27,3 +33,41 @@ def _torchvision_works() -> bool:
         except Exception:  # a mismatched build raises RuntimeError or OSError, not only ImportError
             return False
     return True
+
+
+class SplitWriter:
+    """Packs one split's stream of tokens into samples, and these into MDS shards."""
+
+    def __init__(self, folder: Path, dtype: str, sample_length: int, shard_megabytes: int):
+        self.info = SplitInfo()
+        self._length = sample_length
+        self._dtype = dtype
+        self._rest = np.empty(0, dtype)  # begins with the token shared with the last sample written
+        self._mds = import_streaming().MDSWriter(
+            out=str(folder),
+            columns={"tokens": f"ndarray:{dtype}"},
+            hashes=["xxh64"],
+            size_limit=shard_megabytes << 20,
+        )
+
+    def add(self, encoded: Encoded) -> None:
+        """Append a batch to the stream and write the samples it completes."""
+        stream = np.concatenate([self._rest, encoded.tokens.astype(self._dtype)])
+        ends = range(self._length, len(stream), self._length)
+        for end in ends:
+            self._write(stream[end - self._length : end + 1])
+        self._rest = stream[len(ends) * self._length :]
+        self.info.tokens += len(encoded.tokens)
+        self.info.documents += encoded.documents
+        self.info.bytes += encoded.bytes
+        self.info.words += encoded.words
+
+    def finish(self) -> None:
+        """Write the last, shorter sample and the index."""
+        if len(self._rest) > 1:
+            self._write(self._rest)
+        self._mds.finish()
+
+    def _write(self, sample: np.ndarray) -> None:
+        self._mds.write({"tokens": sample})
+        self.info.samples += 1

@@ -20,18 +20,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import trainer
 from trainer.config import PrepareConfig
 from trainer.data import dataset, encode
 from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo, partial_folder
-from trainer.data.mds import import_streaming
+from trainer.data.mds import SplitWriter
 from trainer.data.sources import Source, open_sources
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import UserError
 
 Log = Callable[[str], None]
+UINT16_IDS = 1 << 16
 
 
 def say(line: str) -> None:
@@ -73,9 +72,12 @@ def _checked_target(config: PrepareConfig) -> Path:
 
 def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log) -> DatasetInfo:
     tokenizer = _tokenizer(config, sources, log)
+    log(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids")
     tokenizer.save(folder / "tokenizer.json")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {split: SplitWriter(folder / split, dtype, config) for split in SPLITS}
+    dtype = "uint16" if tokenizer.vocab_size <= UINT16_IDS else "uint32"
+    writers = {
+        split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes) for split in SPLITS
+    }
     progress = Progress(sources, log)
     workers = config.workers or _cores()
     pieces = (piece for source in sources for piece in source.pieces())
@@ -135,44 +137,6 @@ def in_order(pool: Any, batches: Iterable[encode.Batch], limit: int) -> Iterator
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-class SplitWriter:
-    """Packs one split's stream of tokens into samples, and these into MDS shards."""
-
-    def __init__(self, folder: Path, dtype: str, config: PrepareConfig):
-        self.info = SplitInfo()
-        self._length = config.sample_length
-        self._dtype = dtype
-        self._rest = np.empty(0, dtype)  # begins with the token shared with the last sample written
-        self._mds = import_streaming().MDSWriter(
-            out=str(folder),
-            columns={"tokens": f"ndarray:{dtype}"},
-            hashes=["xxh64"],
-            size_limit=config.shard_megabytes << 20,
-        )
-
-    def add(self, encoded: encode.Encoded) -> None:
-        """Append a batch to the stream and write the samples it completes."""
-        stream = np.concatenate([self._rest, encoded.tokens.astype(self._dtype)])
-        ends = range(self._length, len(stream), self._length)
-        for end in ends:
-            self._write(stream[end - self._length : end + 1])
-        self._rest = stream[len(ends) * self._length :]
-        self.info.tokens += len(encoded.tokens)
-        self.info.documents += encoded.documents
-        self.info.bytes += encoded.bytes
-        self.info.words += encoded.words
-
-    def finish(self) -> None:
-        """Write the last, shorter sample and the index."""
-        if len(self._rest) > 1:
-            self._write(self._rest)
-        self._mds.finish()
-
-    def _write(self, sample: np.ndarray) -> None:
-        self._mds.write({"tokens": sample})
-        self.info.samples += 1
 
 
 class Progress:

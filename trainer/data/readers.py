@@ -91,6 +91,9 @@ def read_hub(spec: str, field: str) -> Iterator[str]:
     NAME is `owner/name` or a bare `name`; a third part is the configuration; the split is `train` unless given.
     """
     datasets = _optional("datasets", "hf", spec)
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # its retries would drown the one line below
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # reading data runs no code of its authors
     path, _, split = spec.removeprefix("hf://").partition(":")
     parts = path.split("/")

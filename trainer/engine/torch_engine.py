@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.device import choose_device
+from trainer.device import choose_device, keep_freed_memory
 from trainer.engine.distributed import World
 
 
@@ -24,9 +25,14 @@ class TorchEngine:
         self.world, self.strategy = world, strategy
         self.device = choose_device(plan.config.device, world.local_rank)
         self.precision = plan.config.precision
+        if plan.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
+        else:
+            keep_freed_memory()
         self.model = build_model(plan, self.device)
         self._fp32_gradients: dict[nn.Parameter, Tensor] = {}
         # bf16 gradients would be summed in bf16 by DDP: there the fp32 sums are reduced by hand after the last microbatch.

@@ -1,0 +1,100 @@
+"""Shared by all tests: a tiny prepared dataset, a tiny run on it, and the command line as a user calls it."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text and tokenizer files, where this checkout stands beside them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the folder {SHARED_DATA.relative_to(ROOT.parent)} beside the checkout")
+    return SHARED_DATA
+
+
+def words_text(seed: int, count: int) -> str:
+    draw = random.Random(seed)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "from", "every", "small", "house"]
+    return " ".join(draw.choice(words) for _ in range(count)) + ".\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """About 60 kB of words in 40 documents, as bytes, in samples of 64 tokens and several shards."""
+    from trainer.config import PrepareConfig
+    from trainer.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    for i in range(40):
+        (folder / "texts" / f"{i:02d}.txt").write_text(words_text(i, 300))
+    out = folder / "data"
+    prepare(
+        PrepareConfig(
+            source=str(folder / "texts"),
+            tokenizer="bytes",
+            validation_fraction=0.1,
+            sample_length=64,
+            out=str(out),
+            workers=1,
+        ),
+        lambda line: None,
+    )
+    return out
+
+
+def tiny_values(dataset: Path, run_dir: Path, **changes) -> dict:
+    """A run of a few thousand parameters: hlb with sequence growth and all its laws. `a__b=1` changes key a.b."""
+    values = {
+        "model_scale": 0.05,
+        "model": {"name": "hlb"},
+        "run_dir": str(run_dir),
+        "max_steps": 12,
+        "precision": "fp32",
+        "device": "cpu",
+        "data": {"path": str(dataset)},
+        "batch": {
+            "tokens_per_step": 512,
+            "tokens_per_microbatch": 256,
+            "sequence_start": 16,
+            "sequence_length": 64,
+            "sequence_double_every": 3,
+        },
+        "evaluation": {"every": 0, "max_tokens": 512},
+        "checkpoint": {"every": 4},
+        "log": {"demo_tokens": 0, "sample_tokens": 0, "sample_prompt": "the cat"},
+    }
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition("__")
+        (values.setdefault(section, {}) if section else values)[leaf] = value
+    return values
+
+
+def trainer(*words, timeout: float = 240, env: dict | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m trainer WORDS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), **(env or {})},
+    )
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line a failed command gave; asserts that it was one line, with an exit code that says so and no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert lines[-1].startswith("error: "), done.stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]

@@ -1,0 +1,148 @@
+"""The command line as a user meets it: speed of help, errors, print_config, and peace with the launchers' own options."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT, error_line, trainer
+
+from trainer.__main__ import dispatch
+from trainer.config import EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
+from trainer.errors import UserError
+from trainer.settings import leaf_keys
+
+ALL_KEYS = sorted(
+    {"print_config", "json", "help"}
+    | {key for cls in (RunConfig, PrepareConfig, GenerateConfig, EvaluateConfig) for key in leaf_keys(cls)}
+    | {"model.name", "model.d_model", "model.n_layers", "model.vocab_size", "model.n_heads", "model.norm_eps"}
+)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['trainer', '--help']; import trainer.__main__ as m; m.main(); "
+        "sys.argv[1:] = ['train', '--help']; m.main(); "
+        "heavy = {'torch', 'streaming', 'deepspeed', 'wandb', 'numpy', 'rich', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_help_names_the_verbs_and_reports_its_time(capsys):
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = trainer("--help")
+        seconds.append(time.perf_counter() - begin)
+    for verb in ("prepare", "plan", "train", "generate", "evaluate"):
+        assert verb in done.stdout
+    with capsys.disabled():
+        print(f"\n--help answers in {statistics.median(seconds):.3f} s (median of 3)")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["trian"], "unknown verb 'trian'; did you mean train?"),
+        (["plan", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["plan", "configs/quikstart.yaml"], "did you mean configs/quickstart.yaml?"),
+        (["plan", "--modelscale", "2"], "unknown key modelscale; did you mean model_scale?"),
+        (["plan", "--model.name", "gpt3"], "model.name: 'gpt3' is not known (allowed: gpt2, hlb"),
+        (["plan", "--model.d_modle", "64"], "unknown key model.d_modle; did you mean model.d_model?"),
+        (["plan", "--model.d_model", "wide"], "model.d_model: expected integer, got 'wide'"),
+        (["plan", "--batch.sequence_length", "1000"], "does not divide the stored samples of 1024"),
+        (["plan", "--batch.sequence_length", "2048"], "prepare the data with --sample_length 2048"),
+        (["plan", "--max_steps", "0"], "max_steps: 0 is not a positive number"),
+        (["plan", "--plugin", "no_such_module"], "plugin: cannot import no_such_module"),
+        (["plan", "one.yaml", "two"], "takes one file or folder before its flags"),
+        (["train"], "data.path: no data to train on"),
+        (["train", "--data.path", "nowhere"], "nowhere"),
+        (["train", "--json"], "--json: train has no JSON output"),
+        (["train", "--device", "cuda", "--data.path", "x"], "x"),
+        (["generate"], "run_dir: name the run's folder"),
+        (["generate", "nowhere"], "nowhere is not a run folder"),
+        (["generate", "nowhere", "--top_p", "2"], "top_p: 2.0 is not above 0 and at most 1"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["prepare", "--source", "missing.txt", "--out", "never"], "missing.txt"),
+        (["prepare", "--out", "never"], "source"),
+    ],
+)
+def test_bad_input_is_one_line(words, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        dispatch(words)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_leaves_one_line_and_a_code(tmp_path):
+    line = error_line(trainer("train", "--data.path", tmp_path / "nowhere", "--optim.lr", "1e-3"))
+    assert str(tmp_path / "nowhere") in line
+    assert "did you mean optim.lr?" in error_line(trainer("train", "--lr", "1"))
+
+
+def test_print_config_run_again_is_the_same(tmp_path):
+    first = trainer("plan", "--model_scale", "0.5", "--optim.lr", "1e-3", "--print_config")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "resolved.yaml").write_text(first.stdout)
+    second = trainer("plan", tmp_path / "resolved.yaml", "--print_config")
+    assert second.stdout == first.stdout
+    values = yaml.safe_load(first.stdout)
+    assert values["optim"]["lr"] == 1e-3
+    assert values["model"]["d_model"] == 256
+
+
+def test_plan_json_is_one_object_on_stdout():
+    done = trainer("plan", "--model_scale", "2", "--json")
+    facts = json.loads(done.stdout)
+    assert (facts["params"], facts["d_model"], facts["n_layers"]) == (97_678_093, 640, 13)
+    assert round(facts["lr"], 8) == 1.74876e-3
+    assert facts["sequence_lengths"] == [32, 64, 128, 256, 512, 1024]
+    assert facts["tokens_per_microbatch"] > 0
+
+
+def test_no_key_is_an_abbreviation_of_a_torchrun_option():
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser()._option_string_actions
+    taken = {key: option for key in ALL_KEYS for option in options if key != "help" and option.startswith(f"--{key}")}
+    assert not taken
+
+
+def test_torchrun_passes_every_key_through():
+    from torch.distributed.run import get_args_parser
+
+    script_words = [word for key in ALL_KEYS if key != "help" for word in (f"--{key}", "1")]
+    parsed = get_args_parser().parse_args(["--nproc_per_node", "2", "-m", "trainer", "train", "c.yaml", *script_words])
+    assert parsed.training_script_args == ["train", "c.yaml", *script_words]
+
+
+def test_accelerate_passes_every_key_through():
+    from accelerate.commands.launch import launch_command_parser
+
+    script_words = [word for key in ALL_KEYS if key != "help" for word in (f"--{key}", "1")]
+    parsed = launch_command_parser().parse_args(["-m", "trainer", "train", "c.yaml", *script_words])
+    assert parsed.training_script_args == ["train", "c.yaml", *script_words]
+
+
+def test_every_config_file_resolves():
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert file.read_text().startswith("# "), f"{file.name} says in its first line what it is for"
+        done = trainer("plan", file, "--json")
+        assert done.returncode == 0, (file.name, done.stderr)
+
+
+def test_every_setting_is_used_somewhere():
+    """A key that nothing reads would be a promise nobody keeps."""
+    sources = {p: p.read_text() for p in (ROOT / "trainer").rglob("*.py") if p.name not in ("config.py", "settings.py")}
+    everything = "\n".join(sources.values())
+    for cls in (RunConfig, PrepareConfig, GenerateConfig, EvaluateConfig):
+        for key in leaf_keys(cls):
+            leaf = key.rsplit(".", 1)[-1]
+            assert f".{leaf}" in everything or f'"{leaf}"' in everything, f"nothing reads {key}"

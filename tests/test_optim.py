@@ -1,0 +1,128 @@
+"""Schedules, groups and guards of the optimiser."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.base import get_model, load_models
+from trainer import optim
+from trainer.config import OptimConfig
+from trainer.scaling import weight_decay, weight_decay_base
+
+load_models()
+
+
+def test_power_decay_values():
+    printed = {0: 0.02, 50: 0.51, 99: 0.9902, 100: 1.0, 101: 0.94606, 200: 0.69128, 999: 0.58031}
+    assert {step: round(optim.power_decay(step), 5) for step in printed} == printed
+
+
+def test_output_decay_values():
+    printed = {0: 1, 1: 0.87055, 99: 0.39811, 999: 0.25119}
+    assert {step: round(optim.output_decay(step), 5) for step in printed} == printed
+
+
+def test_position_decay_values():
+    printed = {100: 0.60577, 500: 0.08157, 999: 0.00669}
+    assert {step: round(optim.exponential_decay(step), 5) for step in printed} == printed
+
+
+def test_warmup_cosine():
+    total, warmup = 1000, 30
+    assert optim.warmup_cosine(0, warmup, total) == pytest.approx(1 / 30)
+    assert optim.warmup_cosine(29, warmup, total) == 1
+    assert optim.warmup_cosine(30 + 970 // 2, warmup, total) == pytest.approx(0.55)
+    assert optim.warmup_cosine(1000, warmup, total) == pytest.approx(0.1)
+
+
+def hlb_model():
+    cls = get_model("hlb")
+    model = cls(cls.Config(vocab_size=64, d_model=64, n_layers=2))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def test_hlb_groups_at_scale_one():
+    """Membership, learning rates, betas and decay of spec A8 with lr of scale 1."""
+    config = OptimConfig(recipe="hlb", lr=2.52587e-3, warmup_steps=100, weight_decay=0.0, loss_driven_decay=True)
+    model = hlb_model()
+    groups = {group.name: group for group in optim.hlb_groups(model, config)}
+    printed = {"position": 0.252587, "norm, bias, embedding": 0.0808278, "head": 5.05174e-3, "matrix": 2.52587e-3}
+    assert {name: pytest.approx(group.lr, rel=1e-6) for name, group in groups.items()} == printed
+    assert {name: group.betas for name, group in groups.items()} == {
+        name: (0.6, 0.95) if name == "head" else (0.9, 0.95) for name in printed
+    }
+    assert all(group.eps == 1e-9 for group in groups.values())
+    assert [name for name, group in groups.items() if group.loss_driven_decay] == ["matrix"]
+    assert [len(groups[name].parameters) for name in printed] == [2, 2 + 1 + 1, 1, 4]
+
+
+def test_every_parameter_in_exactly_one_role():
+    model = hlb_model()
+    roles = model.parameter_groups()
+    for broken in ({**roles, "norm": []}, {**roles, "bias": roles["norm"]}, {**roles, "odd": []}):
+        model.parameter_groups = lambda broken=broken: broken
+        with pytest.raises(ValueError, match="role"):
+            optim.parameters_by_role(model)
+
+
+def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
+    parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    group = optim.Group("g", [parameter], lr, lambda step: 1.0, (0.9, 0.95), 1e-9, weight_decay, loss_driven)
+    return parameter, optim.Optimizer([group], 46_009_736, first_loss=6.0, device=torch.device("cpu"))
+
+
+ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
+
+
+def test_one_adamw_step_by_hand():
+    parameter, optimizer = one_parameter(weight_decay=0.5)
+    parameter.grad = torch.tensor([[0.3, -0.01]])
+    optimizer.step(0, torch.tensor(4.0), ONE)
+    # After one step Adam's bias-corrected update is the sign of the gradient (up to eps).
+    expected = torch.tensor([[1.0, -2.0]]) * (1 - 0.1 * 0.5) - 0.1 * torch.tensor([[1.0, -1.0]])
+    torch.testing.assert_close(parameter.data, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_decay_follows_the_loss_of_the_step_before():
+    parameter, optimizer = one_parameter(loss_driven=True)
+    base = weight_decay_base(46_009_736)
+    value = torch.tensor([[1.0, -2.0]])
+    before = 6.0  # the first step decays as at the loss of a uniform guess, not by the original's 16
+    for loss in (3.0, 2.0, 5.0):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(0, torch.tensor(loss), ONE)
+        value = value * (1 - 0.1 * weight_decay(before, base))
+        torch.testing.assert_close(parameter.data, value, rtol=1e-6, atol=0)
+        before = loss
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    parameter, optimizer = one_parameter(weight_decay=0.5, loss_driven=True)
+    parameter.grad = torch.tensor([[0.3, -0.01]])
+    optimizer.step(0, torch.tensor(4.0), ONE)
+    names = {parameter: "p"}
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors(names).items()}
+    weights, decay = parameter.data.clone(), optimizer.decay.clone()
+    parameter.grad = torch.tensor([[bad, 1.0]])
+    optimizer.step(1, torch.tensor(bad), ZERO)
+    assert torch.equal(parameter.data, weights)
+    assert torch.equal(optimizer.decay, decay)
+    assert all(torch.equal(before[name], tensor) for name, tensor in optimizer.tensors(names).items())
+    parameter.grad = torch.tensor([[0.3, -0.01]])
+    optimizer.step(2, torch.tensor(4.0), ONE)
+    assert not torch.equal(parameter.data, weights)
+
+
+def test_plain_recipe_decays_matrices_only():
+    cls = get_model("gpt2")
+    model = cls(cls.config_for_scale(0.02, 257, 2_000_000))
+    config = OptimConfig(recipe="plain", lr=1e-3, warmup_steps=3, weight_decay=0.1, loss_driven_decay=False)
+    groups = optim.plain_groups(model, config, 100)
+    assert [group.weight_decay for group in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0].parameters)
+    assert all(p.dim() < 2 for p in groups[1].parameters)
+    assert sum(len(group.parameters) for group in groups) == len(list(model.parameters()))

@@ -1,0 +1,389 @@
+"""The loop end to end on a tiny model: what it writes, that it learns, that resuming is exact, and what stops it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import error_line, tiny_values, trainer
+
+from models.base import IGNORE
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.data.stream import find_dataset
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+from trainer.metrics.record import KEYS, read_rows
+from trainer.plan import resolve
+from trainer.settings import build
+from trainer.train import Run, run
+
+WORLD = World()
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoints" / checkpoint.step_name(step), "", WORLD)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(folder: Path) -> list:
+    return [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def make(dataset, folder, **changes) -> Run:
+    config = build(RunConfig, tiny_values(dataset, folder, **changes))
+    info = find_dataset(config.data)
+    return Run(resolve(config, info), WORLD, info)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dataset, tmp_path_factory) -> Path:
+    """An uninterrupted run of 12 steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = tiny_values(tiny_dataset, folder, log__demo_tokens=20, log__sample_tokens=10, evaluation__every=5)
+    values["evaluation"]["protocol"] = "both"
+    run(values)
+    return folder
+
+
+def test_a_run_folder_holds_everything(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.yaml", "plan.txt", "environment.jsonl", "dataset.json", "tokenizer.json",
+        "metrics.jsonl", "curves.png", "samples.txt", "checkpoints",
+    }  # fmt: skip
+    assert [step for step, _ in checkpoint.found(finished / "checkpoints")] == [8, 12]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = (finished / "samples.txt").read_text()
+    assert samples.count("=== step ") == 3
+    assert "the cat" in samples
+
+
+def test_metrics_rows(finished):
+    rows = read_rows(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(set(KEYS) <= row.keys() for row in rows)
+    # 512 tokens a step in whole sequences of 16, 32, 64 are 512 again; the multiplier scales them.
+    tokens = 0
+    for row in rows:
+        tokens += 512 * row["microbatch_steps"]
+        assert row["tokens"] == tokens
+    evaluated = {row["step"]: row for row in rows if row["val_loss"] is not None}
+    assert set(evaluated) == {5, 10, 12}
+    assert all(row["val_loss_hlb"] > 0 and row["val_bits_per_byte"] > 0 for row in evaluated.values())
+    assert [row["sequence_length"] for row in rows] == [16] * 4 + [32] * 3 + [64] * 5
+
+
+def test_it_learns(tiny_dataset, tmp_path):
+    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=60, batch__tokens_per_step=1024, optim__warmup_steps=20))
+    rows = read_rows(tmp_path / "r" / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(320), abs=0.3)
+    assert rows[-1]["val_loss"] < 2.5, "well below the 2.9 of the letters' own frequencies"
+
+
+def test_resolved_config_gives_the_same_run(finished, tiny_dataset, tmp_path):
+    values = yaml.safe_load((finished / "config.yaml").read_text())
+    values["run_dir"] = str(tmp_path / "again")
+    run(values)
+    assert losses(tmp_path / "again") == losses(finished)
+
+
+@pytest.mark.parametrize("cut", [4, 8])
+def test_resume_is_bitwise(finished, tiny_dataset, tmp_path, cut):
+    """Stopped after `cut` steps, with rows and files of later steps lying about as a kill would leave them."""
+    folder = tmp_path / "r"
+    values = tiny_values(tiny_dataset, folder, log__demo_tokens=20, log__sample_tokens=10, evaluation__every=5)
+    values["evaluation"]["protocol"] = "both"
+    values["checkpoint"]["keep"] = 5
+    run(values)
+    for step in (12, 8, 4):
+        if step > cut:
+            shutil.rmtree(folder / "checkpoints" / checkpoint.step_name(step))
+    (folder / "checkpoints" / "step-00000010.tmp").mkdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss"')
+    run(values)
+    assert losses(folder) == losses(finished)
+    assert same(weights(folder, 12), weights(finished, 12))
+
+
+def test_going_on_past_the_end(finished, tiny_dataset, tmp_path):
+    """12 steps and then 20 are 20 steps: hlb's schedules do not know their end. Only the run folder is named."""
+    folder = shutil.copytree(finished, tmp_path / "r")
+    straight = tiny_values(tiny_dataset, tmp_path / "straight", max_steps=20, checkpoint__every=4)
+    run(straight)
+    run({"run_dir": str(folder), "max_steps": 20})
+    assert [row[:2] for row in losses(folder)] == [row[:2] for row in losses(tmp_path / "straight")]
+    assert same(weights(folder, 20), weights(tmp_path / "straight", 20))
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    run({"run_dir": str(finished)})
+    assert "is finished" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, key", [({"optim": {"lr": 0.5}}, "optim.lr"), ({"model": {"d_model": 128}}, "model.d_model"), ({"seed": 9}, "seed")]
+)
+def test_a_run_cannot_change_its_mind(finished, change, key):
+    with pytest.raises(UserError, match=f"^{key}: .* was started with"):
+        run({"run_dir": str(finished), "max_steps": 30, **change})
+
+
+def test_other_data_is_refused(finished, tiny_dataset, tmp_path):
+    copy = shutil.copytree(tiny_dataset, tmp_path / "data")
+    info = json.loads((copy / "dataset.json").read_text())
+    info["fingerprint"] = "0" * 64
+    (copy / "dataset.json").write_text(json.dumps(info))
+    folder = shutil.copytree(finished, tmp_path / "r")
+    with pytest.raises(UserError, match="is not the data that .* was trained on"):
+        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(copy)}})
+
+
+def test_two_runs_in_one_folder(finished):
+    from trainer.run_folder import locked
+
+    with locked(finished), pytest.raises(UserError, match="another process is training in"):
+        run({"run_dir": str(finished), "max_steps": 30})
+
+
+def test_unwritable_run_dir(tiny_dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run_dir: cannot write to"):
+        run(tiny_values(tiny_dataset, tmp_path / "file" / "run"))
+
+
+def test_damaged_newest_checkpoint_on_resume(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    shard = folder / "checkpoints" / checkpoint.step_name(12) / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    run({"run_dir": str(folder)})
+    said = capsys.readouterr().err
+    assert "step-00000012/__0_0.distcp has 100 bytes" in said
+    assert "going on from" in said and "step 8 of 12" in said
+    assert losses(folder) == losses(finished)
+    assert same(weights(folder, 12), weights(finished, 12))
+
+
+# -- the step -------------------------------------------------------------------------------------------------------------
+
+
+def test_microbatches_do_not_change_the_step(tiny_dataset, tmp_path):
+    """One large microbatch and eight small ones: the same gradient up to the order of additions."""
+    norms, after = [], []
+    for size in (512, 64):
+        one = make(tiny_dataset, tmp_path / str(size), batch__tokens_per_microbatch=size)
+        measured = [one.optimiser_step() for _ in range(3)]
+        norms.append([m.grad_norm.item() for m in measured])
+        after.append([m.loss.item() for m in measured])
+    # fp32 sums of 512 terms in another order: a relative error of some 512 * 2^-24 = 3e-5 at worst.
+    assert norms[0] == pytest.approx(norms[1], rel=3e-5)
+    assert after[0] == pytest.approx(after[1], rel=3e-5)
+
+
+def test_embedding_rows_are_divided_by_their_counts_over_the_whole_step(tiny_dataset, tmp_path):
+    """Against a plain gradient of the same batch, divided row by row."""
+    one = make(tiny_dataset, tmp_path / "r", optim__embedding_frequency="global", batch__tokens_per_microbatch=128)
+    length = one.plan.sequence_length(0)
+    batch = list(one.microbatches(length, 512 // length))
+    assert len(batch) == 4
+    tokens = torch.cat([part[0] for part in batch])
+    targets = torch.cat([part[1] for part in batch])
+    one.model(tokens, targets=targets).loss.backward()
+    expected = one.model.embedding.weight.grad / torch.bincount(tokens.flatten(), minlength=320).clamp(min=1)[:, None]
+    one.model.zero_grad()
+    captured = {}
+    one.optimizer.step = lambda *_: captured.update(grad=one.model.embedding.weight.grad.clone())
+    one.optimiser_step()
+    torch.testing.assert_close(captured["grad"], expected, rtol=3e-5, atol=1e-9)
+
+
+def test_original_counts_per_microbatch(tiny_dataset, tmp_path):
+    """With one microbatch per step both ways of counting are the same; with four they differ."""
+
+    def gradient(kind, size):
+        one = make(tiny_dataset, tmp_path / kind, optim__embedding_frequency=kind, batch__tokens_per_microbatch=size)
+        captured = {}
+        one.optimizer.step = lambda *_: captured.update(grad=one.model.embedding.weight.grad.clone())
+        one.optimiser_step()
+        return captured["grad"]
+
+    torch.testing.assert_close(gradient("global", 512), gradient("microbatch", 512), rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(gradient("global", 128), gradient("microbatch", 128), rtol=1e-2, atol=1e-7)
+
+
+def test_clip(tiny_dataset, tmp_path):
+    captured = {}
+    for clip in (0.0, 0.01):
+        one = make(tiny_dataset, tmp_path / "r", optim__clip_norm=clip)
+        one.optimizer.step = lambda *_, one=one, clip=clip: captured.update(
+            {clip: torch.nn.utils.get_total_norm([p.grad for p in one.model.parameters()]).item()}
+        )
+        reported = one.optimiser_step().grad_norm.item()
+        assert reported > 0.01, "the norm before clipping is what is reported"
+    assert captured[0.0] == pytest.approx(reported)
+    assert captured[0.01] == pytest.approx(0.01, rel=1e-3)  # torch divides by norm + 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_cover_every_sequence(tiny_dataset, tmp_path, size):
+    one = make(tiny_dataset, tmp_path / "r")
+    for sequences in (1, 2, 7, 32):
+        taken = []
+        for rank in range(size):
+            one.world = World(rank, size, rank)
+            first, count = one.share(sequences)
+            taken += range(first, first + count)
+        assert taken == list(range(sequences))
+
+
+def test_a_rank_without_sequences_takes_part_with_nothing(tiny_dataset, tmp_path):
+    one = make(tiny_dataset, tmp_path / "r")
+    one.world = World(0, 2, 0)  # the first of two ranks gets none of one sequence
+    [(tokens, targets, last)] = list(one.microbatches(64, 1))
+    assert last and tokens.shape == (1, 64) and (targets == IGNORE).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
+def test_precisions(tiny_dataset, tmp_path, precision):
+    one = make(tiny_dataset, tmp_path / "r", precision=precision)
+    kinds = {parameter.dtype for parameter in one.model.parameters()}
+    assert kinds == {torch.bfloat16 if precision == "pure_bf16" else torch.float32}
+    first = one.optimiser_step()
+    assert first.loss.dtype == torch.float32
+    assert first.loss.item() == pytest.approx(math.log(320), abs=0.3)
+    states = {tensor.dtype for name, tensor in one.optimizer.tensors(one.names).items() if "exp_avg" in name}
+    assert states == kinds
+
+
+def test_pure_bf16_adds_gradients_up_in_fp32(tiny_dataset, tmp_path):
+    """64 microbatches of one sequence: sums kept in bf16 would lose the small parts; fp32 sums come close to one large batch."""
+    grads = {}
+    for size in (64, 1024):
+        one = make(
+            tiny_dataset, tmp_path / "r", precision="pure_bf16", batch__tokens_per_microbatch=size,
+            batch__tokens_per_step=1024, batch__sequence_start=64, batch__sequence_double_every=0,
+        )  # fmt: skip
+        one.optimizer.step = lambda *_, one=one, size=size: grads.update({size: one.model.head.weight.grad.float().clone()})
+        one.optimiser_step()
+    error = (grads[64] - grads[1024]).norm() / grads[1024].norm()
+    # Each microbatch's gradient is rounded to bf16 (2^-9 relative); independent roundings do not add up beyond that.
+    assert error < 2**-8
+
+
+POISON = """
+import torch
+from models.base import register
+from models.hlb import Hlb, HlbConfig
+
+@register("poison")
+class Poison(Hlb):
+    Config = HlbConfig
+    steps = 0
+    def forward(self, tokens, **kwargs):
+        out = super().forward(tokens, **kwargs)
+        if self.training and torch.is_grad_enabled() and not tokens.is_meta:
+            type(self).steps += 1
+            if type(self).steps in (7, 8) and out.loss is not None:
+                out.loss = out.loss * float("nan")
+        return out
+"""
+
+
+@pytest.fixture
+def poison(tmp_path, monkeypatch):
+    (tmp_path / "poison_model.py").write_text(POISON)
+    monkeypatch.syspath_prepend(tmp_path)
+    import importlib
+
+    import models.base
+
+    monkeypatch.delitem(models.base._REGISTRY, "poison", raising=False)
+    module = importlib.import_module("poison_model")
+    importlib.reload(module)
+    return module
+
+
+def poisoned(dataset, tmp_path, **changes):
+    return tiny_values(
+        dataset, tmp_path / "r", model={"name": "poison"}, plugin=["poison_model"], optim__recipe="hlb",
+        batch__tokens_per_microbatch=512, batch__dynamic=False, **changes,
+    )  # fmt: skip
+
+
+def test_nan_stops_the_run_and_spares_the_weights(poison, tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="step 7: loss or gradient is not finite"):
+        run(poisoned(tiny_dataset, tmp_path))
+    newest = checkpoint.found(tmp_path / "r" / "checkpoints")[-1]
+    assert newest[0] == 4
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "r", 4).values())
+
+
+def test_nan_is_skipped_by_choice(poison, tiny_dataset, tmp_path):
+    run(poisoned(tiny_dataset, tmp_path, optim__non_finite="skip"))
+    rows = read_rows(tmp_path / "r" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["loss"] is None] == [7, 8]
+    assert len(rows) == 12
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "r", 12).values())
+
+
+def test_skipping_has_a_cap(poison, tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="step 8: .* .2 in a row."):
+        run(poisoned(tiny_dataset, tmp_path, optim__non_finite="skip", optim__max_skips=1))
+
+
+def test_gpt2_trains_with_both_recipes(tiny_dataset, tmp_path):
+    for recipe in ("plain", "hlb"):
+        values = tiny_values(tiny_dataset, tmp_path / recipe, model={"name": "gpt2"}, optim__recipe=recipe, max_steps=6)
+        run(values)
+        assert len(losses(tmp_path / recipe)) == 6
+
+
+def test_data_is_prepared_on_first_use(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat.\n" * 2000)
+    values = tiny_values(tmp_path / "data", tmp_path / "r", max_steps=2)
+    values["data"] |= {"source": str(text), "tokenizer": "bytes", "sample_length": 64, "validation_fraction": 0.1}
+    run(values)
+    assert (tmp_path / "data" / "dataset.json").exists()
+    assert len(losses(tmp_path / "r")) == 2
+
+
+def test_generate_and_evaluate_verbs(finished):
+    done = trainer("generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12")
+    assert done.returncode == 0, done.stderr
+    texts = done.stdout.split("-" * 80 + "\n")
+    assert texts[0].startswith("the cat") and texts[1].startswith("a dog ran")
+    done = trainer("evaluate", finished, "--json")
+    report = json.loads(done.stdout)
+    last = read_rows(finished / "metrics.jsonl")[-1]
+    assert report["step"] == 12
+    assert report["full"]["loss"] == pytest.approx(last["val_loss"], rel=0.05), "the run looked at a part of the split"
+    assert report["full"]["tokens"] == find_dataset_tokens(finished) - 1
+    assert "no checkpoint of step 5" in error_line(trainer("evaluate", finished, "--step", "5"))
+
+
+def find_dataset_tokens(folder):
+    return json.loads((folder / "dataset.json").read_text())["splits"]["validation"]["tokens"]
+
+
+def test_wrong_tokenizer_is_refused(finished, tmp_path):
+    from trainer.config import PrepareConfig
+    from trainer.data.prepare import prepare
+
+    text = tmp_path / "t.txt"
+    text.write_text("the cat sat on the mat.\n" * 500)
+    prepare(
+        PrepareConfig(source=str(text), validation_fraction=0.2, tokenizer="train-bpe:270", sample_length=64, out=str(tmp_path / "d"), workers=1),
+        lambda line: None,
+    )
+    line = error_line(trainer("evaluate", finished, "--data.path", tmp_path / "d"))
+    assert "was prepared with tokenizer train-bpe:270, the run with bytes" in line
