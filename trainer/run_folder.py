@@ -209,7 +209,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if precision != "auto":
         values["precision"] = precision
     values["device"] = device
-    plan = resolve(build(RunConfig, values), DatasetInfo.load(folder))
+    dataset = DatasetInfo.load(folder)
+    plan = resolve(build(RunConfig, values), dataset)
     place = choose_device(device, world.local_rank)
     chosen = world.from_leader(checkpoint.choose(folder / "checkpoints", step, world.say) if world.leader else None)
     if chosen is None:
@@ -219,5 +220,5 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)
     model.load_state_dict(tensors, assign=True)
     model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name)
     return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])

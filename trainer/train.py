@@ -304,6 +304,7 @@ def loop(this: Run, report: Report, tokenizer: Any) -> None:
             report.flush()
             report.sync()
             this.save(report.clock.seconds)
+        if evaluate:
             draw_curves(this)
         report.clock.start()
 
