@@ -22,7 +22,23 @@ def shared_data() -> Path:
 
 def words_text(seed: int, count: int) -> str:
     draw = random.Random(seed)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "from", "every", "small", "house"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "dog",
+        "ran",
+        "far",
+        "away",
+        "from",
+        "every",
+        "small",
+        "house",
+    ]
     return " ".join(draw.choice(words) for _ in range(count)) + ".\n"
 
 

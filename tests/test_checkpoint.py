@@ -111,7 +111,9 @@ def test_a_failing_save_leaves_the_last_one(tmp_path, monkeypatch, moment):
         monkeypatch.setattr(checkpoint, "write_file", fail)
     else:
         monkeypatch.setattr("pathlib.Path.rename", fail)
-    with pytest.raises(UserError, match="step 2 could not be written .*No space left.*earlier checkpoints are untouched"):
+    with pytest.raises(
+        UserError, match="step 2 could not be written .*No space left.*earlier checkpoints are untouched"
+    ):
         save(tmp_path, 2, 2.0)
     monkeypatch.undo()
     assert steps(tmp_path) == [1]

@@ -33,13 +33,18 @@ def values(dataset, folder):
 def start(config: Path) -> subprocess.Popen:
     with (config.parent / "log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "trainer", "train", str(config)], cwd=ROOT, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"}
+            [sys.executable, "-m", "trainer", "train", str(config)],
+            cwd=ROOT,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
         )
 
 
 def final(folder: Path) -> tuple[dict, list]:
     newest = checkpoint.found(folder / "checkpoints")[-1][1]
-    rows = [(row["step"], row["loss"], row["grad_norm"], row["val_loss"]) for row in read_rows(folder / "metrics.jsonl")]
+    rows = [
+        (row["step"], row["loss"], row["grad_norm"], row["val_loss"]) for row in read_rows(folder / "metrics.jsonl")
+    ]
     return checkpoint.load(newest, "", World()), rows
 
 
@@ -92,7 +97,10 @@ def test_killed_inside_a_save(tiny_dataset, tmp_path, moment):
     chosen["checkpoint"] = {"every": 2, "keep": 1}
     config = write(tmp_path, chosen)
     words = [sys.executable, str(script), moment, str(config)]
-    assert subprocess.run(words, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == -9
+    assert (
+        subprocess.run(words, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+        == -9
+    )
     whole = [step for step, path in checkpoint.found(tmp_path / "run" / "checkpoints") if checkpoint.check(path)]
     assert whole and whole[-1] == (4 if moment in ("latest", "purge") else 2)
     done = subprocess.run(

@@ -48,7 +48,9 @@ def test_mistakes_are_named(values, expected):
 
 
 def test_flags():
-    positional, nested = parse_flags(["c.yaml", "--a.b", "1", "--json", "--p=x=y", "--q", "one", "--q", "two", "--n", "-3"])
+    positional, nested = parse_flags(
+        ["c.yaml", "--a.b", "1", "--json", "--p=x=y", "--q", "one", "--q", "two", "--n", "-3"]
+    )
     assert positional == ["c.yaml"]
     assert nested == {"a": {"b": "1"}, "json": "true", "p": "x=y", "q": ["one", "two"], "n": "-3"}
 

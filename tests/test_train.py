@@ -131,7 +131,8 @@ def test_a_finished_run_is_left_alone(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, key", [({"optim": {"lr": 0.5}}, "optim.lr"), ({"model": {"d_model": 128}}, "model.d_model"), ({"seed": 9}, "seed")]
+    "change, key",
+    [({"optim": {"lr": 0.5}}, "optim.lr"), ({"model": {"d_model": 128}}, "model.d_model"), ({"seed": 9}, "seed")],
 )
 def test_a_run_cannot_change_its_mind(finished, change, key):
     with pytest.raises(UserError, match=f"^{key}: .* was started with"):
@@ -272,7 +273,9 @@ def test_pure_bf16_adds_gradients_up_in_fp32(tiny_dataset, tmp_path):
             tiny_dataset, tmp_path / "r", precision="pure_bf16", batch__tokens_per_microbatch=size,
             batch__tokens_per_step=1024, batch__sequence_start=64, batch__sequence_double_every=0,
         )  # fmt: skip
-        one.optimizer.step = lambda *_, one=one, size=size: grads.update({size: one.model.head.weight.grad.float().clone()})
+        one.optimizer.step = lambda *_, one=one, size=size: grads.update(
+            {size: one.model.head.weight.grad.float().clone()}
+        )
         one.optimiser_step()
     error = (grads[64] - grads[1024]).norm() / grads[1024].norm()
     # Each microbatch's gradient is rounded to bf16 (2^-9 relative); independent roundings do not add up beyond that.
@@ -382,7 +385,14 @@ def test_wrong_tokenizer_is_refused(finished, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("the cat sat on the mat.\n" * 500)
     prepare(
-        PrepareConfig(source=str(text), validation_fraction=0.2, tokenizer="train-bpe:270", sample_length=64, out=str(tmp_path / "d"), workers=1),
+        PrepareConfig(
+            source=str(text),
+            validation_fraction=0.2,
+            tokenizer="train-bpe:270",
+            sample_length=64,
+            out=str(tmp_path / "d"),
+            workers=1,
+        ),
         lambda line: None,
     )
     line = error_line(trainer("evaluate", finished, "--data.path", tmp_path / "d"))

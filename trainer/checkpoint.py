@@ -37,7 +37,9 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], world: World, keep: Callable) -> Path:
+def save(
+    folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], world: World, keep: Callable
+) -> Path:
     """Write one checkpoint from all ranks. facts: JSON for the manifest; keep(steps) -> the steps to retain.
 
     Raises UserError where it cannot be written; the checkpoints before it are then untouched.

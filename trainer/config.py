@@ -25,7 +25,9 @@ class CorpusConfig:
     tokenizer: str = setting(
         "gpt2", "gpt2, gpt-neox-20b, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one"
     )
-    validation_source: str | None = setting(None, "source of the validation split; none: documents held out of `source`")
+    validation_source: str | None = setting(
+        None, "source of the validation split; none: documents held out of `source`"
+    )
     validation_fraction: float = setting(0.01, "share of documents held out when there is no validation_source")
     text_field: str = setting("text", "field that holds the text in .jsonl, .parquet and hf:// rows")
     document_start: str | None = setting(
@@ -139,7 +141,9 @@ class RunConfig:
     run_dir: str | None = setting(None, "folder of the run; none: runs/MODEL-SCALE")
     seed: int = setting(0, "seed of weights, data order and every draw")
     max_steps: int = setting(1000, "optimiser steps")
-    precision: Precision = setting("auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)")
+    precision: Precision = setting(
+        "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     deterministic: bool = setting(False, "deterministic kernels only (on CPU they always are)")
     plugin: list[str] = setting((), "modules to import first, to register models from outside")

@@ -134,7 +134,13 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
         world.stop()
     if not world.leader:
         return
-    report = {"run": str(opened.folder), "step": opened.step, "data": str(split.folder), "split": config.split, **results}
+    report = {
+        "run": str(opened.folder),
+        "step": opened.step,
+        "data": str(split.folder),
+        "split": config.split,
+        **results,
+    }
     sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
 
 
@@ -144,6 +150,9 @@ def render(report: dict[str, Any]) -> str:
     for protocol in ("full", "hlb"):
         if protocol in report:
             values = report[protocol]
-            shown = [f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in values.items()]
+            shown = [
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
+                for key, value in values.items()
+            ]
             lines.append(f"{protocol}: " + ", ".join(shown))
     return "\n".join(lines)

@@ -87,7 +87,9 @@ def cut_at(text: str, stops: list[str]) -> str:
     return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
 
 
-def complete(runner: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, stop: list[str], **options: Any) -> list[str]:
+def complete(
+    runner: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, stop: list[str], **options: Any
+) -> list[str]:
     """Continuations of text prompts. An empty prompt starts as a document does, after an end-of-text token."""
     encoded = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in prompts]
     limit = runner.model.max_context

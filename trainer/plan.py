@@ -38,7 +38,7 @@ class Plan:
     parameters: total count; non_embedding: without token and position embeddings and head
     """
 
-    config: RunConfig
+    config: Any  # a RunConfig; not typed so, since its `None`s are gone
     model_class: Any
     model_config: Any
     rows: list[Row]
@@ -81,7 +81,7 @@ def resolve(config: RunConfig, dataset: Any = None) -> Plan:
 def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
     from models.base import get_model, load_models, model_names, pad_vocab
 
-    config = inference.config
+    config: Any = inference.config
     try:
         load_models(config.plugin)
     except ImportError as error:
@@ -95,7 +95,10 @@ def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
     if dataset is not None:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
     else:
-        vocab_size, source = _vocab_of(config.data.tokenizer), f"tokenizer {config.data.tokenizer} (data not prepared yet)"
+        vocab_size, source = (
+            _vocab_of(config.data.tokenizer),
+            f"tokenizer {config.data.tokenizer} (data not prepared yet)",
+        )
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
         inference.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
@@ -106,7 +109,7 @@ def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
     target = scaling.target_parameters(config.model_scale, wanted_vocab)
     try:
         base = model_class.config_for_scale(config.model_scale, wanted_vocab, target)
-        model_config = build(model_class.Config, {**dataclasses.asdict(base), **options}, "model.")
+        model_config: Any = build(model_class.Config, {**dataclasses.asdict(base), **options}, "model.")
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
     for key, value in dataclasses.asdict(model_config).items():
@@ -131,7 +134,7 @@ class _Inference:
     """Fills a RunConfig section by section, noting each value with its rule."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self.config: Any = config
         self.rows: list[Row] = []
         self.parameters = self.non_embedding = 0
 
@@ -174,7 +177,9 @@ class _Inference:
         recipe = config.optim.recipe
         if recipe == "auto":
             recipe = "hlb" if config.model["name"] == "hlb" else "plain"
-            self.note("optim.recipe", recipe, f"the recipe made for {config.model['name']}" if recipe == "hlb" else "AdamW")
+            self.note(
+                "optim.recipe", recipe, f"the recipe made for {config.model['name']}" if recipe == "hlb" else "AdamW"
+            )
         config.optim.recipe = recipe
         hlb = recipe == "hlb"
 
@@ -182,7 +187,9 @@ class _Inference:
         longest = min(stored, self.max_context or stored)
         rule = "length of the stored samples" if longest == stored else "longest context of the model"
         longest = self.fill("batch", "sequence_length", longest, rule)
-        start = self.fill("batch", "sequence_start", min(32, longest) if hlb else longest, "hlb" if hlb else "no growth")
+        start = self.fill(
+            "batch", "sequence_start", min(32, longest) if hlb else longest, "hlb" if hlb else "no growth"
+        )
         self.fill("batch", "sequence_double_every", 80 if hlb else 0, "hlb" if hlb else "no growth")
         self._check_lengths(stored, start, longest)
 
@@ -214,7 +221,9 @@ class _Inference:
             )
         for length in scaling.sequence_lengths(start, longest, batch.sequence_double_every):
             if length < 1 or stored % length:
-                raise UserError(f"batch.sequence_length: {length} does not divide the stored samples of {stored} tokens")
+                raise UserError(
+                    f"batch.sequence_length: {length} does not divide the stored samples of {stored} tokens"
+                )
 
     def optimiser(self) -> None:
         optim, steps = self.config.optim, self.config.max_steps
@@ -235,7 +244,9 @@ class _Inference:
         if optim.embedding_frequency == "auto":
             optim.embedding_frequency = "global" if hlb and not self.tied else "none"
             rule = "hlb, counted over the whole step" if hlb else "plain recipe"
-            self.note("optim.embedding_frequency", optim.embedding_frequency, "head is tied" if hlb and self.tied else rule)
+            self.note(
+                "optim.embedding_frequency", optim.embedding_frequency, "head is tied" if hlb and self.tied else rule
+            )
         elif optim.embedding_frequency != "none" and self.tied:
             raise UserError(
                 "optim.embedding_frequency: this model ties head and embedding, whose gradients cannot be told apart; "
@@ -247,9 +258,13 @@ class _Inference:
         self.fill("", "run_dir", default_run_dir(config), "runs/MODEL-SCALE")
         every = max(1, config.max_steps // 10)
         self.fill("checkpoint", "every", every, "a tenth of max_steps")
-        length = self.fill("evaluation", "sequence_length", config.batch.sequence_length, "the longest training sequence")
+        length = self.fill(
+            "evaluation", "sequence_length", config.batch.sequence_length, "the longest training sequence"
+        )
         if length > (self.max_context or length):
-            raise UserError(f"evaluation.sequence_length: {length} is more than the model's context of {self.max_context}")
+            raise UserError(
+                f"evaluation.sequence_length: {length} is more than the model's context of {self.max_context}"
+            )
 
 
 def default_run_dir(config: RunConfig) -> str:
@@ -358,7 +373,11 @@ def render(plan: Plan) -> str:
         Row("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
         Row("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
         Row("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
-        Row("tokens", facts["tokens_at_least"], "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else "")),
+        Row(
+            "tokens",
+            facts["tokens_at_least"],
+            "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
+        ),
         Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
     rows = plan.rows + derived

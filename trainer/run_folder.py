@@ -101,9 +101,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
-        raise UserError(f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir") from None
+        raise UserError(
+            f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir"
+        ) from None
     except OSError as error:
-        raise UserError(f"run_dir: cannot write to {folder}: {error.strerror or error}; choose another --run_dir") from None
+        raise UserError(
+            f"run_dir: cannot write to {folder}: {error.strerror or error}; choose another --run_dir"
+        ) from None
     try:
         yield
     finally:
@@ -186,7 +190,9 @@ class OpenRun:
     def check_length(self, length: int) -> None:
         limit = self.model.max_context
         if length < 1 or (limit is not None and length > limit):
-            raise UserError(f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}")
+            raise UserError(
+                f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}"
+            )
 
 
 def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:

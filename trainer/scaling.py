@@ -13,7 +13,7 @@ from dataclasses import dataclass
 # One calibrated point: the tokens that fit a 40 GB A100 at scale 1 and length 1024 in hlb-gpt.
 CALIBRATED_CAPACITY = 114_688
 CALIBRATED_BYTES = 40 * 1024**3
-CPU_CAPACITY = 16_384  # a laptop's caches and patience, not its memory, are the limit there
+CPU_CAPACITY = 4_096  # a laptop: not its memory but its patience and caches limit a microbatch
 EVALUATION_TOKENS = 153_600
 
 

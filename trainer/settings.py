@@ -122,7 +122,7 @@ def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     known = leaf_keys(cls, prefix)
-    built = {}
+    built: dict[str, Any] = {}
     for key, value in values.items():
         full = prefix + str(key)
         if key not in fields:
@@ -196,7 +196,16 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
     if hint is str:
         return str(value)
     if hint is bool:
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if str(value).lower() not in words:
             raise wrong
         return words[str(value).lower()]
@@ -251,6 +260,5 @@ def _walk(cls: Any, prefix: str):
 
 
 def to_yaml(config: Any) -> str:
-    """A dataclass (or mapping) as YAML that `load_yaml` and `build` read back to the same values."""
-    mapping = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
+    """A dataclass as YAML that `load_yaml` and `build` read back to the same values."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)

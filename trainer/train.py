@@ -83,7 +83,9 @@ class Run:
                 occurrences.index_add_(0, kept, torch.ones_like(kept, dtype=occurrences.dtype))
         loss = self.world.sum(loss) / counted
 
-        if self.embedding is not None and occurrences is not None:  # rows by how often their token stood in the whole step
+        if (
+            self.embedding is not None and occurrences is not None
+        ):  # rows by how often their token stood in the whole step
             self.embedding.grad.div_(self.world.sum(occurrences).clamp_(min=1)[:, None])  # type: ignore[union-attr]
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).float()
@@ -270,7 +272,9 @@ def train(plan: Plan, world: World, dataset: DatasetInfo, resuming: bool) -> Non
     if resuming:
         this.restore()
     if this.state.step >= config.max_steps:
-        world.say(f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir")
+        world.say(
+            f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
+        )
         return
     report = Report(this.folder, plan, world, this.engine, this.state.step, this.state.seconds)
     try:

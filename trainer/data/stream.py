@@ -112,7 +112,7 @@ class Split:
         if remote:
             _fetch(data.path or "", f"{name}/index.json", self.folder)
         try:  # as if alone in the world: locks, not ranks, keep processes apart
-            self.shards = self._stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)
+            self.shards: list[Any] = self._stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)
         except Exception as error:
             raise UserError(
                 f"data: {self.folder / name / 'index.json'} is missing or damaged: {_one_line(error)}"

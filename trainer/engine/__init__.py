@@ -1,8 +1,8 @@
 """How a model is spread over devices. The loop sees a few methods and no engine names.
 
-    engine = build_engine(plan, world)
-    loss_sum = engine.backward(tokens, targets, scale, last)   # once per microbatch
-    grad_norm = engine.finish_gradients(...)                   # once per optimiser step
+engine = build_engine(plan, world)
+loss_sum = engine.backward(tokens, targets, scale, last)   # once per microbatch
+grad_norm = engine.finish_gradients(...)                   # once per optimiser step
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def build_engine(plan: Any, world: World) -> Any:
     if strategy == "auto":
         strategy = "ddp" if world.size > 1 else "single"
     if strategy == "single" and world.size > 1:
-        raise UserError(f"engine.strategy: single, but {world.size} processes were started; use ddp or start one process")
+        raise UserError(
+            f"engine.strategy: single, but {world.size} processes were started; use ddp or start one process"
+        )
     if strategy == "ddp" and world.size == 1:
         raise UserError(
             "engine.strategy: ddp needs several processes and one was started; "

@@ -87,7 +87,9 @@ def _environment(name: str, default: int | None = None) -> int:
     if text.isdigit():
         return int(text)
     if default is None or text:
-        raise UserError(f"{name}: the launcher set WORLD_SIZE but {name} is {text!r}; start with torchrun or accelerate")
+        raise UserError(
+            f"{name}: the launcher set WORLD_SIZE but {name} is {text!r}; start with torchrun or accelerate"
+        )
     return default
 
 

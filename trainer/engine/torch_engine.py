@@ -53,7 +53,10 @@ class TorchEngine:
         return autocast(self.device, self.precision)
 
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        """Add the gradient of scale * (sum of token losses); ranks are summed at the `last` microbatch. Returns the sum, detached."""
+        """Add the gradient of scale * (sum of token losses); ranks are summed at the `last` microbatch.
+
+        tokens, targets: [B, T] on the device. Returns the sum of token losses of this rank, a detached fp32 scalar.
+        """
         quiet = self._wrapped and not last
         with self.module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             with self.autocast():

@@ -86,7 +86,9 @@ class Live:
         self.step(facts)
         if row.get("val_loss") is not None:
             names = ("curr_step", "train_loss", "val_loss", "val_perplexity", "grad_norm")
-            shown = [f"{name} {row[name]:.4f}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in names]
+            shown = [
+                f"{name} {row[name]:.4f}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in names
+            ]
             self._console.print("  ".join(shown), highlight=False)
 
     def say(self, text: str) -> None:

@@ -60,7 +60,13 @@ class Wandb:
             import wandb
         except ImportError:
             raise UserError("log.wandb: wandb is not installed; `pip install wandb` or --log.wandb disabled") from None
-        settings = {"project": project, "dir": str(folder), "id": run_id, "resume": "allow", "config": config}
+        settings: dict[str, Any] = {
+            "project": project,
+            "dir": str(folder),
+            "id": run_id,
+            "resume": "allow",
+            "config": config,
+        }
         settings["name"] = folder.name
         if mode in ("auto", "online"):
             try:

@@ -143,7 +143,7 @@ class Optimizer:
             settings["lr"] = group.lr * group.schedule(step)
             if group.loss_driven_decay:
                 shrink = 1 - settings["lr"] * self.decay * finite
-                torch._foreach_mul_(group.parameters, shrink)
+                torch._foreach_mul_([*group.parameters], shrink)
         self.adamw.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernel reads it on the device
         self.adamw.step()
         self.decay = torch.where(finite > 0, self._decay_of(loss), self.decay)
@@ -163,7 +163,7 @@ class Optimizer:
             )
         return "\n".join(lines)
 
-    def tensors(self, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    def tensors(self, names: dict[Any, str]) -> dict[str, Tensor]:
         """All state as NAME.KEY -> tensor, for a checkpoint."""
         return {
             f"{names[parameter]}.{key}": value

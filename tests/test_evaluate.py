@@ -1,0 +1,84 @@
+"""Both protocols against arithmetic done by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_values
+
+from trainer import evaluate
+from trainer.config import RunConfig
+from trainer.data.stream import Split, find_dataset
+from trainer.engine.distributed import World
+from trainer.engine.torch_engine import TorchEngine
+from trainer.plan import resolve
+from trainer.settings import build
+
+WORLD = World()
+
+
+@pytest.fixture(scope="module")
+def engine_and_split(tiny_dataset, tmp_path_factory):
+    config = build(RunConfig, tiny_values(tiny_dataset, tmp_path_factory.mktemp("r")))
+    info = find_dataset(config.data)
+    return TorchEngine(resolve(config, info), WORLD, "single"), Split(config.data, info, "validation")
+
+
+def by_hand(model, split, length):
+    """One window at a time; sum of -log p of every token but the first."""
+    tokens = torch.from_numpy(split.read(0, split.counts.tokens))
+    nats, right = 0.0, 0
+    for start in range(0, len(tokens) - 1, length):
+        window = tokens[start : start + length + 1]
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0].double()
+        nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+        right += (logits.argmax(-1) == window[1:]).sum().item()
+    return nats, right
+
+
+@pytest.mark.parametrize("length", [64, 100])
+def test_full_protocol(engine_and_split, length, monkeypatch):
+    engine, split = engine_and_split
+    nats, right = by_hand(engine.model, split, length)
+    count = split.counts.tokens - 1
+    share = count / split.counts.tokens
+    for rows in (1, 7, 1000):  # however many windows go through at once
+        monkeypatch.setattr(evaluate, "rows_at_once", lambda *_, rows=rows: rows)
+        result = evaluate.full(engine, split, length, WORLD)
+        assert result["loss"] == pytest.approx(nats / count, rel=1e-5)
+        assert result["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+        assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.counts.bytes / share, rel=1e-5)
+        assert result["word_perplexity"] == pytest.approx(math.exp(nats / split.counts.words / share), rel=1e-3)
+        assert result["accuracy"] == pytest.approx(right / count)
+        assert (result["tokens"], result["windows"]) == (count, -(-count // length))
+
+
+def test_hlb_protocol_is_seeded(engine_and_split):
+    engine, split = engine_and_split
+    first = evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=50)
+    assert first == evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=50)
+    assert first["loss"] != evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=100)["loss"]
+    assert first["loss"] != evaluate.hlb(engine, split, 57_236, WORLD, seed=2, step=50)["loss"]
+    assert first["windows"] == 150
+
+
+def test_evaluation_leaves_the_model_in_training(engine_and_split):
+    engine, split = engine_and_split
+    engine.model.train()
+    evaluate.full(engine, split, 64, WORLD, max_tokens=64)
+    assert engine.model.training
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+
+
+def test_window_count_of_the_original_validation_text():
+    """247,289 tokens (WikiText-103 raw by public reports): 241 whole windows of 1024, and the tail."""
+    from trainer.data.stream import ordered_windows
+
+    class Counted:
+        class counts:
+            tokens = 247_289
+
+    windows = list(ordered_windows(Counted, 1024))
+    assert sum(count == 1024 for _, count in windows) == 241
+    assert sum(count for _, count in windows) == 247_288

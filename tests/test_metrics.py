@@ -1,0 +1,124 @@
+"""The table, the live view, the clock, metrics.jsonl, wandb and the curves."""
+
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from trainer.metrics import console, plots
+from trainer.metrics.record import MetricsFile, Wandb, read_rows
+from trainer.metrics.report import Clock
+
+ROW = {
+    "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
+    "val_acc": None, "grad_norm": 0.61152, "microbatch_steps": 1, "total_seconds": 12.0,
+}  # fmt: skip
+
+
+def test_cells_are_right_justified_with_four_decimals():
+    header = console.format_cells(dict(zip(console.COLUMNS, console.COLUMNS, strict=True)))
+    cells = console.format_cells(ROW)
+    assert len(header) == len(cells)
+    assert header.split("|")[1:-1] == [f"  {name}  " for name in console.COLUMNS]
+    values = [cell.strip() for cell in cells.split("|")[1:-1]]
+    assert values == ["0", "50", "7.1235", "6.5000", "665.1416", "0.1000", "", "0.6115", "1", "12.0000"]
+    assert cells.split("|")[2] == "  " + "50".rjust(len("curr_step")) + "  "
+
+
+def test_table_has_rules_above_below_and_at_the_end(capsys):
+    table = console.Table()
+    table.row(ROW, {})
+    table.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [set(line) == {"-"} for line in lines] == [True, False, True, False, True]
+
+
+def test_live_view_shows_everything(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    live = console.Live("hlb, 46.0 M parameters")
+    facts = {"loss": "3.8", "val": "3.9", "bits/byte": "1.2", "tokens/s": "9", "MFU": "n/a", "memory": "1 GiB"}
+    live.step({"step": 5, "max_steps": 10, "length": 64, "microbatches": 2, "ETA": "1 min", **facts})
+    live.row({**ROW, "train_acc": None}, {"step": 5, "max_steps": 10})
+    live.say("[note] with brackets")
+    live.close()
+    shown = screen.getvalue()
+    for text in ("hlb, 46.0 M", "step 5 / 10", "bits/byte", "MFU", "ETA", "val_loss 6.5000", "[note] with brackets"):
+        assert text in shown
+
+
+def test_only_the_leader_has_a_console():
+    assert isinstance(console.open_console("live", False, ""), console.Silent)
+
+
+def test_clock_counts_training_only():
+    clock = Clock(100.0)
+    time.sleep(0.05)
+    clock.stop()
+    held = clock.seconds
+    time.sleep(0.05)
+    assert clock.seconds == held
+    assert 100.04 < held < 101
+    clock.start()
+    time.sleep(0.02)
+    assert clock.seconds > held
+
+
+def test_resumed_metrics_have_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    metrics = MetricsFile(path, resume_step=2)
+    metrics.write({"step": 3, "loss": 9})
+    metrics.close()
+    assert read_rows(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 9}]
+
+
+def rows(count):
+    base = {"lr": 1e-3, "val_loss": None, "val_bits_per_byte": None, "tokens_per_second": 9.0}
+    made = [
+        {"step": i + 1, "tokens": i * 1000, "loss": 5 / (i + 1), "grad_norm": 1.0, "seconds": i, **base}
+        for i in range(count)
+    ]
+    if made:
+        made[-1]["val_loss"] = 1.0
+    return "".join(json.dumps(row) + "\n" for row in made)
+
+
+def test_curves(tmp_path):
+    (tmp_path / "m.jsonl").write_text(rows(20))
+    plots.draw(tmp_path / "m.jsonl", tmp_path / "c.png", "a title")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_run_that_has_barely_begun_or_skipped_steps(tmp_path):
+    (tmp_path / "m.jsonl").write_text(rows(1))
+    plots.draw(tmp_path / "m.jsonl", tmp_path / "none.png", "")
+    assert not (tmp_path / "none.png").exists()
+    (tmp_path / "m.jsonl").write_text(rows(5) + '{"step": 6, "tokens": 1, "loss": null, "grad_norm": null, "seconds": 6, '
+                                      '"lr": 0.1, "val_loss": null}\n')  # fmt: skip
+    plots.draw(tmp_path / "m.jsonl", tmp_path / "some.png", "")
+    assert (tmp_path / "some.png").exists()
+
+
+@pytest.mark.slow
+def test_wandb_offline_without_login_and_the_same_id_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    said = []
+    for _ in range(2):
+        recorder = Wandb("auto", "p", tmp_path, "abc123", {"a": 1}, said.append)
+        recorder.write({"step": 1, "loss": 2.0, "val_loss": None})
+        recorder.close()
+    assert said and "recording offline" in said[0]
+    runs = list((tmp_path / "wandb").glob("offline-run-*-abc123"))
+    assert runs
+
+
+def test_wandb_disabled_imports_nothing(tmp_path):
+    recorder = Wandb("disabled", "p", tmp_path, "id", {}, print)
+    recorder.write({"step": 1})
+    recorder.close()
+    assert not (tmp_path / "wandb").exists()
