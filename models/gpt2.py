@@ -72,7 +72,11 @@ class Block(nn.Module):
             k, v = cache.extend(self.layer, k, v, dim=2)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate=self.gelu))
 
 
 @register("gpt2")
@@ -80,13 +84,14 @@ class Gpt2(LanguageModel):
     """Token and position embedding, blocks, LayerNorm, the token embedding again as output projection."""
 
     Config = Gpt2Config
+    Block = Block  # a variant of GPT-2 names its own
     masks_documents = True
 
     def __init__(self, config: Gpt2Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_context, config.d_model)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(self.Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.max_context = config.max_context
 

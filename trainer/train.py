@@ -29,7 +29,7 @@ from trainer.run_folder import check_unchanged, combined_values, locked, write_s
 from trainer.scaling import BatchMultiplier, GradNormLaw
 from trainer.settings import build
 
-ACCURACY_TOKENS = 8192  # training accuracy is an estimate from this many tokens
+ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
 
 
 @dataclass
