@@ -161,13 +161,10 @@ def register(name: str):
     return add
 
 
-def load_models(plugins: list[str] | tuple[str, ...] = ()) -> None:
-    """Import the zoo, the plugins named, and what installed packages offer as entry points `crescendo.models`."""
-    package = importlib.import_module("models")
-    for module in _zoo_modules(package):
+def load_models() -> None:
+    """Import the zoo, and what installed packages offer under the entry point group `crescendo.models`."""
+    for module in _zoo_modules(importlib.import_module("models")):
         importlib.import_module(module)
-    for plugin in plugins:
-        importlib.import_module(plugin)
     for entry in importlib.metadata.entry_points(group="crescendo.models"):
         entry.load()
 

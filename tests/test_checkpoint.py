@@ -50,6 +50,14 @@ def test_retention(tmp_path):
     assert steps(tmp_path) == [3, 6, 7]
 
 
+def test_a_save_clears_later_checkpoints_that_were_passed_over(tmp_path):
+    """They are damaged (else the run would have gone on from them) and must not push good ones out."""
+    for step in (2, 4, 12):
+        save(tmp_path, step, keep=9)
+    save(tmp_path, 6, keep=2)
+    assert steps(tmp_path) == [4, 6]
+
+
 def test_unfinished_saves_do_not_count_and_are_cleared(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002.tmp")
@@ -75,6 +83,8 @@ def flip_a_bit(path):
         (lambda p: flip_a_bit(p / ".metadata"), ".metadata is damaged"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda p: (p / "manifest.json").write_text('{"format": 99, "files": {}}'), "has format 99"),
+        (lambda p: (p / "manifest.json").write_text('{"format": 1, "files": []}'), "manifest.json cannot be read"),
+        (lambda p: (p / "manifest.json").write_text('{"format": 1, "files": {}}'), "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(tmp_path, damage, expected):

@@ -56,10 +56,10 @@ def test_full_protocol(engine_and_split, length, monkeypatch):
 
 def test_hlb_protocol_is_seeded(engine_and_split):
     engine, split = engine_and_split
-    first = evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=50)
-    assert first == evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=50)
-    assert first["loss"] != evaluate.hlb(engine, split, 57_236, WORLD, seed=1, step=100)["loss"]
-    assert first["loss"] != evaluate.hlb(engine, split, 57_236, WORLD, seed=2, step=50)["loss"]
+    first = evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
+    assert first == evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
+    assert first["loss"] != evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=100)["loss"]
+    assert first["loss"] != evaluate.hlb(engine, split, 1.0, WORLD, seed=2, step=50)["loss"]
     assert first["windows"] == 150
 
 

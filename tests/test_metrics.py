@@ -68,11 +68,12 @@ def test_clock_counts_training_only():
 
 def test_resumed_metrics_have_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    path.write_text(rows(3) + '{"step": 2}\n[1]\n{"step": 4, "lo')
     metrics = MetricsFile(path, resume_step=2)
-    metrics.write({"step": 3, "loss": 9})
+    row = {**json.loads(rows(1)), "step": 3, "loss": 9}
+    metrics.write(row)
     metrics.close()
-    assert read_rows(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": 9}]
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 5.0), (2, 2.5), (3, 9)]
 
 
 def rows(count):
@@ -109,16 +110,16 @@ def test_wandb_offline_without_login_and_the_same_id_on_resume(tmp_path, monkeyp
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     said = []
     for _ in range(2):
-        recorder = Wandb("auto", "p", tmp_path, "abc123", {"a": 1}, said.append)
+        recorder = Wandb("auto", "p", tmp_path, {"a": 1}, said.append)
         recorder.write({"step": 1, "loss": 2.0, "val_loss": None})
         recorder.close()
     assert said and "recording offline" in said[0]
-    runs = list((tmp_path / "wandb").glob("offline-run-*-abc123"))
-    assert runs
+    run_id = (tmp_path / "wandb-id").read_text()
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
 
 
 def test_wandb_disabled_imports_nothing(tmp_path):
-    recorder = Wandb("disabled", "p", tmp_path, "id", {}, print)
+    recorder = Wandb("disabled", "p", tmp_path, {}, print)
     recorder.write({"step": 1})
     recorder.close()
     assert not (tmp_path / "wandb").exists()

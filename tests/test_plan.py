@@ -70,6 +70,34 @@ def test_the_batch_does_not_depend_on_the_device():
     assert small.config.batch.tokens_per_microbatch < large.config.batch.tokens_per_microbatch
 
 
+@pytest.mark.parametrize("gibibytes", [16, 40, 80, 141])
+@pytest.mark.parametrize("scale", [1, 8])
+def test_microbatches_fit_the_gpu(monkeypatch, gibibytes, scale):
+    """On a GPU of this size the expected memory of a whole microbatch stays within it, with a tenth to spare."""
+    monkeypatch.setattr("trainer.device.memory_bytes", lambda device: gibibytes * p.GIB)
+    plan = resolved(model_scale=scale, precision="bf16", batch={"tokens_per_step": 1 << 20})
+    assert p.expected_memory(plan)["total"] < 0.9 * gibibytes * p.GIB
+    assert plan.config.batch.tokens_per_microbatch >= 1024
+
+
+def test_laws_are_shown():
+    facts = p.summary(resolved())
+    assert facts["laws"]["decay base b"] == pytest.approx(7.22228, rel=1e-6)
+    assert facts["laws"]["grad-norm exponent p"] == pytest.approx(-0.381301, rel=1e-5)
+    assert facts["laws"]["lr of the head"] == pytest.approx(5.05174e-3, rel=1e-5)
+    assert facts["laws"]["hlb validation"] == "3 x 50"
+
+
+def test_token_count_is_that_of_the_loop():
+    for values in ({"max_steps": 50}, {"max_steps": 1000}, {"max_steps": 85, "batch": {"sequence_double_every": 7}}):
+        plan = resolved(**values)
+        steps = range(plan.config.max_steps)
+        counted = [
+            plan.config.batch.tokens_per_step // plan.sequence_length(s) * plan.sequence_length(s) for s in steps
+        ]
+        assert p.minimum_tokens(plan) == sum(counted)
+
+
 def test_three_billion_plan_without_memory():
     facts = p.summary(resolved(model_scale=148))
     assert facts["params"] == 3_022_430_842

@@ -19,7 +19,7 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
     assert len([line for line in code.splitlines() if line.strip()]) <= 11, "ten lines and a title"
     (tmp_path / "squared.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    run(tiny_values(tiny_dataset, tmp_path / "run", model={"name": "gpt2-squared"}, plugin=["squared"], max_steps=3))
+    run(tiny_values(tiny_dataset, tmp_path / "run", model={"name": "gpt2-squared"}, max_steps=3))
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
     from models.base import _REGISTRY
 

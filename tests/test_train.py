@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import error_line, tiny_values, trainer
+from conftest import ROOT, error_line, tiny_values, trainer
 
 from models.base import IGNORE
 from trainer import checkpoint
@@ -160,6 +160,63 @@ def test_unwritable_run_dir(tiny_dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir: cannot write to"):
         run(tiny_values(tiny_dataset, tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="run_dir: .* is a file, not a folder"):
+        run(tiny_values(tiny_dataset, tmp_path / "file"))
+
+
+def test_a_refused_start_changes_nothing(finished, tiny_dataset, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    copy = shutil.copytree(tiny_dataset, tmp_path / "data")
+    info = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps({**info, "fingerprint": "0" * 64}))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError):
+        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(copy)}})
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_checkpoints_without_their_config_are_not_written_over(finished, tiny_dataset, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="has checkpoints but no config.yaml"):
+        run(tiny_values(tiny_dataset, folder))
+
+
+def test_a_config_of_another_model_is_named(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["model"]["d_model"], values["max_steps"] = 128, 30
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"is of another model: embedding.weight is \[320, 64\] there and \[320, 128\]"):
+        run({"run_dir": str(folder)})
+
+
+def test_a_state_of_another_version_is_named(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    path = folder / "checkpoints" / checkpoint.step_name(12) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["state"]["odd"] = 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is not this version's"):
+        run({"run_dir": str(folder), "max_steps": 30})
+
+
+def test_files_that_cannot_grow_end_in_one_line(tiny_dataset, tmp_path):
+    """A limit on file sizes stands in for the disk; the first files of the run are small enough."""
+    import resource
+    import subprocess
+    import sys
+
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "r", checkpoint__every=0)))
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "train", str(config)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)),
+    )
+    assert "File too large" in error_line(done)
 
 
 def test_damaged_newest_checkpoint_on_resume(finished, tmp_path, capsys):
@@ -317,7 +374,7 @@ def poison(tmp_path, monkeypatch):
 
 def poisoned(dataset, tmp_path, **changes):
     return tiny_values(
-        dataset, tmp_path / "r", model={"name": "poison"}, plugin=["poison_model"], optim__recipe="hlb",
+        dataset, tmp_path / "r", model={"name": "poison"}, optim__recipe="hlb",
         batch__tokens_per_microbatch=512, batch__dynamic=False, **changes,
     )  # fmt: skip
 

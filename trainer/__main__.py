@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
 
+ALONE = ("prepare", "plan", "generate")  # under a launcher of several processes, rank 0 does these by itself
 VERBS = {
     "prepare": "text to MDS shards",
     "plan": "every number of a run and the rule it came from",
@@ -23,14 +27,15 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
 `python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML; --json (plan, evaluate)
-prints one JSON object on stdout."""
+prints one JSON object on stdout; --plugin MODULE (repeatable) imports a module that registers models."""
 
 
 def main() -> None:
     """Run a verb; a UserError becomes one line and exit code 2."""
     rank = int(os.environ.get("RANK") or 0)
     try:
-        dispatch(sys.argv[1:])
+        with known_errors():
+            dispatch(sys.argv[1:])
     except UserError as error:
         if rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
@@ -38,11 +43,35 @@ def main() -> None:
         leave(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
+            print("interrupted; a run goes on from its last checkpoint with the same command", file=sys.stderr)
         leave(130)
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
+        print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+@contextlib.contextmanager
+def known_errors() -> Iterator[None]:
+    """Failures of the machine, told as the user's errors are: files that cannot be read or written, memory that is not there."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or 'input or output'}: {error.strerror or error}") from None
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "can't allocate memory")
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
+            raise
+        raise UserError(
+            "out of memory: lower batch.tokens_per_microbatch, batch.sequence_length or model_scale"
+        ) from None
 
 
 def leave(code: int) -> None:
@@ -83,16 +112,32 @@ def dispatch(words: list[str]) -> None:
     positional, flags = parse_flags(rest)
     print_config = _switch(flags, "print_config")
     as_json = _switch(flags, "json")
+    plugins = flags.pop("plugin", [])
     if as_json and verb not in ("plan", "evaluate"):
         raise UserError(f"--json: {verb} has no JSON output (plan and evaluate have)")
     if len(positional) > 1:
         raise UserError(f"{positional[1]!r}: {verb} takes one file or folder before its flags, and flags begin with --")
     values: dict[str, Any] = {}
-    if positional and verb in ("generate", "evaluate") and not positional[0].endswith((".yaml", ".yml")):
+    if positional and verb in ("train", "generate", "evaluate") and not positional[0].endswith((".yaml", ".yml")):
         values = {"run_dir": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
+    if os.environ.get("RANK", "0") != "0" and (verb in ALONE or print_config):
+        return
+    import_plugins(plugins if isinstance(plugins, list) else [plugins])
     call(verb, cls, merge(values, flags), print_config, as_json)
+
+
+def import_plugins(names: list[str]) -> None:
+    """Import the modules of `--plugin`, which register models. Only a flag can name them: no config may run code."""
+    import importlib
+
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"plugin: cannot import {name}: {cause}") from None
 
 
 def _switch(flags: dict[str, Any], name: str) -> bool:
@@ -105,6 +150,10 @@ def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_jso
     """Import the verb's module and run it."""
     from trainer.settings import build, to_yaml
 
+    if verb == "train" and print_config:
+        from trainer.run_folder import combined_values
+
+        values, _ = combined_values(values)
     config = build(cls, values)
     if verb in ("plan", "train") and print_config:
         from trainer.data.stream import find_dataset

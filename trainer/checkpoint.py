@@ -3,7 +3,7 @@
     checkpoints/step-00000100/   __0_0.distcp ...  tensors, sharded (torch.distributed.checkpoint)
                                  .metadata         where each tensor lies
                                  manifest.json     written last: sizes, hashes, step, tokens, state, config, versions
-    checkpoints/latest           name of the newest
+    checkpoints/latest           name of the newest, for people and scripts (the trainer looks at the directories themselves)
 
 Only tensors and JSON are stored, and nothing that is read can run code.
 """
@@ -45,36 +45,39 @@ def save(
     Raises UserError where it cannot be written; the checkpoints before it are then untouched.
     """
     temporary, final = folder / f"{step_name(step)}.tmp", folder / step_name(step)
-    error = None
+    own, error = {}, None
     try:
-        if world.leader:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        world.barrier()
+        world.on_leader(lambda: _empty(temporary))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "assuming a single process": it is one
             writer = dcp.FileSystemWriter(temporary, sync_files=True)
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        own = _hash_own_files(temporary, world)
     except (Exception, CheckpointException) as problem:  # disk full, permissions; any rank's failure must reach all
         error = _cause(problem)
-    errors = [text for text in world.gather(error) if text]
-    if not errors:
-        hashes = _hash_own_files(temporary, world)
-        if world.leader:
-            try:
-                _publish(temporary, final, {"format": FORMAT, "step": step, "files": hashes, **facts})
-                _purge(folder, keep)
-            except OSError as problem:
-                error = str(problem)
-        errors = [text for text in [world.from_leader(error)] if text]
-    if errors:
+    parts = world.gather((own, error))
+    error = next((text for _, text in parts if text), None)
+    if error is None:
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        manifest = {"format": FORMAT, "step": step, "files": files, **facts}
+        try:
+            world.on_leader(lambda: _publish(temporary, final, manifest))
+            world.on_leader(lambda: _purge(folder, step, keep))
+        except (UserError, OSError) as problem:
+            error = str(problem)
+    if error is not None:
         if world.leader:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint: step {step} could not be written to {folder}: {errors[0]}; earlier checkpoints are untouched; "
+            f"checkpoint: step {step} could not be written to {folder}: {error}; earlier checkpoints are untouched; "
             "make room or permit writing there, then start the same command again"
         )
     return final
+
+
+def _empty(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
 def _cause(problem: BaseException) -> str:
@@ -85,11 +88,10 @@ def _cause(problem: BaseException) -> str:
 
 
 def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and xxh64 of every file, each hashed by the rank that wrote it (rank 0 also takes .metadata)."""
+    """Size and xxh64 of the files this rank wrote (rank 0 also takes .metadata)."""
     names = sorted(path.name for path in temporary.iterdir())
     mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == ".metadata")]
-    own = {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
-    return {name: entry for part in world.gather(own) for name, entry in part.items()}
+    return {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
 
 
 def _hash(path: Path) -> str:
@@ -130,12 +132,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _purge(folder: Path, keep: Callable) -> None:
-    """Remove checkpoints that need not be kept and what killed saves left; the manifest goes first, so none is half there."""
-    steps = [step for step, _ in found(folder)]
-    for step in sorted(set(steps) - set(keep(steps))):
-        (folder / step_name(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder / step_name(step), ignore_errors=True)
+def _purge(folder: Path, step: int, keep: Callable) -> None:
+    """After a save at `step`, remove what need not be kept: older checkpoints, later ones (the run has passed them over as
+    damaged), and what killed saves left. The manifest goes first, so that none is half there."""
+    steps = [at for at, _ in found(folder)]
+    for at in sorted(set(steps) - set(keep([at for at in steps if at <= step]))):
+        (folder / step_name(at) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder / step_name(at), ignore_errors=True)
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -178,18 +181,19 @@ def check(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there with the right size and hash; else UserError names the file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, version = manifest["files"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint: {path / MANIFEST} cannot be read ({error})") from None
-    if version != FORMAT:
-        raise UserError(f"checkpoint: {path} has format {version}, this version reads {FORMAT}")
-    for name, expected in files.items():
-        file = path / name
+        version = manifest["format"]
+        if version != FORMAT:
+            raise UserError(f"checkpoint: {path} has format {version}, this version reads {FORMAT}")
+        expected = [(path / name, int(entry["bytes"]), entry["xxh64"]) for name, entry in manifest["files"].items()]
+        int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint: {path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    for file, size, digest in expected:
         if not file.is_file():
             raise UserError(f"checkpoint: {file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise UserError(f"checkpoint: {file} has {file.stat().st_size:,} bytes, {expected['bytes']:,} expected")
-        if _hash(file) != expected["xxh64"]:
+        if file.stat().st_size != size:
+            raise UserError(f"checkpoint: {file} has {file.stat().st_size:,} bytes, {size:,} expected")
+        if _hash(file) != digest:
             raise UserError(f"checkpoint: {file} is damaged: its hash is not the manifest's")
     return manifest
 
@@ -210,6 +214,18 @@ def load(path: Path, prefix: str, world: World, device: torch.device | str = "cp
         except CheckpointException as problem:
             raise UserError(f"checkpoint: {path} cannot be read: {_cause(problem)}") from None
     return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+
+
+def put_into(model: Any, tensors: dict[str, Tensor], path: Path, assign: bool = False) -> None:
+    """Load `tensors` as the state of `model`; UserError names the first that does not fit."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+            here = [list(state[name].shape) if name in state else "missing" for state in (tensors, own)]
+            raise UserError(
+                f"checkpoint: {path} is of another model: {name} is {here[0]} there and {here[1]} by the run's config.yaml"
+            )
+    model.load_state_dict(tensors, assign=assign)
 
 
 class _SafeReader(dcp.FileSystemReader):

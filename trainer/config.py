@@ -28,12 +28,14 @@ class CorpusConfig:
     validation_source: str | None = setting(
         None, "source of the validation split; none: documents held out of `source`"
     )
-    validation_fraction: float = setting(0.01, "share of documents held out when there is no validation_source")
+    validation_fraction: float = setting(
+        0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
+    )
     text_field: str = setting("text", "field that holds the text in .jsonl, .parquet and hf:// rows")
     document_start: str | None = setting(
         None, "regular expression of lines (or rows) that open a document; none: each file or row is a document"
     )
-    sample_length: int = setting(1024, "tokens per stored sample: the longest sequence that can be trained on")
+    sample_length: int = setting(1024, "tokens per stored sample: the longest sequence that can be trained on", low=1)
 
 
 @dataclass
@@ -41,8 +43,8 @@ class PrepareConfig(CorpusConfig):
     """`prepare`: text to MDS shards."""
 
     out: str | None = setting(None, "folder to write; must not exist")
-    workers: int | None = setting(None, "tokenising processes; none: one per core")
-    shard_megabytes: int = setting(64, "size of one shard in MiB")
+    workers: int | None = setting(None, "tokenising processes; none: one per core", low=1)
+    shard_megabytes: int = setting(64, "size of one shard in MiB", low=1)
 
 
 @dataclass
@@ -51,21 +53,21 @@ class DataConfig(CorpusConfig):
 
     path: str | None = setting(None, "folder or s3://, gs://, hf:// address that `prepare` wrote; prepared if missing")
     cache: str | None = setting(None, "folder for shards of a remote path; none: under the user's cache folder")
-    threads: int = setting(4, "threads that read ahead (never changes the order)")
+    threads: int = setting(4, "threads that read ahead (never changes the order)", low=1)
 
 
 @dataclass
 class BatchConfig:
     """How many tokens make a step. All counts are global: they do not change with the number of devices."""
 
-    tokens_per_step: int | None = setting(None, "global tokens of one optimiser step (before hlb's multiplier)")
-    tokens_per_microbatch: int | None = setting(None, "most tokens one device takes in one forward and backward")
-    device_token_capacity: int | None = setting(None, "spec A1's G: tokens that fit the device at model_scale 1")
-    sequence_length: int | None = setting(None, "longest training sequence; divides data.sample_length")
-    sequence_start: int | None = setting(None, "first sequence length; doubled until sequence_length")
-    sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth")
+    tokens_per_step: int | None = setting(None, "global tokens of one optimiser step (before hlb's multiplier)", low=1)
+    tokens_per_microbatch: int | None = setting(None, "most tokens one device takes in one forward and backward", low=1)
+    device_token_capacity: int | None = setting(None, "spec A1's G: tokens that fit the device at model_scale 1", low=1)
+    sequence_length: int | None = setting(None, "longest training sequence; divides data.sample_length", low=1)
+    sequence_start: int | None = setting(None, "first sequence length; doubled until sequence_length", low=1)
+    sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth", low=0)
     dynamic: bool | None = setting(None, "hlb's law: multiply the batch to keep the gradient norm on its target")
-    n_max: float = setting(16.0, "upper bound of hlb's batch multiplier n")
+    n_max: float = setting(16.0, "upper bound of hlb's batch multiplier n", low=1)
 
 
 @dataclass
@@ -73,17 +75,17 @@ class OptimConfig:
     """The optimiser and its schedules."""
 
     recipe: Literal["auto", "hlb", "plain"] = setting("auto", "hlb: four groups, laws of spec A; plain: AdamW, cosine")
-    lr: float | None = setting(None, "peak learning rate of the matrices")
-    warmup_steps: int | None = setting(None, "steps of linear warm-up")
-    final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak")
-    weight_decay: float | None = setting(None, "plain: AdamW's decay of parameters with two or more dimensions")
+    lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
+    warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
+    final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak", low=0, high=1)
+    weight_decay: float | None = setting(None, "plain: AdamW's decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss (spec A9)")
-    clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off")
+    clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
         "auto", "divide embedding gradients by token counts over the step, over a microbatch (the original), or not"
     )
     non_finite: Literal["stop", "skip"] = setting("stop", "what to do at a NaN or Inf; the weights never see it")
-    max_skips: int = setting(10, "non-finite steps in a row after which `skip` stops too")
+    max_skips: int = setting(10, "non-finite steps in a row after which `skip` stops too", low=0)
 
 
 @dataclass
@@ -97,56 +99,57 @@ class EngineConfig:
 class EvaluationConfig:
     """Validation during training and by `evaluate`."""
 
-    every: int = setting(50, "optimiser steps between evaluations; 0: only at the end")
+    every: int = setting(50, "optimiser steps between evaluations; 0: only at the end", low=0)
     protocol: Literal["full", "hlb", "both"] = setting(
         "full", "full: the split in order, every token once; hlb: 150 random windows (spec A12), seeded; both"
     )
-    max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split")
-    sequence_length: int | None = setting(None, "window length; none: the longest training sequence")
+    max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split", low=0)
+    sequence_length: int | None = setting(None, "window length; none: the longest training sequence", low=1)
 
 
 @dataclass
 class CheckpointConfig:
     """What is kept to go on from."""
 
-    every: int | None = setting(None, "optimiser steps between checkpoints; none: a tenth of the run; 0: at the end")
-    keep: int = setting(2, "newest checkpoints kept")
-    keep_every: int = setting(0, "also keep every checkpoint at a multiple of this step for good; 0: none")
+    every: int | None = setting(
+        None, "optimiser steps between checkpoints; none: a tenth of the run; 0: at the end", low=0
+    )
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep_every: int = setting(0, "also keep every checkpoint at a multiple of this step for good; 0: none", low=0)
 
 
 @dataclass
 class LogConfig:
     """What is shown and recorded."""
 
-    every: int = setting(10, "optimiser steps between console rows")
+    every: int = setting(10, "optimiser steps between console rows", low=0)
     console: Literal["auto", "live", "table"] = setting("auto", "live view on a terminal, table elsewhere")
     wandb: Literal["auto", "online", "offline", "disabled"] = setting(
         "disabled", "auto: online where there is a login and network, else offline"
     )
     wandb_project: str = setting("crescendo", "wandb project")
     sample_prompt: str = setting("In 1856, Abraham Lincoln", "prompt of the text samples")
-    sample_tokens: int = setting(128, "tokens of a text sample during training; 0: no samples")
-    demo_tokens: int = setting(512, "tokens of the closing demonstration; 0: none")
+    sample_tokens: int = setting(128, "tokens of a text sample during training; 0: no samples", low=0)
+    demo_tokens: int = setting(512, "tokens of the closing demonstration; 0: none", low=0)
 
 
 @dataclass
 class RunConfig:
     """`train` and `plan`: one run."""
 
-    model_scale: float = setting(1.0, "the dial: 1 is 46 M parameters, 148 is 3 B")
+    model_scale: float = setting(1.0, "the dial: 1 is 46 M parameters, 148 is 3 B", above=0, high=10_000)
     model: dict[str, Any] = field(
         default_factory=lambda: {"name": "hlb"},
         metadata={"help": "model.name picks the architecture; model.FIELD overrides one of its fields"},
     )
     run_dir: str | None = setting(None, "folder of the run; none: runs/MODEL-SCALE")
-    seed: int = setting(0, "seed of weights, data order and every draw")
-    max_steps: int = setting(1000, "optimiser steps")
+    seed: int = setting(0, "seed of weights, data order and every draw", low=0, high=2**62)
+    max_steps: int = setting(1000, "optimiser steps", low=1, high=10**9)
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     deterministic: bool = setting(False, "deterministic kernels only (on CPU they always are)")
-    plugin: list[str] = setting((), "modules to import first, to register models from outside")
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -161,14 +164,16 @@ class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
     run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
-    step: int | None = setting(None, "checkpoint to use; none: the newest good one")
+    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
-    max_new_tokens: int = setting(128, "tokens to add to each prompt")
-    temperature: float = setting(1.0, "0: always the likeliest token")
-    top_k: int = setting(0, "sample among the k likeliest; 0: off")
-    top_p: float = setting(1.0, "sample among the likeliest that hold this share of probability; 1: off")
+    max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
+    temperature: float = setting(1.0, "0: always the likeliest token", low=0)
+    top_k: int = setting(0, "sample among the k likeliest; 0: off", low=0)
+    top_p: float = setting(
+        1.0, "sample among the likeliest that hold this share of probability; 1: off", above=0, high=1
+    )
     stop: list[str] = setting((), "end a text where one of these strings appears; repeat the flag for several")
-    seed: int = setting(0, "seed of the draws")
+    seed: int = setting(0, "seed of the draws", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; none of the weights change")
 
@@ -178,11 +183,11 @@ class EvaluateConfig:
     """`evaluate`: loss of a run's checkpoint on a validation split."""
 
     run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
-    step: int | None = setting(None, "checkpoint to use; none: the newest good one")
+    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
-    sequence_length: int | None = setting(None, "window length; none: the run's")
-    seed: int | None = setting(None, "seed of the hlb windows; none: the run's")
+    sequence_length: int | None = setting(None, "window length; none: the run's", low=1)
+    seed: int | None = setting(None, "seed of the hlb windows; none: the run's", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; auto: the run's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
@@ -23,6 +24,8 @@ PEAK_BF16 = {
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """cpu or cuda:LOCAL_RANK; auto takes a GPU where there is one."""
     available = torch.cuda.is_available()
+    if wanted == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")  # `accelerate launch --cpu`
     if wanted == "cuda" and not available:
         raise UserError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu")
     if wanted == "cpu" or not available:
@@ -51,6 +54,13 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, why). auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if wanted != "auto":
         return wanted, "set"
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher == "bf16":
+        return "bf16", "accelerate's mixed_precision"
+    if launcher != "no":
+        raise UserError(
+            f"precision: accelerate's mixed_precision {launcher} is not supported; use bf16, or set --precision"
+        )
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU multiplies bf16") if native else ("fp32", "this GPU has no bf16 units")

@@ -20,7 +20,7 @@ from models.base import IGNORE, cross_entropy
 from trainer.config import EvaluateConfig
 from trainer.data.stream import Split, ordered_windows
 from trainer.engine.distributed import World
-from trainer.scaling import EVALUATION_TOKENS, evaluation_shape
+from trainer.scaling import evaluation_shape, tokens_per_microbatch
 
 LOGIT_BYTES = 1 << 30  # fp32 logits held at once; evaluation is not worth more memory than training
 
@@ -57,10 +57,10 @@ def full(runner: Any, split: Split, length: int, world: World, max_tokens: int =
 
 
 @torch.no_grad()
-def hlb(runner: Any, split: Split, microbatch_tokens: int, world: World, seed: int, step: int) -> dict[str, Any]:
-    """hlb-gpt's protocol: random windows of 1024 tokens with replacement, mean over batches; drawn from (seed, step)."""
-    length = min(1024, split.counts.tokens - 2)
-    batch, steps = evaluation_shape(microbatch_tokens)
+def hlb(runner: Any, split: Split, scale: float, world: World, seed: int, step: int) -> dict[str, Any]:
+    """hlb-gpt's protocol at `scale`: random windows of 1024 tokens with replacement, drawn from (seed, step)."""
+    length = min(1024, runner.model.max_context or 1024, split.counts.tokens - 2)
+    batch, steps = evaluation_shape(tokens_per_microbatch(scale))  # as on its own A100, whatever the device here
     draw = random.Random(f"{seed}:{step}:hlb evaluation")
     starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
@@ -73,10 +73,10 @@ def hlb(runner: Any, split: Split, microbatch_tokens: int, world: World, seed: i
     return {
         "loss": loss,
         "perplexity": safe_exp(loss),
+        "bits_per_byte": loss / math.log(2) * split.counts.tokens / split.counts.bytes,  # bytes of an average token
         "accuracy": correct / count,
         "tokens": int(count),
         "windows": len(starts),
-        "tokens_of_the_original": EVALUATION_TOKENS,
     }
 
 
@@ -103,35 +103,36 @@ def safe_exp(x: float) -> float:
     return math.exp(min(x, 700.0))
 
 
-def validate(runner: Any, split: Split, plan: Any, world: World, step: int, seed: int | None = None) -> dict[str, Any]:
+def validate(
+    runner: Any, split: Split, plan: Any, world: World, step: int, seed: int | None = None, max_tokens: int = 0
+) -> dict[str, Any]:
     """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
     config = plan.config
     results: dict[str, Any] = {}
     if config.evaluation.protocol in ("full", "both"):
         length = config.evaluation.sequence_length
-        results["full"] = full(runner, split, length, world, config.evaluation.max_tokens)
+        results["full"] = full(runner, split, length, world, max_tokens)
     if config.evaluation.protocol in ("hlb", "both"):
-        tokens = config.batch.tokens_per_microbatch
-        results["hlb"] = hlb(runner, split, tokens, world, config.seed if seed is None else seed, step)
+        draw_seed = config.seed if seed is None else seed
+        results["hlb"] = hlb(runner, split, config.model_scale, world, draw_seed, step)
     return results
 
 
 def run(config: EvaluateConfig, as_json: bool = False) -> None:
     """The verb: the loss of a checkpoint on its own validation split or on another dataset with the same tokenizer."""
-    from trainer.engine.distributed import start
+    from trainer.engine.distributed import join, read_world
     from trainer.run_folder import open_run
 
-    world = start(config.device)
-    try:
-        opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
-        split = opened.split(config.data, config.split)
-        settings = opened.plan.config.evaluation
-        settings.protocol, settings.max_tokens = config.protocol, 0
-        settings.sequence_length = config.sequence_length or settings.sequence_length
-        opened.check_length(settings.sequence_length)
-        results = validate(opened, split, opened.plan, world, opened.step, config.seed)
-    finally:
-        world.stop()
+    world = read_world()
+    join(world, config.device)
+    opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
+    split = opened.split(config.data, config.split)
+    settings = opened.plan.config.evaluation
+    settings.protocol = config.protocol
+    settings.sequence_length = config.sequence_length or settings.sequence_length
+    opened.check_length(settings.sequence_length)
+    results = validate(opened, split, opened.plan, world, opened.step, config.seed)
+    world.stop()
     if not world.leader:
         return
     report = {

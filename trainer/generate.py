@@ -69,7 +69,7 @@ def generate(
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator) -> int:
     """One token from logits [V]: the likeliest at temperature 0, else among the top_k and the nucleus of top_p."""
-    if temperature == 0:
+    if temperature < 1e-5:  # as good as 0, and logits / temperature would overflow
         return int(logits.argmax())
     logits = logits / temperature
     if 0 < top_k < len(logits):
@@ -91,7 +91,10 @@ def complete(
     runner: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, stop: list[str], **options: Any
 ) -> list[str]:
     """Continuations of text prompts. An empty prompt starts as a document does, after an end-of-text token."""
-    encoded = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in prompts]
+    try:
+        encoded = [tokenizer.encode(prompt).tolist() or [tokenizer.eot_id] for prompt in prompts]
+    except UnicodeError:
+        raise UserError("prompt: is not valid UTF-8 text") from None
     limit = runner.model.max_context
     longest = max(len(ids) for ids in encoded)
     if limit is not None and longest + max_new_tokens > limit:
@@ -112,11 +115,8 @@ def run(config: GenerateConfig) -> None:
     """The verb: print each prompt with its continuation to stdout."""
     from trainer.run_folder import open_run
 
-    for key, low in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 0)):
-        if getattr(config, key) < low:
-            raise UserError(f"{key}: {getattr(config, key)} is negative")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"top_p: {config.top_p} is not above 0 and at most 1")
+    if "" in config.stop:
+        raise UserError("stop: is empty; every text holds the empty string")
     opened = open_run(config.run_dir, config.step, config.device, config.precision)
     prompts = config.prompt or [opened.plan.config.log.sample_prompt]
     texts = complete(

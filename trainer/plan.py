@@ -16,9 +16,17 @@ from typing import Any
 from trainer import scaling
 from trainer.config import RunConfig
 from trainer.errors import UserError
-from trainer.settings import build
+from trainer.settings import build, coerce
 
 GIB = 1024**3
+
+# Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
+PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
+    "bf16": {"weights": 4, "gradients": 4, "optimizer": 8, "bf16 copies": 2},
+    "pure_bf16": {"weights": 2, "gradients": 6, "optimizer": 4},
+}
+STATE_BYTES = {precision: sum(parts.values()) for precision, parts in PARTS.items()}
 
 
 @dataclass
@@ -82,14 +90,13 @@ def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
     from models.base import get_model, load_models, model_names, pad_vocab
 
     config: Any = inference.config
-    try:
-        load_models(config.plugin)
-    except ImportError as error:
-        raise UserError(f"plugin: cannot import {error.name or config.plugin}: {error}") from None
+    load_models()
     options = dict(config.model)
     name = options.pop("name", "hlb")
     if name not in model_names():
-        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())})")
+        raise UserError(
+            f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; --plugin MODULE for one of your own)"
+        )
     model_class = get_model(name)
 
     if dataset is not None:
@@ -102,7 +109,7 @@ def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
         inference.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
-    wanted_vocab = int(options.get("vocab_size", padded))
+    wanted_vocab = coerce(int, options.get("vocab_size", padded), "model.vocab_size")
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
 
@@ -122,12 +129,16 @@ def _resolve_model(inference: _Inference, dataset: Any) -> tuple[Any, Any, int]:
 
 
 def _vocab_of(tokenizer: str) -> int:
-    """Vocabulary of a tokenizer by its name alone; GPT-2's where only the prepared data can tell."""
+    """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
     known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
     name, _, size = tokenizer.partition(":")
     if name == "train-bpe" and size.isdigit():
         return int(size)
-    return known.get(name, known["gpt2"])
+    if tokenizer in known:
+        return known[tokenizer]
+    from trainer.data.tokenizers import get_tokenizer  # files on this machine; no network is asked
+
+    return get_tokenizer(tokenizer).vocab_size
 
 
 class _Inference:
@@ -152,7 +163,7 @@ class _Inference:
         return getattr(target, key)
 
     def model(self, model_class: Any, model_config: Any) -> None:
-        self.model_class = model_class
+        self.model_class, self.model_config = model_class, model_config
         self.parameters = model_class.count_parameters(model_config)
         meta = build_meta(model_class, model_config)
         roles = meta.parameter_groups()
@@ -169,8 +180,8 @@ class _Inference:
         precision, rule = choose_precision(self.config.precision, device)
         self.config.precision = precision
         self.note("precision", precision, rule)
-        memory = memory_bytes(device)
-        self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(memory))
+        self.memory: Any = memory_bytes(device)
+        self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.memory))
 
     def batch(self, model_config: Any, dataset: Any) -> None:
         config, batch, scale = self.config, self.config.batch, self.config.model_scale
@@ -202,6 +213,9 @@ class _Inference:
         self.fill("batch", "tokens_per_step", max(tokens, longest), rule)
         capacity = scaling.tokens_per_microbatch(scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
+        fits = self._tokens_that_fit(longest)
+        if fits < capacity:
+            capacity, rule = fits, rule + f"; lowered to what {self.memory / GIB:.0f} GiB hold"
         if capacity < longest:
             capacity, rule = longest, rule + "; raised to one sequence"
         self.fill("batch", "tokens_per_microbatch", capacity, rule)
@@ -210,8 +224,24 @@ class _Inference:
             if getattr(batch, key) < longest:
                 raise UserError(f"batch.{key}: {getattr(batch, key)} is less than one sequence of {longest} tokens")
 
+    def _tokens_that_fit(self, length: int) -> float:
+        """Tokens whose activations fit the GPU beside weights and optimiser; no limit on a CPU.
+
+        hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+        """
+        if self.memory is None:
+            return float("inf")
+        state = STATE_BYTES[self.config.precision] * self.parameters
+        model = build_meta(self.model_class, self.model_config)
+        vocab_size = self.model_config.vocab_size
+        # The backward pass holds the logits' gradient besides, in fp32 and in the compute type.
+        one = activation_bytes(model, length, self.config.precision != "fp32") + 8 * vocab_size * length
+        return max(0, int((0.9 * self.memory - state) / one)) * length
+
     def _check_lengths(self, stored: int, start: int, longest: int) -> None:
         batch = self.config.batch
+        if start > longest:
+            raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
         if self.max_context and longest > self.max_context:
             raise UserError(f"batch.sequence_length: {longest} is more than the model's context of {self.max_context}")
         if longest > stored:
@@ -308,21 +338,33 @@ def activation_bytes(model: Any, length: int, half: bool) -> int:
 def expected_memory(plan: Plan) -> dict[str, int]:
     """Bytes on one device: weights, gradients, optimiser, activations of one microbatch, and their sum."""
     config = plan.config
-    pure = config.precision == "pure_bf16"
     n = plan.parameters
-    memory = {
-        "weights": n * (2 if pure else 4),
-        "gradients": n * (6 if pure else 4),  # pure_bf16 accumulates in fp32 beside its bf16 gradients
-        "optimizer": n * (4 if pure else 8),
-    }
+    memory = {part: n * size for part, size in PARTS[config.precision].items()}
     length = config.batch.sequence_length
     sequences = min(config.batch.tokens_per_microbatch, config.batch.tokens_per_step) // length
     one = activation_bytes(build_meta(plan.model_class, plan.model_config), length, config.precision != "fp32")
     memory["activations"] = one * sequences
-    if config.precision == "bf16":
-        memory["bf16 copies"] = n * 2
     memory["total"] = sum(memory.values())
     return memory
+
+
+def law_rows(plan: Plan) -> list[Row]:
+    """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
+    optim, n = plan.config.optim, plan.parameters
+    law = scaling.GradNormLaw.of(n)
+    batch, steps = scaling.evaluation_shape(scaling.tokens_per_microbatch(plan.config.model_scale))
+    rows = []
+    if optim.loss_driven_decay:
+        rows.append(Row("decay base b", scaling.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
+    if plan.config.batch.dynamic:
+        rows.append(Row("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
+        rows.append(Row("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
+    if optim.recipe == "hlb":
+        rows.append(Row("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
+        rows.append(Row("lr of norms, biases, embedding", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
+        rows.append(Row("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
+    rows.append(Row("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
+    return rows
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -344,16 +386,19 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tokens_at_least": minimum_tokens(plan),
         "flops_per_token": model.flops_per_token(batch.sequence_length),
         "memory_bytes": expected_memory(plan),
+        "laws": {row.key: row.value for row in law_rows(plan)},
         "rules": {row.key: row.rule for row in plan.rows},
     }
 
 
 def minimum_tokens(plan: Plan) -> int:
     """Tokens of the whole run while hlb's multiplier stays at one (exact where the batch is fixed)."""
-    total = 0
-    for step in range(plan.config.max_steps):
-        length = plan.sequence_length(step)
-        total += plan.config.batch.tokens_per_step // length * length
+    batch, total, done = plan.config.batch, 0, 0
+    for i, length in enumerate(plan.sequence_lengths):
+        last = length == plan.sequence_lengths[-1]
+        until = plan.config.max_steps if last else min(plan.config.max_steps, (i + 1) * batch.sequence_double_every + 1)
+        total += (until - done) * (batch.tokens_per_step // length * length)
+        done = until
     return total
 
 
@@ -380,7 +425,7 @@ def render(plan: Plan) -> str:
         ),
         Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    rows = plan.rows + derived
+    rows = plan.rows + law_rows(plan) + derived
     keys = max(len(row.key) for row in rows)
     values = max(len(show_number(row.value)) for row in rows)
     lines = [f"{row.key:<{keys}}  {show_number(row.value):>{values}}  {row.rule}" for row in rows]

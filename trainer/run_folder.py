@@ -26,7 +26,6 @@ CHANGEABLE = (
     "run_dir",
     "max_steps",
     "device",
-    "plugin",
     "data.path",
     "data.cache",
     "data.threads",
@@ -43,23 +42,30 @@ CHANGEABLE = (
 
 def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
+    from trainer.checkpoint import found
     from trainer.plan import default_run_dir
 
     asked = build(RunConfig, given)
     folder = Path(asked.run_dir or default_run_dir(asked)).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
     if not (folder / CONFIG).exists():
+        if found(folder / "checkpoints"):
+            raise UserError(
+                f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
+            )
         return given, False
     saved = load_yaml(folder / CONFIG)
     return merge(saved, drop_inferred(given)), True
 
 
-def drop_inferred(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that say `auto`: on resumption what was inferred then holds."""
+def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the keys that say `auto`: on resumption what was inferred then holds, but for what may change."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            kept[key] = drop_inferred(value)
-        elif value is not None and str(value).lower() not in ("auto", "none", "null"):
+            kept[key] = drop_inferred(value, f"{prefix}{key}.")
+        elif (value is not None and str(value).lower() != "auto") or f"{prefix}{key}".startswith(CHANGEABLE):
             kept[key] = value
     return kept
 
@@ -114,14 +120,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_start(folder: Path, config: RunConfig, plan_text: str, dataset_folder: Path) -> None:
-    """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; environment.json per start."""
+def write_start(folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path) -> None:
+    """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; a line of environment.jsonl."""
     from trainer.checkpoint import write_file
 
     for name in ("dataset.json", "tokenizer.json"):
         if not (folder / name).exists():
             shutil.copy(dataset_folder / name, folder / name)
-    write_file(folder / "plan.txt", plan_text + "\n")
+    if plan_text is not None:
+        write_file(folder / "plan.txt", plan_text + "\n")
     with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(environment()) + "\n")
     write_file(folder / CONFIG, to_yaml(config))  # last: a folder with it can be resumed
@@ -218,13 +225,13 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     dataset = DatasetInfo.load(folder)
     plan = resolve(build(RunConfig, values), dataset)
     place = choose_device(device, world.local_rank)
-    chosen = world.from_leader(checkpoint.choose(folder / "checkpoints", step, world.say) if world.leader else None)
+    chosen = world.on_leader(lambda: checkpoint.choose(folder / "checkpoints", step, world.say))
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
     tensors = checkpoint.load(path, "model.", world, place)
     model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)
-    model.load_state_dict(tensors, assign=True)
+    checkpoint.put_into(model, tensors, path, assign=True)
     model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name)
     return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])

@@ -21,11 +21,15 @@ T = TypeVar("T")
 MISSING = dataclasses.MISSING
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with help text; a tuple stands for a list default."""
+def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
+    """A dataclass field with help text and, for numbers, the range low <= x <= high, or x > above.
+
+    A tuple stands for a list default.
+    """
+    metadata = {"help": help, "low": low, "above": above, "high": high}
     if isinstance(default, tuple):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,8 +81,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over` laid on top, section by section."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict)):
+            merged[key] = merge(merged[key], value or {})  # a section left empty changes nothing
+        else:
+            merged[key] = value
     return merged
 
 
@@ -129,12 +135,25 @@ def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
             raise UserError(unknown_key(full, known))
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
+            if value is not None and not isinstance(value, dict):
                 raise UserError(f"{full}: is a section with keys {', '.join(leaf_keys(hint))}; got {value!r}")
-            built[key] = build(typing.cast(type, hint), value, full + ".")
+            built[key] = build(typing.cast(type, hint), value or {}, full + ".")
         else:
             built[key] = coerce(hint, value, full)
+            _check_range(built[key], fields[key].metadata, full)
     return cls(**built)
+
+
+def _check_range(value: Any, limits: Any, key: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    low, above, high = (limits.get(name) for name in ("low", "above", "high"))
+    if low is not None and value < low:
+        raise UserError(f"{key}: {value} is too small; at least {low:g}")
+    if above is not None and value <= above:
+        raise UserError(f"{key}: {value} is too small; it must be above {above:g}")
+    if high is not None and value > high:
+        raise UserError(f"{key}: {value} is too large; at most {high:g}")
 
 
 def unknown_key(full: str, known: list[str]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import textwrap
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +17,11 @@ from torch import Tensor
 
 from models.base import IGNORE
 from trainer import checkpoint
-from trainer.config import PrepareConfig, RunConfig
+from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream, find_dataset, is_remote, local_folder
 from trainer.engine import build_engine
-from trainer.engine.distributed import World, start
+from trainer.engine.distributed import World, join, read_world
 from trainer.errors import UserError
 from trainer.evaluate import score, validate
 from trainer.generate import complete
@@ -62,7 +65,7 @@ class Run:
         self.state = State()
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
-        self.embedding = embedding.weight if config.optim.embedding_frequency == "global" else None
+        self.embedding: Any = embedding.weight if config.optim.embedding_frequency == "global" else None
 
     # -- one optimiser step ------------------------------------------------------------------------------------------
 
@@ -75,20 +78,19 @@ class Run:
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
         loss = torch.zeros((), device=self.device)
+        # How often each token stands in the whole step: its embedding row's gradient is divided by that.
         occurrences = None if self.embedding is None else torch.zeros(len(self.embedding), device=self.device)
         for tokens, targets, last in self.microbatches(length, sequences):
             loss += self.engine.backward(tokens, targets, 1 / counted, last)
             if occurrences is not None:
-                kept = tokens[targets[:, 0] != IGNORE].flatten()
-                occurrences.index_add_(0, kept, torch.ones_like(kept, dtype=occurrences.dtype))
+                occurrences.index_add_(0, tokens.flatten(), (targets != IGNORE).flatten().float())
         loss = self.world.sum(loss) / counted
 
-        if (
-            self.embedding is not None and occurrences is not None
-        ):  # rows by how often their token stood in the whole step
-            self.embedding.grad.div_(self.world.sum(occurrences).clamp_(min=1)[:, None])  # type: ignore[union-attr]
+        if occurrences is not None:
+            self.embedding.grad.div_(self.world.sum(occurrences).clamp_(min=1)[:, None])
         gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
+        norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp32 also where gradients are bf16
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.config.optim.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(list(self.names), self.config.optim.clip_norm, norm)
         finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
@@ -103,7 +105,7 @@ class Run:
             epoch=self.stream.epoch(state.position),
             length=length,
             multiplier=state.k,
-            lr=self.optimizer.adamw.param_groups[-1 if self.config.optim.recipe == "hlb" else 0]["lr"],
+            lr=self.optimizer.matrix_lr,
             loss=loss,
             grad_norm=norm,
             finite=finite,
@@ -158,12 +160,19 @@ class Run:
             _, right, count = score(self.engine, block[:, :-1], block[:, 1:])
         return (right / count).item()
 
+    def validate(self) -> dict[str, Any]:
+        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it."""
+        final = self.state.step == self.config.max_steps
+        limit = 0 if final else self.config.evaluation.max_tokens
+        return validate(self.engine, self.validation, self.plan, self.world, self.state.step, max_tokens=limit)
+
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
         """A text sample (rank 0), appended to samples.txt; returns it."""
         prompt = self.config.log.sample_prompt
         limit = self.model.max_context
-        if limit is not None:
-            tokens = min(tokens, limit - len(tokenizer.encode(prompt)))
+        if limit is not None and len(tokenizer.encode(prompt)) + tokens > limit:
+            tokens = max(1, limit - len(tokenizer.encode(prompt)))
+            prompt = tokenizer.decode(tokenizer.encode(prompt)[: limit - tokens].tolist())
         text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], seed=self.config.seed)[0]
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"=== {header}\n{text}\n\n")
@@ -193,24 +202,28 @@ class Run:
     def restore(self) -> bool:
         """Go on from the newest good checkpoint; False where there is none."""
         folder = self.folder / "checkpoints"
-        chosen = checkpoint.choose(folder, None, self.world.say) if self.world.leader else None
-        chosen = self.world.from_leader(chosen)
+        chosen = self.world.on_leader(lambda: checkpoint.choose(folder, None, self.world.say))
         if chosen is None:
             return False
         path, manifest = chosen
-        if manifest["fingerprint"] != self.dataset.fingerprint:
+        if manifest.get("fingerprint") != self.dataset.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
                 "give the run its data back or choose another --run_dir"
             )
+        try:
+            self.state = State(**manifest["state"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"checkpoint: the state in {path / checkpoint.MANIFEST} is not this version's: {error}"
+            ) from None
         tensors = checkpoint.load(path, "", self.world, self.device)
         own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(own)
+        checkpoint.put_into(self.model, own, path)
         parameters = {name: parameter for parameter, name in self.names.items()}
         states = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
         self.optimizer.load_tensors(states, parameters)
         self.optimizer.decay = tensors["weight_decay"]
-        self.state = State(**manifest["state"])
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
         return True
@@ -218,64 +231,71 @@ class Run:
 
 def run(given: dict[str, Any]) -> None:
     """The verb. given: values of the YAML file and the flags, as in RunConfig."""
-    asked = build(RunConfig, given)
-    world = start(asked.device)
-    try:
-        values, resuming = world.from_leader(combined_values(given) if world.leader else None)
-        config = build(RunConfig, values)
-        dataset = obtain_dataset(config, world)
-        plan = resolve(config, dataset)
-        folder = Path(plan.config.run_dir or "").expanduser()
-        if not world.leader:
-            train(plan, world, dataset, resuming)
-            return
-        if resuming:
-            check_unchanged(folder, plan.config)
-        with locked(folder):
-            train(plan, world, dataset, resuming)
-    finally:
-        world.stop()
+    world = read_world()
+    values, resuming = combined_values(given)
+    config = build(RunConfig, values)
+    obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
+    join(world, config.device)
+    # Rank 0 looks and resolves; the others take what it found, and its error where there is one.
+    values, resuming = world.on_leader(lambda: combined_values(given))
+    config, plan_text = world.on_leader(lambda: resolve_run(build(RunConfig, values), resuming))
+    dataset = find_dataset(config.data)
+    assert dataset is not None
+    with contextlib.ExitStack() as stack:
+        folder = Path(config.run_dir).expanduser()
+        world.on_leader(lambda: stack.enter_context(locked(folder)) and None)
+        train(resolve(config, dataset), world, dataset, plan_text)
+    world.stop()
 
 
-def obtain_dataset(config: RunConfig, world: World) -> DatasetInfo:
-    """The dataset of `data.path`, prepared from `data.source` first where it does not exist yet."""
+def resolve_run(config: RunConfig, resuming: bool) -> tuple[Any, str | None]:
+    """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
+    plan = resolve(config, find_dataset(config.data))
+    if not resuming:
+        return plan.config, render(plan)
+    check_unchanged(Path(plan.config.run_dir).expanduser(), plan.config)
+    return plan.config, None
+
+
+def obtain_dataset(config: RunConfig, world: World) -> None:
+    """See to it that `data.path` exists: rank 0 prepares it from `data.source` where it does not, the others wait for it."""
     data = config.data
     if data.path is None:
         raise UserError(
             "data.path: no data to train on; run `python -m trainer prepare --source TEXT --out DIR` and give --data.path DIR, "
             "or start with configs/quickstart.yaml"
         )
-    if world.leader and not is_remote(data.path) and data.source and find_dataset(data) is None:
+    if is_remote(data.path) or not data.source or Path(data.path).expanduser().exists():
+        return
+    while not world.leader and find_dataset(data) is None:
+        time.sleep(0.5)
+    if world.leader:
         from trainer.data.prepare import prepare
 
-        corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(PrepareConfig) if hasattr(data, f.name)}
-        prepare(PrepareConfig(**{**corpus, "out": data.path}), world.say)
-    world.barrier()
-    found = find_dataset(data)
-    assert found is not None  # it exists, or reading it has raised
-    return found
+        corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
+        prepare(PrepareConfig(**corpus, out=data.path), world.say)
 
 
-def train(plan: Plan, world: World, dataset: DatasetInfo, resuming: bool) -> None:
-    """From the plan to the trained model."""
+def train(plan: Plan, world: World, dataset: DatasetInfo, plan_text: str | None) -> None:
+    """From the plan to the trained model. plan_text: of a new run; None: go on with an old one."""
     from trainer.data.tokenizers import Tokenizer
 
     config = plan.config
     this = Run(plan, world, dataset)
-    if world.leader:
-        plan_text = render(plan)
-        write_start(this.folder, config, plan_text, local_folder(config.data))
-        world.say(f"{plan_text}\n\noptimiser groups\n{this.optimizer.table()}")
-    kernels = this.model.describe_kernels()
-    world.say(f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else ""))
-    tokenizer = Tokenizer.from_file(local_folder(config.data) / "tokenizer.json") if world.leader else None
-    if resuming:
+    if plan_text is None:
         this.restore()
     if this.state.step >= config.max_steps:
         world.say(
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return
+    tokenizer = None
+    if world.leader:
+        write_start(this.folder, config, plan_text, local_folder(config.data))
+        world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.optimizer.table()}".lstrip())
+        tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", dataset.tokenizer.name)
+    kernels = this.model.describe_kernels()
+    world.say(f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else ""))
     report = Report(this.folder, plan, world, this.engine, this.state.step, this.state.seconds)
     try:
         loop(this, report, tokenizer)
@@ -288,38 +308,34 @@ def train(plan: Plan, world: World, dataset: DatasetInfo, resuming: bool) -> Non
 def loop(this: Run, report: Report, tokenizer: Any) -> None:
     """Step, and at their intervals evaluate, sample and save."""
     config, state = this.config, this.state
+
+    def due(every: int) -> bool:
+        return state.step == config.max_steps or (every > 0 and state.step % every == 0)
+
     while state.step < config.max_steps:
         report.step_done(this.optimiser_step())
-        final = state.step == config.max_steps
-        evaluate = final or (config.evaluation.every and state.step % config.evaluation.every == 0)
-        save = final or (config.checkpoint.every and state.step % config.checkpoint.every == 0)
-        accuracy = None
-        if this.world.leader and (evaluate or state.step % config.log.every == 0):
-            accuracy = this.train_accuracy()
-        if evaluate:
-            report.clock.stop()
-            report.flush(validate(this.engine, this.validation, this.plan, this.world, state.step), accuracy)
-            if this.world.leader and config.log.sample_tokens and not final:
+        evaluate, save = due(config.evaluation.every), due(config.checkpoint.every)
+        if not (evaluate or save or due(config.log.every)):
+            continue
+        report.stop_clock()
+        accuracy = this.train_accuracy() if this.world.leader else None
+        report.flush(this.validate() if evaluate else None, accuracy)
+        if evaluate and this.world.leader:
+            if config.log.sample_tokens and state.step < config.max_steps:
                 this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
-        elif accuracy is not None:
-            report.flush(None, accuracy)
+            draw_curves(this)
         if save:
-            report.clock.stop()
-            report.flush()
             report.sync()
             this.save(report.clock.seconds)
-        if evaluate:
-            draw_curves(this)
         report.clock.start()
 
 
 def draw_curves(this: Run) -> None:
-    """curves.png of the run so far (rank 0)."""
-    if this.world.leader:
-        from trainer.metrics import plots
+    """curves.png of the run so far."""
+    from trainer.metrics import plots
 
-        title = f"{this.config.model['name']}, {this.plan.parameters / 1e6:.1f} M parameters, {this.folder.name}"
-        plots.draw(this.folder / "metrics.jsonl", this.folder / "curves.png", title)
+    title = f"{this.config.model['name']}, {this.plan.parameters / 1e6:.1f} M parameters, {this.folder.name}"
+    plots.draw(this.folder / "metrics.jsonl", this.folder / "curves.png", title)
 
 
 def finish(this: Run, report: Report, tokenizer: Any) -> None:
@@ -329,14 +345,11 @@ def finish(this: Run, report: Report, tokenizer: Any) -> None:
     last = report.last
     text = ""
     if this.config.log.demo_tokens:
-        import textwrap
-
         sample = this.write_sample(tokenizer, this.config.log.demo_tokens, f"step {this.state.step}, final")
         text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
-    bits = f", {last['val_bits_per_byte']:.4f} bits/byte" if "val_bits_per_byte" in last else ""
     report.console.say(
         f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {report.clock.seconds:.1f} s of training: "
-        f"validation loss {last['val_loss']:.4f}{bits}\n"
+        f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
         f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
         f"`python -m trainer generate {this.folder}` writes more"
     )

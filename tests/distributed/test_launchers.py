@@ -1,5 +1,6 @@
 """Real processes over gloo: torchrun and accelerate launch train what one process trains."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,101 @@ def test_contradictions_are_one_line(tiny_dataset, tmp_path):
     done = launch(torchrun(2), values, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: engine.strategy: single, but 2 processes were started") == 1
+
+
+RANK_ONE_FAILS = """
+import os
+from models.base import register
+from models.hlb import Hlb, HlbConfig
+
+@register("fails")
+class Fails(Hlb):
+    Config = HlbConfig
+    def forward(self, tokens, **kwargs):
+        out = super().forward(tokens, **kwargs)
+        if not tokens.is_meta and MOMENT:
+            ACTION
+        return out
+"""
+
+
+def launch_failing(tmp_path, tiny_dataset, moment, action, monkeypatch, **changes):
+    code = RANK_ONE_FAILS.replace("MOMENT", moment).replace("ACTION", action)
+    (tmp_path / "fails.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    values = tiny_values(tiny_dataset, tmp_path / "run", model={"name": "fails"}, optim__recipe="hlb", **changes)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    words = [*torchrun(2), "-m", "trainer", "train", str(config), "--plugin", "fails"]
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
+def test_a_crash_on_one_rank_ends_all(tiny_dataset, tmp_path, monkeypatch):
+    done = launch_failing(
+        tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', 'raise RuntimeError("rank one is ill")', monkeypatch
+    )
+    assert done.returncode != 0
+    assert "rank one is ill" in done.stderr
+
+
+def test_out_of_memory_on_one_rank_is_a_line(tiny_dataset, tmp_path, monkeypatch):
+    action = 'raise RuntimeError("CUDA out of memory. Tried to allocate")'
+    done = launch_failing(tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', action, monkeypatch)
+    assert "error: [rank 1] out of memory: lower batch.tokens_per_microbatch" in done.stderr
+
+
+def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path, monkeypatch):
+    done = launch_failing(
+        tmp_path, tiny_dataset, 'os.environ["RANK"] == "1" and out.loss is not None', "out.loss = out.loss * float('nan')",
+        monkeypatch,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "step 1: loss or gradient is not finite" in done.stderr
+
+
+def test_a_refusal_by_rank_zero_ends_all(single, tiny_dataset, tmp_path):
+    folder = shutil.copytree(single, tmp_path / "run")
+    done = launch(torchrun(2), tiny_values(tiny_dataset, folder, seed=9, evaluation__every=5), tmp_path, timeout=60)
+    assert "error: seed: " in done.stderr
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_ends_all(tiny_dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    done = launch(torchrun(2), tiny_values(tiny_dataset, tmp_path / "run"), tmp_path, timeout=60)
+    assert done.stderr.count("error: checkpoint: step 4 could not be written") == 1
+
+
+@pytest.mark.parametrize("source, works", [("text.txt", True), ("missing.txt", False)])
+def test_first_use_prepares_once_for_all_ranks(tmp_path, source, works):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 2000)
+    values = tiny_values(tmp_path / "data", tmp_path / "run", max_steps=2)
+    values["data"] |= {"source": str(tmp_path / source), "tokenizer": "bytes", "sample_length": 64}
+    values["data"]["validation_fraction"] = 0.1
+    done = launch(torchrun(2), values, tmp_path, timeout=60)
+    assert (done.returncode == 0) == works, done.stderr
+    if not works:
+        assert done.stderr.count("error: ") == 1 and "missing.txt" in done.stderr
+
+
+def test_rank_zero_alone_prints_plans(tiny_dataset):
+    words = [*torchrun(2), "-m", "trainer", "plan", "--model_scale", "0.1", "--json"]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert json.loads(done.stdout)["model_scale"] == 0.1
+
+
+def test_plain_recipe_with_clipping_on_two_processes(tiny_dataset, tmp_path):
+    results = []
+    for processes in (1, 2):
+        values = tiny_values(
+            tiny_dataset, tmp_path / f"run{processes}", model={"name": "gpt2"}, optim__clip_norm=0.1,
+            evaluation__protocol="both",
+        )  # fmt: skip
+        done = launch(torchrun(processes), values, tmp_path)
+        assert done.returncode == 0, done.stderr
+        results.append([row[key] for row in rows(tmp_path / f"run{processes}") for key in ("loss", "grad_norm")])
+        results[-1] += [rows(tmp_path / f"run{processes}")[-1][key] for key in ("val_loss", "val_loss_hlb")]
+    assert results[0] == pytest.approx(results[1], rel=3e-4)
 
 
 def test_one_bad_rank_ends_all(tiny_dataset, tmp_path):

@@ -65,6 +65,10 @@ class DatasetInfo:
         folder = Path(path).expanduser()
         file = folder / FILE
         if file.is_file():
+            if not (folder / "tokenizer.json").is_file():
+                raise UserError(
+                    f"{folder}: has no tokenizer.json, so it is an unfinished copy; copy or prepare it again"
+                )
             return cls.from_json(file.read_bytes(), str(file))
         if folder.exists():
             raise UserError(
@@ -86,7 +90,12 @@ class DatasetInfo:
                 raise UserError(f"{where}: format {version!r}, this version reads {FORMAT}; prepare the data again")
             content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
-            return cls(**content)
+            info = cls(**content)
+            counts = [info.sample_length, info.tokenizer.vocab_size, info.tokenizer.eot_id]
+            counts += [value for split in info.splits.values() for value in asdict(split).values()]
+            if not all(isinstance(count, int) and count >= 0 for count in counts) or info.sample_length < 1:
+                raise ValueError("a count is not a number")
+            return info
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: malformed ({error}); prepare or copy the dataset again") from None
 

@@ -126,6 +126,11 @@ class Split:
         if not remote:
             for shard in self.shards:
                 self._check_size(shard)
+        if -(-(self.counts.tokens - 1) // self.length) != self.counts.samples:
+            raise UserError(
+                f"data: dataset.json in {self.folder} contradicts itself: {self.counts.tokens} tokens do not make "
+                f"{self.counts.samples} samples of {self.length}; prepare the data again"
+            )
         self._ready = [False] * len(self.shards)
         self._locks = [threading.Lock() for _ in self.shards]
 

@@ -1,8 +1,6 @@
-"""How a model is spread over devices. The loop sees a few methods and no engine names.
+"""How a model is spread over devices. The loop sees `model`, `device`, `autocast()`, `describe()` and
 
-engine = build_engine(plan, world)
-loss_sum = engine.backward(tokens, targets, scale, last)   # once per microbatch
-grad_norm = engine.finish_gradients(...)                   # once per optimiser step
+loss_sum = engine.backward(tokens, targets, scale, last)   # per microbatch; gradients are global after the last
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,12 +40,21 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def from_leader(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def on_leader(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank; its UserError or OSError too, so that no rank waits for another."""
         if self.size == 1:
-            return value
-        box = [value]
+            return work()
+        box: list[Any] = [None, None]
+        if self.leader:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = str(error)
+            except OSError as error:
+                box[1] = f"{error.filename or 'input or output'}: {error.strerror or error}"
         dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise UserError(box[1])
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -58,28 +70,35 @@ class World:
             dist.barrier()
 
     def stop(self) -> None:
-        """Leave the process group, all together."""
+        """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
         if self.size > 1 and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
-def start(wanted_device: str) -> World:
-    """Read the launcher's environment (torchrun, accelerate) and join the process group where there are several processes."""
+def read_world() -> World:
+    """This process's place, from the launcher's environment (torchrun, accelerate)."""
     size = _environment("WORLD_SIZE", 1)
-    if size == 1:
-        return World()
-    rank, local_rank = _environment("RANK"), _environment("LOCAL_RANK", 0)
+    return World() if size == 1 else World(_environment("RANK"), size, _environment("LOCAL_RANK", 0))
+
+
+def join(world: World, wanted_device: str) -> None:
+    """Enter the process group, where there are several processes."""
+    if world.size == 1:
+        return
     from trainer.device import choose_device
 
-    device = choose_device(wanted_device, local_rank)
+    device = choose_device(wanted_device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=_attempt_store(size), rank=rank, world_size=size, timeout=timedelta(minutes=30)
+        backend,
+        store=_attempt_store(world.size),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=30),
     )
-    return World(rank, size, local_rank)
 
 
 def _environment(name: str, default: int | None = None) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
 
-KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second")
+KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second", "seconds")
 
 
 class MetricsFile:
@@ -36,6 +37,13 @@ class MetricsFile:
         self._file.close()
 
 
+def _run_id(file: Path) -> str:
+    """A random id, written once into the run folder: a resumed run has the same, a new one in its place has not."""
+    if not file.exists():
+        file.write_text(secrets.token_hex(6), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows; a last line cut off by a kill is left out."""
     rows = []
@@ -44,7 +52,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and row.keys() >= set(KEYS):
             rows.append(row)
     return rows
 
@@ -52,7 +60,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class Wandb:
     """A wandb run that never stands in the way: offline without login or network, the same run id on resume."""
 
-    def __init__(self, mode: str, project: str, folder: Path, run_id: str, config: dict[str, Any], say: Any) -> None:
+    def __init__(self, mode: str, project: str, folder: Path, config: dict[str, Any], say: Any) -> None:
         self._run: Any = None
         if mode == "disabled":
             return
@@ -63,17 +71,20 @@ class Wandb:
         settings: dict[str, Any] = {
             "project": project,
             "dir": str(folder),
-            "id": run_id,
+            "id": _run_id(folder / "wandb-id"),
             "resume": "allow",
             "config": config,
         }
         settings["name"] = folder.name
         if mode in ("auto", "online"):
             try:
+                if not wandb.api.api_key:
+                    raise RuntimeError("no API key")  # on a terminal wandb would ask for one
                 self._run = wandb.init(mode="online", settings=wandb.Settings(init_timeout=20, silent=True), **settings)
                 return
             except Exception as error:
-                say(f"wandb: no login or network ({type(error).__name__}); recording offline under {folder / 'wandb'}")
+                reason = " ".join(f"{error}".split())[:100]
+                say(f"wandb: no login or network ({reason}); recording offline under {folder / 'wandb'}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **settings)
 
     def write(self, row: dict[str, Any]) -> None:

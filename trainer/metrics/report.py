@@ -5,7 +5,7 @@ Losses and norms stay on the device until the next step has been launched, so re
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +68,24 @@ class Report:
         self._seconds_then = seconds
         self._skips = 0
         self.last: dict[str, Any] = {}
-        title = f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
-        self.console = open_console(plan.config.log.console, world.leader, title)
         self._metrics: MetricsFile | None = None
         if world.leader:
+            log, settings = plan.config.log, dataclasses.asdict(plan.config)
             self._metrics = MetricsFile(folder / "metrics.jsonl", step)
-            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-            log = plan.config.log
-            self._wandb = Wandb(log.wandb, log.wandb_project, folder, run_id, _plain(plan.config), self.console.say)
+            self._wandb = Wandb(log.wandb, log.wandb_project, folder, settings, world.say)
+        title = f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
+        self.console = open_console(plan.config.log.console, world.leader, title)
 
     def step_done(self, measured: Measured) -> None:
         """Take a step's measurements; tells those of the step before, which the device has finished by now."""
         self.flush()
         self._waiting = measured
+
+    def stop_clock(self) -> None:
+        """Wait for the device to finish the last step, then stop counting."""
+        if self._waiting is not None:
+            self._waiting.loss.item()
+        self.clock.stop()
 
     def flush(self, validation: dict[str, Any] | None = None, train_accuracy: float | None = None) -> None:
         """Tell the step that is waiting, with the results of an evaluation made after it. Raises at a non-finite step."""
@@ -120,7 +125,8 @@ class Report:
     def _show(self, row: dict[str, Any], best: dict[str, Any], train_accuracy: float | None) -> None:
         facts = self._facts(row)
         self.console.step(facts)
-        if row["step"] % self.config.log.every and not best:
+        every = self.config.log.every
+        if not best and (every == 0 or row["step"] % every):
             return
         cells = {
             "epoch": int(row["epoch"]),
@@ -161,8 +167,8 @@ class Report:
         optim = self.config.optim
         if optim.non_finite == "stop" or self._skips > optim.max_skips:
             raise UserError(
-                f"step {step}: loss or gradient is not finite ({self._skips} in a row); the weights were not touched by it "
-                f"and the last checkpoint is good; lower optim.lr, or set optim.non_finite skip, and start again"
+                f"step {step}: loss or gradient is not finite ({self._skips} in a row); it did not touch the weights; go on "
+                "from the last checkpoint with --optim.non_finite skip, or start with a lower --optim.lr in another --run_dir"
             )
         self.console.say(f"step {step}: loss or gradient is not finite; the step is skipped")
 
@@ -180,9 +186,3 @@ class Report:
 
 def _short(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(config)

@@ -59,9 +59,6 @@ def hlb_groups(model: Any, optim: Any) -> list[Group]:
 
     slow = by_role["norm"] + by_role["bias"] + by_role["embedding"]
     groups = [
-        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, (0.9, 0.95), 1e-9),
-        Group("norm, bias, embedding", slow, 32 * optim.lr, power, (0.9, 0.95), 1e-9),
-        Group("head", by_role["head"], 2 * optim.lr, output_decay, (0.6, 0.95), 1e-9),
         Group(
             "matrix",
             by_role["matrix"],
@@ -72,6 +69,9 @@ def hlb_groups(model: Any, optim: Any) -> list[Group]:
             weight_decay=optim.weight_decay,
             loss_driven_decay=optim.loss_driven_decay,
         ),
+        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, (0.9, 0.95), 1e-9),
+        Group("norm, bias, embedding", slow, 32 * optim.lr, power, (0.9, 0.95), 1e-9),
+        Group("head", by_role["head"], 2 * optim.lr, output_decay, (0.6, 0.95), 1e-9),
     ]
     return [group for group in groups if group.parameters]
 
@@ -147,6 +147,11 @@ class Optimizer:
         self.adamw.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernel reads it on the device
         self.adamw.step()
         self.decay = torch.where(finite > 0, self._decay_of(loss), self.decay)
+
+    @property
+    def matrix_lr(self) -> float:
+        """Learning rate of the matrices (the first group) at the last step."""
+        return self.adamw.param_groups[0]["lr"]
 
     def clear_gradients(self) -> None:
         self.adamw.zero_grad(set_to_none=True)
