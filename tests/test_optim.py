@@ -45,7 +45,7 @@ def hlb_model():
 
 
 def test_hlb_groups_at_scale_one():
-    """Membership, learning rates, betas and decay of spec A8 with lr of scale 1."""
+    """Membership, learning rates, betas and decay of hlb-gpt with lr of scale 1."""
     config = OptimConfig(recipe="hlb", lr=2.52587e-3, warmup_steps=100, weight_decay=0.0, loss_driven_decay=True)
     model = hlb_model()
     groups = {group.name: group for group in optim.hlb_groups(model, config)}

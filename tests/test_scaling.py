@@ -59,7 +59,7 @@ def test_rounding_is_bankers():
 )
 def test_weight_decay_law(loss, decay):
     base = scaling.weight_decay_base(46_009_736)
-    assert scaling.weight_decay(loss, base) == pytest.approx(decay, rel=5e-3)  # the spec prints three digits
+    assert scaling.weight_decay(loss, base) == pytest.approx(decay, rel=5e-3)  # printed with three digits
 
 
 def test_grad_norm_targets():

@@ -62,7 +62,7 @@ class BatchConfig:
 
     tokens_per_step: int | None = setting(None, "global tokens of one optimiser step (before hlb's multiplier)", low=1)
     tokens_per_microbatch: int | None = setting(None, "most tokens one device takes in one forward and backward", low=1)
-    device_token_capacity: int | None = setting(None, "spec A1's G: tokens that fit the device at model_scale 1", low=1)
+    device_token_capacity: int | None = setting(None, "tokens that fit the device at model_scale 1 (G of the law of C)", low=1)
     sequence_length: int | None = setting(None, "longest training sequence; divides data.sample_length", low=1)
     sequence_start: int | None = setting(None, "first sequence length; doubled until sequence_length", low=1)
     sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth", low=0)
@@ -74,12 +74,12 @@ class BatchConfig:
 class OptimConfig:
     """The optimiser and its schedules."""
 
-    recipe: Literal["auto", "hlb", "plain"] = setting("auto", "hlb: four groups, laws of spec A; plain: AdamW, cosine")
+    recipe: Literal["auto", "hlb", "plain"] = setting("auto", "hlb: four groups and hlb-gpt's laws; plain: AdamW, cosine")
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
     final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak", low=0, high=1)
     weight_decay: float | None = setting(None, "plain: AdamW's decay of parameters with two or more dimensions", low=0)
-    loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss (spec A9)")
+    loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
         "auto", "divide embedding gradients by token counts over the step, over a microbatch (the original), or not"
@@ -101,7 +101,7 @@ class EvaluationConfig:
 
     every: int = setting(50, "optimiser steps between evaluations; 0: only at the end", low=0)
     protocol: Literal["full", "hlb", "both"] = setting(
-        "full", "full: the split in order, every token once; hlb: 150 random windows (spec A12), seeded; both"
+        "full", "full: the split in order, every token once; hlb: 150 random windows, seeded; both"
     )
     max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split", low=0)
     sequence_length: int | None = setting(None, "window length; none: the longest training sequence", low=1)

@@ -1,7 +1,7 @@
 """Validation loss, by two protocols, during training and as a verb.
 
 full: the split in order, windows that do not overlap, every token a target once: the same figure on any number of devices.
-hlb:  150 random windows of hlb-gpt (spec A12), seeded; kept to compare with its 3.80.
+hlb:  150 random windows as in hlb-gpt, seeded; kept to compare with its 3.80.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class _Inference:
             tokens = max(1, round(scaling.plain_tokens_per_step(self.non_embedding) / longest)) * longest
             rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
         self.fill("batch", "tokens_per_step", max(tokens, longest), rule)
-        capacity = scaling.tokens_per_microbatch(scale, batch.device_token_capacity)
+        capacity: float = scaling.tokens_per_microbatch(scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
         fits = self._tokens_that_fit(longest)
         if fits < capacity:

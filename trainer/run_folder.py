@@ -209,7 +209,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     from trainer import checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
-    from trainer.device import choose_device
+    from trainer.device import choose_device, keep_freed_memory
     from trainer.engine.distributed import World
     from trainer.plan import build_meta, resolve
 
@@ -225,6 +225,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     dataset = DatasetInfo.load(folder)
     plan = resolve(build(RunConfig, values), dataset)
     place = choose_device(device, world.local_rank)
+    if place.type == "cpu":
+        keep_freed_memory()
     chosen = world.on_leader(lambda: checkpoint.choose(folder / "checkpoints", step, world.say))
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")

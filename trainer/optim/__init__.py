@@ -112,7 +112,7 @@ class Optimizer:
     """AdamW over groups, with their schedules, and two guards that never wait for the device:
 
     a step whose loss or gradient is not finite changes neither weights nor moments, and hlb's loss-driven weight decay
-    lives in a tensor on the device (spec A9: the decay of a step follows the loss of the step before).
+    lives in a tensor on the device (the decay of a step follows the loss of the step before).
     """
 
     def __init__(self, groups: list[Group], n_parameters: int, first_loss: float, device: torch.device) -> None:
