@@ -29,6 +29,7 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["README.md", "models/README.md", "launch/README.md", "trainer/data/README.md"])
 def test_links_and_files_exist(file):
     text = (ROOT / file).read_text()
+    assert "@@" not in text
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (ROOT / file).parent.joinpath(target).exists(), target

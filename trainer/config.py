@@ -62,7 +62,9 @@ class BatchConfig:
 
     tokens_per_step: int | None = setting(None, "global tokens of one optimiser step (before hlb's multiplier)", low=1)
     tokens_per_microbatch: int | None = setting(None, "most tokens one device takes in one forward and backward", low=1)
-    device_token_capacity: int | None = setting(None, "tokens that fit the device at model_scale 1 (G of the law of C)", low=1)
+    device_token_capacity: int | None = setting(
+        None, "tokens that fit the device at model_scale 1 (G of the law of C)", low=1
+    )
     sequence_length: int | None = setting(None, "longest training sequence; divides data.sample_length", low=1)
     sequence_start: int | None = setting(None, "first sequence length; doubled until sequence_length", low=1)
     sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth", low=0)
@@ -74,7 +76,9 @@ class BatchConfig:
 class OptimConfig:
     """The optimiser and its schedules."""
 
-    recipe: Literal["auto", "hlb", "plain"] = setting("auto", "hlb: four groups and hlb-gpt's laws; plain: AdamW, cosine")
+    recipe: Literal["auto", "hlb", "plain"] = setting(
+        "auto", "hlb: four groups and hlb-gpt's laws; plain: AdamW, cosine"
+    )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
     final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak", low=0, high=1)
