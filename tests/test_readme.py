@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, tiny_values
 
+from trainer.__main__ import import_plugins
 from trainer.metrics.record import read_rows
 from trainer.train import run
 
@@ -19,6 +20,7 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
     assert len([line for line in code.splitlines() if line.strip()]) <= 11, "ten lines and a title"
     (tmp_path / "squared.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    import_plugins(["squared"])
     run(tiny_values(tiny_dataset, tmp_path / "run", model={"name": "gpt2-squared"}, max_steps=3))
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
     from models.base import _REGISTRY
@@ -50,7 +52,7 @@ def test_commands_use_known_keys():
             if verb not in schemas:
                 continue
             for key in re.findall(r"--([\w.]+)", rest):
-                known = [*leaf_keys(schemas[verb]), "help", "json", "print_config"]
+                known = [*leaf_keys(schemas[verb]), "help", "json", "print_config", "plugin"]
                 assert key in known or key.startswith("model."), (file, verb, key)
                 found += 1
     assert found > 5
