@@ -141,6 +141,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """ValueError unless each named field of a Config is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
 def pad_vocab(size: int, multiple: int = 64) -> int:
     """Vocabulary rounded up for fast matrix products: GPT-2's 50257 -> 50304."""
     return -(-size // multiple) * multiple

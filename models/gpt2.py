@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, cross_entropy, register
+from models.base import Cache, LanguageModel, Output, cross_entropy, register, require_positive
 from models.layers import normal_
 
 OPENAI_NAMES = {
@@ -37,9 +37,7 @@ class Gpt2Config:
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the variance in LayerNorm"})
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "max_context")
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads must divide d_model ({self.d_model}), {self.n_heads} does not")
         if self.gelu not in ("exact", "tanh"):

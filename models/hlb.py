@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, cross_entropy, register
+from models.base import Cache, LanguageModel, Output, cross_entropy, register, require_positive
 from models.layers import normal_
 from models.layers.distance_attention import (
     FLEX_MIN_LENGTH,
@@ -45,9 +45,7 @@ class HlbConfig:
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the variance in LayerNorm"})
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "qk_divisor", "expand_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_positive(self, "vocab_size", "d_model", "n_layers", "qk_divisor", "expand_factor")
         if self.qk_divisor > self.d_model:
             raise ValueError(f"qk_divisor must be at most d_model ({self.d_model}), not {self.qk_divisor}")
         if self.norm_eps <= 0:

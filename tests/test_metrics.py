@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from trainer.metrics import console, plots
 from trainer.metrics.record import MetricsFile, Wandb, read_rows
-from trainer.metrics.report import Clock
+from trainer.metrics.report import Clock, Measured, Report
 
 ROW = {
     "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
@@ -47,6 +48,7 @@ def test_live_view_shows_everything(monkeypatch):
     shown = screen.getvalue()
     for text in ("hlb, 46.0 M", "step 5 / 10", "bits/byte", "MFU", "ETA", "val_loss 6.5000", "[note] with brackets"):
         assert text in shown
+    assert "[dim]" not in shown, "a note must not switch the panel's styles off"
 
 
 def test_only_the_leader_has_a_console():
@@ -64,6 +66,28 @@ def test_clock_counts_training_only():
     clock.start()
     time.sleep(0.02)
     assert clock.seconds > held
+
+
+def test_time_goes_to_the_step_that_took_it(monkeypatch):
+    class Hands:
+        seconds = 0.0
+
+        def stop(self):
+            """It is moved by hand."""
+
+    report = Report.__new__(Report)
+    report.clock, report._waiting, report._seconds_then = Hands(), None, 0.0
+    monkeypatch.setattr(Report, "flush", lambda self: setattr(self, "_waiting", None))
+    zero = torch.zeros(())
+    steps = [Measured(i, 0, 10, 0.0, 16, 1, 0.1, zero, zero, zero) for i in range(2)]
+    report.clock.seconds = 2.0
+    report.step_done(steps[0])
+    report.clock.seconds = 5.0
+    report.step_done(steps[1])
+    report.clock.seconds = 6.0  # the device finishes the second step
+    report.stop_clock()
+    assert [step.elapsed for step in steps] == [2.0, 4.0]
+    assert [step.seconds for step in steps] == [2.0, 6.0]
 
 
 def test_resumed_metrics_have_each_step_once(tmp_path):

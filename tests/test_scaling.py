@@ -49,6 +49,15 @@ def test_whole_table(row):
     assert f"{batch}x{steps}" == row[13]
 
 
+def test_hlb_and_the_dial_agree():
+    """models/ knows nothing of trainer/, so the law stands in both."""
+    from models.hlb import HlbConfig
+
+    for scale in (0.01, 0.05, 0.3, 0.5, 1, 2, 3.7, 8, 32, 148):
+        config = HlbConfig.for_scale(scale, 50304)
+        assert (config.d_model, config.n_layers) == scaling.dimensions(scale)
+
+
 def test_rounding_is_bankers():
     # 8 log2(1 + s) = 2.5 exactly: Python's round gives 2, school rounding would give 3.
     assert scaling.dimensions(2 ** (2.5 / 8) - 1)[1] == 2

@@ -78,6 +78,9 @@ def test_metrics_rows(finished):
     assert set(evaluated) == {5, 10, 12}
     assert all(row["val_loss_hlb"] > 0 and row["val_bits_per_byte"] > 0 for row in evaluated.values())
     assert [row["sequence_length"] for row in rows] == [16] * 4 + [32] * 3 + [64] * 5
+    # Rates and the clock tell the same: what the steps took adds up to the training time.
+    took = [row["microbatch_steps"] * 512 / row["tokens_per_second"] for row in rows]
+    assert sum(took) == pytest.approx(rows[-1]["seconds"], rel=1e-6)
 
 
 def test_it_learns(tiny_dataset, tmp_path):

@@ -11,7 +11,6 @@ Only tensors and JSON are stored, and nothing that is read can run code.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from trainer.engine.distributed import World
 from trainer.errors import UserError
+from trainer.files import sync_path, write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -105,31 +105,12 @@ def _hash(path: Path) -> str:
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest, rename, pointer: in that order, each on disk before the next."""
     write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_folder(temporary)
+    sync_path(temporary)
     if final.exists():  # a damaged one of the same step, passed over when this run started
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_path(final.parent)
     write_file(final.parent / "latest", final.name)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a small file so that it is either old or new, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _purge(folder: Path, step: int, keep: Callable) -> None:

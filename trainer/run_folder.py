@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.config import DataConfig, RunConfig
 from trainer.errors import UserError
+from trainer.files import write_file
 from trainer.settings import build, load_yaml, merge, to_yaml
 
 CONFIG = "config.yaml"
@@ -122,8 +123,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_start(folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path) -> None:
     """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; a line of environment.jsonl."""
-    from trainer.checkpoint import write_file
-
     for name in ("dataset.json", "tokenizer.json"):
         if not (folder / name).exists():
             shutil.copy(dataset_folder / name, folder / name)

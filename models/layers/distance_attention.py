@@ -1,7 +1,8 @@
 """Single-head causal attention with a learned slope over the distance, and values wider than its queries and keys.
 
 score(i, j) = q_i k_j / sqrt(d_qk) + slope (j - i), as in ALiBi (arXiv 2108.12409) but with the slope learned. Two
-kernels compute it, `attend_dense` and `attend_flex`; distances, scores and softmax are fp32 in both.
+kernels compute it, `attend_dense` and `attend_flex`; distances, bias and softmax are fp32 in both (the product q k^T is in
+the type of q in the first).
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
 
 @functools.cache
 def _compiled_flex():
+    # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention)
 
 

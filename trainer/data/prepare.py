@@ -28,6 +28,7 @@ from trainer.data.mds import SplitWriter
 from trainer.data.sources import Source, open_sources
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import UserError
+from trainer.files import sync_path
 
 Log = Callable[[str], None]
 UINT16_IDS = 1 << 16
@@ -244,7 +245,7 @@ def _fresh_folder(out: Path) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.rename(out)
-        _sync_path(out.parent)
+        sync_path(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -259,12 +260,4 @@ def _refuse_existing(out: Path) -> None:
 def _sync(folder: Path) -> None:
     """Make everything below `folder` survive a power cut."""
     for path in (*folder.rglob("*"), folder):
-        _sync_path(path)
-
-
-def _sync_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_path(path)

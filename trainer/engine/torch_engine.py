@@ -17,7 +17,7 @@ from trainer.engine.distributed import World
 class TorchEngine:
     """Holds the model; turns microbatches into one global gradient per optimiser step.
 
-    fp32: everything fp32. bf16: fp32 weights and gradients, bf16 compute by autocast. pure_bf16: bf16 weights and optimiser
+    fp32: everything fp32 (on a GPU with TF32 products). bf16: fp32 weights and gradients, bf16 compute by autocast. pure_bf16: bf16 weights and optimiser
     state; gradients still add up in fp32 over the microbatches and ranks of a step.
     """
 
@@ -46,7 +46,8 @@ class TorchEngine:
         """One line: what this engine really is."""
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}"
+        tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
+        return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}"
 
     def autocast(self) -> Any:
         """Context of every forward pass."""

@@ -89,10 +89,12 @@ class Live:
             shown = [
                 f"{name} {row[name]:.4f}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in names
             ]
-            self._console.print("  ".join(shown), highlight=False)
+            self.say("  ".join(shown))
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        from rich.text import Text
+
+        self._console.print(Text(text))  # not markup=False: the panel is drawn with the options of this call
 
     def close(self) -> None:
         self._live.stop()

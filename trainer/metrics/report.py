@@ -35,6 +35,8 @@ class Measured:
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
+    elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
+    seconds: float = 0.0
 
 
 class Clock:
@@ -80,12 +82,24 @@ class Report:
         """Take a step's measurements; tells those of the step before, which the device has finished by now."""
         self.flush()
         self._waiting = measured
+        self._stamp()
+
+    def _stamp(self) -> None:
+        """Count the time since the last stamp to the step that is waiting.
+
+        On a GPU the loop runs one step ahead of the device, and so does this attribution; sums are right.
+        """
+        if self._waiting is not None:
+            now = self.clock.seconds
+            self._waiting.elapsed += now - self._seconds_then
+            self._waiting.seconds = self._seconds_then = now
 
     def stop_clock(self) -> None:
         """Wait for the device to finish the last step, then stop counting."""
         if self._waiting is not None:
             self._waiting.loss.item()
         self.clock.stop()
+        self._stamp()
 
     def flush(self, validation: dict[str, Any] | None = None, train_accuracy: float | None = None) -> None:
         """Tell the step that is waiting, with the results of an evaluation made after it. Raises at a non-finite step."""
@@ -93,9 +107,7 @@ class Report:
             return
         m, self._waiting = self._waiting, None
         loss, grad_norm, finite = torch.stack([m.loss, m.grad_norm, m.finite]).tolist()
-        seconds = self.clock.seconds
-        elapsed, self._seconds_then = max(seconds - self._seconds_then, 1e-9), seconds
-        rate = m.step_tokens / elapsed
+        rate = m.step_tokens / max(m.elapsed, 1e-9)
         mfu = rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
         row = {
@@ -111,7 +123,7 @@ class Report:
             "sequence_length": m.length,
             "microbatch_steps": m.multiplier,
             "epoch": m.epoch,
-            "seconds": seconds,
+            "seconds": m.seconds,
         }
         if validation and "full" in validation and "hlb" in validation:
             row["val_loss_hlb"] = validation["hlb"]["loss"]
