@@ -38,6 +38,9 @@ def test_scientific_notation_is_a_number(tmp_path):
         ({"deterministic": "perhaps"}, "deterministic: expected true|false, got 'perhaps'"),
         ({"optim": 3}, "optim: is a section with keys recipe, lr"),
         ({"seed": [1]}, "seed: expected integer, got [1]"),
+        ({"seed": ["1", "2"]}, "seed: was given 2 times (1, 2); it takes one value"),
+        ({"model_scale": 0}, "model_scale: 0.0 is too small; it must be above 0"),
+        ({"optim": {"final_lr_fraction": 1.5}}, "optim.final_lr_fraction: 1.5 is too large; at most 1"),
     ],
 )
 def test_mistakes_are_named(values, expected):
@@ -45,6 +48,12 @@ def test_mistakes_are_named(values, expected):
         build(RunConfig, values)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_section_changes_nothing(tmp_path):
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1e-3}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\noptim:\n#  lr: 2e-3\n")
+    assert build(RunConfig, load_yaml(tmp_path / "top.yaml")).optim.lr == 1e-3
 
 
 def test_flags():

@@ -54,7 +54,8 @@ def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in _seen:
         raise UserError(f"{path}: `base` leads back to this file; remove the circle")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file{_near_files(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -209,6 +210,8 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, key: str) -> Any:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        raise UserError(f"{key}: was given {len(value)} times ({', '.join(value)}); it takes one value")
     wrong = UserError(f"{key}: expected {describe_type(hint)}, got {value!r}")
     if isinstance(value, (dict, list)):
         raise wrong
