@@ -96,6 +96,14 @@ def test_an_error_leaves_one_line_and_a_code(tmp_path):
     assert "did you mean optim.lr?" in error_line(trainer("train", "--lr", "1"))
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m trainer train --help | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.startswith("python -m trainer train")
+    assert done.stderr == ""
+
+
 def test_print_config_run_again_is_the_same(tmp_path):
     first = trainer("plan", "--model_scale", "0.5", "--optim.lr", "1e-3", "--print_config")
     assert first.returncode == 0, first.stderr

@@ -45,15 +45,15 @@ def main() -> None:
         if rank == 0:
             print("interrupted; a run goes on from its last checkpoint with the same command", file=sys.stderr)
         leave(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
         print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         leave(1)
-    except BrokenPipeError:  # the reader of our output (head, less) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 @contextlib.contextmanager
