@@ -6,6 +6,7 @@ import json
 import pytest
 from conftest import ROOT, tiny_values
 
+from trainer import memory
 from trainer import plan as p
 from trainer.config import RunConfig
 from trainer.data.stream import find_dataset
@@ -74,9 +75,11 @@ def test_the_batch_does_not_depend_on_the_device():
 @pytest.mark.parametrize("scale", [1, 8])
 def test_microbatches_fit_the_gpu(monkeypatch, gibibytes, scale):
     """On a GPU of this size the expected memory of a whole microbatch stays within it, with a tenth to spare."""
-    monkeypatch.setattr("trainer.device.memory_bytes", lambda device: gibibytes * p.GIB)
+    monkeypatch.setattr("trainer.device.memory_bytes", lambda device: gibibytes * memory.GIB)
     plan = resolved(model_scale=scale, precision="bf16", batch={"tokens_per_step": 1 << 20})
-    assert p.expected_memory(plan)["total"] < 0.9 * gibibytes * p.GIB
+    assert (
+        memory.expected_memory(plan.model_class, plan.model_config, plan.config)["total"] < 0.9 * gibibytes * memory.GIB
+    )
     assert plan.config.batch.tokens_per_microbatch >= 1024
 
 
@@ -107,10 +110,10 @@ def test_three_billion_plan_without_memory():
 
 def test_activation_measure_grows_with_length_and_halves_in_bf16():
     plan = resolved(model_scale=0.2, data={"tokenizer": "bytes"})
-    meta = lambda: p.build_meta(plan.model_class, plan.model_config)  # noqa: E731
-    short, long = p.activation_bytes(meta(), 128, False), p.activation_bytes(meta(), 256, False)
+    meta = lambda: memory.build_meta(plan.model_class, plan.model_config)  # noqa: E731
+    short, long = memory.activation_bytes(meta(), 128, False), memory.activation_bytes(meta(), 256, False)
     assert 2 <= long / short < 4
-    assert p.activation_bytes(meta(), 128, True) < 0.8 * short  # statistics and logits stay fp32
+    assert memory.activation_bytes(meta(), 128, True) < 0.8 * short  # statistics and logits stay fp32
 
 
 def test_vocabulary_comes_from_the_data(tiny_dataset, tmp_path):

@@ -16,17 +16,8 @@ from typing import Any
 from trainer import scaling
 from trainer.config import RunConfig
 from trainer.errors import UserError
+from trainer.memory import GIB, build_meta, expected_memory, tokens_that_fit
 from trainer.settings import build, coerce
-
-GIB = 1024**3
-
-# Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
-PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
-    "bf16": {"weights": 4, "gradients": 4, "optimizer": 8, "bf16 copies": 2},
-    "pure_bf16": {"weights": 2, "gradients": 6, "optimizer": 4},
-}
-STATE_BYTES = {precision: sum(parts.values()) for precision, parts in PARTS.items()}
 
 
 @dataclass
@@ -213,7 +204,7 @@ class _Inference:
         self.fill("batch", "tokens_per_step", max(tokens, longest), rule)
         capacity: float = scaling.tokens_per_microbatch(scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
-        fits = self._tokens_that_fit(longest)
+        fits = tokens_that_fit(self.memory, self.model_class, self.model_config, longest, config.precision)
         if fits < capacity:
             capacity, rule = fits, rule + f"; lowered to what {self.memory / GIB:.0f} GiB hold"
         if capacity < longest:
@@ -223,20 +214,6 @@ class _Inference:
         for key in ("tokens_per_step", "tokens_per_microbatch"):
             if getattr(batch, key) < longest:
                 raise UserError(f"batch.{key}: {getattr(batch, key)} is less than one sequence of {longest} tokens")
-
-    def _tokens_that_fit(self, length: int) -> float:
-        """Tokens whose activations fit the GPU beside weights and optimiser; no limit on a CPU.
-
-        hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
-        """
-        if self.memory is None:
-            return float("inf")
-        state = STATE_BYTES[self.config.precision] * self.parameters
-        model = build_meta(self.model_class, self.model_config)
-        vocab_size = self.model_config.vocab_size
-        # The backward pass holds the logits' gradient besides, in fp32 and in the compute type.
-        one = activation_bytes(model, length, self.config.precision != "fp32") + 8 * vocab_size * length
-        return max(0, int((0.9 * self.memory - state) / one)) * length
 
     def _check_lengths(self, stored: int, start: int, longest: int) -> None:
         batch = self.config.batch
@@ -302,52 +279,6 @@ def default_run_dir(config: RunConfig) -> str:
     return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")
 
 
-def build_meta(model_class: Any, model_config: Any) -> Any:
-    """The model with shapes but no memory."""
-    import torch
-
-    with torch.device("meta"):
-        return model_class(model_config)
-
-
-def activation_bytes(model: Any, length: int, half: bool) -> int:
-    """Bytes that one sequence of `length` tokens keeps for the backward pass, measured by running the model on meta tensors.
-
-    half: in bfloat16. Parameters do not count. The engine's own buffers and fragmentation come on top.
-    """
-    import torch
-
-    model = model.to(torch.bfloat16) if half else model
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)  # keeps the address from being used again
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model(tokens, targets=tokens)
-    return sum(kept.values())
-
-
-def expected_memory(plan: Plan) -> dict[str, int]:
-    """Bytes on one device: weights, gradients, optimiser, activations of one microbatch, and their sum."""
-    config = plan.config
-    n = plan.parameters
-    memory = {part: n * size for part, size in PARTS[config.precision].items()}
-    length = config.batch.sequence_length
-    sequences = min(config.batch.tokens_per_microbatch, config.batch.tokens_per_step) // length
-    one = activation_bytes(build_meta(plan.model_class, plan.model_config), length, config.precision != "fp32")
-    memory["activations"] = one * sequences
-    memory["total"] = sum(memory.values())
-    return memory
-
-
 def law_rows(plan: Plan) -> list[Row]:
     """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
     optim, n = plan.config.optim, plan.parameters
@@ -385,7 +316,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "max_steps": config.max_steps,
         "tokens_at_least": minimum_tokens(plan),
         "flops_per_token": model.flops_per_token(batch.sequence_length),
-        "memory_bytes": expected_memory(plan),
+        "memory_bytes": expected_memory(plan.model_class, plan.model_config, plan.config),
         "laws": {row.key: row.value for row in law_rows(plan)},
         "rules": {row.key: row.rule for row in plan.rows},
     }

@@ -210,7 +210,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     from trainer.data.tokenizers import Tokenizer
     from trainer.device import choose_device, keep_freed_memory
     from trainer.engine.distributed import World
-    from trainer.plan import build_meta, resolve
+    from trainer.memory import build_meta
+    from trainer.plan import resolve
 
     if run_dir is None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer generate runs/NAME`")

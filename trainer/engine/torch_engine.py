@@ -89,7 +89,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 def build_model(plan: Any, device: torch.device) -> Any:
     """The model of a plan on `device` with its initial weights: the same for a seed on every device and number of ranks."""
-    from trainer.plan import build_meta
+    from trainer.memory import build_meta
 
     model = build_meta(plan.model_class, plan.model_config).to_empty(device=device)
     model.init_weights(torch.Generator().manual_seed(plan.config.seed))
