@@ -294,8 +294,7 @@ def train(plan: Plan, world: World, dataset: DatasetInfo, plan_text: str | None)
         write_start(this.folder, config, plan_text, local_folder(config.data))
         world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.optimizer.table()}".lstrip())
         tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", dataset.tokenizer.name)
-    kernels = this.model.describe_kernels()
-    world.say(f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else ""))
+    world.say(opening(this))
     report = Report(this.folder, plan, world, this.engine, this.state.step, this.state.seconds)
     try:
         loop(this, report, tokenizer)
@@ -303,6 +302,17 @@ def train(plan: Plan, world: World, dataset: DatasetInfo, plan_text: str | None)
     finally:
         this.stream.close()
         report.close()
+
+
+def opening(this: Run) -> str:
+    """What it is that trains, and how the batch begins and ends."""
+    lengths, tokens = this.plan.sequence_lengths, this.config.batch.tokens_per_step
+    kernels = this.model.describe_kernels()
+    return (
+        f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
+        f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
+        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {this.config.optim.lr:.8f}"
+    )
 
 
 def loop(this: Run, report: Report, tokenizer: Any) -> None:
