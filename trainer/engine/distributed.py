@@ -65,10 +65,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def stop(self) -> None:
         """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
         if self.size > 1 and dist.is_initialized():
