@@ -15,8 +15,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +24,17 @@ from torch import Tensor, nn
 IGNORE = -1  # a target that does not count
 
 
-@dataclass
-class Output:
-    """What a forward pass returns.
+class Output(NamedTuple):
+    """What a forward pass returns: a tuple, since FSDP and DeepSpeed look for the tensors in it.
 
     loss: cross-entropy in nats, mean or sum over the targets that count, fp32 scalar (None without targets)
     logits: [B, T, V] (None with targets, so that a loss may be fused with the head)
-    parts: further losses by name, already inside `loss`
+    parts: further losses by name, already inside `loss` (None: there are none)
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] | None = None
 
 
 class Cache:

@@ -4,11 +4,19 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
+from conftest import ROOT
+from torch import nn
 
 from trainer import checkpoint
+from trainer.checkpoint_saver import Saver
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 
@@ -44,10 +52,44 @@ def test_round_trip_keeps_values_types_and_facts(tmp_path):
     assert (tmp_path / "latest").read_text() == path.name
 
 
-def test_retention(tmp_path):
+def test_reading_in_place(tmp_path):
+    path = save(tmp_path, 1, 0.1)
+    assert checkpoint.stored(path)["model.b"] == (torch.Size([2]), torch.bfloat16)
+    assert list(checkpoint.stored(path)) == sorted(tensors())
+    weight, wide = nn.Parameter(torch.zeros(5, 3).T), torch.zeros(2)  # not contiguous, a parameter; another type
+    checkpoint.read_into(path, {"model.w": weight, "model.b": wide}, WORLD)
+    assert torch.equal(weight, tensors(0.1)["model.w"])
+    assert torch.equal(wide, tensors(0.1)["model.b"].float())
+    names = [
+        name for name, tensor in checkpoint.each(path, "model.") if torch.equal(tensor, tensors(0.1)["model." + name])
+    ]
+    assert names == ["b", "w"]
+
+
+def test_what_does_not_fit_is_named_and_nothing_read(tmp_path):
+    path = save(tmp_path, 1)
+    right = torch.zeros(3, 5)
+    for name, shape, there in (("model.z", (2,), "missing"), ("model.x", (), "missing"), ("model.b", (3,), r"\[2\]")):
+        with pytest.raises(UserError, match=f"{name} is {there} there and .* by the run's config"):
+            checkpoint.read_into(path, {"model.w": right, name: torch.zeros(shape)}, WORLD)
+        with pytest.raises(UserError, match=f"{name} is {there} there"):
+            checkpoint.check_shapes(path, {"model.w": torch.Size([3, 5]), name: torch.Size(shape)})
+    checkpoint.check_shapes(path, {"model.w": torch.Size([3, 5])})
+    assert not right.any()
+    (path / ".metadata").unlink()
+    with pytest.raises(UserError, match=".metadata cannot be read by torch .*: FileNotFoundError"):
+        checkpoint.stored(path)
+
+
+@pytest.mark.parametrize(
+    "newest, every, kept",
+    [(2, 0, [6, 7]), (2, 3, [3, 5, 6, 7]), (1, 3, [3, 6, 7]), (1, 7, [6, 7]), (2, 1, [1, 2, 3, 4, 5, 6, 7])],
+)
+def test_retention(tmp_path, newest, every, kept):
+    """What is kept for good does not count among the newest."""
     for step in range(1, 8):
-        save(tmp_path, step, keep=2, every=3)
-    assert steps(tmp_path) == [3, 6, 7]
+        save(tmp_path, step, keep=newest, every=every)
+    assert steps(tmp_path) == kept
 
 
 def test_a_save_clears_later_checkpoints_that_were_passed_over(tmp_path):
@@ -131,8 +173,148 @@ def test_a_failing_save_leaves_the_last_one(tmp_path, monkeypatch, moment):
     assert torch.equal(checkpoint.load(tmp_path / "step-00000001", "", WORLD)["model.w"], tensors(1.0)["model.w"])
 
 
+@pytest.fixture
+def slow_writes(monkeypatch):
+    """Writing waits until the event is set."""
+    go, write = threading.Event(), checkpoint.dcp.save
+
+    def wait(*args, **kwargs):
+        assert go.wait(20)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", wait)
+    yield go
+    go.set()
+
+
+def test_an_asynchronous_save_holds_what_was_there(tmp_path, slow_writes):
+    saver = Saver(tmp_path, WORLD, checkpoint.retention(2, 0), True)
+    live, facts = tensors(1.0), {"state": {"tokens": 1}}
+    saver.save(1, live, facts)
+    for tensor in live.values():
+        tensor.add_(1)  # training goes on
+    facts["state"]["tokens"] = 2
+    saver.poll()
+    assert steps(tmp_path) == [] and not (tmp_path / "latest").exists()
+
+    second = threading.Thread(target=saver.save, args=(2, live, facts))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive(), "one save at a time"
+    slow_writes.set()
+    second.join()
+    saver.finish()
+    assert steps(tmp_path) == [1, 2]
+    for step in (1, 2):
+        path = tmp_path / checkpoint.step_name(step)
+        read = checkpoint.load(path, "", WORLD)
+        assert all(torch.equal(read[name], tensor + (step - 1)) for name, tensor in tensors(1.0).items())
+        assert checkpoint.check(path)["state"]["tokens"] == step
+
+
+@pytest.mark.parametrize("call", ["poll", "save", "finish"])
+def test_a_failed_asynchronous_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
+    saver = Saver(tmp_path, WORLD, checkpoint.retention(2, 0), True)
+    saver.save(1, tensors(1.0), {})
+    saver.finish()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    saver.save(2, tensors(2.0), {})
+    with pytest.raises(UserError, match="step 2 could not be written .*No space left"):
+        if call == "poll":
+            while True:
+                saver.poll()
+                time.sleep(0.001)
+        elif call == "save":
+            saver.save(3, tensors(3.0), {})
+        else:
+            saver.finish()
+    monkeypatch.undo()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000001"]
+    saver.finish()  # told once
+    saver.save(4, tensors(4.0), {})
+    saver.finish()
+    assert steps(tmp_path) == [1, 4]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from trainer import checkpoint
+from trainer.checkpoint_saver import Saver
+from trainer.engine.distributed import World
+
+moment, folder = sys.argv[1], Path(sys.argv[2])
+saver = Saver(folder, World(), checkpoint.retention(2, 0), True)
+saver.save(1, {"w": torch.ones(9)}, {})
+saver.finish()
+setattr(checkpoint, moment, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+saver.save(2, {"w": torch.zeros(9)}, {})
+saver.finish()
+"""
+
+
 @pytest.mark.slow
-def test_a_full_disk_for_real(tmp_path):
+@pytest.mark.parametrize("moment", ["_hash_own_files", "_publish", "write_file"])
+def test_killed_in_an_asynchronous_save(tmp_path, moment):
+    words = [sys.executable, "-c", KILLED, moment, str(tmp_path)]
+    assert subprocess.run(words, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    assert steps(tmp_path) == [1]
+    assert (tmp_path / "step-00000002.tmp").is_dir()
+    assert (tmp_path / "latest").read_text() == "step-00000001"
+    path, _ = checkpoint.choose(tmp_path, None, print)
+    assert torch.equal(checkpoint.load(path, "", WORLD)["w"], torch.ones(9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise RuntimeError('training failed')"])
+def test_a_save_under_way_keeps_no_failing_process_alive(tmp_path, ending):
+    code = KILLED.split("setattr")[0] + (
+        f"import time\ncheckpoint.dcp.save = lambda *args, **kwargs: time.sleep(100)\nsaver.save(2, {{}}, {{}})\n{ending}"
+    )
+    words = [sys.executable, "-c", code, "", str(tmp_path)]
+    assert subprocess.run(words, cwd=ROOT, timeout=30, capture_output=True).returncode in (1, 3)
+    assert steps(tmp_path) == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_asynchronous_saves_from_a_gpu(tmp_path):
+    """Whole tensors and shards: the copies are pinned, used again, and made before what the GPU is told next."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = torch.zeros(4096, 4096, device="cuda")
+        shards = distribute_tensor(torch.zeros(4096, 4096, device="cuda"), init_device_mesh("cuda", (1,)), [Shard(0)])
+        saver = Saver(tmp_path, WORLD, checkpoint.retention(2, 0), True)
+        saver.save(1, {"whole": whole, "shards": shards}, {})
+        first = saver._copies["whole"].data_ptr()
+        assert saver._copies["whole"].is_pinned() and saver._copies["shards"].to_local().is_pinned()
+        whole.add_(1)
+        shards.add_(1)
+        saver.save(2, {"whole": whole, "shards": shards}, {})
+        whole.add_(1)
+        shards.add_(1)
+        saver.finish()
+        assert saver._copies["whole"].data_ptr() == first
+        for step in (1, 2):
+            path = tmp_path / checkpoint.step_name(step)
+            read = {"whole": torch.zeros_like(whole), "shards": torch.zeros_like(shards)}
+            checkpoint.read_into(path, read, WORLD)
+            assert (read["whole"] == step - 1).all() and (read["shards"].to_local() == step - 1).all()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_for_real(tmp_path, asynchronous):
     """A file system of 1 MiB, where this user may mount one."""
     small = tmp_path / "small"
     small.mkdir()
@@ -141,9 +323,12 @@ def test_a_full_disk_for_real(tmp_path):
     try:
         save(small, 1)
         big = {"model.w": torch.zeros(1 << 20)}
-        with pytest.raises(UserError, match="step 2 could not be written"):
-            checkpoint.save(small, 2, big, {}, WORLD, checkpoint.retention(2, 0))
+        saver = Saver(small, WORLD, checkpoint.retention(2, 0), asynchronous)
+        with pytest.raises(UserError, match="step 2 could not be written .* No space left on device"):
+            saver.save(2, big, {})
+            saver.finish()
         assert steps(small) == [1]
+        assert not list(small.glob("*.tmp"))
         checkpoint.check(small / "step-00000001")
         save(small, 3)
         assert steps(small) == [1, 3]

@@ -21,7 +21,7 @@ WORLD = World()
 def engine_and_split(tiny_dataset, tmp_path_factory):
     config = build(RunConfig, tiny_values(tiny_dataset, tmp_path_factory.mktemp("r")))
     info = find_dataset(config.data)
-    return TorchEngine(resolve(config, info), WORLD, "single"), Split(config.data, info, "validation")
+    return TorchEngine(resolve(config, info), WORLD), Split(config.data, info, "validation")
 
 
 def by_hand(model, split, length):

@@ -7,6 +7,8 @@ from conftest import tiny_values
 from trainer.config import RunConfig
 from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
+from trainer.engine.signals import StopSignals
+from trainer.engine.watchdog import Watchdog
 from trainer.metrics.record import read_rows
 from trainer.plan import resolve
 from trainer.settings import build
@@ -33,7 +35,7 @@ def test_training_on_a_gpu_is_close_to_the_cpu(tiny_dataset, tmp_path, model, pr
 def test_no_host_sync_in_the_step(tiny_dataset, tmp_path):
     config = build(RunConfig, tiny_values(tiny_dataset, tmp_path / "r", device="cuda", precision="bf16"))
     info = find_dataset(config.data)
-    one = Run(resolve(config, info), World(), info)
+    one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
     for _ in range(11):  # past sequence growth, so that kernels are built and shapes seen
         one.optimiser_step()
     torch.cuda.set_sync_debug_mode("error")

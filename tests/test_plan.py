@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from conftest import ROOT, tiny_values
@@ -10,15 +11,28 @@ from trainer import memory
 from trainer import plan as p
 from trainer.config import RunConfig
 from trainer.data.stream import find_dataset
+from trainer.engine.distributed import World
 from trainer.errors import UserError
-from trainer.run_folder import flat
-from trainer.settings import build, load_yaml
+from trainer.run_folder import combined_values, flat
+from trainer.settings import build, load_yaml, to_yaml
+from trainer.strategy import CHECKPOINTING, Chooser
 
 MAY_STAY_OPEN = {"data.path", "data.source", "data.cache", "data.validation_source", "data.document_start"}
+MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
 
 
-def resolved(**values):
-    return p.resolve(build(RunConfig, {"device": "cpu", **values}))
+def resolved(world=None, **values):
+    return p.resolve(build(RunConfig, {"device": "cpu", **values}), world=world)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(80): the device is a GPU of 80 GiB."""
+
+    def pretend(gibibytes):
+        monkeypatch.setattr("trainer.device.memory_bytes", lambda device: int(gibibytes * memory.GIB))
+
+    return pretend
 
 
 def test_headline_run():
@@ -47,7 +61,7 @@ def test_nothing_is_left_open(name):
     values = flat(resolved(model={"name": name}).config)
     assert {key for key, value in values.items() if value is None} == MAY_STAY_OPEN
     undecided = {key for key, value in values.items() if value == "auto"}
-    assert undecided == {"log.console", "engine.strategy", "model.attention_kernel"} & values.keys()
+    assert undecided == {"log.console", "model.attention_kernel"} & values.keys()
 
 
 def test_resolving_again_changes_nothing():
@@ -73,14 +87,128 @@ def test_the_batch_does_not_depend_on_the_device():
 
 @pytest.mark.parametrize("gibibytes", [16, 40, 80, 141])
 @pytest.mark.parametrize("scale", [1, 8])
-def test_microbatches_fit_the_gpu(monkeypatch, gibibytes, scale):
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_microbatches_fit_the_gpu(gpu, gibibytes, scale, how):
     """On a GPU of this size the expected memory of a whole microbatch stays within it, with a tenth to spare."""
-    monkeypatch.setattr("trainer.device.memory_bytes", lambda device: gibibytes * memory.GIB)
-    plan = resolved(model_scale=scale, precision="bf16", batch={"tokens_per_step": 1 << 20})
-    assert (
-        memory.expected_memory(plan.model_class, plan.model_config, plan.config)["total"] < 0.9 * gibibytes * memory.GIB
-    )
+    gpu(gibibytes)
+    engine = {"activation_checkpointing": how}
+    plan = resolved(model_scale=scale, precision="bf16", batch={"tokens_per_step": 1 << 20}, engine=engine)
+    assert p.summary(plan)["memory_bytes"]["total"] < 0.9 * gibibytes * memory.GIB
     assert plan.config.batch.tokens_per_microbatch >= 1024
+
+
+# -- strategy and activation checkpointing ----------------------------------------------------------------------------
+
+
+def engine_of(plan):
+    engine = plan.config.engine
+    return engine.strategy, engine.activation_checkpointing, engine.offload, engine.shard_size
+
+
+# 3 B parameters in bf16: 4 + 4 + 8 + 2 bytes each are 51 GiB, in 8 shards of 16 bytes each 6 GiB and what is gathered.
+@pytest.mark.parametrize(
+    "gibibytes, size, local_size, expected",
+    [
+        (None, 1, 1, ("single", "none", False, None)),
+        (None, 4, 4, ("ddp", "none", False, None)),
+        (80, 1, 1, ("single", "none", False, None)),
+        (24, 1, 1, ("fsdp", "none", True, None)),  # gathered blocks and unsharded gradients alone
+        (80, 8, 8, ("ddp", "none", False, None)),
+        (80, 32, 8, ("ddp", "none", False, None)),
+        (40, 8, 8, ("fsdp", "none", False, None)),
+        (40, 32, 8, ("hsdp", "none", False, 8)),
+        (40, 4, 1, ("fsdp", "none", False, None)),  # one GPU each: no shards within a machine
+        (40, 2, 1, ("fsdp", "full", False, None)),
+    ],
+)
+def test_strategy_follows_processes_and_memory(gpu, gibibytes, size, local_size, expected):
+    if gibibytes:
+        gpu(gibibytes)
+    plan = resolved(World(0, size, 0, local_size), model_scale=148, precision="bf16")
+    assert engine_of(plan) == expected
+    rules = {row.key: row.rule for row in plan.rows}
+    assert ("GiB" in rules["engine.strategy"]) == (gibibytes is not None)
+    assert rules["engine.activation_checkpointing"]
+
+
+def test_checkpointing_is_the_first_that_fits():
+    """More room, less recomputation; each way is chosen where the one before it does not fit."""
+    plan = resolved(model_scale=8, engine={"strategy": "fsdp", "activation_checkpointing": "none"})
+    demand, spread = memory.Demand(plan.model_class, plan.model_config, 1024), memory.Spread("fsdp", "bf16", 8, 8)
+    config = build(RunConfig, {"precision": "bf16"})
+    chosen = []
+    for hundredths in range(300, 700, 4):
+        room = int(hundredths / 100 * memory.GIB)
+        chooser = Chooser(demand, config, World(0, 8, 0, 8), room, wanted=1024, step=1 << 20)
+        chosen.append(chooser.checkpointing(spread)[0])
+        faster = CHECKPOINTING[: CHECKPOINTING.index(chosen[-1])]
+        assert not any(demand.tokens_that_fit(room, spread, how, 1 << 20) >= 1024 for how in faster)
+    assert list(dict.fromkeys(chosen)) == ["full", "selective", "none"]
+
+
+def test_a_set_microbatch_is_what_must_fit(gpu):
+    gpu(40)
+    batch = {"tokens_per_microbatch": 65_536}
+    assert resolved(model_scale=8, precision="bf16").config.engine.activation_checkpointing == "none"
+    plan = resolved(model_scale=8, precision="bf16", batch=batch)
+    assert plan.config.engine.activation_checkpointing == "full"
+
+
+def test_what_was_set_holds(gpu):
+    gpu(80)
+    engine = {"strategy": "hsdp", "shard_size": 2, "activation_checkpointing": "every-3"}
+    plan = resolved(World(0, 8, 0, 8), engine=engine)
+    assert engine_of(plan) == ("hsdp", "every-3", False, 2)
+    assert engine_of(p.resolve(plan.config, world=World(0, 8, 0, 8))) == engine_of(plan)
+    assert {row.key: row.rule for row in plan.rows}["engine.activation_checkpointing"] == "set"
+
+
+def test_offload_asks_for_shards(gpu):
+    gpu(80)
+    assert resolved(engine={"offload": True}).config.engine.strategy == "fsdp"
+
+
+def test_the_plan_says_what_checkpointing_saves(gpu):
+    gpu(80)
+    text = p.render(resolved(engine={"activation_checkpointing": "full"}, precision="bf16"))
+    line = next(line for line in text.splitlines() if line.startswith("memory, GiB"))
+    held, without = re.search(r", activations ([\d.]+); activations without checkpointing ([\d.]+)$", line).groups()
+    assert 0 < float(held) < float(without)
+
+
+def test_a_deepspeed_config_names_its_stage(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    assert resolved(engine={"deepspeed_config": str(path)}).config.engine.strategy == "zero2"
+
+
+@pytest.mark.parametrize(
+    "engine, expected",
+    [
+        ({"strategy": "zero2"}, "precision: pure_bf16 with engine.strategy zero2, but DeepSpeed keeps fp32 masters"),
+        ({"strategy": "single", "offload": True}, "engine.offload: single has no shards"),
+        ({"strategy": "zero0", "offload": True}, "engine.offload: zero0 has no shards"),
+        ({"strategy": "fsdp", "shard_size": 2}, "engine.shard_size: only hsdp"),
+        ({"strategy": "fsdp", "deepspeed_config": "ds.json"}, "engine.deepspeed_config: "),
+        ({"activation_checkpointing": "some"}, "engine.activation_checkpointing: 'some' is not known"),
+    ],
+)
+def test_contradictions_in_the_engine(engine, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        resolved(precision="pure_bf16", engine=engine)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard_size, local_size", [(3, 4), (None, 3)])
+def test_groups_of_shards_come_out_even(shard_size, local_size):
+    with pytest.raises(UserError, match="engine.shard_size: 3 does not divide the 8 processes"):
+        resolved(World(0, 8, 0, local_size), engine={"strategy": "hsdp", "shard_size": shard_size})
+
+
+def test_deepspeed_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="engine.strategy: zero1 needs DeepSpeed; `pip install"):
+        resolved(engine={"strategy": "zero1"})
 
 
 def test_laws_are_shown():
@@ -106,14 +234,6 @@ def test_three_billion_plan_without_memory():
     assert facts["params"] == 3_022_430_842
     assert facts["memory_bytes"]["weights"] == 4 * 3_022_430_842
     json.dumps(facts)
-
-
-def test_activation_measure_grows_with_length_and_halves_in_bf16():
-    plan = resolved(model_scale=0.2, data={"tokenizer": "bytes"})
-    meta = lambda: memory.build_meta(plan.model_class, plan.model_config)  # noqa: E731
-    short, long = memory.activation_bytes(meta(), 128, False), memory.activation_bytes(meta(), 256, False)
-    assert 2 <= long / short < 4
-    assert memory.activation_bytes(meta(), 128, True) < 0.8 * short  # statistics and logits stay fp32
 
 
 def test_vocabulary_comes_from_the_data(tiny_dataset, tmp_path):
@@ -155,3 +275,39 @@ def test_resolve_leaves_its_argument_alone():
     before = dataclasses.asdict(config)
     p.resolve(config)
     assert dataclasses.asdict(config) == before
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run folder of two processes that trained by fsdp with full activation checkpointing."""
+    config = resolved(
+        World(0, 2, 0, 2),
+        run_dir=str(tmp_path),
+        engine={"strategy": "fsdp", "activation_checkpointing": "full", "compile": True},
+    ).config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "environment.jsonl").write_text('{"processes": 1}\n{"processes": 2}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "size, given, expected",
+    [
+        (2, {}, ("fsdp", "full", True)),
+        (3, {}, ("ddp", "none", True)),
+        (1, {}, ("single", "none", True)),
+        (1, {"strategy": "fsdp"}, ("fsdp", "none", True)),
+        (2, {"strategy": "auto"}, ("ddp", "full", True)),
+    ],
+)
+def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatch, size, given, expected):
+    for key, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}.items():
+        monkeypatch.setenv(key, str(value))
+    values, resuming = combined_values({"run_dir": str(old_run), "engine": given})
+    engine = p.resolve(build(RunConfig, values)).config.engine
+    assert resuming and (engine.strategy, engine.activation_checkpointing, engine.compile) == expected
+
+
+def test_a_run_that_does_not_say_its_processes_decides_anew(old_run):
+    (old_run / "environment.jsonl").write_text('{"host": "a"}\n')
+    assert "strategy" not in combined_values({"run_dir": str(old_run)})[0]["engine"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -11,14 +12,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.launcher import Place, find_place
 
-ALONE = ("prepare", "plan", "generate")  # under a launcher of several processes, rank 0 does these by itself
+ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
+WITH_JSON = ("plan", "evaluate", "bench")
 VERBS = {
     "prepare": "text to MDS shards",
     "plan": "every number of a run and the rule it came from",
     "train": "train; in an existing run folder: go on from its newest good checkpoint",
     "generate": "continue prompts with a run's model",
     "evaluate": "loss of a run's checkpoint on a validation split",
+    "export": "a run's weights as safetensors, for other programs",
+    "bench": "speed of strategies against a bare PyTorch loop, and of checkpoints",
 }
 
 USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
@@ -26,33 +31,34 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 {verbs}
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
-`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML; --json (plan, evaluate)
-prints one JSON object on stdout; --plugin MODULE (repeatable) imports a module that registers models."""
+`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML; --json (plan, evaluate,
+bench) prints one JSON object on stdout; --plugin MODULE (repeatable) imports a module that registers models."""
 
 
 def main() -> None:
     """Run a verb; a UserError becomes one line and exit code 2."""
-    rank = int(os.environ.get("RANK") or 0)
+    place = Place()
     try:
+        place = find_place(os.environ)
         with known_errors():
-            dispatch(sys.argv[1:])
+            dispatch(without_local_rank(sys.argv[1:], place))
     except UserError as error:
-        if rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
+        if place.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
-        print(f"error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        print(f"error: {f'[rank {place.rank}] ' if place.rank else ''}{error}", file=sys.stderr, flush=True)
         leave(2)
     except KeyboardInterrupt:
-        if rank == 0:
+        if place.rank == 0:
             print("interrupted; a run goes on from its last checkpoint with the same command", file=sys.stderr)
         leave(130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if place.size == 1:
             raise
         # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
-        print(f"[rank {rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"[rank {place.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         leave(1)
 
 
@@ -81,6 +87,18 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def without_local_rank(words: list[str], place: Place) -> list[str]:
+    """The command line without the --local_rank=N that the deepspeed launcher puts into it beside LOCAL_RANK."""
+    kept = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(word)
+        elif value != str(place.local_rank):
+            raise UserError(f"{word}: LOCAL_RANK is {place.local_rank}; leave the option to the launcher")
+    return kept
+
+
 def dispatch(words: list[str]) -> None:
     """Parse the command line and call the verb."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -104,6 +122,8 @@ def dispatch(words: list[str]) -> None:
         "train": schema.RunConfig,
         "generate": schema.GenerateConfig,
         "evaluate": schema.EvaluateConfig,
+        "export": schema.ExportConfig,
+        "bench": schema.BenchConfig,
     }
     cls = classes[verb]
     if "-h" in rest or "--help" in rest:
@@ -113,16 +133,20 @@ def dispatch(words: list[str]) -> None:
     print_config = _switch(flags, "print_config")
     as_json = _switch(flags, "json")
     plugins = flags.pop("plugin", [])
-    if as_json and verb not in ("plan", "evaluate"):
-        raise UserError(f"--json: {verb} has no JSON output (plan and evaluate have)")
+    if as_json and verb not in WITH_JSON:
+        raise UserError(f"--json: {verb} has no JSON output ({', '.join(WITH_JSON)} have)")
     if len(positional) > 1:
         raise UserError(f"{positional[1]!r}: {verb} takes one file or folder before its flags, and flags begin with --")
     values: dict[str, Any] = {}
-    if positional and verb in ("train", "generate", "evaluate") and not positional[0].endswith((".yaml", ".yml")):
+    if (
+        positional
+        and verb in ("train", "generate", "evaluate", "export")
+        and not positional[0].endswith((".yaml", ".yml"))
+    ):
         values = {"run_dir": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
-    if os.environ.get("RANK", "0") != "0" and (verb in ALONE or print_config):
+    if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
         return
     import_plugins(plugins if isinstance(plugins, list) else [plugins])
     call(verb, cls, merge(values, flags), print_config, as_json)
@@ -130,8 +154,6 @@ def dispatch(words: list[str]) -> None:
 
 def import_plugins(names: list[str]) -> None:
     """Import the modules of `--plugin`, which register models. Only a flag can name them: no config may run code."""
-    import importlib
-
     for name in names:
         try:
             importlib.import_module(name)
@@ -162,26 +184,10 @@ def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_jso
         print(to_yaml(resolve(config, find_dataset(config.data)).config), end="")
     elif print_config:
         print(to_yaml(config), end="")
-    elif verb == "prepare":
-        from trainer.data import prepare
-
-        prepare.run(config)
-    elif verb == "plan":
-        from trainer import plan
-
-        plan.run(config, as_json)
-    elif verb == "train":
-        from trainer import train
-
-        train.run(values)
-    elif verb == "generate":
-        from trainer import generate
-
-        generate.run(config)
     else:
-        from trainer import evaluate
-
-        evaluate.run(config, as_json)
+        module = importlib.import_module(f"trainer.{'data.' if verb == 'prepare' else ''}{verb}")
+        # A run's own values are needed once more, on top of what its folder holds.
+        module.run(values if verb == "train" else config, *([as_json] if verb in WITH_JSON else []))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from trainer.settings import setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
+Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
 @dataclass
@@ -96,7 +97,24 @@ class OptimConfig:
 class EngineConfig:
     """How the model is spread over devices."""
 
-    strategy: Literal["auto", "single", "ddp"] = setting("auto", "auto: ddp where a launcher started several processes")
+    strategy: Strategy = setting(
+        "auto", "single, ddp, fsdp, hsdp (sharded in a group, copied across groups) or DeepSpeed's zero0 to zero3"
+    )
+    shard_size: int | None = setting(
+        None, "hsdp: processes that share one copy of the weights; none: those of one machine", low=1
+    )
+    reshard_after_forward: bool = setting(
+        True, "fsdp, hsdp: free a block's weights after its forward and gather them again for its backward"
+    )
+    offload: bool = setting(
+        False, "fsdp, hsdp: weights, gradients and optimiser in CPU memory; zero1 to zero3: gradients and optimiser"
+    )
+    deepspeed_config: str | None = setting(None, "zero0 to zero3: a deepspeed.json with further settings")
+    activation_checkpointing: str = setting(
+        "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
+    )
+    compile: bool = setting(False, "torch.compile each block")
+    timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
 
 
 @dataclass
@@ -119,7 +137,8 @@ class CheckpointConfig:
         None, "optimiser steps between checkpoints; none: a tenth of the run; 0: at the end", low=0
     )
     keep: int = setting(2, "newest checkpoints kept", low=1)
-    keep_every: int = setting(0, "also keep every checkpoint at a multiple of this step for good; 0: none", low=0)
+    keep_every: int = setting(0, "also write one at every multiple of this step and keep it for good; 0: none", low=0)
+    asynchronous: bool = setting(False, "train on while a checkpoint is written; needs a copy of it in CPU memory")
 
 
 @dataclass
@@ -164,6 +183,16 @@ class RunConfig:
 
 
 @dataclass
+class BenchConfig(RunConfig):
+    """`bench`: a run's keys, and what to measure."""
+
+    strategies: list[str] = setting((), "engine.strategy to compare; repeat the flag for several; none: auto")
+    rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
+    steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
+    bench_dir: str = setting("bench", "folder, on the disk to measure, for a checkpoint that is removed afterwards")
+
+
+@dataclass
 class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
@@ -195,3 +224,13 @@ class EvaluateConfig:
     seed: int | None = setting(None, "seed of the hlb windows; none: the run's", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; auto: the run's")
+
+
+@dataclass
+class ExportConfig:
+    """`export`: a checkpoint's weights in one place, for other programs."""
+
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
+    to: Literal["safetensors"] = setting("safetensors", "format of the weights")
+    out: str | None = setting(None, "folder to write; must not exist; none: RUN/export-STEP")

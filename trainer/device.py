@@ -59,7 +59,7 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         return "bf16", "accelerate's mixed_precision"
     if launcher != "no":
         raise UserError(
-            f"precision: accelerate's mixed_precision {launcher} is not supported; use bf16, or set --precision"
+            f"precision: accelerate's mixed_precision {launcher} is not supported; choose bf16 or no in accelerate's config"
         )
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,24 @@ LOGIT_BYTES = 1 << 30  # fp32 logits held at once; evaluation is not worth more 
 
 
 @torch.no_grad()
-def full(runner: Any, split: Split, length: int, world: World, max_tokens: int = 0) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, device, autocast() and world, as an engine does.
+def full(
+    runner: Any,
+    split: Split,
+    length: int,
+    world: World,
+    max_tokens: int = 0,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
+    """Loss over the split in order. runner: has model, device, autocast() and lockstep, as an engine does; at: told the progress.
 
     Returns loss (nats per token), perplexity, bits_per_byte, word_perplexity, accuracy, tokens, windows.
     """
     windows = list(ordered_windows(split, length, max_tokens))
     rows = rows_at_once(runner.model.config.vocab_size, length)
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
-    for first in range(world.rank * rows, len(windows), world.size * rows):
-        chunk = windows[first : first + rows]
+    for first in turns(runner, world, len(windows), rows):
+        at(f"validation window {first} of {len(windows)}")
+        chunk = windows[first : first + rows] or [(0, 0)]
         tokens = np.zeros((len(chunk), length), dtype=np.int64)
         targets = np.full((len(chunk), length), IGNORE, dtype=np.int64)
         for i, (start, count) in enumerate(chunk):
@@ -57,17 +66,27 @@ def full(runner: Any, split: Split, length: int, world: World, max_tokens: int =
 
 
 @torch.no_grad()
-def hlb(runner: Any, split: Split, scale: float, world: World, seed: int, step: int) -> dict[str, Any]:
+def hlb(
+    runner: Any,
+    split: Split,
+    scale: float,
+    world: World,
+    seed: int,
+    step: int,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
     """hlb-gpt's protocol at `scale`: random windows of 1024 tokens with replacement, drawn from (seed, step)."""
     length = min(1024, runner.model.max_context or 1024, split.counts.tokens - 2)
     batch, steps = evaluation_shape(tokens_per_microbatch(scale))  # as on its own A100, whatever the device here
     draw = random.Random(f"{seed}:{step}:hlb evaluation")
     starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
-    for first in range(world.rank * batch, len(starts), world.size * batch):
-        windows = np.stack([split.read(start, length + 1) for start in starts[first : first + batch]])
-        block = torch.from_numpy(windows)
-        totals += torch.stack(score(runner, block[:, :-1], block[:, 1:]))
+    for first in turns(runner, world, len(starts), batch):
+        at(f"validation window {first} of {len(starts)}")
+        chosen = starts[first : first + batch]
+        block = torch.from_numpy(np.stack([split.read(start, length + 1) for start in chosen or [0]]))
+        targets = block[:, 1:] if chosen else torch.full_like(block[:, 1:], IGNORE)
+        totals += torch.stack(score(runner, block[:, :-1], targets))
     nats, correct, count = world.sum(totals).tolist()
     loss = nats / count
     return {
@@ -78,6 +97,14 @@ def hlb(runner: Any, split: Split, scale: float, world: World, seed: int, step: 
         "tokens": int(count),
         "windows": len(starts),
     }
+
+
+def turns(runner: Any, world: World, windows: int, rows: int) -> range:
+    """First windows of this rank's chunks of `rows`, dealt out in turn. In lockstep all ranks have equally many, the last of
+    some beyond the end: empty."""
+    stride = world.size * rows
+    end = -(-windows // stride) * stride if runner.lockstep else windows
+    return range(world.rank * rows, end, stride)
 
 
 def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
@@ -104,17 +131,24 @@ def safe_exp(x: float) -> float:
 
 
 def validate(
-    runner: Any, split: Split, plan: Any, world: World, step: int, seed: int | None = None, max_tokens: int = 0
+    runner: Any,
+    split: Split,
+    plan: Any,
+    world: World,
+    step: int,
+    seed: int | None = None,
+    max_tokens: int = 0,
+    at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
     """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
     config = plan.config
     results: dict[str, Any] = {}
     if config.evaluation.protocol in ("full", "both"):
         length = config.evaluation.sequence_length
-        results["full"] = full(runner, split, length, world, max_tokens)
+        results["full"] = full(runner, split, length, world, max_tokens, at)
     if config.evaluation.protocol in ("hlb", "both"):
         draw_seed = config.seed if seed is None else seed
-        results["hlb"] = hlb(runner, split, config.model_scale, world, draw_seed, step)
+        results["hlb"] = hlb(runner, split, config.model_scale, world, draw_seed, step, at)
     return results
 
 

@@ -29,7 +29,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one each) by up to `max_new_tokens`; returns the new tokens only.
 
-    runner: has model, device and autocast(), as an engine does. vocab_size: ids from here on are padding and never sampled.
+    runner: has model, device, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding and never sampled.
     end: id that ends a text (not returned). stopped(new_tokens) -> bool: ends a text after a token.
     Prompts of different length share a batch without padding: a longer one goes on reading while a shorter one already
     writes. Each text has its own generator, so it does not depend on the others in the batch.
@@ -47,14 +47,13 @@ def generate(
     while not all(done):
         with runner.autocast():
             logits = model(column, cache=cache).logits[:, -1].float().cpu()  # [B, V]
-        following = []
-        for i, prompt in enumerate(prompts):
-            if at < len(prompt):
-                following.append(prompt[at])
-                continue
-            token = sample(logits[i, :vocab_size], temperature, top_k, top_p, draws[i])
-            following.append(token)
-            if done[i]:
+        following = [
+            prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], temperature, top_k, top_p, draws[i])
+            for i, prompt in enumerate(prompts)
+        ]
+        following = runner.agree(following)
+        for i, token in enumerate(following):
+            if done[i] or at < len(prompts[i]):
                 continue
             if token == end:
                 done[i] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 GIB = 1024**3
@@ -11,6 +13,25 @@ PARTS = {
     "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
     "bf16": {"weights": 4, "gradients": 4, "optimizer": 8, "bf16 copies": 2},
     "pure_bf16": {"weights": 2, "gradients": 6, "optimizer": 4},
+}
+# FSDP gathers its copies a few blocks at a time, and adds pure_bf16's gradients up in the unsharded ones.
+FSDP_PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
+    "bf16": {"weights": 4, "gradients": 4, "optimizer": 8},
+    "pure_bf16": {"weights": 2, "gradients": 2, "optimizer": 4},
+}
+# DeepSpeed's optimizer holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
+ZERO_PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "optimizer": 12},
+    "bf16": {"weights": 2, "gradients": 6, "optimizer": 12},
+}
+ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within so many stay gathered
+SHARDED = {
+    "zero1": {"optimizer"},
+    "zero2": {"optimizer", "gradients"},
+    "zero3": {"optimizer", "gradients", "weights"},
+    "fsdp": {"optimizer", "gradients", "weights"},
+    "hsdp": {"optimizer", "gradients", "weights"},
 }
 
 
@@ -22,52 +43,193 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
         return model_class(model_config)
 
 
-def activation_bytes(model: Any, length: int, half: bool) -> int:
-    """Bytes that one sequence of `length` tokens keeps for the backward pass, measured by running the model on meta tensors.
+@dataclass(frozen=True)
+class Spread:
+    """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model."""
 
-    half: in bfloat16. Parameters do not count. The engine's own buffers and fragmentation come on top.
+    strategy: str
+    precision: str
+    processes: int = 1
+    shards: int = 1
+    offload: bool = False
+    reshard: bool = True
+
+    @classmethod
+    def of(cls, config: Any, processes: int) -> Spread:
+        """That of a resolved RunConfig."""
+        engine = config.engine
+        shards = engine.shard_size if engine.strategy == "hsdp" else processes
+        return cls(engine.strategy, config.precision, processes, shards, engine.offload, engine.reshard_after_forward)
+
+    @property
+    def compute(self) -> str:
+        """fp32, autocast (fp32 weights and residual stream, bf16 products) or bf16 (all of it)."""
+        if self.precision == "fp32":
+            return "fp32"
+        return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
+
+
+class Demand:
+    """What a model asks of a device at one sequence length. Models are built without storage; measures are kept."""
+
+    def __init__(self, model_class: Any, model_config: Any, length: int) -> None:
+        self.model_class, self.model_config, self.length = model_class, model_config, length
+        model = build_meta(model_class, model_config)
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+        self.parameters = model_class.count_parameters(model_config)
+        # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
+        self.gathered = min(self.parameters, 2 * max(blocks) + self.parameters - sum(blocks))
+        self._kept: dict[tuple[str, str], tuple[int, list[int]]] = {}
+
+    def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
+        """Bytes on one device before any activation, by part. accumulates: a step may have several microbatches."""
+        fsdp, zero = spread.strategy in ("fsdp", "hsdp"), spread.strategy in ("zero1", "zero2", "zero3")
+        parts = FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS
+        sharded = SHARDED.get(spread.strategy, set())
+        state = {
+            part: size * (-(-self.parameters // spread.shards) if part in sharded else self.parameters)
+            for part, size in parts[spread.precision].items()
+        }
+        if spread.offload:
+            state |= dict.fromkeys(("weights", "gradients", "optimizer") if fsdp else ("gradients", "optimizer"), 0)
+        if fsdp or spread.strategy == "zero3":
+            kept = ZERO3_REUSE if spread.strategy == "zero3" else 0 if spread.reshard else self.parameters
+            copies = min(self.parameters, max(self.gathered, kept))
+            state["gathered"] = copies * (4 if spread.precision == "fp32" else 2)
+        if fsdp and accumulates:
+            state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
+        return state
+
+    def activations(self, spread: Spread, how: str) -> int:
+        """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
+
+        how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and attention kernels of a
+        GPU that hold less than those of the CPU.
+        """
+        total, blocks = self._measure(spread.compute, how)
+        plain = self._measure(spread.compute, "none")[1]
+        return total + max(before - after for before, after in zip(plain, blocks, strict=True))
+
+    def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, step: float) -> float:
+        """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
+
+        step: most tokens of an optimiser step. hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+        """
+        if memory is None:
+            return float("inf")
+        # The backward pass holds the logits' gradient besides, in fp32 and in the compute type.
+        one = self.activations(spread, how) + 8 * self.model_config.vocab_size * self.length
+        for accumulates in (False, True):
+            room = 0.9 * memory - sum(self.state(spread, accumulates).values())
+            tokens = max(0, int(room / one)) * self.length
+            if tokens * spread.processes >= step:
+                break
+        return tokens
+
+    def _measure(self, compute: str, how: str) -> tuple[int, list[int]]:
+        if (compute, how) not in self._kept:
+            self._kept[compute, how] = kept_bytes(self.model_class, self.model_config, self.length, compute, how)
+        return self._kept[compute, how]
+
+
+def kept_bytes(
+    model_class: Any, model_config: Any, length: int, compute: str, how: str = "none"
+) -> tuple[int, list[int]]:
+    """Bytes alive after the forward pass of one sequence: of the whole model, and those that each block's forward added.
+
+    Measured by running the model on tensors without storage. Parameters and their bf16 copies do not count.
+    compute: see Spread.compute; how: engine.activation_checkpointing.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = model.to(torch.bfloat16) if half else model
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    from trainer.engine import recompute
 
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)  # keeps the address from being used again
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model(tokens, targets=tokens)
-    return sum(kept.values())
-
-
-def expected_memory(model_class: Any, model_config: Any, config: Any) -> dict[str, int]:
-    """Bytes on one device: weights, gradients, optimiser, activations of one microbatch, and their sum. config: resolved."""
-    n = model_class.count_parameters(model_config)
-    memory = {part: n * size for part, size in PARTS[config.precision].items()}
-    length = config.batch.sequence_length
-    sequences = min(config.batch.tokens_per_microbatch, config.batch.tokens_per_step) // length
-    one = activation_bytes(build_meta(model_class, model_config), length, config.precision != "fp32")
-    memory["activations"] = one * sequences
-    memory["total"] = sum(memory.values())
-    return memory
+    # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
+            model = model_class(model_config)
+        recompute.apply(model, how)
+        if compute == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        alive = stack.enter_context(_alive_tensors(model))
+        starts, added = [], []
+        for block in model.blocks():
+            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes()))
+            block.register_forward_hook(lambda *_: added.append(alive.bytes() - starts[-1]))
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        output = model(tokens, targets=tokens)
+        total = alive.bytes()
+        del output
+    return total, added
 
 
-def tokens_that_fit(memory: int | None, model_class: Any, model_config: Any, length: int, precision: str) -> float:
-    """Tokens in whole sequences whose activations fit a GPU of `memory` bytes beside the model; no limit on a CPU (None).
+@contextlib.contextmanager
+def _default_dtype(dtype: Any) -> Any:
+    """Parameters made within are of `dtype`. (A model of fake tensors cannot be converted.)"""
+    import torch
 
-    hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _alive_tensors(model: Any) -> Any:
+    """A mode that watches the memory which operators take; `bytes()` is what of it is still held."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class AliveTensors(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            tensors = (*model.parameters(), *model.buffers())
+            self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+            self.sizes: dict[StorageWeakRef, int] = {}
+
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = operator(*args, **(kwargs or {}))
+            # Autocast's copy of a parameter is one per run, not per sequence.
+            copied = operator is torch.ops.aten._to_copy.default and self.reference(args[0]) in self.own
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    reference = self.reference(tensor)
+                    if copied:
+                        self.own.add(reference)
+                    elif reference not in self.own:
+                        self.sizes[reference] = tensor.untyped_storage().nbytes()
+            return out
+
+        @staticmethod
+        def reference(tensor: torch.Tensor) -> StorageWeakRef:
+            return StorageWeakRef(tensor.untyped_storage())
+
+        def bytes(self) -> int:
+            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+            return sum(self.sizes.values())
+
+    return AliveTensors()
+
+
+def expected_memory(model_class: Any, model_config: Any, config: Any, processes: int = 1) -> dict[str, int]:
+    """Bytes on one device: the state's parts, activations of one microbatch, and their sum. config: resolved.
+
+    Where activation checkpointing is on, "activations without checkpointing" stands beside, outside the sum.
     """
-    if memory is None:
-        return float("inf")
-    state = sum(PARTS[precision].values()) * model_class.count_parameters(model_config)
-    # The backward pass holds the logits' gradient besides, in fp32 and in the compute type.
-    one = activation_bytes(build_meta(model_class, model_config), length, precision != "fp32")
-    one += 8 * model_config.vocab_size * length
-    return max(0, int((0.9 * memory - state) / one)) * length
+    batch, how = config.batch, config.engine.activation_checkpointing
+    spread, length = Spread.of(config, processes), batch.sequence_length
+    demand = Demand(model_class, model_config, length)
+    share = -(-(batch.tokens_per_step // length) // processes)  # sequences of one step on one device
+    sequences = min(batch.tokens_per_microbatch // length, share)
+    memory = demand.state(spread, accumulates=share > sequences)
+    memory["activations"] = demand.activations(spread, how) * sequences
+    memory["total"] = sum(memory.values())
+    if how != "none":
+        memory["activations without checkpointing"] = demand.activations(spread, "none") * sequences
+    return memory

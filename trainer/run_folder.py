@@ -18,9 +18,11 @@ from typing import Any
 from trainer.config import DataConfig, RunConfig
 from trainer.errors import UserError
 from trainer.files import write_file
+from trainer.launcher import find_place
 from trainer.settings import build, load_yaml, merge, to_yaml
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.jsonl"
 
 # What may change between the parts of one run: where it computes and what it reports, not what it computes.
 CHANGEABLE = (
@@ -40,11 +42,14 @@ CHANGEABLE = (
     "log.",
 )
 
+# What the plan decides by the number of processes: with another number it is decided anew.
+BY_PROCESSES = ("strategy", "shard_size", "offload", "activation_checkpointing")
+
 
 def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
     from trainer.checkpoint import found
-    from trainer.plan import default_run_dir
+    from trainer.inference import default_run_dir
 
     asked = build(RunConfig, given)
     folder = Path(asked.run_dir or default_run_dir(asked)).expanduser()
@@ -57,7 +62,18 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             )
         return given, False
     saved = load_yaml(folder / CONFIG)
+    if _processes_before(folder) != find_place(os.environ).size:
+        saved["engine"] = {key: value for key, value in saved.get("engine", {}).items() if key not in BY_PROCESSES}
     return merge(saved, drop_inferred(given)), True
+
+
+def _processes_before(folder: Path) -> int | None:
+    """How many processes the last start in this folder had; None where that is not known."""
+    try:
+        lines = (folder / ENVIRONMENT).read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1]).get("processes")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,13 +144,13 @@ def write_start(folder: Path, config: RunConfig, plan_text: str | None, dataset_
             shutil.copy(dataset_folder / name, folder / name)
     if plan_text is not None:
         write_file(folder / "plan.txt", plan_text + "\n")
-    with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / ENVIRONMENT).open("a", encoding="utf-8") as file:
         file.write(json.dumps(environment()) + "\n")
     write_file(folder / CONFIG, to_yaml(config))  # last: a folder with it can be resumed
 
 
 def environment() -> dict[str, Any]:
-    """Command, versions, machine and git state of this start."""
+    """Command, versions, machine, processes and git state of this start."""
     import importlib.metadata
 
     versions = {}
@@ -148,6 +164,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "host": platform.node(),
         "cpus": os.cpu_count(),
+        "processes": find_place(os.environ).size,
         "git": _git_state(),
     }
 
@@ -172,9 +189,13 @@ class OpenRun:
     tokenizer: Any
     device: Any
     step: int
+    lockstep = False  # see engine.base.Engine
+
+    def agree(self, value: Any) -> Any:
+        return value
 
     def autocast(self) -> Any:
-        from trainer.engine.torch_engine import autocast
+        from trainer.engine.base import autocast
 
         return autocast(self.device, self.plan.config.precision)
 
@@ -222,6 +243,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if precision != "auto":
         values["precision"] = precision
     values["device"] = device
+    values.pop("engine", None)  # how the run was spread does not bind one process that reads it
     dataset = DatasetInfo.load(folder)
     plan = resolve(build(RunConfig, values), dataset)
     place = choose_device(device, world.local_rank)

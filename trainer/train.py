@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import textwrap
 import time
 import zlib
@@ -17,16 +18,19 @@ from torch import Tensor
 
 from models.base import IGNORE
 from trainer import checkpoint
+from trainer.checkpoint_saver import Saver
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream, find_dataset, is_remote, local_folder
 from trainer.engine import build_engine
 from trainer.engine.distributed import World, join, read_world
+from trainer.engine.signals import STOPPING, StopSignals, exit_code, stopped_line
+from trainer.engine.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.evaluate import score, validate
 from trainer.generate import complete
 from trainer.metrics.report import Measured, Report
-from trainer.optim import build_optimizer
+from trainer.optim.frequency import FrequencyScaling
 from trainer.plan import Plan, render, resolve
 from trainer.run_folder import check_unchanged, combined_values, locked, write_start
 from trainer.scaling import BatchMultiplier, GradNormLaw
@@ -50,14 +54,16 @@ class State:
 class Run:
     """The parts of a run, put together once."""
 
-    def __init__(self, plan: Plan, world: World, dataset: DatasetInfo) -> None:
+    def __init__(
+        self, plan: Plan, world: World, dataset: DatasetInfo, watchdog: Watchdog, signals: StopSignals
+    ) -> None:
         config = plan.config
         self.plan, self.config, self.world, self.dataset = plan, config, world, dataset
+        self.watchdog, self.signals = watchdog, signals
         self.folder = Path(config.run_dir or "").expanduser()
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
-        self.optimizer = build_optimizer(plan, self.model, self.device)
-        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.not_asked = torch.zeros(len(STOPPING), device=self.device)
         self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
         self.validation = Split(config.data, dataset, "validation")
         law = GradNormLaw.of(plan.parameters)
@@ -65,7 +71,7 @@ class Run:
         self.state = State()
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
-        self.embedding: Any = embedding.weight if config.optim.embedding_frequency == "global" else None
+        self.frequency: Any = FrequencyScaling(embedding) if config.optim.embedding_frequency == "global" else None
 
     # -- one optimiser step ------------------------------------------------------------------------------------------
 
@@ -77,26 +83,20 @@ class Run:
         counted = sequences * length  # targets of this step on all ranks: the loss is their mean
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
+        self.watchdog.at(step + 1, "reading data")
+        rows = self.read(length, sequences)  # [rows of this rank, length + 1]
+        if self.frequency is not None:
+            self.frequency.count(rows[:, :-1], self.world)
         loss = torch.zeros((), device=self.device)
-        # How often each token stands in the whole step: its embedding row's gradient is divided by that.
-        occurrences = None if self.embedding is None else torch.zeros(len(self.embedding), device=self.device)
-        for tokens, targets, last in self.microbatches(length, sequences):
+        for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
+            self.watchdog.at(step + 1, f"microbatch {number}")
             loss += self.engine.backward(tokens, targets, 1 / counted, last)
-            if occurrences is not None:
-                occurrences.index_add_(0, tokens.flatten(), (targets != IGNORE).flatten().float())
-        loss = self.world.sum(loss) / counted
-
-        if occurrences is not None:
-            self.embedding.grad.div_(self.world.sum(occurrences).clamp_(min=1)[:, None])
-        gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
-        norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp32 also where gradients are bf16
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.config.optim.clip_norm, norm)
-        finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
-        self.optimizer.step(step, loss, finite)
+        self.watchdog.at(step + 1, "loss and update")
+        # That a signal asks some rank to stop travels with the loss: all learn of it at the same step, at no cost.
+        sums = self.world.sum(torch.cat([loss[None] / counted, self.stop_flags()]))  # [3]
+        loss, stops = sums[0], sums[1:]
+        norm, finite = self.engine.step(step, loss)
         self.model.post_step()
-        self.optimizer.clear_gradients()
 
         measured = Measured(
             step=step + 1,
@@ -105,10 +105,11 @@ class Run:
             epoch=self.stream.epoch(state.position),
             length=length,
             multiplier=state.k,
-            lr=self.optimizer.matrix_lr,
+            lr=self.engine.optimizer.matrix_lr,
             loss=loss,
             grad_norm=norm,
             finite=finite,
+            stops=stops,
         )
         state.position = self.stream.start(state.position, length) + counted
         state.tokens += counted
@@ -118,30 +119,34 @@ class Run:
             state.n, state.k = self.multiplier.n, self.multiplier.k
         return measured
 
-    def microbatches(self, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """This rank's share of a step, as (tokens [B, T], targets [B, T], whether it is the last)."""
+    def stop_flags(self) -> Tensor:
+        """For each signal that stops a run, whether it came to this rank; fp32 [2]."""
+        if self.signals.asked is None:
+            return self.not_asked
+        return torch.tensor([float(self.signals.asked == number) for number in STOPPING], device=self.device)
+
+    def read(self, length: int, sequences: int) -> Tensor:
+        """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
         position = self.state.position
         first, count = self.share(sequences)
+        rows = torch.from_numpy(self.stream.windows(position, length, first, count))
         following = self.stream.start(position, length) + sequences * length
+        self.stream.read_ahead(following, length, first, count)  # guessing that nothing grows
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
+    def microbatches(self, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """`rows` as (tokens [B, T], targets [B, T], whether it is the last): equally many on every rank."""
+        largest = -(-sequences // self.world.size)  # share of any rank
         fit = max(1, self.config.batch.tokens_per_microbatch // length)
-        if count == 0:  # fewer sequences than ranks: take part in the collectives with a row that does not count
-            empty = torch.zeros(1, length, dtype=torch.long, device=self.device)
-            yield empty, torch.full_like(empty, IGNORE), True
-            return
-        parts = -(-count // fit)
-        rows = -(-count // parts)
-        for at in range(0, count, rows):
-            windows = self.stream.windows(position, length, first + at, min(rows, count - at))
-            last = at + rows >= count
-            # The next rows are read while the device works on these. Across a step, guess that nothing grows.
-            if last:
-                self.stream.read_ahead(following, length, first, min(rows, count))
-            else:
-                self.stream.read_ahead(position, length, first + at + rows, min(rows, count - at - rows))
-            block = torch.from_numpy(windows)
-            if self.device.type == "cuda":
-                block = block.pin_memory().to(self.device, non_blocking=True)
-            yield block[:, :-1], block[:, 1:], last
+        parts = rows.tensor_split(-(-largest // fit))
+        for number, part in enumerate(parts, 1):
+            tokens, targets = part[:, :-1], part[:, 1:]
+            if (
+                len(part) == 0
+            ):  # fewer sequences than elsewhere: take part in the collectives with a row that does not count
+                tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
+                targets = torch.full_like(tokens, IGNORE)
+            yield tokens, targets, number == len(parts)
 
     def share(self, sequences: int) -> tuple[int, int]:
         """(first, count) of this rank's sequences: contiguous, as even as whole sequences allow."""
@@ -153,6 +158,8 @@ class Run:
 
     def train_accuracy(self) -> float | None:
         """Share of right guesses on a few of the next step's sequences; costs one small forward pass."""
+        if not (self.world.leader or self.engine.lockstep):
+            return None
         length = self.plan.sequence_length(self.state.step)
         windows = self.stream.windows(self.state.position, length, 0, max(1, ACCURACY_TOKENS // length))
         block = torch.from_numpy(windows)
@@ -162,31 +169,42 @@ class Run:
 
     def validate(self) -> dict[str, Any]:
         """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it."""
-        final = self.state.step == self.config.max_steps
+        step = self.state.step
+        self.watchdog.at(step, "validation")
+        final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
-        return validate(self.engine, self.validation, self.plan, self.world, self.state.step, max_tokens=limit)
+        return validate(
+            self.engine,
+            self.validation,
+            self.plan,
+            self.world,
+            step,
+            max_tokens=limit,
+            at=lambda place: self.watchdog.at(step, place),
+        )
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
-        """A text sample (rank 0), appended to samples.txt; returns it."""
+        """A text sample, appended to samples.txt; returns it ("" on ranks that take no part)."""
+        if not (self.world.leader or self.engine.lockstep):
+            return ""
+        self.watchdog.at(self.state.step, "text sample")
         prompt = self.config.log.sample_prompt
         limit = self.model.max_context
         if limit is not None and len(tokenizer.encode(prompt)) + tokens > limit:
             tokens = max(1, limit - len(tokenizer.encode(prompt)))
             prompt = tokenizer.decode(tokenizer.encode(prompt)[: limit - tokens].tolist())
         text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], seed=self.config.seed)[0]
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"=== {header}\n{text}\n\n")
+        if self.world.leader:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"=== {header}\n{text}\n\n")
         return text
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save(self, seconds: float) -> Path:
+    def save(self, saver: Saver, seconds: float) -> None:
         """Write a checkpoint of everything needed to go on."""
+        self.watchdog.at(self.state.step, "saving")
         self.state.seconds = seconds
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        optimizer = self.optimizer.tensors(self.names)
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
-        tensors["weight_decay"] = self.optimizer.decay
         facts = {
             "tokens": self.state.tokens,
             "state": dataclasses.asdict(self.state),
@@ -195,14 +213,12 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "torch": torch.__version__,
         }
-        settings = self.config.checkpoint
-        keep = checkpoint.retention(settings.keep, settings.keep_every)
-        return checkpoint.save(self.folder / "checkpoints", self.state.step, tensors, facts, self.world, keep)
+        saver.save(self.state.step, self.engine.tensors(), facts)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint; False where there is none."""
         folder = self.folder / "checkpoints"
-        chosen = self.world.on_leader(lambda: checkpoint.choose(folder, None, self.world.say))
+        chosen = checkpoint.choose(folder, None, self.world.say, self.world)
         if chosen is None:
             return False
         path, manifest = chosen
@@ -217,13 +233,7 @@ class Run:
             raise UserError(
                 f"checkpoint: the state in {path / checkpoint.MANIFEST} is not this version's: {error}"
             ) from None
-        tensors = checkpoint.load(path, "", self.world, self.device)
-        own = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        checkpoint.put_into(self.model, own, path)
-        parameters = {name: parameter for parameter, name in self.names.items()}
-        states = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-        self.optimizer.load_tensors(states, parameters)
-        self.optimizer.decay = tensors["weight_decay"]
+        self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
         return True
@@ -235,17 +245,29 @@ def run(given: dict[str, Any]) -> None:
     values, resuming = combined_values(given)
     config = build(RunConfig, values)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
-    join(world, config.device)
+    with StopSignals(world) as signals:
+        asked = run_joined(given, config, world, signals)
+    if asked is not None:
+        raise SystemExit(exit_code(asked))
+
+
+def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: StopSignals) -> signal.Signals | None:
+    """The run, from the process group's beginning to its end; returns the signal that ended it early."""
+    join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, speaks first
     # Rank 0 looks and resolves; the others take what it found, and its error where there is one.
     values, resuming = world.on_leader(lambda: combined_values(given))
     config, plan_text = world.on_leader(lambda: resolve_run(build(RunConfig, values), resuming))
+    if world.size == 1:
+        join(world, config.device, alone=config.engine.strategy != "single")
     dataset = find_dataset(config.data)
     assert dataset is not None
     with contextlib.ExitStack() as stack:
-        folder = Path(config.run_dir).expanduser()
+        folder = Path(config.run_dir or "").expanduser()
         world.on_leader(lambda: stack.enter_context(locked(folder)) and None)
-        train(resolve(config, dataset), world, dataset, plan_text)
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(world, 60 * config.engine.timeout_minutes)))
+        asked = train(Run(resolve(config, dataset), world, dataset, watchdog, signals), plan_text)
     world.stop()
+    return asked
 
 
 def resolve_run(config: RunConfig, resuming: bool) -> tuple[Any, str | None]:
@@ -276,32 +298,36 @@ def obtain_dataset(config: RunConfig, world: World) -> None:
         prepare(PrepareConfig(**corpus, out=data.path), world.say)
 
 
-def train(plan: Plan, world: World, dataset: DatasetInfo, plan_text: str | None) -> None:
-    """From the plan to the trained model. plan_text: of a new run; None: go on with an old one."""
+def train(this: Run, plan_text: str | None) -> signal.Signals | None:
+    """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an old one."""
     from trainer.data.tokenizers import Tokenizer
 
-    config = plan.config
-    this = Run(plan, world, dataset)
+    config, world = this.config, this.world
     if plan_text is None:
         this.restore()
     if this.state.step >= config.max_steps:
         world.say(
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
-        return
-    tokenizer = None
-    if world.leader:
-        write_start(this.folder, config, plan_text, local_folder(config.data))
-        world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.optimizer.table()}".lstrip())
-        tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", dataset.tokenizer.name)
-    world.say(opening(this))
-    report = Report(this.folder, plan, world, this.engine, this.state.step, this.state.seconds)
+        return None
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data)))
+    tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
+    world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
+    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
+    settings = config.checkpoint
+    keep = checkpoint.retention(settings.keep, settings.keep_every)
+    saver = Saver(this.folder / "checkpoints", world, keep, settings.asynchronous)
     try:
-        loop(this, report, tokenizer)
-        finish(this, report, tokenizer)
+        asked = loop(this, report, saver, tokenizer)
+        if asked is None:
+            finish(this, report, tokenizer)
+        else:
+            world.say(stopped_line(asked, this.state.step))
     finally:
         this.stream.close()
         report.close()
+    this.engine.close()
+    return asked
 
 
 def opening(this: Run) -> str:
@@ -315,29 +341,34 @@ def opening(this: Run) -> str:
     )
 
 
-def loop(this: Run, report: Report, tokenizer: Any) -> None:
-    """Step, and at their intervals evaluate, sample and save."""
+def loop(this: Run, report: Report, saver: Saver, tokenizer: Any) -> signal.Signals | None:
+    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
     config, state = this.config, this.state
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
-    while state.step < config.max_steps:
+    asked = None
+    while state.step < config.max_steps and asked is None:
         report.step_done(this.optimiser_step())
-        evaluate, save = due(config.evaluation.every), due(config.checkpoint.every)
+        saver.poll()
+        asked = report.asked if state.step < config.max_steps else None
+        save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
+        evaluate = asked is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
         report.stop_clock()
-        accuracy = this.train_accuracy() if this.world.leader else None
-        report.flush(this.validate() if evaluate else None, accuracy)
+        report.flush(this.validate() if evaluate else None, this.train_accuracy() if asked is None else None)
+        if evaluate and config.log.sample_tokens and state.step < config.max_steps:
+            this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate and this.world.leader:
-            if config.log.sample_tokens and state.step < config.max_steps:
-                this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
             draw_curves(this)
         if save:
             report.sync()
-            this.save(report.clock.seconds)
+            this.save(saver, report.clock.seconds)
         report.clock.start()
+    saver.finish()
+    return asked
 
 
 def draw_curves(this: Run) -> None:
@@ -350,13 +381,13 @@ def draw_curves(this: Run) -> None:
 
 def finish(this: Run, report: Report, tokenizer: Any) -> None:
     """The closing demonstration and where everything lies."""
-    if not this.world.leader:
-        return
-    last = report.last
     text = ""
     if this.config.log.demo_tokens:
         sample = this.write_sample(tokenizer, this.config.log.demo_tokens, f"step {this.state.step}, final")
         text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
+    if not this.world.leader:
+        return
+    last = report.last
     report.console.say(
         f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {report.clock.seconds:.1f} s of training: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"

@@ -1,9 +1,12 @@
 """Real processes over gloo: torchrun and accelerate launch train what one process trains."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,7 @@ def test_contradictions_are_one_line(tiny_dataset, tmp_path):
 
 RANK_ONE_FAILS = """
 import os
+import torch
 from models.base import register
 from models.hlb import Hlb, HlbConfig
 
@@ -140,7 +144,7 @@ class Fails(Hlb):
     Config = HlbConfig
     def forward(self, tokens, **kwargs):
         out = super().forward(tokens, **kwargs)
-        if not tokens.is_meta and MOMENT:
+        if type(tokens) is torch.Tensor and MOMENT:
             ACTION
         return out
 """
@@ -173,7 +177,7 @@ def test_out_of_memory_on_one_rank_is_a_line(tiny_dataset, tmp_path, monkeypatch
 
 def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path, monkeypatch):
     done = launch_failing(
-        tmp_path, tiny_dataset, 'os.environ["RANK"] == "1" and out.loss is not None', "out.loss = out.loss * float('nan')",
+        tmp_path, tiny_dataset, 'os.environ["RANK"] == "1" and out.loss is not None', "out = out._replace(loss=out.loss * float('nan'))",
         monkeypatch,
     )  # fmt: skip
     assert done.returncode != 0
@@ -235,3 +239,177 @@ def test_one_bad_rank_ends_all(tiny_dataset, tmp_path):
     done = launch(torchrun(2), tiny_values(copy, tmp_path / "run"), tmp_path)
     assert done.returncode != 0
     assert "is damaged: its xxh64" in done.stderr
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def accelerate_launch(tmp_path: Path, **config) -> list[str]:
+    """As after `accelerate config` with these answers."""
+    values = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+    values |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(values | config))
+    return ["accelerate.commands.launch", "--config_file", str(path)]
+
+
+@pytest.mark.parametrize(
+    "config, strategy",
+    [
+        ({"distributed_type": "MULTI_GPU"}, "ddp"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "fsdp"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "zero2"),
+    ],
+)
+def test_accelerate_config_chooses_the_engine(single, tiny_dataset, tmp_path, config, strategy):
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
+    done = launch(accelerate_launch(tmp_path, **config), values, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"engine: {strategy} on 2 x CPU" in done.stderr
+    assert_equal_losses(tmp_path / "run", single)
+
+
+def test_processes_that_accelerate_does_not_start(tiny_dataset, tmp_path):
+    """accelerate 1.15 starts one process for a MULTI_CPU config of two."""
+    values = tiny_values(tiny_dataset, tmp_path / "run")
+    done = launch(accelerate_launch(tmp_path, distributed_type="MULTI_CPU"), values, tmp_path, timeout=60)
+    assert "error: accelerate launch: several processes were asked for, but it started only one" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+PRINT_WISHES = """
+import dataclasses, json, os
+from trainer.engine.wishes import read_wishes
+if os.environ["RANK"] == "0":
+    print("wishes", json.dumps(dataclasses.asdict(read_wishes(os.environ))))
+"""
+
+
+@pytest.mark.parametrize(
+    "config, wishes",
+    [
+        (
+            {
+                "distributed_type": "FSDP",
+                "fsdp_config": {
+                    "fsdp_version": 2,
+                    "fsdp_reshard_after_forward": False,
+                    "fsdp_offload_params": True,
+                    "fsdp_activation_checkpointing": True,
+                },
+            },
+            {
+                "strategy": "fsdp",
+                "reshard_after_forward": False,
+                "offload": True,
+                "activation_checkpointing": "full",
+            },
+        ),
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "HYBRID_SHARD"}},
+            {"strategy": "hsdp"},
+        ),
+        (
+            {
+                "distributed_type": "DEEPSPEED",
+                "mixed_precision": "bf16",
+                "deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu", "gradient_clipping": 1.0},
+            },
+            {"strategy": "zero3", "offload": True, "clip_norm": 1.0, "mixed_precision": "bf16"},
+        ),
+        (
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "ds.json"}},
+            {"deepspeed_config": "ds.json"},
+        ),
+    ],
+)
+def test_what_accelerate_really_hands_on(tmp_path, config, wishes):
+    (tmp_path / "print_wishes.py").write_text(PRINT_WISHES)
+    words = [*accelerate_launch(tmp_path, **config), str(tmp_path / "print_wishes.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("wishes ")]
+    assert len(lines) == 1, done.stderr
+    said = {key: value for key, value in json.loads(lines[0].removeprefix("wishes ")).items() if value is not None}
+    assert said == {"launcher": "accelerate"} | wishes
+
+
+def test_deepspeed_launcher(single, tiny_dataset, tmp_path, monkeypatch):
+    """It puts --local_rank into the command line."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port(), "--module", "trainer"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "train", str(tmp_path / "run.yaml")],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--local_rank=1" in done.stdout + done.stderr
+    assert "engine: ddp on 2 x CPU" in done.stderr
+    assert_equal_losses(tmp_path / "run", single)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> int:
+    """How many idle nodes Slurm has here; none: the test is skipped."""
+    if not (shutil.which("srun") and shutil.which("sinfo")):
+        pytest.skip("needs Slurm: there is no srun on this machine")
+    done = subprocess.run(
+        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"], capture_output=True, text=True, timeout=30
+    )
+    found = set(done.stdout.split())
+    if not found:
+        pytest.skip(f"needs Slurm with an idle node; sinfo says: {' '.join(done.stderr.split()) or 'none'}")
+    return len(found)
+
+
+def srun(*words, timeout=200) -> subprocess.CompletedProcess:
+    """Two tasks, or what `words` say; nothing waits for longer than a minute to begin."""
+    options = ["--immediate=60", "--time=5", "--overcommit", "--kill-on-bad-exit=1", "--ntasks=2"]
+    return subprocess.run(["srun", *options, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_srun_without_torchrun(nodes, single, tiny_dataset, tmp_path, machines):
+    if machines > nodes:
+        pytest.skip(f"needs Slurm with {machines} idle nodes; it has {nodes}")
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = srun(f"--nodes={machines}", sys.executable, "-m", "trainer", "train", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "engine: ddp on 2 x CPU" in done.stderr
+    assert done.stderr.count("optimiser groups") == 1, "rank 0 alone speaks"
+    assert_equal_losses(tmp_path / "run", single)
+
+
+def test_a_single_task_of_srun_is_one_process(nodes, tiny_dataset, tmp_path):
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = srun("--ntasks=1", sys.executable, "-m", "trainer", "train", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "engine: single on 1 x CPU" in done.stderr
+
+
+def test_a_batch_script_of_slurm_is_one_process(nodes, tiny_dataset, tmp_path):
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = f"cd {ROOT} && {sys.executable} -m trainer train {tmp_path / 'run.yaml'}"
+    out = tmp_path / "job.out"
+    job = ["sbatch", "--parsable", "--ntasks=2", "--overcommit", "--time=5", f"--output={out}", "--wrap", words]
+    number = subprocess.run(job, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    try:
+        deadline = time.monotonic() + 120
+        squeue = ["squeue", "--noheader", f"--jobs={number}"]
+        while subprocess.run(squeue, capture_output=True, timeout=30).stdout and time.monotonic() < deadline:
+            time.sleep(0.5)
+        text = out.read_text()
+    finally:
+        subprocess.run(["scancel", number], timeout=30)
+    assert "Slurm gave this job 2 tasks and this is one process" in text
+    assert "engine: single on 1 x CPU" in text

@@ -1,30 +1,30 @@
-"""How a model is spread over devices. The loop sees `model`, `device`, `autocast()`, `describe()` and
-
-loss_sum = engine.backward(tokens, targets, scale, last)   # per microbatch; gradients are global after the last
-"""
+"""How a model is spread over devices: one class per library, the same few methods on each (see base.Engine)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from models.base import LanguageModel
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 
 
 def build_engine(plan: Any, world: World) -> Any:
-    """The engine of `engine.strategy`, holding the model with its initial weights."""
-    from trainer.engine.torch_engine import TorchEngine
-
+    """The engine of the plan's `engine.strategy`, holding model and optimiser; imports no library that it does not use."""
     strategy = plan.config.engine.strategy
-    if strategy == "auto":
-        strategy = "ddp" if world.size > 1 else "single"
-    if strategy == "single" and world.size > 1:
+    if strategy in ("single", "ddp"):
+        from trainer.engine.torch_engine import TorchEngine
+
+        return TorchEngine(plan, world)
+    if plan.model_class.post_step is not LanguageModel.post_step and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
-            f"engine.strategy: single, but {world.size} processes were started; use ddp or start one process"
+            f"engine.strategy: {strategy} keeps the weights in flat vectors, which the projection after each step "
+            f"(post_step) of {plan.config.model['name']} cannot reach; use ddp, fsdp, hsdp or zero0"
         )
-    if strategy == "ddp" and world.size == 1:
-        raise UserError(
-            "engine.strategy: ddp needs several processes and one was started; "
-            "use `torchrun --nproc_per_node N -m trainer ...` or engine.strategy single"
-        )
-    return TorchEngine(plan, world, strategy)
+    if strategy in ("fsdp", "hsdp"):
+        from trainer.engine.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(plan, world)
+    from trainer.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(plan, world)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer import launcher
 from trainer.errors import UserError
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
 
     @property
     def leader(self) -> bool:
@@ -67,51 +69,65 @@ class World:
 
     def stop(self) -> None:
         """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
 
 
 def read_world() -> World:
-    """This process's place, from the launcher's environment (torchrun, accelerate)."""
-    size = _environment("WORLD_SIZE", 1)
-    return World() if size == 1 else World(_environment("RANK"), size, _environment("LOCAL_RANK", 0))
+    """This process's place, whatever the launcher; sees to it that MASTER_ADDR and MASTER_PORT are set if there are several.
+
+    UserError where the environment is incomplete, or accelerate started fewer processes than it was asked for.
+    """
+    world = World(*launcher.find_place(os.environ))
+    if world.size > 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launcher.find_meeting_point(os.environ)
+        return world
+    launcher.refuse_lost_processes(os.environ)
+    note = launcher.unused_tasks(os.environ)
+    if note:
+        world.say(note)
+    return world
 
 
-def join(world: World, wanted_device: str) -> None:
-    """Enter the process group, where there are several processes."""
-    if world.size == 1:
+def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone: bool = False) -> None:
+    """Enter the process group. One process makes none, unless `alone` asks for a group of one (fsdp, zero0 to zero3).
+
+    timeout_minutes: how long a collective, and the first meeting, may take. UserError where the processes do not meet.
+    """
+    if world.size == 1 and not alone:
         return
     from trainer.device import choose_device
 
     device = choose_device(wanted_device, world.local_rank)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=_attempt_store(world.size),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(minutes=30),
-    )
-
-
-def _environment(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "")
-    if text.isdigit():
-        return int(text)
-    if default is None or text:
-        raise UserError(
-            f"{name}: the launcher set WORLD_SIZE but {name} is {text!r}; start with torchrun or accelerate"
+    # Libraries ask the environment, which srun sets otherwise and a single process not at all.
+    place = (world.rank, world.size, world.local_rank, world.local_size)
+    os.environ.update(zip(launcher.NAMES, map(str, place), strict=True))
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
+            store=_attempt_store(world.size, timeout) if world.size > 1 else dist.HashStore(),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
         )
-    return default
+    except RuntimeError as error:
+        meeting_point = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"process group: the {world.size} processes do not meet at {meeting_point}; see that all were started and "
+            f"that no other program has the port: {str(error).splitlines()[0]}"
+        ) from None
 
 
-def _attempt_store(size: int) -> dist.Store | None:
+def _attempt_store(size: int, timeout: timedelta) -> dist.Store | None:
     """Under torchrun, its store with keys of this attempt alone: after a restart the dead ranks' addresses are still in it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=False)
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
     return dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -6,6 +6,7 @@ Losses and norms stay on the device until the next step has been launched, so re
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.device import peak_flops, peak_memory_bytes
+from trainer.engine.signals import STOPPING
 from trainer.errors import UserError
 from trainer.evaluate import safe_exp
 from trainer.metrics.console import open_console
@@ -23,7 +25,8 @@ from trainer.metrics.record import MetricsFile, Wandb
 
 @dataclass
 class Measured:
-    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device; the rest is known without it."""
+    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device, stops: how many ranks were asked to stop by each
+    of signals.STOPPING, fp32 [2] there; the rest is known without it."""
 
     step: int  # optimiser steps done, this one included
     tokens: int  # trained on so far
@@ -35,6 +38,7 @@ class Measured:
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
+    stops: Tensor
     elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
     seconds: float = 0.0
 
@@ -69,6 +73,7 @@ class Report:
         self._waiting: Measured | None = None
         self._seconds_then = seconds
         self._skips = 0
+        self.asked: signal.Signals | None = None  # to stop, as all ranks agree
         self.last: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
         if world.leader:
@@ -106,7 +111,8 @@ class Report:
         if self._waiting is None:
             return
         m, self._waiting = self._waiting, None
-        loss, grad_norm, finite = torch.stack([m.loss, m.grad_norm, m.finite]).tolist()
+        loss, grad_norm, finite, *stops = torch.cat([torch.stack([m.loss, m.grad_norm, m.finite]), m.stops]).tolist()
+        self.asked = next((number for number, count in zip(STOPPING, stops, strict=True) if count), self.asked)
         rate = m.step_tokens / max(m.elapsed, 1e-9)
         mfu = rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ from trainer.scaling import weight_decay_base
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share hyperparameters. schedule: 0-based step -> multiplier of lr."""
+    """Parameters, by name, that share hyperparameters. schedule: 0-based step -> multiplier of lr."""
 
     name: str
-    parameters: list[nn.Parameter]
+    parameters: list[str]
     lr: float
     schedule: Callable[[int], float]
     betas: tuple[float, float]
@@ -52,7 +52,7 @@ def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> flo
 
 def hlb_groups(model: Any, optim: Any) -> list[Group]:
     """The four groups of hlb-gpt, by role."""
-    by_role = parameters_by_role(model)
+    by_role = names_by_role(model)
 
     def power(step: int) -> float:
         return power_decay(step, optim.warmup_steps)
@@ -76,15 +76,14 @@ def hlb_groups(model: Any, optim: Any) -> list[Group]:
     return [group for group in groups if group.parameters]
 
 
-def plain_groups(model: Any, optim: Any, total: int) -> list[Group]:
+def plain_groups(shapes: dict[str, torch.Size], optim: Any, total: int) -> list[Group]:
     """AdamW with warm-up and cosine; only parameters of two or more dimensions decay."""
 
     def schedule(step: int) -> float:
         return warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)
 
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.dim() >= 2]
-    rest = [p for p in parameters if p.dim() < 2]
+    decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
+    rest = [name for name, shape in shapes.items() if len(shape) < 2]
     groups = [
         Group("decayed", decayed, optim.lr, schedule, (0.9, 0.95), 1e-8, optim.weight_decay, optim.loss_driven_decay),
         Group("not decayed", rest, optim.lr, schedule, (0.9, 0.95), 1e-8),
@@ -92,15 +91,15 @@ def plain_groups(model: Any, optim: Any, total: int) -> list[Group]:
     return [group for group in groups if group.parameters]
 
 
-def parameters_by_role(model: Any) -> dict[str, list[nn.Parameter]]:
-    """Role -> parameters. Raises ValueError unless every parameter stands under exactly one known role."""
-    named = dict(model.named_parameters())
-    by_role: dict[str, list[nn.Parameter]] = {role: [] for role in model.roles}
+def names_by_role(model: Any) -> dict[str, list[str]]:
+    """Role -> names of parameters. Raises ValueError unless every parameter stands under exactly one known role."""
+    named = [name for name, _ in model.named_parameters()]
+    by_role: dict[str, list[str]] = {role: [] for role in model.roles}
     seen: list[str] = []
     for role, names in model.parameter_groups().items():
         if role not in by_role:
             raise ValueError(f"unknown parameter role {role!r} (allowed: {', '.join(model.roles)})")
-        by_role[role] = [named[name] for name in names]
+        by_role[role] = list(names)
         seen += names
     if sorted(seen) != sorted(named):
         odd = sorted(set(seen) ^ set(named)) or sorted({name for name in seen if seen.count(name) > 1})
@@ -108,59 +107,82 @@ def parameters_by_role(model: Any) -> dict[str, list[nn.Parameter]]:
     return by_role
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW with two things told on the device, so that nothing waits for it: `finite` (0.0: change neither weights nor
+    moments) and `decay` (the weight decay of groups with loss_driven_decay). An engine may call `step` for some groups at a
+    time, or put tensors of its own (DeepSpeed's flat partitions) in the place of the parameters."""
+
+    finite: Tensor
+    decay: Tensor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group["loss_driven_decay"] and group["params"]:
+                shrink = 1 - group["lr"] * self.decay * self.finite
+                torch._foreach_mul_(group["params"], shrink.to(group["params"][0].device))
+        self.found_inf = 1 - self.finite  # the fused kernel reads it on the device
+        super().step()
+
+
 class Optimizer:
-    """AdamW over groups, with their schedules, and two guards that never wait for the device:
+    """GuardedAdamW over groups, with their schedules. hlb's weight decay of a step follows the loss of the step before."""
 
-    a step whose loss or gradient is not finite changes neither weights nor moments, and hlb's loss-driven weight decay
-    lives in a tensor on the device (the decay of a step follows the loss of the step before).
-    """
-
-    def __init__(self, groups: list[Group], n_parameters: int, first_loss: float, device: torch.device) -> None:
-        self.groups = groups
-        self.adamw = torch.optim.AdamW(
+    def __init__(
+        self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.groups, self.shapes = groups, shapes
+        self.adamw = GuardedAdamW(
             [
                 {
-                    "params": group.parameters,
+                    "params": [local[name] for name in group.parameters],
                     "lr": group.lr,
                     "betas": group.betas,
                     "eps": group.eps,
                     "weight_decay": 0.0 if group.loss_driven_decay else group.weight_decay,
+                    "loss_driven_decay": group.loss_driven_decay,
                 }
                 for group in groups
             ],
             fused=True,
         )
+        n_parameters = sum(shape.numel() for shape in shapes.values())
         self._log_base = math.log(weight_decay_base(n_parameters))
         self.decay = self._decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
 
     def _decay_of(self, loss: Tensor) -> Tensor:
         return 16 * torch.exp(-(loss + 1e-8) * self._log_base)
 
-    @torch.no_grad()
-    def step(self, step: int, loss: Tensor, finite: Tensor) -> None:
-        """One update. step: 0-based; loss: global mean loss, fp32 scalar on the device; finite: 1.0, or 0.0 to change nothing."""
+    def prepare(self, step: int, finite: Tensor) -> None:
+        """Everything `adamw.step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""
         for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
             settings["lr"] = group.lr * group.schedule(step)
-            if group.loss_driven_decay:
-                shrink = 1 - settings["lr"] * self.decay * finite
-                torch._foreach_mul_([*group.parameters], shrink)
-        self.adamw.found_inf = 1 - finite  # type: ignore[attr-defined]  # the fused kernel reads it on the device
-        self.adamw.step()
-        self.decay = torch.where(finite > 0, self._decay_of(loss), self.decay)
+        self.adamw.finite, self.adamw.decay = finite, self.decay
+
+    def follow(self, loss: Tensor, finite: Tensor) -> None:
+        """After the update: the decay of the next step. loss: global mean of this one, fp32 scalar on the device."""
+        self.decay.copy_(torch.where(finite > 0, self._decay_of(loss), self.decay))
 
     @property
     def matrix_lr(self) -> float:
         """Learning rate of the matrices (the first group) at the last step."""
         return self.adamw.param_groups[0]["lr"]
 
-    def clear_gradients(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+    def allocate(self, tensors: Iterable[Tensor]) -> None:
+        """Moments of zero and no steps for each of `tensors`, as before the first step, to load a checkpoint into."""
+        for tensor in tensors:
+            self.adamw.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
 
     def table(self) -> str:
         """The resolved groups, for the start of the log."""
         lines = []
         for group in self.groups:
-            count = sum(parameter.numel() for parameter in group.parameters)
+            count = sum(self.shapes[name].numel() for name in group.parameters)
             decay = "by loss" if group.loss_driven_decay else f"{group.weight_decay:g}"
             lines.append(
                 f"  {group.name:<22} {len(group.parameters):>4} tensors {count:>13,} parameters  lr {group.lr:.6g}  "
@@ -168,26 +190,14 @@ class Optimizer:
             )
         return "\n".join(lines)
 
-    def tensors(self, names: dict[Any, str]) -> dict[str, Tensor]:
-        """All state as NAME.KEY -> tensor, for a checkpoint."""
-        return {
-            f"{names[parameter]}.{key}": value
-            for parameter, state in self.adamw.state.items()
-            for key, value in state.items()
-        }
 
-    def load_tensors(self, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-        """Put back what `tensors` gave."""
-        for full, value in tensors.items():
-            name, _, key = full.rpartition(".")
-            self.adamw.state[parameters[name]][key] = value
-
-
-def build_optimizer(plan: Any, model: Any, device: torch.device) -> Optimizer:
-    """The optimiser of a plan's recipe over the parameters of `model`."""
+def build_optimizer(
+    plan: Any, model: Any, shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], device: torch.device
+) -> Optimizer:
+    """The optimiser of a plan's recipe. shapes: of the whole parameters; local: what this rank updates, by name."""
     config = plan.config
     if config.optim.recipe == "hlb":
         groups = hlb_groups(model, config.optim)
     else:
-        groups = plain_groups(model, config.optim, config.max_steps)
-    return Optimizer(groups, plan.parameters, math.log(plan.model_config.vocab_size), device)
+        groups = plain_groups(shapes, config.optim, config.max_steps)
+    return Optimizer(groups, shapes, local, math.log(plan.model_config.vocab_size), device)

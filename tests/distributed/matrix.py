@@ -1,0 +1,84 @@
+"""Worker of the matrix tests: trains the cases of a JSON file one after the other in the processes it is started with.
+
+A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
+to write one to, at the end), "steps" (how many, 10). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch._dynamo.utils import counters
+
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.data.stream import find_dataset
+from trainer.engine.distributed import World, join, read_world
+from trainer.engine.signals import StopSignals
+from trainer.engine.watchdog import Watchdog
+from trainer.plan import resolve
+from trainer.settings import build
+from trainer.train import Run
+
+
+def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, Any]:
+    begin = time.monotonic()
+    config = build(RunConfig, case["values"])
+    dataset = find_dataset(config.data)
+    assert dataset is not None
+    run = Run(resolve(config, dataset), world, dataset, watchdog, StopSignals(world))
+    folder = Path(config.run_dir or "")
+    if "load" in case:
+        run.folder = Path(case["load"])
+        assert run.restore()
+        run.folder = folder
+    result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}
+    result |= {"microbatches": [], "graphs": []}
+    for _ in range(case.get("steps", 10)):
+        count = 0
+
+        def counting(*arguments: Any, backward: Any = run.engine.backward) -> Any:
+            nonlocal count
+            count += 1
+            return backward(*arguments)
+
+        with contextlib.ExitStack() as stack:
+            original = run.engine.backward
+            run.engine.backward = counting
+            stack.callback(setattr, run.engine, "backward", original)
+            measured = run.optimiser_step()
+        result["loss"].append(measured.loss.item())
+        result["grad_norm"].append(measured.grad_norm.item())
+        result["microbatches"].append(count)
+        result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
+    if "save" in case:
+        facts = {"tokens": run.state.tokens, "state": vars(run.state), "fingerprint": dataset.fingerprint}
+        keep = checkpoint.retention(9, 0)
+        checkpoint.save(Path(case["save"]) / "checkpoints", run.state.step, run.engine.tensors(), facts, world, keep)
+    run.stream.close()
+    run.engine.close()
+    result["seconds"] = time.monotonic() - begin
+    return result
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    world = read_world()
+    join(world, "cpu", 5, alone=True)
+    results = {}
+    watchdog = Watchdog(world, 300)
+    for case in cases:
+        results[case["name"]] = train(case, world, watchdog)
+    watchdog.close()
+    if world.leader:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Two real processes over gloo: one that hangs is named with its place, and nothing else ever ends a run."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 2.0
+WORKER = """
+import contextlib, ctypes, os, signal, sys, time
+import torch
+from trainer.engine.distributed import join, read_world
+from trainer.engine.watchdog import Watchdog
+
+trouble, hit, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+world = read_world()
+join(world, "cpu")
+
+def forward(step, microbatch):
+    time.sleep(0.005)
+    if (step, microbatch, world.rank) != (3, 1, hit):
+        return
+    if trouble == "sleep":
+        time.sleep(1000)
+    if trouble in ("stopped", "gil1000"):
+        time.sleep(TIMEOUT / 2)  # long enough for the place to be posted
+    if trouble == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if trouble.startswith("gil"):
+        ctypes.PyDLL(None).sleep(int(trouble[3:]))  # PyDLL keeps the GIL
+    if trouble == "nap":
+        print("napping", flush=True)
+        for part in range(10):
+            time.sleep(TIMEOUT / 20)
+    if trouble == "slow":  # progress, while the other rank waits for longer than the timeout
+        for part in range(16):
+            watchdog.at(step, f"part {part}")
+            time.sleep(TIMEOUT / 8)
+
+class Hanging(torch.nn.Linear):
+    def forward(self, x):
+        if (step, microbatch, world.rank) == (3, 2, hit):
+            time.sleep(1000)
+        return super().forward(x)
+
+model = torch.nn.parallel.DistributedDataParallel(Hanging(4, 4)) if trouble == "ddp" else None
+with contextlib.closing(Watchdog(world, TIMEOUT)) as watchdog:
+    for step in range(1, steps + 1):
+        for microbatch in (1, 2):
+            watchdog.at(step, f"microbatch {microbatch} of 2")
+            if model is None:
+                forward(step, microbatch)
+            else:
+                with model.no_sync() if microbatch == 1 else contextlib.nullcontext():
+                    model(torch.ones(2, 4)).sum().backward()
+        watchdog.at(step, "loss sum")
+        world.sum(torch.ones(1))
+        if step == 1:
+            print("running", flush=True)
+world.stop()
+print("done", flush=True)
+""".replace("TIMEOUT", str(TIMEOUT))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts two ranks whose store is in rank 0's process, as (trouble, rank it strikes, steps) tell the script above."""
+    script = tmp_path / "script.py"
+    script.write_text(WORKER)
+    started = []
+
+    def begin(*words) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in "01":
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), *map(str, words)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                )
+            )
+        return started
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end(process: subprocess.Popen) -> tuple[int, list[str]]:
+    """(exit code, error lines)."""
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err, err
+    return process.returncode, [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_a_rank_asleep_is_named_and_all_end(start, hit):
+    ranks = [end(process) for process in start("sleep", hit, 10)]
+    assert [code for code, _ in ranks] == [1, 1]
+    (line,) = ranks[0][1] + ranks[1][1]
+    pattern = (
+        rf"error: no progress for 2 s: rank {hit} is behind, at step 3, microbatch 1 of 2 "
+        rf"\(script\.py:\d+ in forward: time\.sleep\(1000\)\); rank {1 - hit} waits at step 3, loss sum; "
+        r"raise engine\.timeout_minutes if this is slow rather than stuck"
+    )
+    assert re.fullmatch(pattern, line), line
+
+
+def test_of_two_at_one_place_the_one_outside_the_collective_is_named(start):
+    """Under DDP the others wait inside the backward pass of the microbatch in whose forward pass one hangs."""
+    ranks = [end(process) for process in start("ddp", 1, 10)]
+    (line,) = ranks[0][1] + ranks[1][1]
+    assert "rank 1 is behind, at step 3, microbatch 2 of 2 (script.py:" in line
+    assert "in forward: time.sleep(1000)" in line
+    assert "rank 0 waits at step 3, microbatch 2 of 2" in line
+
+
+@pytest.mark.parametrize("trouble", ["stopped", "gil1000"])
+def test_a_rank_that_says_nothing_is_named(start, trouble):
+    ranks = start(trouble, 1, 10)
+    code, (line,) = end(ranks[0])
+    assert code == 1
+    assert re.search(
+        r"rank 1 has not been heard of for [\d.]+ s, last from step 3, microbatch 1 of 2; rank 0 waits", line
+    ), line
+    assert ranks[1].poll() is None  # for the launcher to kill
+
+
+def test_the_stores_process_stopped(start):
+    """Rank 0 holds the store: the others cannot know where it is, and end all the same."""
+    code, (line,) = end(start("stopped", 0, 10)[1])
+    assert code == 1
+    assert "error: [rank 1] no progress for 2 s at step 3, loss sum (" in line
+    assert "is gone or stopped" in line and "rank 0's machine" in line
+
+
+@pytest.mark.parametrize("trouble", ["none", "gil1", "slow"])
+def test_no_false_alarm(start, trouble):
+    """Many short steps over several timeouts; the GIL held for half of one; one rank slow but at work for two of them."""
+    for process in start(trouble, 1, 400):
+        assert end(process) == (0, [])
+
+
+def test_processes_suspended_for_longer_than_the_timeout_go_on(start):
+    """Suspended where no rank makes progress for half a timeout: the time of the suspension would end the run if it counted."""
+    ranks = start("nap", 1, 10)
+    assert [ranks[1].stdout.readline() for _ in range(2)] == ["running\n", "napping\n"]
+    time.sleep(TIMEOUT / 8)  # some ticks: the watchdogs have seen the last progress
+    for process in ranks:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(2 * TIMEOUT)
+    for process in ranks:
+        process.send_signal(signal.SIGCONT)
+    assert [end(process) for process in ranks] == [(0, [])] * 2
+
+
+def test_under_torchrun(tmp_path):
+    (tmp_path / "script.py").write_text(WORKER)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "script.py"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "sleep", "0", "10"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "rank 0 is behind, at step 3, microbatch 1 of 2" in line

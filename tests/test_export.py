@@ -1,0 +1,186 @@
+"""Exported weights: what a stranger loads is the run's own model, to the bit, from however many files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, error_line, tiny_values, trainer
+from safetensors.torch import load_file
+
+import models.base
+from trainer import checkpoint, export
+from trainer.config import ExportConfig, RunConfig
+from trainer.data.stream import find_dataset
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+from trainer.memory import build_meta
+from trainer.plan import resolve
+from trainer.run_folder import open_run, write_start
+from trainer.settings import build
+
+
+def make_run(dataset: Path, folder: Path, model: str, precision: str = "fp32") -> Path:
+    """A run folder as `train` leaves it, with a checkpoint at steps 3 and 5, without the training."""
+    values = tiny_values(dataset, folder, model={"name": model}, precision=precision)
+    plan = resolve(build(RunConfig, values), find_dataset(build(RunConfig, values).data))
+    own = build_meta(plan.model_class, plan.model_config).to_empty(device="cpu")
+    for step in (3, 5):
+        own.init_weights(torch.Generator().manual_seed(step))
+        own = own.to(torch.bfloat16) if precision == "pure_bf16" else own
+        tensors = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
+        tensors |= {f"optimizer.{name}.exp_avg": tensor for name, tensor in own.state_dict().items()}
+        facts = {"tokens": 512 * step}
+        checkpoint.save(folder / "checkpoints", step, tensors, facts, World(), checkpoint.retention(9, 0))
+    write_start(folder, plan.config, "plan", dataset)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["hlb", "gpt2"])
+def finished(request, tiny_dataset, tmp_path_factory) -> Path:
+    return make_run(tiny_dataset, tmp_path_factory.mktemp("export") / "run", request.param)
+
+
+def stranger(out: Path) -> torch.nn.Module:
+    """The lines at the top of trainer/export.py."""
+    about = json.loads((out / "config.json").read_text())
+    models.base.load_models()
+    model_class = models.base.get_model(about["model"])
+    model = model_class(model_class.Config(**about["config"]))
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        loaded = load_file(file)
+        assert not weights.keys() & loaded.keys()
+        weights |= loaded
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(48).reshape(2, 24)).logits
+
+
+@pytest.mark.parametrize("limit", [2 << 30, 100_000, 1])
+def test_a_stranger_loads_the_same_model(finished, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(export, "SHARD_BYTES", limit)
+    out = tmp_path / "out"
+    export.run(ExportConfig(run_dir=str(finished), out=str(out)))
+    opened = open_run(str(finished), None, "cpu", "auto")
+    assert torch.equal(logits(stranger(out)), logits(opened.model))
+
+    own = opened.model.state_dict()
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    if limit == 2 << 30:
+        assert files == ["model.safetensors"]
+        assert not (out / "model.safetensors.index.json").exists()
+    else:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in own.values())
+        assert index["weight_map"].keys() == own.keys()
+        assert sorted(set(index["weight_map"].values())) == files
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        for name, file in index["weight_map"].items():
+            assert name in load_file(out / file)
+    if limit == 1:
+        assert len(files) == len(own)
+    elif limit == 100_000:
+        assert 1 < len(files) < len(own)
+        for file in files:  # at most the limit, but for one tensor that is larger by itself
+            sizes = [own[name].nbytes for name, place in index["weight_map"].items() if place == file]
+            assert sum(sizes) <= limit or len(sizes) == 1
+    assert (out / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
+    about = json.loads((out / "config.json").read_text())
+    assert (about["step"], about["tokens"], about["precision"]) == (5, 2560, "fp32")
+
+
+def test_bf16_weights_stay_so(tiny_dataset, tmp_path):
+    folder = make_run(tiny_dataset, tmp_path / "run", "gpt2", "pure_bf16")
+    export.run(ExportConfig(run_dir=str(folder)))
+    weights = load_file(folder / "export-5" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    opened = open_run(str(folder), None, "cpu", "auto")
+    assert torch.equal(logits(stranger(folder / "export-5").bfloat16()), logits(opened.model))
+
+
+def test_the_same_bytes_however_the_checkpoint_was_written(finished, tmp_path):
+    """Names in another order, as ranks leave them, and another step's export beside it."""
+    path = finished / "checkpoints" / checkpoint.step_name(5)
+    tensors = checkpoint.load(path, "model.", World())
+    backwards = {f"model.{name}": tensors[name] for name in reversed(list(tensors))}
+    other = checkpoint.save(tmp_path / "other", 5, backwards, {}, World(), checkpoint.retention(1, 0))
+    for source, out in ((path, tmp_path / "one"), (other, tmp_path / "two")):
+        out.mkdir()
+        export.write_weights(source, out, 100_000)
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_as_a_command(finished, tmp_path):
+    done = trainer("export", finished, "--step", "3", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/out: the weights of {finished}/checkpoints/step-00000003" in done.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["step"] == 3
+    assert not list(tmp_path.glob("*.tmp"))
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert "out exists already" in error_line(trainer("export", finished, "--out", tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert "there is no checkpoint of step 4" in error_line(trainer("export", finished, "--step", "4"))
+
+
+def test_mistakes_are_named(tmp_path):
+    for config, expected in (
+        (ExportConfig(), "run_dir: name the run's folder"),
+        (ExportConfig(run_dir=str(tmp_path)), "is not a run folder"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            export.run(config)
+
+
+@pytest.mark.slow
+def test_nothing_half_done_stays(finished, tmp_path):
+    """The kernel refuses more than 20 kB to a file, as where a disk is full."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
+    code = f"{limit}; import sys; from trainer.__main__ import main; main()"
+    words = [sys.executable, "-c", code, "export", str(finished), "--out", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    line = error_line(done)
+    assert "out.tmp/model.safetensors could not be written" in line and "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from trainer import export
+import safetensors.torch
+source, out, limit = sys.argv[1:]
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10
+before = peak()
+export.write_weights(Path(source), Path(out), int(limit))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_shard(tmp_path):
+    """64 tensors of 4 MiB in files of 16 MiB.
+
+    Held at once are a shard's tensors, perhaps their bytes once more (older safetensors copy them), a tensor while it is
+    read, and up to 16 MiB of libraries that are loaded at the first read: 64 MiB where everything would be 256.
+    """
+    mib = 1 << 20
+    tensors = {f"model.{i:02d}": torch.full((mib,), float(i)) for i in range(64)}
+    source = checkpoint.save(tmp_path / "run", 1, tensors, {}, World(), checkpoint.retention(1, 0))
+    (tmp_path / "out").mkdir()
+    words = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(16 * mib)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 16
+    assert int(done.stdout) < 64 * mib, f"{int(done.stdout) / mib:.0f} MiB"

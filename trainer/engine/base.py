@@ -1,0 +1,174 @@
+"""What every engine is: a model spread over devices, one global gradient per step, one update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.device import choose_device, keep_freed_memory
+from trainer.engine.distributed import World
+from trainer.engine.matrices import Update, update_copies
+from trainer.engine.recompute import apply as checkpoint_activations
+from trainer.memory import build_meta
+from trainer.optim import Optimizer, build_optimizer
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Holds the model and its optimiser. Subclasses spread them; the loop calls the same few methods on each:
+
+    backward(tokens, targets, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
+
+    model: what forward passes go through. shapes: whole shape of every parameter. local: the part of each parameter that
+    this rank updates, by name; the optimiser sees these and no others. lockstep: every forward pass is a collective, so all
+    ranks must take part in each.
+    """
+
+    lockstep = False
+    local: dict[str, nn.Parameter]
+
+    def __init__(self, plan: Any, world: World) -> None:
+        self.plan, self.config, self.world = plan, plan.config, world
+        self.strategy, self.precision = plan.config.engine.strategy, plan.config.precision
+        self.device = choose_device(plan.config.device, world.local_rank)
+        prepare_device(self.device, plan.config.deterministic)
+        meta = build_meta(plan.model_class, plan.model_config)
+        meta = meta.to(torch.bfloat16) if self.precision == "pure_bf16" else meta
+        self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
+        self.model: Any = self.spread(meta)
+        self.optimizer: Optimizer = build_optimizer(plan, self.model, self.shapes, self.local, self.device)
+
+    def spread(self, meta: Any) -> Any:
+        """The model on its devices with initial weights, from one without storage; sets `local`."""
+        raise NotImplementedError
+
+    def prepare_blocks(self, model: Any) -> None:
+        """Activation checkpointing, then compilation, of each block: before anything that shards them."""
+        checkpoint_activations(model, self.config.engine.activation_checkpointing)
+        if self.config.engine.compile:
+            for block in model.blocks():
+                block.compile()
+
+    def initialise(self, model: Any, device: torch.device) -> Any:
+        """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks."""
+        model = model.to_empty(device=device)
+        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        return model
+
+    def describe(self) -> str:
+        """One line: what this engine really is, read off the objects it made."""
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
+        held, total = self.held(), sum(shape.numel() for shape in self.shapes.values())
+        share = f"; rank 0 updates {held:,} of {total:,} parameters" if held != total else ""
+        return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{share}"
+
+    def held(self) -> int:
+        """How many parameters this rank's optimiser updates."""
+        return sum(parameter.numel() for parameter in self.local.values())
+
+    def autocast(self) -> Any:
+        """Context of every forward pass."""
+        return autocast(self.device, self.precision)
+
+    def agree(self, value: T) -> T:
+        """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
+        return self.world.on_leader(lambda: value) if self.lockstep else value
+
+    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        """Add the gradient of scale * (sum of token losses); ranks are summed by the `last` microbatch.
+
+        tokens, targets: [B, T] on the device. Returns the sum of token losses of this rank, a detached fp32 scalar.
+        All ranks call this equally often in a step.
+        """
+        raise NotImplementedError
+
+    def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, update, clear the gradients; returns (global gradient norm before clipping, 1.0 if all was finite else 0.0).
+
+        step: 0-based; loss: the step's global mean, fp32 scalar on the device. A step that is not finite changes nothing.
+        """
+        self.collect_gradients()
+        norm = self.gradient_norm()
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self.local.values()), self.config.optim.clip_norm, norm)
+        finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        self.optimizer.prepare(step, finite)
+        self.update()
+        self.optimizer.follow(loss, finite)
+        self.clear_gradients()
+        return norm, finite
+
+    def update(self) -> None:
+        """One step of the optimiser, which is prepared for it."""
+        self.optimizer.adamw.step()
+
+    def collect_gradients(self) -> None:
+        """See to it that `.grad` of every tensor in `local` is its part of the global gradient."""
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of the global gradient, fp32 scalar on the device."""
+        return torch.linalg.vector_norm(self.local_norms())
+
+    def local_norms(self) -> Tensor:
+        """Norm of each gradient held here, in fp32 also where gradients are bf16."""
+        gradients = [parameter.grad for parameter in self.local.values() if parameter.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).to(self.device)
+
+    def clear_gradients(self) -> None:
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+
+    def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
+        """For optimisers that need whole matrices: this rank's part of update(name, whole gradient [m, n]) for each name.
+
+        `update` runs once per matrix, on the rank that owns it; call this between backward and the optimiser's step, on all ranks.
+        UserError where the engine cannot give whole matrices.
+        """
+        return update_copies({name: self.local[name].grad for name in names}, update, self.world)  # type: ignore[misc]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.local.items():
+            for key, value in self.optimizer.adamw.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = self.as_stored(name, value)
+        return tensors | {"weight_decay": self.optimizer.decay}
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """An optimiser tensor of parameter `name` in the form in which checkpoints know the whole."""
+        return value
+
+    def load(self, path: Any) -> None:
+        """Put back what `tensors` gave, whichever engine saved it. UserError where `path` is of another model."""
+        from trainer.checkpoint import read_into
+
+        self.optimizer.allocate(self.local.values())
+        read_into(path, self.tensors(), self.world)
+
+    def close(self) -> None:
+        """Free what would outlive the process group."""
+
+
+def prepare_device(device: torch.device, deterministic: bool) -> None:
+    """Global settings of torch for a run on `device`."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """bf16 compute where the weights are fp32; nothing for the other precisions."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

@@ -1,0 +1,213 @@
+"""DeepSpeed's ZeRO: stage 0 copies everything, 1 shards the optimiser, 2 gradients too, 3 weights too.
+
+DeepSpeed keeps its shards as flat vectors. Checkpoints hold whole parameters instead, each written by one rank, so that they are
+the same as any other engine's; DeepSpeed's own format is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from trainer.device import choose_device
+from trainer.engine.base import Engine
+from trainer.engine.deepspeed_config import deepspeed_settings
+from trainer.engine.distributed import World
+from trainer.engine.matrices import Update, deal
+from trainer.engine.zero3_linear import linear, plain_linear, use_linear
+from trainer.errors import UserError
+from trainer.memory import build_meta
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, which DeepSpeed holds in flat vectors as it does the weights
+
+
+class DeepSpeedEngine(Engine):
+    """zero0 to zero3. fp32: everything fp32. bf16: at stage 0 by autocast, as ddp; at stages 1 to 3 DeepSpeed's own (bf16 weights
+    and gradients, which add up in fp32; fp32 masters and moments)."""
+
+    def __init__(self, plan: Any, world: World) -> None:
+        # DeepSpeed reads where it is from the environment; srun and a single process do not say.
+        os.environ.setdefault("DS_ACCELERATOR", choose_device(plan.config.device, world.local_rank).type)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it builds and warns on stdout
+            import deepspeed
+
+            self._deepspeed = deepspeed
+            deepspeed.utils.logger.setLevel(logging.ERROR)
+            self.settings = deepspeed_settings(plan.config)
+            self.stage = self.settings["zero_optimization"]["stage"]
+            self.lockstep = self.stage == 3
+            deepspeed.init_distributed()
+            super().__init__(plan, world)
+            self._zero, *_ = deepspeed.initialize(
+                model=self.model, optimizer=self.optimizer.adamw, config=self.settings, dist_init_required=False
+            )
+        assert self._zero.zero_optimization_stage() == self.stage
+        use_linear(linear if self.stage == 3 else plain_linear)
+        if self.stage:
+            self._make_moments()
+            self._set_initial_weights()
+
+    def spread(self, meta: Any) -> Any:
+        if self.stage == 0:
+            model = self.initialise(meta, self.device)
+        elif self.stage < 3:
+            model = meta.to_empty(device=self.device)  # its values are set once the fp32 masters exist
+        else:
+            dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+            with self._deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=dtype, mem_efficient_linear=False):
+                model = self.plan.model_class(self.plan.model_config)
+        self.prepare_blocks(model)
+        self.local: dict[str, Any] = dict(model.named_parameters())
+        return model
+
+    def _flat_vectors(self) -> list[Any]:
+        """What the optimiser updates: this rank's fp32 pieces of the groups' flattened parameters."""
+        if self.stage == 3:
+            return self._zero.optimizer.fp32_partitioned_groups_flat
+        return [vector for group in self.optimizer.adamw.param_groups for vector in group["params"]]
+
+    def _make_moments(self) -> None:
+        """All of them before the first step: in it, DeepSpeed ties moments to parameters when it has made the first group's."""
+        self.optimizer.allocate(self._flat_vectors())
+        if self.stage < 3:
+            self._zero.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_initial_weights(self) -> None:
+        """Initial weights in fp32 (DeepSpeed would round them to bf16 first), drawn into shards in CPU memory, put parameter by parameter."""
+        drawn = fully_shard(
+            build_meta(self.plan.model_class, self.plan.model_config), mesh=init_device_mesh("cpu", (self.world.size,))
+        )
+        self.initialise(drawn, torch.device("cpu"))
+        for name, shard in drawn.named_parameters():
+            self._put_weight(name, shard.detach().full_tensor())
+        for name, buffer in drawn.named_buffers():
+            self.model.get_buffer(name).copy_(buffer)
+
+    def held(self) -> int:
+        return sum(vector.numel() for vector in self._flat_vectors()) if self.stage else super().held()
+
+    def autocast(self) -> Any:
+        """At stages 1 to 3 the weights have the type to compute in already."""
+        return super().autocast() if self.stage == 0 else contextlib.nullcontext()
+
+    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        self._zero.set_gradient_accumulation_boundary(last)
+        loss = self._zero(tokens, targets=targets, reduction="sum").loss
+        self._zero.backward(loss * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum
+        return loss.detach()
+
+    def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        if self.stage == 0:
+            return super().step(step, loss)
+        finite = torch.isfinite(loss).float()
+        self.optimizer.prepare(step, finite)
+        self._zero.step()  # norm and clipping by DeepSpeed, which leaves the optimiser out where the norm is not finite
+        norm = torch.as_tensor(self._zero.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        finite = finite * torch.isfinite(norm)
+        self.optimizer.follow(loss, finite)
+        return norm, finite
+
+    def update(self) -> None:
+        self._zero.step()
+
+    def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
+        if self.stage:
+            raise UserError(
+                f"engine.strategy: {self.strategy} hands the optimiser flat vectors, and this one needs whole matrices; "
+                "use ddp, fsdp, hsdp or zero0"
+            )
+        return super().update_matrices(names, update)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Whole fp32 parameters and moments in CPU memory; each name stands on one rank only, dealt out by size."""
+        if self.stage == 0:
+            return super().tensors()
+        owners = deal({name: shape.numel() for name, shape in self.shapes.items()}, self.world.size)
+        kept: dict[str, Tensor] = {}
+        for name, whole in self._whole_tensors():
+            parameter = name.split(".", 1)[1].rsplit(".", 1)[0] if name.startswith("optimizer.") else name[6:]
+            if owners[parameter] == self.world.rank:
+                kept[name] = whole.cpu().clone()
+        if self.world.leader:
+            kept |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+            kept["weight_decay"] = self.optimizer.decay
+        return kept
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor), one after the other on all ranks together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        count = self.optimizer.adamw.state[self._flat_vectors()[0]]["step"]  # all parameters have taken the same steps
+        for name, parameter in self.local.items():
+            yield f"model.{name}", safe_get_full_fp32_param(parameter).view(self.shapes[name])
+            yield f"optimizer.{name}.step", count
+            for key in MOMENTS:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name])
+
+    def load(self, path: Any) -> None:
+        if self.stage == 0:
+            return super().load(path)
+        from trainer.checkpoint import check_shapes, each
+
+        check_shapes(path, {f"model.{name}": shape for name, shape in self.shapes.items()})
+        for name, whole in each(path, "model."):
+            if name in self.local:
+                self._put_weight(name, whole)
+            else:
+                self.model.get_buffer(name).copy_(whole)
+        for full, whole in each(path, "optimizer."):
+            name, _, key = full.rpartition(".")
+            if key == "step":
+                for state in self.optimizer.adamw.state.values():
+                    state["step"].copy_(whole)
+            else:
+                self._put_moment(name, key, whole)
+        for _, decay in each(path, "weight_decay"):
+            self.optimizer.decay.copy_(decay)
+
+    def _put_weight(self, name: str, whole: Tensor) -> None:
+        """Set the fp32 master and the weight that computes, from the whole value, which every rank has."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter = self.local[name]
+        if self.stage < 3:
+            safe_set_full_fp32_param(parameter, whole)
+            parameter.data.copy_(whole)
+            return
+        safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if self.world.leader:
+                parameter.data.copy_(whole)
+
+    def _put_moment(self, name: str, key: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        parameter = self.local[name]
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, key)
+        else:
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, whole), key)
+
+    def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
+        """This rank's piece of a flattened parameter, padded as DeepSpeed pads it."""
+        size = parameter.ds_tensor.numel()
+        flat = F.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
+        return flat.narrow(0, size * self.world.rank, size)
+
+    def close(self) -> None:
+        self._zero.destroy()  # else some processes abort at exit
+        use_linear(plain_linear)

@@ -1,0 +1,96 @@
+"""FSDP2 (torch's fully_shard): weights, gradients and optimiser state cut into shards over all ranks, or, as HSDP, over the
+ranks of one group while the groups hold copies of each other."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.engine.base import Engine
+from trainer.engine.matrices import Update, update_shards
+
+
+class FsdpEngine(Engine):
+    """fsdp and hsdp. Each block is gathered for its forward and backward; the rest of the model is one more unit.
+
+    fp32: everything fp32. bf16: fp32 shards; blocks are gathered and computed in bf16, gradients summed in fp32. pure_bf16: bf16
+    shards and optimiser state, gradients summed in fp32.
+    The optimiser works on the local tensors of the shards: plain tensors, without the cost of DTensor's dispatch.
+    """
+
+    lockstep = True
+
+    def spread(self, meta: Any) -> Any:
+        engine = self.config.engine
+        self.mesh = device_mesh(self.device, self.world.size, engine.shard_size if self.strategy == "hsdp" else None)
+        self._shard_group = self.mesh.get_group("shard")
+        self.prepare_blocks(meta)
+        options = {
+            "mesh": self.mesh,
+            "reshard_after_forward": engine.reshard_after_forward,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if self.precision == "fp32" else torch.bfloat16, reduce_dtype=torch.float32
+            ),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if engine.offload
+            else OffloadPolicy(),
+        }
+        for block in meta.blocks():
+            fully_shard(block, **options)
+        model = fully_shard(meta, **options)
+        assert all(isinstance(module, FSDPModule) for module in (model, *model.blocks()))
+        self.initialise(model, torch.device("cpu") if engine.offload else self.device)
+        self._shards: dict[str, Any] = dict(model.named_parameters())
+        self.local = {name: nn.Parameter(shard.detach().to_local()) for name, shard in self._shards.items()}
+        return model
+
+    def autocast(self) -> Any:
+        """Nothing: what is gathered has the type to compute in already."""
+        return contextlib.nullcontext()
+
+    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        loss = self.model(tokens, targets=targets, reduction="sum").loss
+        (loss * (scale * self.world.size)).backward()  # FSDP averages over ranks; we want the sum
+        return loss.detach()
+
+    def collect_gradients(self) -> None:
+        for name, shard in self._shards.items():
+            self.local[name].grad = None if shard.grad is None else shard.grad.to_local()
+
+    def gradient_norm(self) -> Tensor:
+        squares = self.local_norms().square().sum()
+        dist.all_reduce(squares, group=self._shard_group)
+        return squares.sqrt()
+
+    def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
+        return update_shards({name: self._shards[name].grad for name in names}, update, self.mesh)
+
+    def clear_gradients(self) -> None:
+        super().clear_gradients()
+        for shard in self._shards.values():
+            shard.grad = None
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """Moments are shards as their parameter is; the step count is a scalar of its own."""
+        if value.shape != self.local[name].shape or value.dim() == 0:
+            return value
+        whole = self._shards[name]
+        return DTensor.from_local(
+            value, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+
+def device_mesh(device: torch.device, size: int, shard_size: int | None) -> DeviceMesh:
+    """All ranks in one row, or [copies, shards] with `shard_size` neighbouring ranks to a copy of the model."""
+    if shard_size is None:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
