@@ -11,13 +11,13 @@ import yaml
 from conftest import ROOT, error_line, trainer
 
 from trainer.__main__ import dispatch
-from trainer.config import EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
+from trainer.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
 from trainer.errors import UserError
 from trainer.settings import leaf_keys
 
 ALL_KEYS = sorted(
     {"print_config", "json", "help"}
-    | {key for cls in (RunConfig, PrepareConfig, GenerateConfig, EvaluateConfig) for key in leaf_keys(cls)}
+    | {key for cls in (BenchConfig, PrepareConfig, GenerateConfig, EvaluateConfig, ExportConfig) for key in leaf_keys(cls)}
     | {"model.name", "model.d_model", "model.n_layers", "model.vocab_size", "model.n_heads", "model.norm_eps"}
 )
 
@@ -38,7 +38,7 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         begin = time.perf_counter()
         done = trainer("--help")
         seconds.append(time.perf_counter() - begin)
-    for verb in ("prepare", "plan", "train", "generate", "evaluate"):
+    for verb in ("prepare", "plan", "train", "generate", "evaluate", "export", "bench"):
         assert verb in done.stdout
     with capsys.disabled():
         print(f"\n--help answers in {statistics.median(seconds):.3f} s (median of 3)")

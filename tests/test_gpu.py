@@ -1,8 +1,12 @@
 """What only a GPU can show. Skipped, with the reason, where there is none."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny_values
+import yaml
+from conftest import ROOT, tiny_values, trainer
 
 from trainer.config import RunConfig
 from trainer.data.stream import find_dataset
@@ -51,3 +55,40 @@ def test_resume_on_a_gpu(tiny_dataset, tmp_path):
     run(values)
     run({"run_dir": str(tmp_path / "r"), "max_steps": 12})
     assert [row["step"] for row in read_rows(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
+def test_sharding_engines_on_one_gpu(tiny_dataset, tmp_path, strategy):
+    """A process of its own each: a process group is made once."""
+    losses = {}
+    for name in ("single", strategy):
+        values = tiny_values(
+            tiny_dataset, tmp_path / name, device="cuda", precision="bf16", max_steps=4, engine={"strategy": name}
+        )
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(values))
+        done = trainer("train", config)
+        assert done.returncode == 0, done.stderr
+        losses[name] = [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
+    assert losses[strategy] == pytest.approx(losses["single"], rel=0.05)  # bf16, as above
+
+
+@pytest.mark.slow
+def test_three_billion_parameters_in_40_gigabytes(tiny_dataset, tmp_path):
+    """One step of scale 148 with everything offloaded but the block at work, under a cap of 40 GB."""
+    values = tiny_values(tiny_dataset, tmp_path / "r", model_scale=148, max_steps=1, device="cuda", precision="bf16")
+    values["engine"] = {"strategy": "fsdp", "offload": True, "activation_checkpointing": "full"}
+    values["checkpoint"] = {"every": 0}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    code = (
+        "import sys, torch; total = torch.cuda.get_device_properties(0).total_memory; "
+        "torch.cuda.set_per_process_memory_fraction(40e9 / total); "
+        "from trainer.settings import load_yaml; from trainer.train import run; run(load_yaml(sys.argv[1])); "
+        "print(torch.cuda.max_memory_allocated() / 1e9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)], capture_output=True, text=True, cwd=ROOT, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 40

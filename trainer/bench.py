@@ -12,6 +12,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer import checkpoint
 from trainer.config import BenchConfig, RunConfig
 from trainer.data.stream import find_dataset
+from trainer.device import peak_memory_bytes
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
 from trainer.files import sync_path
-from trainer.memory import build_meta
+from trainer.memory import GIB, build_meta
 from trainer.plan import resolve
 from trainer.settings import build
 from trainer.train import Run, obtain_dataset
@@ -49,6 +51,7 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
         "processes": world.size,
         "device": first.engine.describe().partition(",")[0].partition(" x ")[2],
         "tokens_per_second": measure(config, {"bare loop": BareLoop(first).step} | steppers(runs), first),
+        "peak_memory_gib": peak_memory_bytes(first.device) / GIB,
         "checkpoint": {name: measure_checkpoint(one, config) for name, one in runs.items()},
     }
     for one in runs.values():
@@ -107,7 +110,7 @@ def measure(config: BenchConfig, steps: dict[str, Callable[[], int]], run: Run) 
     """Name -> tokens per second (median over the rounds) and its ratio to the first of `steps`."""
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(config.rounds + 1):
-        for name, step in steps.items():
+        for name, step in rotated(list(steps.items()), number):
             begin = time.perf_counter()
             tokens = sum(step() for _ in range(config.steps_per_round))
             synchronise(run.device)
@@ -123,6 +126,11 @@ def measure(config: BenchConfig, steps: dict[str, Callable[[], int]], run: Run) 
     }
 
 
+def rotated(items: list, by: int) -> list:
+    """So that nobody always comes first."""
+    return items[by % len(items) :] + items[: by % len(items)]
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -133,8 +141,8 @@ def measure_checkpoint(run: Run, config: BenchConfig) -> dict[str, float]:
 
     Reading comes from the page cache in both cases.
     """
-    folder = Path(config.bench_dir).expanduser() / "checkpoints"
     world = run.world
+    folder = world.on_leader(lambda: Path(tempfile.mkdtemp(dir=config.bench_dir)))
     try:
         begin = time.perf_counter()
         tensors = run.engine.tensors()
@@ -181,6 +189,7 @@ def render(report: dict[str, Any]) -> str:
     ]
     for name, row in report["tokens_per_second"].items():
         lines.append(f"{name:<12}{row['tokens_per_second']:>12,.0f}{row['ratio']:>8.3f}")
+    lines.append(f"peak memory of all of them together: {report['peak_memory_gib']:.2f} GiB")
     lines.append(f"{'checkpoint':<12}{'MB':>8}{'save MB/s':>11}{'/ plain':>9}{'load MB/s':>11}{'/ plain':>9}")
     for name, row in report["checkpoint"].items():
         lines.append(

@@ -189,7 +189,7 @@ class BenchConfig(RunConfig):
     strategies: list[str] = setting((), "engine.strategy to compare; repeat the flag for several; none: auto")
     rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
-    bench_dir: str = setting("bench", "folder, on the disk to measure, for a checkpoint that is removed afterwards")
+    bench_dir: str | None = setting(None, "existing folder on the disk to measure; none: that of temporary files")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Worker of the matrix tests: trains the cases of a JSON file one after the other in the processes it is started with.
 
 A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
-to write one to, at the end), "steps" (how many, 10). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
+to write one to, at the end), "steps" (how many, 10), "matrices" (try the hook for matrix optimisers afterwards). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
 from trainer import checkpoint
 from trainer.config import RunConfig
@@ -21,6 +23,7 @@ from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
+from trainer.errors import UserError
 from trainer.plan import resolve
 from trainer.settings import build
 from trainer.train import Run
@@ -56,6 +59,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         result["grad_norm"].append(measured.grad_norm.item())
         result["microbatches"].append(count)
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
+    if "matrices" in case:
+        result["matrices"] = matrix_updates(run)
     if "save" in case:
         facts = {"tokens": run.state.tokens, "state": vars(run.state), "fingerprint": dataset.fingerprint}
         keep = checkpoint.retention(9, 0)
@@ -64,6 +69,31 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
     run.engine.close()
     result["seconds"] = time.monotonic() - begin
     return result
+
+
+def matrix_updates(run: Run) -> dict[str, Any]:
+    """The hook of matrix optimisers on one more batch: of each update some entries, and which rank computed it."""
+    length = run.plan.sequence_length(run.state.step)
+    sequences = run.config.batch.tokens_per_step // length
+    for tokens, targets, last in run.microbatches(run.read(length, sequences), length, sequences):
+        run.engine.backward(tokens, targets, 1 / (sequences * length), last)
+    computed = []
+
+    def cubic(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Needs the whole matrix: g g^T g / |g|^2."""
+        computed.append(name)
+        return gradient @ (gradient.t() @ gradient) / gradient.square().sum()
+
+    names = [name for name, shape in run.engine.shapes.items() if len(shape) == 2]
+    try:
+        updates = run.engine.update_matrices(names, cubic)
+    except UserError as error:
+        return {"refused": str(error)}
+    whole = {name: run.engine.as_stored(name, update) for name, update in updates.items()}
+    entries = {
+        name: (w.full_tensor() if isinstance(w, DTensor) else w).flatten()[::97].tolist() for name, w in whole.items()
+    }
+    return {"entries": entries, "computed": run.world.gather(computed)}
 
 
 def main() -> None:

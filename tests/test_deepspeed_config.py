@@ -1,0 +1,78 @@
+"""What DeepSpeed is told, and contradictions between a user's deepspeed.json and the run's config."""
+
+import json
+
+import pytest
+
+from trainer.config import RunConfig
+from trainer.engine.deepspeed_config import deepspeed_settings
+from trainer.errors import UserError
+from trainer.settings import build
+
+
+def settings(tmp_path=None, theirs=None, strategy="zero2", precision="fp32", clip=1.0, **engine):
+    if theirs is not None:
+        path = tmp_path / "deepspeed.json"
+        path.write_text(theirs if isinstance(theirs, str) else json.dumps(theirs))
+        engine["deepspeed_config"] = str(path)
+    values = {"precision": precision, "optim": {"clip_norm": clip}, "engine": {"strategy": strategy, **engine}}
+    return deepspeed_settings(build(RunConfig, values))
+
+
+def test_own_settings():
+    fp32 = settings()
+    assert fp32["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "none"}}
+    assert fp32["gradient_clipping"] == 1.0 and fp32["bf16"] == {"enabled": False}
+    assert fp32["train_micro_batch_size_per_gpu"] == fp32["gradient_accumulation_steps"] == 1
+    bf16 = settings(precision="bf16", offload=True)
+    assert bf16["bf16"] == {"enabled": True} and bf16["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert bf16["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_stage_zero_computes_bf16_by_autocast_and_leaves_clipping_to_us():
+    given = settings(strategy="zero0", precision="bf16")
+    assert given["bf16"] == {"enabled": False} and given["torch_autocast"]["dtype"] == "bfloat16"
+    assert given["gradient_clipping"] == 0.0
+
+
+def test_a_users_own_settings_are_kept(tmp_path):
+    theirs = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": 1,
+        "fp16": {"enabled": False},
+        "optimizer": None,
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000},
+        "wall_clock_breakdown": False,
+    }
+    given = settings(tmp_path, theirs)
+    assert given["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert given["zero_optimization"]["overlap_comm"] is True
+    assert given["train_micro_batch_size_per_gpu"] == 1 and given["gradient_clipping"] == 1
+    assert "optimizer" not in given and "fp16" not in given
+
+
+@pytest.mark.parametrize(
+    "theirs, expected",
+    [
+        ({"zero_optimization": {"stage": 3}}, "says zero_optimization.stage 3, but by the run's config it is 2; change engine.strategy"),
+        ({"gradient_clipping": 0.5}, "says gradient_clipping 0.5, .* it is 1.0; change optim.clip_norm"),
+        ({"bf16": {"enabled": True}}, "says bf16.enabled true, .* it is false; change precision"),
+        ({"gradient_accumulation_steps": 4}, "change batch.tokens_per_microbatch"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "change engine.offload"),
+        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, but the optimiser follows from optim.recipe; remove it there"),
+        ({"fp16": {"enabled": True}}, "sets fp16, but the number format is `precision`"),
+        ({"train_batch_size": 32}, "sets train_batch_size, but the batch is batch.tokens_per_step"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_one_line(tmp_path, theirs, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        settings(tmp_path, theirs)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("engine.deepspeed_config: ")
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nowhere.json: No such file"):
+        settings(deepspeed_config=str(tmp_path / "nowhere.json"))
