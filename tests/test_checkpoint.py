@@ -194,7 +194,7 @@ def test_an_asynchronous_save_holds_what_was_there(tmp_path, slow_writes):
     for tensor in live.values():
         tensor.add_(1)  # training goes on
     facts["state"]["tokens"] = 2
-    saver.poll()
+    assert not saver.failed
     assert steps(tmp_path) == [] and not (tmp_path / "latest").exists()
 
     second = threading.Thread(target=saver.save, args=(2, live, facts))
@@ -212,7 +212,7 @@ def test_an_asynchronous_save_holds_what_was_there(tmp_path, slow_writes):
         assert checkpoint.check(path)["state"]["tokens"] == step
 
 
-@pytest.mark.parametrize("call", ["poll", "save", "finish"])
+@pytest.mark.parametrize("call", ["failed", "save", "finish"])
 def test_a_failed_asynchronous_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
     saver = Saver(tmp_path, WORLD, checkpoint.retention(2, 0), True)
     saver.save(1, tensors(1.0), {})
@@ -224,11 +224,9 @@ def test_a_failed_asynchronous_save_is_raised_by_the_next_call(tmp_path, monkeyp
     monkeypatch.setattr(checkpoint.dcp, "save", fail)
     saver.save(2, tensors(2.0), {})
     with pytest.raises(UserError, match="step 2 could not be written .*No space left"):
-        if call == "poll":
-            while True:
-                saver.poll()
-                time.sleep(0.001)
-        elif call == "save":
+        while call == "failed" and not saver.failed:
+            time.sleep(0.001)
+        if call == "save":
             saver.save(3, tensors(3.0), {})
         else:
             saver.finish()

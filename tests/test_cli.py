@@ -17,7 +17,11 @@ from trainer.settings import leaf_keys
 
 ALL_KEYS = sorted(
     {"print_config", "json", "help"}
-    | {key for cls in (BenchConfig, PrepareConfig, GenerateConfig, EvaluateConfig, ExportConfig) for key in leaf_keys(cls)}
+    | {
+        key
+        for cls in (BenchConfig, PrepareConfig, GenerateConfig, EvaluateConfig, ExportConfig)
+        for key in leaf_keys(cls)
+    }
     | {"model.name", "model.d_model", "model.n_layers", "model.vocab_size", "model.n_heads", "model.norm_eps"}
 )
 

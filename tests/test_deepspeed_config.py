@@ -21,11 +21,14 @@ def settings(tmp_path=None, theirs=None, strategy="zero2", precision="fp32", cli
 
 def test_own_settings():
     fp32 = settings()
-    assert fp32["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "none"}}
+    offload = {"offload_optimizer": {"device": "none"}}
+    assert fp32["zero_optimization"] == {"stage": 2, "compute_grad_norm": True, **offload}
     assert fp32["gradient_clipping"] == 1.0 and fp32["bf16"] == {"enabled": False}
     assert fp32["train_micro_batch_size_per_gpu"] == fp32["gradient_accumulation_steps"] == 1
     bf16 = settings(precision="bf16", offload=True)
-    assert bf16["bf16"] == {"enabled": True} and bf16["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert bf16["bf16"] == {"enabled": True, "check_grad_overflow": True} and bf16["data_types"] == {
+        "grad_accum_dtype": "fp32"
+    }
     assert bf16["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
 
@@ -57,7 +60,7 @@ def test_a_users_own_settings_are_kept(tmp_path):
         ({"zero_optimization": {"stage": 3}}, "says zero_optimization.stage 3, but by the run's config it is 2; change engine.strategy"),
         ({"gradient_clipping": 0.5}, "says gradient_clipping 0.5, .* it is 1.0; change optim.clip_norm"),
         ({"bf16": {"enabled": True}}, "says bf16.enabled true, .* it is false; change precision"),
-        ({"gradient_accumulation_steps": 4}, "change batch.tokens_per_microbatch"),
+        ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps, but microbatches follow from"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "change engine.offload"),
         ({"optimizer": {"type": "AdamW"}}, "sets optimizer, but the optimiser follows from optim.recipe; remove it there"),
         ({"fp16": {"enabled": True}}, "sets fp16, but the number format is `precision`"),
@@ -76,3 +79,22 @@ def test_contradictions_are_one_line(tmp_path, theirs, expected):
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot read .*nowhere.json: No such file"):
         settings(deepspeed_config=str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize("section", ["bf16", "zero_optimization"])
+def test_a_section_must_be_one(tmp_path, section):
+    with pytest.raises(UserError, match=f"{section} is no section"):
+        settings(tmp_path, {section: True})
+
+
+def test_nothing_may_switch_off_the_look_for_nan(tmp_path):
+    with pytest.raises(UserError, match="check_grad_overflow false"):
+        settings(tmp_path, {"bf16": {"check_grad_overflow": False}}, precision="bf16")
+    with pytest.raises(UserError, match="compute_grad_norm false"):
+        settings(tmp_path, {"zero_optimization": {"compute_grad_norm": False}})
+
+
+def test_stage_zero_agrees_with_a_file_that_says_what_the_config_says(tmp_path):
+    theirs = {"gradient_clipping": 1.0, "bf16": {"enabled": True}, "gradient_accumulation_steps": 1}
+    given = settings(tmp_path, theirs, strategy="zero0", precision="bf16")
+    assert given["gradient_clipping"] == 0.0 and given["bf16"] == {"enabled": False}

@@ -1,4 +1,6 @@
-"""kill -9 at random moments, ten times over one run, and during saves: the same weights as the run nobody touched."""
+"""kill -9 at random moments of one run, of one process or of two, and during saves: the same weights as the run nobody touched.
+
+With FULL_MATRIX=1 many more kills."""
 
 import os
 import random
@@ -19,24 +21,30 @@ from trainer.metrics.record import read_rows
 
 pytestmark = pytest.mark.slow
 
-KILLS = 10
+FULL = bool(os.environ.get("FULL_MATRIX"))
+KILLS = 50 if FULL else 10
+KILLS_OF_RANKS = 20 if FULL else 3
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "100", "-m")
 
 
-def values(dataset, folder):
+def values(dataset, folder, kills):
     # Enough steps to be hit in the middle; a checkpoint every other step, so that many kills fall into a save.
-    chosen = tiny_values(dataset, folder, max_steps=160, batch__tokens_per_step=2048, batch__tokens_per_microbatch=1024)
+    chosen = tiny_values(
+        dataset, folder, max_steps=16 * kills, batch__tokens_per_step=2048, batch__tokens_per_microbatch=1024
+    )
+    chosen["batch"]["n_max"] = 2  # at its default, 16, steps soon take that much longer
     chosen["checkpoint"] = {"every": 2}
     chosen["evaluation"] = {"every": 40, "max_tokens": 512}
     return chosen
 
 
-def start(config: Path) -> subprocess.Popen:
+def start(config: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     with (config.parent / "log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "trainer", "train", str(config)],
+            [sys.executable, "-m", *launcher, "trainer", "train", str(config)],
             cwd=ROOT,
             stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "1" if launcher else "2"},
         )
 
 
@@ -55,37 +63,86 @@ def write(folder: Path, chosen: dict) -> Path:
     return config
 
 
-def test_ten_kills(tiny_dataset, tmp_path, capsys):
-    calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run"))
+def wait_for_rows(process: subprocess.Popen, metrics: Path, draw: random.Random) -> int:
+    """Wait until some more steps are recorded, and for a random part of the next one; returns the number of rows."""
+    before = len(read_rows(metrics)) if metrics.exists() else 0
+    goal = before + draw.randrange(4, 14)
+    while process.poll() is None and not (metrics.exists() and len(read_rows(metrics)) >= goal):
+        time.sleep(0.01)
+    assert process.poll() is None, "finished before it could be killed: give the run more steps"
+    time.sleep(draw.random() * 0.1)
+    return len(read_rows(metrics))
+
+
+def assert_same_run(hunted: Path, calm: Path) -> None:
+    (expected, expected_rows), (got, got_rows) = final(calm), final(hunted)
+    assert got_rows == expected_rows
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    left = [path.name for path in (hunted / "checkpoints").iterdir()]
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys):
+    calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run", KILLS))
     begin = time.monotonic()
     assert start(calm).wait(timeout=600) == 0
     whole = time.monotonic() - begin
 
-    hunted = write(tmp_path / "hunted", values(tiny_dataset, tmp_path / "hunted" / "run"))
-    metrics = tmp_path / "hunted" / "run" / "metrics.jsonl"
-    draw, kills, reached = random.Random(0), 0, []
-    while kills < KILLS:
+    hunted = write(tmp_path / "hunted", values(tiny_dataset, tmp_path / "hunted" / "run", KILLS))
+    draw, reached = random.Random(0), []
+    begin = time.monotonic()
+    while len(reached) < KILLS:
         process = start(hunted)
-        before = len(read_rows(metrics)) if metrics.exists() else 0
-        goal = before + draw.randrange(4, 14)
-        while process.poll() is None and not (metrics.exists() and len(read_rows(metrics)) >= goal):
-            time.sleep(0.01)
-        assert process.poll() is None, "finished before it could be killed: give the run more steps"
-        time.sleep(draw.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
+        reached.append(wait_for_rows(process, tmp_path / "hunted" / "run" / "metrics.jsonl", draw))
+        process.kill()
         process.wait()
-        kills += 1
-        reached.append(len(read_rows(metrics)))
     assert start(hunted).wait(timeout=600) == 0
 
-    (expected, expected_rows), (got, got_rows) = final(tmp_path / "calm" / "run"), final(tmp_path / "hunted" / "run")
-    assert got_rows == expected_rows
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    left = [path.name for path in (tmp_path / "hunted" / "run" / "checkpoints").iterdir()]
-    assert not [name for name in left if name.endswith(".tmp")]
+    assert_same_run(tmp_path / "hunted" / "run", tmp_path / "calm" / "run")
+    took = time.monotonic() - begin
     with capsys.disabled():
-        print(f"\n{KILLS} kills at rows {reached}; the calm run took {whole:.0f} s")
+        print(f"\n{KILLS} kills at rows {reached}; the calm run took {whole:.0f} s, the hunted one {took:.0f} s")
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The ranks that torchrun has started and that are there."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    fields = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [int(pid) for pid, parent, args in fields if parent == str(process.pid) and "-m trainer" in args]
+
+
+def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys):
+    """FSDP on two ranks with asynchronous checkpoints. torchrun restarts a run that has lost one; with all, it goes too."""
+    configs = {}
+    for name in ("calm", "hunted"):
+        chosen = values(tiny_dataset, tmp_path / name / "run", KILLS_OF_RANKS)
+        chosen["engine"] = {"strategy": "fsdp"}
+        chosen["checkpoint"]["asynchronous"] = True
+        configs[name] = write(tmp_path / name, chosen)
+    assert start(configs["calm"], TORCHRUN).wait(timeout=600) == 0
+
+    metrics = tmp_path / "hunted" / "run" / "metrics.jsonl"
+    draw, hits = random.Random(1), []
+    process = start(configs["hunted"], TORCHRUN)
+    try:
+        while len(hits) < KILLS_OF_RANKS:
+            row = wait_for_rows(process, metrics, draw)
+            ranks = workers(process)
+            victims = [process.pid, *ranks] if len(hits) % 3 == 1 else [draw.choice(ranks)]
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            hits.append(f"{len(victims) - 1 or 'one'} at {row}")
+            if len(victims) > 1:
+                process.wait()
+                process = start(configs["hunted"], TORCHRUN)
+        assert process.wait(timeout=600) == 0
+    finally:
+        for pid in [*workers(process), *([process.pid] if process.poll() is None else [])]:
+            os.kill(pid, signal.SIGKILL)
+    assert_same_run(tmp_path / "hunted" / "run", tmp_path / "calm" / "run")
+    with capsys.disabled():
+        print(f"\nranks killed, and at which row: {', '.join(hits)}")
 
 
 @pytest.mark.parametrize("moment", ["tensors", "manifest", "rename", "latest", "purge"])

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import yaml
 from conftest import ROOT, tiny_values
 
 from trainer import memory
@@ -187,7 +188,8 @@ def test_a_deepspeed_config_names_its_stage(tmp_path):
     [
         ({"strategy": "zero2"}, "precision: pure_bf16 with engine.strategy zero2, but DeepSpeed keeps fp32 masters"),
         ({"strategy": "single", "offload": True}, "engine.offload: single has no shards"),
-        ({"strategy": "zero0", "offload": True}, "engine.offload: zero0 has no shards"),
+        ({"strategy": "ddp", "offload": True}, "engine.offload: ddp has no shards"),
+        ({"strategy": "single", "reshard_after_forward": False}, "engine.reshard_after_forward: single gathers no"),
         ({"strategy": "fsdp", "shard_size": 2}, "engine.shard_size: only hsdp"),
         ({"strategy": "fsdp", "deepspeed_config": "ds.json"}, "engine.deepspeed_config: "),
         ({"activation_checkpointing": "some"}, "engine.activation_checkpointing: 'some' is not known"),
@@ -195,7 +197,9 @@ def test_a_deepspeed_config_names_its_stage(tmp_path):
 )
 def test_contradictions_in_the_engine(engine, expected):
     with pytest.raises(UserError, match=expected) as error:
-        resolved(precision="pure_bf16", engine=engine)
+        resolved(
+            World(0, 2, 0, 2) if engine.get("strategy") == "ddp" else World(), precision="pure_bf16", engine=engine
+        )
     assert "\n" not in str(error.value)
 
 
@@ -297,7 +301,7 @@ def old_run(tmp_path):
         (3, {}, ("ddp", "none", True)),
         (1, {}, ("single", "none", True)),
         (1, {"strategy": "fsdp"}, ("fsdp", "none", True)),
-        (2, {"strategy": "auto"}, ("ddp", "full", True)),
+        (2, {"strategy": "auto"}, ("ddp", "none", True)),
     ],
 )
 def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatch, size, given, expected):
@@ -311,3 +315,16 @@ def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatc
 def test_a_run_that_does_not_say_its_processes_decides_anew(old_run):
     (old_run / "environment.jsonl").write_text('{"host": "a"}\n')
     assert "strategy" not in combined_values({"run_dir": str(old_run)})[0]["engine"]
+
+
+def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):
+    """An hsdp run with a deepspeed.json lying about goes on under ddp: sizes of shards and the like are not the user's wish."""
+    config = yaml.safe_load((old_run / "config.yaml").read_text())
+    config["engine"] |= {"strategy": "hsdp", "shard_size": 2, "offload": True, "deepspeed_config": "x.json"}
+    (old_run / "config.yaml").write_text(yaml.safe_dump(config))
+    for key, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    same = combined_values({"run_dir": str(old_run), "engine": {"strategy": "hsdp"}})[0]["engine"]
+    other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}})[0]["engine"]
+    assert same["shard_size"] == 2 and same["offload"] is True
+    assert other["strategy"] == "ddp" and not {"shard_size", "offload", "deepspeed_config"} & other.keys()

@@ -16,6 +16,7 @@ from trainer.launcher import Place, find_place
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench")
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo's errors say
 VERBS = {
     "prepare": "text to MDS shards",
     "plan": "every number of a run and the rule it came from",
@@ -54,11 +55,19 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception:
+    except Exception as error:
         if place.size == 1:
             raise
+        text = f"[rank {place.rank}] {traceback.format_exc()}"
+        lost = next((words for words in LOST_CONNECTION if words in str(error)), None)
+        if lost is not None:
+            time.sleep(3)  # so that the launcher sees first the rank that failed; it ends this process meanwhile
+            text = (
+                f"error: [rank {place.rank}] lost another rank ({lost}): see what that one printed, then start the same "
+                "command again; training goes on from the last checkpoint"
+            )
         # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
-        print(f"[rank {place.rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
         leave(1)
 
 

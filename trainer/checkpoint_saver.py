@@ -21,7 +21,8 @@ class Saver:
     """Writes the checkpoints of a run, one after the other. Made and called by all ranks alike.
 
     asynchronous: `save` only copies the tensors to CPU memory; a thread writes the copies, with collectives of its own.
-    What goes wrong there is agreed on by all ranks and raised by their next `poll`, `save` or `finish`, as UserError.
+    What goes wrong there goes wrong on all ranks, and is raised by their next `save` or `finish`, as UserError. The loop sees to
+    it that all call `finish` at the same step where `failed` is true on some.
     """
 
     def __init__(self, folder: Path, world: World, keep: Callable, asynchronous: bool) -> None:
@@ -43,10 +44,10 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
 
-    def poll(self) -> None:
-        """Raise what went wrong in a save that has ended meanwhile. Costs nothing: for every step."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.finish()
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has gone wrong, as far as this rank knows; `finish` raises it."""
+        return self._problem is not None
 
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and raise what went wrong."""

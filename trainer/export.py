@@ -11,6 +11,7 @@ Where the weights were trained (devices, processes, strategy) leaves no trace in
     models.base.load_models()  # or import the module that registers the model
     model_class = models.base.get_model(about["model"])
     model = model_class(model_class.Config(**about["config"]))
+    model.init_weights()  # for what no file holds: buffers that follow from the config
     model.load_state_dict(safetensors.torch.load_file("export/model.safetensors"))  # several files: their union
 """
 

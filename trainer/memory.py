@@ -78,7 +78,7 @@ class Demand:
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
-        self.gathered = min(self.parameters, 2 * max(blocks) + self.parameters - sum(blocks))
+        self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
         self._kept: dict[tuple[str, str], tuple[int, list[int]]] = {}
 
     def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:

@@ -42,8 +42,15 @@ CHANGEABLE = (
     "log.",
 )
 
-# What the plan decides by the number of processes: with another number it is decided anew.
-BY_PROCESSES = ("strategy", "shard_size", "offload", "activation_checkpointing")
+# What goes with a strategy and a number of processes: with others it is decided anew.
+BY_STRATEGY = (
+    "strategy",
+    "shard_size",
+    "offload",
+    "reshard_after_forward",
+    "deepspeed_config",
+    "activation_checkpointing",
+)
 
 
 def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -62,8 +69,9 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             )
         return given, False
     saved = load_yaml(folder / CONFIG)
-    if _processes_before(folder) != find_place(os.environ).size:
-        saved["engine"] = {key: value for key, value in saved.get("engine", {}).items() if key not in BY_PROCESSES}
+    engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
+    if _processes_before(folder) != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
+        saved["engine"] = {key: value for key, value in engine.items() if key not in BY_STRATEGY}
     return merge(saved, drop_inferred(given)), True
 
 
@@ -255,6 +263,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     path, manifest = chosen
     tensors = checkpoint.load(path, "model.", world, place)
     model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)
+    model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
     model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name)

@@ -14,9 +14,14 @@ CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the one tha
 def refuse_contradictions(config: Any) -> None:
     """UserError where settings of a decided engine section do not go together."""
     engine, strategy = config.engine, config.engine.strategy
-    if config.precision == "pure_bf16" and strategy in ("zero1", "zero2", "zero3"):
+    if config.precision == "pure_bf16" and strategy.startswith("zero"):
         raise UserError(
-            f"precision: pure_bf16 with engine.strategy {strategy}, but DeepSpeed keeps fp32 masters; use bf16 or fsdp"
+            f"precision: pure_bf16 with engine.strategy {strategy}, but DeepSpeed keeps fp32 masters (and zero0 would sum "
+            "gradients in bf16); use bf16, ddp or fsdp"
+        )
+    if not engine.reshard_after_forward and strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"engine.reshard_after_forward: {strategy} gathers no blocks; use fsdp or hsdp, or leave it out"
         )
     if engine.offload and strategy in ("single", "ddp", "zero0"):
         raise UserError(

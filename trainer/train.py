@@ -63,11 +63,13 @@ class Run:
         self.folder = Path(config.run_dir or "").expanduser()
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
-        self.not_asked = torch.zeros(len(STOPPING), device=self.device)
+        self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)
         self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
         self.validation = Split(config.data, dataset, "validation")
         law = GradNormLaw.of(plan.parameters)
         self.multiplier = BatchMultiplier(law, plan.parameters, config.seed, config.batch.n_max)
+        keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
@@ -92,9 +94,9 @@ class Run:
             self.watchdog.at(step + 1, f"microbatch {number}")
             loss += self.engine.backward(tokens, targets, 1 / counted, last)
         self.watchdog.at(step + 1, "loss and update")
-        # That a signal asks some rank to stop travels with the loss: all learn of it at the same step, at no cost.
-        sums = self.world.sum(torch.cat([loss[None] / counted, self.stop_flags()]))  # [3]
-        loss, stops = sums[0], sums[1:]
+        # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
+        sums = self.world.sum(torch.cat([loss[None] / counted, self.flags()]))  # [4]
+        loss, flags = sums[0], sums[1:]
         norm, finite = self.engine.step(step, loss)
         self.model.post_step()
 
@@ -109,7 +111,7 @@ class Run:
             loss=loss,
             grad_norm=norm,
             finite=finite,
-            stops=stops,
+            flags=flags,
         )
         state.position = self.stream.start(state.position, length) + counted
         state.tokens += counted
@@ -119,11 +121,14 @@ class Run:
             state.n, state.k = self.multiplier.n, self.multiplier.k
         return measured
 
-    def stop_flags(self) -> Tensor:
-        """For each signal that stops a run, whether it came to this rank; fp32 [2]."""
-        if self.signals.asked is None:
-            return self.not_asked
-        return torch.tensor([float(self.signals.asked == number) for number in STOPPING], device=self.device)
+    def flags(self) -> Tensor:
+        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [3]."""
+        asked = self.signals.asked
+        if asked is None and not self.saver.failed:
+            return self.no_flags
+        return torch.tensor(
+            [*(float(asked == number) for number in STOPPING), float(self.saver.failed)], device=self.device
+        )
 
     def read(self, length: int, sequences: int) -> Tensor:
         """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
@@ -201,7 +206,7 @@ class Run:
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save(self, saver: Saver, seconds: float) -> None:
+    def save(self, seconds: float) -> None:
         """Write a checkpoint of everything needed to go on."""
         self.watchdog.at(self.state.step, "saving")
         self.state.seconds = seconds
@@ -213,7 +218,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "torch": torch.__version__,
         }
-        saver.save(self.state.step, self.engine.tensors(), facts)
+        self.saver.save(self.state.step, self.engine.tensors(), facts)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint; False where there is none."""
@@ -314,11 +319,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
-    settings = config.checkpoint
-    keep = checkpoint.retention(settings.keep, settings.keep_every)
-    saver = Saver(this.folder / "checkpoints", world, keep, settings.asynchronous)
     try:
-        asked = loop(this, report, saver, tokenizer)
+        asked = loop(this, report, tokenizer)
         if asked is None:
             finish(this, report, tokenizer)
         else:
@@ -341,7 +343,7 @@ def opening(this: Run) -> str:
     )
 
 
-def loop(this: Run, report: Report, saver: Saver, tokenizer: Any) -> signal.Signals | None:
+def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
     config, state = this.config, this.state
 
@@ -351,7 +353,8 @@ def loop(this: Run, report: Report, saver: Saver, tokenizer: Any) -> signal.Sign
     asked = None
     while state.step < config.max_steps and asked is None:
         report.step_done(this.optimiser_step())
-        saver.poll()
+        if report.save_failed:
+            this.saver.finish()
         asked = report.asked if state.step < config.max_steps else None
         save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
         evaluate = asked is None and due(config.evaluation.every)
@@ -365,9 +368,9 @@ def loop(this: Run, report: Report, saver: Saver, tokenizer: Any) -> signal.Sign
             draw_curves(this)
         if save:
             report.sync()
-            this.save(saver, report.clock.seconds)
+            this.save(report.clock.seconds)
         report.clock.start()
-    saver.finish()
+    this.saver.finish()
     return asked
 
 

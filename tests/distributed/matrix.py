@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import odd_model  # noqa: F401  # registers it
 import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor

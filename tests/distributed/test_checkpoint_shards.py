@@ -180,7 +180,7 @@ def asynchronously(rank: int, folder: Path) -> None:
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
         for i in range(50):
             assert world.sum(torch.tensor(i)) == 3 * i
-            saver.poll()
+            assert not saver.failed
     saver.finish()
     assert [step for step, _ in checkpoint.found(folder / "checkpoints")] == [2, 3]
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000003"
@@ -224,9 +224,9 @@ def failing(rank: int, folder: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
         with pytest.raises(UserError, match="checkpoint: step 2 could not be written to .*; earlier .* untouched") as e:
             saver.save(2, large, {})
-            while asynchronous:
-                saver.poll()
+            while asynchronous and not saver.failed:
                 time.sleep(0.01)
+            saver.finish()
         assert "\n" not in str(e.value)
         (folder / f"said-{asynchronous}-{rank}").write_text(str(e.value))
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

@@ -56,7 +56,7 @@ class Engine:
 
     def initialise(self, model: Any, device: torch.device) -> Any:
         """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks."""
-        model = model.to_empty(device=device)
+        model = with_storage(model, device)
         model.init_weights(torch.Generator().manual_seed(self.config.seed))
         return model
 
@@ -67,7 +67,10 @@ class Engine:
         tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
         held, total = self.held(), sum(shape.numel() for shape in self.shapes.values())
         share = f"; rank 0 updates {held:,} of {total:,} parameters" if held != total else ""
-        return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{share}"
+        engine = self.config.engine
+        how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"
+        how += ", offloaded" * engine.offload + ", compiled" * engine.compile
+        return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
     def held(self) -> int:
         """How many parameters this rank's optimiser updates."""
@@ -136,6 +139,8 @@ class Engine:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay."""
+        # A parameter that has had no gradient yet has no moments: zeros are what it would begin with.
+        self.optimizer.allocate(p for p in self.local.values() if p not in self.optimizer.adamw.state)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.local.items():
             for key, value in self.optimizer.adamw.state.get(parameter, {}).items():
@@ -150,11 +155,30 @@ class Engine:
         """Put back what `tensors` gave, whichever engine saved it. UserError where `path` is of another model."""
         from trainer.checkpoint import read_into
 
-        self.optimizer.allocate(self.local.values())
         read_into(path, self.tensors(), self.world)
 
     def close(self) -> None:
         """Free what would outlive the process group."""
+
+
+def with_storage(model: Any, device: torch.device) -> Any:
+    """A model that was built without storage, on `device`, its values not set yet; parameters that were one stay one."""
+    tied = ties(model)
+    model = model.to_empty(device=device)
+    for name, first in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    return model
+
+
+def ties(model: Any) -> dict[str, str]:
+    """Further name -> first name of each parameter that stands under several."""
+    first: dict[Any, str] = {}
+    return {
+        name: first[parameter]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(parameter, name) != name
+    }
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:

@@ -18,15 +18,16 @@ DECIDED = {
     "amp": "the number format is `precision`",
     "torch_autocast": "the number format is `precision`",
     "activation_checkpointing": "blocks are recomputed by engine.activation_checkpointing",
+    "train_micro_batch_size_per_gpu": "microbatches follow from batch.tokens_per_microbatch, step by step",
+    "gradient_accumulation_steps": "microbatches follow from batch.tokens_per_microbatch, step by step",
 }
-# Where ours and theirs may differ, and what of ours to change then.
+HARMLESS = (("train_micro_batch_size_per_gpu", 1), ("gradient_accumulation_steps", 1))
+# Where ours and theirs may differ: the key of ours that could be changed instead.
 OPPOSITES = {
     "zero_optimization.stage": "engine.strategy",
     "zero_optimization.offload_optimizer.device": "engine.offload",
     "gradient_clipping": "optim.clip_norm",
     "bf16.enabled": "precision",
-    "train_micro_batch_size_per_gpu": "batch.tokens_per_microbatch",
-    "gradient_accumulation_steps": "batch.tokens_per_microbatch",
 }
 
 
@@ -36,37 +37,49 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
     theirs = read_settings(path) if path else {}
     for key, why in DECIDED.items():
         value = theirs.pop(key, None)
-        if value not in (None, "auto", {}) and not (isinstance(value, dict) and value.get("enabled") is False):
+        off = isinstance(value, dict) and value.get("enabled") is False
+        if value not in (None, "auto", {}) and not off and (key, value) not in HARMLESS:
             raise UserError(f"engine.deepspeed_config: {path} sets {key}, but {why}; remove it there")
+    for section in ("zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"):
+        if not isinstance(nested(theirs, section), (dict, type(None))):
+            raise UserError(f'engine.deepspeed_config: {path}: {section} is no section; write it as {{"...": ...}}')
     asked = dict(leaves(theirs))
     for key, value in leaves(ours):
         if asked.get(key, value) not in (value, "auto"):
+            instead = f"change {OPPOSITES[key]}, or " if key in OPPOSITES else ""
             raise UserError(
                 f"engine.deepspeed_config: {path} says {key} {json.dumps(asked[key])}, but by the run's config it is "
-                f"{json.dumps(value)}; change {OPPOSITES[key]}, or remove it there"
+                f"{json.dumps(value)}; {instead}remove it there"
             )
     settings = merged(theirs, ours)
-    if config.precision == "bf16" and not settings["bf16"]["enabled"]:
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    # DeepSpeed knows few optimisers by name and would rather have its own on a CPU.
-    return settings | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    if settings["zero_optimization"]["stage"] == 0:
+        # DeepSpeed's bf16 has no fp32 masters to speak of there (its losses drift): it is autocast; and we clip.
+        settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
+        if config.precision == "bf16":
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,  # the loop forms microbatches, another number of them in each step
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed knows few by name
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, without a compiler
+    }
 
 
 def own_settings(config: Any) -> dict[str, Any]:
     """What the run's config decides."""
-    stage = int(config.engine.strategy[-1])
-    # Stage 0 in DeepSpeed's bf16 has no fp32 masters to speak of (its losses drift): there it is autocast, and we clip.
-    bf16 = config.precision == "bf16" and stage > 0
+    stage, bf16 = int(config.engine.strategy[-1]), config.precision == "bf16"
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # the loop forms microbatches, another number of them in each step
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": float(config.optim.clip_norm) if stage else 0.0,
+        "gradient_clipping": float(config.optim.clip_norm),
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
     }
     if stage:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu" if config.engine.offload else "none"}
-    if bf16:
+        settings["zero_optimization"] |= {
+            "offload_optimizer": {"device": "cpu" if config.engine.offload else "none"},
+            "compute_grad_norm": True,
+        }
+    if stage and bf16:
+        settings["bf16"]["check_grad_overflow"] = True  # else a NaN would reach the weights
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
@@ -82,6 +95,14 @@ def read_settings(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"engine.deepspeed_config: {path} holds no JSON object")
     return settings
+
+
+def nested(settings: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,9 +7,9 @@ the same as any other engine's; DeepSpeed's own format is not used.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from trainer.device import choose_device
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, ties, with_storage
 from trainer.engine.deepspeed_config import deepspeed_settings
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, deal
@@ -39,8 +39,9 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed reads where it is from the environment; srun and a single process do not say.
         os.environ.setdefault("DS_ACCELERATOR", choose_device(plan.config.device, world.local_rank).type)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it builds and warns on stdout
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it builds
             import deepspeed
+            from pydantic import ValidationError
 
             self._deepspeed = deepspeed
             deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -48,12 +49,16 @@ class DeepSpeedEngine(Engine):
             self.stage = self.settings["zero_optimization"]["stage"]
             self.lockstep = self.stage == 3
             deepspeed.init_distributed()
-            super().__init__(plan, world)
-            self._zero, *_ = deepspeed.initialize(
-                model=self.model, optimizer=self.optimizer.adamw, config=self.settings, dist_init_required=False
-            )
+            try:
+                super().__init__(plan, world)
+                self._zero, *_ = deepspeed.initialize(
+                    model=self.model, optimizer=self.optimizer.adamw, config=self.settings, dist_init_required=False
+                )
+            except ValidationError as error:
+                told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+                raise UserError(f"engine.deepspeed_config: DeepSpeed refuses {told}") from None
         assert self._zero.zero_optimization_stage() == self.stage
-        use_linear(linear if self.stage == 3 else plain_linear)
+        use_linear(plain_linear)
         if self.stage:
             self._make_moments()
             self._set_initial_weights()
@@ -62,7 +67,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             model = self.initialise(meta, self.device)
         elif self.stage < 3:
-            model = meta.to_empty(device=self.device)  # its values are set once the fp32 masters exist
+            model = with_storage(meta, self.device)  # its values are set once the fp32 masters exist
         else:
             dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
             with self._deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=dtype, mem_efficient_linear=False):
@@ -103,8 +108,10 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self._zero.set_gradient_accumulation_boundary(last)
+        use_linear(linear if self.stage == 3 else plain_linear)
         loss = self._zero(tokens, targets=targets, reduction="sum").loss
         self._zero.backward(loss * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum
+        use_linear(plain_linear)
         return loss.detach()
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +149,12 @@ class DeepSpeedEngine(Engine):
             if owners[parameter] == self.world.rank:
                 kept[name] = whole.cpu().clone()
         if self.world.leader:
-            kept |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+            stored = self.model.state_dict(keep_vars=True)
+            kept |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers() if name in stored}
             kept["weight_decay"] = self.optimizer.decay
+        for name, first in ties(self.model).items():
+            if f"model.{first}" in kept:
+                kept[f"model.{name}"] = kept[f"model.{first}"]
         return kept
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -163,11 +174,13 @@ class DeepSpeedEngine(Engine):
             return super().load(path)
         from trainer.checkpoint import check_shapes, each
 
-        check_shapes(path, {f"model.{name}": shape for name, shape in self.shapes.items()})
+        expected = {f"model.{name}": shape for name, shape in self.shapes.items()}
+        expected |= {f"optimizer.{name}.{key}": shape for name, shape in self.shapes.items() for key in MOMENTS}
+        check_shapes(path, expected)
         for name, whole in each(path, "model."):
             if name in self.local:
                 self._put_weight(name, whole)
-            else:
+            elif name not in ties(self.model):
                 self.model.get_buffer(name).copy_(whole)
         for full, whole in each(path, "optimizer."):
             name, _, key = full.rpartition(".")
@@ -210,4 +223,3 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._zero.destroy()  # else some processes abort at exit
-        use_linear(plain_linear)

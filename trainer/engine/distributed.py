@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +100,8 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
         return
     from trainer.device import choose_device
 
+    # FSDP and DeepSpeed call functions that torch has renamed since; it is not for a user to hear of on every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     device = choose_device(wanted_device, world.local_rank)
     on_gpu = device.type == "cuda"
     if on_gpu:

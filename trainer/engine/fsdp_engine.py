@@ -44,7 +44,8 @@ class FsdpEngine(Engine):
         }
         for block in meta.blocks():
             fully_shard(block, **options)
-        model = fully_shard(meta, **options)
+        # What is in no block is needed at the end of the forward and the beginning of the backward: it stays between.
+        model = fully_shard(meta, **options | {"reshard_after_forward": False})
         assert all(isinstance(module, FSDPModule) for module in (model, *model.blocks()))
         self.initialise(model, torch.device("cpu") if engine.offload else self.device)
         self._shards: dict[str, Any] = dict(model.named_parameters())

@@ -25,8 +25,8 @@ from trainer.metrics.record import MetricsFile, Wandb
 
 @dataclass
 class Measured:
-    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device, stops: how many ranks were asked to stop by each
-    of signals.STOPPING, fp32 [2] there; the rest is known without it."""
+    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device, flags: on how many ranks each of
+    signals.STOPPING came, and on how many an asynchronous save has failed, fp32 [3] there; the rest is known without it."""
 
     step: int  # optimiser steps done, this one included
     tokens: int  # trained on so far
@@ -38,7 +38,7 @@ class Measured:
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
-    stops: Tensor
+    flags: Tensor
     elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
     seconds: float = 0.0
 
@@ -73,7 +73,8 @@ class Report:
         self._waiting: Measured | None = None
         self._seconds_then = seconds
         self._skips = 0
-        self.asked: signal.Signals | None = None  # to stop, as all ranks agree
+        self.asked: signal.Signals | None = None  # to stop; this and the next as all ranks agree, a step late
+        self.save_failed = False
         self.last: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
         if world.leader:
@@ -111,7 +112,10 @@ class Report:
         if self._waiting is None:
             return
         m, self._waiting = self._waiting, None
-        loss, grad_norm, finite, *stops = torch.cat([torch.stack([m.loss, m.grad_norm, m.finite]), m.stops]).tolist()
+        loss, grad_norm, finite, *stops, failed = torch.cat(
+            [torch.stack([m.loss, m.grad_norm, m.finite]), m.flags]
+        ).tolist()
+        self.save_failed = failed > 0
         self.asked = next((number for number, count in zip(STOPPING, stops, strict=True) if count), self.asked)
         rate = m.step_tokens / max(m.elapsed, 1e-9)
         mfu = rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None

@@ -121,7 +121,9 @@ class GuardedAdamW(torch.optim.AdamW):
             if group["loss_driven_decay"] and group["params"]:
                 shrink = 1 - group["lr"] * self.decay * self.finite
                 torch._foreach_mul_(group["params"], shrink.to(group["params"][0].device))
-        self.found_inf = 1 - self.finite  # the fused kernel reads it on the device
+        # The fused kernel reads it on the device of the parameters; it would not wait for a copy from another.
+        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        self.found_inf = (1 - self.finite).to(device)
         super().step()
 
 

@@ -1,0 +1,345 @@
+"""What can go wrong in a run of several processes, done to real ones: what the user then sees, and that nothing is lost."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import FULL, Ended, Forks, matrix_values, torchrun
+
+from trainer import checkpoint
+from trainer.engine.distributed import World
+from trainer.metrics.record import read_rows
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12  # with a checkpoint after every fourth
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+SAME = 3e-4  # as in test_matrix.py: sums in another order, carried on over as many steps
+
+
+@pytest.fixture(scope="module")
+def forks():
+    launcher = Forks()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def values(tiny_dataset, tmp_path):
+    """values(strategy, **changes): of a run in its own folder."""
+
+    def chosen(strategy: str, name: str = "run", **changes) -> dict:
+        settings = {"checkpoint__every": 4, "checkpoint__keep": 9, "max_steps": STEPS, **changes}
+        return matrix_values(tiny_dataset, tmp_path / name, "hlb", strategy, **settings)
+
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def calm(forks, tiny_dataset, tmp_path_factory):
+    """calm(strategy): run folder of twelve steps on two ranks that nothing happened to."""
+    done: dict[str, Path] = {}
+
+    def folder(strategy: str) -> Path:
+        if strategy not in done:
+            done[strategy] = tmp_path_factory.mktemp(strategy) / "run"
+            settings = matrix_values(tiny_dataset, done[strategy], "hlb", strategy, max_steps=STEPS)
+            assert forks.run(settings, 1 if strategy == "single" else 2).codes in ([0], [0, 0])
+        return done[strategy]
+
+    return folder
+
+
+def history(folder: Path) -> list[tuple]:
+    return [
+        (row["step"], row["loss"], row["grad_norm"], row["val_loss"]) for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    path = folder / "checkpoints" / checkpoint.step_name(step)
+    checkpoint.check(path)
+    return checkpoint.load(path, "", World())
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """The same ranks add in the same order: equal bit for bit."""
+    assert history(folder) == history(reference)
+    mine, expected = weights(folder, STEPS), weights(reference, STEPS)
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(mine[name], expected[name]) for name in expected)
+
+
+def saved(folder: Path) -> list[int]:
+    return [step for step, _ in checkpoint.found(folder / "checkpoints")]
+
+
+def error_line(ended: Ended) -> str:
+    """The one line of a failure; no traceback beside it."""
+    assert "Traceback" not in ended.said, ended.said
+    (line,) = ended.lines("error: ")
+    return line
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_rank_is_restarted_and_nothing_is_lost(forks, calm, values):
+    given = values("fsdp")
+    faults = [{"do": "SIGKILL", "moment": "update", "rank": 1, "step": 6, "attempt": 0}]
+    ended = torchrun(given, 2, "--max-restarts", "1", faults=faults)
+    assert ended.codes == [0], ended.said
+    assert len(ended.lines("going on from ")) == 1
+    assert "step-00000004, step 4 of 12" in ended.said
+    assert_same_run(Path(given["run_dir"]), calm("fsdp"))
+
+
+def test_rank_zero_killed_and_then_no_restart_left(forks, calm, values):
+    """Rank 0, which holds the run folder and writes its files; then rank 1, with what torchrun does where it may not restart."""
+    given = values("zero2")
+    faults = [
+        {"do": "SIGKILL", "moment": "update", "rank": 0, "step": 6, "attempt": 0},
+        {"do": "SIGKILL", "moment": "update", "rank": 1, "step": 10, "attempt": 1},
+    ]
+    ended = torchrun(given, 2, "--max-restarts", "1", faults=faults)
+    assert ended.codes == [1], ended.said
+    assert "step-00000004, step 4 of 12" in ended.said
+    assert "[rank " not in ended.said, "the other rank adds nothing to what torchrun says"
+    assert re.search(r"Root Cause[^=]*rank +: 1 [^=]*exitcode +: -9", ended.said), ended.said
+    assert saved(Path(given["run_dir"])) == [4, 8]
+    ended = forks.run(given, 2)
+    assert ended.codes == [0, 0], ended.said
+    assert "step-00000008, step 8 of 12" in ended.said
+    assert_same_run(Path(given["run_dir"]), calm("zero2"))
+
+
+@pytest.mark.parametrize("strategy, rank, moment", [("fsdp", 0, "update"), ("zero2", 1, "update"), ("ddp", 1, "save")])
+def test_the_other_rank_ends_without_being_told(forks, values, strategy, rank, moment):
+    """Also where the collectives that break are those of an asynchronous checkpoint."""
+    given = values(strategy, checkpoint__asynchronous=True)
+    begin = time.monotonic()
+    ended = forks.run(given, 2, [{"do": "SIGKILL", "moment": moment, "rank": rank, "step": 8}], tells=False)
+    assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, 1), ended.said
+    assert error_line(ended).startswith(f"error: [rank {1 - rank}] lost another rank (Connection ")
+    assert time.monotonic() - begin < 30
+    assert saved(Path(given["run_dir"])) == [4]
+
+
+@pytest.mark.parametrize("asynchronous, moment", [(False, "save"), (True, "save"), (True, "publish")])
+def test_all_ranks_killed_in_a_save(forks, calm, values, asynchronous, moment):
+    given = values("fsdp", checkpoint__asynchronous=asynchronous)
+    ended = forks.run(given, 2, [{"do": "SIGKILL all", "moment": moment, "rank": 0, "step": 8}])
+    assert ended.codes == [-signal.SIGKILL] * 2, ended.said
+    folder = Path(given["run_dir"])
+    assert saved(folder) == [4]
+    assert (folder / "checkpoints" / "step-00000008.tmp").exists()
+    ended = forks.run(given, 2)
+    assert ended.codes == [0, 0], ended.said
+    assert f"going on from {folder}/checkpoints/step-00000004, step 4 of 12" in ended.said
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+    assert_same_run(folder, calm("fsdp"))
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def assert_stopped(ended: Ended, folder: Path, name: str, code: int, told: bool = True) -> int:
+    """Ended by the signal, with a checkpoint; returns its step. told: rank 0 had the signal itself."""
+    assert ended.codes == [code] * len(ended.codes), ended.said
+    assert ended.said.count(f"{name}: a checkpoint will be written after this step") == told
+    (line,) = ended.lines("stopped by ")
+    step = saved(folder)[-1]
+    assert line == f"stopped by {name} at step {step}; checkpoint written; the same command goes on from it"
+    assert "Traceback" not in ended.said
+    return step
+
+
+def assert_goes_on(forks: Forks, given: dict, reference: Path, ranks: int) -> None:
+    ended = forks.run(given, ranks)
+    assert ended.codes == [0] * ranks, ended.said
+    assert_same_run(Path(given["run_dir"]), reference)
+
+
+@pytest.mark.parametrize("strategy, ranks", [("single", 1), ("fsdp", 2), ("zero3", 2)])
+def test_sigterm_to_all(forks, calm, values, strategy, ranks):
+    """The step that is under way is finished, and one more, whose losses travel with the request."""
+    given = values(strategy)
+    ended = forks.run(given, ranks, [{"do": "SIGTERM", "moment": "forward", "step": 5}])
+    assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in (5, 6)
+    assert_goes_on(forks, given, calm(strategy), ranks)
+
+
+@pytest.mark.parametrize("rank, asynchronous", [(0, False), (1, True)])
+def test_sigusr1_to_one_rank(forks, calm, values, rank, asynchronous):
+    """Also where the signal comes to it after the step's losses are summed, and so too late for this step."""
+    given = values("fsdp", checkpoint__asynchronous=asynchronous)
+    ended = forks.run(given, 2, [{"do": "SIGUSR1", "moment": "update", "step": 5, "rank": rank}])
+    assert assert_stopped(ended, Path(given["run_dir"]), "SIGUSR1", 138, told=rank == 0) in (6, 7)
+    assert_goes_on(forks, given, calm("fsdp"), 2)
+
+
+def test_sigterm_to_torchrun(forks, calm, values):
+    given = values("fsdp")
+    faults = [
+        {"do": "SIGTERM launcher", "moment": "forward", "rank": 0, "step": 3},
+        {"do": "slow", "moment": "forward"},  # it takes its time to tell the workers
+    ]
+    ended = torchrun(given, 2, faults=faults)
+    folder = Path(given["run_dir"])
+    assert ended.codes[0] != 0
+    (line,) = ended.lines("stopped by ")
+    step = saved(folder)[-1]
+    assert 3 <= step < STEPS
+    assert line.startswith(f"stopped by SIGTERM at step {step}; checkpoint written")
+    assert ended.said.count("SIGTERM: a checkpoint will be written after this step") == 1
+    assert_goes_on(forks, given, calm("fsdp"), 2)
+
+
+@pytest.mark.parametrize("moment", ["build", "validation"])
+def test_sigterm_where_no_step_is_under_way(forks, calm, values, moment):
+    given = values("fsdp", evaluation__every=4)
+    fault = {"do": "SIGTERM", "moment": moment} | ({"step": 4} if moment == "validation" else {})
+    ended = forks.run(given, 2, [fault])
+    assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in ((1, 2) if moment == "build" else (5, 6))
+    ended = forks.run(given, 2)
+    assert ended.codes == [0, 0], ended.said
+    assert [row[:3] for row in history(Path(given["run_dir"]))] == [row[:3] for row in history(calm("fsdp"))]
+
+
+# -- NaN ---------------------------------------------------------------------------------------------------------------
+
+NAN = [{"do": "nan loss", "moment": "forward", "step": 3}, {"do": "nan gradient", "moment": "forward", "step": 7}]
+
+
+def on_rank_one(faults: list[dict]) -> list[dict]:
+    return [{**fault, "rank": 1} for fault in faults]
+
+
+@pytest.fixture(scope="module")
+def skipping(forks, tiny_dataset, tmp_path_factory) -> Path:
+    """A single process that skips the two steps."""
+    folder = tmp_path_factory.mktemp("skipping") / "run"
+    given = matrix_values(tiny_dataset, folder, "hlb", "single", max_steps=STEPS, optim__non_finite="skip")
+    assert forks.run(given, 1, NAN).codes == [0]
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_on_one_rank_skips_the_step_on_all(forks, skipping, values, strategy):
+    given = values(strategy, optim__non_finite="skip")
+    ended = forks.run(given, 2, on_rank_one(NAN))
+    assert ended.codes == [0, 0], ended.said
+    assert len(ended.lines("step 3: loss or gradient is not finite; the step is skipped")) == 1
+    mine, expected = history(Path(given["run_dir"])), history(skipping)
+    assert [row[0] for row in mine if row[1] is None] == [3, 7]
+    for column in (1, 2):
+        numbers = [[row[column] for row in rows if row[1] is not None] for rows in (mine, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=SAME)
+    assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES if FULL else ("fsdp", "zero2", "zero3"))
+def test_nan_in_bf16(forks, values, strategy):
+    """Where DeepSpeed keeps weights and masters apart."""
+    given = values(strategy, optim__non_finite="skip", precision="bf16")
+    ended = forks.run(given, 2, on_rank_one(NAN))
+    assert ended.codes == [0, 0], ended.said
+    assert [row[0] for row in history(Path(given["run_dir"])) if row[1] is None] == [3, 7]
+    assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nan_on_one_rank_stops_all(forks, values, strategy):
+    given = values(strategy)
+    folder = Path(given["run_dir"])
+    for what, step in (("nan gradient", 7), ("nan loss", 6)):  # the second start goes on from step 4
+        ended = forks.run(given, 2, [{"do": what, "moment": "forward", "rank": 1, "step": step}])
+        assert ended.codes[0] == 2, ended.said
+        assert error_line(ended).startswith(f"error: step {step}: loss or gradient is not finite (1 in a row)")
+        assert saved(folder) == [4]
+    assert all(tensor.isfinite().all() for tensor in weights(folder, 4).values())
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=3m none {disk} 2>/dev/null"):
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    os.system(f"umount {disk}")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk(forks, calm, values, small_disk, asynchronous):
+    """Room for one checkpoint of about 1.4 MB (fp32 weights and two moments of 118,403 parameters), not for two."""
+    given = values("fsdp", "disk/run", checkpoint__asynchronous=asynchronous)
+    ended = forks.run(given, 2)
+    folder = Path(given["run_dir"])
+    assert ended.codes[0] != 0
+    assert re.match(
+        r"error: checkpoint: step 8 could not be written to .* No space left on device.*", error_line(ended)
+    )
+    assert saved(folder) == [4] and weights(folder, 4)
+    roomy = shutil.copytree(folder, small_disk.parent / "roomy")
+    assert_goes_on(forks, {**given, "run_dir": str(roomy)}, calm("fsdp"), 2)
+
+
+def test_damaged_shards(forks, calm, values):
+    """A bit of the newest checkpoint is flipped, and the one before it is cut short: the third is used."""
+    given = values("fsdp")
+    folder = Path(shutil.copytree(calm("fsdp"), given["run_dir"]))
+    ended = forks.run({**given, "max_steps": STEPS + 4}, 2)
+    assert ended.codes == [0, 0] and saved(folder)[-3:] == [8, 12, 16]
+    flipped = folder / "checkpoints" / "step-00000016" / "__0_0.distcp"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut = folder / "checkpoints" / "step-00000012" / "__1_0.distcp"
+    os.truncate(cut, cut.stat().st_size - 1)
+    ended = forks.run({**given, "max_steps": STEPS + 4}, 2)
+    assert ended.codes == [0, 0], ended.said
+    assert (
+        len(ended.lines(f"checkpoint: {flipped} is damaged: its hash is not the manifest's; trying the one before it"))
+        == 1
+    )
+    assert len(ended.lines(f"checkpoint: {cut} has ")) == 1
+    assert f"going on from {folder}/checkpoints/step-00000008" in ended.said
+    assert [row[:3] for row in history(folder)[:STEPS]] == [row[:3] for row in history(calm("fsdp"))]
+
+
+# -- one run in the way of another, a rank in the way of all -------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(forks, calm, values):
+    given = values("fsdp")
+    first = forks.start(given, 2, [{"do": "slow", "moment": "forward"}])
+    while not (Path(given["run_dir"]) / "config.yaml").exists():
+        time.sleep(0.02)
+    second = forks.run(given, 2)
+    assert second.codes[0] == 2
+    assert error_line(second).startswith(
+        f"error: run_dir: another process is training in {given['run_dir']}; wait for it"
+    )
+    assert forks.wait(first).codes == [0, 0]
+    assert_same_run(Path(given["run_dir"]), calm("fsdp"))
+
+
+@pytest.mark.parametrize(
+    "strategy, moment, place", [("fsdp", "update", "loss and update"), ("ddp", "forward", "microbatch 1")]
+)
+def test_a_rank_that_hangs(forks, values, strategy, moment, place):
+    given = values(strategy, engine__timeout_minutes=0.1)
+    ended = forks.run(given, 2, [{"do": "sleep", "moment": moment, "rank": 1, "step": 6}])
+    assert ended.codes == [1, 1]
+    assert f"no progress for 6 s: rank 1 is behind, at step 6, {place} (faults.py" in error_line(ended)
+    assert saved(Path(given["run_dir"])) == [4]

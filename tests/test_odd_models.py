@@ -1,0 +1,60 @@
+"""Models that are less simple than the zoo's train, save, go on, and give the same losses when read again."""
+
+import json
+
+import odd_model
+import pytest
+import torch
+from conftest import tiny_values
+from safetensors.torch import load_file
+
+from models.base import get_model
+from trainer import checkpoint
+from trainer.config import EvaluateConfig, ExportConfig
+from trainer.engine.base import ties, with_storage
+from trainer.engine.distributed import World
+from trainer.evaluate import run as evaluate
+from trainer.export import run as export
+from trainer.memory import build_meta
+from trainer.metrics.record import read_rows
+from trainer.train import run
+
+
+def values(dataset, folder, model, **changes):
+    shape = {"name": model, "d_model": 64, "n_layers": 2, "n_heads": 2}
+    return tiny_values(dataset, folder, model=shape, optim__recipe="hlb", **changes)  # whose schedules have no end
+
+
+@pytest.mark.parametrize("model", ["odd", "idle"])
+def test_resumption_is_exact(tiny_dataset, tmp_path, model):
+    run(values(tiny_dataset, tmp_path / "whole", model, max_steps=8))
+    run(values(tiny_dataset, tmp_path / "parts", model, max_steps=4))
+    run({**values(tiny_dataset, tmp_path / "parts", model), "max_steps": 8})
+    whole, parts = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "step-00000008", "", World()) for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_tie_by_assignment_stays(tiny_dataset, tmp_path):
+    config = odd_model.Odd.Config(vocab_size=64, d_model=32, n_layers=1, n_heads=2)
+    meta = build_meta(odd_model.Odd, config)
+    assert ties(meta) == {"head.weight": "embedding.weight"}
+    model = with_storage(meta, torch.device("cpu"))
+    assert model.head.weight is model.embedding.weight
+
+
+def test_what_no_checkpoint_holds_is_made_anew(tiny_dataset, tmp_path, capsys):
+    run(values(tiny_dataset, tmp_path / "r", "odd", max_steps=4))
+    trained = read_rows(tmp_path / "r" / "metrics.jsonl")[-1]["val_loss"]
+    evaluate(EvaluateConfig(run_dir=str(tmp_path / "r"), protocol="full", device="cpu"), as_json=True)
+    assert json.loads(capsys.readouterr().out)["full"]["loss"] == pytest.approx(trained, rel=1e-6)
+
+    export(ExportConfig(run_dir=str(tmp_path / "r"), out=str(tmp_path / "out")))
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    model_class = get_model(about["model"])
+    model = model_class(model_class.Config(**about["config"]))
+    model.init_weights()
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert torch.equal(model.table, torch.linspace(1, 2, 64)) and (model.scale == 0.5).all()
