@@ -109,7 +109,7 @@ def test_rank_zero_killed_and_then_no_restart_left(forks, calm, values):
     ended = torchrun(given, 2, "--max-restarts", "1", faults=faults)
     assert ended.codes == [1], ended.said
     assert "step-00000004, step 4 of 12" in ended.said
-    assert "[rank " not in ended.said, "the other rank adds nothing to what torchrun says"
+    assert not re.search(r"\[rank \d\] Traceback", ended.said), "that a rank is lost is told in one line, if at all"
     assert re.search(r"Root Cause[^=]*rank +: 1 [^=]*exitcode +: -9", ended.said), ended.said
     assert saved(Path(given["run_dir"])) == [4, 8]
     ended = forks.run(given, 2)
@@ -165,7 +165,7 @@ def assert_goes_on(forks: Forks, given: dict, reference: Path, ranks: int) -> No
     assert_same_run(Path(given["run_dir"]), reference)
 
 
-@pytest.mark.parametrize("strategy, ranks", [("single", 1), ("fsdp", 2), ("zero3", 2)])
+@pytest.mark.parametrize("strategy, ranks", [("single", 1), ("fsdp", 2), *([("zero3", 2)] if FULL else [])])
 def test_sigterm_to_all(forks, calm, values, strategy, ranks):
     """The step that is under way is finished, and one more, whose losses travel with the request."""
     given = values(strategy)
@@ -334,12 +334,15 @@ def test_two_runs_in_one_folder(forks, calm, values):
     assert_same_run(Path(given["run_dir"]), calm("fsdp"))
 
 
-@pytest.mark.parametrize(
-    "strategy, moment, place", [("fsdp", "update", "loss and update"), ("ddp", "forward", "microbatch 1")]
-)
-def test_a_rank_that_hangs(forks, values, strategy, moment, place):
-    given = values(strategy, engine__timeout_minutes=0.1)
-    ended = forks.run(given, 2, [{"do": "sleep", "moment": moment, "rank": 1, "step": 6}])
-    assert ended.codes == [1, 1]
-    assert f"no progress for 6 s: rank 1 is behind, at step 6, {place} (faults.py" in error_line(ended)
-    assert saved(Path(given["run_dir"])) == [4]
+def test_a_rank_that_hangs(forks, values):
+    """Two runs beside each other, since both mostly wait."""
+    started = []
+    for strategy, moment, place in (("fsdp", "update", "loss and update"), ("ddp", "forward", "microbatch 1")):
+        given = values(strategy, strategy, engine__timeout_minutes=0.1)
+        fault = {"do": "sleep", "moment": moment, "rank": 1, "step": 6}
+        started.append((forks.start(given, 2, [fault]), Path(given["run_dir"]), place))
+    for run, folder, place in started:
+        ended = forks.wait(run)
+        assert ended.codes == [1, 1]
+        assert f"no progress for 6 s: rank 1 is behind, at step 6, {place} (faults.py" in error_line(ended)
+        assert saved(folder) == [4]
