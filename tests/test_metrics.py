@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from trainer.errors import UserError
 from trainer.metrics import console, plots
 from trainer.metrics.record import MetricsFile, Wandb, read_rows
 from trainer.metrics.report import Clock, Measured, Report
@@ -147,3 +148,11 @@ def test_wandb_disabled_imports_nothing(tmp_path):
     recorder.write({"step": 1})
     recorder.close()
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_full_disk_at_a_row_names_the_file(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics._file.close()
+    metrics._file = open("/dev/full", "a")
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be written: No space left"):
+        metrics.write({"step": 1})

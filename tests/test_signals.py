@@ -19,7 +19,7 @@ def test_a_signal_is_noted_and_told(number, capfd):
         assert stop.asked is None
         os.kill(os.getpid(), number)
         assert stop.asked == number
-    assert capfd.readouterr().err == f"{number.name}: a checkpoint will be written after this step\n"
+    assert capfd.readouterr().err == f"{number.name}: will stop with a checkpoint once all processes have heard\n"
 
 
 def test_other_ranks_are_silent(capfd):

@@ -151,7 +151,7 @@ def test_all_ranks_killed_in_a_save(forks, calm, values, asynchronous, moment):
 def assert_stopped(ended: Ended, folder: Path, name: str, code: int, told: bool = True) -> int:
     """Ended by the signal, with a checkpoint; returns its step. told: rank 0 had the signal itself."""
     assert ended.codes == [code] * len(ended.codes), ended.said
-    assert ended.said.count(f"{name}: a checkpoint will be written after this step") == told
+    assert ended.said.count(f"{name}: will stop with a checkpoint once all processes have heard") == told
     (line,) = ended.lines("stopped by ")
     step = saved(folder)[-1]
     assert line == f"stopped by {name} at step {step}; checkpoint written; the same command goes on from it"
@@ -196,7 +196,7 @@ def test_sigterm_to_torchrun(forks, calm, values):
     step = saved(folder)[-1]
     assert 3 <= step < STEPS
     assert line.startswith(f"stopped by SIGTERM at step {step}; checkpoint written")
-    assert ended.said.count("SIGTERM: a checkpoint will be written after this step") == 1
+    assert ended.said.count("SIGTERM: will stop with a checkpoint once all processes have heard") == 1
     assert_goes_on(forks, given, calm("fsdp"), 2)
 
 

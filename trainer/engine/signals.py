@@ -47,7 +47,7 @@ class StopSignals:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.raise_signal(signal.SIGTERM)
         if self.asked is None and self._world.leader:
-            line = f"{signal.Signals(number).name}: a checkpoint will be written after this step\n"
+            line = f"{signal.Signals(number).name}: will stop with a checkpoint once all processes have heard\n"
             os.write(2, line.encode())  # print fails where the signal interrupts another print
         if self.asked is None or number == signal.SIGTERM:
             self.asked = signal.Signals(number)

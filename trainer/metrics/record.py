@@ -26,8 +26,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; the run goes on from its last checkpoint"
+            ) from None
 
     def sync(self) -> None:
         """On disk now: called before a checkpoint that a resumed run would continue from."""
