@@ -125,6 +125,27 @@ def test_matrix_optimisers_get_whole_gradients_or_a_refusal(
             assert found["entries"][key] == pytest.approx(entries, rel=1e-3, abs=1e-4 * largest), (name, key)
 
 
+def test_resume_in_bf16(tiny_dataset, tmp_path):
+    """What is saved are fp32 weights and moments, also where DeepSpeed and FSDP compute with bf16 copies of them."""
+
+    def case(name, strategy, folder, **more):
+        values = matrix_values(tiny_dataset, tmp_path / folder, "gpt2", strategy, precision="bf16")
+        return {"name": name, "values": values, **more}
+
+    savers = ("ddp", "fsdp", "zero1", "zero3")
+    cases = [case(s, s, s, steps=3, save=str(tmp_path / s)) for s in savers]
+    begun = train_cases(cases, 2, tmp_path)
+    pairs = list(itertools.product(savers, ("ddp", "fsdp", "zero1", "zero2", "zero3") if FULL else ("zero2", "zero3")))
+    cases = [case(f"{a} {b}", b, "go-on", steps=3, load=str(tmp_path / a)) for a, b in pairs]
+    gone_on = train_cases(cases, 2, tmp_path)
+    for results in (begun, gone_on):
+        first = next(iter(results.values()))["loss"]
+        for name, result in results.items():
+            assert result["loss"] == pytest.approx(first, rel=2**-8), name
+    # An update lost or applied twice would show: a step changes the loss by more than that.
+    assert gone_on["zero3 zero3"]["loss"][0] < begun["zero3"]["loss"][-1] * (1 - 2**-8)
+
+
 def test_ties_by_assignment_and_buffers(tiny_dataset, tmp_path):
     """tests/odd_model.py on every strategy: train and save, then go on from a save of each kind."""
     strategies = STRATEGIES[2]
