@@ -25,7 +25,7 @@ from trainer import checkpoint
 from trainer.config import BenchConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.device import peak_memory_bytes
-from trainer.engine.base import autocast
+from trainer.engine.base import autocast, with_storage
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
@@ -80,7 +80,7 @@ class BareLoop:
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
-        model = build_meta(run.plan.model_class, run.plan.model_config).to_empty(device=run.device)
+        model = with_storage(build_meta(run.plan.model_class, run.plan.model_config), run.device)
         model.init_weights(torch.Generator().manual_seed(config.seed))
         self.model: Any = DistributedDataParallel(model) if run.world.size > 1 else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
