@@ -409,7 +409,7 @@ import sys
 from trainer.data.mds import import_streaming
 assert import_streaming() is import_streaming()
 assert import_streaming().MDSWriter and import_streaming().StreamingDataset
-assert not [name for name in sys.modules if name.startswith("torchvision")]
+assert not [name for name in sys.modules if name.split(".")[0] in ("torchvision", "transformers")]
 """
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)

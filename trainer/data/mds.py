@@ -1,4 +1,4 @@
-"""The door to mosaicml-streaming: its import, past a torchvision that nothing here needs, and its writer."""
+"""The door to mosaicml-streaming: its import, past what nothing here needs, and its writer."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from trainer.data.dataset import SplitInfo
 from trainer.data.encode import Encoded
 
 
+# Importing these takes torchvision, which may have been built for another torch, and transformers: together longer than all
+# else at the start of a process.
+UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal", "streaming.base.dataloader")
+
+
 def import_streaming() -> ModuleType:
-    """The `streaming` package, also where torchvision is missing or was built for another torch; prints nothing."""
-    if "streaming" not in sys.modules and not _torchvision_works():
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what a failed import leaves behind
-        sys.modules["streaming.vision"] = ModuleType("streaming.vision")
+    """The `streaming` package without the parts that nothing here needs; prints nothing."""
+    if "streaming" not in sys.modules:
+        sys.modules.update((name, ModuleType(name)) for name in UNUSED)
+        sys.modules["streaming.base.dataloader"].StreamingDataLoader = None  # type: ignore[attr-defined]  # is exported
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import streaming
     return streaming
-
-
-def _torchvision_works() -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import torchvision  # noqa: F401
-        except Exception:  # a mismatched build raises RuntimeError or OSError, not only ImportError
-            return False
-    return True
 
 
 class SplitWriter:
