@@ -1,5 +1,7 @@
 """What the posts of all ranks say about a run that stands still, and what a frame says about a rank."""
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -8,9 +10,9 @@ import pytest
 import torch
 
 from trainer.engine.distributed import World
-from trainer.engine.watchdog import Post, Watchdog, verdict, whereabouts
+from trainer.engine.watchdog import Post, Watchdog, catches, patience, verdict, whereabouts, write_stacks
 
-REMEDY = "; raise engine.timeout_minutes if this is slow rather than stuck"
+REMEDY = "; raise engine.KEY if this is slow rather than stuck"
 
 
 def post(step, stage, place, code="", waiting=False, unheard=0.1, idle=20.0):
@@ -72,7 +74,54 @@ LOST = post(3, 1, "microbatch 1 of 2", unheard=18.4, idle=1.6)
     ],
 )  # fmt: skip
 def test_verdict(posts, line):
-    assert verdict(dict(enumerate(posts)), 20) == f"no progress for 20 s: {line}{REMEDY}"
+    assert verdict(dict(enumerate(posts)), 20, "engine.KEY") == f"no progress for 20 s: {line}{REMEDY}"
+
+
+def limited(step, stage, limit):
+    return Post(step, stage, "anywhere", limit=limit)
+
+
+@pytest.mark.parametrize(
+    "posts, seconds",
+    [
+        ([limited(4, 1, 5), limited(4, 1, 5)], 5),
+        # Others wait in the next step, or later in this one, for who saves or compiles.
+        ([limited(3, 6, 30), limited(4, 2, 5)], 30),
+        ([limited(4, 2, 5), limited(4, 1, 30), limited(4, 2, 5)], 30),
+        # Who is behind stands in a step, whatever those do who have left it.
+        ([limited(3, 2, 5), limited(3, 4, 30)], 5),
+        # One of those furthest behind may take longer.
+        ([limited(1, 1, 30), limited(1, 1, 5)], 30),
+        # Not heard of so far.
+        ([Post(limit=30), limited(1, 1, 5)], 30),
+    ],
+)
+def test_the_limit_is_that_of_the_rank_behind(posts, seconds):
+    assert patience(dict(enumerate(posts))) == seconds
+
+
+def test_stacks_of_all_threads(capfd):
+    release = threading.Event()
+
+    def lingering():
+        release.wait(60)
+
+    thread = threading.Thread(target=lingering)
+    thread.start()
+    time.sleep(0.2)
+    write_stacks("title of rank 3\n")
+    release.set()
+    thread.join()
+    written = capfd.readouterr().err
+    assert written.startswith("title of rank 3\n")
+    assert " in lingering\n" in written and " in test_stacks_of_all_threads\n" in written
+
+
+def test_catches():
+    """pytest has a handler for SIGINT (Python's), and none for SIGVTALRM."""
+    assert catches(os.getpid(), signal.SIGINT) == os.path.exists("/proc")
+    assert not catches(os.getpid(), signal.SIGVTALRM)
+    assert not catches(2**22 + 1, signal.SIGINT)  # above the largest number that Linux gives
 
 
 def test_whereabouts_is_the_innermost_line_of_ours():

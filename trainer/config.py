@@ -115,6 +115,9 @@ class EngineConfig:
     )
     compile: bool = setting(False, "torch.compile each block")
     timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
+    step_timeout_minutes: float = setting(
+        5.0, "the same within an optimiser step, after the first; the smaller of the two counts", above=0
+    )
 
 
 @dataclass
