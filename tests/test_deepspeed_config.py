@@ -22,7 +22,8 @@ def settings(tmp_path=None, theirs=None, strategy="zero2", precision="fp32", cli
 def test_own_settings():
     fp32 = settings()
     offload = {"offload_optimizer": {"device": "none"}}
-    assert fp32["zero_optimization"] == {"stage": 2, "compute_grad_norm": True, **offload}
+    told = {"stage": 2, "compute_grad_norm": True, "round_robin_gradients": False, **offload}
+    assert fp32["zero_optimization"] == told and fp32["gradient_allreduce_op"] == "mean"
     assert fp32["gradient_clipping"] == 1.0 and fp32["bf16"] == {"enabled": False}
     assert fp32["train_micro_batch_size_per_gpu"] == fp32["gradient_accumulation_steps"] == 1
     bf16 = settings(precision="bf16", offload=True)
@@ -64,6 +65,8 @@ def test_a_users_own_settings_are_kept(tmp_path):
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "change engine.offload"),
         ({"optimizer": {"type": "AdamW"}}, "sets optimizer, but the optimiser follows from optim.recipe; remove it there"),
         ({"fp16": {"enabled": True}}, "sets fp16, but the number format is `precision`"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients true, .* it is false; remove it there"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op "sum", .* it is "mean"; remove it there'),
         ({"train_batch_size": 32}, "sets train_batch_size, but the batch is batch.tokens_per_step"),
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),

@@ -70,6 +70,7 @@ def own_settings(config: Any) -> dict[str, Any]:
     stage, bf16 = int(config.engine.strategy[-1]), config.precision == "bf16"
     settings: dict[str, Any] = {
         "gradient_clipping": float(config.optim.clip_norm),
+        "gradient_allreduce_op": "mean",  # `DeepSpeedEngine.backward` counts on it
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
     }
@@ -77,6 +78,7 @@ def own_settings(config: Any) -> dict[str, Any]:
         settings["zero_optimization"] |= {
             "offload_optimizer": {"device": "cpu" if config.engine.offload else "none"},
             "compute_grad_norm": True,
+            "round_robin_gradients": False,  # else DeepSpeed 0.19 puts a weight we set into another one's place
         }
     if stage and bf16:
         settings["bf16"]["check_grad_overflow"] = True  # else a NaN would reach the weights
