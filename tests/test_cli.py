@@ -42,7 +42,7 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         begin = time.perf_counter()
         done = trainer("--help")
         seconds.append(time.perf_counter() - begin)
-    for verb in ("prepare", "plan", "train", "generate", "evaluate", "export", "bench"):
+    for verb in ("prepare", "plan", "train", "generate", "evaluate", "export", "bench", "preflight"):
         assert verb in done.stdout
     with capsys.disabled():
         print(f"\n--help answers in {statistics.median(seconds):.3f} s (median of 3)")

@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import MachineError, UserError
 from trainer.launcher import Place, find_place
+from trainer.outcome import tell_outcome
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench")
@@ -25,6 +26,7 @@ VERBS = {
     "evaluate": "loss of a run's checkpoint on a validation split",
     "export": "a run's weights as safetensors, for other programs",
     "bench": "speed of strategies against a bare PyTorch loop, and of checkpoints",
+    "preflight": "what differs between the machines of a run, and which is slow",
 }
 
 USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
@@ -32,8 +34,9 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 {verbs}
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
-`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML; --json (plan, evaluate,
-bench) prints one JSON object on stdout; --plugin MODULE (repeatable) imports a module that registers models."""
+`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
+folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE (repeatable) imports a
+module that registers models."""
 
 
 def main() -> None:
@@ -44,6 +47,8 @@ def main() -> None:
         with known_errors():
             dispatch(without_local_rank(sys.argv[1:], place))
     except UserError as error:
+        if not isinstance(error, MachineError):
+            tell_outcome(f"refused: {error}")
         if place.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
         print(f"error: {f'[rank {place.rank}] ' if place.rank else ''}{error}", file=sys.stderr, flush=True)
@@ -79,7 +84,7 @@ def known_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or 'input or output'}: {error.strerror or error}") from None
+        raise MachineError(f"{error.filename or 'input or output'}: {error.strerror or error}") from None
     except (MemoryError, RuntimeError) as error:
         words = ("out of memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
@@ -123,7 +128,7 @@ def dispatch(words: list[str]) -> None:
         raise UserError(f"unknown verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
 
     from trainer import config as schema
-    from trainer.settings import help_text, load_yaml, merge, parse_flags
+    from trainer.settings import build, help_text, load_yaml, merge, parse_flags
 
     classes = {
         "prepare": schema.PrepareConfig,
@@ -133,6 +138,7 @@ def dispatch(words: list[str]) -> None:
         "evaluate": schema.EvaluateConfig,
         "export": schema.ExportConfig,
         "bench": schema.BenchConfig,
+        "preflight": schema.RunConfig,
     }
     cls = classes[verb]
     if "-h" in rest or "--help" in rest:
@@ -140,6 +146,7 @@ def dispatch(words: list[str]) -> None:
         return
     positional, flags = parse_flags(rest)
     print_config = _switch(flags, "print_config")
+    print_run_dir = _switch(flags, "print_run_dir")
     as_json = _switch(flags, "json")
     plugins = flags.pop("plugin", [])
     if as_json and verb not in WITH_JSON:
@@ -156,6 +163,11 @@ def dispatch(words: list[str]) -> None:
     elif positional:
         values = load_yaml(positional[0])
     if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
+        return
+    if print_run_dir:
+        from trainer.run_folder import folder_of
+
+        print(folder_of(build(schema.RunConfig, merge(values, flags))).absolute())
         return
     import_plugins(plugins if isinstance(plugins, list) else [plugins])
     call(verb, cls, merge(values, flags), print_config, as_json)

@@ -27,7 +27,8 @@ class Saver:
 
     def __init__(self, folder: Path, world: World, keep: Callable, asynchronous: bool) -> None:
         self.folder, self.world, self.keep, self.asynchronous = folder, world, keep, asynchronous
-        self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
+        several = asynchronous and world.size > 1
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if several else None
         self._copies: dict[str, Tensor] = {}  # the last save's; the next one writes over them
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     `python -m trainer` prints it without a traceback and exits with code 2; nothing has been lost or overwritten.
     """
+
+
+class MachineError(UserError):
+    """A fault of the machines and not of what was asked: the same command may work when it is started again."""

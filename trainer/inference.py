@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainer import scaling
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread, build_meta
+from trainer.run_folder import default_run_dir
 from trainer.strategy import Chooser, check_shard_size, refuse_contradictions
 
 
@@ -201,8 +201,3 @@ class Inference:
             raise UserError(
                 f"evaluation.sequence_length: {length} is more than the model's context of {self.max_context}"
             )
-
-
-def default_run_dir(config: RunConfig) -> str:
-    """runs/MODEL-SCALE"""
-    return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")

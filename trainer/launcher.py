@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,7 @@ def find_meeting_point(environ: Environment) -> tuple[str, str]:
     host of the step, and a port made of the numbers of job and step, so that two jobs of a machine have two."""
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if slurm_task(environ) is not None:
-        address = address or _first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
+        address = address or _first_host(environ)
         parts = (_count(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         mixed = sum(parts, int(environ.get("SLURM_RESTART_COUNT") or 0) * 1000)
         port = port or str(10_000 + mixed % 20_000)  # below the ports that systems give out by themselves
@@ -110,19 +111,47 @@ def find_meeting_point(environ: Environment) -> tuple[str, str]:
     return str(address), str(port)
 
 
-def _first_host(nodes: str) -> str:
-    """The first name in a list of Slurm's, such as node[1-2,5]."""
+def _first_host(environ: Environment) -> str:
+    hosts = slurm_hosts(environ)
+    if not hosts:
+        raise UserError(
+            f"MASTER_ADDR: `scontrol show hostnames {_slurm_nodes(environ)}` gives no name; export MASTER_ADDR, the first "
+            "node's name"
+        )
+    return hosts[0]
+
+
+def _slurm_nodes(environ: Environment) -> str:
+    """Slurm's own list of names, such as node[1-2,5]; "" outside of Slurm."""
+    return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+
+
+def slurm_hosts(environ: Environment) -> list[str]:
+    """Names of the machines of the step or the job; none outside of Slurm and where scontrol does not tell."""
+    nodes = _slurm_nodes(environ)
     if not any(mark in nodes for mark in ",["):
-        return nodes
+        return [nodes] if nodes else []
     import subprocess
 
     try:
         done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.TimeoutExpired, IndexError):
-        raise UserError(
-            f"MASTER_ADDR: `scontrol show hostnames {nodes}` gives no name; export MASTER_ADDR, the first node's name"
-        ) from None
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split()
+
+
+def own_host(environ: Environment) -> str:
+    """This machine's name, as Slurm calls it where it started us."""
+    return environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def own_ranks(environ: Environment, place: Place) -> tuple[int, int]:
+    """First rank of this machine and the one after its last. Launchers number machine by machine; srun may deal ranks out
+    in another way, so that under it only our own is known."""
+    if slurm_task(environ) == place:
+        return place.rank, place.rank + 1
+    first = place.rank - place.local_rank
+    return first, first + place.local_size
 
 
 def refuse_lost_processes(environ: Environment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -53,13 +54,21 @@ BY_STRATEGY = (
 )
 
 
+def default_run_dir(config: RunConfig) -> str:
+    """runs/MODEL-SCALE"""
+    return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where the run of a config lives, whether it says so or not."""
+    return Path(config.run_dir or default_run_dir(config)).expanduser()
+
+
 def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
     from trainer.checkpoint import found
-    from trainer.inference import default_run_dir
 
-    asked = build(RunConfig, given)
-    folder = Path(asked.run_dir or default_run_dir(asked)).expanduser()
+    folder = folder_of(build(RunConfig, given))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
     if not (folder / CONFIG).exists():
@@ -123,13 +132,13 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process. A kill releases it; a second run in the same folder is refused."""
+def locked(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Hold the run folder for this process. A kill releases it; a second run in the same folder is refused after `patience` seconds."""
     from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / ".lock", timeout=patience)
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -159,25 +168,32 @@ def write_start(folder: Path, config: RunConfig, plan_text: str | None, dataset_
 
 def environment() -> dict[str, Any]:
     """Command, versions, machine, processes and git state of this start."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "processes": find_place(os.environ).size,
+        "git": git_state(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that matter, those that are installed."""
     import importlib.metadata
 
     versions = {}
     for package in ("torch", "numpy", "mosaicml-streaming", "deepspeed", "accelerate", "crescendo-lm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "versions": versions,
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "processes": find_place(os.environ).size,
-        "git": _git_state(),
-    }
+    return versions
 
 
-def _git_state() -> dict[str, Any] | None:
+@functools.cache
+def git_state() -> dict[str, Any] | None:
+    """The commit of this checkout, and whether files differ from it; None where git does not tell."""
     here = Path(__file__).parent
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)

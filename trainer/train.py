@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import textwrap
 import time
@@ -31,7 +32,9 @@ from trainer.evaluate import score, validate
 from trainer.generate import complete
 from trainer.metrics.report import Measured, Report
 from trainer.optim.frequency import FrequencyScaling
+from trainer.outcome import tell_outcome
 from trainer.plan import Plan, render, resolve
+from trainer.preflight import before_training
 from trainer.run_folder import check_unchanged, combined_values, locked, write_start
 from trainer.scaling import BatchMultiplier, GradNormLaw
 from trainer.settings import build
@@ -85,15 +88,15 @@ class Run:
         counted = sequences * length  # targets of this step on all ranks: the loss is their mean
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
-        self.watchdog.at(step + 1, "reading data")
+        self.watchdog.at(step + 1, "reading data", in_step=True)
         rows = self.read(length, sequences)  # [rows of this rank, length + 1]
         if self.frequency is not None:
             self.frequency.count(rows[:, :-1], self.world)
         loss = torch.zeros((), device=self.device)
         for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
-            self.watchdog.at(step + 1, f"microbatch {number}")
+            self.watchdog.at(step + 1, f"microbatch {number}", in_step=True)
             loss += self.engine.backward(tokens, targets, 1 / counted, last)
-        self.watchdog.at(step + 1, "loss and update")
+        self.watchdog.at(step + 1, "loss and update", in_step=True)
         # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
         sums = self.world.sum(torch.cat([loss[None] / counted, self.flags()]))  # [4]
         loss, flags = sums[0], sums[1:]
@@ -190,9 +193,9 @@ class Run:
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
         """A text sample, appended to samples.txt; returns it ("" on ranks that take no part)."""
+        self.watchdog.at(self.state.step, "text sample")  # also who takes no part: it counts places
         if not (self.world.leader or self.engine.lockstep):
             return ""
-        self.watchdog.at(self.state.step, "text sample")
         prompt = self.config.log.sample_prompt
         limit = self.model.max_context
         if limit is not None and len(tokenizer.encode(prompt)) + tokens > limit:
@@ -268,9 +271,16 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
     assert dataset is not None
     with contextlib.ExitStack() as stack:
         folder = Path(config.run_dir or "").expanduser()
-        world.on_leader(lambda: stack.enter_context(locked(folder)) and None)
-        watchdog = stack.enter_context(contextlib.closing(Watchdog(world, 60 * config.engine.timeout_minutes)))
-        asked = train(Run(resolve(config, dataset), world, dataset, watchdog, signals), plan_text)
+        limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
+        # What is left of a job's try on a machine that was cut off holds the folder until its own watchdog ends it.
+        patience = 2 * min(limits) if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0
+        world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
+        plan = resolve(config, dataset)
+        before_training(plan, world)
+        asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
+    if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
+        tell_outcome("finished" if asked is None else f"stopped by {asked.name}")
     world.stop()
     return asked
 
@@ -354,18 +364,22 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     while state.step < config.max_steps and asked is None:
         report.step_done(this.optimiser_step())
         if report.save_failed:
+            this.watchdog.at(state.step, "saving")
             this.saver.finish()
         asked = report.asked if state.step < config.max_steps else None
         save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
         evaluate = asked is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
-        report.stop_clock()
+        report.stop_clock()  # waits for the device, which may wait for other ranks: still part of the step
+        this.watchdog.at(state.step, "log row")
         report.flush(this.validate() if evaluate else None, this.train_accuracy() if asked is None else None)
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
             this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
-        if evaluate and this.world.leader:
-            draw_curves(this)
+        if evaluate:
+            this.watchdog.at(state.step, "curves")
+            if this.world.leader:
+                draw_curves(this)
         if save:
             report.sync()
             this.save(report.clock.seconds)

@@ -335,10 +335,13 @@ def test_two_runs_in_one_folder(forks, calm, values):
 
 
 def test_a_rank_that_hangs(forks, values):
-    """Two runs beside each other, since both mostly wait."""
+    """Two runs beside each other, since both mostly wait; by the time-out of steps, and by that of everything."""
     started = []
-    for strategy, moment, place in (("fsdp", "update", "loss and update"), ("ddp", "forward", "microbatch 1")):
-        given = values(strategy, strategy, engine__timeout_minutes=0.1)
+    for strategy, moment, place, key in (
+        ("fsdp", "update", "loss and update", "step_timeout_minutes"),
+        ("ddp", "forward", "microbatch 1", "timeout_minutes"),
+    ):
+        given = values(strategy, strategy, **{f"engine__{key}": 0.1})
         fault = {"do": "sleep", "moment": moment, "rank": 1, "step": 6}
         started.append((forks.start(given, 2, [fault]), Path(given["run_dir"]), place))
     for run, folder, place in started:

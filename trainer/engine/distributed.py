@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,7 +16,10 @@ import torch
 import torch.distributed as dist
 
 from trainer import launcher
-from trainer.errors import UserError
+from trainer.engine.facts import Facts, absentees, compare, find_facts
+from trainer.errors import MachineError, UserError
+
+MEETING_SECONDS = 300.0  # they were all started together
 
 T = TypeVar("T")
 
@@ -27,10 +32,15 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1  # processes on this machine
+    timeout: timedelta = timedelta(minutes=30)  # of collectives; set by `join`
 
     @property
     def leader(self) -> bool:
         return self.rank == 0
+
+    @property
+    def place(self) -> launcher.Place:
+        return launcher.Place(self.rank, self.size, self.local_rank, self.local_size)
 
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 alone."""
@@ -52,12 +62,12 @@ class World:
             try:
                 box[0] = work()
             except UserError as error:
-                box[1] = str(error)
+                box[1] = error
             except OSError as error:
-                box[1] = f"{error.filename or 'input or output'}: {error.strerror or error}"
+                box[1] = MachineError(f"{error.filename or 'input or output'}: {error.strerror or error}")
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
-            raise UserError(box[1])
+            raise box[1]
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -94,7 +104,8 @@ def read_world() -> World:
 def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone: bool = False) -> None:
     """Enter the process group. One process makes none, unless `alone` asks for a group of one (fsdp, zero0 to zero3).
 
-    timeout_minutes: how long a collective, and the first meeting, may take. UserError where the processes do not meet.
+    timeout_minutes: how long a collective may take. UserError on every rank, with the same line, where some do not come or
+    do not fit to the others.
     """
     if world.size == 1 and not alone:
         return
@@ -102,35 +113,106 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
 
     # FSDP and DeepSpeed call functions that torch has renamed since; it is not for a user to hear of on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Libraries ask the environment, which srun sets otherwise and a single process not at all.
+    os.environ.update(zip(launcher.NAMES, map(str, world.place), strict=True))
+    world.timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store = dist.HashStore() if world.size == 1 else meet(world, wanted_device)
     device = choose_device(wanted_device, world.local_rank)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    # Libraries ask the environment, which srun sets otherwise and a single process not at all.
-    place = (world.rank, world.size, world.local_rank, world.local_size)
-    os.environ.update(zip(launcher.NAMES, map(str, place), strict=True))
-    timeout = timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
-            store=_attempt_store(world.size, timeout) if world.size > 1 else dist.HashStore(),
+            store=store,
             rank=world.rank,
             world_size=world.size,
-            timeout=timeout,
+            timeout=world.timeout,
             device_id=device if on_gpu else None,
         )
     except RuntimeError as error:
-        meeting_point = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise UserError(
-            f"process group: the {world.size} processes do not meet at {meeting_point}; see that all were started and "
-            f"that no other program has the port: {str(error).splitlines()[0]}"
+        raise MachineError(
+            f"process group: the {world.size} processes came to {_meeting_point()} but cannot connect to each other; see "
+            f"that no firewall is between their machines: {str(error).splitlines()[0]}"
         ) from None
 
 
-def _attempt_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Under torchrun, its store with keys of this attempt alone: after a restart the dead ranks' addresses are still in it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+def meet(world: World, wanted_device: str) -> dist.Store:
+    """The store in which all processes have posted facts that fit together.
+
+    The last to come compares all facts, and whoever has waited too long names those who are missing: the first of these to
+    write the outcome decides it for all.
+    """
+    from trainer.device import choose_device
+
+    device, problem = None, ""
+    try:
+        device = choose_device(wanted_device, world.local_rank)
+    except UserError as error:
+        problem = str(error)  # the others are to end too, and to hear of it
+    own = find_facts(world.place, device, problem)
+    patience = min(timedelta(seconds=MEETING_SECONDS), world.timeout)
+    store = _attempt_store(world, patience)
+    try:
+        store.set(f"facts/{world.rank}", json.dumps(asdict(own)))
+        if store.add("arrived", 1) >= world.size:
+            errors, _ = compare(_posted(store, range(world.size)))
+            store.compare_set("outcome", "", json.dumps(["UserError", errors]))
+        outcome = _await_outcome(store, world, patience)
+    except RuntimeError as error:
+        raise MachineError(
+            f"process group: {_meeting_point()} was there and is gone; see what rank 0 and the launcher printed: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    kind, errors = json.loads(outcome)
+    if errors:
+        if world.leader:
+            time.sleep(1)  # the store may be in this process: let the others read it
+        raise (MachineError if kind == "MachineError" else UserError)("; ".join(errors))
+    store.set_timeout(world.timeout)
+    return store
+
+
+def _await_outcome(store: dist.Store, world: World, patience: timedelta) -> bytes:
+    """What the meeting has come to, decided here if nobody else does in time. Rank 0, which speaks, is the first to lose patience."""
+    try:
+        store.wait(["outcome"], patience + timedelta(seconds=0 if world.leader else 10))
+    except dist.DistStoreError:
+        came = _posted(store, [rank for rank in range(world.size) if store.check([f"facts/{rank}"])])
+        missing = absentees(world.size, came, launcher.slurm_hosts(os.environ))
+        line = f"process group: {missing} to {_meeting_point()} within {_spell(patience)}; see what was printed there"
+        store.compare_set("outcome", "", json.dumps(["MachineError", [line, *compare(came)[0]]]))
+    return store.get("outcome")
+
+
+def _posted(store: dist.Store, ranks: Iterable[int]) -> list[Facts]:
+    posts = store.multi_get([f"facts/{rank}" for rank in ranks])
+    return [Facts(**json.loads(post)) for post in posts]
+
+
+def _attempt_store(world: World, patience: timedelta) -> dist.Store:
+    """Torchrun's store, else one that rank 0 holds, with keys of this attempt alone: after a restart the dead ranks' are still in it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
+    holder = world.leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address, port, world.size, is_master=holder, timeout=patience, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        cause = str(error).splitlines()[0]
+        if holder:
+            advice = f"cannot listen at {_meeting_point()}; see that no other program has the port"
+        else:
+            advice = f"nobody answers at {_meeting_point()} within {_spell(patience)}; see what rank 0 printed"
+            advice += ", and that this machine reaches that one"
+        raise MachineError(f"process group: {advice}: {cause}") from None
     return dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def _meeting_point() -> str:
+    return ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+
+
+def _spell(time: timedelta) -> str:
+    seconds = time.total_seconds()
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
