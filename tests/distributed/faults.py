@@ -1,7 +1,7 @@
 """Plugin of the fault tests: `--plugin faults` does to a run what the environment variable FAULTS says.
 
-FAULTS is a JSON list of {"do": an action below, "moment", "rank", "step" (the first is 1), "attempt" (of torchrun)}; what is
-left out matches all. Moments: build (of the model), forward, update (after backward), validation, save and publish (once the
+FAULTS is a JSON list of {"do": an action below, "moment", "rank", "step" (the first is 1), "attempt" (of torchrun),
+"try" (of a Slurm job), "element" (of a job array)}; what is left out matches all. Moments: build (of the model), forward, update (after backward), validation, save and publish (once the
 tensors of a checkpoint are written, and before it gets its name).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -22,6 +23,8 @@ FAULTS = json.loads(os.environ["FAULTS"])
 HERE = {
     "rank": int(os.environ.get("RANK", "0")),
     "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    "try": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    "element": int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")),
     "step": 0,
 }
 
@@ -33,7 +36,19 @@ ACTIONS: dict[str, Any] = {
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "sleep": lambda: time.sleep(1000),
     "slow": lambda: time.sleep(0.2),
+    "crash": lambda: os._exit(3),
+    "Slurm warning": lambda: slurm(
+        "scancel", "--batch", "--signal=USR1"
+    ),  # as of --signal=B:USR1 before the time limit
+    "Slurm cancel": lambda: slurm("scancel"),
 }
+
+
+def slurm(*words: str) -> None:
+    """Give a command of Slurm's about our job, or element of an array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    subprocess.run([*words, job], check=True)
 
 
 def due(moment: str, **place: Any) -> list[str]:

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# Train under Slurm on any number of nodes and GPUs. Stops with a checkpoint in time, starts itself again, goes on.
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 launch/multinode.sh CONFIG.yaml [--key value ...]
+#
+# From the project's folder. launch/site.env, where there is one, says what is special about the cluster (site.env.example
+# lists the variables). Everything a run leaves is in its folder; launch/README.md tells of signals, requeueing and faults.
+#
+#SBATCH --job-name=crescendo
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+fail() { echo "error: $*" >&2; exit 2; }
+need() { [ -n "${!1:-}" ] || fail "$1: not set; $2"; }  # NAME REMEDY
+say() { printf '%s job %s, try %s: %s\n' "$(date +%FT%T)" "$job" "$restarts" "$*"; }
+
+# -- where we are ------------------------------------------------------------------------------------------------------
+
+need SLURM_JOB_ID "start this script with sbatch"
+need SLURM_SUBMIT_DIR "start this script with sbatch"
+# Slurm runs a copy of this script from its own spool folder, so that $0 does not lead to the others.
+project=${CRESCENDO_HOME:-$SLURM_SUBMIT_DIR}
+[ -f "$project/launch/node.sh" ] ||
+  fail "SLURM_SUBMIT_DIR: there is no launch/node.sh in $project; submit from the project's folder or export CRESCENDO_HOME"
+site=${SITE_ENV:-$project/launch/site.env}
+if [ -f "$site" ]; then set -a +u; . "$site"; set +a -u; echo "settings of the site: $site"
+elif [ -n "${SITE_ENV:-}" ]; then fail "SITE_ENV: there is no file $SITE_ENV"; fi
+
+if [ "${1:-}" = --elements ]; then  # launch/array.sh wrote a file for each element: a word of its command in each line
+  need SLURM_ARRAY_TASK_ID "--elements goes with sbatch --array, as launch/array.sh does it"
+  [ -f "$2/$SLURM_ARRAY_TASK_ID" ] || fail "--elements: there is no $2/$SLURM_ARRAY_TASK_ID"
+  mapfile -t element < "$2/$SLURM_ARRAY_TASK_ID"
+  set -- "${element[@]}"
+elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  fail "SLURM_ARRAY_TASK_ID: all elements of this array would train the same run; use launch/array.sh"
+fi
+[ $# -gt 0 ] || fail "no config; sbatch ... launch/multinode.sh CONFIG.yaml [--key value ...]"
+
+# The last element of an array has the array's number as its own, and requeueing that would requeue all elements.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}  # unset in the first try
+
+need SLURM_JOB_NUM_NODES "start this script with sbatch"
+need SLURM_CPUS_ON_NODE "start this script with sbatch"
+NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+need NPROC_PER_NODE "ask for GPUs with --gpus-per-node, or export NPROC_PER_NODE, the processes per node"
+LAUNCHER=${LAUNCHER:-torchrun}
+PYTHON=${PYTHON:-python}
+STOP_SECONDS=${STOP_SECONDS:-150}  # for a checkpoint after the warning; less than the 180 of --signal
+MAX_REQUEUES=${MAX_REQUEUES:-50}
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+[ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || fail "SLURM_JOB_NODELIST: $SLURM_JOB_NODELIST is ${#hosts[@]} names for $SLURM_JOB_NUM_NODES nodes"
+NNODES=$SLURM_JOB_NUM_NODES
+MASTER_ADDR=${hosts[0]}
+# Another one for every job, as jobs may share a machine, and for every try, as the last one's processes may linger on a
+# machine that was lost; below the ports that systems give out by themselves.
+MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
+RENDEZVOUS=$job-$restarts
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > NPROC_PER_NODE ? SLURM_CPUS_ON_NODE / NPROC_PER_NODE : 1))}
+
+# Words before every command on a node: a container's options for srun, and its command line.
+inside=()
+if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --nodes=1 --ntasks=1 ${SRUN_ARGS:-} ${CONTAINER:-}); fi
+RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || exit 2  # it has said why
+job_logs=$RUN_DIR/logs/$job
+LOG_DIR=$job_logs/try-$restarts
+CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do not hand on exit codes
+mkdir -p "$LOG_DIR"
+rm -f "$CRESCENDO_OUTCOME"
+export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS
+export PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Between passing SIGTERM on and SIGKILL torchrun and accelerate wait 30 s: too short for a large checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
+
+{
+  scontrol show job "$job"
+  env | grep -E '^(SLURM|SBATCH|SRUN|CUDA|NCCL|TORCH|OMP|MASTER|PYTHON|PATH|LD_|LAUNCHER|NNODES|NPROC)' | grep -viE 'key|token|secret|passw' | sort
+} > "$LOG_DIR/job.txt"
+say "$LAUNCHER on $NNODES x $NPROC_PER_NODE processes, meeting at $MASTER_ADDR:$MASTER_PORT: ${hosts[*]}"
+say "run $RUN_DIR, log of every process in $LOG_DIR"
+[ "$SLURM_CPUS_ON_NODE" -ge "$NPROC_PER_NODE" ] ||
+  say "warning: SLURM_CPUS_ON_NODE is $SLURM_CPUS_ON_NODE for $NPROC_PER_NODE processes; ask for --cpus-per-task or --exclusive"
+
+# -- train, until the end or a signal ----------------------------------------------------------------------------------
+
+# USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
+# job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
+asked='' late='' srun=''
+on_warning() {
+  asked=${asked:-USR1}
+  say "SIGUSR1: the processes shall write a checkpoint and stop"
+  [ -z "$srun" ] || { scancel --signal=TERM "$job"; (sleep "$STOP_SECONDS"; kill -ALRM $$) & }
+}
+on_end() { asked=TERM; say "SIGTERM: Slurm ends this job"; }
+trap on_warning USR1
+trap on_end TERM
+trap 'late=yes' ALRM
+
+newest_checkpoint() {  # its name; the manifest is what is written last
+  local manifest newest=''
+  for manifest in "$RUN_DIR"/checkpoints/step-*/manifest.json; do [ ! -f "$manifest" ] || newest=${manifest%/*}; done
+  echo "${newest##*/}"
+}
+
+before=$(newest_checkpoint)
+status=0
+if [ -z "$asked" ]; then
+  srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+    --kill-on-bad-exit=1 --wait=60 --label ${SRUN_ARGS:-} ${CONTAINER:-} bash "$project/launch/node.sh" "$@" &
+  srun=$!
+  # A trapped signal ends `wait` too. In the foreground srun would hold traps back until it ends.
+  while [ -z "$late" ]; do
+    wait "$srun" && status=0 || status=$?
+    kill -0 "$srun" 2>/dev/null || break
+  done
+fi
+
+# -- what now? ---------------------------------------------------------------------------------------------------------
+
+requeue() {  # REASON
+  [ "$restarts" -lt "$MAX_REQUEUES" ] || { say "$1; not started again: MAX_REQUEUES is $MAX_REQUEUES"; exit 1; }
+  say "$1; starting again"
+  trap 'exit 143' TERM  # Slurm now ends this script
+  scontrol requeue "$job" || { say "Slurm refuses to requeue"; exit 1; }
+  sleep 300 & wait $!
+  exit 1
+}
+
+outcome='' progress='' fruitless=0
+[ ! -s "$CRESCENDO_OUTCOME" ] || read -r outcome < "$CRESCENDO_OUTCOME"
+[ ! -s "$job_logs/fruitless" ] || read -r fruitless < "$job_logs/fruitless"
+after=$(newest_checkpoint)
+if [ "$after" != "$before" ]; then progress="newest checkpoint $after"; rm -f "$job_logs/fruitless"; fi
+
+case $outcome in
+  finished*) say "finished"; exit 0 ;;
+  refused*) say "$outcome; not started again"; exit 2 ;;
+esac
+[ "$asked" != TERM ] || { say "ended by Slurm; ${progress:-no new checkpoint}"; exit 143; }
+[ "$asked" != USR1 ] || requeue "${late:+not all processes stopped within $STOP_SECONDS s; }${progress:-no new checkpoint}"
+if [[ $outcome = stopped* ]] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+  requeue "$outcome; ${progress:-no new checkpoint}"  # the grace time of a preemption: its signal reaches the processes alone
+fi
+
+say "failed (srun: $status); ${progress:-no new checkpoint}"
+grep -rhE 'error: |Error: ' "$LOG_DIR" --include='*.log' | sort -u | head -n 5 || true
+silent=$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
+  awk '$2 ~ /[*]|down|drain|fail/ {print $1}' | sort -u | tr '\n' ' ')
+[ -z "$silent" ] || requeue "not answering: $silent"
+[ -z "$progress" ] || requeue "it may go on"
+fruitless=$((fruitless + 1))
+echo "$fruitless" > "$job_logs/fruitless"
+[ "$fruitless" -gt 1 ] || requeue "once more"
+say "twice in a row before a new checkpoint: not started again; see $LOG_DIR"
+exit 1

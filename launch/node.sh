@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One machine's part of a run: becomes the launcher that starts its processes. multinode.sh and torchrun.sh start it and set
+# NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR, and NODE_RANK where it is not Slurm's.
+set -euo pipefail
+need() { [ -n "${!1:-}" ] || { echo "error: $1: not set; $2" >&2; exit 2; }; }  # NAME REMEDY
+
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR; do
+  need "$name" "start launch/multinode.sh or launch/torchrun.sh"
+done
+logs=$LOG_DIR/node-$NODE_RANK
+
+# `exec`, as most clusters send a signal to the first process of a task alone. Without restarts on the spot: a new try of the
+# whole job is cleaner, and the launchers' own would begin while peers still wait for the dead.
+case $LAUNCHER in
+  torchrun)
+    exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --node-rank="$NODE_RANK" \
+      --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-id="$RENDEZVOUS" --max-restarts=0 \
+      --log-dir="$logs" --tee=3 -m trainer train "$@" ;;
+  accelerate)  # without a file it would take the one in the user's cache, whatever that says
+    need ACCELERATE_CONFIG "name a file of launch/accelerate"
+    exec "$PYTHON" -m accelerate.commands.launch --config_file="$ACCELERATE_CONFIG" --num_machines="$NNODES" \
+      --num_processes=$((NNODES * NPROC_PER_NODE)) --machine_rank="$NODE_RANK" --main_process_ip="$MASTER_ADDR" \
+      --main_process_port="$MASTER_PORT" --log_dir="$logs" --tee=3 -m trainer train "$@" ;;
+  deepspeed)  # its part for one machine, which needs no ssh; it wants to know every machine's devices
+    devices=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((NPROC_PER_NODE - 1)))}
+    devices=$(cut -d, -f1-"$NPROC_PER_NODE" <<< "$devices")
+    world=''
+    for ((node = 0; node < NNODES; node++)); do world+="${world:+,}\"$node\":[\"${devices//,/\",\"}\"]"; done
+    exec "$PYTHON" -m deepspeed.launcher.launch --world_info="$(base64 -w0 <<< "{$world}" | tr +/ -_)" \
+      --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
+      --enable_each_rank_log="$LOG_DIR" --no_local_rank --module trainer train "$@" ;;
+  *) echo "error: LAUNCHER: $LAUNCHER is none of torchrun, accelerate and deepspeed" >&2; exit 2 ;;
+esac

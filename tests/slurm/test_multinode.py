@@ -1,0 +1,321 @@
+"""launch/multinode.sh on a real Slurm of two nodes: whatever happens to a job, it ends with the weights of the run nobody
+touched, or in the state it should have.
+
+Once where signals reach a launcher alone, as on most clusters, and once where they reach every process (what depends on
+that; with FULL_MATRIX=1 everything, and both settings of the preemption's signal)."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, tiny_values
+from test_kill import assert_same_run
+
+from slurm.cluster import Cluster
+
+pytestmark = pytest.mark.slow
+
+FULL = bool(os.environ.get("FULL_MATRIX"))
+SETTINGS = [("pgid", False), ("linuxproc", True)]
+if FULL:
+    SETTINGS = list(itertools.product(("pgid", "linuxproc"), (False, True)))
+PATIENCE = 300  # seconds until a job must have ended, with all others of its wave on two cores
+
+
+@dataclass
+class Job:
+    """A submitted run."""
+
+    slurm: Cluster
+    number: str
+    run: Path
+    output: Path
+
+    def ended(self) -> tuple[str, str, str]:
+        """Wait for the end: (state, exit code, restarts)."""
+        facts = self.slurm.wait(self.number, timeout=PATIENCE)
+        return facts["JobState"], facts["ExitCode"], facts["Restarts"]
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_for_checkpoint(self) -> None:
+        self.slurm.until(lambda: list(self.run.glob("checkpoints/*/manifest.json")), "a checkpoint", 120)
+
+    def log(self, node: int, attempt: int) -> str:
+        """What the process on one of the nodes wrote to stderr."""
+        (path,) = self.run.glob(f"logs/{self.number}/try-{attempt}/node-{node}/*/attempt_0/0/stderr.log")
+        return path.read_text()
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: f"{setting[0]}-{'USR1' if setting[1] else 'TERM'}")
+def slurm(request, cluster) -> Cluster:
+    track, preempt_signal = request.param
+    return cluster(track=track, preempt_signal=preempt_signal)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where jobs are submitted, run and print: the project's folder as far as the scripts can tell."""
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    return folder
+
+
+def variables(faults: list, **changes: str) -> dict[str, str]:
+    """The environment to submit in: one process per node on a CPU."""
+    return {
+        "FAULTS": json.dumps(faults),
+        "NPROC_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'distributed'}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def write_config(folder, tiny_dataset):
+    def write(name: str) -> Path:
+        values = tiny_values(tiny_dataset, folder / name, max_steps=32, checkpoint__every=8)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        return folder / f"{name}.yaml"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def submit(slurm, folder, write_config):
+    """submit(name, ...) -> Job on two nodes, with a process each."""
+
+    def start(name: str, faults=(), options=(), environment=(), flags=(), gpus=2) -> Job:
+        words = ["--nodes=2", "--time=10", f"--output={name}.out", *options]
+        words += [f"--gpus-per-node={gpus}"] if gpus else []
+        words += ["launch/multinode.sh", write_config(name), "--plugin", "faults", *flags]
+        number = slurm.sbatch(*words, env=variables(list(faults), **dict(environment)), cwd=folder)
+        return Job(slurm, number, folder / name, folder / f"{name}.out")
+
+    return start
+
+
+def fault(do: str, step: int | None = None, **place) -> dict:
+    return {"do": do, "moment": "update", **({} if step is None else {"step": step}), **place}
+
+
+SLOW = {"do": "slow", "moment": "forward", "try": 0}  # for what happens at a time and not at a step
+# name -> faults, options, what else; those of ALWAYS depend on which processes a signal reaches
+ALWAYS = ("calm", "warned", "killed", "cancelled")
+RUNS = {
+    "calm": {},
+    "warned": {"faults": [fault("Slurm warning", 5 + 7 * n, rank=n % 2, **{"try": n}) for n in range(3)]},
+    "killed": {"faults": [fault("SIGKILL", 12, rank=1, **{"try": 0})]},
+    "cancelled": {"faults": [fault("Slurm cancel", 12, rank=0, **{"try": 0}), SLOW]},
+    "time limit": {"faults": 3 * [SLOW], "options": ["--time=1", "--signal=B:USR1@20"]},  # the last of an option counts
+    "hanging": {
+        "faults": [fault("sleep", 12, rank=1, **{"try": 0})],
+        "flags": ["--engine.step_timeout_minutes", "0.1"],
+    },
+    "stuck": {
+        "faults": [fault("Slurm warning", 12, rank=0, **{"try": 0}), fault("sleep", 12, rank=1, **{"try": 0})],
+        "environment": {"STOP_SECONDS": "5"},
+    },
+    "bounded": {"faults": [fault("Slurm warning", 12, rank=0)], "environment": {"SITE_ENV": "site.env"}},
+    "failing": {"faults": [fault("crash", 5, rank=1)]},
+    "refused": {"flags": ["--engine.strategy", "single"]},
+    "misspelt": {"flags": ["--model_scal", "2"]},
+    "no processes": {"gpus": 0, "environment": {"NPROC_PER_NODE": ""}},
+    "accelerate": {
+        "faults": [fault("Slurm warning", 12, rank=1, **{"try": 0})],
+        "environment": {"LAUNCHER": "accelerate", "ACCELERATE_CONFIG": "launch/accelerate/ddp.yaml"},
+    },
+    "deepspeed": {
+        "faults": [fault("Slurm warning", 12, rank=1, **{"try": 0})],
+        "environment": {"LAUNCHER": "deepspeed"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(submit, slurm, folder) -> dict[str, Job]:
+    """All at once, as most of a job's time is waiting."""
+    chosen = RUNS if FULL or slurm.track == "pgid" else {name: RUNS[name] for name in ALWAYS}
+    (folder / "site.env").write_text('MAX_REQUEUES=0\nCONTAINER="env WRAPPED=yes"\n')
+    return {name: submit(name.replace(" ", "-"), **what) for name, what in chosen.items()}
+
+
+@pytest.fixture(scope="module")
+def calm(jobs) -> Path:
+    assert jobs["calm"].ended() == ("COMPLETED", "0:0", "0"), jobs["calm"].text
+    return jobs["calm"].run
+
+
+@pytest.fixture
+def job(jobs, request) -> Job:
+    name = request.node.name.removeprefix("test_").partition("[")[0].replace("_", " ")
+    if name not in jobs:
+        pytest.skip(
+            f"does not depend on which processes a signal reaches; FULL_MATRIX=1 runs it with {jobs['calm'].slurm.track} too"
+        )
+    return jobs[name]
+
+
+def test_calm(job, calm):
+    assert "torchrun on 2 x 1 processes" in job.text
+    assert job.text.rstrip().endswith("finished")
+    assert "SLURM_JOB_NUM_NODES=2" in (job.run / f"logs/{job.number}/try-0/job.txt").read_text()
+    assert "engine: ddp on 2 x CPU" in job.log(0, 0)
+
+
+def test_warned(job, calm):
+    """Three times in one run."""
+    assert job.ended() == ("COMPLETED", "0:0", "3"), job.text
+    assert job.text.count("SIGUSR1: the processes shall write a checkpoint") == 3
+    assert job.text.count("stopped by SIGTERM at step") == 3
+    assert_same_run(job.run, calm)
+
+
+def test_killed(job, calm):
+    assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
+    assert "going on from" in job.log(0, 1)
+    assert_same_run(job.run, calm)
+
+
+def test_cancelled(job):
+    """A user's scancel stays one; the processes have KillWait's 10 seconds for a checkpoint."""
+    state, _, restarts = job.ended()
+    assert (state, restarts) == ("CANCELLED", "0"), job.text
+    assert "starting again" not in job.text
+    assert (job.run / f"logs/{job.number}/try-0/outcome").read_text() == "stopped by SIGTERM\n"
+
+
+def test_time_limit(job, calm):
+    """The real one. Slurm looks every half minute, so that on a busy machine a try may end before its first step."""
+    state, code, restarts = job.ended()
+    assert (state, code) == ("COMPLETED", "0:0") and int(restarts) >= 1, job.text
+    assert job.text.count("SIGUSR1: the processes shall write a checkpoint") >= int(restarts)
+    assert_same_run(job.run, calm)
+
+
+def test_hanging(job, calm):
+    assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
+    assert "rank 1 is behind" in job.text
+    for node in (0, 1):
+        assert 'File "' in job.log(node, 0) and "train.py" in job.log(node, 0), "every rank's stack is in its log"
+    assert_same_run(job.run, calm)
+
+
+def test_stuck(job, calm):
+    """Told to stop, one process cannot; the job starts again before the time limit ends it for good."""
+    assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
+    assert_same_run(job.run, calm)
+
+
+def test_bounded(job):
+    """By a site's file, whose container goes round every command."""
+    assert job.ended() == ("FAILED", "1:0", "0"), job.text
+    assert "not started again: MAX_REQUEUES is 0" in job.text
+    assert "settings of the site: site.env" in job.text
+    command = next(json.loads(line) for line in (job.run / "environment.jsonl").read_text().splitlines())
+    assert command["processes"] == 2
+
+
+def test_failing(job):
+    """The second failure in a row without a new checkpoint is the last."""
+    assert job.ended() == ("FAILED", "1:0", "1"), job.text
+    assert job.text.count("failed (srun: ") == 2
+    assert "twice in a row before a new checkpoint: not started again" in job.text
+
+
+def test_refused(job):
+    """An error that only the run finds out about."""
+    assert job.ended() == ("FAILED", "2:0", "0"), job.text
+    assert "refused: engine.strategy: single, but 2 processes were started" in job.text
+
+
+def test_misspelt(job):
+    assert job.ended() == ("FAILED", "2:0", "0"), job.text
+    assert "error: unknown key model_scal; did you mean model_scale?" in job.text
+
+
+def test_no_processes(job):
+    assert job.ended() == ("FAILED", "2:0", "0"), job.text
+    assert job.text == (
+        "error: NPROC_PER_NODE: not set; ask for GPUs with --gpus-per-node, or export NPROC_PER_NODE, the processes per node\n"
+    )
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_other_launchers(jobs, calm, launcher):
+    if launcher not in jobs:
+        pytest.skip("FULL_MATRIX=1 runs it with this tracking too")
+    job = jobs[launcher]
+    assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
+    assert f"{launcher} on 2 x 1 processes" in job.text
+    assert_same_run(job.run, calm)
+    assert (
+        len(
+            [
+                path
+                for path in job.run.glob(f"logs/{job.number}/try-0/**/*")
+                if "rank" in path.name or "stderr" in path.name
+            ]
+        )
+        == 2
+    )
+
+
+def test_preemption(slurm, submit, calm):
+    """Its signal reaches the batch script or the processes, as the cluster is set."""
+    job = submit("preempted", [SLOW])
+    job.wait_for_checkpoint()
+    slurm.sbatch("--partition=high", "--nodes=2", "--gpus-per-node=8", "--time=1", "--wrap", "srun sleep 1")
+    slurm.wait(job.number, "PENDING", timeout=60)
+    assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
+    assert ("SIGUSR1" in job.text) == slurm.preempt_signal
+    assert "stopped by SIGTERM at step" in job.text
+    assert_same_run(job.run, calm)
+
+
+@pytest.mark.parametrize("what", ["crash", "cut"])
+def test_lost_node(slurm, submit, calm, what):
+    """Power lost, or the network: Slurm starts the job again once the node is back."""
+    job = submit(what, [SLOW], flags=["--engine.step_timeout_minutes", "0.3"])  # what remains on node1 then ends itself
+    job.wait_for_checkpoint()
+    getattr(slurm, what)("node2")
+    slurm.wait(job.number, "PENDING", timeout=120)
+    if what == "crash":
+        slurm.boot("node2")
+    else:
+        slurm.mend("node2")
+        slurm.kill_slurmd("node2")  # a new one registers at once; the old one may take a minute to be asked again
+        slurm.start_slurmd("node2")
+    state, code, restarts = job.ended()
+    assert (state, code) == ("COMPLETED", "0:0") and int(restarts) >= 1, job.text
+    assert_same_run(job.run, calm)
+
+
+def test_array(slurm, folder, write_config, calm):
+    """A sweep. A warning starts its own element again and no other, here the last, whose job has the array's number."""
+    config = write_config("swept")
+    config.write_text(config.read_text().replace(f"run_dir: {folder}/swept\n", ""))
+    words = ["launch/array.sh", "seeds", "--nodes=2", "--gpus-per-node=2", "--time=10", "--"]
+    words += [config, "--plugin", "faults", "--seed", "5,6,0"]
+    environment = variables([fault("Slurm warning", 12, rank=0, element=2, **{"try": 0})])
+    done = subprocess.run(
+        list(map(str, words)), cwd=folder, env=slurm.env | environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.split()[-1]
+    for element, seed in enumerate((5, 6, 0)):
+        run = folder / "runs" / "seeds" / f"swept-seed={seed}"
+        job = Job(slurm, f"{number}_{element}", run, folder / "runs" / "seeds" / f"{number}_{element}.out")
+        assert job.ended() == ("COMPLETED", "0:0", "1" if element == 2 else "0"), job.text
+    assert_same_run(run, calm)
