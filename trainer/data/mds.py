@@ -12,7 +12,6 @@ import numpy as np
 from trainer.data.dataset import SplitInfo
 from trainer.data.encode import Encoded
 
-
 # Importing these takes torchvision, which may have been built for another torch, and transformers: together longer than all
 # else at the start of a process.
 UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal", "streaming.base.dataloader")
