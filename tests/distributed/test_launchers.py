@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -353,63 +352,3 @@ def test_deepspeed_launcher(single, tiny_dataset, tmp_path, monkeypatch):
     assert "--local_rank=1" in done.stdout + done.stderr
     assert "engine: ddp on 2 x CPU" in done.stderr
     assert_equal_losses(tmp_path / "run", single)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> int:
-    """How many idle nodes Slurm has here; none: the test is skipped."""
-    if not (shutil.which("srun") and shutil.which("sinfo")):
-        pytest.skip("needs Slurm: there is no srun on this machine")
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"], capture_output=True, text=True, timeout=30
-    )
-    found = set(done.stdout.split())
-    if not found:
-        pytest.skip(f"needs Slurm with an idle node; sinfo says: {' '.join(done.stderr.split()) or 'none'}")
-    return len(found)
-
-
-def srun(*words, timeout=200) -> subprocess.CompletedProcess:
-    """Two tasks, or what `words` say; nothing waits for longer than a minute to begin."""
-    options = ["--immediate=60", "--time=5", "--overcommit", "--kill-on-bad-exit=1", "--ntasks=2"]
-    return subprocess.run(["srun", *options, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-
-
-@pytest.mark.parametrize("machines", [1, 2])
-def test_srun_without_torchrun(nodes, single, tiny_dataset, tmp_path, machines):
-    if machines > nodes:
-        pytest.skip(f"needs Slurm with {machines} idle nodes; it has {nodes}")
-    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = srun(f"--nodes={machines}", sys.executable, "-m", "trainer", "train", str(tmp_path / "run.yaml"))
-    assert done.returncode == 0, done.stderr
-    assert "engine: ddp on 2 x CPU" in done.stderr
-    assert done.stderr.count("optimiser groups") == 1, "rank 0 alone speaks"
-    assert_equal_losses(tmp_path / "run", single)
-
-
-def test_a_single_task_of_srun_is_one_process(nodes, tiny_dataset, tmp_path):
-    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = srun("--ntasks=1", sys.executable, "-m", "trainer", "train", str(tmp_path / "run.yaml"))
-    assert done.returncode == 0, done.stderr
-    assert "engine: single on 1 x CPU" in done.stderr
-
-
-def test_a_batch_script_of_slurm_is_one_process(nodes, tiny_dataset, tmp_path):
-    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    words = f"cd {ROOT} && {sys.executable} -m trainer train {tmp_path / 'run.yaml'}"
-    out = tmp_path / "job.out"
-    job = ["sbatch", "--parsable", "--ntasks=2", "--overcommit", "--time=5", f"--output={out}", "--wrap", words]
-    number = subprocess.run(job, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    try:
-        deadline = time.monotonic() + 120
-        squeue = ["squeue", "--noheader", f"--jobs={number}"]
-        while subprocess.run(squeue, capture_output=True, timeout=30).stdout and time.monotonic() < deadline:
-            time.sleep(0.5)
-        text = out.read_text()
-    finally:
-        subprocess.run(["scancel", number], timeout=30)
-    assert "Slurm gave this job 2 tasks and this is one process" in text
-    assert "engine: single on 1 x CPU" in text

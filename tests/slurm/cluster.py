@@ -77,7 +77,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {signal_key}
 SlurmdTimeout={node_timeout}
-KillWait=10
+KillWait=30
 MessageTimeout=5
 MinJobAge=3600
 ReturnToService=2

@@ -1,6 +1,5 @@
 """The test cluster itself: what the tests of the launch scripts rely on."""
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -54,60 +53,6 @@ def test_tracking_decides_whom_a_signal_reaches(cluster, tmp_path, track, reache
         assert not (tmp_path / "got").exists()
     slurm.cancel(job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
-
-
-def test_batch_signal_and_requeue_of_one_array_element(cluster, tmp_path):
-    slurm = cluster()
-    me = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-    warn = f"trap 'scontrol requeue {me}; sleep 60' USR1; touch {tmp_path}/{me}; while sleep 0.1; do :; done"
-    job = slurm.sbatch("--array=0-1", "--wrap", f'test -n "$SLURM_RESTART_COUNT" || {{ {warn}; }}')
-    for element in (f"{job}_0", f"{job}_1"):
-        slurm.until((tmp_path / element).exists, element, 20)
-    slurm.signal_batch(f"{job}_1", "USR1")
-    assert slurm.wait(f"{job}_1", restarts=1)["JobState"] == "COMPLETED"
-    assert slurm.job(f"{job}_0")["Restarts"] == "0"
-    slurm.cancel(f"{job}_0")
-    slurm.idle()
-
-
-def test_crash_boot_cut_mend(cluster):
-    """Jobs are requeued when their node crashes or is cut off, and run again when it is back."""
-    slurm = cluster(node_timeout=5)
-    words = ("--requeue", "--wrap", 'test -n "$SLURM_RESTART_COUNT" || srun sleep 100')
-    jobs = [slurm.sbatch(f"--nodelist={node}", *words) for node in slurm.names]
-    for node in slurm.names:
-        slurm.until(lambda node=node: sleepers(slurm, node), f"the step on {node}", 20)
-    crashed, cut = slurm.pids("node1"), sleepers(slurm, "node2")
-    slurm.crash("node1")
-    slurm.cut("node2")
-    assert not any(Path(f"/proc/{pid}").exists() for pid in crashed)
-    assert [slurm.wait(job, "PENDING", restarts=1)["Restarts"] for job in jobs] == ["1", "1"]
-    assert sleepers(slurm, "node2") == cut  # nobody could tell them
-    slurm.boot("node1")
-    slurm.mend("node2")
-    assert [slurm.wait(job)["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED"]
-    slurm.idle()
-    assert sleepers(slurm, "node2") == []
-
-
-def sleepers(slurm, node: str) -> list[int]:
-    """The processes `sleep 100` of a job on the node."""
-    found = []
-    for pid in slurm.pids(node):
-        with contextlib.suppress(OSError):  # it has just ended
-            if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"/sleep\x00100\x00"):
-                found.append(pid)
-    return found
-
-
-def test_slurmd_dies_and_job_lives_on(cluster):
-    slurm = cluster(node_timeout=5)
-    job = slurm.sbatch("--nodelist=node1", "--wrap", "sleep 4")
-    slurm.wait(job, "RUNNING")
-    slurm.kill_slurmd("node1")
-    slurm.start_slurmd("node1")
-    done = slurm.wait(job)
-    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "0")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
