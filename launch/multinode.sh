@@ -16,7 +16,23 @@ set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 need() { [ -n "${!1:-}" ] || fail "$1: not set; $2"; }  # NAME REMEDY
-say() { printf '%s job %s, try %s: %s\n' "$(date +%FT%T)" "$job" "$restarts" "$*"; }
+say() { printf '%s job %s, try %s: %s\n' "$(date +%FT%T)" "${job:-}" "${restarts:-0}" "$*"; }
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+# USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
+# job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
+asked='' late='' srun=''
+on_warning() {
+  [ -z "$asked" ] || return 0  # the processes take a second SIGTERM for impatience
+  asked=USR1
+  say "SIGUSR1: the processes shall write a checkpoint and stop"
+  [ -z "$srun" ] || { scancel --signal=TERM "$job"; (sleep "$STOP_SECONDS"; kill -ALRM $$) & }
+}
+on_end() { asked=TERM; say "SIGTERM: Slurm ends this job"; }
+trap on_warning USR1
+trap on_end TERM
+trap 'late=yes' ALRM
 
 # -- where we are ------------------------------------------------------------------------------------------------------
 
@@ -32,7 +48,7 @@ elif [ -n "${SITE_ENV:-}" ]; then fail "SITE_ENV: there is no file $SITE_ENV"; f
 
 if [ "${1:-}" = --elements ]; then  # launch/array.sh wrote a file for each element: a word of its command in each line
   need SLURM_ARRAY_TASK_ID "--elements goes with sbatch --array, as launch/array.sh does it"
-  [ -f "$2/$SLURM_ARRAY_TASK_ID" ] || fail "--elements: there is no $2/$SLURM_ARRAY_TASK_ID"
+  [ -f "${2:-}/$SLURM_ARRAY_TASK_ID" ] || fail "--elements: there is no ${2:-}/$SLURM_ARRAY_TASK_ID"
   mapfile -t element < "$2/$SLURM_ARRAY_TASK_ID"
   set -- "${element[@]}"
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -88,19 +104,6 @@ say "run $RUN_DIR, log of every process in $LOG_DIR"
   say "warning: SLURM_CPUS_ON_NODE is $SLURM_CPUS_ON_NODE for $NPROC_PER_NODE processes; ask for --cpus-per-task or --exclusive"
 
 # -- train, until the end or a signal ----------------------------------------------------------------------------------
-
-# USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
-# job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
-asked='' late='' srun=''
-on_warning() {
-  asked=${asked:-USR1}
-  say "SIGUSR1: the processes shall write a checkpoint and stop"
-  [ -z "$srun" ] || { scancel --signal=TERM "$job"; (sleep "$STOP_SECONDS"; kill -ALRM $$) & }
-}
-on_end() { asked=TERM; say "SIGTERM: Slurm ends this job"; }
-trap on_warning USR1
-trap on_end TERM
-trap 'late=yes' ALRM
 
 newest_checkpoint() {  # its name; the manifest is what is written last
   local manifest newest=''

@@ -25,8 +25,9 @@ from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream, find_dataset, is_remote, local_folder
 from trainer.engine import build_engine
 from trainer.engine.distributed import World, join, read_world
-from trainer.engine.signals import STOPPING, StopSignals, exit_code, stopped_line
+from trainer.engine.signals import STOPPING, StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
+from trainer.engine.wishes import read_wishes
 from trainer.errors import UserError
 from trainer.evaluate import score, validate
 from trainer.generate import complete
@@ -254,6 +255,8 @@ def run(given: dict[str, Any]) -> None:
     config = build(RunConfig, values)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
     with StopSignals(world) as signals:
+        if read_wishes(os.environ).launcher not in ("python", "srun"):
+            follow_launcher()
         asked = run_joined(given, config, world, signals)
     if asked is not None:
         raise SystemExit(exit_code(asked))

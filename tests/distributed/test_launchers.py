@@ -1,11 +1,14 @@
 """Real processes over gloo: torchrun and accelerate launch train what one process trains."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -352,3 +355,24 @@ def test_deepspeed_launcher(single, tiny_dataset, tmp_path, monkeypatch):
     assert "--local_rank=1" in done.stdout + done.stderr
     assert "engine: ddp on 2 x CPU" in done.stderr
     assert_equal_losses(tmp_path / "run", single)
+
+
+def test_a_worker_does_not_outlive_its_launcher(tiny_dataset, tmp_path):
+    """accelerate with one process ends of SIGTERM by itself; the worker then hears of it from the kernel."""
+    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=100_000)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trainer", "train"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", *words, str(tmp_path / "run.yaml")],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    launcher.terminate()
+    try:
+        text = launcher.communicate(timeout=60)[1]  # ends with the last process that holds the pipe, the worker
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert "stopped by SIGTERM at step" in text

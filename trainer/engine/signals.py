@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -51,6 +53,19 @@ class StopSignals:
             os.write(2, line.encode())  # print fails where the signal interrupts another print
         if self.asked is None or number == signal.SIGTERM:
             self.asked = signal.Signals(number)
+
+
+def follow_launcher() -> None:
+    """Have the kernel send us SIGTERM when the process that started us ends (Linux).
+
+    For workers of a launcher: `accelerate launch` of one process ends of a SIGTERM without passing it on, and any launcher of a
+    SIGKILL; without it their workers would train on with nobody to stop them.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended just now
+            signal.raise_signal(signal.SIGTERM)
 
 
 def exit_code(asked: signal.Signals) -> int:
