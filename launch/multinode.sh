@@ -43,8 +43,12 @@ project=${CRESCENDO_HOME:-$SLURM_SUBMIT_DIR}
 [ -f "$project/launch/node.sh" ] ||
   fail "SLURM_SUBMIT_DIR: there is no launch/node.sh in $project; submit from the project's folder or export CRESCENDO_HOME"
 site=${SITE_ENV:-$project/launch/site.env}
-if [ -f "$site" ]; then set -a +u; . "$site"; set +a -u; echo "settings of the site: $site"
-elif [ -n "${SITE_ENV:-}" ]; then fail "SITE_ENV: there is no file $SITE_ENV"; fi
+if [ -f "$site" ]; then
+  echo "settings of the site: $site"
+  set -a +eu; . "$site"; set +a -eu  # what `module load` runs knows neither -e nor -u
+elif [ -n "${SITE_ENV:-}" ]; then
+  fail "SITE_ENV: there is no file $SITE_ENV"
+fi
 
 if [ "${1:-}" = --elements ]; then  # launch/array.sh wrote a file for each element: a word of its command in each line
   need SLURM_ARRAY_TASK_ID "--elements goes with sbatch --array, as launch/array.sh does it"
@@ -59,7 +63,6 @@ fi
 # The last element of an array has the array's number as its own, and requeueing that would requeue all elements.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-restarts=${SLURM_RESTART_COUNT:-0}  # unset in the first try
 
 need SLURM_JOB_NUM_NODES "start this script with sbatch"
 need SLURM_CPUS_ON_NODE "start this script with sbatch"
@@ -70,6 +73,9 @@ PYTHON=${PYTHON:-python}
 STOP_SECONDS=${STOP_SECONDS:-150}  # for a checkpoint after the warning; less than the 180 of --signal
 MAX_REQUEUES=${MAX_REQUEUES:-50}
 
+# SLURM_RESTART_COUNT is not set in the first try, and may be that of a job that submitted this one.
+restarts=$(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || true
+need restarts "scontrol show job $job does not tell how often it was restarted"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || fail "SLURM_JOB_NODELIST: $SLURM_JOB_NODELIST is ${#hosts[@]} names for $SLURM_JOB_NUM_NODES nodes"
 NNODES=$SLURM_JOB_NUM_NODES
@@ -82,15 +88,16 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > NPROC_PER_NODE ? SLUR
 
 # Words before every command on a node: a container's options for srun, and its command line.
 inside=()
-if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --nodes=1 --ntasks=1 ${SRUN_ARGS:-} ${CONTAINER:-}); fi
+if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --export=ALL --nodes=1 --ntasks=1 ${SRUN_ARGS:-} ${CONTAINER:-}); fi
 RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || exit 2  # it has said why
 job_logs=$RUN_DIR/logs/$job
 LOG_DIR=$job_logs/try-$restarts
 CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do not hand on exit codes
 mkdir -p "$LOG_DIR"
 rm -f "$CRESCENDO_OUTCOME"
+unset NODE_RANK  # torchrun.sh's; here it is Slurm's
 export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS
-export PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Between passing SIGTERM on and SIGKILL torchrun and accelerate wait 30 s: too short for a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 
@@ -114,7 +121,7 @@ newest_checkpoint() {  # its name; the manifest is what is written last
 before=$(newest_checkpoint)
 status=0
 if [ -z "$asked" ]; then
-  srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
     --kill-on-bad-exit=1 --wait=60 --label ${SRUN_ARGS:-} ${CONTAINER:-} bash "$project/launch/node.sh" "$@" &
   srun=$!
   # A trapped signal ends `wait` too. In the foreground srun would hold traps back until it ends.

@@ -146,7 +146,8 @@ RUNS = {
 @pytest.fixture(scope="module")
 def jobs(slurm, submit, submit_array, folder) -> dict[str, Job]:
     """All at once, as most of a job's time is waiting."""
-    (folder / "site.env").write_text('MAX_REQUEUES=0\nCONTAINER="env WRAPPED=yes"\n')
+    (folder / "container").write_text(f'echo "$@" >> {folder}/contained\nexec "$@"\n')
+    (folder / "site.env").write_text(f'MAX_REQUEUES=0\nCONTAINER="bash {folder}/container"\n')
     everything = FULL or slurm.track == "pgid"
     started = {
         name: submit(name.replace(" ", "-"), **what) for name, what in RUNS.items() if everything or name in ALWAYS
@@ -195,6 +196,7 @@ def job(jobs, request) -> Job:
 
 def test_calm(job, calm):
     assert "torchrun on 2 x 1 processes" in job.text
+    assert "preflight: 2 machines x 1 process, equal software" in job.log(0, 0)
     assert job.text.rstrip().endswith("finished")
     assert "SLURM_JOB_NUM_NODES=2" in (job.run / f"logs/{job.number}/try-0/job.txt").read_text()
     assert "engine: ddp on 2 x CPU" in job.log(0, 0)
@@ -244,13 +246,14 @@ def test_stuck(job, calm):
     assert_same_run(job.run, calm)
 
 
-def test_bounded(job):
-    """By a site's file, whose container goes round every command."""
+def test_bounded(job, folder):
+    """By a site's file, whose container goes round every command: where the run is, and what each node starts."""
     assert job.ended() == ("FAILED", "1:0", "0"), job.text
     assert "not started again: MAX_REQUEUES is 0" in job.text
     assert "settings of the site: site.env" in job.text
-    command = next(json.loads(line) for line in (job.run / "environment.jsonl").read_text().splitlines())
-    assert command["processes"] == 2
+    where, *starts = (folder / "contained").read_text().splitlines()
+    assert where.startswith("python -m trainer train ") and where.endswith(" --print_run_dir")
+    assert len(starts) == 2 and all("launch/node.sh" in words for words in starts)
 
 
 def test_failing(job):
