@@ -17,6 +17,7 @@ set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 need() { [ -n "${!1:-}" ] || fail "$1: not set; $2"; }  # NAME REMEDY
 say() { printf '%s job %s, try %s: %s\n' "$(date +%FT%T)" "${job:-}" "${restarts:-0}" "$*"; }
+patiently() { for _ in 1 2 3 4 5; do "$@" && return; sleep 10; done; return 1; }  # Slurm may be busy or restarting
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 
@@ -27,7 +28,12 @@ on_warning() {
   [ -z "$asked" ] || return 0  # the processes take a second SIGTERM for impatience
   asked=USR1
   say "SIGUSR1: the processes shall write a checkpoint and stop"
-  [ -z "$srun" ] || { scancel --signal=TERM "$job"; (sleep "$STOP_SECONDS"; kill -ALRM $$) & }
+  [ -z "$srun" ] || stop_processes
+}
+stop_processes() {
+  touch "$LOG_DIR/stop"  # for a node whose launcher has yet to begin
+  patiently scancel --signal=TERM "$job" &
+  { sleep "$STOP_SECONDS"; kill -ALRM $$; } &
 }
 on_end() { asked=TERM; say "SIGTERM: Slurm ends this job"; }
 trap on_warning USR1
@@ -74,7 +80,7 @@ STOP_SECONDS=${STOP_SECONDS:-150}  # for a checkpoint after the warning; less th
 MAX_REQUEUES=${MAX_REQUEUES:-50}
 
 # SLURM_RESTART_COUNT is not set in the first try, and may be that of a job that submitted this one.
-restarts=$(scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || true
+restarts=$(patiently scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || true
 need restarts "scontrol show job $job does not tell how often it was restarted"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || fail "SLURM_JOB_NODELIST: $SLURM_JOB_NODELIST is ${#hosts[@]} names for $SLURM_JOB_NUM_NODES nodes"
@@ -94,7 +100,7 @@ job_logs=$RUN_DIR/logs/$job
 LOG_DIR=$job_logs/try-$restarts
 CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do not hand on exit codes
 mkdir -p "$LOG_DIR"
-rm -f "$CRESCENDO_OUTCOME"
+rm -f "$CRESCENDO_OUTCOME" "$LOG_DIR/stop"
 unset NODE_RANK  # torchrun.sh's; here it is Slurm's
 export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS
 export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -102,7 +108,7 @@ export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 
 {
-  scontrol show job "$job"
+  patiently scontrol show job "$job" || true
   env | grep -E '^(SLURM|SBATCH|SRUN|CUDA|NCCL|TORCH|OMP|MASTER|PYTHON|PATH|LD_|LAUNCHER|NNODES|NPROC)' | grep -viE 'key|token|secret|passw' | sort
 } > "$LOG_DIR/job.txt"
 say "$LAUNCHER on $NNODES x $NPROC_PER_NODE processes, meeting at $MASTER_ADDR:$MASTER_PORT: ${hosts[*]}"
@@ -124,6 +130,7 @@ if [ -z "$asked" ]; then
   srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
     --kill-on-bad-exit=1 --wait=60 --label ${SRUN_ARGS:-} ${CONTAINER:-} bash "$project/launch/node.sh" "$@" &
   srun=$!
+  [ -z "$asked" ] || stop_processes  # the signal came between the last lines
   # A trapped signal ends `wait` too. In the foreground srun would hold traps back until it ends.
   while [ -z "$late" ]; do
     wait "$srun" && status=0 || status=$?
@@ -135,9 +142,13 @@ fi
 
 requeue() {  # REASON
   [ "$restarts" -lt "$MAX_REQUEUES" ] || { say "$1; not started again: MAX_REQUEUES is $MAX_REQUEUES"; exit 1; }
+  # A job that Slurm has begun to end (scancel, a lost node) is not ours to requeue, although it would let us.
+  local state
+  state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=unknown
+  [ "$asked" != TERM ] && [ "$state" = RUNNING ] || { say "$1; ended by Slurm ($state)"; exit 143; }
   say "$1; starting again"
   trap 'exit 143' TERM  # Slurm now ends this script
-  scontrol requeue "$job" || { say "Slurm refuses to requeue"; exit 1; }
+  patiently scontrol requeue "$job" || { say "Slurm refuses to requeue"; exit 1; }
   sleep 300 & wait $!
   exit 1
 }
@@ -154,14 +165,13 @@ case $outcome in
 esac
 [ "$asked" != TERM ] || { say "ended by Slurm; ${progress:-no new checkpoint}"; exit 143; }
 [ "$asked" != USR1 ] || requeue "${late:+not all processes stopped within $STOP_SECONDS s; }${progress:-no new checkpoint}"
-if [[ $outcome = stopped* ]] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  requeue "$outcome; ${progress:-no new checkpoint}"  # the grace time of a preemption: its signal reaches the processes alone
-fi
+# The grace time of a preemption, whose signal may reach the processes alone.
+[[ $outcome != stopped* ]] || requeue "$outcome; ${progress:-no new checkpoint}"
 
 say "failed (srun: $status); ${progress:-no new checkpoint}"
 grep -rhE 'error: |Error: ' "$LOG_DIR" --include='*.log' | sort -u | head -n 5 || true
-silent=$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
-  awk '$2 ~ /[*]|down|drain|fail/ {print $1}' | sort -u | tr '\n' ' ')
+silent=$(patiently sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
+  awk '$2 ~ /[*]|down|drain|fail/ {print $1}' | sort -u | tr '\n' ' ') || true
 [ -z "$silent" ] || requeue "not answering: $silent"
 [ -z "$progress" ] || requeue "it may go on"
 fruitless=$((fruitless + 1))

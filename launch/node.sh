@@ -9,6 +9,7 @@ for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS L
   need "$name" "start launch/multinode.sh or launch/torchrun.sh"
 done
 logs=$LOG_DIR/node-$NODE_RANK
+[ ! -e "$LOG_DIR/stop" ] || exit 1  # multinode.sh was told to stop before we began
 
 # `exec`, as most clusters send a signal to the first process of a task alone. Without restarts on the spot: a new try of the
 # whole job is cleaner, and the launchers' own would begin while peers still wait for the dead.
