@@ -22,9 +22,18 @@ from slurm.cluster import Cluster
 pytestmark = pytest.mark.slow
 
 FULL = bool(os.environ.get("FULL_MATRIX"))
-SETTINGS = [("pgid", False), ("linuxproc", True)]
-if FULL:
-    SETTINGS = list(itertools.product(("pgid", "linuxproc"), (False, True)))
+SETTINGS = (
+    list(itertools.product(("pgid", "linuxproc"), (False, True))) if FULL else [("pgid", False), ("linuxproc", True)]
+)
+
+
+def on_clusters(settings: list[tuple[str, bool]]) -> pytest.MarkDecorator:
+    names = [f"{track}-{'USR1' if preempt_signal else 'TERM'}" for track, preempt_signal in settings]
+    return pytest.mark.parametrize("slurm", settings, indirect=True, ids=names, scope="module")
+
+
+everywhere = on_clusters(SETTINGS)
+once = on_clusters(SETTINGS if FULL else SETTINGS[:1])  # for what does not depend on which processes a signal reaches
 PATIENCE = 300  # seconds until a job must have ended, with all others of its wave on two cores
 
 
@@ -55,7 +64,7 @@ class Job:
         return path.read_text()
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: f"{setting[0]}-{'USR1' if setting[1] else 'TERM'}")
+@pytest.fixture(scope="module")
 def slurm(request, cluster) -> Cluster:
     track, preempt_signal = request.param
     return cluster(track=track, preempt_signal=preempt_signal)
@@ -186,14 +195,11 @@ def calm(jobs) -> Path:
 
 @pytest.fixture
 def job(jobs, request) -> Job:
-    name = request.node.name.removeprefix("test_").partition("[")[0].replace("_", " ")
-    if name not in jobs:
-        pytest.skip(
-            f"does not depend on which processes a signal reaches; FULL_MATRIX=1 runs it with {jobs['calm'].slurm.track} too"
-        )
-    return jobs[name]
+    """The one that the test is named after."""
+    return jobs[request.node.name.removeprefix("test_").partition("[")[0].replace("_", " ")]
 
 
+@everywhere
 def test_calm(job, calm):
     assert "torchrun on 2 x 1 processes" in job.text
     assert "preflight: 2 machines x 1 process, equal software" in job.log(0, 0)
@@ -202,6 +208,7 @@ def test_calm(job, calm):
     assert "engine: ddp on 2 x CPU" in job.log(0, 0)
 
 
+@everywhere
 def test_warned(job, calm):
     """Three times in one run."""
     assert job.ended() == ("COMPLETED", "0:0", "3"), job.text
@@ -210,12 +217,14 @@ def test_warned(job, calm):
     assert_same_run(job.run, calm)
 
 
+@everywhere
 def test_killed(job, calm):
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert "going on from" in job.log(0, 1)
     assert_same_run(job.run, calm)
 
 
+@everywhere
 def test_cancelled(job):
     """A user's scancel stays one; the processes have KillWait's 30 seconds for a checkpoint."""
     state, _, restarts = job.ended()
@@ -224,6 +233,7 @@ def test_cancelled(job):
     assert (job.run / f"logs/{job.number}/try-0/outcome").read_text() == "stopped by SIGTERM\n"
 
 
+@once
 def test_time_limit(job, calm):
     """The real one. Slurm looks every half minute, so that on a busy machine a try may end before its first step."""
     state, code, restarts = job.ended()
@@ -232,6 +242,7 @@ def test_time_limit(job, calm):
     assert_same_run(job.run, calm)
 
 
+@once
 def test_hanging(job, calm):
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert "rank 1 is behind" in job.text
@@ -240,12 +251,14 @@ def test_hanging(job, calm):
     assert_same_run(job.run, calm)
 
 
+@once
 def test_stuck(job, calm):
     """Told to stop, one process cannot; the job starts again before the time limit ends it for good."""
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert_same_run(job.run, calm)
 
 
+@once
 def test_bounded(job, folder):
     """By a site's file, whose container goes round every command: where the run is, and what each node starts."""
     assert job.ended() == ("FAILED", "1:0", "0"), job.text
@@ -256,6 +269,7 @@ def test_bounded(job, folder):
     assert len(starts) == 2 and all("launch/node.sh" in words for words in starts)
 
 
+@once
 def test_failing(job):
     """The second failure in a row without a new checkpoint is the last."""
     assert job.ended() == ("FAILED", "1:0", "1"), job.text
@@ -263,17 +277,20 @@ def test_failing(job):
     assert "twice in a row before a new checkpoint: not started again" in job.text
 
 
+@once
 def test_refused(job):
     """An error that only the run finds out about."""
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert "refused: engine.strategy: single, but 2 processes were started" in job.text
 
 
+@once
 def test_misspelt(job):
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert "error: unknown key model_scal; did you mean model_scale?" in job.text
 
 
+@once
 def test_no_processes(job):
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert job.text == (
@@ -281,10 +298,9 @@ def test_no_processes(job):
     )
 
 
+@once
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_other_launchers(jobs, calm, launcher):
-    if launcher not in jobs:
-        pytest.skip("FULL_MATRIX=1 runs it with this tracking too")
     job = jobs[launcher]
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert f"{launcher} on 2 x 1 processes" in job.text
@@ -301,6 +317,7 @@ def test_other_launchers(jobs, calm, launcher):
     )
 
 
+@everywhere
 def test_preemption(slurm, submit, calm):
     """Its signal reaches the batch script or the processes, as the cluster is set."""
     job = submit("preempted", [SLOW])
@@ -313,6 +330,7 @@ def test_preemption(slurm, submit, calm):
     assert_same_run(job.run, calm)
 
 
+@everywhere
 @pytest.mark.parametrize("what", ["crash", "cut"])
 def test_lost_node(slurm, submit, calm, what):
     """Power lost, or the network: Slurm starts the job again once the node is back."""
@@ -331,10 +349,9 @@ def test_lost_node(slurm, submit, calm, what):
     assert_same_run(job.run, calm)
 
 
+@once
 def test_array(jobs, calm):
     """A sweep. A warning starts its own element again and no other, here the last, whose job has the array's number."""
-    if "element 0" not in jobs:
-        pytest.skip("FULL_MATRIX=1 runs it with this tracking too")
     for element in range(3):
         job = jobs[f"element {element}"]
         assert job.ended() == ("COMPLETED", "0:0", "1" if element == 2 else "0"), job.text
