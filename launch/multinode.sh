@@ -48,6 +48,7 @@ need SLURM_SUBMIT_DIR "start this script with sbatch"
 project=${CRESCENDO_HOME:-$SLURM_SUBMIT_DIR}
 [ -f "$project/launch/node.sh" ] ||
   fail "SLURM_SUBMIT_DIR: there is no launch/node.sh in $project; submit from the project's folder or export CRESCENDO_HOME"
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}  # this checkout, and not another that may be installed
 site=${SITE_ENV:-$project/launch/site.env}
 if [ -f "$site" ]; then
   echo "settings of the site: $site"
@@ -71,7 +72,8 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
 need SLURM_JOB_NUM_NODES "start this script with sbatch"
-need SLURM_CPUS_ON_NODE "start this script with sbatch"
+need SLURM_JOB_CPUS_PER_NODE "start this script with sbatch"
+cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)  # "16(x2),8": of the smallest machine
 NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 need NPROC_PER_NODE "ask for GPUs with --gpus-per-node, or export NPROC_PER_NODE, the processes per node"
 LAUNCHER=${LAUNCHER:-torchrun}
@@ -90,7 +92,7 @@ MASTER_ADDR=${hosts[0]}
 # machine that was lost; below the ports that systems give out by themselves.
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
 RENDEZVOUS=$job-$restarts
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > NPROC_PER_NODE ? SLURM_CPUS_ON_NODE / NPROC_PER_NODE : 1))}
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
 
 # Words before every command on a node: a container's options for srun, and its command line.
 inside=()
@@ -113,8 +115,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 } > "$LOG_DIR/job.txt"
 say "$LAUNCHER on $NNODES x $NPROC_PER_NODE processes, meeting at $MASTER_ADDR:$MASTER_PORT: ${hosts[*]}"
 say "run $RUN_DIR, log of every process in $LOG_DIR"
-[ "$SLURM_CPUS_ON_NODE" -ge "$NPROC_PER_NODE" ] ||
-  say "warning: SLURM_CPUS_ON_NODE is $SLURM_CPUS_ON_NODE for $NPROC_PER_NODE processes; ask for --cpus-per-task or --exclusive"
+[ "$cpus" -ge "$NPROC_PER_NODE" ] ||
+  say "warning: SLURM_JOB_CPUS_PER_NODE is $SLURM_JOB_CPUS_PER_NODE for $NPROC_PER_NODE processes; ask for --cpus-per-task or --exclusive"
 
 # -- train, until the end or a signal ----------------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ newest_checkpoint() {  # its name; the manifest is what is written last
 before=$(newest_checkpoint)
 status=0
 if [ -z "$asked" ]; then
-  srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --wait=60 --label ${SRUN_ARGS:-} ${CONTAINER:-} bash "$project/launch/node.sh" "$@" &
   srun=$!
   [ -z "$asked" ] || stop_processes  # the signal came between the last lines

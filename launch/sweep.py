@@ -36,6 +36,8 @@ def elements(folder: Path, words: list[str]) -> list[list[str]]:
     """The commands' words. UserError where one is no valid command, or two would train in one folder."""
     if not words or words[0].startswith("-"):
         raise UserError("no config; CONFIG.yaml comes first, then --key value")
+    if any("\n" in word for word in words):
+        raise UserError("a word holds a line break, which an element's file cannot; put that value into the config")
     commands = []
     for combination in itertools.product(*choices(words)):
         command = [word for word, _ in combination]

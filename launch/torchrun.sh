@@ -19,7 +19,9 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
   [ "$NPROC_PER_NODE" -gt 0 ] || fail "NPROC_PER_NODE: not set, and nvidia-smi lists no GPU; export the number of processes per machine"
 fi
 PYTHON=${PYTHON:-python}
+launch=$(cd -- "$(dirname -- "$0")" && pwd)
+export PYTHONPATH=${launch%/launch}${PYTHONPATH:+:$PYTHONPATH}  # this checkout, and not another that may be installed
 RUN_DIR=$("$PYTHON" -m trainer train "$@" --print_run_dir) || exit 2  # it has said why
 export NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} PYTHON LAUNCHER=torchrun
 export RENDEZVOUS=torchrun.sh LOG_DIR=$RUN_DIR/logs/$(date +%Y%m%dT%H%M%S) PYTHONUNBUFFERED=1
-exec bash "$(dirname "$0")/node.sh" "$@"
+exec bash "$launch/node.sh" "$@"

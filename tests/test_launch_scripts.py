@@ -38,7 +38,7 @@ def failure(script: str, *words, cwd: Path = ROOT, **changes: str) -> str:
     return err.strip()
 
 
-JOB = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "1"}
+JOB = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_CPUS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "1"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,7 @@ def test_sweep_is_every_combination(tmp_path):
         (["configs/hlb.yaml", "--model_scale", "1,large"], "model_scale"),
         (["configs/hlb.yaml", "--run_dir", "x"], "run_dir: each element has its own"),
         (["configs/hlb.yaml,configs/hlb.yaml"], "run_dir: two elements would train in"),
+        (["configs/hlb.yaml", "--log.sample_prompt", "a\nb"], "a word holds a line break"),
         (["--seed", "1,2"], "no config; CONFIG.yaml comes first"),
         (["configs/no.yaml"], "configs/no.yaml"),
     ],

@@ -41,7 +41,7 @@ def attempt(tmp_path):
         environment |= {
             "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
             "STAGE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SITE_ENV": str(tmp_path / "site.env"),
-            "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_ON_NODE": "8",
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_CPUS_PER_NODE": "16,8(x2)",
             "SLURM_GPUS_ON_NODE": "8", "PYTHON": "python", "LAUNCHER": "torchrun",
             "FAILS": "", "RESTARTS": "0", "OUTCOME": "", "STEP": "", "STATE": "RUNNING", "NODE": "allocated",
         }  # fmt: skip
@@ -101,6 +101,12 @@ def test_progress_between_two_failures_counts(attempt):
 def test_a_lost_machine_is_no_failure_of_the_run(attempt):
     assert attempt()[1]
     assert attempt(RESTARTS="1", NODE="idle*")[1]
+
+
+def test_the_smallest_machine_counts(attempt, tmp_path):
+    """srun can give no machine more CPUs than it has."""
+    attempt()
+    assert " --cpus-per-task=8 " in (tmp_path / "calls").read_text()
 
 
 def test_another_jobs_number_of_restarts_does_not_count(attempt):
