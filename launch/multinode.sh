@@ -23,7 +23,7 @@ patiently() { for _ in 1 2 3 4 5; do "$@" && return; sleep 10; done; return 1; }
 
 # USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
 # job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
-asked='' late='' srun=''
+asked='' told='' late='' srun=''
 on_warning() {
   [ -z "$asked" ] || return 0  # the processes take a second SIGTERM for impatience
   asked=USR1
@@ -31,6 +31,8 @@ on_warning() {
   [ -z "$srun" ] || stop_processes
 }
 stop_processes() {
+  [ -z "$told" ] || return 0
+  told=yes
   touch "$LOG_DIR/stop"  # for a node whose launcher has yet to begin
   patiently scancel --signal=TERM "$job" &
   { sleep "$STOP_SECONDS"; kill -ALRM $$; } &
@@ -96,8 +98,12 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_N
 
 # Words before every command on a node: a container's options for srun, and its command line.
 inside=()
-if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --export=ALL --nodes=1 --ntasks=1 ${SRUN_ARGS:-} ${CONTAINER:-}); fi
-RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || exit 2  # it has said why
+if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="$cpus" ${SRUN_ARGS:-} ${CONTAINER:-}); fi
+RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || {
+  status=$?
+  [ "$status" = 2 ] || fail "PYTHON: $PYTHON -m trainer ended with $status on $MASTER_ADDR; see what it printed"
+  exit 2  # it has said why
+}
 job_logs=$RUN_DIR/logs/$job
 LOG_DIR=$job_logs/try-$restarts
 CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do not hand on exit codes
@@ -111,7 +117,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 
 {
   patiently scontrol show job "$job" || true
-  env | grep -E '^(SLURM|SBATCH|SRUN|CUDA|NCCL|TORCH|OMP|MASTER|PYTHON|PATH|LD_|LAUNCHER|NNODES|NPROC)' | grep -viE 'key|token|secret|passw' | sort
+  env | grep -E '^(SLURM|SBATCH|SRUN|CUDA|NCCL|TORCH|OMP|MASTER|PYTHON|PATH|LD_|LAUNCHER|NNODES|NPROC)' | grep -viE 'key|token|secret|passw|jwt|cred|auth' | sort
 } > "$LOG_DIR/job.txt"
 say "$LAUNCHER on $NNODES x $NPROC_PER_NODE processes, meeting at $MASTER_ADDR:$MASTER_PORT: ${hosts[*]}"
 say "run $RUN_DIR, log of every process in $LOG_DIR"
@@ -144,10 +150,10 @@ fi
 
 requeue() {  # REASON
   [ "$restarts" -lt "$MAX_REQUEUES" ] || { say "$1; not started again: MAX_REQUEUES is $MAX_REQUEUES"; exit 1; }
-  # A job that Slurm has begun to end (scancel, a lost node) is not ours to requeue, although it would let us.
-  local state
-  state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=unknown
-  [ "$asked" != TERM ] && [ "$state" = RUNNING ] || { say "$1; ended by Slurm ($state)"; exit 143; }
+  # A job that Slurm has begun to end (scancel, a lost node) or to run elsewhere is not ours to requeue, although it would let us.
+  local facts
+  facts=$(patiently scontrol --oneliner show job "$job") || true
+  [ "$asked" != TERM ] && [[ $facts = *"JobState=RUNNING "*"Restarts=$restarts "* ]] || { say "$1; ended by Slurm"; exit 143; }
   say "$1; starting again"
   trap 'exit 143' TERM  # Slurm now ends this script
   patiently scontrol requeue "$job" || { say "Slurm refuses to requeue"; exit 1; }
@@ -155,29 +161,36 @@ requeue() {  # REASON
   exit 1
 }
 
-outcome='' progress='' fruitless=0
+stop_if_in_vain() {  # NAME LIMIT: ends the job at the LIMIT-th try in a row of this kind without a new checkpoint
+  local count=0
+  [ -z "$progress" ] || return 0
+  [ ! -s "$job_logs/$1" ] || read -r count < "$job_logs/$1"
+  count=$((count + 1))
+  echo "$count" > "$job_logs/$1"
+  [ "$count" -lt "$2" ] || { say "$1 $2 times in a row before a new checkpoint: not started again; see $LOG_DIR"; exit 1; }
+}
+
+outcome='' progress=''
 [ ! -s "$CRESCENDO_OUTCOME" ] || read -r outcome < "$CRESCENDO_OUTCOME"
-[ ! -s "$job_logs/fruitless" ] || read -r fruitless < "$job_logs/fruitless"
 after=$(newest_checkpoint)
-if [ "$after" != "$before" ]; then progress="newest checkpoint $after"; rm -f "$job_logs/fruitless"; fi
+if [ "$after" != "$before" ]; then progress="newest checkpoint $after"; rm -f "$job_logs"/{failed,warned}; fi
 
 case $outcome in
   finished*) say "finished"; exit 0 ;;
   refused*) say "$outcome; not started again"; exit 2 ;;
 esac
 [ "$asked" != TERM ] || { say "ended by Slurm; ${progress:-no new checkpoint}"; exit 143; }
-[ "$asked" != USR1 ] || requeue "${late:+not all processes stopped within $STOP_SECONDS s; }${progress:-no new checkpoint}"
+if [ "$asked" = USR1 ]; then
+  stop_if_in_vain warned 5
+  requeue "${late:+not all processes stopped within $STOP_SECONDS s; }${progress:-no new checkpoint}"
+fi
 # The grace time of a preemption, whose signal may reach the processes alone.
 [[ $outcome != stopped* ]] || requeue "$outcome; ${progress:-no new checkpoint}"
 
 say "failed (srun: $status); ${progress:-no new checkpoint}"
 grep -rhE 'error: |Error: ' "$LOG_DIR" --include='*.log' | sort -u | head -n 5 || true
 silent=$(patiently sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
-  awk '$2 ~ /[*]|down|drain|fail/ {print $1}' | sort -u | tr '\n' ' ') || true
+  awk '$2 ~ /[*]|down|fail/ {print $1}' | sort -u | tr '\n' ' ') || true
 [ -z "$silent" ] || requeue "not answering: $silent"
-[ -z "$progress" ] || requeue "it may go on"
-fruitless=$((fruitless + 1))
-echo "$fruitless" > "$job_logs/fruitless"
-[ "$fruitless" -gt 1 ] || requeue "once more"
-say "twice in a row before a new checkpoint: not started again; see $LOG_DIR"
-exit 1
+stop_if_in_vain failed 2
+if [ -n "$progress" ]; then requeue "it may go on"; else requeue "once more"; fi

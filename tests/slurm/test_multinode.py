@@ -127,7 +127,7 @@ RUNS = {
     "warned": {"faults": [fault("Slurm warning", 5 + 7 * n, rank=n % 2, **{"try": n}) for n in range(3)]},
     "killed": {"faults": [fault("SIGKILL", 12, rank=1, **{"try": 0})]},
     "cancelled": {"faults": [fault("Slurm cancel", 12, rank=0)]},
-    "time limit": {"faults": 3 * [SLOW], "options": ["--time=1", "--signal=B:USR1@20"]},  # the last of an option counts
+    "time limit": {"faults": 4 * [SLOW], "options": ["--time=2", "--signal=B:USR1@30"]},  # the last of an option counts
     "hanging": {
         "faults": [fault("sleep", 12, rank=1, **{"try": 0})],
         "flags": ["--engine.step_timeout_minutes", "0.1"],
@@ -274,7 +274,7 @@ def test_failing(job):
     """The second failure in a row without a new checkpoint is the last."""
     assert job.ended() == ("FAILED", "1:0", "1"), job.text
     assert job.text.count("failed (srun: ") == 2
-    assert "twice in a row before a new checkpoint: not started again" in job.text
+    assert "failed 2 times in a row before a new checkpoint: not started again" in job.text
 
 
 @once
