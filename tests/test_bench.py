@@ -1,26 +1,390 @@
-"""`bench` measures every strategy named beside the bare loop, and leaves nothing behind."""
+"""`bench` and its two companions: made-up numbers and clocks check what is reported, tiny runs that all of it works."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from conftest import error_line, tiny_values, trainer
+from conftest import ROOT, error_line, tiny_values, trainer
 
-pytestmark = pytest.mark.slow
+from trainer.bench import clock, turns
+from trainer.bench.clock import PhaseClock, covered, peak_memory
+from trainer.bench.data import rate_of
+from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
+from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config
+from trainer.config import BenchConfig, RunConfig
+from trainer.device import PEAK, peak_flops
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+from trainer.plan import resolve
+from trainer.settings import build
+
+CPU = torch.device("cpu")
 
 
-def test_bench_compares_and_cleans_up(tiny_dataset, tmp_path):
-    config, disk = tmp_path / "config.yaml", tmp_path / "disk"
-    (disk / "checkpoints").mkdir(parents=True)  # as in a run's folder: not bench's to touch
-    config.write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run")))
-    words = ["bench", config, "--rounds", "1", "--steps_per_round", "1", "--bench_dir", disk, "--json"]
-    done = trainer(*words, "--strategies", "single", "--strategies", "fsdp")
+# -- the sweep -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_keys_and_values():
+    swept = parse_sweep(["engine.compile=false,true", "model.n_layers=2", "batch.tokens_per_microbatch=auto,64"])
+    assert swept == {
+        "engine.compile": ["false", "true"],
+        "model.n_layers": ["2"],
+        "batch.tokens_per_microbatch": ["auto", "64"],
+    }
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["engine.compile"], "'engine.compile' is not KEY=V1,V2"),
+        (["seed=1,,2"], "'seed=1,,2' is not KEY=V1,V2"),
+        (["engine.complie=true"], "did you mean engine.compile?"),
+        (["rounds=1,2"], "unknown key rounds"),
+        (["device=cpu,cuda"], "device is the same for all"),
+        (["data.threads=1,2"], "data.threads is the same for all"),
+        (["seed=1", "seed=2"], "seed stands twice"),
+    ],
+)
+def test_a_bad_sweep_is_one_line(words, expected):
+    with pytest.raises(UserError) as caught:
+        parse_sweep(words)
+    assert str(caught.value).startswith("sweep: ") and expected in str(caught.value)
+
+
+def test_changes_are_laid_on_top_of_the_config():
+    config = build(BenchConfig, {"seed": 3, "engine": {"strategy": "ddp"}, "sweep": ["x"], "rounds": 2})
+    run = run_config(config, {"engine.compile": "true", "model.n_layers": "2", "batch.tokens_per_step": "auto"})
+    assert type(run) is RunConfig
+    assert (run.seed, run.engine.strategy, run.engine.compile) == (3, "ddp", True)
+    assert run.model == {"name": "hlb", "n_layers": "2"} and run.batch.tokens_per_step is None
+    with pytest.raises(UserError, match=r"engine\.compile: expected true\|false, got 'perhaps'"):
+        run_config(config, {"engine.compile": "perhaps"})
+
+
+def test_labels_are_short_where_that_is_clear():
+    assert label({"engine.compile": "true", "seed": "1"}) == "compile=true seed=1"
+    assert label({"batch.sequence_length": "64", "evaluation.sequence_length": "32"}) == (
+        "batch.sequence_length=64 evaluation.sequence_length=32"
+    )
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_distribution_has_median_and_interquartile_spread():
+    found = distribution([100.0, 90.0, 110.0, 50.0, 120.0])
+    assert found["median"] == 100 and found["spread"] == pytest.approx(0.2)  # quartiles 90 and 110
+    assert distribution([7.0]) == {"median": 7.0, "spread": None, "samples": [7.0]}
+
+
+def test_in_turns_the_ratio_is_taken_round_by_round():
+    base, other = Record(rates=[100.0, 50.0, 10.0]), Record(rates=[200.0, 100.0, 20.0])
+    base.beside = other.beside = base.rates
+    assert ratio(other, base) == pytest.approx(2) and ratio(base, other) == pytest.approx(0.5)
+
+
+class Made(Contender):
+    """A contender of made-up speed on a machine that becomes slower with every visit."""
+
+    kind = "trainer"
+    drift = 100.0
+
+    def __init__(self, name, speed=1.0, memory=None):
+        super().__init__(name, None, None, World(), CPU)
+        self.speed, self.memory = speed, memory
+
+    def needs(self):
+        return self.memory
+
+    def close(self):
+        Made.drift -= 10
+
+
+def test_one_by_one_drift_of_the_machine_cancels_out(monkeypatch):
+    monkeypatch.setattr(Made, "drift", 100.0)
+    monkeypatch.setattr(turns, "start", lambda one: None)
+    monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
+    monkeypatch.setattr(turns, "turn", lambda one, steps: one.speed * Made.drift)
+    first, second, third = contenders = [Made("first"), Made("second", 2.0), Made("third", 0.5)]
+    turns.measure(contenders, BenchConfig(rounds=2), together=False)
+    assert first.record.rates == [100, 100, 80, 80, 60, 60]
+    assert second.record.rates == [180, 180] and second.record.beside == [90, 90]
+    # The drift is linear in the visits, so the mean of the first before and after is what it would have had in between.
+    assert ratio(second.record, first.record) == pytest.approx(2)
+    assert ratio(third.record, second.record) == pytest.approx(0.25)
+
+
+def test_in_turns_all_are_warmed_up_and_none_is_always_first(monkeypatch):
+    order = []
+    monkeypatch.setattr(turns, "start", lambda one: None)
+    monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
+    monkeypatch.setattr(turns, "turn", lambda one, steps: order.append(one.name) or 1.0 * len(order))
+    contenders = [Made("a"), Made("b")]
+    turns.measure(contenders, BenchConfig(rounds=2), together=True)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert [one.record.rates for one in contenders] == [[4, 5], [3, 6]]
+    assert contenders[1].record.beside == [4, 5]
+
+
+def test_all_are_held_at_once_only_where_they_fit():
+    two = [Made(name, memory={"weights": 30, "activations": 10, "total": 40}) for name in "ab"]
+    assert turns.fit_together(two, 70 / turns.ROOM)  # both hold 30, one at a time 10 more
+    assert not turns.fit_together(two, 69 / turns.ROOM)
+
+
+def test_compiled_code_is_not_shared_by_several_shapes():
+    def shaped(compile, tokens):
+        one = Made("")
+        batch = SimpleNamespace(sequence_length=64, tokens_per_microbatch=tokens)
+        one.plan = SimpleNamespace(
+            config=SimpleNamespace(model={"name": "hlb"}, batch=batch, engine=SimpleNamespace(compile=compile))
+        )
+        return one
+
+    assert turns.share_compiled_code([shaped(True, 64), shaped(False, 128)])
+    assert not turns.share_compiled_code([shaped(False, 64), shaped(False, 128)])
+    assert not turns.share_compiled_code([shaped(True, 64), shaped(False, 64)])
+
+
+def test_overlapping_collectives_count_once():
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.8)]) == 4.0
+    assert covered([]) == 0
+
+
+def test_phases_are_told_apart(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
+
+    def work(milliseconds):
+        nonlocal now
+        now += milliseconds / 1000
+
+    class Loop:
+        module = torch.nn.Identity()
+
+        def read(self):
+            work(1)
+
+        def backward(self):
+            self.module(work(0))
+            work(4)
+
+        def update(self):
+            work(8)
+
+        def step(self):
+            self.read()
+            for _ in range(2):
+                self.backward()
+            self.update()
+            work(16)
+
+    loop, watched = Loop(), PhaseClock(CPU)
+    loop.module.forward = lambda _: work(2)
+    watched.watch(loop, "read", "data")
+    watched.watch(loop, "backward", "backward")
+    watched.watch(loop, "update", "optimiser")
+    watched.watch_module(loop.module, "forward")
+    expected = {"data": 1, "forward": 4, "backward": 8, "optimiser": 8, "other": 16, "step": 37}
+    assert watched.measure(loop.step, 3) == pytest.approx(expected)
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    with peak_memory(CPU) as peak:
+        first = torch.empty(250_000)  # 1 MB
+        second = first + first
+        del second
+        third = first + first
+    del third
+    assert peak.bytes == 2_000_000
+
+
+def test_a_rate_ends_with_the_data():
+    calls = []
+    assert rate_of(lambda: calls.append(1) or 10, most=25) > 0
+    assert len(calls) == 3
+
+
+# -- peaks and reports -----------------------------------------------------------------------------------------------
+
+
+def test_peaks_are_known_by_exact_name_and_type_or_not_at_all(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert (peak_flops(gpu, "bf16"), peak_flops(gpu, "pure_bf16"), peak_flops(gpu, "fp32")) == (
+        989.4e12,
+        989.4e12,
+        494.7e12,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 NVL")
+    assert peak_flops(gpu, "bf16") is None
+    assert peak_flops(CPU, "bf16") is None
+    assert all(peaks["bf16"] > peaks["tf32"] for peaks in PEAK.values())
+
+
+def made_contender(name, kind, rates):
+    config = build(
+        RunConfig,
+        {
+            "model": {"name": "gpt2", "d_model": 64, "n_layers": 1, "n_heads": 1, "max_context": 64},
+            "data": {"tokenizer": "bytes", "sample_length": 64},
+            "device": "cpu",
+            "precision": "fp32",
+        },
+    )
+    one = Made(name)
+    one.kind, one.plan = kind, resolve(config)
+    one.record = Record(rates, [100.0, 100.0], 1.5, 2**30, 0, dict.fromkeys(("step", *clock.PHASES), 1.0))
+    one.record.phases_ms["communication"] = None
+    return one
+
+
+def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
+    config = BenchConfig(bench_dir=str(tmp_path / "new" / "folder"), rounds=2)
+    pair = [made_contender("gpt2", "trainer", [100.0, 100.0]), made_contender("bare loop", "peer", [50.0, 50.0])]
+    report = train_report(config, pair, True, ["a note"])
+    report.publish(as_json=True)
+    body = json.loads(capsys.readouterr().out)
+    ours, bare = body["rows"]
+    assert (body["format"], body["kind"], body["order"], body["notes"]) == (1, "train", "in turns", ["a note"])
+    assert ours["ratio"] == {"bare loop": 2.0} and ours["mfu"] is None and ours["peak_flops"] is None
+    assert ours["config"]["model"]["d_model"] == 64 and bare["kind"] == "peer"
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    assert json.loads((folder / "bench.json").read_text()) == body
+    table = (folder / "bench.md").read_text()
+    cells = dict(zip(*([c.strip() for c in line.split("|")] for line in table.splitlines()[2:5:2]), strict=True))
+    assert (cells["MFU"], cells["communication"], cells["/ bare loop"]) == (MISSING, MISSING, "2.000")
+    assert "'CPU', fp32: n/a" in table and "- a note" in table
+
+    # The same with a peak: 100 tokens/s x FLOPs per token over the peak.
+    monkeypatch.setattr("trainer.bench.report.peak_flops", lambda device, precision: 1e12)
+    body = train_report(config, pair, True, []).body
+    assert body["rows"][0]["mfu"] == pytest.approx(100 * ours["flops_per_token"] / 1e12)
+
+
+def test_tables_line_up():
+    assert markdown_table([["", "x"], ["long name", "1,000"]]) == [
+        "|           |     x |",
+        "| --------- | ----: |",
+        "| long name | 1,000 |",
+    ]
+
+
+# -- the verbs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_config(tiny_dataset, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run")))
+    return path
+
+
+def bench(*words, timeout=240):
+    done = trainer("bench", *words, "--rounds", "2", "--steps_per_round", "1", "--json", timeout=timeout)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    rates = report["tokens_per_second"]
-    assert list(rates) == ["bare loop", "single", "fsdp"] and rates["bare loop"]["ratio"] == 1
-    assert all(row["tokens_per_second"] > 0 for row in rates.values())
-    assert set(report["checkpoint"]) == {"single", "fsdp"}
-    assert [path.name for path in disk.iterdir()] == ["checkpoints"]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_bench_compares_every_combination_and_the_bare_loop(tiny_config, tmp_path):
+    folder = tmp_path / "bench"
+    sweep = ["--sweep", "engine.strategy=single,fsdp", "--sweep", "batch.sequence_length=32,64"]
+    body = bench(tiny_config, "--bench_dir", folder, *sweep)
+    names = ["strategy=single sequence_length=32", "strategy=single sequence_length=64"]
+    names += ["strategy=fsdp sequence_length=32", "strategy=fsdp sequence_length=64", "bare loop"]
+    assert [row["name"] for row in body["rows"]] == names
+    assert (body["order"], body["device"], body["processes"]) == ("in turns", "CPU", 1)
+    assert {"command", "versions", "git"} <= set(body["environment"])
+    for row in body["rows"]:
+        assert len(row["tokens_per_second"]["samples"]) == 2 and row["tokens_per_second"]["median"] > 0
+        assert row["ratio"].keys() == {"bare loop", names[0]}
+        assert set(row["phases_ms"]) == {*clock.PHASES, "other", "step", "communication"}
+        assert all(row["phases_ms"][phase] > 0 for phase in (*clock.PHASES, "step"))
+        assert row["peak_memory_bytes"] > 12 * row["parameters"]  # weights and moments in fp32
+        assert row["first_step_seconds"] > 0 and row["recompilations"] == 0 and row["mfu"] is None
+    lengths = [row["config"]["batch"]["sequence_length"] for row in body["rows"]]
+    assert lengths == [32, 64, 32, 64, 32]
+    assert {row["config"]["batch"]["sequence_start"] for row in body["rows"]} == {32, 64}
+    assert {row["config"]["batch"]["n_max"] for row in body["rows"]} == {1}
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     assert not (tmp_path / "run").exists()
-    assert "engine.strategy" in error_line(trainer(*words, "--strategies", "hsdp"))
+    assert "engine.strategy" in error_line(trainer("bench", tiny_config, "--sweep", "engine.strategy=hsdp"))
+    assert "no counterpart of hlb" in error_line(trainer("bench", tiny_config, "--peers", "transformers"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path):
+    gpt2 = {"name": "gpt2", "d_model": 32, "n_layers": 1, "n_heads": 2, "max_context": 64}
+    words = [word for key, value in gpt2.items() for word in (f"--model.{key}", str(value))]
+    sweep = ["--engine.compile", "true", "--peers", "transformers", "--sweep", "batch.tokens_per_microbatch=128,256"]
+    body = bench(tiny_config, *words, *sweep, "--bench_dir", tmp_path / "bench", timeout=400)
+    assert body["order"] == "one by one"
+    first, second, theirs = body["rows"]
+    assert theirs["name"] == "transformers"
+    assert "GPT2LMHeadModel, attention sdpa" in theirs["details"]["what"]
+    assert len(first["tokens_per_second"]["samples"]) == 6  # before, between and after the two others
+    assert len(second["tokens_per_second"]["samples"]) == 2
+    assert all(row["recompilations"] == 0 for row in body["rows"])
+    assert set(second["ratio"]) == {"transformers", "tokens_per_microbatch=128"}
+
+
+@pytest.mark.slow
+def test_two_processes_see_their_communication(tiny_config, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    words += ["bench", tiny_config, "--sweep", "engine.strategy=ddp,fsdp", "--rounds", "1", "--steps_per_round", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, words), "--json", "--bench_dir", str(tmp_path / "bench")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["processes"] == 2
+    assert [row["name"] for row in body["rows"]] == ["strategy=ddp", "strategy=fsdp", "bare loop"]
+    assert all(row["phases_ms"]["communication"] > 0 for row in body["rows"])
+
+
+@pytest.mark.slow
+def test_bench_data_compares_loader_and_training(tiny_config, tmp_path):
+    body = bench("data", tiny_config, "--bench_dir", tmp_path / "bench")
+    cold, warm, tokenizer, training = body["rows"]
+    assert body["kind"] == "data"
+    assert [row["name"] for row in body["rows"]] == ["loader, cold", "loader, warm", "tokenizer", "training, hlb"]
+    consumed = training["tokens_per_second"]["median"]
+    for row in (cold, warm):
+        assert row["ratio"] == pytest.approx(row["tokens_per_second"]["median"] / consumed)
+        assert row["megabytes_per_second"] == pytest.approx(2e-6 * row["tokens_per_second"]["median"])  # uint16
+    assert tokenizer["megabytes_per_second"] > 0
+    assert sorted(path.name for path in (tmp_path / "bench").iterdir()) == ["bench.json", "bench.md"]
+    assert "one configuration" in error_line(trainer("bench", "data", tiny_config, "--sweep", "seed=1,2"))
+
+
+@pytest.mark.slow
+def test_bench_checkpoint_cleans_up(tiny_config, tmp_path):
+    folder = tmp_path / "disk"
+    (folder / "checkpoints").mkdir(parents=True)  # as in a run's folder: not bench's to touch
+    body = bench("checkpoint", tiny_config, "--bench_dir", folder, "--sweep", "checkpoint.asynchronous=false,true")
+    assert [row["name"] for row in body["rows"]] == ["asynchronous=false", "asynchronous=true"]
+    for row in body["rows"]:
+        seconds = {name: times["median"] for name, times in row["seconds"].items()}
+        assert set(seconds) == {"waiting", "saving", "loading", "plain_writing", "plain_reading"}
+        assert seconds["waiting"] <= seconds["saving"] and min(seconds.values()) > 0
+        assert row["bytes"] > 0 and row["saving_ratio"] > 0 and row["loading_ratio"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "checkpoints"]
+
+
+def test_words_that_are_no_verb_are_configs():
+    assert "dta: no such config file" in error_line(trainer("bench", "dta"))

@@ -16,7 +16,7 @@ from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
-WITH_JSON = ("plan", "evaluate", "bench")
+WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo's errors say
 VERBS = {
     "prepare": "text to MDS shards",
@@ -25,7 +25,9 @@ VERBS = {
     "generate": "continue prompts with a run's model",
     "evaluate": "loss of a run's checkpoint on a validation split",
     "export": "a run's weights as safetensors, for other programs",
-    "bench": "speed of strategies against a bare PyTorch loop, and of checkpoints",
+    "bench": "speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
+    "bench data": "speed of loader and tokenizer, against what training consumes",
+    "bench checkpoint": "speed of saving and loading, against a plain file",
     "preflight": "what differs between the machines of a run, and which is slow",
 }
 
@@ -116,10 +118,11 @@ def without_local_rank(words: list[str], place: Place) -> list[str]:
 def dispatch(words: list[str]) -> None:
     """Parse the command line and call the verb."""
     if not words or words[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {name:<9} {text}" for name, text in VERBS.items())
+        verbs = "\n".join(f"  {name:<16} {text}" for name, text in VERBS.items())
         print(USAGE.format(verbs=verbs))
         return
-    verb, rest = words[0], words[1:]
+    length = 2 if " ".join(words[:2]) in VERBS else 1  # some verbs are two words
+    verb, rest = " ".join(words[:length]), words[length:]
     if verb not in VERBS:
         import difflib
 
@@ -138,6 +141,8 @@ def dispatch(words: list[str]) -> None:
         "evaluate": schema.EvaluateConfig,
         "export": schema.ExportConfig,
         "bench": schema.BenchConfig,
+        "bench data": schema.BenchConfig,
+        "bench checkpoint": schema.BenchConfig,
         "preflight": schema.RunConfig,
     }
     cls = classes[verb]
@@ -206,7 +211,8 @@ def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_jso
     elif print_config:
         print(to_yaml(config), end="")
     else:
-        module = importlib.import_module(f"trainer.{'data.' if verb == 'prepare' else ''}{verb}")
+        place = "data.prepare" if verb == "prepare" else verb.replace(" ", ".")
+        module = importlib.import_module(f"trainer.{place}")
         # A run's own values are needed once more, on top of what its folder holds.
         module.run(values if verb == "train" else config, *([as_json] if verb in WITH_JSON else []))
 

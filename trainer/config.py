@@ -187,12 +187,17 @@ class RunConfig:
 
 @dataclass
 class BenchConfig(RunConfig):
-    """`bench`: a run's keys, and what to measure."""
+    """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
 
-    strategies: list[str] = setting((), "engine.strategy to compare; repeat the flag for several; none: auto")
+    sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
+    peers: list[Literal["bare", "transformers"]] | None = setting(
+        None, "bench: bare (a plain PyTorch loop), transformers (the same shape there); auto: those there are"
+    )
     rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
-    bench_dir: str | None = setting(None, "existing folder on the disk to measure; none: that of temporary files")
+    bench_dir: str | None = setting(
+        None, "folder of bench.md, .json and .png, on the disk that `bench checkpoint` measures; none: runs/bench-TIME"
+    )
 
 
 @dataclass

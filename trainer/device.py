@@ -9,16 +9,20 @@ import torch
 
 from trainer.errors import UserError
 
-# Dense bf16 matrix peak in FLOP/s by exact device name (vendor data sheets). A device not here has no MFU, never a guess.
-PEAK_BF16 = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
+# Dense matrix peak in FLOP/s by exact device name and type of the factors (vendor data sheets, without sparsity). What is
+# not here has no MFU, never a guess.
+PEAK = {
+    "NVIDIA A100-SXM4-40GB": {"bf16": 312e12, "tf32": 156e12},
+    "NVIDIA A100-SXM4-80GB": {"bf16": 312e12, "tf32": 156e12},
+    "NVIDIA A100-PCIE-40GB": {"bf16": 312e12, "tf32": 156e12},
+    "NVIDIA A100 80GB PCIe": {"bf16": 312e12, "tf32": 156e12},
+    "NVIDIA H100 80GB HBM3": {"bf16": 989.4e12, "tf32": 494.7e12},
+    "NVIDIA H100 PCIe": {"bf16": 756e12, "tf32": 378e12},
+    "NVIDIA H200": {"bf16": 989.4e12, "tf32": 494.7e12},
+    "NVIDIA L4": {"bf16": 121e12, "tf32": 60e12},
+    "NVIDIA L40S": {"bf16": 362e12, "tf32": 183e12},
 }
+FACTORS = {"fp32": "tf32", "bf16": "bf16", "pure_bf16": "bf16"}  # what a GPU multiplies, by precision
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -80,11 +84,14 @@ def memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver gives it, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s to compare with, or None where it is not known for certain."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    return PEAK_BF16.get(torch.cuda.get_device_name(device))
+    return PEAK.get(device_name(device), {}).get(FACTORS[precision])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

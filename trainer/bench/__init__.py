@@ -1,0 +1,51 @@
+"""`bench`: what a training step costs, for every combination of a sweep and beside its peers, measured in one process.
+
+variants.py: what is compared; peers.py: what it is compared with; turns.py and clock.py: how it is measured; report.py:
+table, JSON and plot; data.py, checkpoint.py: the verbs `bench data`, `bench checkpoint`. README.md: the JSON's fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.bench.peers import peers
+from trainer.bench.report import train_report
+from trainer.bench.turns import ROOM, fit_together, measure, memory_of_process, share_compiled_code
+from trainer.bench.variants import Contender, Variant, variants
+from trainer.config import BenchConfig
+from trainer.data.stream import find_dataset
+from trainer.device import choose_device
+from trainer.engine.distributed import World, join, read_world
+from trainer.memory import GIB
+from trainer.train import obtain_dataset
+
+
+def run(config: BenchConfig, as_json: bool = False) -> None:
+    """The verb: writes bench.json, bench.md and bench.png, and prints the table or the JSON to stdout."""
+    world, found, dataset = enter(config)
+    first, memory = found[0], memory_of_process(found[0].device, world)
+    contenders: list[Contender] = [*found]
+    notes = []
+    for peer in peers(config, first):
+        need = peer.needs()["total"]
+        if need > ROOM * memory:
+            notes.append(f"{peer.name} left out: expected to need {need / GIB:.1f} of {memory / GIB:.1f} GiB")
+        else:
+            contenders.append(peer)
+    together = world.on_leader(lambda: fit_together(contenders, memory)) and not share_compiled_code(contenders)
+    measure(contenders, config, together)
+    world.stop()
+    if world.leader:
+        train_report(config, contenders, together, notes).publish(as_json)
+
+
+def enter(config: BenchConfig) -> tuple[World, list[Variant], Any]:
+    """The process group, the variants of the sweep (at least one, none built), and the dataset, prepared if need be."""
+    world = read_world()
+    obtain_dataset(config, world)
+    join(world, config.device, config.engine.timeout_minutes, alone=True)
+    device: torch.device = choose_device(config.device, world.local_rank)
+    dataset = find_dataset(config.data)
+    return world, variants(config, dataset, world, device), dataset

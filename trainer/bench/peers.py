@@ -1,0 +1,196 @@
+"""What the trainer is compared with: a bare PyTorch loop around its own model, and the same shape in `transformers`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.bench.clock import PhaseClock
+from trainer.bench.variants import Contender
+from trainer.config import BenchConfig
+from trainer.data.stream import Split, TrainStream
+from trainer.engine.base import Engine, autocast, prepare_device, with_storage
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+from trainer.memory import build_meta, expected_memory
+from trainer.plan import Plan
+
+
+class Reader:
+    """This rank's rows of each step, straight from the stream: equally many on every rank."""
+
+    def __init__(self, plan: Plan, dataset: Any, world: World) -> None:
+        config = plan.config
+        self.length = config.batch.sequence_length
+        self.sequences = -(-(config.batch.tokens_per_step // self.length) // world.size)  # of one rank
+        self.first, self.step_tokens = self.sequences * world.rank, self.sequences * self.length * world.size
+        self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
+        self.position = 0
+
+    def read(self) -> Tensor:
+        """[rows, length + 1] int64 in CPU memory; begins to read those of the next step."""
+        rows = self.stream.windows(self.position, self.length, self.first, self.sequences)
+        self.position += self.step_tokens
+        self.stream.read_ahead(self.position, self.length, self.first, self.sequences)
+        return torch.from_numpy(rows)
+
+    def read_tokens(self) -> int:
+        """Read a step; returns how many tokens that were."""
+        return self.read()[:, 1:].numel()
+
+
+class Peer(Contender):
+    """The loop everyone writes first: autocast, fused AdamW, clipping, DDP where there are several processes."""
+
+    kind = "peer"
+
+    def make_model(self) -> Any:
+        """The model on the device, with initial weights."""
+        raise NotImplementedError
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the token losses; tokens, targets: [B, T]."""
+        raise NotImplementedError
+
+    def build(self) -> None:
+        config = self.plan.config
+        self.config = config
+        prepare_device(self.device, config.deterministic)
+        model = self.make_model()
+        model = model.to(torch.bfloat16) if config.precision == "pure_bf16" else model
+        self.model: Any = DistributedDataParallel(model) if self.world.size > 1 else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.reader = Reader(self.plan, self.dataset, self.world)
+
+    def step(self) -> int:
+        rows = self.read()
+        parts = rows.split(max(1, self.config.batch.tokens_per_microbatch // self.reader.length))
+        for number, part in enumerate(parts, 1):
+            self.backward(part, number == len(parts))
+        self.update()
+        return self.reader.step_tokens
+
+    def read(self) -> Tensor:
+        rows = self.reader.read()
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
+    def backward(self, rows: Tensor, last: bool) -> None:
+        quiet = self.world.size > 1 and not last
+        with self.model.no_sync() if quiet else contextlib.nullcontext():
+            (self.forward(rows) * (self.world.size / self.reader.step_tokens)).backward()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        with autocast(self.device, self.config.precision):
+            return self.loss(rows[:, :-1], rows[:, 1:])
+
+    def update(self) -> None:
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def watch(self, clock: PhaseClock) -> None:
+        phases = {"read": "data", "forward": "forward", "backward": "backward", "update": "optimiser"}
+        for method, phase in phases.items():
+            clock.watch(self, method, phase)
+
+    def close(self) -> None:
+        self.reader.stream.close()
+        # Also what `watch` has put in the place of methods.
+        for name in ("model", "optimizer", "reader", "read", "forward", "backward", "update"):
+            self.__dict__.pop(name, None)
+        super().close()
+
+    def needs(self) -> dict[str, int]:
+        config = self.plan.config
+        engine = dataclasses.replace(config.engine, strategy="ddp" if self.world.size > 1 else "single", offload=False)
+        config = dataclasses.replace(config, engine=engine)
+        return expected_memory(self.plan.model_class, self.plan.model_config, config, self.world.size)
+
+
+class BareLoop(Peer):
+    """Our own model, with the kernels, recomputation and compilation of the first variant."""
+
+    def make_model(self) -> Any:
+        model = with_storage(build_meta(self.plan.model_class, self.plan.model_config), self.device)
+        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        Engine.prepare_blocks(cast(Any, self), model)
+        return model
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model(tokens, targets=targets, reduction="sum").loss
+
+
+class TransformersPeer(Peer):
+    """The same shape in `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
+
+    def make_model(self) -> Any:
+        sys.modules.setdefault("torchvision", cast(Any, None))  # one built for another torch would break the import
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        with self.device:
+            model = COUNTERPARTS[self.plan.config.model["name"]](self.plan.model_config)
+        assert sum(p.numel() for p in model.parameters()) == self.plan.parameters
+        version, attention = importlib.metadata.version("transformers"), model.config._attn_implementation
+        self.details = {"what": f"transformers {version} {type(model).__name__}, attention {attention}"}
+        if self.config.engine.activation_checkpointing != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.config.engine.compile:
+            model.compile()
+        return model.train()
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        # It shifts the labels itself, and so leaves out the last target of each row.
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss * tokens.numel()
+
+
+def gpt2_counterpart(config: Any) -> Any:
+    """`transformers`' GPT-2 of the shape of a models.gpt2.Gpt2Config; without dropout, as ours."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_embd=config.d_model,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_positions=config.max_context,
+            activation_function="gelu" if config.gelu == "exact" else "gelu_pytorch_tanh",
+            layer_norm_epsilon=config.norm_eps,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+COUNTERPARTS: dict[str, Callable[[Any], Any]] = {"gpt2": gpt2_counterpart}  # model.name -> maker of its counterpart
+
+
+def peers(config: BenchConfig, like: Contender) -> list[Peer]:
+    """The peers that `peers` names, of the shape and batch of `like`; by default those that there are."""
+    model = like.plan.config.model["name"]
+    installed = importlib.util.find_spec("transformers") is not None
+    wanted = config.peers
+    if wanted is None:
+        wanted = ["bare", "transformers"] if installed and model in COUNTERPARTS else ["bare"]
+    if "transformers" in wanted and not installed:
+        raise UserError("peers: transformers is not installed; `pip install transformers`, or --peers bare")
+    if "transformers" in wanted and model not in COUNTERPARTS:
+        raise UserError(
+            f"peers: transformers has no counterpart of {model} here (there is one of {', '.join(COUNTERPARTS)}); --peers bare"
+        )
+    kinds: dict[str, type[Peer]] = {"bare": BareLoop, "transformers": TransformersPeer}
+    names = {"bare": "bare loop", "transformers": "transformers"}
+    return [kinds[kind](names[kind], like.plan, like.dataset, like.world, like.device) for kind in wanted]
