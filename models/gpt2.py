@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, cross_entropy, register, require_positive
+from models.base import Cache, LanguageModel, Output, register, require_positive
 from models.layers import normal_
+from models.layers.linear_cross_entropy import linear_cross_entropy
 
 OPENAI_NAMES = {
     "attention_norm": "ln_1",
@@ -120,10 +121,10 @@ class Gpt2(LanguageModel):
             x = block(x, visible, cache)
         if cache is not None:
             cache.length = stop
-        logits = F.linear(self.norm(x), self.embedding.weight)  # [B, T, V]
+        x = self.norm(x)
         if targets is None:
-            return Output(logits=logits)
-        return Output(loss=cross_entropy(logits, targets, reduction))
+            return Output(logits=F.linear(x, self.embedding.weight))  # [B, T, V]
+        return Output(loss=linear_cross_entropy(x, self.embedding.weight, targets, reduction))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)  # two branches per block add to the residual stream

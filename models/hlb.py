@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, cross_entropy, register, require_positive
+from models.base import Cache, LanguageModel, Output, register, require_positive
 from models.layers import normal_
 from models.layers.distance_attention import (
     FLEX_MIN_LENGTH,
@@ -25,6 +25,7 @@ from models.layers.distance_attention import (
     document_block_mask,
     flex_refusal,
 )
+from models.layers.linear_cross_entropy import linear_cross_entropy
 
 QUANTISED_CONTEXT = 1024  # length of the original's table of positions
 
@@ -128,10 +129,10 @@ class Hlb(LanguageModel):
             x = block(x, reach, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        logits = self.head(self.norm(x))  # [B, T, V]
+        x = self.norm(x)
         if targets is None:
-            return Output(logits=logits)
-        return Output(loss=cross_entropy(logits, targets, reduction))
+            return Output(logits=self.head(x))  # [B, T, V]
+        return Output(loss=linear_cross_entropy(x, self.head.weight, targets, reduction))
 
     def _reach(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Reach | BlockMask:
         length, device = tokens.shape[1], tokens.device

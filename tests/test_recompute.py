@@ -294,4 +294,4 @@ def test_two_processes(tmp_path, around, how):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "linear layers called 7 parameters" in done.stdout  # 2 blocks of 2, the head; the first of each again
+    assert "linear layers called 6 parameters" in done.stdout  # 2 blocks of 2; the first of each again

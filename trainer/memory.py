@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB = 1024**3
 
@@ -69,6 +69,15 @@ class Spread:
         return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
 
 
+class Kept(NamedTuple):
+    """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
+    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy."""
+
+    total: int
+    blocks: list[int]
+    logits: bool
+
+
 class Demand:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept."""
 
@@ -79,7 +88,8 @@ class Demand:
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
-        self._kept: dict[tuple[str, str], tuple[int, list[int]]] = {}
+        self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
+        self._kept: dict[tuple[str, str], Kept] = {}
 
     def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
         """Bytes on one device before any activation, by part. accumulates: a step may have several microbatches."""
@@ -92,6 +102,10 @@ class Demand:
         }
         if spread.offload:
             state |= dict.fromkeys(("weights", "gradients", "optimizer") if fsdp else ("gradients", "optimizer"), 0)
+        # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
+        state["head gradient"] = self.head * (
+            4 * (accumulates or "gradients" in sharded) + 2 * (spread.compute != "fp32")
+        )
         if fsdp or spread.strategy == "zero3":
             kept = ZERO3_REUSE if spread.strategy == "zero3" else 0 if spread.reshard else self.parameters
             copies = min(self.parameters, max(self.gathered, kept))
@@ -106,9 +120,20 @@ class Demand:
         how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and attention kernels of a
         GPU that hold less than those of the CPU.
         """
-        total, blocks = self._measure(spread.compute, how)
-        plain = self._measure(spread.compute, "none")[1]
-        return total + max(before - after for before, after in zip(plain, blocks, strict=True))
+        kept, plain = self._measure(spread.compute, how), self._measure(spread.compute, "none")
+        return kept.total + max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
+
+    def loss(self, spread: Spread, how: str, tokens: float) -> float:
+        """Bytes that the loss of a microbatch of so many tokens takes for a while, when all activations are held.
+
+        A chunk of logits; of a model that holds them all already, their gradient in fp32 and in the compute type.
+        """
+        from models.layers.linear_cross_entropy import working_bytes
+
+        vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
+        if self._measure(spread.compute, how).logits:
+            return 8 * vocab_size * tokens
+        return working_bytes(tokens, vocab_size, itemsize)
 
     def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, step: float) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
@@ -117,27 +142,25 @@ class Demand:
         """
         if memory is None:
             return float("inf")
-        # The backward pass holds the logits' gradient besides, in fp32 and in the compute type.
-        one = self.activations(spread, how) + 8 * self.model_config.vocab_size * self.length
+        one, loss = self.activations(spread, how), self.loss(spread, how, self.length)
+        most = self.loss(spread, how, float("inf"))  # what chunks keep the loss of any number of tokens to
         for accumulates in (False, True):
             room = 0.9 * memory - sum(self.state(spread, accumulates).values())
-            tokens = max(0, int(room / one)) * self.length
+            tokens = int(max(0, room / (one + loss), (room - most) / one)) * self.length
             if tokens * spread.processes >= step:
                 break
         return tokens
 
-    def _measure(self, compute: str, how: str) -> tuple[int, list[int]]:
+    def _measure(self, compute: str, how: str) -> Kept:
         if (compute, how) not in self._kept:
             self._kept[compute, how] = kept_bytes(self.model_class, self.model_config, self.length, compute, how)
         return self._kept[compute, how]
 
 
-def kept_bytes(
-    model_class: Any, model_config: Any, length: int, compute: str, how: str = "none"
-) -> tuple[int, list[int]]:
-    """Bytes alive after the forward pass of one sequence: of the whole model, and those that each block's forward added.
+def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, how: str = "none") -> Kept:
+    """What is alive after the forward pass of one sequence.
 
-    Measured by running the model on tensors without storage. Parameters and their bf16 copies do not count.
+    Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
     compute: see Spread.compute; how: engine.activation_checkpointing.
     """
     import torch
@@ -160,8 +183,10 @@ def kept_bytes(
         tokens = torch.zeros(1, length, dtype=torch.long)
         output = model(tokens, targets=tokens)
         total = alive.bytes()
+        entries = length * model_config.vocab_size
+        logits = any(size in (2 * entries, 4 * entries) for size in alive.sizes.values())
         del output
-    return total, added
+    return Kept(total, added, logits)
 
 
 @contextlib.contextmanager
@@ -184,6 +209,8 @@ def _alive_tensors(model: Any) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
+    copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
+
     class AliveTensors(TorchDispatchMode):
         supports_higher_order_operators = True
 
@@ -195,8 +222,8 @@ def _alive_tensors(model: Any) -> Any:
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
-            # Autocast's copy of a parameter is one per run, not per sequence.
-            copied = operator is torch.ops.aten._to_copy.default and self.reference(args[0]) in self.own
+            # A parameter's copy for autocast and room for its gradient are one per run, not per sequence.
+            copied = operator in copies and self.reference(args[0]) in self.own
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     reference = self.reference(tensor)
@@ -229,6 +256,7 @@ def expected_memory(model_class: Any, model_config: Any, config: Any, processes:
     sequences = min(batch.tokens_per_microbatch // length, share)
     memory = demand.state(spread, accumulates=share > sequences)
     memory["activations"] = demand.activations(spread, how) * sequences
+    memory["loss"] = int(demand.loss(spread, how, sequences * length))
     memory["total"] = sum(memory.values())
     if how != "none":
         memory["activations without checkpointing"] = demand.activations(spread, "none") * sequences

@@ -1,0 +1,181 @@
+"""Output projection and cross-entropy in one, a chunk of rows at a time: [tokens, V] logits are never held.
+
+The gradients of x and weight are taken chunk by chunk in the forward pass, as Liger does (arXiv 2410.10989): three matrix
+products in all, none repeated, and nothing of the size of the logits is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.base import IGNORE
+
+# Logits held at once. Every chunk reads and writes the whole gradient of the weight, so rows per chunk decide the speed, not
+# bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260 rows
+# 1.0 to 1.4 times, 2000 no less. GPUs want at least as many (github.com/linkedin/Liger-Kernel/pull/1414).
+CHUNK_BYTES = 256 << 20
+MIN_CHUNK_ROWS = 256
+# Scores in fp32 held at once, a part of the chunk: in a core's cache, where the passes over them cost least; elsewhere as many
+# as hide the launch of a kernel.
+TILE_BYTES_PER_CORE = 2 << 20
+TILE_BYTES = 64 << 20
+
+
+class _Form(NamedTuple):
+    """What the caller asked for; vocab_size: rows of the weight that are no padding."""
+
+    mean: bool
+    softcap: float | None
+    z_loss: float
+    vocab_size: int
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Cross-entropy in nats of the logits x weight^T + bias, fp32 scalar: mean or sum over the targets that are not IGNORE.
+
+    x: [..., D]; weight: [V, D]; bias: [V]; targets: [...]. Products are in the type of x and weight, or in autocast's;
+    softmax and sums are fp32 (fp64 for fp64). Where all targets are IGNORE the sum is 0, the mean NaN, the gradients zero.
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
+    z_loss: coefficient of logsumexp^2, added to the loss of each token (PaLM, arXiv 2204.02311).
+    vocab_size: rows of the weight from there on are padding: never predicted, without gradient.
+    The gradients are handed over in the first backward pass: a second one, or one through them, is a RuntimeError.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    form = _Form(reduction == "mean", softcap, z_loss, len(weight) if vocab_size is None else vocab_size)
+    with torch.autocast(device, enabled=False):
+        rows, labels = x.flatten(0, -2).to(dtype), targets.flatten()
+        return _LinearCrossEntropy.apply(rows, weight, bias, labels, form, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """x [N, D], targets [N] -> scalar. Makes the gradients of x, weight and bias in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: _Form, train: bool
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        counted = targets != IGNORE
+        labels = targets.where(counted, 0)
+        need_x, need_weight, need_bias = (train and need for need in ctx.needs_input_grad[:3])
+        train = need_x or need_weight or need_bias
+        dx = torch.empty_like(x) if need_x else None
+        dweight = torch.empty_like(weight, dtype=wide) if need_weight else None
+        dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
+        losses = torch.empty(len(x), dtype=wide, device=x.device)
+        w = weight[: form.vocab_size].to(x.dtype)
+        b = None if bias is None else bias[: form.vocab_size].to(x.dtype)
+        if dweight is not None:
+            dweight[len(w) :] = 0
+
+        chunk = _chunk_rows(x, w)
+        buffer = x.new_empty(chunk, len(w))
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            rows = x[part]
+            logits = buffer[: len(rows)]
+            if b is None:
+                torch.mm(rows, w.t(), out=logits)
+            else:
+                torch.addmm(b, rows, w.t(), out=logits)
+            _score(logits, labels[part], counted[part], losses[part], form, train)
+            if dx is not None:
+                torch.mm(logits, w, out=dx[part])
+            if dweight is not None:
+                _add_product(dweight[: len(w)], logits.t(), rows, first=start == 0)
+            if dbias is not None:
+                dbias[: len(w)] += logits.sum(0, dtype=wide)
+
+        total, count = losses.sum(), counted.sum()
+        # Attributes, not saved tensors: those would still be held while the backward pass hands them over.
+        ctx.gradients = [(dx, x.dtype), (dweight, weight.dtype), (dbias, wide if bias is None else bias.dtype)]
+        ctx.factor = count.clamp(min=1).to(wide).reciprocal() if form.mean else 1.0
+        return total / count if form.mean else total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy cannot be differentiated twice; leave out create_graph")
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy has handed its gradients over: one backward pass per forward pass")
+        factor = gradient * ctx.factor
+        scaled = [
+            None if made is None else made.to(factor.dtype).mul_(factor).to(dtype) for made, dtype in ctx.gradients
+        ]
+        ctx.gradients = None
+        return (*scaled, None, None, None)
+
+
+def _score(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool) -> None:
+    """Fill in the losses [n] of a chunk; where `train`, turn its logits [n, V] into the gradient of their sum."""
+    tile = _tile_rows(logits, losses.dtype)
+    for start in range(0, len(logits), tile):
+        part = slice(start, start + tile)
+        _score_tile(logits[part], labels[part], counted[part], losses[part], form, train)
+
+
+def _score_tile(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool) -> None:
+    scores = logits.to(losses.dtype)
+    if form.softcap is not None:
+        bent = (scores / form.softcap).tanh_()
+        scores = bent * form.softcap
+    probabilities = scores.softmax(-1)  # one kernel, where logsumexp and exp are five
+    log_sum = scores.amax(-1) - probabilities.amax(-1).log()  # the largest probability, unlike the target's, is never 0
+    column = labels[:, None]
+    loss = log_sum - scores.gather(1, column)[:, 0] + form.z_loss * log_sum.square()
+    losses.copy_(loss.where(counted, 0))
+    if not train:
+        return
+    probabilities *= (counted * (1 + 2 * form.z_loss * log_sum))[:, None]
+    probabilities.scatter_(1, column, probabilities.gather(1, column) - counted[:, None].to(losses.dtype))
+    if form.softcap is not None:
+        probabilities *= bent.square_().neg_().add_(1)
+    logits.copy_(probabilities)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, or = a b for the `first`; fp32 also where a and b are not."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def working_bytes(rows: float, vocab_size: int, itemsize: int) -> int:
+    """Most bytes of a chunk of logits, `itemsize` each, and a tile of fp32 scores and probabilities, for the loss of `rows`."""
+    entries = int(min(rows, _most_rows(vocab_size, itemsize))) * vocab_size
+    tile = min(4 * entries, TILE_BYTES)
+    return entries * itemsize + (tile if itemsize == 4 else 2 * tile)  # fp32 logits are scores themselves
+
+
+def _most_rows(vocab_size: int, itemsize: int) -> int:
+    return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab_size * itemsize))
+
+
+def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+    """Rows per chunk: the same in all of them, but for the last."""
+    chunks = max(1, -(-len(x) // _most_rows(len(weight), x.element_size())))
+    return max(1, -(-len(x) // chunks))
+
+
+def _tile_rows(logits: Tensor, wide: torch.dtype) -> int:
+    room = TILE_BYTES if logits.device.type != "cpu" else TILE_BYTES_PER_CORE * torch.get_num_threads()
+    return max(1, room // (logits.shape[1] * wide.itemsize))
