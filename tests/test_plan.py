@@ -10,8 +10,9 @@ from conftest import ROOT, tiny_values
 
 from trainer import memory
 from trainer import plan as p
-from trainer.config import RunConfig
+from trainer.config import PlanConfig, RunConfig
 from trainer.data.stream import find_dataset
+from trainer.device import GPUS
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.run_folder import combined_values, flat
@@ -330,3 +331,45 @@ def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):
     other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}})[0]["engine"]
     assert same["shard_size"] == 2 and same["offload"] is True
     assert other["strategy"] == "ddp" and not {"shard_size", "offload", "deepspeed_config"} & other.keys()
+
+
+@pytest.mark.parametrize(
+    "device, processes, strategy", [("a100-40gb", 1, "fsdp"), ("h200-141gb", 1, "single"), ("a100-40gb", 8, "fsdp")]
+)
+def test_a_device_that_is_not_here(device, processes, strategy):
+    """3 B parameters: 45 GiB of weights, gradients and moments in bf16 with fp32 masters."""
+    config = build(PlanConfig, {"model_scale": 148, "device": device, "world_size": processes})
+    plan, name = p.resolve_for(config)
+    assert (plan.config.engine.strategy, plan.config.precision, plan.processes) == (strategy, "bf16", processes)
+    assert plan.config.engine.offload == (strategy == "fsdp" and processes == 1)
+    needed = memory.expected_memory(plan.model_class, plan.model_config, plan.config, processes)["total"]
+    assert needed < GPUS[device].gibibytes * memory.GIB and name == GPUS[device].name
+
+
+def test_an_old_gpu_has_no_bf16():
+    assert p.resolve_for(build(PlanConfig, {"device": "t4-16gb"}))[0].config.precision == "fp32"
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(UserError, match="device: 'a100' is not known .*a100-40gb"):
+        p.resolve_for(build(PlanConfig, {"device": "a100"}))
+
+
+def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan, _ = p.resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
+    assert p.time_row(plan, "NVIDIA A100-SXM4-40GB", None).value == "unknown"
+    for date, device, rate in (
+        ("1", "NVIDIA A100-SXM4-40GB", 5.0),
+        ("2", "NVIDIA A100-SXM4-40GB", 1000.0),
+        ("3", "CPU", 1.0),
+    ):
+        row = {"kind": "trainer", "config": {"model": plan.config.model, "precision": "bf16"}}
+        report = {"kind": "train", "device": device, "processes": 1}
+        report["rows"] = [row | {"tokens_per_second": {"median": rate}}]
+        (tmp_path / "runs" / f"bench-{date}").mkdir(parents=True)
+        (tmp_path / "runs" / f"bench-{date}" / "bench.json").write_text(json.dumps(report))
+    found = p.time_row(plan, "NVIDIA A100-SXM4-40GB", price=3.6)
+    hours = p.minimum_tokens(plan) / 2000 / 3600
+    assert found.value == pytest.approx(hours, abs=5e-4)
+    assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "as if speed grew" in found.rule

@@ -135,7 +135,7 @@ def dispatch(words: list[str]) -> None:
 
     classes = {
         "prepare": schema.PrepareConfig,
-        "plan": schema.RunConfig,
+        "plan": schema.PlanConfig,
         "train": schema.RunConfig,
         "generate": schema.GenerateConfig,
         "evaluate": schema.EvaluateConfig,
@@ -203,7 +203,11 @@ def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_jso
 
         values, _ = combined_values(values)
     config = build(cls, values)
-    if verb in ("plan", "train") and print_config:
+    if print_config and verb == "plan":
+        from trainer.plan import resolve_for
+
+        print(to_yaml(resolve_for(config)[0].config), end="")
+    elif print_config and verb == "train":
         from trainer.data.stream import find_dataset
         from trainer.plan import resolve
 

@@ -186,6 +186,16 @@ class RunConfig:
 
 
 @dataclass
+class PlanConfig(RunConfig):
+    """`plan`: a run's keys, and the machines to plan for."""
+
+    device: str = setting("auto", "auto, cpu, cuda, or a GPU that need not be here, such as a100-40gb")  # type: ignore[assignment]
+    world_size: int | None = setting(None, "processes; none: as many as were started", low=1)
+    processes_per_machine: int = setting(8, "of world_size", low=1)
+    price: float | None = setting(None, "of a device for an hour, in any currency", above=0)
+
+
+@dataclass
 class BenchConfig(RunConfig):
     """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
 

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import NamedTuple
 
 import torch
 
 from trainer.errors import UserError
+
+
+class Gpu(NamedTuple):
+    """A GPU to plan for. name: as its driver gives it; gibibytes: of memory as torch sees it, less than the label says."""
+
+    name: str
+    gibibytes: float
+    has_bf16: bool = True
+
+
+GPUS = {
+    "t4-16gb": Gpu("Tesla T4", 14.6, has_bf16=False),
+    "v100-16gb": Gpu("Tesla V100-SXM2-16GB", 15.8, has_bf16=False),
+    "l4-24gb": Gpu("NVIDIA L4", 22.0),
+    "rtx4090-24gb": Gpu("NVIDIA GeForce RTX 4090", 23.6),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 39.4),
+    "l40s-48gb": Gpu("NVIDIA L40S", 44.4),
+    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 79.1),
+    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", 79.1),
+    "h200-141gb": Gpu("NVIDIA H200", 139.7),
+}
 
 # Dense matrix peak in FLOP/s by exact device name and type of the factors (vendor data sheets, without sparsity). What is
 # not here has no MFU, never a guess.

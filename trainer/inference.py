@@ -63,14 +63,22 @@ class Inference:
         for key, value, rule in reconcile(self.config, read_wishes(os.environ), world.size):
             self.note(key, value, rule)
 
-    def hardware(self) -> None:
+    def hardware(self, gpu: Any) -> None:
+        """gpu: a trainer.device.Gpu to plan for; None: the device at hand."""
         from trainer.device import choose_device, choose_precision, memory_bytes
 
-        device = choose_device(self.config.device)
-        precision, rule = choose_precision(self.config.precision, device)
+        self.memory: Any
+        if gpu is None:
+            device = choose_device(self.config.device)
+            precision, rule = choose_precision(self.config.precision, device)
+            self.memory = memory_bytes(device)
+        else:
+            fastest = "bf16" if gpu.has_bf16 else "fp32"
+            given = self.config.precision != "auto"
+            precision, rule = (self.config.precision, "set") if given else (fastest, f"what an {gpu.name} multiplies")
+            self.memory = int(gpu.gibibytes * GIB)
         self.config.precision = precision
         self.note("precision", precision, rule)
-        self.memory: Any = memory_bytes(device)
         self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.memory))
 
     def batch(self, dataset: Any) -> None:

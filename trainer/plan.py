@@ -6,18 +6,21 @@ the meta device, so 3 B parameters plan on a laptop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trainer import scaling
-from trainer.config import RunConfig
+from trainer.config import PlanConfig, RunConfig
 from trainer.errors import UserError
 from trainer.inference import Inference, Row
-from trainer.launcher import find_place
+from trainer.launcher import Place, find_place
 from trainer.memory import GIB, build_meta, expected_memory
 from trainer.settings import build, coerce
 
@@ -50,11 +53,11 @@ class Plan:
         return scaling.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
 
 
-def resolve(config: RunConfig, dataset: Any = None, world: Any = None) -> Plan:
+def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
     """Fill every `None` and `auto` of `config` by a rule.
 
     dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or Place, by default
-    what the launcher says. On a resolved config it changes nothing.
+    what the launcher says; gpu: a trainer.device.Gpu to plan for, by default the device at hand. On a resolved config it changes nothing.
     """
     config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
     world = world or find_place(os.environ)
@@ -62,7 +65,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None) -> Plan:
     model_class, model_config, vocab_size = _resolve_model(inference, dataset)
     inference.model(model_class, model_config)
     inference.launcher(world)
-    inference.hardware()
+    inference.hardware(gpu)
     inference.batch(dataset)
     inference.engine(world)
     inference.microbatch()
@@ -198,7 +201,7 @@ def show_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def render(plan: Plan) -> str:
+def render(plan: Plan, more: Sequence[Row] = ()) -> str:
     """The plan as a table: key, value, rule."""
     facts = summary(plan)
     memory = facts["memory_bytes"]
@@ -216,17 +219,69 @@ def render(plan: Plan) -> str:
         ),
         Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    rows = plan.rows + law_rows(plan) + derived
+    rows = plan.rows + law_rows(plan) + derived + list(more)
     keys = max(len(row.key) for row in rows)
     values = max(len(show_number(row.value)) for row in rows)
     lines = [f"{row.key:<{keys}}  {show_number(row.value):>{values}}  {row.rule}" for row in rows]
     return "\n".join(lines)
 
 
-def run(config: RunConfig, as_json: bool = False) -> None:
-    """The verb: print the plan to stdout (a table, or one JSON object)."""
-    from trainer.data.stream import find_dataset
+def find_bench(plan: Plan, device: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest bench.json in runs/ that has this model in this precision on such a device, and its row of the trainer."""
+    for path in sorted(Path("runs").glob("bench-*/bench.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            for row in report["rows"] if (report["kind"], report["device"]) == ("train", device) else []:
+                same = (row["config"]["model"], row["config"]["precision"]) == (
+                    plan.config.model,
+                    plan.config.precision,
+                )
+                if row["kind"] == "trainer" and same:
+                    return path, row | {"processes": report["processes"]}
+    return None
 
-    plan = resolve(config, find_dataset(config.data))
-    text = json.dumps(summary(plan)) if as_json else render(plan)
+
+def time_row(plan: Plan, device: str, price: float | None) -> Row:
+    """Hours of the whole run, and money where a price per hour is given, by the newest bench of this model."""
+    found = find_bench(plan, device)
+    if found is None:
+        return Row(
+            "hours", "unknown", f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
+        )
+    path, row = found
+    rate = row["tokens_per_second"]["median"] * plan.processes / row["processes"]
+    hours = minimum_tokens(plan) / rate / 3600
+    rule = f"at {rate:,.0f} tokens/s, by {path}"
+    if plan.processes != row["processes"]:
+        rule += f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, as if speed grew with their number"
+    if price is not None:
+        rule += f"; {hours * price * plan.processes:,.2f} at {price:g} an hour and device"
+    return Row("hours", round(hours, 3), rule)
+
+
+def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
+    """The plan for the device and processes that `config` names, and the device's name. UserError for an unknown device."""
+    from trainer.data.stream import find_dataset
+    from trainer.device import GPUS, choose_device, device_name
+
+    gpu = GPUS.get(config.device)
+    if gpu is None and config.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: {config.device!r} is not known (allowed: auto, cpu, cuda, {', '.join(GPUS)})")
+    size = config.world_size
+    world = None if size is None else Place(0, size, 0, min(size, config.processes_per_machine))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
+    if gpu is not None:
+        values["device"] = "auto"
+    plan = resolve(RunConfig(**values), find_dataset(config.data), world, gpu)
+    return plan, device_name(choose_device(config.device)) if gpu is None else gpu.name
+
+
+def run(config: PlanConfig, as_json: bool = False) -> None:
+    """The verb: print the plan to stdout (a table, or one JSON object)."""
+    plan, device = resolve_for(config)
+    hours = time_row(plan, device, config.price)
+    if as_json:
+        text = json.dumps(summary(plan) | {"hours": hours.value, "hours_rule": hours.rule})
+    else:
+        text = render(plan, [hours])
     sys.stdout.write(text + "\n")
