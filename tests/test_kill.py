@@ -22,7 +22,7 @@ from trainer.metrics.record import read_rows
 pytestmark = pytest.mark.slow
 
 FULL = bool(os.environ.get("FULL_MATRIX"))
-KILLS = 50 if FULL else 10
+KILLS = 50 if FULL else 6
 KILLS_OF_RANKS = 20 if FULL else 3
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "100", "-m")
 

@@ -93,20 +93,6 @@ def test_more_ranks_than_sequences(single, tiny_dataset, tmp_path):
     assert results[0] == pytest.approx(results[1], rel=3e-4)
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_resuming_on_another_number_of_processes(single, tiny_dataset, tmp_path, before, after):
-    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
-    values["checkpoint"]["keep"] = 9
-    done = launch(torchrun(before), values, tmp_path)
-    assert done.returncode == 0, done.stderr
-    for step in (8, 12):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
-    done = launch(torchrun(after), values, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
-    assert_equal_losses(tmp_path / "run", single)
-
-
 def test_accelerate_launch_on_one_process(single, tiny_dataset, tmp_path):
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
     done = launch(["accelerate.commands.launch", "--cpu", "--num_processes", "1"], values, tmp_path)
@@ -256,22 +242,6 @@ def accelerate_launch(tmp_path: Path, **config) -> list[str]:
     path = tmp_path / "accelerate.yaml"
     path.write_text(yaml.safe_dump(values | config))
     return ["accelerate.commands.launch", "--config_file", str(path)]
-
-
-@pytest.mark.parametrize(
-    "config, strategy",
-    [
-        ({"distributed_type": "MULTI_GPU"}, "ddp"),
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "fsdp"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "zero2"),
-    ],
-)
-def test_accelerate_config_chooses_the_engine(single, tiny_dataset, tmp_path, config, strategy):
-    values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
-    done = launch(accelerate_launch(tmp_path, **config), values, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"engine: {strategy} on 2 x CPU" in done.stderr
-    assert_equal_losses(tmp_path / "run", single)
 
 
 def test_processes_that_accelerate_does_not_start(tiny_dataset, tmp_path):

@@ -330,7 +330,7 @@ def test_preemption(slurm, submit, calm):
     assert_same_run(job.run, calm)
 
 
-@everywhere
+@once
 @pytest.mark.parametrize("what", ["crash", "cut"])
 def test_lost_node(slurm, submit, calm, what):
     """Power lost, or the network: Slurm starts the job again once the node is back."""
