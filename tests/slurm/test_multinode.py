@@ -71,8 +71,8 @@ def slurm(request, cluster) -> Cluster:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where jobs are submitted, run and print: the project's folder as far as the scripts can tell."""
+def folder(slurm, tmp_path_factory) -> Path:
+    """Where jobs of a cluster are submitted, run and print: the project's folder as far as the scripts can tell."""
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "launch").symlink_to(ROOT / "launch")
     return folder
