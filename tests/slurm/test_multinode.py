@@ -34,7 +34,7 @@ def on_clusters(settings: list[tuple[str, bool]]) -> pytest.MarkDecorator:
 
 everywhere = on_clusters(SETTINGS)
 once = on_clusters(SETTINGS if FULL else SETTINGS[:1])  # for what does not depend on which processes a signal reaches
-PATIENCE = 300  # seconds until a job must have ended, with all others of its wave on two cores
+PATIENCE = 600  # seconds until a job must have ended, with all others of its wave on two cores
 
 
 @dataclass
