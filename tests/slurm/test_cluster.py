@@ -60,7 +60,8 @@ def test_nothing_is_left_over(cluster, tmp_path, how):
     """Ctrl-C and kill -9 of the tests in the middle of a job: all processes, links and mounts of the cluster are gone."""
     cluster()  # skips where there is none
     script = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so inherited, where the tests are a shell's background job
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from slurm.cluster import Cluster
 with Cluster({str(tmp_path)!r}) as slurm:
