@@ -15,8 +15,9 @@ from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
 from trainer.metrics.record import read_rows
 from trainer.plan import resolve
+from trainer.run import Run
 from trainer.settings import build
-from trainer.train import Run, run
+from trainer.train import run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from trainer.device import HostCopy
 from trainer.errors import UserError
 from trainer.metrics import console, plots
 from trainer.metrics.record import MetricsFile, Wandb, read_rows
@@ -79,8 +80,7 @@ def test_time_goes_to_the_step_that_took_it(monkeypatch):
     report = Report.__new__(Report)
     report.clock, report._waiting, report._seconds_then = Hands(), None, 0.0
     monkeypatch.setattr(Report, "flush", lambda self: setattr(self, "_waiting", None))
-    zero = torch.zeros(())
-    steps = [Measured(i, 0, 10, 0.0, 16, 1, 0.1, zero, zero, zero, torch.zeros(3)) for i in range(2)]
+    steps = [Measured(i, 0, 10, 0.0, 16, 1, 0.1, HostCopy(torch.zeros(6))) for i in range(2)]
     report.clock.seconds = 2.0
     report.step_done(steps[0])
     report.clock.seconds = 5.0

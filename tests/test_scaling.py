@@ -103,10 +103,10 @@ def norm_of_ratio(law, step, ratio):
 def test_batch_multiplier_follows_the_recurrence():
     m = multiplier()
     expected, ratios = 0.0, {0: 2.0, 5: 3.0, 10: 1.0, 15: 0.0, 20: 3.0, 25: 3.0, 30: 3.0}
-    for step in range(31):
-        m.after_step(step, norm_of_ratio(m.law, step, ratios[step]) if step in ratios else None)
-        if step in ratios:
-            expected = max(0.1, expected * (1 + ratios[step]) / 2)
+    for step in range(32):
+        m.after_step(step, norm_of_ratio(m.law, step - 1, ratios.get(step - 1, 100.0)))
+        if step - 1 in ratios:
+            expected = max(0.1, expected * (1 + ratios[step - 1]) / 2)
         assert m.n == pytest.approx(expected, rel=1e-12)
         assert m.k in (max(1, math.floor(m.n)), max(1, math.floor(m.n) + 1))
 
@@ -136,9 +136,9 @@ def test_one_quantum_at_least_and_no_more_below_one(n):
 
 def test_batch_multiplier_is_bounded_and_ignores_nan():
     m = multiplier(n=4.0, n_max=6.0)
-    m.after_step(0, norm_of_ratio(m.law, 0, 100.0))
+    m.after_step(1, norm_of_ratio(m.law, 0, 100.0))
     assert m.n == 6.0
-    m.after_step(5, float("nan"))
+    m.after_step(6, float("nan"))
     assert m.n == 6.0
 
 

@@ -86,6 +86,9 @@ class OptimConfig:
     weight_decay: float | None = setting(None, "plain: AdamW's decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
+    state_precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "numbers that hold AdamW's moments; bf16: half the memory, rounded after each step"
+    )
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
         "auto", "divide embedding gradients by token counts over the step, over a microbatch (the original), or not"
     )

@@ -111,6 +111,27 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+class HostCopy:
+    """Numbers of the device on their way to the host. `read` waits for these alone, not for what was launched since: a plain
+    `.item()` would wait for all, and leave the device idle until the next launch.
+
+    numbers: 1-D, of a tensor that nothing writes to any more.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s to compare with, or None where it is not known for certain."""
     return PEAK.get(device_name(device), {}).get(FACTORS[precision])

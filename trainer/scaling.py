@@ -111,7 +111,8 @@ class BatchMultiplier:
     """hlb's dithered batch: n follows the gradient norm's law, the integer k of the next step is n rounded at random.
 
     `k` multiplies `tokens_per_step`. The draw depends on (seed, step) only, so all ranks and a resumed run agree.
-    The original has no bound on n; here n <= n_max, since a gradient norm held up by weight decay would grow it for ever.
+    The original has no bound on n; here n <= n_max, since a gradient norm held up by weight decay would grow it for ever. And
+    here a norm counts one step later, when it has long left the device: the original waits for it.
     """
 
     law: GradNormLaw
@@ -123,10 +124,11 @@ class BatchMultiplier:
 
     every = 5  # steps between updates of n
 
-    def after_step(self, step: int, grad_norm: float | None) -> None:
-        """Update after 0-based `step`; grad_norm: global norm of the whole gradient, needed on every fifth step only."""
-        if step % self.every == 0 and grad_norm is not None and math.isfinite(grad_norm):
-            ratio = grad_norm / math.sqrt(self.n_parameters) / self.law.target(step)
+    def after_step(self, step: int, norm_before: float | None) -> None:
+        """Update after 0-based `step`; norm_before: global norm of the whole gradient of the step before it, where known."""
+        seen = step - 1
+        if seen % self.every == 0 and norm_before is not None and math.isfinite(norm_before):
+            ratio = norm_before / math.sqrt(self.n_parameters) / self.law.target(seen)
             self.n = min(self.n_max, max(0.1, self.n * (1 + ratio) / 2))
         whole = math.floor(self.n)
         # A string seed: Python hashes it with SHA-512, the same in every process and version.

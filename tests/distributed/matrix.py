@@ -26,8 +26,8 @@ from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.plan import resolve
+from trainer.run import Run
 from trainer.settings import build
-from trainer.train import Run
 
 
 def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, Any]:

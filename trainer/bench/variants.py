@@ -18,8 +18,8 @@ from trainer.engine.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.memory import expected_memory
 from trainer.plan import Plan, resolve
+from trainer.run import Run
 from trainer.settings import build, leaf_keys, merge, unknown_key
-from trainer.train import Run
 
 # One process has one device, one determinism and one dataset.
 FIXED = ("device", "deterministic", "data.")

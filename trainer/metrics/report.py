@@ -1,6 +1,6 @@
 """Collects what each optimiser step measured and tells it: console, metrics.jsonl, wandb.
 
-Losses and norms stay on the device until the next step has been launched, so reading them never makes the device wait.
+What the device measures of a step is read when the next step has been launched, so reading never makes the device wait.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from trainer.device import peak_flops, peak_memory_bytes
+from trainer.device import HostCopy, peak_flops, peak_memory_bytes
 from trainer.engine.signals import STOPPING
 from trainer.errors import UserError
 from trainer.evaluate import safe_exp
@@ -25,8 +22,8 @@ from trainer.metrics.record import MetricsFile, Wandb
 
 @dataclass
 class Measured:
-    """One optimiser step. loss, grad_norm, finite: fp32 scalars on the device, flags: on how many ranks each of
-    signals.STOPPING came, and on how many an asynchronous save has failed, fp32 [3] there; the rest is known without it."""
+    """One optimiser step. numbers: what only the device knows: loss, gradient norm, 1.0 if both are finite else 0.0, on how
+    many ranks each of signals.STOPPING came, on how many an asynchronous save has failed."""
 
     step: int  # optimiser steps done, this one included
     tokens: int  # trained on so far
@@ -35,12 +32,13 @@ class Measured:
     length: int
     multiplier: int
     lr: float
-    loss: Tensor
-    grad_norm: Tensor
-    finite: Tensor
-    flags: Tensor
+    numbers: HostCopy
     elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
     seconds: float = 0.0
+
+    @property
+    def grad_norm(self) -> float:
+        return self.numbers.read()[1]
 
 
 class Clock:
@@ -103,7 +101,7 @@ class Report:
     def stop_clock(self) -> None:
         """Wait for the device to finish the last step, then stop counting."""
         if self._waiting is not None:
-            self._waiting.loss.item()
+            self._waiting.numbers.read()
         self.clock.stop()
         self._stamp()
 
@@ -112,9 +110,7 @@ class Report:
         if self._waiting is None:
             return
         m, self._waiting = self._waiting, None
-        loss, grad_norm, finite, *stops, failed = torch.cat(
-            [torch.stack([m.loss, m.grad_norm, m.finite]), m.flags]
-        ).tolist()
+        loss, grad_norm, finite, *stops, failed = m.numbers.read()
         self.save_failed = failed > 0
         self.asked = next((number for number, count in zip(STOPPING, stops, strict=True) if count), self.asked)
         rate = m.step_tokens / max(m.elapsed, 1e-9)

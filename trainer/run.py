@@ -1,0 +1,242 @@
+"""A run put together: its optimiser step, what it looks at in between, what it keeps. When to do which is train.py's."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.base import IGNORE
+from trainer import checkpoint
+from trainer.checkpoint_saver import Saver
+from trainer.data.dataset import DatasetInfo
+from trainer.data.stream import Split, TrainStream
+from trainer.device import HostCopy
+from trainer.engine import build_engine
+from trainer.engine.distributed import World
+from trainer.engine.signals import STOPPING, StopSignals
+from trainer.engine.watchdog import Watchdog
+from trainer.errors import UserError
+from trainer.evaluate import score, validate
+from trainer.generate import complete
+from trainer.metrics.report import Measured
+from trainer.optim.frequency import FrequencyScaling
+from trainer.plan import Plan
+from trainer.scaling import BatchMultiplier, GradNormLaw
+
+ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
+
+
+@dataclass
+class State:
+    """All that the loop itself must remember; the rest follows from the step."""
+
+    step: int = 0  # optimiser steps done
+    position: int = 0  # tokens of the data stream passed
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0
+    n: float = 0.0  # hlb's batch multiplier, and its dithered value for the next step
+    k: int = 1
+    norm: float | None = None  # gradient norm of the last step, as its checkpoint has it
+
+
+class Run:
+    """The parts of a run, put together once."""
+
+    def __init__(
+        self, plan: Plan, world: World, dataset: DatasetInfo, watchdog: Watchdog, signals: StopSignals
+    ) -> None:
+        config = plan.config
+        self.plan, self.config, self.world, self.dataset = plan, config, world, dataset
+        self.watchdog, self.signals = watchdog, signals
+        self.folder = Path(config.run_dir or "").expanduser()
+        self.engine = build_engine(plan, world)
+        self.model, self.device = self.engine.model, self.engine.device
+        self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)
+        self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
+        self.validation = Split(config.data, dataset, "validation")
+        law = GradNormLaw.of(plan.parameters)
+        self.multiplier = BatchMultiplier(law, plan.parameters, config.seed, config.batch.n_max)
+        keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
+        self.state = State()
+        self.last: Measured | None = None  # step of this process
+        embedding = self.model.token_embedding()
+        embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
+        self.frequency: Any = FrequencyScaling(embedding) if config.optim.embedding_frequency == "global" else None
+
+    # -- one optimiser step ------------------------------------------------------------------------------------------
+
+    def optimiser_step(self) -> Measured:
+        """Accumulate one global batch, then update. Nothing here waits for the device to do what it is told here."""
+        state, step = self.state, self.state.step
+        length = self.plan.sequence_length(step)
+        sequences = state.k * (self.config.batch.tokens_per_step // length)
+        counted = sequences * length  # targets of this step on all ranks: the loss is their mean
+        torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
+
+        self.watchdog.at(step + 1, "reading data", in_step=True)
+        rows = self.read(length, sequences)  # [rows of this rank, length + 1]
+        if self.frequency is not None:
+            self.frequency.count(rows[:, :-1], self.world)
+        loss = torch.zeros((), device=self.device)
+        for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
+            self.watchdog.at(step + 1, f"microbatch {number}", in_step=True)
+            loss += self.engine.backward(tokens, targets, 1 / counted, last)
+        self.watchdog.at(step + 1, "loss and update", in_step=True)
+        # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
+        sums = self.world.sum(torch.cat([loss[None] / counted, self.flags()]))  # [4]
+        loss, flags = sums[0], sums[1:]
+        norm, finite = self.engine.step(step, loss)
+        self.model.post_step()
+
+        measured = Measured(
+            step=step + 1,
+            tokens=state.tokens + counted,
+            step_tokens=counted,
+            epoch=self.stream.epoch(state.position),
+            length=length,
+            multiplier=state.k,
+            lr=self.engine.optimizer.matrix_lr,
+            numbers=HostCopy(torch.cat([torch.stack([loss, norm, finite]), flags])),
+        )
+        state.position = self.stream.start(state.position, length) + counted
+        state.tokens += counted
+        state.step += 1
+        if self.config.batch.dynamic:
+            self.multiplier.after_step(step, self.last_norm())
+            state.n, state.k = self.multiplier.n, self.multiplier.k
+        self.last = measured
+        return measured
+
+    def last_norm(self) -> float | None:
+        """Gradient norm of the last step, which may have been one before a restart."""
+        return self.state.norm if self.last is None else self.last.grad_norm
+
+    def flags(self) -> Tensor:
+        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [3]."""
+        asked = self.signals.asked
+        if asked is None and not self.saver.failed:
+            return self.no_flags
+        return torch.tensor(
+            [*(float(asked == number) for number in STOPPING), float(self.saver.failed)], device=self.device
+        )
+
+    def read(self, length: int, sequences: int) -> Tensor:
+        """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
+        position = self.state.position
+        first, count = self.share(sequences)
+        rows = torch.from_numpy(self.stream.windows(position, length, first, count))
+        following = self.stream.start(position, length) + sequences * length
+        self.stream.read_ahead(following, length, first, count)  # guessing that nothing grows
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
+    def microbatches(self, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """`rows` as (tokens [B, T], targets [B, T], whether it is the last): equally many on every rank."""
+        largest = -(-sequences // self.world.size)  # share of any rank
+        fit = max(1, self.config.batch.tokens_per_microbatch // length)
+        parts = rows.tensor_split(-(-largest // fit))
+        for number, part in enumerate(parts, 1):
+            tokens, targets = part[:, :-1], part[:, 1:]
+            if (
+                len(part) == 0
+            ):  # fewer sequences than elsewhere: take part in the collectives with a row that does not count
+                tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
+                targets = torch.full_like(tokens, IGNORE)
+            yield tokens, targets, number == len(parts)
+
+    def share(self, sequences: int) -> tuple[int, int]:
+        """(first, count) of this rank's sequences: contiguous, as even as whole sequences allow."""
+        rank, size = self.world.rank, self.world.size
+        first, after = sequences * rank // size, sequences * (rank + 1) // size
+        return first, after - first
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def train_accuracy(self) -> float | None:
+        """Share of right guesses on a few of the next step's sequences; costs one small forward pass."""
+        if not (self.world.leader or self.engine.lockstep):
+            return None
+        length = self.plan.sequence_length(self.state.step)
+        windows = self.stream.windows(self.state.position, length, 0, max(1, ACCURACY_TOKENS // length))
+        block = torch.from_numpy(windows)
+        with torch.no_grad():
+            _, right, count = score(self.engine, block[:, :-1], block[:, 1:])
+        return (right / count).item()
+
+    def validate(self) -> dict[str, Any]:
+        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it."""
+        step = self.state.step
+        self.watchdog.at(step, "validation")
+        final = step == self.config.max_steps
+        limit = 0 if final else self.config.evaluation.max_tokens
+        return validate(
+            self.engine,
+            self.validation,
+            self.plan,
+            self.world,
+            step,
+            max_tokens=limit,
+            at=lambda place: self.watchdog.at(step, place),
+        )
+
+    def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
+        """A text sample, appended to samples.txt; returns it ("" on ranks that take no part)."""
+        self.watchdog.at(self.state.step, "text sample")  # also who takes no part: it counts places
+        if not (self.world.leader or self.engine.lockstep):
+            return ""
+        prompt = self.config.log.sample_prompt
+        limit = self.model.max_context
+        if limit is not None and len(tokenizer.encode(prompt)) + tokens > limit:
+            tokens = max(1, limit - len(tokenizer.encode(prompt)))
+            prompt = tokenizer.decode(tokenizer.encode(prompt)[: limit - tokens].tolist())
+        text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], seed=self.config.seed)[0]
+        if self.world.leader:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"=== {header}\n{text}\n\n")
+        return text
+
+    # -- keeping -----------------------------------------------------------------------------------------------------
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint of everything needed to go on."""
+        self.watchdog.at(self.state.step, "saving")
+        self.state.seconds, self.state.norm = seconds, self.last_norm()
+        facts = {
+            "tokens": self.state.tokens,
+            "state": dataclasses.asdict(self.state),
+            "fingerprint": self.dataset.fingerprint,
+            "world_size": self.world.size,
+            "config": dataclasses.asdict(self.config),
+            "torch": torch.__version__,
+        }
+        self.saver.save(self.state.step, self.engine.tensors(), facts)
+
+    def restore(self) -> bool:
+        """Go on from the newest good checkpoint; False where there is none."""
+        folder = self.folder / "checkpoints"
+        chosen = checkpoint.choose(folder, None, self.world.say, self.world)
+        if chosen is None:
+            return False
+        path, manifest = chosen
+        if manifest.get("fingerprint") != self.dataset.fingerprint:
+            raise UserError(
+                f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
+                "give the run its data back or choose another --run_dir"
+            )
+        try:
+            self.state = State(**manifest["state"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"checkpoint: the state in {path / checkpoint.MANIFEST} is not this version's: {error}"
+            ) from None
+        self.engine.load(path)
+        self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
+        self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
+        return True
