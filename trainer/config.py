@@ -116,7 +116,8 @@ class EngineConfig:
     activation_checkpointing: str = setting(
         "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
     )
-    compile: bool = setting(False, "torch.compile each block")
+    compile: bool | None = setting(None, "torch.compile each block for training; none: where there is a compiler")
+    float8: bool = setting(False, "multiply by the weights of blocks in fp8 (Ada, Hopper and newer; pays with compile)")
     timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
     step_timeout_minutes: float = setting(
         5.0, "the same within an optimiser step, after the first; the smaller of the two counts", above=0
@@ -179,6 +180,7 @@ class RunConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     deterministic: bool = setting(False, "deterministic kernels only (on CPU they always are)")
+    profile: bool = setting(False, "record a few steps: a trace and the top operations, in RUN/profile")
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -11,7 +11,7 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread, build_meta
 from trainer.run_folder import default_run_dir
-from trainer.strategy import Chooser, check_shard_size, refuse_contradictions
+from trainer.strategy import Chooser, Means, check_shard_size, refuse_contradictions
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Inference:
         self.non_embedding = self.parameters - sum(sizes[name] for name in outside)
         self.tied = meta.tied_embedding()
         self.max_context = meta.max_context
+        self.flops_per_token = meta.flops_per_token
 
     def launcher(self, world: Any) -> None:
         from trainer.engine.wishes import read_wishes, reconcile
@@ -68,6 +69,7 @@ class Inference:
         from trainer.device import choose_device, choose_precision, memory_bytes
 
         self.memory: Any
+        self.here = gpu is None
         if gpu is None:
             device = choose_device(self.config.device)
             precision, rule = choose_precision(self.config.precision, device)
@@ -113,7 +115,7 @@ class Inference:
 
     def engine(self, world: Any) -> None:
         """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs."""
-        from trainer.engine import recompute
+        from trainer.engine import compilation, recompute
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
         self.demand = Demand(self.model_class, self.model_config, batch.sequence_length)
@@ -130,12 +132,29 @@ class Inference:
         if engine.strategy == "hsdp":
             shard_size = self.fill("engine", "shard_size", world.local_size, "processes of one machine")
             check_shard_size(shard_size, world.size)
-        self.spread = Spread.of(config, world.size)
-        how, rule = engine.activation_checkpointing, "set"
-        if how == "auto":
-            how, rule = chooser.checkpointing(self.spread)
-        recompute.parse(how)
-        self.fill("engine", "activation_checkpointing", how, rule)
+        self.spread = Spread.of(config, world.size, self.memory is not None)
+        if engine.activation_checkpointing != "auto":
+            recompute.parse(engine.activation_checkpointing)
+        means, rule = chooser.choose_means(self.spread)
+        self.fill("engine", "activation_checkpointing", means.recompute, rule)
+        self._state_precision(means, rule)
+        chooser.refuse_the_impossible(self.spread, means)
+        flops = self.flops_per_token(batch.sequence_length) * batch.tokens_per_step * config.max_steps
+        compiled = compilation.choose(engine.strategy, self.memory is not None, self.here, flops)
+        self.fill("engine", "compile", *compiled)
+
+    def _state_precision(self, means: Means, rule: str) -> None:
+        config = self.config
+        if config.precision == "pure_bf16":
+            if config.optim.state_precision == "fp32":
+                raise UserError(
+                    "optim.state_precision: fp32, but with precision pure_bf16 moments are bf16 as the weights"
+                )
+            means, rule = means._replace(narrow=True), "that of the weights"
+        elif not means.narrow:
+            rule = "AdamW's moments as the weights"
+        self.fill("optim", "state_precision", "bf16" if means.narrow else "fp32", rule)
+        self.spread = Spread.of(config, self.spread.processes, self.memory is not None)
 
     def microbatch(self) -> None:
         config, batch = self.config, self.config.batch

@@ -10,28 +10,35 @@ GIB = 1024**3
 
 # Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
 PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
-    "bf16": {"weights": 4, "gradients": 4, "optimizer": 8, "bf16 copies": 2},
-    "pure_bf16": {"weights": 2, "gradients": 6, "optimizer": 4},
+    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
+    "bf16": {"weights": 4, "gradients": 4, "moments": 8, "bf16 copies": 2},
+    "pure_bf16": {"weights": 2, "gradients": 6, "moments": 4},
 }
 # FSDP gathers its copies a few blocks at a time, and adds pure_bf16's gradients up in the unsharded ones.
 FSDP_PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
-    "bf16": {"weights": 4, "gradients": 4, "optimizer": 8},
-    "pure_bf16": {"weights": 2, "gradients": 2, "optimizer": 4},
+    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
+    "bf16": {"weights": 4, "gradients": 4, "moments": 8},
+    "pure_bf16": {"weights": 2, "gradients": 2, "moments": 4},
 }
 # DeepSpeed's optimizer holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
 ZERO_PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "optimizer": 12},
-    "bf16": {"weights": 2, "gradients": 6, "optimizer": 12},
+    "fp32": {"weights": 4, "gradients": 4, "masters": 4, "moments": 8},
+    "bf16": {"weights": 2, "gradients": 6, "masters": 4, "moments": 8},
 }
 ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within so many stay gathered
 SHARDED = {
-    "zero1": {"optimizer"},
-    "zero2": {"optimizer", "gradients"},
-    "zero3": {"optimizer", "gradients", "weights"},
-    "fsdp": {"optimizer", "gradients", "weights"},
-    "hsdp": {"optimizer", "gradients", "weights"},
+    "zero1": {"masters", "moments"},
+    "zero2": {"masters", "moments", "gradients"},
+    "zero3": {"masters", "moments", "gradients", "weights"},
+    "fsdp": {"moments", "gradients", "weights"},
+    "hsdp": {"moments", "gradients", "weights"},
+}
+GONE_BEFORE_UPDATE = ("head gradient", "bf16 copies", "unsharded gradients")
+BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time, in fp32 (see engine/deepspeed_config.py)
+# What engine.offload keeps in CPU memory.
+OFFLOADED = {
+    **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
+    **dict.fromkeys(("fsdp", "hsdp"), {"moments", "gradients", "weights"}),
 }
 
 
@@ -45,7 +52,8 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model."""
+    """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
+    moments of fp32 weights are bf16."""
 
     strategy: str
     precision: str
@@ -53,13 +61,17 @@ class Spread:
     shards: int = 1
     offload: bool = False
     reshard: bool = True
+    narrow: bool = False
+    on_gpu: bool = True
 
     @classmethod
-    def of(cls, config: Any, processes: int) -> Spread:
+    def of(cls, config: Any, processes: int, on_gpu: bool) -> Spread:
         """That of a resolved RunConfig."""
         engine = config.engine
         shards = engine.shard_size if engine.strategy == "hsdp" else processes
-        return cls(engine.strategy, config.precision, processes, shards, engine.offload, engine.reshard_after_forward)
+        narrow = config.optim.state_precision == "bf16"
+        how = processes, shards, engine.offload, engine.reshard_after_forward, narrow, on_gpu
+        return cls(engine.strategy, config.precision, *how)
 
     @property
     def compute(self) -> str:
@@ -92,27 +104,46 @@ class Demand:
         self._kept: dict[tuple[str, str], Kept] = {}
 
     def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
-        """Bytes on one device before any activation, by part. accumulates: a step may have several microbatches."""
+        """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
         fsdp, zero = spread.strategy in ("fsdp", "hsdp"), spread.strategy in ("zero1", "zero2", "zero3")
-        parts = FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS
+        parts = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[spread.precision])
+        parts["moments"] = 4 if spread.narrow else parts["moments"]
         sharded = SHARDED.get(spread.strategy, set())
+        away = OFFLOADED[spread.strategy] if spread.offload else set()
         state = {
-            part: size * (-(-self.parameters // spread.shards) if part in sharded else self.parameters)
-            for part, size in parts[spread.precision].items()
+            part: (part not in away)
+            * size
+            * (-(-self.parameters // spread.shards) if part in sharded else self.parameters)
+            for part, size in parts.items()
         }
-        if spread.offload:
-            state |= dict.fromkeys(("weights", "gradients", "optimizer") if fsdp else ("gradients", "optimizer"), 0)
         # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
-        state["head gradient"] = self.head * (
-            4 * (accumulates or "gradients" in sharded) + 2 * (spread.compute != "fp32")
-        )
+        state["head gradient"] = self.head * (4 + 2 * (spread.compute != "fp32"))
         if fsdp or spread.strategy == "zero3":
             kept = ZERO3_REUSE if spread.strategy == "zero3" else 0 if spread.reshard else self.parameters
             copies = min(self.parameters, max(self.gathered, kept))
             state["gathered"] = copies * (4 if spread.precision == "fp32" else 2)
         if fsdp and accumulates:
             state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
+        if spread.strategy in ("zero2", "zero3"):
+            state["buckets"] = 4 * BUCKET
         return state
+
+    @staticmethod
+    def in_loss(state: dict[str, int], spread: Spread, accumulates: bool) -> int:
+        """Bytes of `state` that are held in the loss of a step's last microbatch, together with all activations."""
+        gradients = state["gradients"]
+        if spread.strategy in ("fsdp", "hsdp"):
+            absent = gradients  # shards of them follow in the backward pass
+        elif spread.precision == "pure_bf16":
+            absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
+        else:  # other strategies hold buffers for gradients from the beginning
+            absent = gradients if spread.strategy == "single" and not accumulates else 0
+        return sum(state.values()) - absent
+
+    @staticmethod
+    def in_update(state: dict[str, int]) -> int:
+        """Bytes of `state` that are held at the end of the backward pass and in the update, when activations are gone."""
+        return sum(state.values()) - sum(state.get(part, 0) for part in GONE_BEFORE_UPDATE)
 
     def activations(self, spread: Spread, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
@@ -133,7 +164,7 @@ class Demand:
         vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
         if self._measure(spread.compute, how).logits:
             return 8 * vocab_size * tokens
-        return working_bytes(tokens, vocab_size, itemsize)
+        return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu)
 
     def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, step: float) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
@@ -145,11 +176,21 @@ class Demand:
         one, loss = self.activations(spread, how), self.loss(spread, how, self.length)
         most = self.loss(spread, how, float("inf"))  # what chunks keep the loss of any number of tokens to
         for accumulates in (False, True):
-            room = 0.9 * memory - sum(self.state(spread, accumulates).values())
+            state = self.state(spread, accumulates)
+            if self.in_update(state) > 0.9 * memory:
+                return 0
+            room = 0.9 * memory - self.in_loss(state, spread, accumulates)
             tokens = int(max(0, room / (one + loss), (room - most) / one)) * self.length
             if tokens * spread.processes >= step:
                 break
         return tokens
+
+    def least(self, spread: Spread, how: str, step: float) -> int:
+        """Most bytes held at a time with microbatches of one sequence. step: as above."""
+        accumulates = step > self.length * spread.processes
+        state = self.state(spread, accumulates)
+        passing = self.activations(spread, how) + int(self.loss(spread, how, self.length))
+        return max(self.in_loss(state, spread, accumulates) + passing, self.in_update(state))
 
     def _measure(self, compute: str, how: str) -> Kept:
         if (compute, how) not in self._kept:
@@ -244,20 +285,21 @@ def _alive_tensors(model: Any) -> Any:
     return AliveTensors()
 
 
-def expected_memory(model_class: Any, model_config: Any, config: Any, processes: int = 1) -> dict[str, int]:
-    """Bytes on one device: the state's parts, activations of one microbatch, and their sum. config: resolved.
+def expected_memory(plan: Any) -> dict[str, int]:
+    """Bytes on one device: by part, and as "total" the most that is held at a time, which may be less than their sum.
 
-    Where activation checkpointing is on, "activations without checkpointing" stands beside, outside the sum.
+    Where activation checkpointing is on, "activations without checkpointing" stands beside, outside the total.
     """
-    batch, how = config.batch, config.engine.activation_checkpointing
-    spread, length = Spread.of(config, processes), batch.sequence_length
-    demand = Demand(model_class, model_config, length)
-    share = -(-(batch.tokens_per_step // length) // processes)  # sequences of one step on one device
+    batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
+    spread, length = Spread.of(plan.config, plan.processes, plan.memory is not None), batch.sequence_length
+    demand = Demand(plan.model_class, plan.model_config, length)
+    share = -(-(batch.tokens_per_step // length) // plan.processes)  # sequences of one step on one device
     sequences = min(batch.tokens_per_microbatch // length, share)
-    memory = demand.state(spread, accumulates=share > sequences)
-    memory["activations"] = demand.activations(spread, how) * sequences
-    memory["loss"] = int(demand.loss(spread, how, sequences * length))
-    memory["total"] = sum(memory.values())
+    accumulates = share > sequences
+    memory = demand.state(spread, accumulates)
+    passing = demand.activations(spread, how) * sequences, int(demand.loss(spread, how, sequences * length))
+    most = max(demand.in_loss(memory, spread, accumulates) + sum(passing), demand.in_update(memory))
+    memory |= {"activations": passing[0], "loss": passing[1], "total": most}
     if how != "none":
         memory["activations without checkpointing"] = demand.activations(spread, "none") * sequences
     return memory

@@ -41,6 +41,7 @@ class Plan:
     non_embedding: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
+    memory: int | None  # bytes of one GPU; None: on CPUs
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -80,6 +81,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         non_embedding=inference.non_embedding,
         vocab_size=vocab_size,
         processes=world.size,
+        memory=inference.memory,
     )
 
 
@@ -177,7 +179,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "max_steps": config.max_steps,
         "tokens_at_least": minimum_tokens(plan),
         "flops_per_token": model.flops_per_token(batch.sequence_length),
-        "memory_bytes": expected_memory(plan.model_class, plan.model_config, plan.config, plan.processes),
+        "memory_bytes": expected_memory(plan),
         "laws": {row.key: row.value for row in law_rows(plan)},
         "rules": {row.key: row.rule for row in plan.rows},
     }

@@ -30,6 +30,7 @@ CHANGEABLE = (
     "run_dir",
     "max_steps",
     "device",
+    "profile",
     "data.path",
     "data.cache",
     "data.threads",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from trainer.device import GPUS
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread
 
@@ -19,6 +21,8 @@ def refuse_contradictions(config: Any) -> None:
             f"precision: pure_bf16 with engine.strategy {strategy}, but DeepSpeed keeps fp32 masters (and zero0 would sum "
             "gradients in bf16); use bf16, ddp or fsdp"
         )
+    if engine.float8 and config.precision == "fp32":
+        raise UserError("engine.float8: products would be far less exact than precision fp32 promises; use bf16")
     if not engine.reshard_after_forward and strategy not in ("fsdp", "hsdp"):
         raise UserError(
             f"engine.reshard_after_forward: {strategy} gathers no blocks; use fsdp or hsdp, or leave it out"
@@ -45,6 +49,13 @@ def check_shard_size(shard_size: int, processes: int) -> None:
         )
 
 
+class Means(NamedTuple):
+    """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: AdamW's moments in bf16."""
+
+    recompute: str
+    narrow: bool
+
+
 class Chooser:
     """Decides by what fits.
 
@@ -55,11 +66,19 @@ class Chooser:
     def __init__(self, demand: Demand, config: Any, world: Any, memory: int | None, wanted: int, step: float) -> None:
         self.demand, self.config, self.world = demand, config, world
         self.memory, self.wanted, self.step = memory, wanted, step
-        self.asked = config.engine.activation_checkpointing
+        asked, state = config.engine.activation_checkpointing, config.optim.state_precision
+        recompute = CHECKPOINTING if asked == "auto" else (asked,)
+        fixed = config.precision == "pure_bf16" or state != "auto"  # there they are bf16 as the weights are
+        # What gives the same weights first, from the fastest to the one that holds least.
+        self.means = [Means(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in recompute]
         self.room = "" if memory is None else f"{memory / GIB:.0f} GiB"
 
-    def fits(self, how: str, spread: Spread) -> bool:
-        return self.demand.tokens_that_fit(self.memory, spread, how, self.step) >= self.wanted
+    def fits(self, means: Means, spread: Spread) -> bool:
+        spread = replace(spread, narrow=means.narrow)
+        return self.demand.tokens_that_fit(self.memory, spread, means.recompute, self.step) >= self.wanted
+
+    def spread(self, strategy: str, shards: int = 1) -> Spread:
+        return Spread(strategy, self.config.precision, self.world.size, shards)
 
     def strategy(self) -> tuple[str, bool, str]:
         """(strategy, offload, why) where engine.strategy is auto."""
@@ -70,38 +89,68 @@ class Chooser:
             return self._several()
         if self.memory is None:
             return "single", False, "one process on a CPU"
-        if self.fits(self._least(), Spread("single", self.config.precision)):
+        if self.fits(self.means[-1], self.spread("single")):
             return "single", False, f"one process; its GPU's {self.room} hold the run"
-        why = (
-            f"not one sequence fits {self.room} even with activation checkpointing: weights and optimiser in CPU memory"
-        )
+        why = f"not one sequence fits {self.room} by any other means: weights and optimiser in CPU memory"
         return "fsdp", True, why
 
     def _several(self) -> tuple[str, bool, str]:
-        size, local_size, precision = self.world.size, self.world.local_size, self.config.precision
+        size, local_size = self.world.size, self.world.local_size
         if self.memory is None:
             return "ddp", False, f"{size} processes on CPUs"
-        fastest = "none" if self.asked == "auto" else self.asked
-        if self.fits(fastest, Spread("ddp", precision, size)):
+        if self.fits(self.means[0], self.spread("ddp")):
             return "ddp", False, f"{size} processes; each GPU's {self.room} hold a whole copy"
         why = f"a whole copy does not fit a GPU's {self.room}"
         if size == local_size:
             return "fsdp", False, f"{why}: shards over the {size} processes of this machine"
         # Between machines it is slow: rather compute activations twice than gather weights from another machine.
         even = local_size > 1 and size % local_size == 0
-        if even and self.fits(self._least(), Spread("hsdp", precision, size, local_size)):
+        if even and self.fits(self.means[-1], self.spread("hsdp", local_size)):
             return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
         return "fsdp", False, f"{why}, nor one machine's: shards over all {size} processes"
 
-    def checkpointing(self, spread: Spread) -> tuple[str, str]:
-        """(how, why) where engine.activation_checkpointing is auto."""
+    def choose_means(self, spread: Spread) -> tuple[Means, str]:
+        """(means, why) of what is auto of engine.activation_checkpointing and optim.state_precision."""
         if self.memory is None:
-            return "none", "memory of a CPU is not what limits a batch"
-        for how in CHECKPOINTING:
-            if self.fits(how, spread):
-                without = "" if how == "none" else f"; without it {self.wanted:,} tokens do not fit {self.room}"
-                return how, "the fastest that fits" + without
-        return CHECKPOINTING[-1], f"the least there is, and yet {self.wanted:,} tokens exceed {self.room}"
+            return self.means[0], "memory of a CPU is not what limits a batch"
+        for means in self.means:
+            if self.fits(means, spread):
+                without = "" if means is self.means[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
+                return means, "the fastest that fits" + without
+        return self.means[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
 
-    def _least(self) -> str:
-        return CHECKPOINTING[-1] if self.asked == "auto" else self.asked
+    def refuse_the_impossible(self, spread: Spread, means: Means) -> None:
+        """UserError, with what would do, where not even one sequence is expected to fit the whole memory of the GPU."""
+        spread = replace(spread, narrow=means.narrow)
+        needed = self.demand.least(spread, means.recompute, self.step)
+        if self.memory is None or needed <= self.memory:
+            return
+        length, engine = self.demand.length, self.config.engine
+        how = f"{engine.strategy}{', offloaded' * spread.offload}, recomputing {means.recompute}"
+        ways = ", ".join(self.ways_out(spread)) or "a smaller model_scale"
+        raise UserError(
+            f"memory: one sequence of {length:,} tokens is expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "
+            f"{self.memory / GIB:.1f}; what would fit: {ways}"
+        )
+
+    def ways_out(self, spread: Spread) -> list[str]:
+        """What else would hold one sequence: offloading, more processes, another GPU, each the least that does."""
+        sharded = replace(spread, strategy="fsdp", offload=False)
+        ways, least = [], self.means[-1]
+
+        def holds(spread: Spread, memory: float) -> bool:
+            needed = self.demand.least(replace(spread, narrow=least.narrow), least.recompute, self.step)
+            return needed <= 0.9 * memory
+
+        assert self.memory is not None
+        if not spread.offload and holds(replace(sharded, offload=True, shards=spread.processes), self.memory):
+            ways.append("--engine.offload with fsdp")
+        for size in (2**n for n in range(1, 11)):
+            if size > spread.processes and holds(replace(sharded, processes=size, shards=size), self.memory):
+                ways.append(f"fsdp on {size} such GPUs")
+                break
+        for key, gpu in sorted(GPUS.items(), key=lambda item: item[1].gibibytes):
+            if gpu.gibibytes * GIB > self.memory and holds(spread, gpu.gibibytes * GIB):
+                ways.append(f"the same on {key}")
+                break
+        return ways

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.stream import find_dataset, is_remote, local_folder
+from trainer.engine.compilation import explain_failure
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
@@ -22,9 +25,12 @@ from trainer.metrics.report import Report
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
 from trainer.preflight import before_training
+from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
 from trainer.run_folder import check_unchanged, combined_values, locked, write_start
 from trainer.settings import build
+
+COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
 
 def run(given: dict[str, Any]) -> None:
@@ -112,7 +118,12 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
     try:
-        asked = loop(this, report, tokenizer)
+        with (
+            collecting_by_hand(),
+            explain_failure(),
+            explain_out_of_memory(this.folder, world.rank, this.device, lambda: ways_out(config)),
+        ):
+            asked = loop(this, report, tokenizer)
         if asked is None:
             finish(this, report, tokenizer)
         else:
@@ -135,6 +146,33 @@ def opening(this: Run) -> str:
     )
 
 
+@contextlib.contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Within, Python's garbage collector runs only when told: by itself it would hold up one process and then another."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def ways_out(config: Any) -> str:
+    """What to try where memory ran out. config: resolved."""
+    batch, engine = config.batch, config.engine
+    ways = []
+    if batch.tokens_per_microbatch > batch.sequence_length:
+        half = max(1, batch.tokens_per_microbatch // batch.sequence_length // 2) * batch.sequence_length
+        ways.append(f"--batch.tokens_per_microbatch {half}")
+    if engine.activation_checkpointing != "full":
+        ways.append("--engine.activation_checkpointing full")
+    if engine.strategy in ("fsdp", "hsdp", "zero1", "zero2", "zero3") and not engine.offload:
+        ways.append("--engine.offload")
+    return f"go on with {' or '.join([*ways, 'more devices'])}"
+
+
 def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
     config, state = this.config, this.state
@@ -143,8 +181,17 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
     asked = None
+    profiler = None
+    if config.profile:
+        steps = state.step, config.max_steps
+        profiler = Profiler(this.folder, this.world.rank, this.world.size, this.device, *steps, report.console.say)
     while state.step < config.max_steps and asked is None:
         report.step_done(this.optimiser_step())
+        if profiler is not None:
+            this.watchdog.at(state.step, "profile")
+            profiler.step_done()
+        if state.step % COLLECT_EVERY == 0:
+            gc.collect(1)
         if report.save_failed:
             this.watchdog.at(state.step, "saving")
             this.saver.finish()
@@ -166,6 +213,8 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             report.sync()
             this.save(report.clock.seconds)
         report.clock.start()
+    if profiler is not None:
+        profiler.close()
     this.saver.finish()
     return asked
 
@@ -188,7 +237,7 @@ def finish(this: Run, report: Report, tokenizer: Any) -> None:
         return
     last = report.last
     report.console.say(
-        f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {report.clock.seconds:.1f} s of training: "
+        f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
         f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
         f"`python -m trainer generate {this.folder}` writes more"

@@ -159,10 +159,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += a @ b
 
 
-def working_bytes(rows: float, vocab_size: int, itemsize: int) -> int:
+def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool) -> int:
     """Most bytes of a chunk of logits, `itemsize` each, and a tile of fp32 scores and probabilities, for the loss of `rows`."""
     entries = int(min(rows, _most_rows(vocab_size, itemsize))) * vocab_size
-    tile = min(4 * entries, TILE_BYTES)
+    tile = min(4 * entries, _tile_bytes(on_gpu))
     return entries * itemsize + (tile if itemsize == 4 else 2 * tile)  # fp32 logits are scores themselves
 
 
@@ -177,5 +177,8 @@ def _chunk_rows(x: Tensor, weight: Tensor) -> int:
 
 
 def _tile_rows(logits: Tensor, wide: torch.dtype) -> int:
-    room = TILE_BYTES if logits.device.type != "cpu" else TILE_BYTES_PER_CORE * torch.get_num_threads()
-    return max(1, room // (logits.shape[1] * wide.itemsize))
+    return max(1, _tile_bytes(logits.device.type != "cpu") // (logits.shape[1] * wide.itemsize))
+
+
+def _tile_bytes(on_gpu: bool) -> int:
+    return TILE_BYTES if on_gpu else TILE_BYTES_PER_CORE * torch.get_num_threads()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from trainer.profile import covered, quiet_profiler
 
 PHASES = ("data", "forward", "backward", "optimiser")
 
@@ -106,15 +107,6 @@ def communication_ms(step: Callable[[], object], steps: int, device: torch.devic
     return covered(spans) / 1000 / steps if spans else None
 
 
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, until = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
-
-
 class PeakMemory:
     """Most bytes that torch's allocator has handed out at a time within the context, beyond what it held before."""
 
@@ -141,11 +133,6 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     for _, _, size in blocks:
         held += size
         peak.bytes = max(peak.bytes, held)
-
-
-def quiet_profiler() -> None:
-    """Without the lines that the profiler's library writes to stderr."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def compilations() -> int:

@@ -114,7 +114,7 @@ class Peer(Contender):
         config = self.plan.config
         engine = dataclasses.replace(config.engine, strategy="ddp" if self.world.size > 1 else "single", offload=False)
         config = dataclasses.replace(config, engine=engine)
-        return expected_memory(self.plan.model_class, self.plan.model_config, config, self.world.size)
+        return expected_memory(dataclasses.replace(self.plan, config=config))
 
 
 class BareLoop(Peer):

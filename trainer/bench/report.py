@@ -81,7 +81,7 @@ def train_report(config: BenchConfig, contenders: list[Contender], together: boo
         "MFU",
         "ms/step",
     ]
-    header += [*PHASES, "communication", "peak GiB", "first step s", "recompiled"]
+    header += [*PHASES, "communication", "peak GiB", "expected", "first step s", "recompiled"]
     table = [header, *(cells(entry, [one.name for one in references]) for entry in rows)]
     lines = [*reading(first, rows, order, config), *notes]
     return Report(
@@ -125,6 +125,7 @@ def row(one: Contender, references: list[Contender]) -> dict[str, Any]:
         "mfu": None if peak is None else rate * flops / (peak * one.world.size),
         "phases_ms": record.phases_ms,
         "peak_memory_bytes": record.peak_memory_bytes,
+        "expected_memory_bytes": one.needs() if one.kind == "trainer" else None,
         "first_step_seconds": record.first_step_seconds,
         "recompilations": record.recompilations,
         "config": dataclasses.asdict(config),
@@ -148,7 +149,7 @@ def ratio(one: Any, other: Any) -> float:
 
 def cells(entry: dict[str, Any], references: list[str]) -> list[str]:
     """A row of the table."""
-    rate, phases = entry["tokens_per_second"], entry["phases_ms"]
+    rate, phases, expected = entry["tokens_per_second"], entry["phases_ms"], entry["expected_memory_bytes"]
     return [
         entry["name"],
         f"{rate['median']:,.0f}",
@@ -157,6 +158,7 @@ def cells(entry: dict[str, Any], references: list[str]) -> list[str]:
         show(entry["mfu"], ".1%"),
         *(show(phases[name], ".1f") for name in ("step", *PHASES, "communication")),
         f"{entry['peak_memory_bytes'] / GIB:.3f}",
+        MISSING if expected is None else f"{expected['total'] / GIB:.3f}",
         f"{entry['first_step_seconds']:.1f}",
         str(entry["recompilations"]),
     ]
@@ -186,7 +188,8 @@ def reading(first: Contender, rows: list[dict[str, Any]], order: str, config: Be
         f"MFU: tokens/s x FLOPs per token / (peak x devices); peak of {name!r}, {known}",
         "ms/step and phases: medians of one process, in steps of their own; communication: any collective under way, "
         "which overlaps the other phases",
-        f"peak GiB: most that {counted} handed out at a time, from building to the end of the second step",
+        f"peak GiB: most that {counted} handed out at a time, from building to the end of the second step; "
+        "expected: what `plan` says",
     ]
     return lines + [f"{entry['name']}: {entry['details']['what']}" for entry in rows if "what" in entry["details"]]
 

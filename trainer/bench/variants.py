@@ -67,7 +67,7 @@ class Contender:
 
     def needs(self) -> dict[str, int]:
         """Bytes it is expected to need on one device, by part (see trainer.memory.expected_memory)."""
-        return expected_memory(self.plan.model_class, self.plan.model_config, self.plan.config, self.world.size)
+        return expected_memory(self.plan)
 
 
 class Variant(Contender):

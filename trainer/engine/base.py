@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.layers.float8 import convert_to_float8, float8_refusal
 from trainer.device import choose_device, keep_freed_memory
+from trainer.engine.compilation import Compiled
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, update_copies
 from trainer.engine.recompute import apply as checkpoint_activations
+from trainer.errors import UserError
 from trainer.memory import build_meta
 from trainer.optim import Optimizer, build_optimizer
 
@@ -48,11 +51,16 @@ class Engine:
         raise NotImplementedError
 
     def prepare_blocks(self, model: Any) -> None:
-        """Activation checkpointing, then compilation, of each block: before anything that shards them."""
+        """fp8, activation checkpointing, then compilation, of each block: before anything that shards them."""
+        if self.config.engine.float8:
+            refusal = float8_refusal(self.device)
+            if refusal is not None:
+                raise UserError(f"engine.float8: {refusal}; leave it out")
+            for block in model.blocks():
+                convert_to_float8(block)
         checkpoint_activations(model, self.config.engine.activation_checkpointing)
         if self.config.engine.compile:
-            for block in model.blocks():
-                block.compile()
+            Compiled(model, self.world.say)
 
     def initialise(self, model: Any, device: torch.device) -> Any:
         """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks."""
@@ -69,7 +77,7 @@ class Engine:
         share = f"; rank 0 updates {held:,} of {total:,} parameters" if held != total else ""
         engine = self.config.engine
         how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"
-        how += ", offloaded" * engine.offload + ", compiled" * engine.compile
+        how += ", offloaded" * engine.offload + ", products in fp8" * engine.float8 + ", compiled" * engine.compile
         return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
     def held(self) -> int:

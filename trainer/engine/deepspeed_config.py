@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.memory import BUCKET
 
 # What a deepspeed.json may not switch on, and what decides it here.
 DECIDED = {
@@ -52,6 +53,8 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
                 f"{json.dumps(value)}; {instead}remove it there"
             )
     settings = merged(theirs, ours)
+    # DeepSpeed's own default takes 1.9 GiB, however small the model.
+    settings["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
     if settings["zero_optimization"]["stage"] == 0:
         # DeepSpeed's bf16 has no fp32 masters to speak of there (its losses drift): it is autocast; and we clip.
         settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}

@@ -139,7 +139,7 @@ class DeepSpeedEngine(Engine):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Whole fp32 parameters and moments in CPU memory; each name stands on one rank only, dealt out by size."""
+        """Whole fp32 parameters, and moments as held, in CPU memory; each name on one rank only, dealt by size."""
         if self.stage == 0:
             return super().tensors()
         owners = deal({name: shape.numel() for name, shape in self.shapes.items()}, self.world.size)
@@ -158,16 +158,16 @@ class DeepSpeedEngine(Engine):
         return kept
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 tensor), one after the other on all ranks together."""
+        """(name, whole tensor), one after the other on all ranks together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        count = self.optimizer.adamw.state[self._flat_vectors()[0]]["step"]  # all parameters have taken the same steps
+        held = self.optimizer.adamw.state[self._flat_vectors()[0]]
         for name, parameter in self.local.items():
             yield f"model.{name}", safe_get_full_fp32_param(parameter).view(self.shapes[name])
-            yield f"optimizer.{name}.step", count
+            yield f"optimizer.{name}.step", held["step"]  # all parameters have taken the same steps
             for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(parameter, key)
-                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name])
+                whole = safe_get_full_optimizer_state(parameter, key)  # fp32, whatever it is held in
+                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(held[key].dtype)
 
     def load(self, path: Any) -> None:
         if self.stage == 0:

@@ -162,7 +162,7 @@ def reconcile(config: RunConfig, wishes: Wishes, size: int) -> list[tuple[str, A
     engine, source = config.engine, "accelerate's config"
     for name, left_open in (
         ("strategy", "auto"), ("shard_size", None), ("reshard_after_forward", True), ("offload", False),
-        ("deepspeed_config", None), ("compile", False),
+        ("deepspeed_config", None), ("compile", None),
     ):  # fmt: skip
         fill("engine", name, getattr(wishes, name), left_open, source)
     if engine.activation_checkpointing in ("auto", "none"):  # every-N and selective say more than accelerate can

@@ -69,6 +69,7 @@ class Report:
         self._flops = {t: engine.model.flops_per_token(t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision)
         self._waiting: Measured | None = None
+        self._first = True
         self._seconds_then = seconds
         self._skips = 0
         self.asked: signal.Signals | None = None  # to stop; this and the next as all ranks agree, a step late
@@ -137,6 +138,10 @@ class Report:
         if self._metrics is not None:
             self._metrics.write(row)
             self._wandb.write(row)
+        if self._first:
+            self._first = False
+            how = ", compilation included" if self.config.engine.compile else ""
+            self.console.say(f"first step: {m.elapsed:.1f} s{how}")
         self._show(row, best, train_accuracy)
         self._guard(m.step, bool(finite))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.optim.adamw import GuardedAdamW
 from trainer.scaling import weight_decay_base
 
 
@@ -107,32 +108,15 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
     return by_role
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW with two things told on the device, so that nothing waits for it: `finite` (0.0: change neither weights nor
-    moments) and `decay` (the weight decay of groups with loss_driven_decay). An engine may call `step` for some groups at a
-    time, or put tensors of its own (DeepSpeed's flat partitions) in the place of the parameters."""
-
-    finite: Tensor
-    decay: Tensor
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            if group["loss_driven_decay"] and group["params"]:
-                shrink = 1 - group["lr"] * self.decay * self.finite
-                torch._foreach_mul_(group["params"], shrink.to(group["params"][0].device))
-        # The fused kernel reads it on the device of the parameters; it would not wait for a copy from another.
-        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
-        self.found_inf = (1 - self.finite).to(device)
-        super().step()
-
-
 class Optimizer:
-    """GuardedAdamW over groups, with their schedules. hlb's weight decay of a step follows the loss of the step before."""
+    """GuardedAdamW over groups, with their schedules. hlb's weight decay of a step follows the loss of the step before.
+
+    narrow: hold the moments of fp32 parameters in bf16.
+    """
 
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
-        device: torch.device,
+        device: torch.device, narrow: bool = False,
     ) -> None:  # fmt: skip
         self.groups, self.shapes = groups, shapes
         self.adamw = GuardedAdamW(
@@ -147,7 +131,7 @@ class Optimizer:
                 }
                 for group in groups
             ],
-            fused=True,
+            narrow,
         )
         n_parameters = sum(shape.numel() for shape in shapes.values())
         self._log_base = math.log(weight_decay_base(n_parameters))
@@ -161,6 +145,8 @@ class Optimizer:
         for group, settings in zip(self.groups, self.adamw.param_groups, strict=True):
             settings["lr"] = group.lr * group.schedule(step)
         self.adamw.finite, self.adamw.decay = finite, self.decay
+        held = [p for settings in self.adamw.param_groups for p in settings["params"] if p.grad is not None]
+        self.allocate(p for p in held if p not in self.adamw.state)
 
     def follow(self, loss: Tensor, finite: Tensor) -> None:
         """After the update: the decay of the next step. loss: global mean of this one, fp32 scalar on the device."""
@@ -173,11 +159,12 @@ class Optimizer:
 
     def allocate(self, tensors: Iterable[Tensor]) -> None:
         """Moments of zero and no steps for each of `tensors`, as before the first step, to load a checkpoint into."""
+        dtype = torch.bfloat16 if self.adamw.narrow else None  # None: the tensor's own
         for tensor in tensors:
             self.adamw.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
+                "exp_avg": torch.zeros_like(tensor, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(tensor, dtype=dtype),
             }
 
     def table(self) -> str:
@@ -202,4 +189,6 @@ def build_optimizer(
         groups = hlb_groups(model, config.optim)
     else:
         groups = plain_groups(shapes, config.optim, config.max_steps)
-    return Optimizer(groups, shapes, local, math.log(plan.model_config.vocab_size), device)
+    # Moments of bf16 parameters are bf16 as they are.
+    narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
+    return Optimizer(groups, shapes, local, math.log(plan.model_config.vocab_size), device, narrow)

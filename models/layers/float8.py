@@ -1,0 +1,120 @@
+"""Linear layers that multiply in fp8 (arXiv 2209.05433): twice the products per second of bf16 on GPUs that have it.
+
+Each factor of a product is scaled as a whole, by its largest entry of this very call: e4m3 (3 bits of mantissa) for
+inputs and weights, e5m2 (2 bits, more range) for the gradients of outputs. Parameters stay what they were: names, types,
+initialisation and checkpoints are those of nn.Linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16  # the GPU's fp8 products want every dimension divisible by it
+MIN_RATIO = 2.0**-100  # of largest entry to largest number of the type: a tensor of zeros has a finite scale too
+
+
+class Float8Linear(nn.Linear):
+    """nn.Linear with its three products (output, gradients of input and weight) in fp8. Made by `convert_to_float8`.
+
+    Evaluation computes in fp8 too, so that its loss is that of the model which is trained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the type that nn.Linear gives: x's, or autocast's."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rows = x.reshape(-1, self.in_features)  # [N, in]
+        n = len(rows)
+        if n % MULTIPLE:  # N is what the weight's gradient sums over; rows of zeros add nothing to it
+            rows = F.pad(rows, (0, 0, 0, -n % MULTIPLE))
+        out = _Product.apply(rows, self.weight, dtype)[:n].view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x [N, in], weight [out, in] -> x weight^T [N, out] in `dtype`; all three dimensions divisible by MULTIPLE.
+
+    Kept for the backward pass: x in fp8, half of what bf16 takes; and the parameter itself. Its fp8 copy would take a
+    byte per parameter all the way, and hold whole weights where they are sharded; the backward pass needs it transposed, so
+    it has to write it anew in any case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x_scale, weight_scale = scale_of(x, E4M3), scale_of(weight, E4M3)
+        x8 = _cast(x, x_scale, E4M3)
+        weight8 = _cast(weight, weight_scale, E4M3)
+        ctx.save_for_backward(x8, x_scale, weight, weight_scale)
+        ctx.x_dtype = x.dtype
+        # Fast accumulation keeps some 14 bits of a partial sum (arXiv 2412.19437): enough for the output, while the
+        # gradients' sums, over more terms, are kept in fp32.
+        return torch._scaled_mm(x8, weight8.t(), x_scale, weight_scale, out_dtype=dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x8, x_scale, weight, weight_scale = ctx.saved_tensors
+        scale = scale_of(gradient, E5M2)
+        gradient8 = _cast(gradient, scale, E5M2)  # [N, out]
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            columns = _cast(weight.t(), weight_scale, E4M3).t()  # [out, in], column by column
+            dx = torch._scaled_mm(gradient8, columns, scale, weight_scale, out_dtype=gradient.dtype).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            columns = x8.t().contiguous().t()  # [N, in], column by column
+            rows = gradient8.t().contiguous()  # [out, N]
+            # In the parameter's type at once: no rounding to bf16 in between, and no pass to undo it.
+            dweight = torch._scaled_mm(rows, columns, scale, x_scale, out_dtype=weight.dtype)
+        return dx, dweight, None
+
+
+def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Power of two, an fp32 scalar on x's device: the largest |x| / scale is in [max / 2, max) of the fp8 `dtype`.
+
+    To scale by a power of two is exact, and below max nothing saturates: all that is lost is the mantissa's bits.
+    An Inf or NaN in x gives an infinite scale. Finite entries then become 0, which the scale turns to 0 * Inf, and
+    others NaN: nothing that is computed from x comes out as a number, whatever the cast makes of an Inf.
+    """
+    low, high = torch.aminmax(x)
+    ratio = torch.maximum(-low, high).float() / torch.finfo(dtype).max
+    bits = ratio.clamp(min=MIN_RATIO).view(torch.int32)
+    return 2 * (bits & 0x7F800000).view(torch.float32)  # the exponent alone; that of a NaN is Inf's
+
+
+def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale in fp8, row by row in memory."""
+    return (x / scale).to(dtype).contiguous()
+
+
+def convert_to_float8(module: nn.Module) -> tuple[int, list[str]]:
+    """Make the linear layers in `module` compute in fp8, in place: (how many, names of those left out).
+
+    Left out are layers with a dimension that is not divisible by 16. Before compilation, sharding and wrapping.
+    """
+    count, left_out = 0, []
+    for name, layer in module.named_modules():
+        if type(layer) is not nn.Linear:
+            continue
+        if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+            left_out.append(name)
+        else:
+            layer.__class__ = Float8Linear
+            count += 1
+    return count, left_out
+
+
+def float8_refusal(device: torch.device) -> str | None:
+    """Why `device` has no use of fp8; None where it multiplies it."""
+    if device.type != "cuda":
+        return f"a {device.type.upper()} has no units for fp8, and would only emulate it"
+    if torch.version.hip is not None:
+        return "AMD's GPUs have not been tried"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; fp8 needs 8.9 (Ada, Hopper)"
+    return None

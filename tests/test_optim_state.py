@@ -1,0 +1,226 @@
+"""Moments in bf16: every step is the fp32 step from what they hold, rounded once; runs with them go on bit for bit."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_values
+from test_train import losses, make, same, weights
+from torch import nn
+
+from trainer import checkpoint, optim
+from trainer.metrics.record import read_rows
+from trainer.optim import adamw
+from trainer.train import run
+
+U = (
+    2**-8
+)  # rounding to bf16 changes a number by at most this share of it: its spacing is 2^-7 of the power of two below it
+ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build(parameters, betas=(0.9, 0.95), weight_decay=0.0, loss_driven=False, device="cpu"):
+    group = optim.Group("g", list(parameters), 0.1, lambda step: 1.0, betas, 1e-9, weight_decay, loss_driven)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return optim.Optimizer([group], shapes, parameters, first_loss=6.0, device=torch.device(device), narrow=True)
+
+
+def step(optimizer, number=0, finite=ONE):
+    optimizer.prepare(number, finite)
+    optimizer.adamw.step()
+
+
+def odd_parameters(device="cpu"):
+    """Of sizes that no piece divides, one without numbers, as shards can be, and one stored by columns."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"matrix": (13, 17), "row": (5,), "long": (300,), "none": (0, 3), "scalar": ()}
+    values = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    values["columns"] = torch.randn(20, 11, generator=draw).t()
+    return {name: nn.Parameter(value.to(device)) for name, value in values.items()}
+
+
+def check_steps(device):
+    """torch's own AdamW takes each step from the same moments in fp32: equal weights, equal moments once rounded."""
+    ours = odd_parameters(device)
+    theirs = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
+    optimizer = build(ours, weight_decay=0.3, device=device)
+    reference = torch.optim.AdamW(theirs.values(), 0.1, (0.9, 0.95), 1e-9, 0.3, fused=True)
+    for number in range(4):
+        for name, parameter in ours.items():
+            parameter.grad = torch.randn_like(parameter)
+            theirs[name].grad = parameter.grad.clone()
+        step(optimizer, number, ONE.to(device))
+        reference.step()
+        for name, parameter in ours.items():
+            state, wide = optimizer.adamw.state[parameter], reference.state[theirs[name]]
+            assert torch.equal(parameter, theirs[name]), (number, name)
+            assert state["step"] == wide["step"] == number + 1
+            for key in MOMENTS:
+                assert state[key].dtype == torch.bfloat16
+                assert torch.equal(state[key], wide[key].bfloat16()), (number, name)
+                wide[key].copy_(state[key])
+
+
+@pytest.mark.parametrize("size", [64, 256, 2**20])
+def test_each_step_is_the_fp32_step_from_rounded_moments(monkeypatch, size):
+    """In pieces smaller than a parameter, with several parameters to a piece, and all at once."""
+    monkeypatch.setitem(adamw.PIECE, "cpu", size)
+    check_steps("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(adamw.PIECE, "cuda", 64)
+    check_steps("cuda")
+
+
+@pytest.mark.parametrize("size", [1, 16, 64, 1000])
+def test_batches_are_bounded_and_whole(size):
+    rows = [[torch.arange(n), -torch.arange(n), torch.tensor(n)] for n in (3, 64, 0, 130, 16)]
+    seen: dict[int, list[int]] = {int(scalar): [] for *_, scalar in rows}
+    for ups, downs, scalars in adamw.batches(rows, size):
+        assert sum(len(up) for up in ups) <= size
+        for up, down, scalar in zip(ups, downs, scalars, strict=True):
+            assert torch.equal(up, -down)
+            seen[int(scalar)] += up.tolist()
+    assert seen == {n: list(range(n)) for n in seen}
+
+
+def test_deviation_from_fp32_moments_stays_within_what_rounding_adds_up_to():
+    """A moment's error is at most beta times the one before and U of what is rounded, which is within U of what it
+    becomes. An update is then at worst (|m| + error) / sqrt(v - error). fp32's own rounding is below 1e-6."""
+    ours, theirs = nn.Parameter(torch.zeros(1000)), nn.Parameter(torch.zeros(1000))
+    optimizer = build({"p": ours})
+    reference = torch.optim.AdamW([theirs], 0.1, (0.9, 0.95), 1e-9, 0.0, fused=True)
+    draw = torch.Generator().manual_seed(0)
+    errors, betas, bound = dict.fromkeys(MOMENTS, torch.zeros(1000)), dict(zip(MOMENTS, (0.9, 0.95), strict=True)), 0.0
+    for number in range(1, 41):
+        ours.grad = torch.randn(1000, generator=draw)
+        theirs.grad = ours.grad.clone()
+        step(optimizer, number)
+        reference.step()
+        state, wide = optimizer.adamw.state[ours], reference.state[theirs]
+        before = {key: betas[key] * errors[key] for key in MOMENTS}  # of the moments that the update saw
+        average, square = (wide[key] / (1 - betas[key] ** number) for key in MOMENTS)
+        off, below = (before[key] / (1 - betas[key] ** number) for key in MOMENTS)
+        update = average.abs() / square.sqrt()
+        bound = bound + 0.1 * ((average.abs() + off) / (square - below).sqrt() - update + 1e-6)
+        assert ((ours - theirs).abs() <= bound).all()
+        for key in MOMENTS:
+            errors[key] = before[key] + U * state[key].float().abs() / (1 - U)
+            assert ((state[key].float() - wide[key]).abs() <= errors[key] + 1e-7).all()
+    assert (ours != theirs).float().mean() > 0.9, "nothing was rounded"
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.6])
+def test_moments_do_not_stall(beta):
+    """With no gradient they fall as in fp32, but for (1 + U) per rounding; with a steady one they rest near it."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = build({"p": parameter}, betas=(beta, 0.95))
+
+    def follow(gradient, steps):
+        for _ in range(steps):
+            parameter.grad = torch.full((2,), gradient)
+            step(optimizer)
+        return (optimizer.adamw.state[parameter][key][0].item() for key in MOMENTS)
+
+    for start in (0.0, 2.0):  # from below and from above
+        follow(start, 100)
+        average, square = follow(1.0, 300)
+        assert average == pytest.approx(1, rel=U / (1 - beta))
+        assert square == pytest.approx(1, rel=U / 0.05)
+    average, square = follow(0.0, 100)
+    assert average <= beta**100 * (1 + U) ** 100 * 1.08
+    assert square <= 0.95**100 * (1 + U) ** 100 * 1.08
+
+
+def test_tiny_second_moments_keep_their_size():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = build({"p": parameter})
+    parameter.grad = torch.tensor([1e-15, 1e-18, 1e15])
+    step(optimizer)
+    square = optimizer.adamw.state[parameter]["exp_avg_sq"].double()
+    torch.testing.assert_close(square, 0.05 * parameter.grad.double() ** 2, rtol=U, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, bad):
+    monkeypatch.setitem(adamw.PIECE, "cpu", 64)
+    parameters = odd_parameters()
+    optimizer = build(parameters, weight_decay=0.5, loss_driven=True)
+
+    def update(number, finite, spoil):
+        for parameter in parameters.values():
+            parameter.grad = torch.full_like(parameter, spoil) if finite is ZERO else torch.randn_like(parameter)
+        step(optimizer, number, finite)
+        states = [state for parameter in parameters.values() for state in optimizer.adamw.state[parameter].values()]
+        return [tensor.detach().clone() for tensor in (*parameters.values(), *states)]
+
+    before = update(0, ONE, 0.0)
+    after = update(1, ZERO, bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after, update(2, ONE, 0.0), strict=True))
+
+
+def test_half_the_memory():
+    parameters = odd_parameters()
+    optimizer = build(parameters)
+    optimizer.allocate(parameters.values())
+    held = sum(optimizer.adamw.state[p][key].nbytes for p in parameters.values() for key in MOMENTS)
+    assert held == 4 * sum(p.numel() for p in parameters.values())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_dataset, tmp_path_factory):
+    """State precision -> folder of an uninterrupted run of 12 steps."""
+    folders = {}
+    for kind in ("fp32", "bf16"):
+        folders[kind] = tmp_path_factory.mktemp(kind) / "run"
+        run(tiny_values(tiny_dataset, folders[kind], optim__state_precision=kind, checkpoint__keep=9))
+    return folders
+
+
+def test_a_run_learns_what_it_learns_with_fp32_moments(runs):
+    """First moments and roots of second ones are within 4 %: updates are within 8 %, and so is what is learned."""
+    fp32, bf16 = ([row["loss"] for row in read_rows(runs[kind] / "metrics.jsonl")] for kind in ("fp32", "bf16"))
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0, abs=0.08 * (fp32[0] - fp32[-1]))
+
+
+@pytest.mark.parametrize("cut", [4, 8])
+def test_resume_is_bitwise(runs, tmp_path, cut):
+    folder = shutil.copytree(runs["bf16"], tmp_path / "r")
+    for later in (8, 12):
+        if later > cut:
+            shutil.rmtree(folder / "checkpoints" / checkpoint.step_name(later))
+    run({"run_dir": str(folder)})
+    assert losses(folder) == losses(runs["bf16"])
+    assert same(weights(folder, 12), weights(runs["bf16"], 12))
+    kinds = {tensor.dtype for name, tensor in weights(folder, 12).items() if name.endswith(MOMENTS)}
+    assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("saved, loaded", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_moments_of_either_kind_can_be_loaded(runs, tiny_dataset, tmp_path, saved, loaded):
+    there = weights(runs[saved], 12)
+    engine = make(tiny_dataset, tmp_path / "r", optim__state_precision=loaded).engine
+    engine.load(runs[saved] / "checkpoints" / checkpoint.step_name(12))
+    for name, tensor in engine.tensors().items():
+        assert torch.equal(tensor, there[name].to(tensor.dtype)), name
+        if name.endswith(MOMENTS):
+            assert tensor.dtype == (torch.bfloat16 if loaded == "bf16" else torch.float32)
+
+
+def test_nothing_changes_for_bf16_weights(tiny_dataset, tmp_path):
+    """Their moments are bf16 already, and the kernel rounds them itself."""
+    asked, plain = (
+        make(tiny_dataset, tmp_path / kind, precision="pure_bf16", optim__state_precision=kind)
+        for kind in ("bf16", "auto")
+    )
+    for one in (asked, plain):
+        assert not one.engine.optimizer.adamw.narrow, "copies for nothing"
+        one.optimiser_step()
+    assert same(asked.engine.tensors(), plain.engine.tensors())

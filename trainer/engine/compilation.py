@@ -1,0 +1,105 @@
+"""torch.compile, block by block: the forward and backward of training run compiled code; evaluation and decoding do not.
+
+As recompute.py does, this changes the `forward` of a block alone, so hooks on it (FSDP2's, DeepSpeed's) stand outside of what is
+compiled. All blocks of a kind share one compiled code. It is made for any sequence length and microbatch from the beginning:
+sequences that grow compile nothing anew, and a resumed run computes as one that has seen the shorter ones before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import UserError
+
+# Block kinds, and sizes that are one and so a code of their own; past it torch would go on eagerly and only log it.
+MOST_VERSIONS = 64
+# Compiling takes a CPU up to half a minute; a run of so many FLOPs takes a laptop some ten.
+CPU_RUN_FLOPS = 1e14
+
+
+def choose(strategy: str, on_gpu: bool, here: bool, flops: float) -> tuple[bool, str]:
+    """(whether to compile where engine.compile does not say, why). here: on this machine; flops: of the whole run."""
+    if strategy == "zero3":
+        return False, "DeepSpeed's hooks on the modules of a block stand between what could be compiled"
+    missing = missing_compiler(on_gpu) if here else None
+    if missing is not None:
+        return False, missing
+    if not on_gpu and flops < CPU_RUN_FLOPS:
+        return False, f"a run of {flops:.1g} FLOPs on a CPU is over before it pays"
+    return True, "fewer kernels, each does more"
+
+
+def missing_compiler(on_gpu: bool) -> str | None:
+    """What torch.compile lacks on this machine; None where nothing is known to be missing."""
+    if on_gpu:
+        return None if importlib.util.find_spec("triton") else "there is no Triton to compile with"
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return None if found else "there is no C++ compiler"
+
+
+def keep_compiled_code() -> None:
+    """Compiled code in the user's cache folder, where a later start finds it (torch's own default is emptied at boot)."""
+    cache = Path.home() / ".cache" / "crescendo" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
+
+class Compiled:
+    """The blocks of a model, made to compile on their first call with gradients. say: called with a line if that fails."""
+
+    def __init__(self, model: Any, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.failed = False
+        keep_compiled_code()
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
+        for block in model.blocks():
+            block.forward = functools.partial(self._forward, block.forward, torch.compile(block.forward, dynamic=True))
+
+    def _forward(self, eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.failed or not torch.is_grad_enabled():
+            return eager(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except Exception as error:
+            if not of_compiler(error):
+                raise
+            self.failed = True
+            self.say(f"engine.compile: not compiled, eager from here on: {first_line(error)}")
+            return eager(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def explain_failure() -> Iterator[None]:
+    """UserError where a backward pass cannot be compiled: half of it may have run, so nothing can take its place."""
+    try:
+        yield
+    except Exception as error:
+        if not of_compiler(error):
+            raise
+        raise UserError(
+            f"engine.compile: the backward pass could not be compiled ({first_line(error)}); go on with --engine.compile false"
+        ) from error
+
+
+def of_compiler(error: Exception) -> bool:
+    """Whether torch.compile failed, rather than what it compiles."""
+    if "torch._dynamo.exc" not in sys.modules:  # slow to import
+        return False
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and beginning of an error whose text may be many lines."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
