@@ -238,7 +238,7 @@ def made_contender(name, kind, rates):
             "precision": "fp32",
         },
     )
-    one = Made(name)
+    one = Made(name, memory={"weights": 2**29, "total": 3 * 2**28})
     one.kind, one.plan = kind, resolve(config)
     one.record = Record(rates, [100.0, 100.0], 1.5, 2**30, 0, dict.fromkeys(("step", *clock.PHASES), 1.0))
     one.record.phases_ms["communication"] = None
@@ -254,6 +254,7 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     ours, bare = body["rows"]
     assert (body["format"], body["kind"], body["order"], body["notes"]) == (1, "train", "in turns", ["a note"])
     assert ours["ratio"] == {"bare loop": 2.0} and ours["mfu"] is None and ours["peak_flops"] is None
+    assert ours["expected_memory_bytes"]["total"] == 3 * 2**28 and bare["expected_memory_bytes"] is None
     assert ours["config"]["model"]["d_model"] == 64 and bare["kind"] == "peer"
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
@@ -261,6 +262,7 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     table = (folder / "bench.md").read_text()
     cells = dict(zip(*([c.strip() for c in line.split("|")] for line in table.splitlines()[2:5:2]), strict=True))
     assert (cells["MFU"], cells["communication"], cells["/ bare loop"]) == (MISSING, MISSING, "2.000")
+    assert (cells["peak GiB"], cells["expected"]) == ("1.000", "0.750")
     assert "'CPU', fp32: n/a" in table and "- a note" in table
 
     # The same with a peak: 100 tokens/s x FLOPs per token over the peak.

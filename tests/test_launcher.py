@@ -258,6 +258,7 @@ def test_reconcile_fills_what_is_open():
         ({"strategy": "ddp"}, {"strategy": "fsdp"}, 2, "engine.strategy: ddp, but accelerate's config asks for fsdp"),
         ({"shard_size": 4}, {"shard_size": 2}, 4, "engine.shard_size: 4, but"),
         ({"deepspeed_config": "a.json"}, {"deepspeed_config": "b.json"}, 2, "engine.deepspeed_config: a.json, but"),
+        ({"compile": False}, {"compile": True}, 1, "engine.compile: False, but accelerate's config asks for True"),
         (
             {"activation_checkpointing": "none"},
             {"activation_checkpointing": "full"},

@@ -1,7 +1,9 @@
 """The loop end to end on a tiny model: what it writes, that it learns, that resuming is exact, and what stops it."""
 
+import gc
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from trainer.metrics.record import KEYS, read_rows
 from trainer.plan import resolve
 from trainer.run import Run
 from trainer.settings import build
-from trainer.train import run
+from trainer.train import run, ways_out
 
 WORLD = World()
 
@@ -474,3 +476,90 @@ def test_wrong_tokenizer_is_refused(finished, tmp_path):
     )
     line = error_line(trainer("evaluate", finished, "--data.path", tmp_path / "d"))
     assert "was prepared with tokenizer train-bpe:270, the run with bytes" in line
+
+
+# -- around the loop ------------------------------------------------------------------------------------------------------
+
+
+def test_the_garbage_collector_is_kept_out_of_the_loop(tiny_dataset, tmp_path, monkeypatch):
+    seen = []
+
+    def looking(this):
+        seen.append(gc.isenabled())
+        if len(seen) == 3:
+            raise ZeroDivisionError
+        return step(this)
+
+    step = Run.optimiser_step
+    monkeypatch.setattr(Run, "optimiser_step", looking)
+    values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, checkpoint__every=0)
+    run(values)
+    assert seen == [False, False] and gc.isenabled() and gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError):
+        run(values | {"max_steps": 4})
+    assert seen == [False] * 3 and gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_first_step_is_told_once(tiny_dataset, tmp_path, capsys):
+    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=3))
+    said = "".join(capsys.readouterr())
+    assert len(re.findall(r"^first step: \d+\.\d s$", said, re.MULTILINE)) == said.count("first step") == 1
+
+
+def test_profile_also_of_a_run_that_goes_on(tiny_dataset, tmp_path, capsys):
+    folder = tmp_path / "r"
+    run(tiny_values(tiny_dataset, folder, max_steps=4))
+    assert not (folder / "profile").exists()
+    run({"run_dir": str(folder), "max_steps": 12, "profile": True})
+    names = {path.name for path in (folder / "profile").iterdir()}
+    assert names == {"operations.txt", "trace-rank0.json.gz"}
+    assert (folder / "profile" / "operations.txt").read_text().startswith("Steps 10 to 12, rank 0 of 1, cpu.")
+    assert "".join(capsys.readouterr()).count("profile of steps 10 to 12 in") == 1
+
+
+@pytest.mark.parametrize(
+    "batch, engine, expected",
+    [
+        ((256, 64), {}, "--batch.tokens_per_microbatch 128 or --engine.activation_checkpointing full or more devices"),
+        ((192, 64), {"activation_checkpointing": "full"}, "--batch.tokens_per_microbatch 64 or more devices"),
+        ((64, 64), {"activation_checkpointing": "full"}, "more devices"),
+        (
+            (64, 64),
+            {"activation_checkpointing": "selective", "strategy": "fsdp"},
+            "--engine.activation_checkpointing full or --engine.offload or more devices",
+        ),
+        ((64, 64), {"activation_checkpointing": "full", "strategy": "zero1", "offload": True}, "more devices"),
+    ],
+)
+def test_ways_out_name_what_helps(batch, engine, expected):
+    config = RunConfig()
+    config.batch.tokens_per_microbatch, config.batch.sequence_length = batch
+    config.engine.strategy, config.engine.activation_checkpointing = "single", "none"
+    for key, value in engine.items():
+        setattr(config.engine, key, value)
+    assert ways_out(config) == f"go on with {expected}"
+
+
+def test_fp8_where_it_is_not(tiny_dataset, tmp_path):
+    values = tiny_values(tiny_dataset, tmp_path / "r", precision="bf16", float8=True)
+    with pytest.raises(UserError, match="^float8: a CPU has no units for fp8, .*; leave it out$"):
+        run(values)
+    with pytest.raises(UserError, match="^float8: .* precision fp32 promises; use bf16$"):
+        run(values | {"precision": "fp32"})
+    assert not (tmp_path / "r" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_fp8_trains_and_goes_on(tiny_dataset, tmp_path, monkeypatch):
+    """Emulated by the CPU, a thousand times slower than what it stands for."""
+    monkeypatch.setattr("trainer.engine.base.float8_refusal", lambda device: None)
+    for folder, cut in (("straight", 2), ("cut", 1)):
+        values = tiny_values(
+            tiny_dataset, tmp_path / folder, precision="bf16", max_steps=cut, float8=True,
+            batch__tokens_per_step=64, batch__tokens_per_microbatch=64, batch__sequence_length=16,
+            batch__dynamic=False, evaluation__max_tokens=16, checkpoint__every=1,
+        )  # fmt: skip
+        run(values)
+    run({"run_dir": str(tmp_path / "cut"), "max_steps": 2})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    assert same(weights(tmp_path / "cut", 2), weights(tmp_path / "straight", 2))

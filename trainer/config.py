@@ -117,7 +117,6 @@ class EngineConfig:
         "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
     )
     compile: bool | None = setting(None, "torch.compile each block for training; none: where there is a compiler")
-    float8: bool = setting(False, "multiply by the weights of blocks in fp8 (Ada, Hopper and newer; pays with compile)")
     timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
     step_timeout_minutes: float = setting(
         5.0, "the same within an optimiser step, after the first; the smaller of the two counts", above=0
@@ -178,6 +177,7 @@ class RunConfig:
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )
+    float8: bool = setting(False, "multiply by the weights of blocks in fp8 (Ada, Hopper and newer; pays with compile)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     deterministic: bool = setting(False, "deterministic kernels only (on CPU they always are)")
     profile: bool = setting(False, "record a few steps: a trace and the top operations, in RUN/profile")
@@ -205,8 +205,10 @@ class BenchConfig(RunConfig):
     """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
 
     sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
-    peers: list[Literal["bare", "transformers"]] | None = setting(
-        None, "bench: bare (a plain PyTorch loop), transformers (the same shape there); auto: those there are"
+    peers: list[Literal["bare", "eager", "transformers"]] | None = setting(
+        None,
+        "bench: bare (a plain PyTorch loop), transformers (the same shape there), eager (whole logits, dense attention, "
+        "nothing compiled); auto: the first two, where they are",
     )
     rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)

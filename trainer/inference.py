@@ -77,7 +77,7 @@ class Inference:
         else:
             fastest = "bf16" if gpu.has_bf16 else "fp32"
             given = self.config.precision != "auto"
-            precision, rule = (self.config.precision, "set") if given else (fastest, f"what an {gpu.name} multiplies")
+            precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
             self.memory = int(gpu.gibibytes * GIB)
         self.config.precision = precision
         self.note("precision", precision, rule)
@@ -161,7 +161,7 @@ class Inference:
         longest, how = batch.sequence_length, config.engine.activation_checkpointing
         capacity: float = scaling.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
-        fits = self.demand.tokens_that_fit(self.memory, self.spread, how, self.step)
+        fits = self.demand.tokens_that_fit(self.memory, self.spread, how, self.step > longest * self.spread.processes)
         if fits < capacity:
             capacity, rule = fits, rule + f"; lowered to what {self.memory / GIB:.0f} GiB hold"
         if capacity < longest:

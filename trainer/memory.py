@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ SHARDED = {
     "hsdp": {"moments", "gradients", "weights"},
 }
 GONE_BEFORE_UPDATE = ("head gradient", "bf16 copies", "unsharded gradients")
-BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time, in fp32 (see engine/deepspeed_config.py)
+BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time (see engine/deepspeed_config.py)
 # What engine.offload keeps in CPU memory.
 OFFLOADED = {
     **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
@@ -125,7 +126,7 @@ class Demand:
         if fsdp and accumulates:
             state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
         if spread.strategy in ("zero2", "zero3"):
-            state["buckets"] = 4 * BUCKET
+            state["buckets"] = (4 if spread.precision == "fp32" else 2) * BUCKET
         return state
 
     @staticmethod
@@ -138,6 +139,7 @@ class Demand:
             absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
         else:  # other strategies hold buffers for gradients from the beginning
             absent = gradients if spread.strategy == "single" and not accumulates else 0
+            absent += state["buckets"] if spread.strategy == "zero2" else 0  # made in the backward pass
         return sum(state.values()) - absent
 
     @staticmethod
@@ -166,31 +168,32 @@ class Demand:
             return 8 * vocab_size * tokens
         return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu)
 
-    def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, step: float) -> float:
+    def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
 
-        step: most tokens of an optimiser step. hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+        hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
         """
         if memory is None:
             return float("inf")
         one, loss = self.activations(spread, how), self.loss(spread, how, self.length)
         most = self.loss(spread, how, float("inf"))  # what chunks keep the loss of any number of tokens to
-        for accumulates in (False, True):
-            state = self.state(spread, accumulates)
-            if self.in_update(state) > 0.9 * memory:
-                return 0
-            room = 0.9 * memory - self.in_loss(state, spread, accumulates)
-            tokens = int(max(0, room / (one + loss), (room - most) / one)) * self.length
-            if tokens * spread.processes >= step:
-                break
-        return tokens
-
-    def least(self, spread: Spread, how: str, step: float) -> int:
-        """Most bytes held at a time with microbatches of one sequence. step: as above."""
-        accumulates = step > self.length * spread.processes
         state = self.state(spread, accumulates)
-        passing = self.activations(spread, how) + int(self.loss(spread, how, self.length))
-        return max(self.in_loss(state, spread, accumulates) + passing, self.in_update(state))
+        if self.in_update(state) > 0.9 * memory:
+            return 0
+        room = 0.9 * memory - self.in_loss(state, spread, accumulates)
+        return int(max(0, room / (one + loss), (room - most) / one)) * self.length
+
+    def most_held(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+        """Most bytes held at a time with microbatches of so many sequences."""
+        state = self.state(spread, accumulates)
+        return max(self.in_microbatch(spread, how, sequences, accumulates), self.in_update(state))
+
+    def in_microbatch(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+        """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
+        state, kept = self.state(spread, accumulates), self._measure(spread.compute, how).total
+        block = self.activations(spread, how) - kept
+        loss = int(self.loss(spread, how, sequences * self.length))
+        return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
     def _measure(self, compute: str, how: str) -> Kept:
         if (compute, how) not in self._kept:
@@ -293,13 +296,16 @@ def expected_memory(plan: Any) -> dict[str, int]:
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     spread, length = Spread.of(plan.config, plan.processes, plan.memory is not None), batch.sequence_length
     demand = Demand(plan.model_class, plan.model_config, length)
-    share = -(-(batch.tokens_per_step // length) // plan.processes)  # sequences of one step on one device
-    sequences = min(batch.tokens_per_microbatch // length, share)
-    accumulates = share > sequences
-    memory = demand.state(spread, accumulates)
-    passing = demand.activations(spread, how) * sequences, int(demand.loss(spread, how, sequences * length))
-    most = max(demand.in_loss(memory, spread, accumulates) + sum(passing), demand.in_update(memory))
+    step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
+    share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
+    parts = -(-share // max(1, batch.tokens_per_microbatch // length))
+    first, second = -(-share // parts), (share + parts - 2) // parts
+    memory = demand.state(spread, parts > 1)
+    most = max(demand.in_microbatch(spread, how, first, accumulates=False), demand.in_update(memory))
+    if parts > 1:
+        most = max(most, demand.in_microbatch(spread, how, second, accumulates=True))
+    passing = demand.activations(spread, how) * first, int(demand.loss(spread, how, first * length))
     memory |= {"activations": passing[0], "loss": passing[1], "total": most}
     if how != "none":
-        memory["activations without checkpointing"] = demand.activations(spread, "none") * sequences
+        memory["activations without checkpointing"] = demand.activations(spread, "none") * first
     return memory

@@ -52,6 +52,7 @@ BY_STRATEGY = (
     "reshard_after_forward",
     "deepspeed_config",
     "activation_checkpointing",
+    "compile",
 )
 
 
@@ -108,7 +109,8 @@ def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_unchanged(folder: Path, config: RunConfig) -> None:
     """UserError where the config asks of an existing run something other than it was started with."""
     before, after = flat(build(RunConfig, load_yaml(folder / CONFIG))), flat(config)
-    differing = [key for key in after if after[key] != before.get(key) and not key.startswith(CHANGEABLE)]
+    # `auto` in a resolved config is a key that was not there yet: what was inferred instead is what always held.
+    differing = [key for key in after if before.get(key) not in (after[key], "auto") and not key.startswith(CHANGEABLE)]
     if differing:
         key = differing[0]
         more = f" (and {', '.join(differing[1:])})" if len(differing) > 1 else ""

@@ -21,8 +21,8 @@ def refuse_contradictions(config: Any) -> None:
             f"precision: pure_bf16 with engine.strategy {strategy}, but DeepSpeed keeps fp32 masters (and zero0 would sum "
             "gradients in bf16); use bf16, ddp or fsdp"
         )
-    if engine.float8 and config.precision == "fp32":
-        raise UserError("engine.float8: products would be far less exact than precision fp32 promises; use bf16")
+    if config.float8 and config.precision == "fp32":
+        raise UserError("float8: products would be far less exact than precision fp32 promises; use bf16")
     if not engine.reshard_after_forward and strategy not in ("fsdp", "hsdp"):
         raise UserError(
             f"engine.reshard_after_forward: {strategy} gathers no blocks; use fsdp or hsdp, or leave it out"
@@ -75,7 +75,18 @@ class Chooser:
 
     def fits(self, means: Means, spread: Spread) -> bool:
         spread = replace(spread, narrow=means.narrow)
-        return self.demand.tokens_that_fit(self.memory, spread, means.recompute, self.step) >= self.wanted
+        fit = self.demand.tokens_that_fit(self.memory, spread, means.recompute, self.accumulates(spread))
+        return fit >= self.wanted
+
+    def accumulates(self, spread: Spread) -> bool:
+        """Whether a step may take several microbatches of what is wanted."""
+        return self.step > self.wanted * spread.processes
+
+    def needed(self, spread: Spread, means: Means) -> int:
+        """Bytes that microbatches of what is wanted are expected to need."""
+        spread = replace(spread, narrow=means.narrow)
+        sequences = max(1, self.wanted // self.demand.length)
+        return self.demand.most_held(spread, means.recompute, sequences, self.accumulates(spread))
 
     def spread(self, strategy: str, shards: int = 1) -> Spread:
         return Spread(strategy, self.config.precision, self.world.size, shards)
@@ -101,35 +112,38 @@ class Chooser:
         if self.fits(self.means[0], self.spread("ddp")):
             return "ddp", False, f"{size} processes; each GPU's {self.room} hold a whole copy"
         why = f"a whole copy does not fit a GPU's {self.room}"
+        offload = not self.fits(self.means[-1], self.spread("fsdp", size))
+        why += "; with all in CPU memory" * offload
         if size == local_size:
-            return "fsdp", False, f"{why}: shards over the {size} processes of this machine"
+            return "fsdp", offload, f"{why}: shards over the {size} processes of this machine"
         # Between machines it is slow: rather compute activations twice than gather weights from another machine.
         even = local_size > 1 and size % local_size == 0
         if even and self.fits(self.means[-1], self.spread("hsdp", local_size)):
             return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
-        return "fsdp", False, f"{why}, nor one machine's: shards over all {size} processes"
+        return "fsdp", offload, f"{why}, nor one machine's: shards over all {size} processes"
 
     def choose_means(self, spread: Spread) -> tuple[Means, str]:
         """(means, why) of what is auto of engine.activation_checkpointing and optim.state_precision."""
         if self.memory is None:
             return self.means[0], "memory of a CPU is not what limits a batch"
-        for means in self.means:
+        # Of what lies in CPU memory, half as much frees nothing here.
+        means_here = [means for means in self.means if not (spread.offload and means.narrow)] or self.means
+        for means in means_here:
             if self.fits(means, spread):
                 without = "" if means is self.means[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
                 return means, "the fastest that fits" + without
-        return self.means[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
+        return means_here[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
 
     def refuse_the_impossible(self, spread: Spread, means: Means) -> None:
         """UserError, with what would do, where not even one sequence is expected to fit the whole memory of the GPU."""
-        spread = replace(spread, narrow=means.narrow)
-        needed = self.demand.least(spread, means.recompute, self.step)
+        needed = self.needed(spread, means)
         if self.memory is None or needed <= self.memory:
             return
-        length, engine = self.demand.length, self.config.engine
+        engine = self.config.engine
         how = f"{engine.strategy}{', offloaded' * spread.offload}, recomputing {means.recompute}"
         ways = ", ".join(self.ways_out(spread)) or "a smaller model_scale"
         raise UserError(
-            f"memory: one sequence of {length:,} tokens is expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "
+            f"memory: {self.wanted:,} tokens at a time are expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "
             f"{self.memory / GIB:.1f}; what would fit: {ways}"
         )
 
@@ -139,8 +153,7 @@ class Chooser:
         ways, least = [], self.means[-1]
 
         def holds(spread: Spread, memory: float) -> bool:
-            needed = self.demand.least(replace(spread, narrow=least.narrow), least.recompute, self.step)
-            return needed <= 0.9 * memory
+            return self.needed(spread, least) <= 0.9 * memory
 
         assert self.memory is not None
         if not spread.offload and holds(replace(sharded, offload=True, shards=spread.processes), self.memory):

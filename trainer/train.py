@@ -15,7 +15,6 @@ from typing import Any
 
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.stream import find_dataset, is_remote, local_folder
-from trainer.engine.compilation import explain_failure
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
@@ -120,7 +119,6 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     try:
         with (
             collecting_by_hand(),
-            explain_failure(),
             explain_out_of_memory(this.folder, world.rank, this.device, lambda: ways_out(config)),
         ):
             asked = loop(this, report, tokenizer)

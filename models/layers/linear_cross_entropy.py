@@ -6,6 +6,9 @@ products in all, none repeated, and nothing of the size of the logits is kept fo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(rows, w.t(), out=logits)
             else:
                 torch.addmm(b, rows, w.t(), out=logits)
-            _score(logits, labels[part], counted[part], losses[part], form, train)
+            facts = logits, labels[part], counted[part], losses[part], form
+            _scorer.get()(*facts) if train else score_in_tiles(*facts, train=False)
             if dx is not None:
                 torch.mm(logits, w, out=dx[part])
             if dweight is not None:
@@ -122,12 +126,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _score(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool) -> None:
+@contextlib.contextmanager
+def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
+    """Within, `scorer` (score_in_tiles, or score_at_once compiled) does what training does to chunks of logits."""
+    token = _scorer.set(scorer)
+    try:
+        yield
+    finally:
+        _scorer.reset(token)
+
+
+def score_in_tiles(
+    logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool = True
+) -> None:
     """Fill in the losses [n] of a chunk; where `train`, turn its logits [n, V] into the gradient of their sum."""
     tile = _tile_rows(logits, losses.dtype)
     for start in range(0, len(logits), tile):
         part = slice(start, start + tile)
         _score_tile(logits[part], labels[part], counted[part], losses[part], form, train)
+
+
+_scorer: ContextVar[Callable[..., None]] = ContextVar("scorer", default=score_in_tiles)
 
 
 def _score_tile(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool) -> None:
@@ -147,6 +166,24 @@ def _score_tile(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor,
     if form.softcap is not None:
         probabilities *= bent.square_().neg_().add_(1)
     logits.copy_(probabilities)
+
+
+def score_at_once(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form) -> None:
+    """As `score_in_tiles` in training, for torch.compile to make few kernels of: nothing in place but the results."""
+    scores = logits.to(losses.dtype)
+    if form.softcap is not None:
+        bent = (scores / form.softcap).tanh()
+        scores = bent * form.softcap
+    largest = scores.amax(-1, keepdim=True)
+    log_sum = (largest + (scores - largest).exp().sum(-1, keepdim=True).log())[:, 0]
+    is_label = torch.arange(scores.shape[1], device=scores.device) == labels[:, None]
+    of_label = scores.gather(1, labels[:, None])[:, 0]
+    losses.copy_((log_sum - of_label + form.z_loss * log_sum.square()).where(counted, 0))
+    # Powers again, of other numbers: those of the sum would have to be held until here.
+    gradient = (scores - log_sum[:, None]).exp() * (1 + 2 * form.z_loss * log_sum)[:, None] - is_label.to(scores.dtype)
+    if form.softcap is not None:
+        gradient = gradient * (1 - bent.square())
+    logits.copy_(gradient * counted[:, None])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -56,8 +56,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
             run.engine.backward = counting
             stack.callback(setattr, run.engine, "backward", original)
             measured = run.optimiser_step()
-        result["loss"].append(measured.loss.item())
-        result["grad_norm"].append(measured.grad_norm.item())
+        result["loss"].append(measured.numbers.read()[0])
+        result["grad_norm"].append(measured.grad_norm)
         result["microbatches"].append(count)
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
     if "matrices" in case:

@@ -1,4 +1,4 @@
-"""What the trainer is compared with: a bare PyTorch loop around its own model, and the same shape in `transformers`."""
+"""What the trainer is compared with: bare PyTorch loops around its own model, and the same shape in `transformers`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from models.base import cross_entropy
 from trainer.bench.clock import PhaseClock
 from trainer.bench.variants import Contender
 from trainer.config import BenchConfig
@@ -130,6 +131,27 @@ class BareLoop(Peer):
         return self.model(tokens, targets=targets, reduction="sum").loss
 
 
+class EagerPeer(Peer):
+    """Our own model in its straightforward form: whole logits, dense attention, nothing compiled or recomputed."""
+
+    def make_model(self) -> Any:
+        model_config = self.plan.model_config
+        if hasattr(model_config, "attention_kernel"):
+            model_config = dataclasses.replace(model_config, attention_kernel="dense")
+        model = with_storage(build_meta(self.plan.model_class, model_config), self.device)
+        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}
+        return model
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(self.model(tokens).logits, targets, "sum")
+
+    def needs(self) -> dict[str, int]:
+        needs = super().needs()
+        logits = self.plan.config.batch.tokens_per_microbatch * self.plan.model_config.vocab_size
+        return needs | {"total": needs["total"] + 12 * logits}  # as they are, in fp32, and the gradient of that
+
+
 class TransformersPeer(Peer):
     """The same shape in `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
 
@@ -191,6 +213,6 @@ def peers(config: BenchConfig, like: Contender) -> list[Peer]:
         raise UserError(
             f"peers: transformers has no counterpart of {model} here (there is one of {', '.join(COUNTERPARTS)}); --peers bare"
         )
-    kinds: dict[str, type[Peer]] = {"bare": BareLoop, "transformers": TransformersPeer}
-    names = {"bare": "bare loop", "transformers": "transformers"}
+    kinds: dict[str, type[Peer]] = {"bare": BareLoop, "eager": EagerPeer, "transformers": TransformersPeer}
+    names = {"bare": "bare loop", "eager": "eager", "transformers": "transformers"}
     return [kinds[kind](names[kind], like.plan, like.dataset, like.world, like.device) for kind in wanted]

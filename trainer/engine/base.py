@@ -52,10 +52,10 @@ class Engine:
 
     def prepare_blocks(self, model: Any) -> None:
         """fp8, activation checkpointing, then compilation, of each block: before anything that shards them."""
-        if self.config.engine.float8:
+        if self.config.float8:
             refusal = float8_refusal(self.device)
             if refusal is not None:
-                raise UserError(f"engine.float8: {refusal}; leave it out")
+                raise UserError(f"float8: {refusal}; leave it out")
             for block in model.blocks():
                 convert_to_float8(block)
         checkpoint_activations(model, self.config.engine.activation_checkpointing)
@@ -77,7 +77,7 @@ class Engine:
         share = f"; rank 0 updates {held:,} of {total:,} parameters" if held != total else ""
         engine = self.config.engine
         how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"
-        how += ", offloaded" * engine.offload + ", products in fp8" * engine.float8 + ", compiled" * engine.compile
+        how += ", offloaded" * engine.offload + ", products in fp8" * self.config.float8 + ", compiled" * engine.compile
         return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
     def held(self) -> int:

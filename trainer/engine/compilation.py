@@ -1,25 +1,27 @@
 """torch.compile, block by block: the forward and backward of training run compiled code; evaluation and decoding do not.
 
 As recompute.py does, this changes the `forward` of a block alone, so hooks on it (FSDP2's, DeepSpeed's) stand outside of what is
-compiled. All blocks of a kind share one compiled code. It is made for any sequence length and microbatch from the beginning:
-sequences that grow compile nothing anew, and a resumed run computes as one that has seen the shorter ones before.
+compiled. All blocks of a kind share one compiled code. It is made for any sequence length and microbatch from the beginning, so that
+growing sequences do not compile anew each time (on a CPU once or twice more, where a sum first has more than 4,096 terms), and
+a resumed run computes as one that has seen the shorter ones before.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from trainer.errors import UserError
+from models.layers.linear_cross_entropy import score_at_once, score_in_tiles, scored_by
+
+T = TypeVar("T")
 
 # Block kinds, and sizes that are one and so a code of their own; past it torch would go on eagerly and only log it.
 MOST_VERSIONS = 64
@@ -54,40 +56,50 @@ def keep_compiled_code() -> None:
 
 
 class Compiled:
-    """The blocks of a model, made to compile on their first call with gradients. say: called with a line if that fails."""
+    """The blocks of a model and its loss, made to compile on their first call in training. say: is told if that fails."""
 
     def __init__(self, model: Any, say: Callable[[str], None]) -> None:
         self.say = say
         self.failed = False
-        keep_compiled_code()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
+        prepare_compiler()
         for block in model.blocks():
-            block.forward = functools.partial(self._forward, block.forward, torch.compile(block.forward, dynamic=True))
+            compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True))
+            block.forward = functools.partial(_in_training, block.forward, compiled)
+        scorer = self.with_fallback(score_in_tiles, torch.compile(score_at_once, dynamic=True))
+        model.forward = scored_by(scorer)(model.forward)
 
-    def _forward(self, eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.failed or not torch.is_grad_enabled():
-            return eager(*args, **kwargs)
-        try:
-            return compiled(*args, **kwargs)
-        except Exception as error:
-            if not of_compiler(error):
-                raise
-            self.failed = True
-            self.say(f"engine.compile: not compiled, eager from here on: {first_line(error)}")
-            return eager(*args, **kwargs)
+    def with_fallback(self, eager: Callable[..., T], compiled: Callable[..., T]) -> Callable[..., T]:
+        """`compiled`, or `eager` once anything of the model could not be compiled."""
+
+        def call(*args: Any, **kwargs: Any) -> T:
+            if self.failed:
+                return eager(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except Exception as error:
+                if not of_compiler(error):
+                    raise
+                self.failed = True
+                self.say(f"engine.compile: not compiled, eager from here on: {first_line(error)}")
+                return eager(*args, **kwargs)
+
+        return call
 
 
-@contextlib.contextmanager
-def explain_failure() -> Iterator[None]:
-    """UserError where a backward pass cannot be compiled: half of it may have run, so nothing can take its place."""
-    try:
-        yield
-    except Exception as error:
-        if not of_compiler(error):
-            raise
-        raise UserError(
-            f"engine.compile: the backward pass could not be compiled ({first_line(error)}); go on with --engine.compile false"
-        ) from error
+def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
+
+
+def prepare_compiler() -> None:
+    """Settings of torch.compile for code that is block by block, and kept."""
+    import torch._dynamo
+    import torch._functorch.config
+
+    keep_compiled_code()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
+    # A backward pass that cannot be compiled is found before the forward pass has run, when eager code can still do both.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def of_compiler(error: Exception) -> bool:
@@ -100,6 +112,7 @@ def of_compiler(error: Exception) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and beginning of an error whose text may be many lines."""
+    """Type and beginning of an error whose text may be many lines; of what the compiler met, where it says."""
+    error = getattr(error, "inner_exception", None) or error
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

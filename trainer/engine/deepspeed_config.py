@@ -54,7 +54,8 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
             )
     settings = merged(theirs, ours)
     # DeepSpeed's own default takes 1.9 GiB, however small the model.
-    settings["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
+    if settings["zero_optimization"].get("reduce_bucket_size", "auto") == "auto":
+        settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
     if settings["zero_optimization"]["stage"] == 0:
         # DeepSpeed's bf16 has no fp32 masters to speak of there (its losses drift): it is autocast; and we clip.
         settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}

@@ -42,6 +42,10 @@ class TorchEngine(Engine):
             self._add_up(last)
         return loss.detach()
 
+    def clear_gradients(self) -> None:
+        # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.
+        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped)
+
     def _add_up(self, last: bool) -> None:
         """pure_bf16: move the microbatch's gradients into fp32 sums, and back to bf16 once they are complete."""
         for parameter in self.local.values():

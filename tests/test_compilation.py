@@ -1,0 +1,304 @@
+"""torch.compile around the blocks: the same gradients, no compiling anew as sequences grow, and eager where it cannot be."""
+
+import contextlib
+import copy
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import tiny_values
+from test_train import losses, same, weights
+from test_zoo import VOCAB, build, gradients
+from torch import nn
+from torch._dynamo.utils import counters
+
+from models.base import Cache, model_names
+from trainer.engine import compilation, recompute
+from trainer.engine.compilation import Compiled, choose, missing_compiler
+from trainer.train import run
+
+LONG = 10 * compilation.CPU_RUN_FLOPS
+# Sums in another order and fused multiply-adds: some hundred eps of the loss, and of the largest entry of each gradient, as in
+# test_zoo's test_compiled_equals_eager.
+CLOSE = 200 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """What dynamo has compiled and counted, and what it was told, belongs to one test."""
+    torch._dynamo.reset()
+    counters.clear()
+    limit = torch._dynamo.config.recompile_limit
+    with patch.dict(os.environ), torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many have been compiled in this test."""
+    return counters["stats"]["unique_graphs"]
+
+
+def batch(rows: int, length: int):
+    generator = torch.Generator().manual_seed(rows * length)
+    return torch.randint(VOCAB, (2, rows, length), generator=generator)  # tokens and targets
+
+
+def assert_close(compiled, eager) -> None:
+    (loss, found), (expected, plain) = compiled, eager
+    assert (loss - expected).abs() < CLOSE * expected.abs()
+    for key, gradient in found.items():
+        assert (gradient - plain[key]).abs().max() < CLOSE * max(1e-2, plain[key].abs().max().item()), key
+
+
+# -- when, and with what ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_programs(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def test_missing_compiler(no_programs, monkeypatch, tmp_path):
+    assert missing_compiler(on_gpu=False) == "there is no C++ compiler"
+    program = tmp_path / "my-cxx"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert missing_compiler(on_gpu=False) is None
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program.rename(tmp_path / "clang++")
+    assert missing_compiler(on_gpu=False) is None
+
+
+@pytest.mark.parametrize("found", [None, "a spec"])
+def test_missing_triton(no_programs, monkeypatch, found):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found if name == "triton" else "another")
+    assert missing_compiler(on_gpu=True) == (None if found else "there is no Triton to compile with")
+
+
+@pytest.mark.parametrize(
+    "strategy, on_gpu, here, flops, missing, chosen",
+    [
+        ("single", False, True, LONG, None, (True, "fewer kernels")),
+        ("ddp", False, True, LONG, None, (True, "fewer kernels")),
+        ("single", False, True, 0.1 * LONG / 2, None, (False, "5e+13 FLOPs on a CPU")),
+        ("single", True, True, 1.0, None, (True, "fewer kernels")),
+        ("fsdp", True, True, 1.0, None, (True, "fewer kernels")),
+        ("zero2", True, True, 1.0, None, (True, "fewer kernels")),
+        ("zero3", True, True, LONG, None, (False, "DeepSpeed's hooks")),
+        ("single", True, True, LONG, "there is no Triton", (False, "there is no Triton")),
+        ("single", False, True, LONG, "there is no C++", (False, "there is no C++")),
+        ("single", True, False, LONG, "there is no Triton", (True, "fewer kernels")),  # a plan for another machine
+    ],
+)
+def test_choice(monkeypatch, strategy, on_gpu, here, flops, missing, chosen):
+    monkeypatch.setattr(compilation, "missing_compiler", lambda on_gpu: missing)
+    compiles, why = choose(strategy, on_gpu, here, flops)
+    assert compiles is chosen[0] and chosen[1] in why
+
+
+def test_compiled_code_is_kept_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    compilation.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compilation.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "crescendo" / "inductor")
+
+
+# -- what cannot be compiled --------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Three blocks of a kind."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(3))
+
+    def blocks(self):
+        return list(self.layers)
+
+    def forward(self, x):
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+class Curve(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return x + torch.tanh(super().forward(x))
+
+
+def trained(model, x) -> list[torch.Tensor]:
+    """Gradients of a microbatch."""
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def fails_to_compile(graph, inputs):
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+@contextlib.contextmanager
+def backend(monkeypatch, compiler):
+    """torch.compile, with `compiler` in inductor's place."""
+    plain = torch.compile
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "compile", lambda function, **options: plain(function, backend=compiler, **options))
+        yield
+
+
+def test_a_failing_compiler_is_said_once_and_training_goes_on(monkeypatch):
+    model, x, said = Stack(Curve), torch.randn(2, 4), []
+    expected = trained(model, x)
+    with backend(monkeypatch, fails_to_compile):
+        Compiled(model, said.append)
+    for _ in range(2):
+        assert all(map(torch.equal, trained(model, x), expected))
+    [line] = said
+    assert line.startswith("engine.compile: not compiled, eager from here on: ") and "\n" not in line
+    assert "no such kernel" in line
+
+
+class Untraceable(Curve):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_a_block_that_cannot_be_traced_as_a_whole_trains_as_well(monkeypatch):
+    """Dynamo splits it."""
+    model, x, said = Stack(Untraceable), torch.randn(2, 4), []
+    expected = trained(model, x)
+    with backend(monkeypatch, "eager"):
+        Compiled(model, said.append)
+    assert all(map(torch.equal, trained(model, x), expected))
+
+
+class Refuses(Curve):
+    def forward(self, x):
+        if x.shape[0] == 3:
+            raise ValueError("three rows are too many")
+        return super().forward(x)
+
+
+def test_errors_of_the_model_stay_its_own(monkeypatch):
+    model, said = Stack(Refuses), []
+    with backend(monkeypatch, "eager"):
+        Compiled(model, said.append)
+    for rows in (3, 2):
+        with pytest.raises(ValueError, match="three rows") if rows == 3 else contextlib.nullcontext():
+            trained(model, torch.randn(rows, 4))
+    assert not said and graphs() > 0
+
+
+@pytest.mark.slow
+def test_a_backward_pass_that_cannot_be_compiled_is_found_in_time(monkeypatch):
+    """inductor itself, which makes the forward pass: neither is used."""
+    from torch._inductor import compile_fx
+
+    plain = compile_fx.fx_codegen_and_compile
+
+    def refuse(*args, **kwargs):
+        if kwargs.get("is_backward"):
+            raise RuntimeError("no such kernel\nand a long story")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", refuse)
+    model, said = Stack(Curve), []
+    Compiled(model, said.append)
+    x = torch.randn(2, 4)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = trained(model, x)
+    [line] = said
+    assert "no such kernel" in line
+    again = Stack(Curve)
+    again.load_state_dict(model.state_dict())
+    assert all(map(torch.equal, compiled, trained(again, x)))
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_not_there_is_no_end(no_programs, tmp_path):
+    """As where a run is gone on with on another machine: what was compiled is in its config."""
+    model, x, said = Stack(Curve), torch.randn(2, 4), []
+    expected = trained(model, x)
+    Compiled(model, said.append)
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        patch("torch._inductor.config.cpp.cxx", (None, "g++")),
+    ):
+        assert all(map(torch.equal, trained(model, x), expected))
+    [line] = said
+    assert line.startswith("engine.compile: not compiled, eager from here on: ")
+
+
+# -- real models, really compiled ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=model_names())
+def real(request):
+    """A small model of every registered kind, three blocks or more."""
+    return build(request.param, scale=0.4)
+
+
+def test_evaluation_and_decoding_compile_nothing(real):
+    tokens, targets = batch(2, 24)
+    with torch.no_grad():
+        expected = real(tokens, targets=targets)
+        Compiled(real, pytest.fail)
+        assert torch.equal(real(tokens, targets=targets).loss, expected.loss)
+        cache = Cache()
+        for part in tokens.split(8, dim=1):
+            real(part, cache=cache)
+    assert graphs() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiled_blocks_compute_what_eager_ones_do(real, how):
+    """And compile nothing anew for longer sequences and other microbatches, but for those of one sequence. The CPU's code
+    for sums of more than 4096 terms is another: sequences stay below its square root, 64."""
+    eager = copy.deepcopy(real)
+    recompute.apply(real, how)
+    Compiled(real, pytest.fail)
+    for rows, length in ((2, 24), (3, 48), (5, 17), (2, 64)):
+        tokens, targets = batch(rows, length)
+        assert_close(gradients(real, tokens, targets=targets), gradients(eager, tokens, targets=targets))
+        assert graphs() == 2, "one code of all blocks, and the loss"
+    for length in (24, 48):
+        tokens, targets = batch(1, length)
+        assert_close(gradients(real, tokens, targets=targets), gradients(eager, tokens, targets=targets))
+        assert graphs() == 3
+
+
+@pytest.mark.slow
+def test_resumption_is_bitwise(tiny_dataset, tmp_path, monkeypatch):
+    """Compiled at the first length (16), or on resumption at a later one (32): the same bits. Each compiles for itself."""
+    folders = []
+    for cut in (6, 12):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"code{cut}"))
+        values = tiny_values(
+            tiny_dataset, tmp_path / f"run{cut}", checkpoint__every=6, engine={"compile": True},
+            checkpoint__keep=3,
+        )  # fmt: skip
+        run(values | {"max_steps": cut})
+        if cut < 12:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "later"))
+            torch._dynamo.reset()
+            run({"run_dir": values["run_dir"], "max_steps": 12})
+        assert graphs() > 0
+        folders.append(tmp_path / f"run{cut}")
+    assert losses(folders[0]) == losses(folders[1])
+    assert same(weights(folders[0], 12), weights(folders[1], 12))
