@@ -56,7 +56,6 @@ class Inference:
         self.non_embedding = self.parameters - sum(sizes[name] for name in outside)
         self.tied = meta.tied_embedding()
         self.max_context = meta.max_context
-        self.flops_per_token = meta.flops_per_token
 
     def launcher(self, world: Any) -> None:
         from trainer.engine.wishes import read_wishes, reconcile
@@ -139,9 +138,7 @@ class Inference:
         self.fill("engine", "activation_checkpointing", means.recompute, rule)
         self._state_precision(means, rule)
         chooser.refuse_the_impossible(self.spread, means)
-        flops = self.flops_per_token(batch.sequence_length) * batch.tokens_per_step * config.max_steps
-        compiled = compilation.choose(engine.strategy, self.memory is not None, self.here, flops)
-        self.fill("engine", "compile", *compiled)
+        self.fill("engine", "compile", *compilation.choose(engine.strategy, self.memory is not None, self.here))
 
     def _state_precision(self, means: Means, rule: str) -> None:
         config = self.config

@@ -52,7 +52,6 @@ BY_STRATEGY = (
     "reshard_after_forward",
     "deepspeed_config",
     "activation_checkpointing",
-    "compile",
 )
 
 
