@@ -241,7 +241,7 @@ def test_evaluation_and_decoding_compile_nothing(real):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("how", ["none", "selective"])
 def test_compiled_blocks_compute_what_eager_ones_do(real, how):
     """And compile nothing anew for longer sequences and other microbatches, but for those of one sequence. The CPU's code
     for sums of more than 4096 terms is another: sequences stay below its square root, 64."""

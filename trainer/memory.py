@@ -91,6 +91,9 @@ class Kept(NamedTuple):
     logits: bool
 
 
+_measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model several times, and a measure takes seconds
+
+
 class Demand:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept."""
 
@@ -102,7 +105,6 @@ class Demand:
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
         self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
-        self._kept: dict[tuple[str, str], Kept] = {}
 
     def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
         """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
@@ -196,9 +198,10 @@ class Demand:
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
     def _measure(self, compute: str, how: str) -> Kept:
-        if (compute, how) not in self._kept:
-            self._kept[compute, how] = kept_bytes(self.model_class, self.model_config, self.length, compute, how)
-        return self._kept[compute, how]
+        key = self.model_class, repr(self.model_config), self.length, compute, how
+        if key not in _measured:
+            _measured[key] = kept_bytes(self.model_class, self.model_config, self.length, compute, how)
+        return _measured[key]
 
 
 def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, how: str = "none") -> Kept:
