@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_values
 from test_train import losses, same, weights
-from test_zoo import VOCAB, build, gradients
+from test_zoo import VOCAB, ZOO, build, gradients
 from torch import nn
 from torch._dynamo.utils import counters
 
-from models.base import Cache, model_names
+from models.base import Cache
 from trainer.engine import compilation, recompute
 from trainer.engine.compilation import Compiled, choose
 from trainer.train import run
@@ -222,7 +222,7 @@ def test_a_compiler_that_is_not_there_is_no_end(no_programs, tmp_path):
 # -- real models, really compiled ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=model_names())
+@pytest.fixture(params=ZOO)
 def real(request):
     """A small model of every registered kind, three blocks or more."""
     return build(request.param, scale=0.4)
