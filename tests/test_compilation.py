@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import tiny_values
+from test_recompute import Stack
 from test_train import losses, same, weights
 from test_zoo import VOCAB, ZOO, build, gradients
 from torch import nn
@@ -89,22 +90,6 @@ def test_compiled_code_is_kept_where_the_user_says(monkeypatch, tmp_path):
 
 
 # -- what cannot be compiled --------------------------------------------------------------------------------------------
-
-
-class Stack(nn.Module):
-    """Three blocks of a kind."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.layers = nn.ModuleList(block() for _ in range(3))
-
-    def blocks(self):
-        return list(self.layers)
-
-    def forward(self, x):
-        for block in self.layers:
-            x = block(x)
-        return x
 
 
 class Curve(nn.Linear):

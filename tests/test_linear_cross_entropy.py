@@ -82,6 +82,21 @@ def test_loss_and_gradients_are_the_plain_ones(limits, shape, bias, reduction, c
         assert (ours[1][options["vocab_size"] :] == 0).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_form_for_a_compiler_is_the_plain_one_too(limits, shape, reduction):
+    """Run without one."""
+    limits(5)
+    options = SHAPES[shape]
+    x, weight, _, targets = inputs(vocab_size=options.get("vocab_size", V))
+    expected = plain(x, weight, targets, reduction, **options)
+    with module.scored_by(module.score_at_once):
+        loss = linear_cross_entropy(x, weight, targets, reduction, **options)
+    assert_equal(loss, expected)
+    for actual, correct in zip(gradients(loss, x, weight), gradients(expected, x, weight), strict=True):
+        assert_equal(actual, correct)
+
+
 @pytest.mark.parametrize("shape", [{}, {"softcap": 1.5, "z_loss": 0.1, "vocab_size": 4}], ids=["none", "all"])
 def test_gradcheck(limits, shape):
     """Against differences of the loss, not against another gradient."""

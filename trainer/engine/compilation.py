@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,8 +94,6 @@ def prepare_compiler() -> None:
 
 def of_compiler(error: Exception) -> bool:
     """Whether torch.compile failed, rather than what it compiles."""
-    if "torch._dynamo.exc" not in sys.modules:  # slow to import
-        return False
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)
