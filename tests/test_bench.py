@@ -15,9 +15,11 @@ from conftest import ROOT, error_line, tiny_values, trainer
 from trainer.bench import clock, turns
 from trainer.bench.clock import PhaseClock, covered, peak_memory
 from trainer.bench.data import rate_of
+from trainer.bench.peers import BareLoop, EagerPeer
 from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
 from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config
 from trainer.config import BenchConfig, RunConfig
+from trainer.data.stream import find_dataset
 from trainer.device import PEAK, peak_flops
 from trainer.engine.distributed import World
 from trainer.errors import UserError
@@ -337,6 +339,23 @@ def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path
     assert len(second["tokens_per_second"]["samples"]) == 2
     assert all(row["recompilations"] == 0 for row in body["rows"])
     assert set(second["ratio"]) == {"transformers", "tokens_per_microbatch=128"}
+
+
+@pytest.mark.parametrize("name", ["hlb", "gpt2"])
+def test_the_eager_peer_computes_the_same_loss(name, tiny_dataset, tmp_path):
+    """From whole logits, where our own loop has none."""
+    model = {"name": name, "d_model": 32, "n_layers": 1} | ({"n_heads": 2, "max_context": 64} if name == "gpt2" else {})
+    config = build(RunConfig, tiny_values(tiny_dataset, tmp_path / "run", model=model, precision="fp32"))
+    dataset = find_dataset(config.data)
+    losses = []
+    for kind in (BareLoop, EagerPeer):
+        peer = kind("peer", resolve(config, dataset), dataset, World(), torch.device("cpu"))
+        peer.build()
+        losses.append(peer.forward(peer.read()[:2]).item())
+        assert peer.needs()["total"] > 0
+        peer.close()
+    # fp32 sums of some hundred terms in another order.
+    assert losses[1] == pytest.approx(losses[0], rel=3e-5) and losses[0] > 0
 
 
 @pytest.mark.slow
