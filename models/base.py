@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,12 +40,20 @@ class Output(NamedTuple):
 class Cache:
     """Keys and values of the tokens decoded so far: one (keys, values) pair per layer, grown by the model.
 
-    length: tokens held. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses.
+    length: tokens held. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses, and under a key of its
+    own in `state` what else it must remember.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.state: dict[Any, Tensor] = {}
         self.length = 0
+
+    def replace(self, key: Any, value: Tensor, first: Tensor) -> Tensor:
+        """Remember `value` under `key`; returns what was there before, `first` where nothing was."""
+        before = self.state.get(key, first)
+        self.state[key] = value
+        return before
 
     def extend(self, layer: int, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Append new keys and values of `layer` along `dim`; returns all held so far."""
@@ -94,8 +102,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int) -> Any:
-        """The Config at this `model_scale`; its parameter count lands within 3 % of `target_parameters`."""
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> Any:
+        """The Config at this `model_scale`, with `choices` of its fields kept; ValueError where these cannot be.
+
+        Without choices its parameter count lands within 3 % of `target_parameters`.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -113,10 +124,20 @@ class LanguageModel(nn.Module):
     # -- defaults ----------------------------------------------------------------------------------------------------
 
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
+    optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
     max_context: int | None = None  # longest sequence the model can take; None: any
 
+    def projections(self) -> dict[str, Callable[[Tensor], None]]:
+        """Name of a parameter -> what projects it in place after each optimiser step (none by default).
+
+        It is handed the whole parameter, plain or as a DTensor that is cut into shards.
+        """
+        return {}
+
     def post_step(self) -> None:
-        """Projection after each optimiser step (none by default)."""
+        """Apply `projections`. An override may do more, but ZeRO stages 1 to 3, which know of `projections` alone, refuse it."""
+        for name, project in self.projections().items():
+            project(self.get_parameter(name))
 
     def token_embedding(self) -> nn.Embedding:
         """The [V, d] table that tokens are looked up in."""

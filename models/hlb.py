@@ -7,7 +7,8 @@ slope per layer, a bias linear in the distance (like ALiBi, arXiv 2108.12409, wi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class HlbConfig:
         default=False, metadata={"help": "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"}
     )
     attention_kernel: str = field(
-        default="auto", metadata={"help": "auto, flex (fused, no [T, T] tensor) or dense (plain products)"}
+        default="auto", metadata={"help": "auto, flex (fused, no [T, T] tensor) or torch (plain products)"}
     )
     norm_eps: float = field(default=1e-5, metadata={"help": "added to the variance in LayerNorm"})
 
@@ -51,10 +52,10 @@ class HlbConfig:
             raise ValueError(f"qk_divisor must be at most d_model ({self.d_model}), not {self.qk_divisor}")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
-        if self.attention_kernel not in ("auto", "flex", "dense"):
-            raise ValueError(f"attention_kernel must be auto, flex or dense, not {self.attention_kernel!r}")
+        if self.attention_kernel not in ("auto", "flex", "torch"):
+            raise ValueError(f"attention_kernel must be auto, flex or torch, not {self.attention_kernel!r}")
         if self.attention_kernel == "flex" and self.position_bias_quantised:
-            raise ValueError("attention_kernel must be auto or dense with position_bias_quantised, not flex")
+            raise ValueError("attention_kernel must be auto or torch with position_bias_quantised, not flex")
 
     @property
     def d_qk(self) -> int:
@@ -165,9 +166,9 @@ class Hlb(LanguageModel):
     def describe_kernels(self) -> str:
         refusal = self._flex_refusal(FLEX_MIN_LENGTH, self.embedding.weight.device)
         if refusal is not None:
-            return f"attention: dense ({refusal})"
+            return f"attention: torch ({refusal})"
         short = f" and under {FLEX_MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""
-        return f"attention: flex (no [T, T] tensors), dense when decoding{short}"
+        return f"attention: flex (no [T, T] tensors), torch when decoding{short}"
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         std = self.config.d_model**-0.5
@@ -193,8 +194,8 @@ class Hlb(LanguageModel):
         return groups
 
     @classmethod
-    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int) -> HlbConfig:
-        return HlbConfig.for_scale(scale, vocab_size)  # the target is this law's own count
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> HlbConfig:
+        return replace(HlbConfig.for_scale(scale, vocab_size), **choices)  # the target is this law's own count
 
     @classmethod
     def count_parameters(cls, config: HlbConfig) -> int:

@@ -4,13 +4,11 @@ import torch
 from torch import nn
 
 from models.base import Output, cross_entropy, register
-from models.gpt2 import Gpt2, Gpt2Config
+from models.presets import Gpt2
 
 
 @register("odd")
 class Odd(Gpt2):
-    Config = Gpt2Config
-
     def __init__(self, config):
         super().__init__(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -26,8 +24,7 @@ class Odd(Gpt2):
 
     def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
         x = self.embedding(tokens) * self.table + self.positions.weight[: tokens.shape[1]]
-        for block in self.layers:
-            x = block(x, None, None)
+        x, *_ = self.trunk(x, [], self.context(tokens, documents, cache), cache)
         logits = self.head(self.norm(x) * self.scale)
         if targets is None:
             return Output(logits=logits)
@@ -37,8 +34,6 @@ class Odd(Gpt2):
 @register("idle")
 class Idle(Gpt2):
     """One parameter never gets a gradient, as an expert that no token has come to."""
-
-    Config = Gpt2Config
 
     def __init__(self, config):
         super().__init__(config)

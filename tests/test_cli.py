@@ -55,7 +55,10 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         (["plan", "nothing.yaml"], "nothing.yaml: no such config file"),
         (["plan", "configs/quikstart.yaml"], "did you mean configs/quickstart.yaml?"),
         (["plan", "--modelscale", "2"], "unknown key modelscale; did you mean model_scale?"),
-        (["plan", "--model.name", "gpt3"], "model.name: 'gpt3' is not known (allowed: gpt2, hlb"),
+        (
+            ["plan", "--model.name", "gpt3"],
+            "model.name: 'gpt3' is not known (allowed: blagpt, blagpt-best, gpt2, hlb, ",
+        ),
         (["plan", "--model.d_modle", "64"], "unknown key model.d_modle; did you mean model.d_model?"),
         (["plan", "--model.d_model", "wide"], "model.d_model: expected integer, got 'wide'"),
         (["plan", "--batch.sequence_length", "1000"], "does not divide the stored samples of 1024"),

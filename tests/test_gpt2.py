@@ -5,16 +5,22 @@ import math
 import pytest
 import torch
 
-from models.gpt2 import Gpt2, Gpt2Config, load_openai_weights, positions_in_documents
+from models.layers.positions import positions_in_documents
+from models.presets import Gpt2, load_openai_weights
 from trainer import scaling
+
+Gpt2Config = Gpt2.Config
 
 
 @pytest.mark.parametrize(
     ("config", "count"),
     [
         (Gpt2Config(), 124_475_904),
-        (Gpt2Config(vocab_size=50257, gelu="tanh"), 124_439_808),  # OpenAI's
-        (Gpt2Config(vocab_size=50257, gelu="tanh", d_model=1600, n_layers=48, n_heads=25), 1_557_611_200),  # GPT-2 XL
+        (Gpt2Config(vocab_size=50257, mlp="gelu_tanh"), 124_439_808),  # OpenAI's
+        (
+            Gpt2Config(vocab_size=50257, mlp="gelu_tanh", d_model=1600, n_layers=48, n_heads=25),
+            1_557_611_200,
+        ),  # GPT-2 XL
     ],
 )
 def test_parameter_counts(config, count):
@@ -33,7 +39,7 @@ def test_initial_weights_and_loss():
         elif "norm" in name:
             assert (parameter == 1).all()
         else:
-            std = 0.02 / math.sqrt(4) if "_out." in name else 0.02
+            std = 0.02 / math.sqrt(4) if ".out." in name else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.01), name
     tokens, targets = torch.randint(50304, (2, 8, 64), generator=torch.Generator().manual_seed(1))
     assert 10.9 < model(tokens, targets).loss < 11.0
@@ -56,7 +62,7 @@ def tiny_pair(monkeypatch, **changes):
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and norms too, which Hugging Face leaves at 0 and 1
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    shape = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_context": 32, "gelu": "tanh"}
+    shape = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 4, "max_context": 32, "mlp": "gelu_tanh"}
     return theirs, Gpt2(Gpt2Config(**(shape | changes)))
 
 
@@ -96,8 +102,8 @@ def test_shape_at_every_scale(scale, vocab):
     ("changes", "message"),
     [
         ({"n_heads": 7}, "n_heads must divide d_model"),
-        ({"gelu": "relu"}, "gelu must be exact or tanh"),
-        ({"max_context": 0}, "max_context must be at least 1"),
+        ({"mlp": "relu"}, "mlp must be one of gelu, gelu_tanh"),
+        ({"max_context": 0}, "max_context must be set with learned positions"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0"),
     ],
 )

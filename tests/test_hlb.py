@@ -95,8 +95,8 @@ def test_embedding_gradient_can_be_divided_by_the_counts():
         ({"qk_divisor": 65}, r"qk_divisor must be at most d_model \(64\), not 65"),
         ({"expand_factor": 0}, "expand_factor must be at least 1"),
         ({"norm_eps": 0.0}, "norm_eps must be above 0"),
-        ({"attention_kernel": "fused"}, "attention_kernel must be auto, flex or dense"),
-        ({"attention_kernel": "flex", "position_bias_quantised": True}, "attention_kernel must be auto or dense"),
+        ({"attention_kernel": "fused"}, "attention_kernel must be auto, flex or torch"),
+        ({"attention_kernel": "flex", "position_bias_quantised": True}, "attention_kernel must be auto or torch"),
     ],
 )
 def test_config_errors(changes, message):
@@ -268,7 +268,7 @@ def test_flex_equals_dense(flex_trains_on_cpu, length, d_qk, d_v):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_model_equals_dense_model_with_documents():
-    dense, flex = (build(replace(SMALL, attention_kernel=kernel)) for kernel in ("dense", "flex"))
+    dense, flex = (build(replace(SMALL, attention_kernel=kernel)) for kernel in ("torch", "flex"))
     tokens = torch.randint(101, (2, 40), generator=torch.Generator().manual_seed(7))
     documents = (torch.arange(40) >= torch.tensor([[13], [29]])).long()
     for given in (None, documents):
@@ -283,8 +283,8 @@ def test_mask_made_while_evaluating_serves_in_training():
 
 
 def test_kernels_are_described():
-    assert Hlb(SMALL).describe_kernels() == "attention: dense (no fused kernel trains on cpu)"
-    assert "dense (asked for)" in Hlb(replace(SMALL, attention_kernel="dense")).describe_kernels()
+    assert Hlb(SMALL).describe_kernels() == "attention: torch (no fused kernel trains on cpu)"
+    assert "torch (asked for)" in Hlb(replace(SMALL, attention_kernel="torch")).describe_kernels()
     assert "quantised" in Hlb(replace(SMALL, position_bias_quantised=True)).describe_kernels()
     assert "flex" in Hlb(replace(SMALL, attention_kernel="flex")).describe_kernels()
 
@@ -309,7 +309,7 @@ def test_compiled_flex_equals_dense(d_model, dtype):
 def test_flex_trains_at_the_lengths_of_a_run():
     """Growing lengths, batches of other sizes, evaluation between them, documents: the kernel adapts to each."""
     config = HlbConfig(vocab_size=101, d_model=128, n_layers=2)
-    auto, dense = (build(replace(config, attention_kernel=kernel)).cuda() for kernel in ("auto", "dense"))
+    auto, dense = (build(replace(config, attention_kernel=kernel)).cuda() for kernel in ("auto", "torch"))
     assert "flex" in auto.describe_kernels()
     for length in (64, 128, 256, 512, 1024):
         tokens = torch.randint(101, (2048 // length, length), device="cuda")

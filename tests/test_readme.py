@@ -18,14 +18,14 @@ def blocks(file, language):
 def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
     [code] = blocks("models/README.md", "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 11, "ten lines and a title"
-    (tmp_path / "squared.py").write_text(code)
+    (tmp_path / "silu.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    import_plugins(["squared"])
-    run(tiny_values(tiny_dataset, tmp_path / "run", model={"name": "gpt2-squared"}, max_steps=3))
+    import_plugins(["silu"])
+    run(tiny_values(tiny_dataset, tmp_path / "run", model={"name": "gpt2-silu"}, max_steps=3))
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
     from models.base import _REGISTRY
 
-    del _REGISTRY["gpt2-squared"], sys.modules["squared"]
+    del _REGISTRY["gpt2-silu"], sys.modules["silu"]
 
 
 @pytest.mark.parametrize("file", ["README.md", "models/README.md", "launch/README.md", "trainer/data/README.md"])

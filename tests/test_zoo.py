@@ -185,6 +185,7 @@ def test_init_gives_a_shard_its_part_of_the_same_weights(name):
 
 
 def test_every_parameter_gets_a_gradient(model, tokens, targets):
+    train(model, tokens, targets, steps=2)  # what follows a matrix that starts at zero gets its gradient then
     for key, gradient in gradients(model, tokens, targets)[1].items():
         assert gradient.isfinite().all() and gradient.abs().max() > 0, key
 
@@ -308,7 +309,7 @@ def train(model, tokens, targets, steps):
 
 
 def test_loss_falls_on_one_batch(model, tokens, targets):
-    losses = train(model, tokens, targets, steps=20)
+    losses = train(model, tokens, targets, steps=30)
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -168,7 +168,8 @@ class Demand:
         vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
         if self._measure(spread.compute, how).logits:
             return 8 * vocab_size * tokens
-        return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu)
+        softcap = getattr(self.model_config, "final_softcap", 0) > 0
+        return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu, softcap)
 
     def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
@@ -231,7 +232,9 @@ def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, h
         output = model(tokens, targets=tokens)
         total = alive.bytes()
         entries = length * model_config.vocab_size
-        logits = any(size in (2 * entries, 4 * entries) for size in alive.sizes.values())
+        logits = any(
+            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries for _, shape in alive.sizes.values()
+        )
         del output
     return Kept(total, added, logits)
 
@@ -265,19 +268,21 @@ def _alive_tensors(model: Any) -> Any:
             super().__init__()
             tensors = (*model.parameters(), *model.buffers())
             self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
-            self.sizes: dict[StorageWeakRef, int] = {}
+            self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
+            self.sizes: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
-            # A parameter's copy for autocast and room for its gradient are one per run, not per sequence.
-            copied = operator in copies and self.reference(args[0]) in self.own
+            # Matrices made of parameters alone, as copies for autocast and room for gradients, are one per run, not per sequence.
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            of_parameters = bool(given) and all(self.reference(x) in self.own | self.vectors for x in given)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     reference = self.reference(tensor)
-                    if copied:
-                        self.own.add(reference)
-                    elif reference not in self.own:
-                        self.sizes[reference] = tensor.untyped_storage().nbytes()
+                    if of_parameters:
+                        (self.own if tensor.ndim > 1 or operator in copies else self.vectors).add(reference)
+                    if reference not in self.own:
+                        self.sizes[reference] = tensor.untyped_storage().nbytes(), tensor.shape
             return out
 
         @staticmethod
@@ -286,7 +291,7 @@ def _alive_tensors(model: Any) -> Any:
 
         def bytes(self) -> int:
             self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-            return sum(self.sizes.values())
+            return sum(size for size, _ in self.sizes.values())
 
     return AliveTensors()
 

@@ -22,7 +22,7 @@ from trainer.errors import UserError
 from trainer.inference import Inference, Row
 from trainer.launcher import Place, find_place
 from trainer.memory import GIB, build_meta, expected_memory
-from trainer.settings import build, coerce
+from trainer.settings import build, coerce, coerced
 
 
 @dataclass
@@ -114,8 +114,8 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
 
     target = scaling.target_parameters(config.model_scale, wanted_vocab)
     try:
-        base = model_class.config_for_scale(config.model_scale, wanted_vocab, target)
-        model_config: Any = build(model_class.Config, {**dataclasses.asdict(base), **options}, "model.")
+        choices = {**coerced(model_class.Config, options, "model."), "vocab_size": wanted_vocab}
+        model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
     for key, value in dataclasses.asdict(model_config).items():

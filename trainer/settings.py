@@ -126,6 +126,11 @@ def _put(nested: dict[str, Any], path: list[str], value: str, full: str) -> None
 
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """The dataclass `cls` from nested `values`, each coerced to its field's type. Raises `UserError` for a bad key or value."""
+    return cls(**coerced(cls, values, prefix))
+
+
+def coerced(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values`, each coerced to the type of its field of `cls`. Raises `UserError` for a bad key or value."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     known = leaf_keys(cls, prefix)
@@ -142,7 +147,7 @@ def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
         else:
             built[key] = coerce(hint, value, full)
             _check_range(built[key], fields[key].metadata, full)
-    return cls(**built)
+    return built
 
 
 def _check_range(value: Any, limits: Any, key: str) -> None:

@@ -30,7 +30,6 @@ TILE_BYTES = 64 << 20
 class _Form(NamedTuple):
     """What the caller asked for; vocab_size: rows of the weight that are no padding."""
 
-    mean: bool
     softcap: float | None
     z_loss: float
     vocab_size: int
@@ -56,32 +55,80 @@ def linear_cross_entropy(
     vocab_size: rows of the weight from there on are padding: never predicted, without gradient.
     The gradients are handed over in the first backward pass: a second one, or one through them, is a RuntimeError.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
+    return weighted_linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        torch.ones_like(targets),
+        divisor(targets, reduction),
+        bias=bias,
+        softcap=softcap,
+        z_loss=z_loss,
+        vocab_size=vocab_size,
+    )[0]
+
+
+def weighted_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    divide_by: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` with a weight for each row: (loss, cross-entropies [...], z-losses [...]).
+
+    row_weights: [...], factor of each row's loss; divide_by: scalar by which their sum is divided (None: 1).
+    Both are constants to autograd. The loss is the sum of the other two, divided; these are weighted, fp32, without
+    gradient, and 0 at IGNORE.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    form = _Form(reduction == "mean", softcap, z_loss, len(weight) if vocab_size is None else vocab_size)
+    form = _Form(softcap, z_loss, len(weight) if vocab_size is None else vocab_size)
     with torch.autocast(device, enabled=False):
-        rows, labels = x.flatten(0, -2).to(dtype), targets.flatten()
-        return _LinearCrossEntropy.apply(rows, weight, bias, labels, form, torch.is_grad_enabled())
+        rows, labels, factors = x.flatten(0, -2).to(dtype), targets.flatten(), row_weights.flatten()
+        loss, cross_entropies, z_losses = _LinearCrossEntropy.apply(
+            rows, weight, bias, labels, factors, divide_by, form, torch.is_grad_enabled()
+        )
+    return loss, cross_entropies.view(targets.shape), z_losses.view(targets.shape)
+
+
+def divisor(targets: Tensor, reduction: str) -> Tensor | None:
+    """What `reduction` divides a sum of losses by: mean, the number of targets that are not IGNORE; sum, None."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
+    return (targets != IGNORE).sum() if reduction == "mean" else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """x [N, D], targets [N] -> scalar. Makes the gradients of x, weight and bias in the forward pass."""
+    """x [N, D], targets [N] -> scalar, [N], [N]. Makes the gradients of x, weight and bias in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: _Form, train: bool
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor,
+        divide_by: Tensor | None,
+        form: _Form,
+        train: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         counted = targets != IGNORE
         labels = targets.where(counted, 0)
+        factors = row_weights.to(wide).where(counted, 0)
         need_x, need_weight, need_bias = (train and need for need in ctx.needs_input_grad[:3])
         train = need_x or need_weight or need_bias
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.empty_like(weight, dtype=wide) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
-        losses = torch.empty(len(x), dtype=wide, device=x.device)
+        cross_entropies, z_losses = (torch.empty_like(factors) for _ in range(2))
         w = weight[: form.vocab_size].to(x.dtype)
         b = None if bias is None else bias[: form.vocab_size].to(x.dtype)
         if dweight is not None:
@@ -97,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(rows, w.t(), out=logits)
             else:
                 torch.addmm(b, rows, w.t(), out=logits)
-            facts = logits, labels[part], counted[part], losses[part], form
+            facts = logits, labels[part], factors[part], cross_entropies[part], z_losses[part], form
             _scorer.get()(*facts) if train else score_in_tiles(*facts, train=False)
             if dx is not None:
                 torch.mm(logits, w, out=dx[part])
@@ -106,14 +153,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias[: len(w)] += logits.sum(0, dtype=wide)
 
-        total, count = losses.sum(), counted.sum()
+        cross_entropies, z_losses = ((losses * factors).where(counted, 0) for losses in (cross_entropies, z_losses))
+        total = cross_entropies.sum() + z_losses.sum()
         # Attributes, not saved tensors: those would still be held while the backward pass hands them over.
         ctx.gradients = [(dx, x.dtype), (dweight, weight.dtype), (dbias, wide if bias is None else bias.dtype)]
-        ctx.factor = count.clamp(min=1).to(wide).reciprocal() if form.mean else 1.0
-        return total / count if form.mean else total
+        ctx.factor = 1.0 if divide_by is None else divide_by.clamp(min=1).to(wide).reciprocal()
+        ctx.mark_non_differentiable(cross_entropies, z_losses)
+        return total if divide_by is None else total / divide_by, cross_entropies, z_losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice; leave out create_graph")
         if ctx.gradients is None:
@@ -123,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if made is None else made.to(factor.dtype).mul_(factor).to(dtype) for made, dtype in ctx.gradients
         ]
         ctx.gradients = None
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 @contextlib.contextmanager
@@ -137,40 +186,56 @@ def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
 
 
 def score_in_tiles(
-    logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool = True
+    logits: Tensor,
+    labels: Tensor,
+    factors: Tensor,
+    cross_entropies: Tensor,
+    z_losses: Tensor,
+    form: _Form,
+    train: bool = True,
 ) -> None:
-    """Fill in the losses [n] of a chunk; where `train`, turn its logits [n, V] into the gradient of their sum."""
-    tile = _tile_rows(logits, losses.dtype)
+    """Fill in both losses [n] of a chunk; if `train`, make its logits [n, V] the gradient of factors times losses."""
+    tile = _tile_rows(logits, factors.dtype)
     for start in range(0, len(logits), tile):
         part = slice(start, start + tile)
-        _score_tile(logits[part], labels[part], counted[part], losses[part], form, train)
+        _score_tile(logits[part], labels[part], factors[part], cross_entropies[part], z_losses[part], form, train)
 
 
 _scorer: ContextVar[Callable[..., None]] = ContextVar("scorer", default=score_in_tiles)
 
 
-def _score_tile(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form, train: bool) -> None:
-    scores = logits.to(losses.dtype)
+def _score_tile(
+    logits: Tensor,
+    labels: Tensor,
+    factors: Tensor,
+    cross_entropies: Tensor,
+    z_losses: Tensor,
+    form: _Form,
+    train: bool,
+) -> None:
+    scores = logits.to(factors.dtype)
     if form.softcap is not None:
         bent = (scores / form.softcap).tanh_()
         scores = bent * form.softcap
     probabilities = scores.softmax(-1)  # one kernel, where logsumexp and exp are five
     log_sum = scores.amax(-1) - probabilities.amax(-1).log()  # the largest probability, unlike the target's, is never 0
     column = labels[:, None]
-    loss = log_sum - scores.gather(1, column)[:, 0] + form.z_loss * log_sum.square()
-    losses.copy_(loss.where(counted, 0))
+    torch.sub(log_sum, scores.gather(1, column)[:, 0], out=cross_entropies)
+    torch.mul(log_sum.square(), form.z_loss, out=z_losses)
     if not train:
         return
-    probabilities *= (counted * (1 + 2 * form.z_loss * log_sum))[:, None]
-    probabilities.scatter_(1, column, probabilities.gather(1, column) - counted[:, None].to(losses.dtype))
+    probabilities *= (factors * (1 + 2 * form.z_loss * log_sum))[:, None]
+    probabilities.scatter_(1, column, probabilities.gather(1, column) - factors[:, None])
     if form.softcap is not None:
         probabilities *= bent.square_().neg_().add_(1)
     logits.copy_(probabilities)
 
 
-def score_at_once(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tensor, form: _Form) -> None:
+def score_at_once(
+    logits: Tensor, labels: Tensor, factors: Tensor, cross_entropies: Tensor, z_losses: Tensor, form: _Form
+) -> None:
     """As `score_in_tiles` in training, for torch.compile to make few kernels of: nothing in place but the results."""
-    scores = logits.to(losses.dtype)
+    scores = logits.to(factors.dtype)
     if form.softcap is not None:
         bent = (scores / form.softcap).tanh()
         scores = bent * form.softcap
@@ -178,12 +243,13 @@ def score_at_once(logits: Tensor, labels: Tensor, counted: Tensor, losses: Tenso
     log_sum = (largest + (scores - largest).exp().sum(-1, keepdim=True).log())[:, 0]
     is_label = torch.arange(scores.shape[1], device=scores.device) == labels[:, None]
     of_label = scores.gather(1, labels[:, None])[:, 0]
-    losses.copy_((log_sum - of_label + form.z_loss * log_sum.square()).where(counted, 0))
+    cross_entropies.copy_(log_sum - of_label)
+    z_losses.copy_(form.z_loss * log_sum.square())
     # Powers again, of other numbers: those of the sum would have to be held until here.
     gradient = (scores - log_sum[:, None]).exp() * (1 + 2 * form.z_loss * log_sum)[:, None] - is_label.to(scores.dtype)
     if form.softcap is not None:
         gradient = gradient * (1 - bent.square())
-    logits.copy_(gradient * counted[:, None])
+    logits.copy_(gradient * factors[:, None])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -196,11 +262,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += a @ b
 
 
-def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool) -> int:
-    """Most bytes of a chunk of logits, `itemsize` each, and a tile of fp32 scores and probabilities, for the loss of `rows`."""
+def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool, softcap: bool = False) -> int:
+    """Most bytes of a chunk of logits, `itemsize` each, and the tiles in fp32 of it, for the loss of `rows`."""
     entries = int(min(rows, _most_rows(vocab_size, itemsize))) * vocab_size
     tile = min(4 * entries, _tile_bytes(on_gpu))
-    return entries * itemsize + (tile if itemsize == 4 else 2 * tile)  # fp32 logits are scores themselves
+    # Scores and probabilities; fp32 logits are scores themselves. A soft-cap makes other scores, and keeps what it bent.
+    tiles = 3 if softcap else 1 if itemsize == 4 else 2
+    return entries * itemsize + tiles * tile
 
 
 def _most_rows(vocab_size: int, itemsize: int) -> int:

@@ -6,6 +6,10 @@ import zlib
 import pytest
 from cases import FULL, matrix_values, train_cases
 
+from models.base import get_model, load_models, model_names
+
+load_models()
+
 pytestmark = pytest.mark.slow
 
 MODELS = ("hlb", "gpt2")
@@ -63,6 +67,29 @@ def test_equality(references, tiny_dataset, tmp_path, ranks):
         assert result["engine"].startswith(f"{case['values']['engine']['strategy']} on {ranks} x CPU")
         assert (max(result["microbatches"]) > 1) == case["several"], case["name"]
         assert_same(result, references[case["model"]])
+
+
+ZOO = [name for name in model_names() if get_model(name).__module__.startswith("models.")]
+
+
+def test_every_model_of_the_zoo(tiny_dataset, tmp_path):
+    """Two steps of each on shards equal those on one process (the second step shows the first one's update)."""
+
+    def cases(*strategies: str) -> list[dict]:
+        return [
+            {
+                "name": f"{model} {strategy}",
+                "values": matrix_values(tiny_dataset, tmp_path / f"{model}-{strategy}", model, strategy)
+                | {"model": {"name": model, "vocab_size": 323}},
+                "steps": 2,
+            }
+            for model in ZOO
+            for strategy in strategies
+        ]
+
+    alone, spread = train_cases(cases("single"), 1, tmp_path), train_cases(cases("fsdp", "zero3"), 2, tmp_path)
+    for name, result in spread.items():
+        assert_same(result, alone[f"{name.split()[0]} single"])
 
 
 SAVERS = {1: ("single", "zero2"), 2: ("ddp", "fsdp", "zero1", "zero3"), 4: ("hsdp:2", "fsdp", "zero2")}

@@ -137,7 +137,7 @@ class EagerPeer(Peer):
     def make_model(self) -> Any:
         model_config = self.plan.model_config
         if hasattr(model_config, "attention_kernel"):
-            model_config = dataclasses.replace(model_config, attention_kernel="dense")
+            model_config = dataclasses.replace(model_config, attention_kernel="torch")
         model = with_storage(build_meta(self.plan.model_class, model_config), self.device)
         model.init_weights(torch.Generator().manual_seed(self.config.seed))
         self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}
@@ -177,7 +177,7 @@ class TransformersPeer(Peer):
 
 
 def gpt2_counterpart(config: Any) -> Any:
-    """`transformers`' GPT-2 of the shape of a models.gpt2.Gpt2Config; without dropout, as ours."""
+    """`transformers`' GPT-2 of the shape of a `gpt2`; without dropout, as ours."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
@@ -187,7 +187,7 @@ def gpt2_counterpart(config: Any) -> Any:
             n_layer=config.n_layers,
             n_head=config.n_heads,
             n_positions=config.max_context,
-            activation_function="gelu" if config.gelu == "exact" else "gelu_pytorch_tanh",
+            activation_function="gelu" if config.mlp == "gelu" else "gelu_pytorch_tanh",
             layer_norm_epsilon=config.norm_eps,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -197,7 +197,31 @@ def gpt2_counterpart(config: Any) -> Any:
     )
 
 
-COUNTERPARTS: dict[str, Callable[[Any], Any]] = {"gpt2": gpt2_counterpart}  # model.name -> maker of its counterpart
+def llama_counterpart(config: Any) -> Any:
+    """`transformers`' Llama of the shape of a `llama`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tied,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+COUNTERPARTS: dict[str, Callable[[Any], Any]] = {
+    "gpt2": gpt2_counterpart,
+    "llama": llama_counterpart,
+}  # model.name -> maker of its counterpart
 
 
 def peers(config: BenchConfig, like: Contender) -> list[Peer]:

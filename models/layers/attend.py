@@ -1,0 +1,399 @@
+"""Causal attention over heads, computed by one of several kernels, and the choice among them.
+
+All compute softmax_j( cap(scale q_i k_j) + drift_i - drift_j ) v_j over the keys j that query i sees, softmax in fp32:
+
+    q [B, H, Tq, D], k [B, G, Tk, D], v [B, G, Tk, Dv] -> [B, H, Tq, Dv] in the type of v
+
+- Query head h reads key head h // (H / G): grouped-query attention (arXiv 2305.13245).
+- The queries are the last Tq of the Tk positions, so causality is aligned to the bottom right.
+- cap(s) = softcap tanh(s / softcap), before the mask (Gemma 2, arXiv 2408.00118); softcap 0: none.
+- drift: None, or fp32 [1 or B, H, Tk]. -slope j makes ALiBi (arXiv 2108.12409), the running sum of the log forget
+  gates makes forgetting attention (arXiv 2503.02130); gradients flow into it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from models.layers.distance_attention import (
+    FLEX_MAX_QK_WIDTH,
+    FLEX_MIN_LENGTH,
+    _compiled_flex,
+    causal_block_mask,
+    document_block_mask,
+)
+
+FLEX_MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
+FLASH_MAX_WIDTH = 256
+FLASH_MIN_VERSION = (2, 6)  # the first with a soft-cap
+
+
+class Sight(NamedTuple):
+    """What each query sees, at most one of the three: all up to itself with none, the last `window` of it with that."""
+
+    window: int = 0
+    mask: Tensor | None = None  # [Tq, Tk] or [B, 1, Tq, Tk] bool
+    blocks: BlockMask | None = None
+
+
+def make_sight(
+    kernel: str, start: int, length: int, window: int, documents: Tensor | None, device: torch.device
+) -> Sight:
+    """The Sight of `length` queries after `start` cached tokens; make one per forward pass and distinct window.
+
+    window: a query sees itself and the window - 1 tokens before it; 0: all of them.
+    documents: [B, length] or None; must be None where start > 0.
+    """
+    if window >= start + length:
+        window = 0
+    makers = {"torch": _dense_sight, "sdpa": _dense_sight, "flex": _flex_sight, "flash": _flash_sight}
+    return makers[kernel](start, length, window, documents, device)
+
+
+def _dense_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+    """For torch and sdpa: a mask only where neither plain causality nor blocks of the window's size do."""
+    in_blocks = start == 0 and length > 2 * window > 0
+    sees_all = window == 0 and (start == 0 or length == 1)
+    if documents is None and (in_blocks or sees_all):
+        return Sight(window)
+    visible = _band(length, start + length, window, device)
+    if documents is not None:
+        visible = (visible & (documents[:, :, None] == documents[:, None, :]))[:, None]
+    return Sight(mask=visible)
+
+
+def _flex_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+    if start > 0:
+        raise ValueError("attention_kernel flex cannot follow cached tokens; use torch or sdpa")
+    if documents is not None:
+        return Sight(blocks=_document_window_blocks(documents, window) if window else document_block_mask(documents))
+    return Sight(blocks=_window_blocks(length, window, device) if window else causal_block_mask(length, device))
+
+
+def _flash_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+    if documents is not None:
+        raise ValueError("attention_kernel flash cannot keep documents apart; use flex, sdpa or torch")
+    return Sight(window)
+
+
+def _band(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
+    """[Tq, Tk] bool: causal, aligned to the bottom right, and within the window where that is not 0."""
+    j = torch.arange(n_keys, device=device)
+    i = j[n_keys - n_queries :, None]
+    return (j <= i) & (i - j < window) if window else j <= i
+
+
+@functools.lru_cache(maxsize=32)
+def _window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
+    """Made once per length and window."""
+    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
+        reach = torch.tensor(window, device=device)  # a tensor: one compiled kernel serves every window
+        return create_block_mask(
+            lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device
+        )
+
+
+def _document_window_blocks(documents: Tensor, window: int) -> BlockMask:
+    """The window within each document; documents [B, T]."""
+    reach = torch.tensor(window, device=documents.device)
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])
+
+    batch_size, length = documents.shape
+    return create_block_mask(visible, batch_size, None, length, length, device=documents.device)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def attend_torch(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+) -> Tensor:
+    """The reference, which can do everything: plain products in the type of q, k and v, all between them in fp32."""
+    if sight.window:
+        return _attend_in_blocks(attend_torch, q, k, v, sight.window, scale=scale, softcap=softcap, drift=drift)
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    # The query heads that share a key head stand below each other as rows, so keys and values are not repeated.
+    scores = _rows_by_key_head(q, k) @ k.mT  # [B, G, H/G Tq, Tk]
+    scores = scores.view(*q.shape[:3], n_keys).float() * scale  # [B, H, Tq, Tk]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if drift is not None:
+        scores = scores + _drift_bias(drift, n_queries)
+    visible = _band(n_queries, n_keys, 0, q.device) if sight.mask is None else sight.mask
+    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1).to(v.dtype)  # [B, H, Tq, Tk]
+    return (_rows_by_key_head(weights, v) @ v).view(*q.shape[:3], v.shape[-1])
+
+
+def _rows_by_key_head(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, Tq, C] -> [B, G, H/G Tq, C] with the G heads of k."""
+    batch_size, n_heads, n_queries, width = x.shape
+    return x.reshape(batch_size, k.shape[1], n_heads // k.shape[1] * n_queries, width)
+
+
+def _drift_bias(drift: Tensor, n_queries: int) -> Tensor:
+    """drift_i - drift_j, [1 or B, H, Tq, Tk] fp32.
+
+    The softmax over j does not see drift_i, whose gradient is exactly 0; it stays in for small, precise numbers.
+    """
+    own = drift.detach()[..., drift.shape[-1] - n_queries :]
+    return own[..., :, None] - drift[..., None, :]
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+) -> Tensor:
+    """torch's scaled_dot_product_attention. ValueError for a soft-cap, which it has not.
+
+    drift becomes a [Tq, Tk] bias per head in the type of q, with which no fused kernel trains: only for tests in fp32.
+    """
+    if softcap:
+        raise ValueError("attention_kernel sdpa has no soft-cap; use torch, flex or flash")
+    if sight.window:
+        return _attend_in_blocks(attend_sdpa, q, k, v, sight.window, scale=scale, drift=drift)
+    n_queries, n_keys, value_dim = q.shape[2], k.shape[2], v.shape[-1]
+    mask = sight.mask
+    if mask is None and n_queries not in (1, n_keys):  # is_causal would be aligned to the top left
+        raise ValueError(f"attention_kernel sdpa needs a mask for {n_queries} queries of {n_keys} keys")
+    is_causal = mask is None and _holds(n_queries > 1)
+    if drift is not None:
+        visible = _band(n_queries, n_keys, 0, q.device) if mask is None else mask
+        mask = _drift_bias(drift, n_queries).masked_fill(~visible, -math.inf).to(q.dtype)
+        is_causal = False
+    width = max(q.shape[-1], value_dim)  # flash wants one width; channels of zeros change no score
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    k, v = _repeat_unless_fused(q, k, v, mask)
+    shared = _holds(q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=shared)
+    return out[..., :value_dim]
+
+
+def _holds(comparison: bool) -> bool:
+    """A bool even where the compiler compares symbols, which torch's attention functions do not take."""
+    return True if comparison else False
+
+
+def _repeat_unless_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated to H heads where a GPU's fused kernel could not share them.
+
+    Of the kernels inside, only flash shares them on every GPU, in half precision without a mask. The memory-efficient
+    one does not, and the plain one that would take its place holds [Tq, Tk] scores.
+    """
+    shared = q.shape[1] // k.shape[1]
+    flash = mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= FLASH_MAX_WIDTH
+    if shared == 1 or flash or not q.is_cuda:
+        return k, v
+    return k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+
+
+def _attend_in_blocks(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: int, *, drift: Tensor | None, **options
+) -> Tensor:
+    """Attention within a window in O(T window), Tq = Tk = T: blocks of `window` queries see their own and the last.
+
+    The first block is plainly causal; all others share one [window, 2 window] mask.
+    """
+    batch_size, _, length, _ = q.shape
+    head = slice(None), slice(None), slice(window)
+    first = kernel(q[head], k[head], v[head], Sight(), drift=None if drift is None else drift[head], **options)
+    padding = -length % window  # padded queries see themselves, and no other query sees padded keys
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    k, v = (_batch_of_blocks(x, 2 * window, window) for x in (k, v))
+    q = _batch_of_blocks(q[:, :, window:], window, window)
+    if drift is not None:
+        drift = F.pad(drift, (0, padding)).expand(batch_size, -1, -1).unsqueeze(-1)
+        drift = _batch_of_blocks(drift, 2 * window, window).squeeze(-1)
+    sight = Sight(mask=_band(window, 2 * window, window, q.device))
+    rest = kernel(q, k, v, sight, drift=drift, **options)  # [B n, H, window, Dv]
+    rest = rest.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n window, Dv]
+    return torch.cat((first, rest[:, :, : length - window]), dim=2)
+
+
+def _batch_of_blocks(x: Tensor, size: int, step: int) -> Tensor:
+    """[B, H, T, C] -> [B n, H, size, C]: all stretches of `size` tokens that begin at multiples of `step`."""
+    return x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+
+def attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+) -> Tensor:
+    """FlexAttention, one compiled kernel on CUDA (elsewhere eager, for tests); as many queries as keys."""
+    if drift is not None:
+        # One copy for each row: the kernel adds up the gradient by atomics, slow if rows shared an address.
+        drift = drift.expand(q.shape[0], -1, -1).contiguous()
+        own = drift.detach()  # see _drift_bias
+
+    cap = torch.full((), softcap, device=q.device) if softcap else None  # a second float would break the compiler
+
+    def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        return score if drift is None else score + (own[batch, head, i] - drift[batch, head, j])
+
+    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    score_mod = change if softcap or drift is not None else None
+    shared = _holds(q.shape[1] != k.shape[1])
+    return kernel(q, k, v, score_mod=score_mod, block_mask=sight.blocks, scale=scale, enable_gqa=shared)
+
+
+def attend_flash(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+) -> Tensor:
+    """flash-attn (arXiv 2307.08691), whose causality is aligned to the bottom right. ValueError for drift."""
+    if drift is not None:
+        raise ValueError("attention_kernel flash takes no drift; use flex or torch")
+    from flash_attn import flash_attn_func
+
+    out = flash_attn_func(
+        *(x.transpose(1, 2) for x in (q, k, v)),  # [B, T, heads, D]
+        softmax_scale=scale,
+        causal=True,
+        window_size=(sight.window - 1, 0) if sight.window else (-1, -1),
+        softcap=softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out.transpose(1, 2)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "torch": attend_torch,
+    "sdpa": attend_sdpa,
+    "flex": attend_flex,
+    "flash": attend_flash,
+}
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+class _Case(NamedTuple):
+    head_dim: int
+    value_dim: int
+    softcap: float
+    drift: bool
+    window: bool
+    documents: bool
+    cached: bool
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def choose_kernel(
+    wanted: str,
+    *,
+    head_dim: int,
+    value_dim: int,
+    softcap: float,
+    drift: bool,
+    window: bool,
+    documents: bool,
+    cached: bool,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[str, str]:
+    """(name of the kernel, why): `wanted` where it can, the fastest that can for "auto".
+
+    window: some query has more tokens before it than the window holds. cached: keys of earlier tokens are held.
+    length: queries. dtype: of q, k and v. A named flex or flash gives way to sdpa or torch when decoding, and flex for
+    short sequences. ValueError for an unknown name and for a kernel that can never do what is asked.
+    """
+    case = _Case(head_dim, value_dim, softcap, drift, window, documents, cached, length, dtype, device)
+    if wanted == "auto":
+        return _fastest(case)
+    if wanted not in KERNELS:
+        raise ValueError(f"attention_kernel must be one of auto, {', '.join(KERNELS)}, not {wanted!r}")
+    refusal = _REFUSALS[wanted](case)
+    if refusal is not None:
+        able = [name for name in KERNELS if _REFUSALS[name](case) is None]
+        raise ValueError(f"attention_kernel {wanted} cannot be used: {refusal}; use auto, {' or '.join(able)}")
+    passing = _passing_refusal(wanted, case)
+    return (_unfused(case), f"{wanted}: {passing}") if passing else (wanted, "asked for")
+
+
+def _fastest(case: _Case) -> tuple[str, str]:
+    if not (case.softcap or case.drift or case.window or case.documents):
+        return "sdpa", "plain causal attention"
+    refusals: list[str] = []
+    for name in ("flash", "flex"):
+        refusal = _REFUSALS[name](case) or _passing_refusal(name, case)
+        if refusal is None:
+            return name, "; ".join([*refusals, "no [T, T] tensors"])
+        refusals.append(f"{name}: {refusal}")
+    if case.softcap or case.drift:
+        refusals.append("sdpa: " + ("no soft-cap" if case.softcap else "no fused kernel takes a bias in fp32"))
+    return _unfused(case), "; ".join(refusals)
+
+
+def _unfused(case: _Case) -> str:
+    return "torch" if case.softcap or case.drift else "sdpa"
+
+
+def _sdpa_refusal(case: _Case) -> str | None:
+    if case.softcap:
+        return "it has no soft-cap"
+    if case.drift and case.dtype.itemsize < 4:
+        return "it takes position biases and forget gates in the type of the queries, which must not be half precision"
+    return None
+
+
+def _flex_refusal(case: _Case) -> str | None:
+    if case.device.type != "cuda":
+        return f"it has no kernel that trains on {case.device.type}"
+    if torch.cuda.get_device_capability(case.device) < (8, 0) or importlib.util.find_spec("triton") is None:
+        return "it needs Triton and compute capability 8.0"
+    if not all(FLEX_MIN_WIDTH <= width <= FLEX_MAX_QK_WIDTH for width in (case.head_dim, case.value_dim)):
+        return f"heads must have {FLEX_MIN_WIDTH} to {FLEX_MAX_QK_WIDTH} channels"
+    if case.drift and torch.are_deterministic_algorithms_enabled():
+        return "it adds up the gradients of forget gates in no fixed order"
+    return None
+
+
+def _flash_refusal(case: _Case) -> str | None:
+    if case.device.type != "cuda":
+        return "it needs CUDA"
+    if _flash_version() < FLASH_MIN_VERSION or torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "it needs flash-attn >= 2.6 installed and compute capability 8.0"
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, not {str(case.dtype).removeprefix('torch.')}"
+    if case.drift or case.documents:
+        return "it takes no " + ("position biases or forget gates" if case.drift else "documents")
+    if case.head_dim != case.value_dim or case.head_dim > FLASH_MAX_WIDTH:
+        return f"keys and values must be of one width, at most {FLASH_MAX_WIDTH}"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[_Case], str | None]] = {
+    "torch": lambda case: None,
+    "sdpa": _sdpa_refusal,
+    "flex": _flex_refusal,
+    "flash": _flash_refusal,
+}
+
+
+def _passing_refusal(name: str, case: _Case) -> str | None:
+    """Why a kernel that can do the rest is not for these lengths."""
+    if name in ("flex", "flash") and case.cached:
+        return "decoding"
+    return f"fewer than {FLEX_MIN_LENGTH} tokens" if name == "flex" and case.length < FLEX_MIN_LENGTH else None
+
+
+@functools.cache
+def _flash_version() -> tuple[int, ...]:
+    """(major, minor) of the installed flash-attn, () without."""
+    try:
+        return tuple(map(int, importlib.metadata.version("flash-attn").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return ()

@@ -1,0 +1,371 @@
+"""Attention of a block: projections, and between them the heads with whatever the config switches on.
+
+    softmax       queries, keys and values per head; keys and values shared by groups of heads (GQA, arXiv 2305.13245)
+    differential  the difference of two softmax maps (arXiv 2410.05258)
+    latent        keys and values are read from one cached latent per token (MLA, arXiv 2405.04434)
+
+`attend.py` does the softmax itself, by a kernel chosen by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Cache
+from models.layers import normal_
+from models.layers.attend import KERNELS, Sight
+from models.layers.norms import RMSNorm
+from models.layers.pattention import Pattention
+from models.layers.positions import Rotary, alibi_slopes
+
+
+class Context(NamedTuple):
+    """What all blocks know of the tokens. Integers and masks only: mixed-precision wrappers would round other numbers.
+
+    positions: [T] or [B, T] of each token in its document. sights: what queries see, by window.
+    """
+
+    positions: Tensor
+    sights: dict[int, Sight]
+    kernel: str
+
+
+def projection(config: Any, name: str, d_in: int, d_out: int, bias: bool, slots: int) -> nn.Module:
+    """A linear layer, or the Pattention that stands for it; name: of qkv, out, mlp."""
+    if name in config.pattention_of:
+        return Pattention(d_in, d_out, slots, config.pattention_mode)
+    return nn.Linear(d_in, d_out, bias=bias)
+
+
+def projection_size(config: Any, name: str, d_in: int, d_out: int, bias: bool, slots: int) -> int:
+    if name in config.pattention_of:
+        return Pattention.size(d_in, d_out, slots)
+    return d_in * d_out + bias * d_out
+
+
+class Joined(nn.ModuleList):
+    """Several projections of one input, side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self], dim=-1)
+
+
+class Attention(nn.Module):
+    """Projection to queries, keys and values, heads, projection back; x [B, T, D]."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        bias, slots = config.qkv_has_bias, config.pattention_slots or config.d_model
+        self.heads = HEADS[config.attention](config, layer)
+        if "qkv" in config.pattention_of:
+            # Three, each with its own sum over the slots, as TokenFormer has it.
+            widths = self.heads.widths
+            self.qkv: nn.Module = Joined(projection(config, "qkv", config.d_model, w, bias, slots) for w in widths)
+        else:
+            self.qkv = nn.Linear(config.d_model, sum(self.heads.widths), bias=bias)
+        self.out = projection(config, "out", self.heads.d_out, config.d_model, config.out_has_bias, slots)
+
+    def forward(
+        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """values: [B, T, G * head_dim] to mix into this layer's, or None; returns (output, values for the next layer)."""
+        attended, values = self.heads(self.qkv(x), x, values, context, cache)
+        return self.out(attended), values
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        d, slots, bias = config.d_model, config.pattention_slots or config.d_model, config.qkv_has_bias
+        h, g = config.n_heads * config.head_width, config.kv_heads * config.head_width
+        into = sum(projection_size(config, "qkv", d, width, bias, slots) for width in (h, g, g))
+        out = projection_size(config, "out", h, d, config.out_has_bias, slots)
+        return into + out + HEADS[config.attention].size(config, layer)
+
+
+class SoftmaxHeads(nn.Module):
+    """From queries, keys and values side by side [B, T, (H + 2 G) head_dim] to the heads' outputs [B, T, H head_dim]."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        h, g, d = config.n_heads, config.kv_heads, config.head_width
+        self.layer, self.head_dim = layer, d
+        self.widths, self.d_out = [h * d, g * d, g * d], h * d
+        self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, d**-0.5
+        self.query_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
+        self.rotary = rotary(config, d) if config.positions == "rotary" else None
+        self.shift = KeyValueShift(config, layer) if config.kv_shift else None
+        self.value_mix = ValueMix() if mixes_values(config, layer) else None
+        self.passes_values_on = config.value_residual
+        self.gate = (
+            nn.Linear(config.d_model, GATES[config.attention_gate](config), bias=False) if gated(config) else None
+        )
+        self.slopes = Slopes(h) if config.positions == "alibi" else None
+        self.forget = ForgetGate(config, layer) if config.forget_gate else None
+
+    def forward(
+        self, qkv: Tensor, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = qkv.split(self.widths, dim=-1)
+        if self.shift is not None:
+            k, v = self.shift(k, v, context, cache)
+        if self.passes_values_on and values is None:
+            values = v  # of the first layer
+        elif self.value_mix is not None:
+            v = self.value_mix(v, values)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H or G, T, head_dim]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary.rotate_query(q, context.positions), self.rotary.rotate_key(k, context.positions)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, dim=2)
+        attended = self.attend(q, k, v, context, self.drift(x, k, cache)).transpose(1, 2)  # [B, T, H, head_dim]
+        if self.gate is not None:
+            attended = attended * self.gate(x).sigmoid().unflatten(-1, (attended.shape[2], -1))
+        return attended.flatten(2), values
+
+    def drift(self, x: Tensor, k: Tensor, cache: Cache | None) -> Tensor | None:
+        """What scores gain from key to query, see attend.py: fp32 [1 or B, H, T_k], or None."""
+        drift = None if self.slopes is None else self.slopes(k)
+        if self.forget is None:
+            return drift
+        gates = self.forget(x, cache)
+        return gates if drift is None else gates + drift
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, drift: Tensor | None) -> Tensor:
+        sight = context.sights[self.window]
+        return KERNELS[context.kernel](q, k, v, sight, scale=self.scale, softcap=self.softcap, drift=drift)
+
+    @property
+    def score_width(self) -> int:
+        """Channels of queries and of values together that each query multiplies with each key, for FLOPs."""
+        return 2 * self.d_out
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        """Parameters beside the projections."""
+        count = 2 * config.head_width * config.qk_norm + 4 * config.kv_heads * config.kv_shift
+        count += 2 * mixes_values(config, layer) + (config.d_model + 1) * config.n_heads * config.forget_gate
+        return count + config.d_model * GATES[config.attention_gate](config)
+
+
+class DifferentialHeads(SoftmaxHeads):
+    """softmax_1 v - lambda softmax_2 v, a norm per head (arXiv 2410.05258): H / 2 heads whose values are twice as wide."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__(config, layer)
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.lambdas = nn.Parameter(torch.empty(4 * self.head_dim))  # q1, k1, q2, k2
+        self.head_norm = RMSNorm(2 * self.head_dim, config.norm_eps)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, drift: Tensor | None) -> Tensor:
+        q1, k1, q2, k2 = self.lambdas.float().chunk(4)
+        weight = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+        v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)  # [B, G / 2, T, 2 head_dim]
+        first, second = (
+            super(DifferentialHeads, self).attend(
+                q[:, i::2], k[:, i::2], v, context, None if drift is None else drift[:, i::2]
+            )
+            for i in (0, 1)
+        )
+        attended = self.head_norm((first.float() - weight * second.float()).to(v.dtype))  # [B, H / 2, T, 2 head_dim]
+        attended = attended * (1 - self.lambda_init)
+        return attended.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, T, head_dim]
+
+    @property
+    def score_width(self) -> int:
+        return 3 * self.d_out  # values are twice as wide in each of the two
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        normal_(self.lambdas, 0.1, generator)
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        return SoftmaxHeads.size(config, layer) + 6 * config.head_width
+
+
+class LatentAttention(nn.Module):
+    """Keys and values are two products of a latent c [B, T, kv_rank]; one key of rope_dim channels, shared by all heads,
+    carries the position. The cache holds c and that key alone, and decoding multiplies queries instead of keys: W_UK is
+    absorbed in them, W_UV in what comes out (arXiv 2405.04434)."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        h, d = config.n_heads, config.head_width
+        rope, rank, q_rank = latent_widths(config)
+        bias = config.qkv_has_bias
+        self.layer, self.n_heads, self.head_dim, self.rope_dim, self.rank = layer, h, d, rope, rank
+        self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, (d + rope) ** -0.5
+        self.query_down = nn.Linear(config.d_model, q_rank, bias=False) if q_rank else None
+        self.query_norm = RMSNorm(q_rank, config.norm_eps) if q_rank else None
+        self.query = nn.Linear(q_rank or config.d_model, h * (d + rope), bias=bias)
+        self.down = nn.Linear(config.d_model, rank + rope, bias=False)
+        self.latent_norm = RMSNorm(rank, config.norm_eps)
+        self.up = nn.Linear(rank, 2 * h * d, bias=False)  # all heads' keys, then all heads' values
+        self.rotary = rotary(config, rope)
+        self.slopes = None
+        self.out = nn.Linear(h * d, config.d_model, bias=config.out_has_bias)
+
+    def forward(
+        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        low = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
+        q = self.query(low).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, head_dim + rope_dim]
+        q, q_rotated = q.split([self.head_dim, self.rope_dim], dim=-1)
+        q_rotated = self.rotary.rotate_query(q_rotated, context.positions)
+        latent, k_rotated = self.down(x).split([self.rank, self.rope_dim], dim=-1)
+        latent = self.latent_norm(latent)[:, None]  # [B, 1, T, rank]
+        k_rotated = self.rotary.rotate_key(k_rotated[:, None], context.positions)  # [B, 1, T, rope_dim]
+        if cache is not None:
+            latent, k_rotated = cache.extend(self.layer, latent, k_rotated, dim=2)
+        # A prompt is cheaper with keys of head_dim channels than of kv_rank, and goes through the kernels of training.
+        attend = self.expanded if latent.shape[2] == x.shape[1] else self.absorbed
+        attended = attend(q, q_rotated, latent, k_rotated, context)  # [B, H, T, head_dim]
+        return self.out(attended.transpose(1, 2).flatten(2)), values
+
+    def expanded(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
+        """Keys and values of every head, as in training."""
+        k, v = self.up(latent[:, 0]).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        k = torch.cat((k, k_rotated.expand(-1, self.n_heads, -1, -1)), dim=-1)
+        return self.attend(torch.cat((q, q_rotated), dim=-1), k, v, context)
+
+    def absorbed(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
+        """All heads read the same latent: it is the one key and the one value."""
+        of_keys, of_values = self.up.weight.unflatten(0, (2, self.n_heads, -1)).unbind()  # [H, head_dim, rank]
+        q = torch.cat((q @ of_keys.to(q.dtype), q_rotated), dim=-1)  # [B, H, T, rank + rope_dim]
+        read = self.attend(q, torch.cat((latent, k_rotated), dim=-1), latent, context)  # [B, H, T, rank]
+        return read @ of_values.to(read.dtype).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        sight = context.sights[self.window]
+        return KERNELS[context.kernel](q, k, v, sight, scale=self.scale, softcap=self.softcap, drift=None)
+
+    @property
+    def score_width(self) -> int:
+        return self.n_heads * (2 * self.head_dim + self.rope_dim)
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        h, d, width = config.n_heads, config.head_width, config.d_model
+        rope, rank, q_rank = latent_widths(config)
+        bias = config.qkv_has_bias
+        query = (q_rank or width) * h * (d + rope) + bias * h * (d + rope) + q_rank * (width + 1)
+        return query + width * (rank + rope) + rank + 2 * rank * h * d + h * d * width + config.out_has_bias * width
+
+
+def latent_widths(config: Any) -> tuple[int, int, int]:
+    """(rope_dim, kv_rank, q_rank) of latent attention."""
+    d = config.head_width
+    return config.rope_dim or d // 2, config.kv_rank or 4 * d, config.q_rank
+
+
+def rotary(config: Any, width: int) -> Rotary:
+    """The rotation that the config asks for, of heads of `width` channels."""
+    return Rotary(
+        width,
+        theta=config.rope_theta,
+        fraction=config.rope_fraction,
+        scaling=config.rope_scaling,
+        factor=config.rope_factor,
+        original_context=config.rope_original_context,
+    )
+
+
+GATES: dict[str, Callable[[Any], int]] = {
+    "none": lambda config: 0,
+    "head": lambda config: config.n_heads,
+    "channel": lambda config: config.n_heads * config.head_width,
+}
+
+
+def gated(config: Any) -> bool:
+    return GATES[config.attention_gate](config) > 0
+
+
+def mixes_values(config: Any, layer: int) -> bool:
+    """Whether values from elsewhere are mixed into those of this layer."""
+    return (config.value_residual and layer > 0) or config.value_table_of(layer) is not None
+
+
+class ValueMix(nn.Module):
+    """a v + b values, with a and b learned, from a half each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(2))
+
+    def forward(self, v: Tensor, values: Tensor) -> Tensor:
+        weights = self.weights.to(v.dtype)
+        return weights[0] * v + weights[1] * values
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.weights.fill_(0.5)
+
+
+class KeyValueShift(nn.Module):
+    """Per head a k_t + b k_{t-1}, and so the values (arXiv 2411.19574); from a = 1, b = 0. A document's first token has no
+    token before it."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads = layer, config.kv_heads
+        self.own = nn.Parameter(torch.empty(2 * config.kv_heads))  # a of the keys, a of the values
+        self.before = nn.Parameter(torch.empty(2 * config.kv_heads))
+
+    def forward(self, k: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        first = (context.positions == 0).expand(k.shape[:2])[:, :, None]
+        both = torch.stack((k, v), dim=2)  # [B, T, 2, G head_dim]
+        last = both.new_zeros(both[:, :1].shape)
+        if cache is not None:
+            last = cache.replace((self.layer, "shift"), both[:, -1:], last)
+        before = torch.cat((last, both[:, :-1]), dim=1).masked_fill(first[..., None], 0)
+        a, b = (weights.to(k.dtype).view(2, self.heads, 1) for weights in (self.own, self.before))
+        mixed = a * both.unflatten(-1, (self.heads, -1)) + b * before.unflatten(-1, (self.heads, -1))
+        k, v = mixed.flatten(3).unbind(2)
+        return k, v
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.own.fill_(1)
+        self.before.fill_(0)
+
+
+class Slopes:
+    """ALiBi: a head's scores fall with the distance, by a slope of its own."""
+
+    def __init__(self, n_heads: int) -> None:
+        self.slopes = alibi_slopes(n_heads)
+
+    def __call__(self, k: Tensor) -> Tensor:
+        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=k.device)
+        return -slopes[:, None] * torch.arange(k.shape[2], device=k.device).unsqueeze(0).unsqueeze(0)  # [1, H, T_k]
+
+
+class ForgetGate(nn.Module):
+    """The running sum of log f_t, f_t = sigmoid(w x_t + b) per head (arXiv 2503.02130), fp32."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = nn.Linear(config.d_model, config.n_heads)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """[B, T, D] -> [B, H, T_k]"""
+        sums = F.logsigmoid(self.gate(x).float()).cumsum(dim=1).transpose(1, 2)
+        if cache is None:
+            return sums
+        held = cache.state.get((self.layer, "forget"))
+        if held is not None:
+            sums = torch.cat((held, held[:, :, -1:] + sums), dim=2)
+        cache.state[self.layer, "forget"] = sums
+        return sums
+
+
+HEADS: dict[str, type[SoftmaxHeads]] = {"softmax": SoftmaxHeads, "differential": DifferentialHeads}

@@ -1,0 +1,205 @@
+"""A block of the decoder: its two branches, their norms, and how they join the residual stream.
+
+Every part has a `size`, its number of parameters by formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.base import Cache
+from models.layers.attention import HEADS, Attention, Context, LatentAttention
+from models.layers.mlp import ACTIVATIONS
+from models.layers.norms import make_norm, norm_size
+from models.layers.pattention import Pattention
+from models.layers.residual import HyperConnection, Plain, Weighted, narrow
+
+# (before the branch, after the branch, after the sum): where a norm stands.
+NORM_PLACES = {"pre": (True, False, False), "post": (False, False, True), "pre_post": (True, True, False)}
+
+
+class Mlp(nn.Module):
+    """down(activation(up(x))); x [B, T, D]."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        inputs, self.activation = ACTIVATIONS[config.mlp]
+        self.up = nn.Linear(config.d_model, inputs * config.hidden, bias=config.bias)
+        self.out = nn.Linear(config.hidden, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), each sum by a residual connection; x [B, T, D] or [B, T, n, D]."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        before, after, last = NORM_PLACES[config.norm_placement]
+        self.attention_norm, self.mlp_norm = norm_of(config, before), norm_of(config, before)
+        self.attention: nn.Module = ATTENTION[config.attention](config, layer)
+        self.mlp: nn.Module = mlp_of(config)
+        self.attention_post, self.mlp_post = norm_of(config, after), norm_of(config, after)
+        self.attention_join, self.mlp_join = join_of(config, 2 * layer), join_of(config, 2 * layer + 1)
+        self.attention_last, self.mlp_last = norm_of(config, last), norm_of(config, last)
+
+    def forward(
+        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """values: what this layer's values are mixed with, or None; returns (x, values for the next layer)."""
+        h, kept = self.attention_join.mix(x)
+        attended, values = self.attention(self.attention_norm(h), values, context, cache)
+        x = self.attention_last(self.attention_join.merge(x, self.attention_post(attended), kept))
+        h, kept = self.mlp_join.mix(x)
+        return self.mlp_last(self.mlp_join.merge(x, self.mlp_post(self.mlp(self.mlp_norm(h))), kept)), values
+
+    def residual_projections(self) -> list[nn.Module]:
+        """The last matrix of each branch."""
+        return [self.attention.out, self.mlp if isinstance(self.mlp, Pattention) else self.mlp.out]  # type: ignore[list-item]
+
+    def branch_ends(self) -> list[nn.Module]:
+        """The norm that ends each branch, where there is one: its gain starts at zero under zero_init."""
+        return [post for post in (self.attention_post, self.mlp_post) if not isinstance(post, nn.Identity)]
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        norms = 2 * sum(NORM_PLACES[config.norm_placement]) * norm_size_of(config)
+        return norms + ATTENTION[config.attention].size(config, layer) + mlp_size(config) + 2 * join_size(config)
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(norm(x)) + MLP(norm(x)) with one norm, one matrix into both branches and one out of both (PaLM,
+    arXiv 2204.02311); x [B, T, D]."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        inputs, self.activation = ACTIVATIONS[config.mlp]
+        self.norm = norm_of(config, True)
+        self.heads = HEADS[config.attention](config, layer)
+        self.widths = [sum(self.heads.widths), inputs * config.hidden]
+        self.up = nn.Linear(config.d_model, sum(self.widths), bias=config.qkv_has_bias)
+        self.out = nn.Linear(self.heads.d_out + config.hidden, config.d_model, bias=config.out_has_bias)
+        self.join = join_of(config, layer)
+
+    def forward(
+        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        h, kept = self.join.mix(x)
+        h = self.norm(h)
+        qkv, hidden = self.up(h).split(self.widths, dim=-1)
+        attended, values = self.heads(qkv, h, values, context, cache)
+        return self.join.merge(x, self.out(torch.cat((attended, self.activation(hidden)), dim=-1)), kept), values
+
+    def residual_projections(self) -> list[nn.Module]:
+        return [self.out]
+
+    def branch_ends(self) -> list[nn.Module]:
+        return []
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        d, q, kv = config.d_model, config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
+        up = q + kv + ACTIVATIONS[config.mlp].inputs * config.hidden
+        matrices = d * (up + q + config.hidden) + config.qkv_has_bias * up + config.out_has_bias * d
+        return matrices + norm_size_of(config) + HEADS[config.attention].size(config, layer) + join_size(config)
+
+
+class ParallelBlockTwoNorms(Block):
+    """x + attention(norm_1(x)) + MLP(norm_2(x)); x [B, T, D]."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__(config, layer)
+        del self.mlp_join
+
+    def forward(
+        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        h, kept = self.attention_join.mix(x)
+        attended, values = self.attention(self.attention_norm(h), values, context, cache)
+        return self.attention_join.merge(x, attended + self.mlp(self.mlp_norm(h)), kept), values
+
+    @staticmethod
+    def size(config: Any, layer: int) -> int:
+        return Block.size(config, layer) - join_size(config)
+
+
+ATTENTION: dict[str, Any] = {"softmax": Attention, "differential": Attention, "latent": LatentAttention}
+BLOCKS: dict[str, Any] = {"serial": Block, "parallel": ParallelBlock, "parallel_two_norms": ParallelBlockTwoNorms}
+
+
+class FurtherHead(nn.Module):
+    """Predicts the token `index` places after the next one (arXiv 2404.19737): from the last hidden states, or with a block
+    of its own beside the trunk's last, which is the block of the first head."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__()
+        linear = config.prediction_heads == "linear"
+        self.norm = norm_of(config, linear)
+        self.block = None if linear else BLOCKS[config.block](config, config.n_layers - 1 + index)
+        self.unembedding = (
+            None if config.share_unembedding else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+
+    def forward(
+        self, x: Tensor, before: Tensor, values: Tensor | None, context: Context, last_norm: nn.Module
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; before: what the trunk's last block reads; last_norm: the trunk's, which follows a block."""
+        if self.block is None:
+            return self.norm(narrowed(x))
+        return last_norm(narrowed(self.block(before, values, context)[0]))
+
+    @staticmethod
+    def size(config: Any, index: int) -> int:
+        own = 0 if config.share_unembedding else config.d_model * config.vocab_size
+        if config.prediction_heads == "linear":
+            return own + norm_size_of(config)
+        return own + BLOCKS[config.block].size(config, config.n_layers - 1 + index)
+
+
+def norm_of(config: Any, here: bool) -> nn.Module:
+    return make_norm(config.norm, config.d_model, config.norm_eps, config.bias) if here else nn.Identity()
+
+
+def norm_size_of(config: Any) -> int:
+    return norm_size(config.norm, config.d_model, config.bias)
+
+
+def mlp_of(config: Any) -> nn.Module:
+    if "mlp" not in config.pattention_of:
+        return Mlp(config)
+    slots = config.pattention_mlp_slots or 4 * config.d_model
+    return Pattention(config.d_model, config.d_model, slots, config.pattention_mode)
+
+
+def mlp_size(config: Any) -> int:
+    d, inputs = config.d_model, ACTIVATIONS[config.mlp].inputs
+    if "mlp" in config.pattention_of:
+        return Pattention.size(d, d, config.pattention_mlp_slots or 4 * d)
+    return (inputs + 1) * d * config.hidden + config.bias * (inputs * config.hidden + d)
+
+
+def join_of(config: Any, index: int) -> Any:
+    return JOINS[config.residual](config, index)
+
+
+JOINS: dict[str, Any] = {
+    "plain": lambda config, index: Plain(),
+    "weighted": lambda config, index: Weighted(),
+    "static_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=False),
+    "dynamic_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=True),
+}
+
+
+def join_size(config: Any) -> int:
+    if not config.streams:
+        return config.residual == "weighted"
+    return HyperConnection.size(config.d_model, config.n_streams, dynamic=config.residual == "dynamic_hyper")
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """The sum of the streams where there are several."""
+    return x if x.ndim == 3 else narrow(x)

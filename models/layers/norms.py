@@ -1,0 +1,90 @@
+"""Norms over the last dimension, by name: LayerNorm, RMSNorm and DyT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), back in the type of x, times a gain (arXiv 1910.07467); x [..., width], no bias.
+
+    The mean and the division are fp32 (fp64 for fp64).
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without a weight F.rms_norm computes in fp32 whatever x is. Autocast on a GPU gives fp32 back.
+        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
+        return normed * self.weight.to(x.dtype)
+
+    def reset(self) -> None:
+        set_gain(self, 1.0)
+
+
+class DyT(nn.Module):
+    """Dynamic tanh, in place of a norm: weight tanh(alpha x) + bias (arXiv 2503.10622); x [..., width].
+
+    The tanh is fp32 (fp64 for fp64): the gradient of alpha is a sum over every entry of x.
+    """
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bent = torch.tanh(self.alpha.float() * x).to(x.dtype)
+        if self.bias is None:
+            return bent * self.weight.to(x.dtype)
+        return torch.addcmul(self.bias.to(x.dtype), bent, self.weight.to(x.dtype))
+
+    def reset(self) -> None:
+        set_gain(self, 1.0)
+
+
+_MAKERS: dict[str, Callable[[int, float, bool], nn.Module]] = {
+    "layer": lambda width, eps, bias: nn.LayerNorm(width, eps=eps, bias=bias),
+    "rms": lambda width, eps, bias: RMSNorm(width, eps),
+    "dyt": lambda width, eps, bias: DyT(width, bias),
+}
+NORMS = tuple(_MAKERS)
+
+
+def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
+    """The norm of this name, one of NORMS, over [..., width]; RMSNorm has no bias, DyT no eps. ValueError otherwise."""
+    return _MAKERS[_known(kind)](width, eps, bias)
+
+
+def norm_size(kind: str, width: int, bias: bool = True) -> int:
+    """Parameters of `make_norm(kind, width, ..., bias)`."""
+    return {"layer": width * (1 + bias), "rms": width, "dyt": width * (1 + bias) + 1}[_known(kind)]
+
+
+def _known(kind: str) -> str:
+    if kind not in _MAKERS:
+        raise ValueError(f"norm must be {', '.join(NORMS[:-1])} or {NORMS[-1]}, not {kind!r}")
+    return kind
+
+
+@torch.no_grad()
+def set_gain(norm: nn.Module, value: float) -> None:
+    """Set all parameters of a norm: the gain to `value`, a bias to 0, DyT's alpha to 0.5.
+
+    A gain of 0 on a branch's output makes the block the identity, with gradients of the usual size. A projection of zeros
+    under a norm would be the identity too, but the slope of a norm at 0 is 1 / sqrt(eps).
+    """
+    norm.get_parameter("weight").fill_(value)
+    for name, parameter in norm.named_parameters():
+        if name == "bias":
+            parameter.zero_()
+        elif name == "alpha":
+            parameter.fill_(0.5)

@@ -1,0 +1,201 @@
+"""Positions inside attention: rotary embeddings with their ways to longer contexts, and ALiBi's slopes.
+
+Positions are integers, angles fp32 (fp64 for fp64), whatever the type of queries and keys and under autocast: bf16 tells
+no two neighbours apart above 256.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+XPOS_GAMMA = 0.4  # arXiv 2212.10554: the larger, the weaker the decay
+XPOS_SCALE = 512  # tokens per power of zeta
+YARN_FAST, YARN_SLOW = 32, 1  # arXiv 2309.00071: turns over the original context, left alone above, interpolated below
+
+
+class Rotary(nn.Module):
+    """Rotary position embeddings (arXiv 2104.09864): channel pair i of queries and keys, turned by position * theta^(-2i/r).
+
+    Only the first r = fraction * head_dim channels turn; pair i is channels (i, i + r/2), as in Llama ("half-split").
+    scaling, one of SCALINGS, is how a context `factor` times as long as the trained one is reached:
+      none         not at all
+      interpolate  positions / factor (arXiv 2306.15595)
+      ntk          a larger theta: the fastest pair stays, the slowest is `factor` times slower
+      yarn         pair by pair between the two, by the turns a pair makes over `original_context` tokens, and a temperature
+                   for the softmax in both queries and keys (arXiv 2309.00071; what Hugging Face calls `yarn`)
+      xpos         scores that fade with distance (arXiv 2212.10554), for causal attention. Position original_context // 2 has
+                   scale 1, whatever the length, so that cached keys stay right. Fp32 and bf16 overflow 35,000 tokens from
+                   there, fp16 some 4,000.
+    ValueError, naming the fields rope_theta, rope_fraction, rope_scaling, rope_factor and rope_original_context.
+    The frequencies are a buffer of integers, the bits of fp32 numbers, which casting the model to bf16 leaves alone.
+    """
+
+    bits: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float = 10000.0,
+        fraction: float = 1.0,
+        scaling: str = "none",
+        factor: float = 1.0,
+        original_context: int = 0,
+    ) -> None:
+        super().__init__()
+        self.width = r = _rotated_width(head_dim, fraction)
+        _check_scaling(theta, scaling, factor, original_context, r)
+        frequencies = _FREQUENCIES[scaling](theta, r, factor, original_context)
+        self._rows = [[-w for w in frequencies] + frequencies]  # [1, r]; the signs are those of the sines
+        self._temperature = 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
+        self._decays = scaling == "xpos"
+        if self._decays:
+            self._rows.append(_xpos_decay(r))  # [2, r]
+        self._centre = original_context // 2
+        self.register_buffer("bits", torch.empty(len(self._rows), r, dtype=torch.int32), persistent=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the buffer; to be called once the module is on a device with memory."""
+        # Not by a tensor of floats: where DeepSpeed makes the weights in bf16 it would be one of bf16.
+        bits = [struct.unpack(f"{self.width}i", struct.pack(f"{self.width}f", *row)) for row in self._rows]
+        self.bits.copy_(torch.tensor(bits, dtype=torch.int32, device="cpu"))
+
+    def rotate_query(self, q: Tensor, positions: Tensor) -> Tensor:
+        """q [B, H, T, D], positions [T] or [B, T] integers -> [B, H, T, D] in the type of q."""
+        return self._rotate(q, positions, 1)
+
+    def rotate_key(self, k: Tensor, positions: Tensor) -> Tensor:
+        """As `rotate_query`; the two differ in xPos alone."""
+        return self._rotate(k, positions, -1)
+
+    def _rotate(self, x: Tensor, positions: Tensor, side: int) -> Tensor:
+        rows = self.bits.view(torch.float32).to(torch.promote_types(x.dtype, torch.float32))
+        at = positions[..., None, :, None]  # [1, T, 1] or [B, 1, T, 1]
+        angles = at * rows[0]  # [..., T, r]
+        cos, sin = angles.cos(), angles.sin()
+        if self._temperature != 1:
+            cos, sin = cos * self._temperature, sin * self._temperature
+        if self._decays:
+            scale = torch.exp2(side * (at - self._centre) * rows[1])
+            cos, sin = cos * scale, sin * scale
+        turned = x[..., : self.width]
+        # (x1 cos - x2 sin, x2 cos + x1 sin)
+        turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin).to(x.dtype)
+        return turned if self.width == x.shape[-1] else torch.cat((turned, x[..., self.width :]), dim=-1)
+
+
+def _rotated_width(head_dim: int, fraction: float) -> int:
+    width = round(fraction * head_dim) if 0 < fraction <= 1 else 0
+    if width < 2 or width % 2 or abs(width - fraction * head_dim) > 1e-6:
+        raise ValueError(
+            f"rope_fraction must make an even number of a head's {head_dim} channels, at least 2 and at most all, "
+            f"not {fraction} of them"
+        )
+    return width
+
+
+def _check_scaling(theta: float, scaling: str, factor: float, original_context: int, width: int) -> None:
+    if not 1 < theta < math.inf:
+        raise ValueError(f"rope_theta must be above 1, not {theta}")
+    if scaling not in SCALINGS:
+        raise ValueError(f"rope_scaling must be {', '.join(SCALINGS[:-1])} or {SCALINGS[-1]}, not {scaling!r}")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"rope_factor must be at least 1, not {factor}")
+    if factor != 1 and scaling in ("none", "xpos"):
+        raise ValueError(f"rope_factor must be 1 with rope_scaling {scaling}, which has no use of it, not {factor}")
+    if scaling == "ntk" and width < 4:
+        raise ValueError("rope_scaling must not be ntk where 2 channels rotate: the fastest pair is the slowest, too")
+    if original_context < (1 if scaling == "yarn" else 0):
+        raise ValueError(f"rope_original_context must be the tokens trained on before, not {original_context}")
+    if original_context and scaling not in ("yarn", "xpos"):
+        raise ValueError(
+            f"rope_original_context must be 0 with rope_scaling {scaling}, which has no use of it, not {original_context}"
+        )
+
+
+# -- frequencies: theta, rotated channels r, factor, original context -> radians per token of the r/2 pairs --------------
+
+
+def _plain(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+    return [theta ** (-2 * i / r) for i in range(r // 2)]
+
+
+def _interpolated(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+    return [w / factor for w in _plain(theta, r, factor, original_context)]
+
+
+def _ntk(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+    return _plain(theta * factor ** (r / (r - 2)), r, factor, original_context)
+
+
+def _yarn(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+    def pair_with(turns: int) -> float:
+        return r * math.log(original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(YARN_FAST)), 0)
+    high = min(math.ceil(pair_with(YARN_SLOW)), r - 1)
+    frequencies = []
+    for i, w in enumerate(_plain(theta, r, factor, original_context)):
+        interpolated = min(max((i - low) / max(high - low, 0.001), 0), 1)
+        frequencies.append(w * (1 - interpolated) + w / factor * interpolated)
+    return frequencies
+
+
+_FREQUENCIES: dict[str, Callable[[float, int, float, int], list[float]]] = {
+    "none": _plain,
+    "interpolate": _interpolated,
+    "ntk": _ntk,
+    "yarn": _yarn,
+    "xpos": _plain,
+}
+SCALINGS = tuple(_FREQUENCIES)
+
+
+def _xpos_decay(r: int) -> list[float]:
+    """log2 of a query's growth per token, by channel: log2(zeta_i) / 512."""
+    zeta = [(2 * i + XPOS_GAMMA * r) / ((1 + XPOS_GAMMA) * r) for i in range(r // 2)]
+    return [math.log2(z) / XPOS_SCALE for z in zeta] * 2
+
+
+# -- layouts of foreign checkpoints ----------------------------------------------------------------------------------------
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Reorder W_q or W_k from pairs (2i, 2i + 1), as Meta and Mistral publish them, to the pairs (i, i + D/2) used here.
+
+    weight: [n_heads * D, ...], or its bias; n_heads: of keys for W_k. Every channel of a head must rotate.
+    """
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `to_half_split`."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+# -- ALiBi -----------------------------------------------------------------------------------------------------------------
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """Slopes of ALiBi's bias -slope * distance, one per head, all above 0 (arXiv 2108.12409).
+
+    2^(-8/n), 2^(-16/n), ... for n a power of two. Else those of the power of two below, then every other one of that above.
+    """
+    power = 1 << (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    between = [2 ** (-4 * (2 * head + 1) / power) for head in range(n_heads - power)]
+    return slopes + between
+
+
+def positions_in_documents(documents: Tensor) -> Tensor:
+    """Position of each token in its own document, 0 at every change of number; documents [B, T] -> [B, T]."""
+    t = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return t - torch.where(starts, t, 0).cummax(dim=1).values

@@ -1,0 +1,165 @@
+"""How a branch (attention or MLP, with its own norm) joins the residual stream: plain, weighted, by hyper-connections.
+
+x, kept = connection.mix(stream)
+stream = connection.merge(stream, branch(x), kept)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Residual(nn.Module):
+    """Base of the three. Parameters are used in `forward` alone, none in `merge`."""
+
+    def mix(self, stream: Tensor) -> tuple[Tensor, Any]:
+        """(the branch's input [B, T, D], what `merge` needs)."""
+        # A call of the module, not of `forward`: ZeRO-3 gathers its parameters for that and for nothing else.
+        return self(stream)
+
+    def merge(self, stream: Tensor, branch_output: Tensor, kept: Any) -> Tensor:
+        """The stream after the branch, whose output is [B, T, D]."""
+        raise NotImplementedError
+
+    def roles(self) -> dict[str, str]:
+        """Name of each parameter -> its role in the model."""
+        return {}
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs of a token."""
+        return 0
+
+
+class Plain(Residual):
+    """stream + branch; stream [B, T, D]."""
+
+    def forward(self, stream: Tensor) -> tuple[Tensor, None]:
+        return stream, None
+
+    def merge(self, stream: Tensor, branch_output: Tensor, kept: None) -> Tensor:
+        return stream + branch_output
+
+
+class Weighted(Residual):
+    """weight stream + branch with a learned weight, 1 at the start; stream [B, T, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def reset(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        return stream, (self.weight * stream).to(stream.dtype)
+
+    def merge(self, stream: Tensor, branch_output: Tensor, kept: Tensor) -> Tensor:
+        return kept + branch_output
+
+    def roles(self) -> dict[str, str]:
+        return {"weight": "norm"}
+
+
+class HyperConnection(Residual):
+    """n streams H [B, T, n, D] (arXiv 2409.19606), for each token:
+
+        input of the branch  A_m^T H     A_m [n, 1], at the start one-hot at stream `index` mod n
+        next streams  A_r^T H + B^T o    A_r [n, n], at the start the identity; B [1, n], at the start ones
+
+    so that at the start each stream is that of a Pre-Norm network. The branch has its own norm, after the mixing. With
+    `dynamic` each of the three has s tanh(norm(H) W) added: norm is a LayerNorm without gain and bias; at first W is 0
+    and both s (one for B, one for A_m and A_r) are 0.01. Coefficients and mixing are in fp32 whatever the type of H.
+
+    index: the running number of the branch in the network. Raises ValueError for less than one stream.
+    static: B, A_m and A_r by row of [n, n + 2]. Flat, since what has two dimensions or more decays, and these must not.
+    dynamic_weight: W transposed, [n + 2, D]: decays. dynamic_scale: the two s, [2].
+    """
+
+    def __init__(self, d_model: int, n_streams: int, index: int, dynamic: bool) -> None:
+        super().__init__()
+        if n_streams < 1:
+            raise ValueError(f"n_streams must be at least 1, not {n_streams}")
+        self.d_model, self.n_streams, self.index, self.dynamic = d_model, n_streams, index, dynamic
+        self.static = nn.Parameter(torch.empty(n_streams * (n_streams + 2)))
+        if dynamic:
+            self.dynamic_weight = nn.Parameter(torch.empty(n_streams + 2, d_model))
+            self.dynamic_scale = nn.Parameter(torch.empty(2))
+
+    def reset(self) -> None:
+        n = self.n_streams
+        identity = torch.eye(n, device="cpu")
+        columns = (torch.ones(n, 1, device="cpu"), identity[:, [self.index % n]], identity)  # B, A_m, A_r
+        _fill(self.static, torch.cat(columns, dim=1).flatten())
+        if self.dynamic:
+            nn.init.zeros_(self.dynamic_weight)
+            nn.init.constant_(self.dynamic_scale, 0.01)
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        n = self.n_streams
+        with torch.autocast(streams.device.type, enabled=False):
+            h = streams.to(torch.promote_types(streams.dtype, torch.float32))
+            b, a = self._coefficients(h)  # [B, T, n, 1], [B, T, n, n + 1]
+            # The product gives (A_r - 1)^T H, added to H later: TF32 would round H itself in every block.
+            a = a - F.pad(torch.eye(n, dtype=h.dtype, device=h.device), (1, 0))
+            mixed = a.transpose(-1, -2) @ h  # [B, T, n + 1, D]
+        x, change = mixed.split([1, n], dim=2)
+        return x.squeeze(2).to(streams.dtype), (change, b)
+
+    def _coefficients(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """B^T [B, T, n, 1] and [A_m | A_r] [B, T, n, n + 1], in the type of h [B, T, n, D]."""
+        n = self.n_streams
+        # Of full shape also where static: one batched product is twice as fast as [n, n + 1] against [B, T, n, D].
+        static = self.static.to(h.dtype).view(n, n + 2).expand(*h.shape[:2], n, n + 2)
+        b, a = static.split([1, n + 1], dim=-1)
+        if not self.dynamic:
+            return b, a
+        scale, weight = self.dynamic_scale.to(h.dtype), self.dynamic_weight.to(h.dtype)
+        more_b, more_a = F.linear(F.layer_norm(h, h.shape[-1:]), weight).tanh().split([1, n + 1], dim=-1)
+        return b + scale[0] * more_b, a + scale[1] * more_a
+
+    def merge(self, stream: Tensor, branch_output: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+        change, b = kept
+        return (stream + change + b * branch_output.unsqueeze(2)).to(stream.dtype)
+
+    def roles(self) -> dict[str, str]:
+        static = {"static": "norm"}
+        return static | {"dynamic_weight": "matrix", "dynamic_scale": "norm"} if self.dynamic else static
+
+    @staticmethod
+    def size(d_model: int, n_streams: int, dynamic: bool) -> int:
+        """Parameters, by formula."""
+        static = n_streams * (n_streams + 2)
+        return static + d_model * (n_streams + 2) + 2 if dynamic else static
+
+    def flops_per_token(self) -> int:
+        """6 per multiply-add of the products: [A_m | A_r]^T H, and norm(H) W where dynamic.
+
+        B^T o, sums, norm and tanh count nothing, as elsewhere what is no product.
+        """
+        n = self.n_streams
+        return 6 * self.d_model * n * (n + 1 + (n + 2 if self.dynamic else 0))
+
+
+def widen(x: Tensor, n: int) -> Tensor:
+    """n streams of the embedded tokens: [B, T, D] -> [B, T, n, D], copies."""
+    return x.unsqueeze(2).repeat(1, 1, n, 1)
+
+
+def narrow(streams: Tensor) -> Tensor:
+    """Their sum, for the final norm and the head: [B, T, n, D] -> [B, T, D]."""
+    return streams.sum(dim=2)
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy `values` (whole, fp32, on the CPU) into a parameter of any type, device and sharding. No communication."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(
+            values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(values)

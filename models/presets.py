@@ -1,0 +1,188 @@
+"""Well-known decoders: sets of the switches of `transformer.py`, each under its name."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields, make_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.base import register
+from models.transformer import Transformer
+from models.transformer_config import TransformerConfig
+
+
+def with_defaults(name: str, base: type[TransformerConfig] = TransformerConfig, **choices: Any) -> Any:
+    """A Config called `name` that is `base` with `choices` as defaults."""
+    own = [(f.name, f.type, field(default=choices.pop(f.name, f.default), metadata=f.metadata)) for f in fields(base)]
+    if choices:
+        raise TypeError(f"no such fields: {', '.join(choices)}")
+    config = make_dataclass(name, own, bases=(base,), frozen=True)
+    config.__module__ = __name__
+    return config
+
+
+@register("gpt2")
+class Gpt2(Transformer):
+    """GPT-2 (Radford et al. 2019), after OpenAI's code: learned positions, pre-norm blocks, biases, tied head.
+
+    OpenAI's own weights need mlp gelu_tanh and vocab_size 50257.
+    """
+
+    Config = with_defaults("Gpt2Config", norm="layer", bias=True, positions="learned", max_context=1024, mlp="gelu")
+
+
+@register("llama")
+class Llama(Transformer):
+    """Llama (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no bias, untied head; the shape of transformers' own."""
+
+    Config = with_defaults("LlamaConfig", tied=False)
+
+
+@register("minimal-sota")
+class MinimalSota(Transformer):
+    """Minimal-SoTA-LLM: Llama with a fourth of the key and value heads, as in Mistral 7B (arXiv 2310.06825)."""
+
+    Config = with_defaults("MinimalSotaConfig", tied=False, n_kv_heads=3)
+
+
+@register("pico")
+class Pico(Transformer):
+    """picoGPT: GPT-2's MLP, RMSNorm, rotary positions, grouped queries, one standard deviation for every matrix."""
+
+    Config = with_defaults("PicoConfig", mlp="gelu", n_kv_heads=6, init="normal")
+
+
+@register("transformer++")
+class TransformerPlusPlus(Transformer):
+    """GPT2_Reproduction's Transformer++: rotary, RMSNorm, SwiGLU of 4 d_model, biases in attention alone.
+
+    124 M by the dial is narrower than at GPT-2's dimensions, where it has 151,935,744 parameters; hidden_ratio 0 gives 8/3.
+    """
+
+    Config = with_defaults("TransformerPlusPlusConfig", hidden_ratio=4.0, attention_bias="all")
+
+
+@register("blagpt")
+class BlaGpt(Transformer):
+    """BlaGPT's default: grouped queries, QK-norm, norms on both ends of a branch, SwiGLU of 4 d_model, biases on q, k, v."""
+
+    Config = with_defaults(
+        "BlaGptConfig",
+        n_kv_heads=4,
+        qk_norm=True,
+        norm_placement="pre_post",
+        zero_init=True,
+        hidden_ratio=4.0,
+        attention_bias="qkv",
+    )
+
+
+@register("blagpt-best")
+class BlaGptBest(Transformer):
+    """The best of BlaGPT's ablations (3.2993): pre-norm, biases everywhere, branches that start at zero."""
+
+    Config = with_defaults("BlaGptBestConfig", n_kv_heads=4, qk_norm=True, zero_init=True, hidden_ratio=4.0, bias=True)
+
+
+@register("tokenformer")
+class TokenFormer(Transformer):
+    """TokenFormer (arXiv 2410.23168) in BlaGPT's block: every projection attends to parameter tokens."""
+
+    Config = with_defaults(
+        "TokenFormerConfig", pattention="qkv,out,mlp", qk_norm=True, norm_placement="pre_post", init="normal"
+    )
+
+
+@register("modded")
+class Modded(Transformer):
+    """After modded-nanogpt: QK-norm, squared ReLU, value embeddings, skips from the embedding and between halves, soft-cap."""
+
+    Config = with_defaults(
+        "ModdedConfig",
+        qk_norm=True,
+        mlp="relu2",
+        value_embeddings=3,
+        x0_skip=True,
+        unet_skips=True,
+        final_softcap=30.0,
+        zero_init=True,
+        tied=False,
+    )
+
+
+OPENAI_NAMES = {
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.out": "mlp.c_proj",
+}
+
+
+@torch.no_grad()
+def load_openai_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
+    """Copy OpenAI's weights out of the state dict of a Hugging Face `GPT2LMHeadModel` of the same sizes into a `gpt2`.
+
+    KeyError or RuntimeError where names or shapes do not match.
+    """
+    sources = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
+    for layer in range(model.config.n_layers):
+        sources |= {f"layers.{layer}.{ours}": f"h.{layer}.{theirs}" for ours, theirs in OPENAI_NAMES.items()}
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        source = f"transformer.{sources[owner]}.{kind}"
+        value = weights[source]
+        # OpenAI's linear layers hold [in, out].
+        linear = isinstance(model.get_submodule(owner), nn.Linear) and kind == "weight"
+        _copy(parameter, value.t() if linear else value, source)
+
+
+LLAMA_NAMES = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.out": "self_attn.o_proj",
+    "mlp.out": "mlp.down_proj",
+}
+# Ours are one matrix: the rows of theirs, one after the other.
+LLAMA_JOINED = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+@torch.no_grad()
+def load_llama_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
+    """Copy the state dict of a Hugging Face `LlamaForCausalLM` of the same sizes into a `llama`.
+
+    Both rotate channels i and i + head_dim / 2 together. KeyError or RuntimeError where names or shapes do not match, or
+    weights are left over.
+    """
+    names = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    sources: dict[str, tuple[str, ...]] = {
+        ours: (theirs,) for ours, theirs in names.items() if ours != "head" or model.head is not None
+    }
+    for layer in range(model.config.n_layers):
+        for ours, theirs in LLAMA_NAMES.items():
+            sources[f"layers.{layer}.{ours}"] = (f"model.layers.{layer}.{theirs}",)
+        for ours, several in LLAMA_JOINED.items():
+            sources[f"layers.{layer}.{ours}"] = tuple(f"model.layers.{layer}.{theirs}" for theirs in several)
+    left = set(weights)
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        keys = [f"{source}.{kind}" for source in sources[owner]]
+        _copy(parameter, torch.cat([weights[key] for key in keys]), " + ".join(keys))
+        left -= set(keys)
+    embedding = weights["model.embed_tokens.weight"]
+    if model.head is None and torch.equal(weights.get("lm_head.weight", embedding), embedding):
+        left -= {"lm_head.weight"}
+    if left:
+        raise RuntimeError(f"the model has no place for {', '.join(sorted(left))}")
+
+
+def _copy(parameter: Tensor, value: Tensor, source: str) -> None:
+    if value.shape != parameter.shape:
+        raise RuntimeError(f"{source} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
+    parameter.copy_(value)

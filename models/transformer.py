@@ -1,0 +1,305 @@
+"""One decoder whose parts are chosen by config (`transformer_config.py`); each part is a file of `layers/`.
+
+    embedding [+ positions] -> blocks -> norm -> output projection
+
+A block has two branches, attention and MLP, which read the residual stream and add to it. What a switch turns on is made in
+`__init__`; the forward pass asks for no names. `presets.py` gives well-known sets of switches their names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Cache, LanguageModel, Output, register
+from models.layers import normal_
+from models.layers.attend import choose_kernel, make_sight
+from models.layers.attention import Context, DifferentialHeads, latent_widths
+from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
+from models.layers.multi_token import multi_token_loss
+from models.layers.norms import set_gain
+from models.layers.pattention import Pattention
+from models.layers.positions import positions_in_documents
+from models.layers.residual import HyperConnection, widen
+from models.layers.shapes import fit_depth, nearest_shape
+from models.transformer_config import TransformerConfig
+
+
+@register("transformer")
+class Transformer(LanguageModel):
+    """Embedding, blocks, norm, output projection; the switches are fields of `Config`."""
+
+    Config = TransformerConfig
+    masks_documents = True
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        c, d = config, config.d_model
+        block = BLOCKS[c.block]
+        self.embedding = nn.Embedding(c.vocab_size, d)
+        self.positions = nn.Embedding(c.max_context, d) if c.positions == "learned" else None
+        width = c.kv_heads * c.head_width
+        self.value_tables = nn.ModuleList(nn.Embedding(c.vocab_size, width) for _ in range(c.value_embeddings))
+        self.layers: Any = nn.ModuleList(block(c, layer) for layer in range(c.n_layers))
+        self.keep_weights = nn.Parameter(torch.empty(c.n_layers)) if c.x0_skip else None
+        self.x0_weights = nn.Parameter(torch.empty(c.n_layers)) if c.x0_skip else None
+        self.skip_weights = nn.Parameter(torch.empty(c.n_layers // 2)) if c.unet_skips and c.n_layers > 1 else None
+        self.norm = norm_of(c, c.norm_placement != "post")  # under post the last block ends in one
+        self.head = None if c.tied else nn.Linear(d, c.vocab_size, bias=False)
+        self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
+        self.max_context = c.max_context or None
+        self.windows = sorted({c.window_of(layer) for layer in range(len(self.blocks()))})
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        context = self.context(tokens, documents, cache)
+        x = self.embed(tokens, context)
+        tables = [table(tokens) for table in self.value_tables]  # [B, T, G * head_dim] each
+        x, before, values = self.trunk(x, tables, context, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        if targets is None:
+            return Output(logits=self.logits(self.norm(narrowed(x))))  # [B, T, V]
+        hidden = [self.norm(narrowed(x))]
+        hidden += [head(x, before, values, context, self.norm) for head in self.further]
+        loss, parts = self.loss(hidden, targets, documents, reduction)
+        return Output(loss=loss, parts=parts or None)
+
+    def context(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Context:
+        """Positions, and what each query sees under every window there is."""
+        if documents is not None and cache is not None:
+            raise ValueError("documents must be None with a cache: one document is decoded per row")
+        device, length = tokens.device, tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        if self.max_context is not None and start + length > self.max_context:
+            raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
+        kernel, _ = self.choose_kernel(start, length, documents is not None)
+        sights = {w: make_sight(kernel, start, length, w, documents, device) for w in self.windows}
+        positions = torch.arange(start, start + length, device=device)
+        if documents is not None:
+            positions = positions_in_documents(documents)
+        return Context(positions, sights, kernel)
+
+    def choose_kernel(self, start: int, length: int, documents: bool) -> tuple[str, str]:
+        """(name, why) of what computes attention on the device that the weights are on; start: tokens cached before."""
+        c, weight = self.config, self.embedding.weight
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        return choose_kernel(
+            c.attention_kernel,
+            head_dim=c.head_width + (latent_widths(c)[0] if c.attention == "latent" else 0),
+            value_dim=2 * c.head_width if c.attention == "differential" else c.head_width,
+            softcap=c.attention_softcap > 0,
+            drift=c.positions == "alibi" or c.forget_gate,
+            window=any(0 < window < start + length for window in self.windows),
+            documents=documents,
+            cached=start > 0,
+            length=length,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else weight.dtype,
+            device=device,
+        )
+
+    def embed(self, tokens: Tensor, context: Context) -> Tensor:
+        """[B, T] -> [B, T, D], or [B, T, n, D] with hyper-connections."""
+        c = self.config
+        x = self.embedding(tokens)
+        if c.embedding_scale:
+            x = x * math.sqrt(c.d_model)
+        if self.positions is not None:
+            x = x + self.positions(context.positions)
+        if self.training and c.neftune_alpha:
+            reach = c.neftune_alpha / math.sqrt(x.shape[1] * x.shape[2])
+            x = x + torch.empty_like(x).uniform_(-reach, reach)
+        return widen(x, c.streams) if c.streams else x
+
+    def trunk(
+        self, x: Tensor, tables: list[Tensor], context: Context, cache: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All blocks, with what goes around them: (output, input of the last block, values for a further block)."""
+        x0, before, values = x, x, None
+        outputs: list[Tensor] = []
+        half = self.config.n_layers // 2
+        for layer, block in enumerate(self.layers):
+            if self.keep_weights is not None and self.x0_weights is not None:
+                x = self.keep_weights[layer].to(x.dtype) * x + self.x0_weights[layer].to(x.dtype) * x0
+            if self.skip_weights is not None and layer >= self.config.n_layers - half:
+                x = x + self.skip_weights[self.config.n_layers - 1 - layer].to(x.dtype) * outputs.pop()
+            table = self.config.value_table_of(layer)
+            before = x
+            x, values = block(x, values if table is None else tables[table], context, cache)
+            if self.skip_weights is not None and layer < half:
+                outputs.append(x)
+        return x, before, values
+
+    def unembedding(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, V], those of rows that are padding -inf."""
+        c = self.config
+        logits = F.linear(x, self.unembedding())
+        if c.final_softcap:
+            logits = c.final_softcap * (logits / c.final_softcap).tanh()
+        if c.unpadded_vocab:
+            logits = logits.masked_fill(torch.arange(c.vocab_size, device=x.device) >= c.unpadded_vocab, -math.inf)
+        return logits
+
+    def loss(
+        self, hidden: list[Tensor], targets: Tensor, documents: Tensor | None, reduction: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts) of the hidden states of every prediction head."""
+        c = self.config
+        own = [head.unembedding.weight for head in self.further if head.unembedding is not None]
+        return multi_token_loss(
+            hidden,
+            [self.unembedding(), *own] if own else self.unembedding(),
+            targets,
+            reduction,
+            documents=documents,
+            head_weights=c.head_weights,
+            softcap=c.final_softcap or None,
+            z_loss=c.z_loss,
+            vocab_size=c.unpadded_vocab or None,
+        )
+
+    def describe_kernels(self) -> str:
+        name, why = self.choose_kernel(0, self.max_context or 1024, documents=False)
+        return f"attention: {name} ({why})"
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        c = self.config
+        blocks: list[Any] = self.blocks()
+        residual = {id(module): layer for layer, b in enumerate(blocks) for module in b.residual_projections()}
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                set_gain(module, 1.0)
+            reset: Any = getattr(module, "reset", None)
+            if callable(reset):
+                reset()
+            if isinstance(module, DifferentialHeads):
+                module.draw(generator)
+            for name, weight in module.named_parameters(recurse=False):
+                if name == "bias" and isinstance(module, nn.Linear):
+                    nn.init.zeros_(weight)
+                elif isinstance(module, nn.Embedding):
+                    normal_(weight, c.init_std, generator)
+                elif weight.ndim == 2 and not isinstance(module, HyperConnection):
+                    normal_(weight, self._std(module, name, residual.get(id(module))), generator)
+        for block in blocks if c.zero_init else ():
+            for end in block.branch_ends():
+                set_gain(end, 0.0)
+            for module in () if block.branch_ends() else block.residual_projections():
+                nn.init.zeros_(module.weight)
+        for weights, start in ((self.keep_weights, 1.0), (self.x0_weights, 0.0), (self.skip_weights, 1.0)):
+            if weights is not None:
+                weights.fill_(start)
+
+    def _std(self, module: nn.Module, name: str, layer: int | None) -> float:
+        """Standard deviation of a matrix; layer: of the block whose branch it ends, None for all others."""
+        c = self.config
+        if module is self.head or module in [head.unembedding for head in self.further]:
+            return STDS[c.init](c.init_std, c.d_model, None, c.n_layers) / (
+                math.sqrt(c.d_model) if c.init == "width_scaled" else 1
+            )
+        weight = module.get_parameter(name)
+        d_in = weight.shape[0 if name == "values" else 1]  # the values of a Pattention are [slots, d_out]
+        layer = None if name == "keys" else layer  # of a Pattention: its values are what ends the branch
+        return STDS[c.init](c.init_std, d_in, layer, c.n_layers)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.layers, *(head.block for head in self.further if head.block is not None)]
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for name, _ in self.named_parameters():
+            owner, _, kind = name.rpartition(".")
+            groups.setdefault(_role(self.get_submodule(owner), owner, kind), []).append(name)
+        return groups
+
+    def tied_embedding(self) -> bool:
+        return self.config.tied
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def count_parameters(cls, config: TransformerConfig) -> int:
+        c, d = config, config.d_model
+        count = c.vocab_size * d * (1 if c.tied else 2) + (c.max_context * d if c.positions == "learned" else 0)
+        count += sum(BLOCKS[c.block].size(c, layer) for layer in range(c.n_layers))
+        count += (c.norm_placement != "post") * norm_size_of(c)
+        count += c.value_embeddings * c.vocab_size * c.kv_heads * c.head_width
+        count += 2 * c.n_layers * c.x0_skip + (c.n_layers // 2) * c.unet_skips
+        return count + sum(FurtherHead.size(c, i) for i in range(1, c.n_predict))
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """6 per weight of a product, and scores and their values over the whole [T, T] square, whatever is masked."""
+        weights, scores, others = 0, 0, 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                weights += module.weight.numel()
+            elif isinstance(module, Pattention):
+                weights += module.product_weights()
+            elif isinstance(module, HyperConnection):
+                others += module.flops_per_token()
+            scores += getattr(module, "score_width", 0)
+        shared = self.config.n_predict if self.config.share_unembedding else 1
+        own_head = self.head is not None  # counted above once
+        weights += (shared - own_head) * self.config.vocab_size * self.config.d_model
+        return 6 * (weights + scores * sequence_length) + others
+
+    @classmethod
+    def config_for_scale(
+        cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any
+    ) -> TransformerConfig:
+        """GPT-2's aspect and heads of 64 channels, under the switches in `choices` and those of the preset."""
+        default = cls.Config()
+        group = default.n_heads // default.kv_heads
+        tables = choices.get("value_embeddings", default.value_embeddings)
+
+        def of_width(width: int) -> TransformerConfig:
+            n_heads = choices.get("n_heads", width // math.gcd(width, 64))
+            shape = {"d_model": width, "n_heads": n_heads, "n_layers": max(1, 2 * tables)}
+            if default.n_kv_heads:
+                shape["n_kv_heads"] = n_heads // math.gcd(n_heads, group)
+            config = replace(default, **{"vocab_size": vocab_size, **shape, **choices})
+            return config if "n_layers" in choices else fit_depth(cls.count_parameters, config, target_parameters)
+
+        if "d_model" in choices:
+            return of_width(choices["d_model"])
+        return nearest_shape(cls.count_parameters, target_parameters, of_width)
+
+
+# Standard deviation of a matrix: (init_std, its inputs, layer of the branch it ends or None, layers).
+STDS = {
+    "gpt2": lambda std, d_in, layer, n: std if layer is None else std / math.sqrt(2 * n),
+    "normal": lambda std, d_in, layer, n: std,
+    # By fan-in, and shrinking with depth (OLMo's, arXiv 2402.00838).
+    "mitchell": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * (layer + 1))) ** -0.5,
+    # By fan-in; the untied head by one more root (the widths of muP, arXiv 2203.03466, without its learning rates).
+    "width_scaled": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * n)) ** -0.5,
+}
+
+
+def _role(module: nn.Module, owner: str, kind: str) -> str:
+    """The role of parameter `kind` of `module`, by names alone: ZeRO-3's parameters have no dimensions between their uses."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear) and kind == "weight":
+        return "head" if owner.endswith(("head", "unembedding")) else "matrix"
+    if isinstance(module, Pattention) or kind == "dynamic_weight":
+        return "matrix"
+    return "bias" if kind == "bias" else "norm"

@@ -1,0 +1,255 @@
+"""Every switch of the decoder in `transformer.py`: a field, what it may be, and which combinations cannot be or are known to fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.base import require_positive
+from models.layers.attention import latent_widths, rotary
+from models.layers.mlp import ACTIVATIONS, hidden_width
+from models.layers.norms import NORMS
+
+CHOICES = {
+    "norm": NORMS,
+    "norm_placement": ("pre", "post", "pre_post"),
+    "positions": ("learned", "rotary", "alibi", "none"),
+    "rope_scaling": ("none", "interpolate", "ntk", "yarn", "xpos"),
+    "attention": ("softmax", "differential", "latent"),
+    "attention_bias": ("none", "qkv", "all"),
+    "attention_gate": ("none", "head", "channel"),
+    "attention_kernel": ("auto", "torch", "sdpa", "flex", "flash"),
+    "mlp": ACTIVATIONS,
+    "pattention_mode": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
+    "block": ("serial", "parallel", "parallel_two_norms"),
+    "residual": ("plain", "weighted", "static_hyper", "dynamic_hyper"),
+    "prediction_heads": ("linear", "transformer"),
+    "init": ("gpt2", "normal", "mitchell", "width_scaled"),
+}
+PATTENTION_OF = ("qkv", "out", "mlp")
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    # -- shape
+    vocab_size: int = _field(50304, "rows of the embedding and of the output projection")
+    unpadded_vocab: int = _field(0, "tokens that exist; rows from there on are padding, never predicted (0: all exist)")
+    d_model: int = _field(768, "width of the residual stream")
+    n_layers: int = _field(12, "blocks")
+    n_heads: int = _field(12, "attention heads")
+    n_kv_heads: int = _field(0, "heads of keys and values, shared by groups of query heads (0: n_heads; 1: MQA)")
+    head_dim: int = _field(0, "channels of a head (0: d_model / n_heads)")
+    max_context: int = _field(0, "longest sequence (0: any; learned positions need it, as rows of their table)")
+    bias: bool = _field(False, "bias in every linear layer and LayerNorm")
+    # -- norms
+    norm: str = _field("rms", "layer, rms (RMSNorm, arXiv 1910.07467) or dyt (DyT, arXiv 2503.10622)")
+    norm_placement: str = _field("pre", "pre, post (after the sum) or pre_post (on both ends of each branch, Gemma 2)")
+    norm_eps: float = _field(1e-5, "added to the variance")
+    qk_norm: bool = _field(False, "RMSNorm of each query and key head, before rotation")
+    # -- positions
+    positions: str = _field("rotary", "learned, rotary (arXiv 2104.09864), alibi (arXiv 2108.12409) or none")
+    rope_theta: float = _field(10000.0, "base of the rotary wavelengths")
+    rope_fraction: float = _field(1.0, "part of a head's channels that is rotated")
+    rope_scaling: str = _field("none", "none, interpolate, ntk, yarn or xpos")
+    rope_factor: float = _field(1.0, "how many times longer than in training sequences are, for rope_scaling")
+    rope_original_context: int = _field(0, "length trained at, for rope_scaling yarn")
+    # -- attention
+    attention: str = _field("softmax", "softmax, differential (arXiv 2410.05258) or latent (MLA, arXiv 2405.04434)")
+    attention_kernel: str = _field("auto", "auto, torch (plain products), sdpa, flex or flash (flash-attn)")
+    window: int = _field(0, "tokens a query sees, itself included (0: all before it)")
+    window_pattern: str = _field("", "S: layer with the window, L: without; repeated over the layers (empty: all S)")
+    attention_softcap: float = _field(0.0, "c: scores become c tanh(score / c) (Gemma 2: 50; 0: none)")
+    attention_bias: str = _field("none", "qkv (Qwen2), all (and of the output) or none: biases where `bias` is off")
+    attention_gate: str = _field("none", "none, head or channel: sigmoid gate on the heads' output (arXiv 2505.06708)")
+    forget_gate: bool = _field(False, "scores decay by learned gates, forgetting attention (arXiv 2503.02130)")
+    kv_shift: bool = _field(False, "mix in the keys and values of the token before (arXiv 2411.19574)")
+    value_residual: bool = _field(False, "mix in the first layer's values (ResFormer, arXiv 2410.17897)")
+    kv_rank: int = _field(0, "latent attention: width of the cached latent (0: 4 head_dim)")
+    q_rank: int = _field(0, "latent attention: width of the queries' latent (0: none)")
+    rope_dim: int = _field(0, "latent attention: rotated channels beside each head's own (0: head_dim / 2)")
+    # -- MLP and projections
+    mlp: str = _field("swiglu", ", ".join(ACTIVATIONS))
+    d_hidden: int = _field(0, "hidden width of the MLP (0: by hidden_ratio)")
+    hidden_ratio: float = _field(0.0, "hidden width over d_model (0: 4, with gates 8/3 rounded up, so as many weights)")
+    hidden_multiple: int = _field(256, "what an inferred 8/3 d_model is rounded up to a multiple of")
+    pattention: str = _field("", "projections that attend to parameters: of qkv, out, mlp (TokenFormer, 2410.23168)")
+    pattention_slots: int = _field(0, "parameter tokens of qkv and out (0: d_model)")
+    pattention_mlp_slots: int = _field(0, "parameter tokens of the MLP (0: 4 d_model)")
+    pattention_mode: str = _field("l2_norm_gelu", "l2_norm_gelu, gelu_l2_norm or softmax")
+    # -- block and residual stream
+    block: str = _field("serial", "serial, parallel (PaLM: one norm, fused) or parallel_two_norms")
+    residual: str = _field("plain", "plain, weighted, static_hyper or dynamic_hyper (hyper-connections, 2409.19606)")
+    n_streams: int = _field(4, "residual streams of hyper-connections")
+    x0_skip: bool = _field(False, "every block's input is a learned mix of the stream and the embedding")
+    unet_skips: bool = _field(False, "the second half of the blocks also gets the outputs of the first, last first")
+    value_embeddings: int = _field(0, "tables of token embeddings added to the values of the first and last layers")
+    # -- embedding, head and loss
+    tied: bool = _field(True, "the output projection is the embedding")
+    embedding_scale: bool = _field(False, "multiply embeddings by sqrt(d_model)")
+    final_softcap: float = _field(0.0, "c: logits become c tanh(logit / c) (Gemma 2: 30; 0: none)")
+    z_loss: float = _field(0.0, "coefficient of logsumexp^2 (PaLM: 1e-4)")
+    neftune_alpha: float = _field(0.0, "noise on the embeddings in training (arXiv 2310.05914)")
+    n_predict: int = _field(1, "tokens predicted at once (multi-token prediction, arXiv 2404.19737)")
+    prediction_heads: str = _field("linear", "linear (a norm each) or transformer (a block each, the paper's)")
+    share_unembedding: bool = _field(True, "all prediction heads use one output projection")
+    prediction_weights: str = _field("", "factor of each head's loss, the first 1: 1,0.5,0.25 (empty: all 1)")
+    # -- initialisation
+    init: str = _field("gpt2", "gpt2 (residual projections / sqrt(2 L)), normal, mitchell or width_scaled")
+    init_std: float = _field(0.02, "standard deviation of embeddings, and of matrices under gpt2 and normal")
+    zero_init: bool = _field(
+        False, "branches start at zero: their last matrix, or the gain of the norm that follows it"
+    )
+
+    # -- derived ---------------------------------------------------------------------------------------------------
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        by_ratio = round(self.hidden_ratio * self.d_model)
+        return self.d_hidden or by_ratio or hidden_width(self.mlp, self.d_model, self.hidden_multiple)
+
+    @property
+    def qkv_has_bias(self) -> bool:
+        return self.bias or self.attention_bias != "none"
+
+    @property
+    def out_has_bias(self) -> bool:
+        return self.bias or self.attention_bias == "all"
+
+    @property
+    def streams(self) -> int:
+        """Residual streams of hyper-connections; 0 without."""
+        return self.n_streams if self.residual.endswith("hyper") else 0
+
+    @property
+    def pattention_of(self) -> list[str]:
+        return [name for name in self.pattention.replace("+", ",").split(",") if name]
+
+    @property
+    def head_weights(self) -> list[float]:
+        """Factor of each prediction head's loss."""
+        return [float(text) for text in self.prediction_weights.split(",") if text] or [1.0] * self.n_predict
+
+    def window_of(self, layer: int) -> int:
+        """The window of a layer, 0 where it sees everything."""
+        pattern = self.window_pattern or "S"
+        return self.window if pattern[layer % len(pattern)] == "S" else 0
+
+    def value_table_of(self, layer: int) -> int | None:
+        """Which table of value embeddings a layer gets: the first k layers and, the same in the same order, the last k."""
+        for table in (layer, layer - (self.n_layers - self.value_embeddings)):
+            if 0 <= table < self.value_embeddings:
+                return table
+        return None
+
+    # -- what cannot be --------------------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "vocab_size", "d_model", "n_layers", "n_heads", "hidden_multiple", "n_streams", "n_predict"
+        )
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{name} must not be negative, {value} is")
+        for name in ("norm_eps", "init_std", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for check in (self._check_heads, self._check_attention, self._check_block, self._check_loss):
+            check()
+
+    def _check_heads(self) -> None:
+        if not self.head_dim and self.d_model % self.n_heads:
+            raise ValueError(f"n_heads must divide d_model ({self.d_model}), {self.n_heads} does not; or set head_dim")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads must divide n_heads ({self.n_heads}), {self.kv_heads} does not")
+        if self.positions == "learned" and not self.max_context:
+            raise ValueError("max_context must be set with learned positions: it is the length of their table")
+        if self.positions == "rotary":
+            rotary(self, latent_widths(self)[0] if self.attention == "latent" else self.head_width)  # checks its own
+        elif self.rope_scaling != "none":
+            raise ValueError(f"rope_scaling must be none with positions {self.positions}, not {self.rope_scaling}")
+
+    def _check_attention(self) -> None:
+        if set(self.window_pattern) - {"S", "L"}:
+            raise ValueError(f"window_pattern must be letters S and L, not {self.window_pattern!r}")
+        if self.window_pattern and not self.window:
+            raise ValueError("window must be set where there is a window_pattern")
+        if self.max_context and self.window > self.max_context:
+            raise ValueError(f"window must be at most max_context ({self.max_context}), not {self.window}")
+        if self.value_residual and self.value_embeddings:
+            raise ValueError("value_residual and value_embeddings both mix into the values; choose one")
+        if 2 * self.value_embeddings > self.n_layers:
+            raise ValueError(f"value_embeddings must be at most n_layers / 2 ({self.n_layers // 2})")
+        if self.attention == "differential" and self.kv_heads % 2:
+            raise ValueError(f"n_kv_heads must be even for differential attention, {self.kv_heads} is not")
+        if self.attention_kernel == "sdpa" and self.attention_softcap:
+            raise ValueError("attention_kernel must not be sdpa with attention_softcap, which it does not have")
+        if self.attention_kernel == "flash" and (self.forget_gate or self.positions == "alibi"):
+            raise ValueError(
+                "attention_kernel must not be flash with alibi or forget_gate, whose biases it does not take"
+            )
+        if self.attention == "latent":
+            self._check_latent()
+
+    def _check_latent(self) -> None:
+        if self.positions != "rotary":
+            raise ValueError("positions must be rotary with latent attention, which has channels of its own for them")
+        for name in ("n_kv_heads", "qk_norm", "kv_shift", "value_residual", "value_embeddings"):
+            if getattr(self, name):
+                raise ValueError(f"{name} does not go with latent attention, whose keys and values are one latent")
+        if self.attention_gate != "none" or self.forget_gate:
+            raise ValueError("attention_gate and forget_gate do not go with latent attention")
+
+    def _check_block(self) -> None:
+        unknown = set(self.pattention_of) - set(PATTENTION_OF)
+        if unknown:
+            raise ValueError(
+                f"pattention must name some of {', '.join(PATTENTION_OF)}, not {', '.join(sorted(unknown))}"
+            )
+        if self.pattention_of and self.attention == "latent":
+            raise ValueError("pattention does not go with latent attention, whose projections are products of two")
+        if {"out", "mlp"} & set(self.pattention_of) and self.zero_init and self.norm_placement != "pre_post":
+            raise ValueError("zero_init must be off with pattention of out or mlp, or norm_placement be pre_post")
+        if self.block != "serial":
+            if self.norm_placement != "pre":
+                raise ValueError(f"norm_placement must be pre with block {self.block}: its branches share one sum")
+            if self.streams:
+                raise ValueError(f"residual must be plain or weighted with block {self.block}, not {self.residual}")
+        if self.block == "parallel" and (self.pattention_of or self.attention == "latent"):
+            raise ValueError("block parallel fuses plain projections; use parallel_two_norms here")
+        if self.block == "parallel" and self.attention_bias != "none" and not self.bias:
+            raise ValueError(
+                "attention_bias must be none with block parallel, whose matrices are the MLP's too; set bias"
+            )
+        if self.norm_placement == "post" and self.streams:
+            raise ValueError(f"norm_placement must not be post with residual {self.residual}")
+
+    def _check_loss(self) -> None:
+        if self.unpadded_vocab > self.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab must be at most vocab_size ({self.vocab_size}), not {self.unpadded_vocab}"
+            )
+        try:
+            weights = self.head_weights
+        except ValueError:
+            weights = []
+        if len(weights) != self.n_predict or weights[0] != 1:
+            raise ValueError(
+                f"prediction_weights must be n_predict ({self.n_predict}) numbers, the first 1, not {self.prediction_weights!r}"
+            )
+        if not self.share_unembedding and self.n_predict == 1:
+            raise ValueError("share_unembedding must be on with n_predict 1: there is one head")

@@ -1,0 +1,448 @@
+"""Attention kernels against a plain fp64 reference, forward and backward, and the choice among them."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import profile
+
+from models.layers import attend
+from models.layers.attend import KERNELS, Sight, choose_kernel, make_sight
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def reference(q, k, v, *, scale, window=0, softcap=0.0, drift=None, documents=None):
+    """In fp64, one query head at a time, query i of Tq standing at position Tk - Tq + i."""
+    n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
+    q, k, v = q.double(), k.double(), v.double()
+    position = torch.arange(n_keys, device=q.device)
+    away = position[n_keys - n_queries :, None] - position
+    visible = (away >= 0) & (away < (window or n_keys))
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    heads = []
+    for h in range(n_heads):
+        g = h * k.shape[1] // n_heads
+        scores = q[:, h] @ k[:, g].transpose(1, 2) * scale
+        if softcap:
+            scores = (scores / softcap).tanh() * softcap
+        if drift is not None:
+            scores = scores + drift.double()[:, h, n_keys - n_queries :, None] - drift.double()[:, h, None, :]
+        heads.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, g])
+    return torch.stack(heads, dim=1)
+
+
+def draw(n_queries=37, n_keys=None, heads=4, kv_heads=4, head_dim=16, value_dim=16, device="cpu", batch=2):
+    """q, k, v of fp32, with scores of a few units so that a soft-cap of 2 bends them."""
+    generator = torch.Generator().manual_seed(7)
+    n_keys = n_keys or n_queries
+    shapes = (heads, n_queries, head_dim), (kv_heads, n_keys, head_dim), (kv_heads, n_keys, value_dim)
+    return [(1.5 * torch.randn(batch, *shape, generator=generator)).to(device) for shape in shapes]
+
+
+def draw_drift(batch, heads, n_keys, device="cpu"):
+    """A running sum of log forget gates."""
+    gates = torch.randn(batch, heads, n_keys, generator=torch.Generator().manual_seed(8)) + 2
+    return torch.nn.functional.logsigmoid(gates).cumsum(-1).to(device)
+
+
+def with_gradients(kernel, tensors, **options):
+    """The output and the gradients for every tensor (the last may be drift), for one random gradient of the output."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    q, k, v = leaves[:3]
+    out = kernel(q, k, v, drift=leaves[3] if len(leaves) > 3 else None, **options)
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, towards)]
+
+
+def run_kernel(name, window=0, documents=None):
+    def kernel(q, k, v, **options):
+        start = k.shape[2] - q.shape[2]
+        return KERNELS[name](q, k, v, make_sight(name, start, q.shape[2], window, documents, q.device), **options)
+
+    return kernel
+
+
+def assert_equal(kernel, tensors, *, window=0, documents=None, tolerance=1e-5, **options):
+    """tolerance: relative to the largest entry. fp32 rounds to 6e-8, and sums of < 200 terms of size 1 .. 10 add up."""
+    expected = with_gradients(reference, tensors, window=window, documents=documents, **options)
+    got = with_gradients(run_kernel(kernel, window, documents), tensors, **options)
+    for want, have in zip(expected, got, strict=True):
+        assert have.shape == want.shape
+        assert (have.double() - want).abs().max() <= tolerance * want.abs().max().clamp(min=1)
+
+
+@pytest.fixture
+def flex_trains_on_cpu(monkeypatch):
+    """Eager Flex has a backward pass; only this check refuses it."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+def documents_of(batch, length):
+    """Unequal documents, other ones in each row; a number may come again only in another row."""
+    return torch.stack([(torch.arange(length) + 3 * row) // (5 + row) for row in range(batch)])
+
+
+CASES = {
+    "plain": {},
+    "gqa": {"kv_heads": 2},
+    "mqa": {"kv_heads": 1},
+    "wider values": {"value_dim": 24, "kv_heads": 2},
+    "narrower values": {"value_dim": 8},
+    "window": {"window": 5, "kv_heads": 2},
+    "window as long as half": {"window": 20},
+    "window beyond": {"window": 60},
+    "window of one": {"window": 1},
+    "documents": {"documents": True, "kv_heads": 2},
+    "documents and window": {"documents": True, "window": 4},
+    "softcap": {"softcap": 2.0, "kv_heads": 2},
+    "softcap and window": {"softcap": 2.0, "window": 7, "value_dim": 24},
+    "drift": {"drift": 2, "kv_heads": 2},
+    "drift of all rows": {"drift": 1},
+    "drift, softcap and window": {"drift": 2, "softcap": 2.0, "window": 5},
+    "drift, softcap and documents": {"drift": 1, "softcap": 2.0, "documents": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+def test_kernel_equals_reference(flex_trains_on_cpu, kernel, case):
+    sizes = dict(CASES[case])
+    options = {"softcap": sizes.pop("softcap", 0.0), "window": sizes.pop("window", 0)}
+    if kernel == "sdpa" and options["softcap"]:
+        pytest.skip("sdpa has no soft-cap")
+    documents = documents_of(2, 37) if sizes.pop("documents", False) else None
+    drift_rows = sizes.pop("drift", 0)
+    tensors = draw(**sizes)
+    if drift_rows:
+        tensors.append(draw_drift(drift_rows, 4, 37))
+    assert_equal(kernel, tensors, documents=documents, scale=0.3, **options)
+
+
+@pytest.mark.parametrize("window", [0, 4, 12])
+@pytest.mark.parametrize("n_queries", [1, 7])
+@pytest.mark.parametrize("kernel", ["torch", "sdpa"])
+def test_fewer_queries_than_keys_are_the_last(kernel, n_queries, window):
+    """The trap: is_causal aligns a rectangle to the top left, so the first decoded token would see one key."""
+    tensors = draw(n_queries, 19, kv_heads=2)
+    assert_equal(kernel, tensors, window=window, scale=0.25)
+    if kernel == "torch":
+        assert_equal(kernel, [*tensors, draw_drift(2, 4, 19)], window=window, scale=0.25, softcap=3.0)
+
+
+def test_sdpa_refuses_a_rectangle_without_mask_and_a_softcap():
+    with pytest.raises(ValueError, match="needs a mask"):
+        KERNELS["sdpa"](*draw(3, 9), Sight(), scale=1.0, softcap=0.0, drift=None)
+    with pytest.raises(ValueError, match="soft-cap"):
+        KERNELS["sdpa"](*draw(9), Sight(), scale=1.0, softcap=30.0, drift=None)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gqa_equals_mha_with_tiled_keys_and_values(kernel, kv_heads):
+    """Query head h reads head h // (H / G): neighbours share, not every G-th."""
+    q, k, v = draw(kv_heads=kv_heads)
+    tiled = [x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v)]
+    shared, full = (run_kernel(kernel)(q, *kv, scale=0.25, softcap=0.0, drift=None) for kv in ((k, v), tiled))
+    assert (shared - full).abs().max() <= 1e-5  # fp32, outputs below 5
+
+
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+def test_bf16_has_fp32_statistics(kernel):
+    """Products 200 and 202, exact in bf16, become scores 60.0 and 60.6; kept in bf16, steps of 0.25, they err by 2 %."""
+    q, k, v = torch.zeros(3, 1, 1, 2, 16).bfloat16()
+    q[..., 0], k[..., 0], v[..., 1, :] = 1, torch.tensor([200, 202]), 1
+    out = run_kernel(kernel)(q, k, v, scale=0.3, softcap=0.0, drift=None)[0, 0, 1, 0]
+    assert out.dtype == torch.bfloat16
+    assert abs(out.item() - torch.tensor(0.6).sigmoid().item()) <= 2**-8  # probability and result rounded, 2^-9 each
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"drift": True, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+def test_bf16_is_within_its_rounding(flex_trains_on_cpu, kernel, options):
+    """bf16 rounds to 2^-9: scores of up to 8 move by 2^-6, so probabilities and what follows by 2^-6 of themselves.
+
+    Twice that is allowed (both of q k^T and of the products with v are rounded); bf16 positions would err by 0.1.
+    """
+    if kernel == "sdpa" and options:
+        pytest.skip("sdpa has neither in half precision")
+    tensors = [x.bfloat16() for x in draw(kv_heads=2, n_queries=100)]
+    if options.get("drift"):
+        tensors.append(draw_drift(2, 4, 100) * 20)
+    assert_equal(kernel, tensors, tolerance=2**-5, scale=0.25, softcap=options.get("softcap", 0.0))
+
+
+@pytest.mark.parametrize("kernel", ["torch", "flex"])
+def test_softcap_bounds_scores_before_the_mask(flex_trains_on_cpu, kernel):
+    """Scores of +-4000 become +-5: of two visible keys the worse one keeps 1 / (1 + e^10), the unseen third nothing.
+
+    Capped after the mask, the unseen key would come in at -5 as well.
+    """
+    q = torch.tensor([[[[0.0], [200.0], [0.0]]]])
+    k = torch.tensor([[[[20.0], [-20.0], [20.0]]]])
+    v = torch.tensor([[[[0.0], [1.0], [1e6]]]])
+    q, k, v = (torch.nn.functional.pad(x, (0, 15)) for x in (q, k, v))
+    out, *gradients = with_gradients(run_kernel(kernel), (q, k, v), scale=1.0, softcap=5.0)
+    assert out[0, 0, 1, 0].item() == pytest.approx(torch.tensor(-10.0).sigmoid().item(), rel=1e-4)  # e^10 amplifies
+    assert all(gradient.isfinite().all() for gradient in gradients)  # in-place capping breaks the backward pass
+
+
+def test_softcap_is_the_identity_for_small_scores():
+    """tanh(x) = x - x^3 / 3 + ...: with |score| < 10 and a cap of 1e4 it moves by less than 4e-6."""
+    tensors = draw()
+    capped, plain = (run_kernel("torch")(*tensors, scale=0.25, softcap=cap, drift=None) for cap in (1e4, 0.0))
+    assert (capped - plain).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+def test_a_longer_sequence_after_a_short_one(flex_trains_on_cpu, kernel):
+    """The trap: a mask kept from the first length seen."""
+    for length in (16, 41):
+        for window in (0, 9):
+            assert_equal(kernel, draw(length), window=window, scale=0.25)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
+def test_packed_documents_equal_those_run_alone(kernel, window):
+    q, k, v = draw(30, batch=1)
+    documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18])
+    options = {"scale": 0.25, "softcap": 0.0, "drift": None}
+    packed = run_kernel(kernel, window, documents)(q, k, v, **options)
+    for one in (slice(0, 11), slice(11, 12), slice(12, 30)):
+        alone = run_kernel(kernel, window)(*(x[:, :, one] for x in (q, k, v)), **options)
+        assert (packed[:, :, one] - alone).abs().max() <= 1e-5  # fp32, outputs below 5
+
+
+@pytest.mark.parametrize("kernel", ["torch", "sdpa"])
+def test_a_window_costs_no_square(kernel):
+    """4096 tokens, 32 of window: no tensor of more than a tenth of T^2 entries is made, forward or backward."""
+    length = 4096
+    tensors = draw(length, heads=1, kv_heads=1, head_dim=8, value_dim=8, batch=1)
+    with profile(record_shapes=True) as seen:
+        with_gradients(run_kernel(kernel, window=32), tensors, scale=0.3, softcap=0.0)
+    shapes = [shape for event in seen.events() for shape in event.input_shapes or [] if shape]
+    largest = max(torch.Size(shape).numel() for shape in shapes if all(isinstance(n, int) for n in shape))
+    assert 0 < largest <= length**2 / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["torch", "sdpa"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_one_compilation_serves_all_lengths(kernel, window):
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(dynamic=True, fullgraph=True, backend=counter)
+    def compiled(q, k, v, sight):
+        return KERNELS[kernel](q, k, v, sight, scale=0.25, softcap=0.0, drift=None)
+
+    for length in (24, 39):
+        tensors = draw(length, kv_heads=2)
+        sight = make_sight(kernel, 0, length, window, None, CPU)
+        leaves = [x.requires_grad_() for x in tensors]
+        out = compiled(*leaves, sight)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        eager = KERNELS[kernel](*leaves, sight, scale=0.25, softcap=0.0, drift=None)
+        assert (out - eager).abs().max() <= 1e-5
+        for a, b in zip(gradients, torch.autograd.grad(eager.square().sum(), leaves), strict=True):
+            assert (a - b).abs().max() <= 1e-4  # sums of up to 39 products of size 10
+    assert counter.frame_count == 1
+
+
+def test_sight_holds_only_what_its_kernel_needs():
+    documents = documents_of(2, 40)
+    assert make_sight("sdpa", 0, 40, 0, None, CPU) == Sight()
+    assert make_sight("sdpa", 30, 1, 0, None, CPU) == Sight()  # a decoded token sees all
+    assert make_sight("sdpa", 30, 1, 31, None, CPU) == Sight()
+    assert make_sight("sdpa", 0, 40, 8, None, CPU) == Sight(window=8)
+    assert make_sight("sdpa", 30, 1, 8, None, CPU).mask.tolist() == [[False] * 23 + [True] * 8]
+    assert make_sight("sdpa", 0, 40, 0, documents, CPU).mask.shape == (2, 1, 40, 40)
+    assert make_sight("flash", 5, 40, 8, None, CPU) == Sight(window=8)
+    for window, given in ((0, None), (8, None), (0, documents), (8, documents)):
+        sight = make_sight("flex", 0, 40, window, given, CPU)
+        assert sight.window == 0 and sight.mask is None and sight.blocks is not None
+    assert make_sight("flex", 0, 40, 8, None, CPU).blocks is make_sight("flex", 0, 40, 8, None, CPU).blocks
+    assert make_sight("flex", 0, 40, 8, None, CPU).blocks is not make_sight("flex", 0, 40, 9, None, CPU).blocks
+    with pytest.raises(ValueError, match="attention_kernel flash cannot keep documents apart"):
+        make_sight("flash", 0, 40, 0, documents, CPU)
+    with pytest.raises(ValueError, match="attention_kernel flex cannot follow cached"):
+        make_sight("flex", 4, 40, 0, None, CPU)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("n_queries", [5, 23])
+def test_flash_is_called_as_it_wants(monkeypatch, n_queries, window):
+    """A stand-in with flash-attn's layout and conventions: [B, T, heads, D], window (left, right) beside the token."""
+
+    def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, deterministic):
+        assert causal and not deterministic and window_size[1] == (0 if window else -1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        options = {"scale": softmax_scale, "window": window_size[0] + 1, "softcap": softcap}
+        return reference(q, k, v, **options).transpose(1, 2).to(v.dtype)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    tensors = draw(n_queries, 23, kv_heads=2)
+    assert_equal("flash", tensors, window=window, scale=0.25, softcap=3.0)
+    with pytest.raises(ValueError, match="drift"):
+        KERNELS["flash"](*tensors, Sight(), scale=1.0, softcap=0.0, drift=draw_drift(1, 4, 23))
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that looks like an H100 with Triton and flash-attn 2.8, for the choice alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(attend, "_flash_version", lambda: (2, 8))
+    return monkeypatch
+
+
+def choose(wanted="auto", **changes):
+    case = {"head_dim": 64, "value_dim": 64, "softcap": 0.0, "drift": False, "window": False, "documents": False}
+    case |= {"cached": False, "length": 1024, "dtype": torch.bfloat16, "device": CUDA}
+    return choose_kernel(wanted, **(case | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({}, "sdpa", "plain causal"),
+        ({"cached": True}, "sdpa", "plain causal"),
+        ({"value_dim": 128}, "sdpa", "plain causal"),
+        ({"window": True}, "flash", "no [T, T]"),
+        ({"softcap": 30.0}, "flash", "no [T, T]"),
+        ({"softcap": 30.0, "dtype": torch.float32}, "flex", "flash: it computes in fp16 and bf16, not float32"),
+        ({"window": True, "value_dim": 128}, "flex", "one width"),
+        ({"documents": True}, "flex", "flash: it takes no documents"),
+        ({"drift": True}, "flex", "flash: it takes no position biases"),
+        ({"documents": True, "length": 127}, "sdpa", "flex: fewer than 128 tokens"),
+        ({"drift": True, "length": 127}, "torch", "flex: fewer than 128 tokens"),
+        ({"drift": True, "head_dim": 512}, "torch", "16 to 256 channels"),
+        ({"drift": True, "value_dim": 8}, "torch", "16 to 256 channels"),
+        ({"softcap": 30.0, "cached": True}, "torch", "decoding"),
+        ({"window": True, "cached": True}, "sdpa", "decoding"),
+    ],
+    ids=str,
+)
+def test_automatic_choice_on_a_gpu(gpu, changes, name, why):
+    chosen, said = choose(**changes)
+    assert chosen == name
+    assert why in said
+
+
+def test_automatic_choice_on_a_lesser_gpu(gpu):
+    gpu.setattr(attend, "_flash_version", lambda: (2, 5))  # no soft-cap yet
+    assert choose(softcap=30.0)[0] == "flex"
+    assert "flash-attn >= 2.6" in choose(softcap=30.0)[1]
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose(softcap=30.0)[0] == "torch"
+    assert "compute capability 8.0" in choose(window=True)[1]
+
+
+def test_deterministic_mode_refuses_flex_only_where_gradients_are_added_up(gpu):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(documents=True)[0] == "flex"
+        assert choose(drift=True)[0] == "torch"
+        assert "no fixed order" in choose(drift=True)[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({}, "sdpa", "plain causal"),
+        ({"window": True, "documents": True}, "sdpa", "no kernel that trains on cpu"),
+        ({"softcap": 30.0}, "torch", "sdpa: no soft-cap"),
+        ({"drift": True}, "torch", "sdpa: no fused kernel takes a bias in fp32"),
+    ],
+    ids=str,
+)
+def test_automatic_choice_on_a_cpu(changes, name, why):
+    chosen, said = choose(device=CPU, dtype=torch.float32, **changes)
+    assert chosen == name
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "message"),
+    [
+        ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, flex, flash, not 'fused'"),
+        ("sdpa", {"softcap": 30.0}, "attention_kernel sdpa .* no soft-cap; use auto, torch or flex or flash"),
+        ("sdpa", {"drift": True}, "must not be half precision; use auto, torch or flex"),
+        ("flex", {"device": CPU}, "attention_kernel flex .* trains on cpu; use auto, torch or sdpa"),
+        ("flash", {"device": CPU}, "it needs CUDA"),
+        ("flash", {"documents": True}, "it takes no documents; use auto, torch or sdpa or flex"),
+        ("flash", {"drift": True}, "forget gates"),
+        ("flash", {"dtype": torch.float32}, "not float32"),
+        ("flash", {"value_dim": 128}, "one width"),
+    ],
+)
+def test_a_named_kernel_that_cannot_is_an_error(gpu, wanted, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        choose(wanted, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_kernel_is_used_where_it_can_be(gpu):
+    for name in KERNELS:
+        assert choose(name) == (name, "asked for")
+    assert choose("torch", softcap=30.0, drift=True, documents=True, device=CPU)[0] == "torch"
+    assert choose("sdpa", drift=True, dtype=torch.float32)[0] == "sdpa"
+    assert choose("flex", length=100) == ("sdpa", "flex: fewer than 128 tokens")
+    assert choose("flex", drift=True, cached=True, length=1) == ("torch", "flex: decoding")
+    assert choose("flash", cached=True, length=1) == ("sdpa", "flash: decoding")
+    assert choose("flash", length=100)[0] == "flash"  # knows no shortest sequence
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+GPU_CASES = {
+    "plain": {},
+    "window": {"window": 100},
+    "softcap": {"softcap": 3.0},
+    "softcap and window": {"softcap": 3.0, "window": 100},
+    "documents": {"documents": True},
+    "documents and window": {"documents": True, "window": 50},
+    "drift": {"drift": True},
+    "drift, softcap and wider values": {"drift": True, "softcap": 3.0, "value_dim": 128},
+}
+
+
+@pytest.mark.parametrize("length", [256, 777])
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash"])
+def test_fused_kernel_on_a_gpu(kernel, case, length):
+    """Against fp64: a fused kernel in bf16 may be as far from it as twice `torch` in bf16, and a little."""
+    sizes = dict(GPU_CASES[case])
+    documents = documents_of(2, length).to(CUDA) if sizes.pop("documents", False) else None
+    drift, window, softcap = sizes.pop("drift", False), sizes.pop("window", 0), sizes.pop("softcap", 0.0)
+    tensors = [x.bfloat16() for x in draw(length, kv_heads=2, head_dim=64, device=CUDA, **{"value_dim": 64} | sizes)]
+    case_of = {"softcap": softcap, "drift": drift, "window": bool(window), "documents": documents is not None}
+    try:
+        choose(kernel, value_dim=tensors[2].shape[-1], length=length, **case_of)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    if drift:
+        tensors.append(draw_drift(2, 4, length, CUDA))
+    options = {"scale": 0.125, "softcap": softcap}
+    expected = with_gradients(reference, tensors, window=window, documents=documents, **options)
+    plain, fused = (
+        with_gradients(run_kernel(name, window, documents), tensors, **options) for name in ("torch", kernel)
+    )
+    for want, a, b in zip(expected, plain, fused, strict=True):
+        allowed = 2 * (a.double() - want).abs().max() + 2**-8 * want.abs().max()
+        assert (b.double() - want).abs().max() <= allowed
+
+
+test_fused_kernel_on_a_gpu.pytestmark += needs_gpu
