@@ -190,6 +190,8 @@ class Inference:
         if steps < 1:
             raise UserError(f"max_steps: {steps} is not a positive number of steps")
         hlb = optim.recipe == "hlb"
+        for key, value in self.model_class.optim_defaults.items():
+            self.fill("optim", key, value, f"what {self.config.model['name']} is made for")
         if hlb:
             self.fill("optim", "lr", scaling.learning_rate(self.parameters), "2.62 * 9e7 / (ln N)^8.8")
             self.fill("optim", "warmup_steps", 100, "hlb")

@@ -94,7 +94,6 @@ class Run:
         sums = self.world.sum(torch.cat([loss[None] / counted, self.flags()]))  # [4]
         loss, flags = sums[0], sums[1:]
         norm, finite = self.engine.step(step, loss)
-        self.model.post_step()
 
         measured = Measured(
             step=step + 1,

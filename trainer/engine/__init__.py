@@ -19,7 +19,7 @@ def build_engine(plan: Any, world: World) -> Any:
     if plan.model_class.post_step is not LanguageModel.post_step and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
             f"engine.strategy: {strategy} keeps the weights in flat vectors, which the projection after each step "
-            f"(post_step) of {plan.config.model['name']} cannot reach; use ddp, fsdp, hsdp or zero0"
+            f"(post_step) of {plan.config.model['name']} cannot reach; define projections, or use ddp, fsdp, hsdp or zero0"
         )
     if strategy in ("fsdp", "hsdp"):
         from trainer.engine.fsdp_engine import FsdpEngine

@@ -101,7 +101,7 @@ class Engine:
         raise NotImplementedError
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip, update, clear the gradients; returns (global gradient norm before clipping, 1.0 if all was finite else 0.0).
+        """Clip, update, project, clear the gradients; returns (global gradient norm before clipping, 1.0 if all was finite else 0.0).
 
         step: 0-based; loss: the step's global mean, fp32 scalar on the device. A step that is not finite changes nothing.
         """
@@ -112,6 +112,7 @@ class Engine:
         finite = (torch.isfinite(loss) & torch.isfinite(norm)).float()
         self.optimizer.prepare(step, finite)
         self.update()
+        self.project()
         self.optimizer.follow(loss, finite)
         self.clear_gradients()
         return norm, finite
@@ -119,6 +120,10 @@ class Engine:
     def update(self) -> None:
         """One step of the optimiser, which is prepared for it."""
         self.optimizer.adamw.step()
+
+    def project(self) -> None:
+        """The model's projection, after each update."""
+        self.model.post_step()
 
     def collect_gradients(self) -> None:
         """See to it that `.grad` of every tensor in `local` is its part of the global gradient."""

@@ -120,6 +120,7 @@ class DeepSpeedEngine(Engine):
         finite = torch.isfinite(loss).float()
         self.optimizer.prepare(step, finite)
         self._zero.step()  # norm and clipping by DeepSpeed, which leaves the optimiser out where the norm is not finite
+        self.project()
         norm = torch.as_tensor(self._zero.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         finite = finite * torch.isfinite(norm)
         self.optimizer.follow(loss, finite)
@@ -127,6 +128,18 @@ class DeepSpeedEngine(Engine):
 
     def update(self) -> None:
         self._zero.step()
+
+    def project(self) -> None:
+        """At stages 1 to 3 one whole parameter after the other, gathered in fp32."""
+        if self.stage == 0:
+            super().project()
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, project in self.model.projections().items():
+            whole = safe_get_full_fp32_param(self.local[name]).view(self.shapes[name])
+            project(whole)
+            self._put_weight(name, whole)
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
         if self.stage:
@@ -201,10 +214,11 @@ class DeepSpeedEngine(Engine):
             safe_set_full_fp32_param(parameter, whole)
             parameter.data.copy_(whole)
             return
-        safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
-        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if self.world.leader:
-                parameter.data.copy_(whole)
+        part = self._own_part(parameter, whole)
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.data.copy_(part)
+        if parameter.ds_status is self._deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
+            parameter.data.copy_(whole)  # small enough to stay gathered
 
     def _put_moment(self, name: str, key: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

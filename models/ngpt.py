@@ -1,0 +1,225 @@
+"""nGPT (arXiv 2410.01131): embeddings, the vectors in every matrix, and hidden states all have Euclidean norm 1.
+
+A block moves the hidden state h along the sphere, by learned shares of the way: h <- Norm(h + |alpha| (Norm(f(h)) - h)).
+There are no other norms, no biases and no weight decay; after each optimiser step the matrices are normalised again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.base import Cache, LanguageModel, Output, register, require_positive
+from models.layers.linear_cross_entropy import linear_cross_entropy
+from models.layers.positions import Rotary, positions_in_documents
+from models.layers.shapes import fit_depth, nearest_shape
+
+
+@dataclass(frozen=True)
+class NgptConfig:
+    vocab_size: int = field(default=50304, metadata={"help": "rows of the embedding and of the output projection"})
+    d_model: int = field(default=768, metadata={"help": "dimensions of the sphere that hidden states are on"})
+    n_layers: int = field(default=12, metadata={"help": "blocks"})
+    n_heads: int = field(default=12, metadata={"help": "attention heads; divides d_model into heads of even width"})
+    alpha_init: float = field(
+        default=0.05, metadata={"help": "share of the way to its own output that each half of a block begins with"}
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"n_heads must divide d_model ({self.d_model}) into even widths, {self.n_heads} does not")
+        if self.alpha_init <= 0:
+            raise ValueError(f"alpha_init must be above 0, not {self.alpha_init}")
+
+
+class Scale(nn.Module):
+    """A learned vector [size] whose value is stored * init / scale, with stored = scale at first.
+
+    So it begins as `init`, whatever `scale` is, and a step of Adam, which moves what is stored by about the learning
+    rate, moves the value init / scale times as far.
+    """
+
+    def __init__(self, size: int, init: float, scale: float) -> None:
+        super().__init__()
+        self.init, self.scale = init, scale
+        self.stored = nn.Parameter(torch.empty(size))
+
+    def forward(self) -> Tensor:
+        """The value, fp32 [size]."""
+        return self.stored.float() * (self.init / self.scale)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.stored.fill_(self.scale)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each moves h [B, T, D] on the sphere."""
+
+    def __init__(self, config: NgptConfig, layer: int) -> None:
+        super().__init__()
+        d, scale = config.d_model, config.d_model**-0.5
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.rotary = Rotary(d // config.n_heads)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.qk_scale = Scale(d, 1.0, scale)  # s_qk: a vector of its own for every head
+        self.attention_out = nn.Linear(d, d, bias=False)
+        self.attention_alpha = Scale(d, config.alpha_init, scale)
+        self.mlp_in = nn.Linear(d, 8 * d, bias=False)  # u and v
+        self.mlp_scale = Scale(8 * d, 1.0, 1.0)  # s_u and s_v
+        self.mlp_out = nn.Linear(4 * d, d, bias=False)
+        self.mlp_alpha = Scale(d, config.alpha_init, scale)
+
+    def forward(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """positions: [T] or [B, T]; visible: as scaled_dot_product_attention takes it, None for causal among h's own."""
+        h = step_on_sphere(h, self.attention(h, positions, visible, cache), self.attention_alpha())
+        return step_on_sphere(h, self.mlp(h), self.mlp_alpha())
+
+    def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        qkv = self.qkv(h).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, head_dim]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, head_dim]
+        qk_scale = self.qk_scale().view(self.n_heads, 1, -1)  # [H, 1, head_dim]
+        q, k = ((unit(self.rotary.rotate_query(x, positions)) * qk_scale).to(v.dtype) for x in (q, k))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v, dim=2)
+        # Of unit vectors the products are at most 1: they are scaled up, not down.
+        scale = math.sqrt(q.shape[-1])
+        attended = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, scale=scale)
+        return self.attention_out(attended.transpose(1, 2).flatten(2))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        uv = self.mlp_in(h)  # [B, T, 8 D]; products of unit vectors, of size 1 / sqrt(D): SiLU would be linear there
+        u, v = (uv * (self.mlp_scale() * math.sqrt(h.shape[-1])).to(uv.dtype)).chunk(2, dim=-1)
+        return self.mlp_out(u * F.silu(v))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, in fp32."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def step_on_sphere(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """Norm(h + |alpha| (Norm(target) - h)); h, target [B, T, D], alpha [D] -> [B, T, D] in the type of h."""
+    return unit(h.float().lerp(unit(target), alpha.abs())).to(h.dtype)
+
+
+@torch.no_grad()
+def normalise_(weight: Tensor, dim: int) -> None:
+    """Divide a matrix, of any type and sharding, by its norms along `dim`, in place."""
+    weight.div_(torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32))
+
+
+@torch.no_grad()
+def _copy_whole(parameter: Tensor, values: Tensor) -> None:
+    """Set `parameter`, of any type, device and sharding, from whole values, which every rank has."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(values)
+
+
+@register("ngpt")
+class Ngpt(LanguageModel):
+    """Embedding, blocks, untied output projection with a learned scale for each entry of the vocabulary."""
+
+    Config = NgptConfig
+    masks_documents = True
+    optim_defaults: ClassVar[dict[str, float]] = {"weight_decay": 0.0, "warmup_steps": 0}
+
+    def __init__(self, config: NgptConfig) -> None:
+        super().__init__(config)
+        d = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        self.logit_scale = Scale(config.vocab_size, 1.0, d**-0.5)  # s_z
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        if documents is not None and cache is not None:
+            raise ValueError("documents must be None with a cache: one document is decoded per row")
+        start = cache.length if cache is not None else 0
+        j = torch.arange(start + tokens.shape[1], device=tokens.device)
+        positions, visible = j[start:], None
+        if documents is not None:
+            positions = positions_in_documents(documents)  # [B, T]
+            visible = ((j <= j[:, None]) & (documents[:, :, None] == documents[:, None, :]))[:, None]  # [B, 1, T, T]
+        elif start > 0:
+            visible = j <= j[start:, None]  # [T, start + T]
+
+        h = self.embedding(tokens)  # [B, T, D], unit vectors as all that follow
+        for block in self.layers:
+            h = block(h, positions, visible, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        if targets is None:
+            return Output(logits=self.head(h) * self.logit_scale())  # [B, T, V]
+        weight = self.head.weight
+        scaled = weight * self.logit_scale().to(weight.dtype)[:, None]  # [V, D] instead of [B, T, V]
+        return Output(loss=linear_cross_entropy(h, scaled, targets, reduction))
+
+    def projections(self) -> dict[str, Callable[[Tensor], None]]:
+        """Each vector of length D: rows, but columns of the matrices that lead back to h."""
+        # By name: ZeRO-3's parameters have no dimensions between their uses.
+        matrices = (name for name, _ in self.named_parameters() if name.endswith(".weight"))
+        return {name: partial(normalise_, dim=0 if "_out." in name else 1) for name in matrices}
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Matrices are N(0, 1/D), normalised before they are cut into shards: that way no rank needs another."""
+        for name, project in self.projections().items():
+            parameter = self.get_parameter(name)
+            values = torch.randn(parameter.shape, generator=generator, device="cpu") * self.config.d_model**-0.5
+            project(values)
+            _copy_whole(parameter, values)
+        for module in self.modules():
+            if isinstance(module, Scale | Rotary):
+                module.reset()
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        role = {"embedding.weight": "embedding", "head.weight": "head"}
+        groups: dict[str, list[str]] = {}
+        for name, _ in self.named_parameters():
+            groups.setdefault(role.get(name, "matrix" if name.endswith(".weight") else "norm"), []).append(name)
+        return groups
+
+    @classmethod
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> NgptConfig:
+        """GPT-2's aspect, and heads of 64 channels."""
+
+        def of_width(width: int) -> NgptConfig:
+            one = NgptConfig(vocab_size=vocab_size, d_model=width, n_layers=1, n_heads=width // math.gcd(width, 64))
+            return fit_depth(cls.count_parameters, one, target_parameters)
+
+        return replace(nearest_shape(cls.count_parameters, target_parameters, of_width), **choices)
+
+    @classmethod
+    def count_parameters(cls, config: NgptConfig) -> int:
+        d = config.d_model
+        return config.vocab_size * (2 * d + 1) + config.n_layers * (16 * d**2 + 11 * d)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """6 per weight of a product (not the lookups), and attention over the whole [T, T] square."""
+        config, d = self.config, self.config.d_model
+        weights = config.vocab_size * d + config.n_layers * 16 * d**2
+        return 6 * weights + 12 * config.n_layers * sequence_length * d
