@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -338,6 +339,7 @@ def test_flops_grow_with_the_length_of_the_sequence(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO if os.environ.get("FULL_MATRIX") else ("hlb", "gpt2"))
 def test_compiled_equals_eager(model, tokens, targets):
     loss, eager = gradients(model, tokens, targets)
     compiled = copy.deepcopy(model)
