@@ -204,6 +204,8 @@ class TransformerConfig:
             )
         if self.attention == "latent":
             self._check_latent()
+        elif self.kv_rank or self.q_rank or self.rope_dim:
+            raise ValueError(f"kv_rank, q_rank and rope_dim are of latent attention; with {self.attention} leave them 0")
 
     def _check_latent(self) -> None:
         if self.positions != "rotary":
@@ -220,6 +222,8 @@ class TransformerConfig:
             raise ValueError(
                 f"pattention must name some of {', '.join(PATTENTION_OF)}, not {', '.join(sorted(unknown))}"
             )
+        if not self.pattention_of and (self.pattention_slots or self.pattention_mlp_slots):
+            raise ValueError("pattention must name the projections that have pattention_slots; it is empty")
         if self.pattention_of and self.attention == "latent":
             raise ValueError("pattention does not go with latent attention, whose projections are products of two")
         if {"out", "mlp"} & set(self.pattention_of) and self.zero_init and self.norm_placement != "pre_post":

@@ -56,6 +56,10 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         (["plan", "configs/quikstart.yaml"], "did you mean configs/quickstart.yaml?"),
         (["plan", "--modelscale", "2"], "unknown key modelscale; did you mean model_scale?"),
         (
+            ["plan", "--model.name", "llama", "--model.window", "2048"],
+            "model.window: 2048 is more than the longest sequence (1024)",
+        ),
+        (
             ["plan", "--model.name", "gpt3"],
             "model.name: 'gpt3' is not known (allowed: blagpt, blagpt-best, gpt2, hlb, ",
         ),

@@ -285,6 +285,8 @@ def test_a_shared_unembedding_keeps_the_tie():
         ({"attention": "latent", "qk_norm": True}, "qk_norm"),
         ({"attention": "latent", "forget_gate": True}, "forget_gate"),
         ({"attention": "latent", "pattention": "qkv"}, "pattention"),
+        ({"kv_rank": 8}, "kv_rank"),
+        ({"pattention_slots": 8}, "pattention"),
         ({"attention_kernel": "sdpa", "attention_softcap": 50.0}, "attention_kernel"),
         ({"attention_kernel": "flash", "forget_gate": True}, "attention_kernel"),
         ({"value_residual": True, "value_embeddings": 1}, "value_residual"),

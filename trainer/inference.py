@@ -174,6 +174,12 @@ class Inference:
             raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
         if self.max_context and longest > self.max_context:
             raise UserError(f"batch.sequence_length: {longest} is more than the model's context of {self.max_context}")
+        window = getattr(self.model_config, "window", 0)
+        if window > longest:
+            raise UserError(
+                f"model.window: {window} is more than the longest sequence ({longest}), so it would limit nothing; lower it or "
+                "leave it out"
+            )
         if longest > stored:
             raise UserError(
                 f"batch.sequence_length: {longest} is longer than the stored samples of {stored} tokens; "
