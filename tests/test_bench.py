@@ -12,10 +12,12 @@ import torch
 import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
 
+from models.base import get_model
+from models.presets import load_llama_weights, load_openai_weights
 from trainer.bench import clock, turns
 from trainer.bench.clock import PhaseClock, covered, peak_memory
 from trainer.bench.data import rate_of
-from trainer.bench.peers import BareLoop, EagerPeer
+from trainer.bench.peers import COUNTERPARTS, BareLoop, EagerPeer
 from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
 from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config
 from trainer.config import BenchConfig, RunConfig
@@ -339,6 +341,26 @@ def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path
     assert len(second["tokens_per_second"]["samples"]) == 2
     assert all(row["recompilations"] == 0 for row in body["rows"])
     assert set(second["ratio"]) == {"transformers", "tokens_per_microbatch=128"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize(
+    "name, changes", [*((name, {}) for name in COUNTERPARTS), ("llama", {"n_kv_heads": 1}), ("llama", {"tied": True})]
+)
+def test_counterparts_compute_what_ours_does(name, changes, monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    cls = get_model(name)
+    ours = cls(
+        cls.Config(**{"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 16, **changes})
+    )
+    theirs = COUNTERPARTS[name](ours.config).eval()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    load = {"gpt2": load_openai_weights, "llama": load_llama_weights}[name]
+    ours.init_weights()
+    load(ours, theirs.state_dict())
+    tokens = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (ours(tokens).logits - theirs(tokens).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["hlb", "gpt2"])

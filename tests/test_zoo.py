@@ -110,6 +110,7 @@ def test_parameters_follow_the_dial_within_3_percent(name, scale, vocab):
     cls, target = get_model(name), scaling.target_parameters(scale, vocab)
     config = cls.config_for_scale(scale, vocab, target)
     assert cls.count_parameters(config) == pytest.approx(target, rel=0.03)
+    assert 1 / 8 <= config.d_model / (64 * config.n_layers) <= 4, "neither a needle nor a pancake"
     with torch.device("meta"):
         model = cls(config)
     assert sum(p.numel() for p in model.parameters()) == cls.count_parameters(config)

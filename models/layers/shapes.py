@@ -21,7 +21,8 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
     """The shape nearest GPT-2's aspect (width = 64 depth) whose count is within 3 % of the target.
 
     of_width: the config of a width, or ValueError where there is none. Widths go by 64, for the tiles of matrix products;
-    where none of these meets the target (models under a few million parameters), by 8. ValueError if no width will do.
+    where none of these meets the target without being four times too deep or shallow (few parameters, most of them
+    embeddings), by 8. ValueError if no width will do.
     """
 
     def miss(config: Any) -> float:
@@ -39,8 +40,8 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
             except ValueError as error:
                 refusal = error
         met = [config for config in shapes if miss(config) < 0.03]
-        if met:
-            return min(met, key=aspect)
+        if met and aspect(min(met, key=aspect)) < math.log(4):
+            break
     if not shapes:
         raise refusal
-    return min(shapes, key=miss)
+    return min(met, key=aspect) if met else min(shapes, key=miss)
