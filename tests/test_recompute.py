@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_zoo import VOCAB, build, gradients, name, targets, tokens  # noqa: F401 (the last three are fixtures)
+from test_zoo import VOCAB, build, gradients, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +20,13 @@ from trainer.errors import UserError
 MODES = ("full", "selective", "every-1", "every-2")
 
 
+@pytest.fixture(params=("hlb", "gpt2", "modded"))
+def name(request):
+    return request.param
+
+
 @pytest.fixture
-def model(name):  # noqa: F811
+def model(name):
     return build(name, scale=0.4)  # three blocks or more, so that every-2 leaves one
 
 
