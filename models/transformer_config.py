@@ -205,7 +205,9 @@ class TransformerConfig:
         if self.attention == "latent":
             self._check_latent()
         elif self.kv_rank or self.q_rank or self.rope_dim:
-            raise ValueError(f"kv_rank, q_rank and rope_dim are of latent attention; with {self.attention} leave them 0")
+            raise ValueError(
+                f"kv_rank, q_rank and rope_dim are of latent attention; with {self.attention} leave them 0"
+            )
 
     def _check_latent(self) -> None:
         if self.positions != "rotary":
