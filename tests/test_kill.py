@@ -22,8 +22,8 @@ from trainer.metrics.record import read_rows
 pytestmark = pytest.mark.slow
 
 FULL = bool(os.environ.get("FULL_MATRIX"))
-KILLS = 50 if FULL else 6
-KILLS_OF_RANKS = 20 if FULL else 3
+KILLS = 50 if FULL else 4
+KILLS_OF_RANKS = 20 if FULL else 2
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "100", "-m")
 
 
