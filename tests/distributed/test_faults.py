@@ -253,7 +253,7 @@ def test_nan_in_bf16(forks, values, strategy):
     assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES if FULL else ("fsdp", "zero2", "zero3"))
 def test_nan_on_one_rank_stops_all(forks, values, strategy):
     given = values(strategy)
     folder = Path(given["run_dir"])

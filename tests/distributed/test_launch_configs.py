@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cases import train_cases
+from cases import FULL, train_cases
 from conftest import ROOT, tiny_values
 from test_launch_files import JSONS, SETTINGS, WISHES, YAMLS, header_command
 from test_launchers import STEPS, assert_equal_losses, free_port, rows
@@ -47,7 +47,7 @@ def single(tiny_dataset, tmp_path_factory) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("file", sorted(WISHES.keys() - {"single_gpu.yaml"}))
+@pytest.mark.parametrize("file", sorted(WISHES.keys() - {"single_gpu.yaml"})[:: 1 if FULL else 2])
 def test_an_accelerate_file(single, tiny_dataset, tmp_path, file):
     """Two processes; of multi_node.yaml each on a machine of its own, as far as their launchers know."""
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)

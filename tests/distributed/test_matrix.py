@@ -59,7 +59,7 @@ def test_equality(references, tiny_dataset, tmp_path, ranks):
         )  # fmt: skip
         name = f"{model} {strategy} {ranks} ranks, {microbatches} microbatches, recompute {recompute}"
         cases.append({"name": name, "values": values, "model": model, "several": microbatches > 1})
-    cases = chosen(cases, 4)
+    cases = chosen(cases, 6)
     assert {case["values"]["engine"]["strategy"] for case in cases} == {s.split(":")[0] for s in STRATEGIES[ranks]}
     results = train_cases(cases, ranks, tmp_path)
     for case in cases:
