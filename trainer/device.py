@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tune
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)  # never
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -23,7 +23,8 @@ from trainer.data.stream import Split, ordered_windows
 from trainer.engine.distributed import World
 from trainer.scaling import evaluation_shape, tokens_per_microbatch
 
-LOGIT_BYTES = 1 << 30  # fp32 logits held at once; evaluation is not worth more memory than training
+# fp32 logits held at once, by type of device: evaluation is not worth more memory than training, and a CPU is faster with less.
+LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def full(
     Returns loss (nats per token), perplexity, bits_per_byte, word_perplexity, accuracy, tokens, windows.
     """
     windows = list(ordered_windows(split, length, max_tokens))
-    rows = rows_at_once(runner.model.config.vocab_size, length)
+    rows = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
     for first in turns(runner, world, len(windows), rows):
         at(f"validation window {first} of {len(windows)}")
@@ -113,16 +114,16 @@ def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
     training = runner.model.training
     runner.model.eval()
     with runner.autocast():
-        logits = runner.model(tokens).logits
+        logits = runner.model(tokens).logits.float()  # [B, T, V]
     runner.model.train(training)
-    right = (logits.argmax(-1) == targets).sum()
+    right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")
     return [loss.double(), right.double(), (targets != IGNORE).sum().double()]
 
 
-def rows_at_once(vocab_size: int, length: int) -> int:
+def rows_at_once(vocab_size: int, length: int, device_type: str) -> int:
     """Windows per forward pass so that fp32 logits stay within LOGIT_BYTES."""
-    return max(1, LOGIT_BYTES // (4 * vocab_size * length))
+    return max(1, LOGIT_BYTES[device_type] // (4 * vocab_size * length))
 
 
 def safe_exp(x: float) -> float:
