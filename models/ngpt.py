@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.base import Cache, LanguageModel, Output, register, require_positive
+from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy
 from models.layers.positions import Rotary, positions_in_documents
 from models.layers.shapes import fit_depth, nearest_shape
@@ -121,15 +121,6 @@ def normalise_(weight: Tensor, dim: int) -> None:
     weight.div_(torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32))
 
 
-@torch.no_grad()
-def _copy_whole(parameter: Tensor, values: Tensor) -> None:
-    """Set `parameter`, of any type, device and sharding, from whole values, which every rank has."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        values = distribute_tensor(values.to(parameter.device), mesh, placements, src_data_rank=None)
-    parameter.copy_(values)
-
-
 @register("ngpt")
 class Ngpt(LanguageModel):
     """Embedding, blocks, untied output projection with a learned scale for each entry of the vocabulary."""
@@ -188,7 +179,7 @@ class Ngpt(LanguageModel):
             parameter = self.get_parameter(name)
             values = torch.randn(parameter.shape, generator=generator, device="cpu") * self.config.d_model**-0.5
             project(values)
-            _copy_whole(parameter, values)
+            fill_(parameter, values)
         for module in self.modules():
             if isinstance(module, Scale | Rotary):
                 module.reset()

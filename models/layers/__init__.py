@@ -12,9 +12,14 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = N
     """Fill `parameter`, of any type, device and sharding, with N(0, std^2) drawn from `generator` (of the CPU).
 
     The whole tensor is drawn in fp32 on the CPU and cut to the shard held here, so one seed means one set of weights
-    on every device and under every sharding. No communication: every rank draws the same numbers.
+    on every device and under every sharding.
     """
-    values = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32) * std
+    fill_(parameter, torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32) * std)
+
+
+@torch.no_grad()
+def fill_(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole `values`, which every rank has, into a parameter of any type, device and sharding. No communication."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(
             values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None

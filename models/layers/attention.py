@@ -22,7 +22,7 @@ from models.layers import normal_
 from models.layers.attend import KERNELS, Sight
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
-from models.layers.positions import Rotary, alibi_slopes
+from models.layers.positions import Alibi, Rotary
 
 
 class Context(NamedTuple):
@@ -36,14 +36,8 @@ class Context(NamedTuple):
     kernel: str
 
 
-def projection(config: Any, name: str, d_in: int, d_out: int, bias: bool, slots: int) -> nn.Module:
-    """A linear layer, or the Pattention that stands for it; name: of qkv, out, mlp."""
-    if name in config.pattention_of:
-        return Pattention(d_in, d_out, slots, config.pattention_mode)
-    return nn.Linear(d_in, d_out, bias=bias)
-
-
 def projection_size(config: Any, name: str, d_in: int, d_out: int, bias: bool, slots: int) -> int:
+    """Parameters of projection `name` (qkv or out): a linear layer's, or those of the Pattention in its place."""
     if name in config.pattention_of:
         return Pattention.size(d_in, d_out, slots)
     return d_in * d_out + bias * d_out
@@ -61,15 +55,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        bias, slots = config.qkv_has_bias, config.pattention_slots or config.d_model
+        d, slots, mode = config.d_model, config.pattention_slots or config.d_model, config.pattention_mode
         self.heads = HEADS[config.attention](config, layer)
+        self.qkv: nn.Module
         if "qkv" in config.pattention_of:
             # Three, each with its own sum over the slots, as TokenFormer has it.
-            widths = self.heads.widths
-            self.qkv: nn.Module = Joined(projection(config, "qkv", config.d_model, w, bias, slots) for w in widths)
+            self.qkv = Joined(Pattention(d, width, slots, mode) for width in self.heads.widths)
         else:
-            self.qkv = nn.Linear(config.d_model, sum(self.heads.widths), bias=bias)
-        self.out = projection(config, "out", self.heads.d_out, config.d_model, config.out_has_bias, slots)
+            self.qkv = nn.Linear(d, sum(self.heads.widths), bias=config.qkv_has_bias)
+        self.out: nn.Module
+        if "out" in config.pattention_of:
+            self.out = Pattention(self.heads.d_out, d, slots, mode)
+        else:
+            self.out = nn.Linear(self.heads.d_out, d, bias=config.out_has_bias)
 
     def forward(
         self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
@@ -105,7 +103,7 @@ class SoftmaxHeads(nn.Module):
         self.gate = (
             nn.Linear(config.d_model, GATES[config.attention_gate](config), bias=False) if gated(config) else None
         )
-        self.slopes = Slopes(h) if config.positions == "alibi" else None
+        self.slopes = Alibi(h) if config.positions == "alibi" else None
         self.forget = ForgetGate(config, layer) if config.forget_gate else None
 
     def forward(
@@ -132,7 +130,7 @@ class SoftmaxHeads(nn.Module):
 
     def drift(self, x: Tensor, k: Tensor, cache: Cache | None) -> Tensor | None:
         """What scores gain from key to query, see attend.py: fp32 [1 or B, H, T_k], or None."""
-        drift = None if self.slopes is None else self.slopes(k)
+        drift = None if self.slopes is None else self.slopes(k.shape[2])
         if self.forget is None:
             return drift
         gates = self.forget(x, cache)
@@ -209,7 +207,6 @@ class LatentAttention(nn.Module):
         self.latent_norm = RMSNorm(rank, config.norm_eps)
         self.up = nn.Linear(rank, 2 * h * d, bias=False)  # all heads' keys, then all heads' values
         self.rotary = rotary(config, rope)
-        self.slopes = None
         self.out = nn.Linear(h * d, config.d_model, bias=config.out_has_bias)
 
     def forward(
@@ -335,17 +332,6 @@ class KeyValueShift(nn.Module):
     def reset(self) -> None:
         self.own.fill_(1)
         self.before.fill_(0)
-
-
-class Slopes:
-    """ALiBi: a head's scores fall with the distance, by a slope of its own."""
-
-    def __init__(self, n_heads: int) -> None:
-        self.slopes = alibi_slopes(n_heads)
-
-    def __call__(self, k: Tensor) -> Tensor:
-        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=k.device)
-        return -slopes[:, None] * torch.arange(k.shape[2], device=k.device).unsqueeze(0).unsqueeze(0)  # [1, H, T_k]
 
 
 class ForgetGate(nn.Module):

@@ -63,9 +63,7 @@ class Rotary(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Set the buffer; to be called once the module is on a device with memory."""
-        # Not by a tensor of floats: where DeepSpeed makes the weights in bf16 it would be one of bf16.
-        bits = [struct.unpack(f"{self.width}i", struct.pack(f"{self.width}f", *row)) for row in self._rows]
-        self.bits.copy_(torch.tensor(bits, dtype=torch.int32, device="cpu"))
+        self.bits.copy_(_bits_of(self._rows))
 
     def rotate_query(self, q: Tensor, positions: Tensor) -> Tensor:
         """q [B, H, T, D], positions [T] or [B, T] integers -> [B, H, T, D] in the type of q."""
@@ -89,6 +87,13 @@ class Rotary(nn.Module):
         # (x1 cos - x2 sin, x2 cos + x1 sin)
         turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin).to(x.dtype)
         return turned if self.width == x.shape[-1] else torch.cat((turned, x[..., self.width :]), dim=-1)
+
+
+def _bits_of(rows: list[list[float]]) -> Tensor:
+    """The bits of fp32 numbers, as integers."""
+    # Not by a tensor of floats: where DeepSpeed makes the weights in bf16 it would be one of bf16.
+    bits = [struct.unpack(f"{len(row)}i", struct.pack(f"{len(row)}f", *row)) for row in rows]
+    return torch.tensor(bits, dtype=torch.int32, device="cpu")
 
 
 def _rotated_width(head_dim: int, fraction: float) -> int:
@@ -192,6 +197,27 @@ def alibi_slopes(n_heads: int) -> list[float]:
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
     between = [2 ** (-4 * (2 * head + 1) / power) for head in range(n_heads - power)]
     return slopes + between
+
+
+class Alibi(nn.Module):
+    """Per head what makes its scores fall with the distance, by a slope of its own; kept as bits, as `Rotary`'s."""
+
+    bits: Tensor
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self._slopes = alibi_slopes(n_heads)
+        self.register_buffer("bits", torch.empty(1, n_heads, dtype=torch.int32), persistent=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the buffer; to be called once the module is on a device with memory."""
+        self.bits.copy_(_bits_of([self._slopes]))
+
+    def forward(self, n_keys: int) -> Tensor:
+        """-slope * position of the keys at 0 ... n_keys - 1, fp32 [1, H, n_keys]."""
+        return -self.bits.view(torch.float32)[..., None] * torch.arange(n_keys, device=self.bits.device)
 
 
 def positions_in_documents(documents: Tensor) -> Tensor:

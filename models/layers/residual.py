@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.layers import fill_
 
 
 class Residual(nn.Module):
@@ -94,7 +95,7 @@ class HyperConnection(Residual):
         n = self.n_streams
         identity = torch.eye(n, device="cpu")
         columns = (torch.ones(n, 1, device="cpu"), identity[:, [self.index % n]], identity)  # B, A_m, A_r
-        _fill(self.static, torch.cat(columns, dim=1).flatten())
+        fill_(self.static, torch.cat(columns, dim=1).flatten())
         if self.dynamic:
             nn.init.zeros_(self.dynamic_weight)
             nn.init.constant_(self.dynamic_scale, 0.01)
@@ -153,13 +154,3 @@ def widen(x: Tensor, n: int) -> Tensor:
 def narrow(streams: Tensor) -> Tensor:
     """Their sum, for the final norm and the head: [B, T, n, D] -> [B, T, D]."""
     return streams.sum(dim=2)
-
-
-@torch.no_grad()
-def _fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy `values` (whole, fp32, on the CPU) into a parameter of any type, device and sharding. No communication."""
-    if isinstance(parameter, DTensor):
-        values = distribute_tensor(
-            values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(values)
