@@ -120,17 +120,19 @@ OPENAI_NAMES = {
     "mlp.up": "mlp.c_fc",
     "mlp.out": "mlp.c_proj",
 }
+OPENAI_MASKS = ("attn.bias", "attn.masked_bias")  # buffers of a layer in older files: the causal mask and its -inf
 
 
 @torch.no_grad()
 def load_openai_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
     """Copy OpenAI's weights out of the state dict of a Hugging Face `GPT2LMHeadModel` of the same sizes into a `gpt2`.
 
-    KeyError or RuntimeError where names or shapes do not match.
+    KeyError or RuntimeError where names or shapes do not match, or weights are left over; attention masks are no weights.
     """
     sources = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
     for layer in range(model.config.n_layers):
         sources |= {f"layers.{layer}.{ours}": f"h.{layer}.{theirs}" for ours, theirs in OPENAI_NAMES.items()}
+    left = set(weights)
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
         source = f"transformer.{sources[owner]}.{kind}"
@@ -138,6 +140,9 @@ def load_openai_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
         # OpenAI's linear layers hold [in, out].
         linear = isinstance(model.get_submodule(owner), nn.Linear) and kind == "weight"
         _copy(parameter, value.t() if linear else value, source)
+        left.remove(source)
+    masks = {f"transformer.h.{layer}.{mask}" for layer in range(model.config.n_layers) for mask in OPENAI_MASKS}
+    _refuse_leftovers(left - masks, model, weights, "transformer.wte.weight")
 
 
 LLAMA_NAMES = {
@@ -175,11 +180,16 @@ def load_llama_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
         keys = [f"{source}.{kind}" for source in sources[owner]]
         _copy(parameter, torch.cat([weights[key] for key in keys]), " + ".join(keys))
         left -= set(keys)
-    embedding = weights["model.embed_tokens.weight"]
-    if model.head is None and torch.equal(weights.get("lm_head.weight", embedding), embedding):
-        left -= {"lm_head.weight"}
+    _refuse_leftovers(left, model, weights, "model.embed_tokens.weight")
+
+
+def _refuse_leftovers(left: set[str], model: Transformer, weights: dict[str, Tensor], embedding: str) -> None:
+    """RuntimeError if any name is left; the copy of its embedding that a tied model has as head is not."""
+    if model.head is None and torch.equal(weights.get("lm_head.weight", weights[embedding]), weights[embedding]):
+        left = left - {"lm_head.weight"}
     if left:
-        raise RuntimeError(f"the model has no place for {', '.join(sorted(left))}")
+        named, more = sorted(left)[:5], f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise RuntimeError(f"the model has no place for {', '.join(named)}{more}")
 
 
 def _copy(parameter: Tensor, value: Tensor, source: str) -> None:

@@ -83,6 +83,33 @@ def test_weights_of_another_shape_are_refused(monkeypatch):
         load_openai_weights(ours, theirs.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # 12 weights of a layer.
+        ({"n_layers": 2}, r"^the model has no place for transformer.h.2.attn.c_attn.bias, .*ln_1.bias and 7 more$"),
+        ({"bias": False}, r"no place for transformer.h.0.attn.c_attn.bias, "),
+    ],
+)
+def test_weights_without_a_place_are_refused(monkeypatch, changes, message):
+    theirs, ours = tiny_pair(monkeypatch, **changes)
+    with pytest.raises(RuntimeError, match=message):
+        load_openai_weights(ours, theirs.state_dict())
+
+
+def test_attention_masks_and_the_tied_head_need_no_place(monkeypatch):
+    """The files that OpenAI's weights are in hold the causal mask of each layer; a head of its own is a weight."""
+    theirs, ours = tiny_pair(monkeypatch)
+    weights = theirs.state_dict()
+    for layer in range(3):
+        weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(32, 32).tril()[None, None]
+        weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    load_openai_weights(ours, weights)
+    assert torch.equal(ours.embedding.weight, weights["transformer.wte.weight"])
+    with pytest.raises(RuntimeError, match=r"no place for lm_head.weight$"):
+        load_openai_weights(ours, weights | {"lm_head.weight": weights["lm_head.weight"] + 1})
+
+
 def test_positions_restart_with_every_document():
     documents = torch.tensor([[4, 4, 4, 7, 7, 1], [0, 1, 1, 1, 1, 1]])
     assert positions_in_documents(documents).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
