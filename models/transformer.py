@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register
-from models.layers import normal_
+from models.layers import liger, normal_
 from models.layers.attend import choose_kernel, make_sight
 from models.layers.attention import Context, DifferentialHeads, latent_widths
 from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
@@ -53,6 +53,8 @@ class Transformer(LanguageModel):
         self.head = None if c.tied else nn.Linear(d, c.vocab_size, bias=False)
         self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
         self.max_context = c.max_context or None
+        self.by_liger = liger.take_over(self, c) if c.kernels == "liger" else []
+        self.single_loss = liger.linear_cross_entropy if "loss" in self.by_liger else None
         self.windows = sorted({c.window_of(layer) for layer in range(len(self.blocks()))})
 
     def forward(
@@ -160,6 +162,9 @@ class Transformer(LanguageModel):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, parts) of the hidden states of every prediction head."""
         c = self.config
+        if self.single_loss is not None:
+            softcap = c.final_softcap or None
+            return self.single_loss(hidden[0], self.unembedding(), targets, reduction, softcap=softcap), {}
         own = [head.unembedding.weight for head in self.further if head.unembedding is not None]
         return multi_token_loss(
             hidden,
@@ -175,7 +180,8 @@ class Transformer(LanguageModel):
 
     def describe_kernels(self) -> str:
         name, why = self.choose_kernel(0, self.max_context or 1024, documents=False)
-        return f"attention: {name} ({why})"
+        others = liger.describe(self.by_liger, self.config, self.embedding.weight.device)
+        return f"attention: {name} ({why})" + (f"; {others}" if others else "")
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

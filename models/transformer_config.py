@@ -21,6 +21,7 @@ CHOICES = {
     "attention_kernel": ("auto", "torch", "sdpa", "flex", "flash"),
     "mlp": ACTIVATIONS,
     "pattention_mode": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
+    "kernels": ("auto", "torch", "liger"),
     "block": ("serial", "parallel", "parallel_two_norms"),
     "residual": ("plain", "weighted", "static_hyper", "dynamic_hyper"),
     "prediction_heads": ("linear", "transformer"),
@@ -97,6 +98,7 @@ class TransformerConfig:
     prediction_heads: str = _field("linear", "linear (a norm each) or transformer (a block each, the paper's)")
     share_unembedding: bool = _field(True, "all prediction heads use one output projection")
     prediction_weights: str = _field("", "factor of each head's loss, the first 1: 1,0.5,0.25 (empty: all 1)")
+    kernels: str = _field("auto", "auto, torch or liger (its RMSNorm, SwiGLU and loss), for all but attention")
     # -- initialisation
     init: str = _field("gpt2", "gpt2 (residual projections / sqrt(2 L)), normal, mitchell or width_scaled")
     init_std: float = _field(0.02, "standard deviation of embeddings, and of matrices under gpt2 and normal")

@@ -61,7 +61,7 @@ def test_nothing_is_left_open(name):
     values = flat(resolved(model={"name": name}).config)
     assert {key for key, value in values.items() if value is None} == MAY_STAY_OPEN
     undecided = {key for key, value in values.items() if value == "auto"}
-    assert undecided == {"log.console", "model.attention_kernel"} & values.keys()
+    assert undecided == {"log.console", "model.attention_kernel", "model.kernels"} & values.keys()
 
 
 def test_resolving_again_changes_nothing():
@@ -95,6 +95,23 @@ def test_microbatches_fit_the_gpu(gpu, gibibytes, scale, how):
     plan = resolved(model_scale=scale, precision="bf16", batch={"tokens_per_step": 1 << 20}, engine=engine)
     assert p.summary(plan)["memory_bytes"]["total"] < 0.9 * gibibytes * memory.GIB
     assert plan.config.batch.tokens_per_microbatch >= 1024
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "hlb", "attention_kernel": "flex"},
+        {"name": "gpt2", "attention_kernel": "flash"},
+        {"name": "llama", "attention_kernel": "flex", "attention_softcap": 50.0, "kernels": "liger"},
+    ],
+    ids=lambda values: values["name"],
+)
+def test_kernels_of_a_gpu_are_planned_without_one(gpu, values):
+    gpu(80)
+    heads = {"n_heads": 2} if values["name"] != "hlb" else {}
+    plan = resolved(model=values | heads | {"d_model": 128, "n_layers": 2}, engine={"strategy": "single"})
+    assert plan.model_config.attention_kernel == values["attention_kernel"]  # the run's stays what was asked for
+    assert memory.expected_memory(plan)["activations"] > 0
 
 
 def test_expected_memory_is_of_the_largest_step():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 GIB = 1024**3
@@ -41,6 +41,8 @@ OFFLOADED = {
     **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
     **dict.fromkeys(("fsdp", "hsdp"), {"moments", "gradients", "weights"}),
 }
+
+KERNEL_FIELDS = ("attention_kernel", "kernels")  # of a model's Config, where a kernel may be named
 
 
 def build_meta(model_class: Any, model_config: Any) -> Any:
@@ -216,6 +218,8 @@ def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, h
 
     from trainer.engine import recompute
 
+    gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
+    model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
     # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):

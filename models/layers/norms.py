@@ -12,21 +12,26 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), back in the type of x, times a gain (arXiv 1910.07467); x [..., width], no bias.
 
-    The mean and the division are fp32 (fp64 for fp64).
+    The mean and the division are fp32 (fp64 for fp64). compute: what does it, `rms_norm` or another with its signature.
     """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
+        self.compute: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without a weight F.rms_norm computes in fp32 whatever x is. Autocast on a GPU gives fp32 back.
-        normed = F.rms_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
-        return normed * self.weight.to(x.dtype)
+        return self.compute(x, self.weight, self.eps)
 
     def reset(self) -> None:
         set_gain(self, 1.0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The reference; x [..., width], weight [width]."""
+    # Without a weight F.rms_norm computes in fp32 whatever x is. Autocast on a GPU gives fp32 back.
+    return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
 
 
 class DyT(nn.Module):

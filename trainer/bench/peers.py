@@ -22,7 +22,7 @@ from trainer.data.stream import Split, TrainStream
 from trainer.engine.base import Engine, autocast, prepare_device, with_storage
 from trainer.engine.distributed import World
 from trainer.errors import UserError
-from trainer.memory import build_meta, expected_memory
+from trainer.memory import KERNEL_FIELDS, build_meta, expected_memory
 from trainer.plan import Plan
 
 
@@ -136,8 +136,8 @@ class EagerPeer(Peer):
 
     def make_model(self) -> Any:
         model_config = self.plan.model_config
-        if hasattr(model_config, "attention_kernel"):
-            model_config = dataclasses.replace(model_config, attention_kernel="torch")
+        kernels = {name: "torch" for name in KERNEL_FIELDS if hasattr(model_config, name)}
+        model_config = dataclasses.replace(model_config, **kernels)
         model = with_storage(build_meta(self.plan.model_class, model_config), self.device)
         model.init_weights(torch.Generator().manual_seed(self.config.seed))
         self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}

@@ -1,0 +1,124 @@
+"""Liger's Triton kernels (arXiv 2410.10989) where they compute what the decoder does: RMSNorm, SwiGLU, head and loss in one.
+
+Its GEGLU is another (of the tanh GELU), and its LayerNorm and DyT round elsewhere; those stay torch's. The compiler does not
+look into these functions, whose traced kernels are reported to go wrong (RMSNorm) or slower than its own (SwiGLU,
+github.com/linkedin/Liger-Kernel/issues/1330): it breaks its graph at them, and leaves a block alone that recomputes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.base import IGNORE
+from models.layers.linear_cross_entropy import divisor
+from models.layers.mlp import ACTIVATIONS
+from models.layers.norms import RMSNorm
+
+MIN_VERSION = (0, 8, 4)  # before, soft-capped losses counted the columns that fill up the last block
+
+
+def take_over(model: Any, config: Any) -> list[str]:
+    """Have Liger compute the RMSNorms and SwiGLUs among the modules of `model`; returns what of it Liger computes.
+
+    "loss" among that means that `linear_cross_entropy` is to be called.
+    """
+    taken = {}
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.compute = taken["RMSNorm"] = rms_norm
+        elif getattr(module, "activation", None) is ACTIVATIONS["swiglu"].apply:
+            module.activation = taken["SwiGLU"] = swiglu
+    return [*sorted(taken), *(["loss"] if _loss_refusal(config) is None else [])]
+
+
+def describe(taken: list[str], config: Any, device: torch.device) -> str:
+    """What computes all but attention, and why; "" where there was no choice. ValueError as in `require`."""
+    if config.kernels == "liger":
+        require(device)
+        refusal = _loss_refusal(config)
+        why = "asked for; the compiler stops at them, and at recomputed blocks"
+        told = [f"{', '.join(taken)}: liger ({why})" if taken else "", f"loss: torch ({refusal})" if refusal else ""]
+        return "; ".join(filter(None, told))
+    if config.kernels == "auto" and _refusal(device) is None:
+        return "norms, MLP, loss: torch (the compiler fuses them; liger only if asked for)"
+    return ""
+
+
+def _loss_refusal(config: Any) -> str | None:
+    if config.n_predict > 1:
+        return "liger weighs no rows, as n_predict does"
+    if config.z_loss:
+        return "liger tells the share of z_loss in half precision"
+    return "liger predicts padding, which unpadded_vocab forbids" if config.unpadded_vocab else None
+
+
+def _refusal(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs CUDA"
+    return (
+        None if _version() >= MIN_VERSION else f"it needs liger-kernel >= {'.'.join(map(str, MIN_VERSION))} installed"
+    )
+
+
+def require(device: torch.device) -> None:
+    """ValueError unless Liger can compute on `device`."""
+    refusal = _refusal(device)
+    if refusal is not None:
+        raise ValueError(f"kernels liger cannot be used: {refusal}; use auto or torch")
+
+
+@functools.cache
+def _version() -> tuple[int, ...]:
+    """Of the installed liger-kernel, () without."""
+    try:
+        return tuple(
+            int(part) for part in importlib.metadata.version("liger-kernel").split(".")[:3] if part.isdecimal()
+        )
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+@torch.compiler.disable
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `norms.rms_norm`: statistics in fp32, rounded to the type of x before the gain."""
+    require(x.device)
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # In place it would write into a gradient that the residual stream still needs.
+    return LigerRMSNormFunction.apply(x, weight.to(x.dtype), eps, 0.0, "llama", False)
+
+
+@torch.compiler.disable
+def swiglu(x: Tensor) -> Tensor:
+    """[..., 2 hidden], the gate first -> [..., hidden]."""
+    require(x.device)
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+
+    # Its gradient comes back as rows, whatever the shape of x.
+    return LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+@torch.compiler.disable
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", *, softcap: float | None = None
+) -> Tensor:
+    """As `linear_cross_entropy.linear_cross_entropy`; but it waits for the GPU, to count the targets.
+
+    x must need a gradient where the weight does. A second backward pass would give wrong gradients.
+    """
+    require(x.device)
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    divide_by = divisor(targets, reduction)
+    # No bias, class weights or label smoothing; the weight's gradient is added up in fp32.
+    forms = None, None, IGNORE, 0.0, 0.0, "sum", softcap, False, torch.float32
+    total = LigerFusedLinearCrossEntropyFunction.apply(x.flatten(0, -2), weight, targets.flatten(), *forms)[0]
+    if divide_by is None:
+        return total
+    return (total / divide_by.clamp(min=1)).masked_fill(divide_by == 0, math.nan)
