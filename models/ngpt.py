@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from models.base import Cache, LanguageModel, Output, register, require_positive
 from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy
 from models.layers.positions import Rotary, positions_in_documents
-from models.layers.shapes import fit_depth, nearest_shape
+from models.layers.shapes import shape_for
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,13 @@ class Ngpt(LanguageModel):
 
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> NgptConfig:
-        """GPT-2's aspect, and heads of 64 channels."""
+        """GPT-2's aspect, and heads of about 64 channels."""
 
-        def of_width(width: int) -> NgptConfig:
-            one = NgptConfig(vocab_size=vocab_size, d_model=width, n_layers=1, n_heads=width // math.gcd(width, 64))
-            return fit_depth(cls.count_parameters, one, target_parameters)
+        def of_shape(width: int, n_heads: int) -> NgptConfig:
+            shape = {"d_model": width, "n_layers": 1, "n_heads": n_heads}
+            return cls.Config(**{"vocab_size": vocab_size, **shape, **choices})
 
-        return replace(nearest_shape(cls.count_parameters, target_parameters, of_width), **choices)
+        return shape_for(cls.count_parameters, target_parameters, of_shape, choices)
 
     @classmethod
     def count_parameters(cls, config: NgptConfig) -> int:

@@ -26,7 +26,7 @@ from models.layers.norms import set_gain
 from models.layers.pattention import Pattention
 from models.layers.positions import positions_in_documents
 from models.layers.residual import HyperConnection, widen
-from models.layers.shapes import fit_depth, nearest_shape
+from models.layers.shapes import shape_for
 from models.transformer_config import TransformerConfig
 
 
@@ -86,17 +86,16 @@ class Transformer(LanguageModel):
         start = cache.length if cache is not None else 0
         if self.max_context is not None and start + length > self.max_context:
             raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
-        kernel, _ = self.choose_kernel(start, length, documents is not None)
+        kernel, _ = self.choose_kernel(device, start, length, documents is not None)
         sights = {w: make_sight(kernel, start, length, w, documents, device) for w in self.windows}
         positions = torch.arange(start, start + length, device=device)
         if documents is not None:
             positions = positions_in_documents(documents)
         return Context(positions, sights, kernel)
 
-    def choose_kernel(self, start: int, length: int, documents: bool) -> tuple[str, str]:
-        """(name, why) of what computes attention on the device that the weights are on; start: tokens cached before."""
+    def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
+        """(name, why) of what computes attention on `device`; start: tokens cached before."""
         c, weight = self.config, self.embedding.weight
-        device = weight.device
         autocast = torch.is_autocast_enabled(device.type)
         return choose_kernel(
             c.attention_kernel,
@@ -178,9 +177,10 @@ class Transformer(LanguageModel):
             vocab_size=c.unpadded_vocab or None,
         )
 
-    def describe_kernels(self) -> str:
-        name, why = self.choose_kernel(0, self.max_context or 1024, documents=False)
-        others = liger.describe(self.by_liger, self.config, self.embedding.weight.device)
+    def describe_kernels(self, device: torch.device | None = None) -> str:
+        device = device or self.embedding.weight.device
+        name, why = self.choose_kernel(device, 0, self.max_context or 1024, documents=False)
+        others = liger.describe(self.by_liger, self.config, device)
         return f"attention: {name} ({why})" + (f"; {others}" if others else "")
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -218,13 +218,11 @@ class Transformer(LanguageModel):
         """Standard deviation of a matrix; layer: of the block whose branch it ends, None for all others."""
         c = self.config
         if module is self.head or module in [head.unembedding for head in self.further]:
-            return STDS[c.init](c.init_std, c.d_model, None, c.n_layers) / (
-                math.sqrt(c.d_model) if c.init == "width_scaled" else 1
-            )
+            return HEAD_STDS.get(c.init, STDS[c.init])(c.init_std, c.d_model, None, c.n_layers)
         weight = module.get_parameter(name)
         d_in = weight.shape[0 if name == "values" else 1]  # the values of a Pattention are [slots, d_out]
-        layer = None if name == "keys" else layer  # of a Pattention: its values are what ends the branch
-        return STDS[c.init](c.init_std, d_in, layer, c.n_layers)
+        ends = name != "keys"  # nor do the keys of a Pattention end a branch: its values do
+        return STDS[c.init](c.init_std, d_in, layer if ends else None, c.n_layers)
 
     def blocks(self) -> list[nn.Module]:
         return [*self.layers, *(head.block for head in self.further if head.block is not None)]
@@ -271,22 +269,19 @@ class Transformer(LanguageModel):
     def config_for_scale(
         cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any
     ) -> TransformerConfig:
-        """GPT-2's aspect and heads of 64 channels, under the switches in `choices` and those of the preset."""
+        """GPT-2's aspect and heads of about 64 channels, under the switches in `choices` and those of the preset."""
         default = cls.Config()
         group = default.n_heads // default.kv_heads
+        together = 2 if choices.get("attention", default.attention) == "differential" else 1  # heads of one map
         tables = choices.get("value_embeddings", default.value_embeddings)
 
-        def of_width(width: int) -> TransformerConfig:
-            n_heads = choices.get("n_heads", width // math.gcd(width, 64))
+        def of_shape(width: int, n_heads: int) -> TransformerConfig:
             shape = {"d_model": width, "n_heads": n_heads, "n_layers": max(1, 2 * tables)}
             if default.n_kv_heads:
-                shape["n_kv_heads"] = n_heads // math.gcd(n_heads, group)
-            config = replace(default, **{"vocab_size": vocab_size, **shape, **choices})
-            return config if "n_layers" in choices else fit_depth(cls.count_parameters, config, target_parameters)
+                shape["n_kv_heads"] = n_heads // math.gcd(n_heads // together, group)
+            return replace(default, **{"vocab_size": vocab_size, **shape, **choices})
 
-        if "d_model" in choices:
-            return of_width(choices["d_model"])
-        return nearest_shape(cls.count_parameters, target_parameters, of_width)
+        return shape_for(cls.count_parameters, target_parameters, of_shape, choices)
 
 
 # Standard deviation of a matrix: (init_std, its inputs, layer of the branch it ends or None, layers).
@@ -295,9 +290,11 @@ STDS = {
     "normal": lambda std, d_in, layer, n: std,
     # By fan-in, and shrinking with depth (OLMo's, arXiv 2402.00838).
     "mitchell": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * (layer + 1))) ** -0.5,
-    # By fan-in; the untied head by one more root (the widths of muP, arXiv 2203.03466, without its learning rates).
+    # By fan-in (the widths of muP, arXiv 2203.03466, without its learning rates).
     "width_scaled": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * n)) ** -0.5,
 }
+# Of an output projection that is not the embedding, where it differs.
+HEAD_STDS = {"width_scaled": lambda std, d_in, layer, n: 1 / d_in}
 
 
 def _role(module: nn.Module, owner: str, kind: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from models.base import require_positive
@@ -28,6 +30,23 @@ CHOICES = {
     "init": ("gpt2", "normal", "mitchell", "width_scaled"),
 }
 PATTENTION_OF = ("qkv", "out", "mlp")
+
+# Fields, and what gives them a meaning: without it they must be what they are by default, or whoever set them would be
+# waiting for an effect that cannot come.
+MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
+    ("rope_theta", "rope_fraction", "rope_scaling", "rope_factor", "rope_original_context"): (
+        "positions rotary",
+        lambda c: c.positions == "rotary",
+    ),
+    ("kv_rank", "q_rank", "rope_dim"): ("attention latent", lambda c: c.attention == "latent"),
+    ("window_pattern",): ("a window", lambda c: c.window),
+    ("mlp", "d_hidden", "hidden_ratio"): ("an MLP that is no pattention", lambda c: "mlp" not in c.pattention),
+    ("pattention_slots",): ("pattention of qkv or out", lambda c: "qkv" in c.pattention or "out" in c.pattention),
+    ("pattention_mlp_slots",): ("pattention of mlp", lambda c: "mlp" in c.pattention),
+    ("pattention_mode",): ("pattention", lambda c: c.pattention),
+    ("n_streams",): ("residual static_hyper or dynamic_hyper", lambda c: c.residual.endswith("hyper")),
+    ("prediction_heads", "share_unembedding", "prediction_weights"): ("n_predict above 1", lambda c: c.n_predict > 1),
+}
 
 
 def _field(default: Any, text: str) -> Any:
@@ -165,13 +184,29 @@ class TransformerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{name} must not be negative, {value} is")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, {value} is not")
         for name in ("norm_eps", "init_std", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for check in (self._check_heads, self._check_attention, self._check_block, self._check_loss):
+        for check in (
+            self._check_meanings,
+            self._check_heads,
+            self._check_attention,
+            self._check_block,
+            self._check_loss,
+        ):
             check()
+
+    def _check_meanings(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for names, (what, has_meaning) in MEANT_FOR.items():
+            for name in names:
+                if getattr(self, name) != defaults[name] and not has_meaning(self):
+                    raise ValueError(
+                        f"{name} has a meaning only with {what}; here it must be {defaults[name]!r}, as by default, "
+                        f"not {getattr(self, name)!r}"
+                    )
 
     def _check_heads(self) -> None:
         if not self.head_dim and self.d_model % self.n_heads:
@@ -182,14 +217,10 @@ class TransformerConfig:
             raise ValueError("max_context must be set with learned positions: it is the length of their table")
         if self.positions == "rotary":
             rotary(self, latent_widths(self)[0] if self.attention == "latent" else self.head_width)  # checks its own
-        elif self.rope_scaling != "none":
-            raise ValueError(f"rope_scaling must be none with positions {self.positions}, not {self.rope_scaling}")
 
     def _check_attention(self) -> None:
         if set(self.window_pattern) - {"S", "L"}:
             raise ValueError(f"window_pattern must be letters S and L, not {self.window_pattern!r}")
-        if self.window_pattern and not self.window:
-            raise ValueError("window must be set where there is a window_pattern")
         if self.max_context and self.window > self.max_context:
             raise ValueError(f"window must be at most max_context ({self.max_context}), not {self.window}")
         if self.value_residual and self.value_embeddings:
@@ -206,10 +237,6 @@ class TransformerConfig:
             )
         if self.attention == "latent":
             self._check_latent()
-        elif self.kv_rank or self.q_rank or self.rope_dim:
-            raise ValueError(
-                f"kv_rank, q_rank and rope_dim are of latent attention; with {self.attention} leave them 0"
-            )
 
     def _check_latent(self) -> None:
         if self.positions != "rotary":
@@ -226,8 +253,10 @@ class TransformerConfig:
             raise ValueError(
                 f"pattention must name some of {', '.join(PATTENTION_OF)}, not {', '.join(sorted(unknown))}"
             )
-        if not self.pattention_of and (self.pattention_slots or self.pattention_mlp_slots):
-            raise ValueError("pattention must name the projections that have pattention_slots; it is empty")
+        if self.hidden_ratio and round(self.hidden_ratio * self.d_model) < 1:
+            raise ValueError(
+                f"hidden_ratio must leave the MLP a channel: of d_model ({self.d_model}) {self.hidden_ratio} is none"
+            )
         if self.pattention_of and self.attention == "latent":
             raise ValueError("pattention does not go with latent attention, whose projections are products of two")
         if {"out", "mlp"} & set(self.pattention_of) and self.zero_init and self.norm_placement != "pre_post":
@@ -255,9 +284,9 @@ class TransformerConfig:
             weights = self.head_weights
         except ValueError:
             weights = []
-        if len(weights) != self.n_predict or weights[0] != 1:
+        usable = all(0 <= weight < math.inf for weight in weights)
+        if len(weights) != self.n_predict or weights[0] != 1 or not usable:
             raise ValueError(
-                f"prediction_weights must be n_predict ({self.n_predict}) numbers, the first 1, not {self.prediction_weights!r}"
+                f"prediction_weights must be n_predict ({self.n_predict}) numbers, finite and not negative, the first 1, "
+                f"not {self.prediction_weights!r}"
             )
-        if not self.share_unembedding and self.n_predict == 1:
-            raise ValueError("share_unembedding must be on with n_predict 1: there is one head")

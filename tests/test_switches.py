@@ -2,13 +2,15 @@
 
 import copy
 import random
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models.base import Cache
 from models.transformer import Transformer
-from models.transformer_config import CHOICES, TransformerConfig
+from models.transformer_config import CHOICES, MEANT_FOR, TransformerConfig
 
 VOCAB, B, T = 61, 2, 20
 SWITCHES = {
@@ -51,6 +53,9 @@ def random_config(seed):
     while True:
         eagerness = draw.random()
         choices = {name: draw.choice(values) for name, values in SWITCHES.items() if draw.random() < eagerness}
+        drawn = SimpleNamespace(**{**asdict(TransformerConfig()), **choices})
+        idle = {name for names, (_, has_meaning) in MEANT_FOR.items() if not has_meaning(drawn) for name in names}
+        choices = {name: value for name, value in choices.items() if name not in idle}
         try:
             return TransformerConfig(
                 vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, max_context=64, hidden_multiple=8, **choices

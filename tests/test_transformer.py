@@ -1,6 +1,7 @@
-"""The decoder of switches: sizes, the block, several predictions, wrong configurations, FLOPs.
+"""The decoder of switches: sizes, the block, several predictions, FLOPs.
 
-What every combination must keep is in test_switches.py; initial weights and attention have files of their own.
+What every combination must keep is in test_switches.py; initial weights, attention and wrong configurations have files of
+their own.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import IGNORE, get_model, load_models, model_names
 from models.layers.mlp import hidden_width
-from models.presets import BlaGpt, BlaGptBest, Gpt2, Llama, Pico, TokenFormer, TransformerPlusPlus, with_defaults
+from models.presets import BlaGpt, BlaGptBest, Gpt2, Llama, Pico, TokenFormer, TransformerPlusPlus
 from models.transformer import Transformer
 from models.transformer_config import TransformerConfig
 from trainer import scaling
@@ -261,63 +262,6 @@ def test_a_shared_unembedding_keeps_the_tie():
     assert Transformer.count_parameters(small(n_predict=4, share_unembedding=False)) == plain + 3 * (32 + VOCAB * 32)
     model = build(small(n_predict=2))
     assert model.tied_embedding() and model.unembedding() is model.embedding.weight
-
-
-# -- wrong configurations ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"n_heads": 3}, "n_heads"),
-        ({"n_kv_heads": 3}, "n_kv_heads"),
-        ({"n_heads": 12, "d_model": 786}, "n_heads"),
-        ({"head_dim": 9}, "rope_fraction"),
-        ({"norm": "batch"}, "norm"),
-        ({"positions": "learned"}, "max_context"),
-        ({"positions": "none", "rope_scaling": "ntk"}, "rope_scaling"),
-        ({"window_pattern": "SL"}, "window"),
-        ({"window": 8, "window_pattern": "SX"}, "window_pattern"),
-        ({"window": 65, "max_context": 64}, "window"),
-        ({"attention": "differential", "n_kv_heads": 1}, "n_kv_heads"),
-        ({"attention": "latent", "positions": "alibi"}, "positions"),
-        ({"attention": "latent", "n_kv_heads": 2}, "n_kv_heads"),
-        ({"attention": "latent", "qk_norm": True}, "qk_norm"),
-        ({"attention": "latent", "forget_gate": True}, "forget_gate"),
-        ({"attention": "latent", "pattention": "qkv"}, "pattention"),
-        ({"kv_rank": 8}, "kv_rank"),
-        ({"pattention_slots": 8}, "pattention"),
-        ({"attention_kernel": "sdpa", "attention_softcap": 50.0}, "attention_kernel"),
-        ({"attention_kernel": "flash", "forget_gate": True}, "attention_kernel"),
-        ({"value_residual": True, "value_embeddings": 1}, "value_residual"),
-        ({"value_embeddings": 2}, "value_embeddings"),
-        ({"pattention": "qkv,gate"}, "pattention"),
-        ({"pattention": "out", "zero_init": True}, "zero_init"),
-        ({"block": "parallel", "norm_placement": "post"}, "norm_placement"),
-        ({"block": "parallel", "norm_placement": "pre_post"}, "norm_placement"),
-        ({"block": "parallel", "residual": "static_hyper"}, "residual"),
-        ({"block": "parallel", "attention_bias": "qkv"}, "attention_bias"),
-        ({"norm_placement": "post", "residual": "dynamic_hyper"}, "norm_placement"),
-        ({"unpadded_vocab": 62}, "unpadded_vocab"),
-        ({"n_predict": 2, "prediction_weights": "1"}, "prediction_weights"),
-        ({"n_predict": 2, "prediction_weights": "0.5,1"}, "prediction_weights"),
-        ({"prediction_weights": "one"}, "prediction_weights"),
-        ({"share_unembedding": False}, "share_unembedding"),
-        ({"final_softcap": -1.0}, "final_softcap"),
-    ],
-    ids=str,
-)
-def test_impossible_configurations_are_one_line_that_names_the_field(changes, field):
-    with pytest.raises(ValueError, match=rf"\b{field}\b") as error:
-        small(**changes)
-    assert "\n" not in str(error.value)
-
-
-def test_a_misspelt_switch_is_refused():
-    with pytest.raises(TypeError, match="qk_nrom"):
-        with_defaults("Wrong", qk_nrom=True)
-    with pytest.raises(TypeError, match="qk_nrom"):
-        Transformer.config_for_scale(1, 8192, 10_000_000, qk_nrom=True)
 
 
 # -- FLOPs, types, compilation -----------------------------------------------------------------------------------------

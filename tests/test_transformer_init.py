@@ -88,8 +88,8 @@ EXPECTED_STDS = {  # name of the policy -> (matrix with d inputs, the end of bra
 @pytest.mark.parametrize("policy", EXPECTED_STDS)
 def test_every_matrix_has_the_standard_deviation_of_its_policy(policy, pattention):
     config = TransformerConfig(
-        vocab_size=512, d_model=128, n_layers=2, n_heads=4, mlp="gelu", tied=False, init=policy, n_predict=2,
-        share_unembedding=False, pattention=pattention, pattention_slots=192 if pattention else 0, attention_gate="channel", forget_gate=True,
+        vocab_size=512, d_model=128, n_layers=2, n_heads=4, mlp="swiglu" if pattention else "gelu", tied=False, init=policy,
+        n_predict=2, share_unembedding=False, pattention=pattention, pattention_slots=192 if pattention else 0, attention_gate="channel", forget_gate=True,
     )  # fmt: skip
     plain, end, head = EXPECTED_STDS[policy]
     for name, weight in build(config).named_parameters():

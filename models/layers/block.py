@@ -55,7 +55,8 @@ class Block(nn.Module):
         attended, values = self.attention(self.attention_norm(h), values, context, cache)
         x = self.attention_last(self.attention_join.merge(x, self.attention_post(attended), kept))
         h, kept = self.mlp_join.mix(x)
-        return self.mlp_last(self.mlp_join.merge(x, self.mlp_post(self.mlp(self.mlp_norm(h))), kept)), values
+        transformed = self.mlp(self.mlp_norm(h))
+        return self.mlp_last(self.mlp_join.merge(x, self.mlp_post(transformed), kept)), values
 
     def residual_projections(self) -> list[nn.Module]:
         """The last matrix of each branch."""

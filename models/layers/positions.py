@@ -28,7 +28,9 @@ class Rotary(nn.Module):
       interpolate  positions / factor (arXiv 2306.15595)
       ntk          a larger theta: the fastest pair stays, the slowest is `factor` times slower
       yarn         pair by pair between the two, by the turns a pair makes over `original_context` tokens, and a temperature
-                   for the softmax in both queries and keys (arXiv 2309.00071; what Hugging Face calls `yarn`)
+                   for the softmax in both queries and keys (arXiv 2309.00071; what Hugging Face calls `yarn`). It
+                   multiplies the channels that turn: with fraction < 1, and in latent attention, their share of the
+                   scores alone, as Hugging Face has it too
       xpos         scores that fade with distance (arXiv 2212.10554), for causal attention. Position original_context // 2 has
                    scale 1, whatever the length, so that cached keys stay right. Fp32 and bf16 overflow 35,000 tokens from
                    there, fp16 some 4,000.
@@ -97,6 +99,10 @@ def _bits_of(rows: list[list[float]]) -> Tensor:
 
 
 def _rotated_width(head_dim: int, fraction: float) -> int:
+    if fraction == 1 and (head_dim < 2 or head_dim % 2):
+        raise ValueError(
+            f"head_dim (d_model / n_heads; in latent attention rope_dim) must be even with rotary positions, not {head_dim}"
+        )
     width = round(fraction * head_dim) if 0 < fraction <= 1 else 0
     if width < 2 or width % 2 or abs(width - fraction * head_dim) > 1e-6:
         raise ValueError(

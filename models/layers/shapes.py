@@ -1,14 +1,52 @@
-"""Width and depth for a number of parameters."""
+"""Width, depth and heads for a number of parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 STEPS = (64, 32, 16, 8)
 WIDTHS = 128  # of each step: up to 8192, 4096, ..., which at any depth leaves one within 3 % of most targets
+HEAD_DIM = 64  # channels of a head, where they divide the width
+FAR = 1.5  # times the target, or that part of it: no longer a model of about that size
+
+
+def shape_for(
+    count: Callable[[Any], int], target: int, of_shape: Callable[[int, int], Any], choices: Mapping[str, Any]
+) -> Any:
+    """The config whose count is nearest `target`, of the d_model, n_layers and n_heads in `choices` where these are given.
+
+    of_shape: width and number of heads -> the shallowest config there is, `choices` kept; ValueError where there is none.
+    The number of heads is the best (see `head_counts`) that of_shape does not refuse. ValueError where it refuses all, or
+    where nothing is near the target.
+    """
+
+    def of_width(width: int) -> Any:
+        refusals = []
+        for n_heads in [choices["n_heads"]] if "n_heads" in choices else head_counts(width):
+            try:
+                config = of_shape(width, n_heads)
+            except ValueError as error:
+                refusals.append(error)
+            else:
+                return config if "n_layers" in choices else fit_depth(count, config, target)
+        raise refusals[0]
+
+    if "d_model" in choices:
+        return of_width(choices["d_model"])
+    return nearest_shape(count, target, of_width)
+
+
+def head_counts(width: int) -> list[int]:
+    """Numbers of heads, best first, that divide `width` into heads of an even width, at least 16; 1 where none does.
+
+    Heads of 32 channels and more are better than smaller ones, then those nearest 64.
+    """
+    small = [n for n in range(1, math.isqrt(max(width, 0)) + 1) if width % n == 0]
+    channels = {c for n in small for c in (n, width // n) if c % 2 == 0 and c >= 16}
+    return [width // c for c in sorted(channels, key=lambda c: (c < 32, abs(c - HEAD_DIM)))] or [1]
 
 
 def fit_depth(count: Callable[[Any], int], config: Any, target: int) -> Any:
@@ -23,8 +61,8 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
 
     of_width: the config of a width, or ValueError where there is none. Widths are whole tiles of matrix products: multiples
     of 64, from 1024 on of 128. Parts of tiles, as large as can be, are for targets that no coarser width meets, or only
-    at four times too deep or shallow where finer ones are not (few parameters, most of them embeddings). ValueError if no
-    width will do.
+    at four times too deep or shallow where finer ones are not (few parameters, most of them embeddings). Where no
+    width meets the target the nearest is taken. ValueError if that is off by more than a factor FAR, or no width will do.
     """
 
     def miss(config: Any) -> float:
@@ -42,17 +80,28 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
                 shapes.append(of_width(width))
             except ValueError as error:
                 refusal = error
+        if not shapes:
+            raise refusal  # it is not the width that cannot be
         met = [config for config in shapes if miss(config) < 0.03]
         if met and min(map(aspect, met)) < math.log(4):
             break
-    if not shapes:
-        raise refusal
     if not met:
-        return min(shapes, key=miss)
+        return _near_enough(min(shapes, key=miss), count, target)
     # At a chosen depth all have nearly one aspect, whatever it is: widths within 3 % of a count differ by 6 % at most.
     most = max(math.log(4), min(map(aspect, met)) + 0.1)
     near = [config for config in met if aspect(config) < most]
     return min(near, key=lambda config: (_parts_of_tile(config.d_model), aspect(config)))
+
+
+def _near_enough(config: Any, count: Callable[[Any], int], target: int) -> Any:
+    """`config`; ValueError where its count is more than a factor FAR off."""
+    n = count(config)
+    if not target / FAR <= n <= target * FAR:
+        raise ValueError(
+            f"no shape comes near the target of {target:,} parameters: the nearest (d_model {config.d_model}, "
+            f"n_layers {config.n_layers}) has {n:,}; set d_model and n_layers yourself"
+        )
+    return config
 
 
 def _parts_of_tile(width: int) -> int:
