@@ -11,9 +11,12 @@ A model is a config dataclass plus an `nn.Module`, joined by one decorator:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,7 +68,7 @@ class Cache:
 
 
 class LanguageModel(nn.Module):
-    """Base of every model. Subclasses define all that raises here; the rest has a sane default."""
+    """Base of every model. Subclasses define `Config` and all that raises here; the rest has a sane default."""
 
     Config: ClassVar[type]
     roles: ClassVar[tuple[str, ...]] = ("matrix", "embedding", "head", "norm", "bias", "position")
@@ -147,8 +150,10 @@ class LanguageModel(nn.Module):
         """Whether the output head shares the token embedding's matrix."""
         return False
 
-    def describe_kernels(self) -> str:
-        """One line on the kernels chosen for the device the weights are on, and why ("" where there was no choice)."""
+    def describe_kernels(self, device: torch.device | None = None) -> str:
+        """One line on the kernels that train on `device` (None: where the weights are), in the type of autocast or of the
+        weights, and why ("" where there was no choice). ValueError where one that the config names cannot train there.
+        """
         return ""
 
 
@@ -175,10 +180,30 @@ def pad_vocab(size: int, multiple: int = 64) -> int:
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
 
+_TO_DEFINE = (
+    "Config",
+    "forward",
+    "init_weights",
+    "blocks",
+    "parameter_groups",
+    "config_for_scale",
+    "count_parameters",
+    "flops_per_token",
+)
+
+
 def register(name: str):
-    """Class decorator: make a model known under `name`. A name can be taken once."""
+    """Class decorator: make a model known under `name`, which can be taken once. TypeError for a model without its members."""
 
     def add(cls: type[LanguageModel]) -> type[LanguageModel]:
+        undefined = object()
+        missing = [
+            member
+            for member in _TO_DEFINE
+            if inspect.getattr_static(cls, member, undefined) in (undefined, vars(LanguageModel).get(member))
+        ]
+        if missing:
+            raise TypeError(f"{cls.__name__} must define {', '.join(missing)}: see LanguageModel in models/base.py")
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ValueError(f"model name {name!r} is taken by {_REGISTRY[name].__module__}")
         _REGISTRY[name] = cls
@@ -187,12 +212,39 @@ def register(name: str):
     return add
 
 
+class BrokenModel(ImportError):
+    """A module that should register models cannot be imported; one line says which, why, and where in it."""
+
+
 def load_models() -> None:
-    """Import the zoo, and what installed packages offer under the entry point group `crescendo.models`."""
+    """Import the zoo, and what installed packages offer under the entry point group `crescendo.models`.
+
+    BrokenModel where that fails.
+    """
     for module in _zoo_modules(importlib.import_module("models")):
-        importlib.import_module(module)
+        with told_in_one_line(module):
+            importlib.import_module(module)
     for entry in importlib.metadata.entry_points(group="crescendo.models"):
-        entry.load()
+        with told_in_one_line(entry.value):
+            entry.load()
+
+
+@contextlib.contextmanager
+def told_in_one_line(module: str) -> Iterator[None]:
+    """Turn whatever an import of `module` raises into a BrokenModel."""
+    try:
+        yield
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BrokenModel(f"cannot import {module}: {cause}{_place(error)}") from error
+
+
+def _place(error: Exception) -> str:
+    """The last line that ran in the last module that was being imported, as " (FILE, line N)"; "" where none was found."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [frame.filename for frame in frames if frame.name == "<module>"]
+    lines = [frame.lineno for frame in frames if frame.filename in files[-1:]]
+    return f" ({files[-1]}, line {lines[-1]})" if files else ""
 
 
 def _zoo_modules(package: Any) -> Iterator[str]:

@@ -163,8 +163,13 @@ class Hlb(LanguageModel):
             return "the quantised bias is a table"
         return flex_refusal(length, self.config.d_qk, device)
 
-    def describe_kernels(self) -> str:
-        refusal = self._flex_refusal(FLEX_MIN_LENGTH, self.embedding.weight.device)
+    def describe_kernels(self, device: torch.device | None = None) -> str:
+        device = device or self.embedding.weight.device
+        if self.config.attention_kernel == "flex" and device.type != "cuda":
+            raise ValueError(
+                f"attention_kernel flex cannot be used: it has no kernel that trains on {device.type}; use auto or torch"
+            )
+        refusal = self._flex_refusal(FLEX_MIN_LENGTH, device)
         if refusal is not None:
             return f"attention: torch ({refusal})"
         short = f" and under {FLEX_MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""

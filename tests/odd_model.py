@@ -38,3 +38,7 @@ class Idle(Gpt2):
     def __init__(self, config):
         super().__init__(config)
         self.idle = nn.Parameter(torch.empty(3, 2))
+
+    @classmethod
+    def count_parameters(cls, config):
+        return super().count_parameters(config) + 6

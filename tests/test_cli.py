@@ -1,6 +1,7 @@
 """The command line as a user meets it: speed of help, errors, print_config, and peace with the launchers' own options."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 from conftest import ROOT, error_line, trainer
 
 from models.base import get_model, load_models
-from trainer.__main__ import dispatch
+from trainer.__main__ import dispatch, import_plugins
 from trainer.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
 from trainer.errors import UserError
 from trainer.settings import coerced, leaf_keys
@@ -100,6 +101,38 @@ def test_bad_input_is_one_line(words, expected, monkeypatch):
         dispatch(words)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+BROKEN_PLUGINS = {
+    "1 / 0": r"cannot import broken: ZeroDivisionError: division by zero \(.*broken\.py, line 5\)",
+    "1 +": r"cannot import broken: SyntaxError: invalid syntax \(broken\.py, line 5\)",
+    "with_defaults('C', mpl=1)": r"TypeError: no such fields: mpl \(.*broken\.py, line 5\)",
+    "def f():\n    raise KeyError(1)\nf()": r"KeyError: 1 \(.*broken\.py, line 6\)",
+    "register('b')(type('B', (LanguageModel,), {'blocks': 1}))": "TypeError: B must define Config, forward, init_weights, "
+    "parameter_groups, config_for_scale, count_parameters, flops_per_token: see LanguageModel",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_PLUGINS)
+def test_a_broken_plugin_is_told_with_its_line(line, tmp_path, monkeypatch):
+    code = "from models.base import LanguageModel, register\nfrom models.presets import with_defaults\n\n\n"
+    (tmp_path / "broken.py").write_text(code + line + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"^plugin: .*{BROKEN_PLUGINS[line]}") as caught:
+        import_plugins(["broken"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_file_of_the_zoo_is_told_in_one_line(tmp_path):
+    for package in ("models", "trainer"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "models" / "broken.py").write_text("from models.base import nothing\n")
+    done = trainer("plan", "--model.name", "gpt2", env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(
+        "error: cannot import models.broken: ImportError: cannot import name"
+    )
+    assert line.endswith("models/broken.py, line 1)")
 
 
 def test_an_error_leaves_one_line_and_a_code(tmp_path):

@@ -286,7 +286,8 @@ def test_kernels_are_described():
     assert Hlb(SMALL).describe_kernels() == "attention: torch (no fused kernel trains on cpu)"
     assert "torch (asked for)" in Hlb(replace(SMALL, attention_kernel="torch")).describe_kernels()
     assert "quantised" in Hlb(replace(SMALL, position_bias_quantised=True)).describe_kernels()
-    assert "flex" in Hlb(replace(SMALL, attention_kernel="flex")).describe_kernels()
+    with pytest.raises(ValueError, match="attention_kernel flex cannot be used: .* on cpu; use auto or torch"):
+        Hlb(replace(SMALL, attention_kernel="flex")).describe_kernels()
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """What the guides show is what works."""
 
 import re
+import runpy
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, tiny_values
 
 from trainer.__main__ import import_plugins
@@ -16,7 +18,7 @@ def blocks(file, language):
 
 
 def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
-    [code] = blocks("models/README.md", "python")
+    code = blocks("models/README.md", "python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 11, "ten lines and a title"
     (tmp_path / "silu.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -26,6 +28,30 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
     from models.base import _REGISTRY
 
     del _REGISTRY["gpt2-silu"], sys.modules["silu"]
+
+
+@pytest.mark.parametrize("number, name", [(1, "LLAMA"), (2, "GPT2")])
+def test_the_weights_of_the_guide_give_the_same_logits(number, name, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
+    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    sizes = {
+        "LLAMA": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3, "initializer_range": 0.2},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "initializer_range": 0.2},
+    }
+    kind = {"LLAMA": "Llama", "GPT2": "GPT2"}[name]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=97, **sizes[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, {"LLAMA": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[name])(config)
+    model.save_pretrained(tmp_path)
+    code = blocks("models/README.md", "python")[number]
+    (tmp_path / "guide.py").write_text(code.replace(f'"{name}"', repr(str(tmp_path))))
+    found = runpy.run_path(str(tmp_path / "guide.py"))
+    tokens = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = found["ours"](tokens).logits, found["theirs"].eval()(tokens).logits
+    # fp32 sums of some hundred terms in another order.
+    assert (ours - theirs).abs().max() < 1e-4 < theirs.std()
 
 
 @pytest.mark.parametrize("file", ["README.md", "models/README.md", "launch/README.md", "trainer/data/README.md"])

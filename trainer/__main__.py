@@ -63,6 +63,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if is_broken_model(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            leave(1)
         if place.size == 1:
             raise
         text = f"[rank {place.rank}] {traceback.format_exc()}"
@@ -94,6 +97,15 @@ def known_errors() -> Iterator[None]:
         raise UserError(
             "out of memory: lower batch.tokens_per_microbatch, batch.sequence_length or model_scale"
         ) from None
+
+
+def is_broken_model(error: Exception) -> bool:
+    """Whether a file of the zoo cannot be imported: a bug, but one whose place its message names."""
+    if not isinstance(error, ImportError):
+        return False
+    from models.base import BrokenModel
+
+    return isinstance(error, BrokenModel)
 
 
 def leave(code: int) -> None:
@@ -180,12 +192,16 @@ def dispatch(words: list[str]) -> None:
 
 def import_plugins(names: list[str]) -> None:
     """Import the modules of `--plugin`, which register models. Only a flag can name them: no config may run code."""
+    if not names:
+        return
+    from models.base import BrokenModel, told_in_one_line
+
     for name in names:
         try:
-            importlib.import_module(name)
-        except Exception as error:
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"plugin: cannot import {name}: {cause}") from None
+            with told_in_one_line(name):
+                importlib.import_module(name)
+        except BrokenModel as error:
+            raise UserError(f"plugin: {error}") from None
 
 
 def _switch(flags: dict[str, Any], name: str) -> bool:

@@ -52,6 +52,11 @@ class Inference:
         meta = build_meta(model_class, model_config)
         roles = meta.parameter_groups()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
+        if self.parameters != sum(sizes.values()):
+            raise UserError(
+                f"model {self.config.model['name']}: has {sum(sizes.values()):,} parameters, but its count_parameters says "
+                f"{self.parameters:,}"
+            )
         outside = [name for role in ("embedding", "head") for name in roles.get(role, [])]
         self.non_embedding = self.parameters - sum(sizes[name] for name in outside)
         self.tied = meta.tied_embedding()
@@ -73,6 +78,7 @@ class Inference:
             device = choose_device(self.config.device)
             precision, rule = choose_precision(self.config.precision, device)
             self.memory = memory_bytes(device)
+            self._check_kernels(device, precision)
         else:
             fastest = "bf16" if gpu.has_bf16 else "fp32"
             given = self.config.precision != "auto"
@@ -81,6 +87,16 @@ class Inference:
         self.config.precision = precision
         self.note("precision", precision, rule)
         self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.memory))
+
+    def _check_kernels(self, device: Any, precision: str) -> None:
+        """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
+        import torch
+
+        model = build_meta(self.model_class, self.model_config)
+        try:
+            model.to(torch.float32 if precision == "fp32" else torch.bfloat16).describe_kernels(device)
+        except ValueError as error:
+            raise UserError(f"model {self.config.model['name']}: {error}") from None
 
     def batch(self, dataset: Any) -> None:
         config, scale = self.config, self.config.model_scale

@@ -28,8 +28,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from models.layers.distance_attention import (
     FLEX_MAX_QK_WIDTH,
     FLEX_MIN_LENGTH,
-    _compiled_flex,
     causal_block_mask,
+    compiled_flex,
     document_block_mask,
 )
 
@@ -241,7 +241,7 @@ def attend_flex(
             score = cap * torch.tanh(score / cap)
         return score if drift is None else score + (own[batch, head, i] - drift[batch, head, j])
 
-    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    kernel = compiled_flex() if q.is_cuda else flex_attention
     score_mod = change if softcap or drift is not None else None
     shared = _holds(q.shape[1] != k.shape[1])
     return kernel(q, k, v, score_mod=score_mod, block_mask=sight.blocks, scale=scale, enable_gqa=shared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,14 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + slopes[i] * (j - i)
 
-    kernel = _compiled_flex() if q.is_cuda else flex_attention
+    kernel = compiled_flex() if q.is_cuda else flex_attention
     out = kernel(q, k, v, score_mod=add_bias, block_mask=block_mask, scale=d_qk**-0.5)  # [B, chunks, T, width]
     return out.transpose(1, 2).flatten(2)[..., :d_v]
 
 
 @functools.cache
-def _compiled_flex():
+def compiled_flex() -> Any:
+    """torch's `flex_attention` as a fused kernel; one for all models of a process."""
     # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention)
