@@ -19,7 +19,7 @@ from trainer.bench.clock import PhaseClock, covered, peak_memory
 from trainer.bench.data import rate_of
 from trainer.bench.peers import COUNTERPARTS, BareLoop, EagerPeer
 from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
-from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config
+from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config, variants
 from trainer.config import BenchConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.device import PEAK, peak_flops
@@ -134,6 +134,51 @@ def test_in_turns_all_are_warmed_up_and_none_is_always_first(monkeypatch):
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [one.record.rates for one in contenders] == [[4, 5], [3, 6]]
     assert contenders[1].record.beside == [4, 5]
+
+
+class Unable(Made):
+    """A contender whose first step its machine cannot do."""
+
+    def step(self):
+        raise ValueError("kernel x cannot be used: no")
+
+    def build(self):
+        self.built = True
+
+    def close(self):
+        self.built = False
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_cannot_run_here_is_left_out(monkeypatch, capsys, together):
+    start = turns.start
+    monkeypatch.setattr(turns, "start", lambda one: start(one) if isinstance(one, Unable) else None)
+    monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
+    monkeypatch.setattr(turns, "turn", lambda one, steps: one.speed)
+    contenders = [Made("a"), Unable("b"), Made("c", 2.0)]
+    notes = turns.measure(contenders, BenchConfig(rounds=2), together)
+    assert notes == ["b left out: kernel x cannot be used: no"] and notes[0] in capsys.readouterr().err
+    assert [bool(one.record.rates) for one in contenders] == [True, False, True]
+    assert contenders[2].record.beside[:2] == [1, 1] and not contenders[1].built
+    with pytest.raises(UserError, match="^kernel x cannot be used: no$"):
+        turns.measure([Unable("b"), Made("c")], BenchConfig(rounds=2), together)
+
+
+def test_what_cannot_be_resolved_is_left_out(tiny_dataset, tmp_path):
+    """But not a value that no machine could take: that is a mistake."""
+    values = tiny_values(tiny_dataset, tmp_path / "run")
+    dataset = find_dataset(build(RunConfig, values).data)
+
+    def found(*sweep):
+        return variants(build(BenchConfig, values | {"sweep": list(sweep)}), dataset, World(), CPU)
+
+    able, notes = found("engine.strategy=single,hsdp,fsdp")
+    assert [one.name for one in able] == ["strategy=single", "strategy=fsdp"]
+    assert len(notes) == 1 and notes[0].startswith("strategy=hsdp left out: engine.")
+    with pytest.raises(UserError, match="^engine"):
+        found("engine.strategy=hsdp,single")
+    with pytest.raises(UserError, match="perhaps"):
+        found("engine.compile=false,perhaps")
 
 
 def test_all_are_held_at_once_only_where_they_fit():

@@ -43,6 +43,15 @@ def finished(request, tiny_dataset, tmp_path_factory) -> Path:
     return make_run(tiny_dataset, tmp_path_factory.mktemp("export") / "run", request.param)
 
 
+def test_kernels_of_one_machine_do_not_bind_another(tiny_dataset, tmp_path):
+    folder = make_run(tiny_dataset, tmp_path / "run", "gpt2")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("attention_kernel: auto", "attention_kernel: flash"))
+    export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["attention_kernel"] == "auto"
+    stranger(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.long))
+
+
 def stranger(out: Path) -> torch.nn.Module:
     """The lines at the top of trainer/export.py."""
     about = json.loads((out / "config.json").read_text())

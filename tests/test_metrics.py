@@ -30,6 +30,11 @@ def test_cells_are_right_justified_with_four_decimals():
     assert cells.split("|")[2] == "  " + "50".rjust(len("curr_step")) + "  "
 
 
+def test_a_perplexity_that_is_too_wide_for_its_column_is_a_power_of_ten():
+    wide = console.format_cells(ROW | {"val_perplexity": 7.3616e43})
+    assert len(wide) == len(console.format_cells(ROW)) and "7.362e+43" in wide
+
+
 def test_table_has_rules_above_below_and_at_the_end(capsys):
     table = console.Table()
     table.row(ROW, {})

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, tiny_values
 
+from models.hlb import Hlb
 from trainer import memory
 from trainer import plan as p
 from trainer.config import PlanConfig, RunConfig
@@ -97,21 +99,55 @@ def test_microbatches_fit_the_gpu(gpu, gibibytes, scale, how):
     assert plan.config.batch.tokens_per_microbatch >= 1024
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"name": "hlb", "attention_kernel": "flex"},
-        {"name": "gpt2", "attention_kernel": "flash"},
-        {"name": "llama", "attention_kernel": "flex", "attention_softcap": 50.0, "kernels": "liger"},
-    ],
-    ids=lambda values: values["name"],
-)
-def test_kernels_of_a_gpu_are_planned_without_one(gpu, values):
-    gpu(80)
+KERNELS_OF_A_GPU = [
+    {"name": "hlb", "attention_kernel": "flex"},
+    {"name": "gpt2", "attention_kernel": "flash"},
+    {"name": "llama", "attention_kernel": "flex", "attention_softcap": 50.0, "kernels": "liger"},
+]
+
+
+@pytest.mark.parametrize("values", KERNELS_OF_A_GPU, ids=lambda values: values["name"])
+def test_kernels_of_a_gpu_are_planned_without_one(values):
     heads = {"n_heads": 2} if values["name"] != "hlb" else {}
-    plan = resolved(model=values | heads | {"d_model": 128, "n_layers": 2}, engine={"strategy": "single"})
+    model = values | heads | {"d_model": 128, "n_layers": 2}
+    plan, _ = p.resolve_for(build(PlanConfig, {"device": "h100-80gb", "world_size": 1, "model": model}))
     assert plan.model_config.attention_kernel == values["attention_kernel"]  # the run's stays what was asked for
     assert memory.expected_memory(plan)["activations"] > 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *KERNELS_OF_A_GPU,
+        {"name": "llama", "kernels": "liger"},
+        {"name": "llama", "attention_kernel": "sdpa", "positions": "alibi"},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+def test_kernels_that_cannot_train_here_are_refused(model):
+    """sdpa takes ALiBi in fp32 only."""
+    with pytest.raises(UserError, match=f"^model {model['name']}: [a-z_]*kernels? [a-z]+ cannot be used: .*; use auto"):
+        resolved(model=model, precision="bf16")
+    if model.get("attention_kernel") == "sdpa":
+        assert resolved(model=model, precision="fp32").config.model["attention_kernel"] == "sdpa"
+
+
+def test_kernels_are_asked_of_the_gpu_at_hand(gpu, monkeypatch):
+    gpu(80)
+    monkeypatch.setattr("trainer.device.choose_device", lambda wanted: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("models.layers.attend._flash_version", lambda: (2, 8))
+    model = {"name": "llama", "attention_kernel": "flash"}
+    assert resolved(model=model, precision="bf16").config.model["attention_kernel"] == "flash"
+    with pytest.raises(UserError, match="flash cannot be used: it computes in fp16 and bf16, not float32"):
+        resolved(model=model, precision="fp32")
+
+
+def test_a_wrong_count_of_parameters_is_refused(monkeypatch):
+    count = Hlb.count_parameters
+    monkeypatch.setattr(Hlb, "count_parameters", lambda config: count(config) - 7)
+    with pytest.raises(UserError, match="model hlb: has 46,009,736 parameters, .* count_parameters says 46,009,729"):
+        resolved()
 
 
 def test_expected_memory_is_of_the_largest_step():
@@ -133,11 +169,12 @@ def test_microbatches_are_as_even_as_the_loop_cuts_them():
 
 
 def test_laws_are_shown():
-    facts = p.summary(resolved())
+    facts = p.summary(resolved(evaluation={"protocol": "hlb"}))
     assert facts["laws"]["decay base b"] == pytest.approx(7.22228, rel=1e-6)
     assert facts["laws"]["grad-norm exponent p"] == pytest.approx(-0.381301, rel=1e-5)
     assert facts["laws"]["lr of the head"] == pytest.approx(5.05174e-3, rel=1e-5)
     assert facts["laws"]["hlb validation"] == "3 x 50"
+    assert "hlb validation" not in p.summary(resolved(evaluation={"protocol": "full"}))["laws"]
 
 
 def test_token_count_is_that_of_the_loop():
@@ -170,6 +207,7 @@ def test_vocabulary_comes_from_the_data(tiny_dataset, tmp_path):
     "values, expected",
     [
         ({"model": {"name": "gpt2", "d_model": 100, "n_heads": 3}}, "model gpt2: "),
+        ({"model": {"name": "gpt2", "unpadded_vocab": 500}}, "unpadded_vocab: 500 is smaller than the tokenizer's"),
         ({"model": {"name": "gpt2"}, "optim": {"embedding_frequency": "global"}}, "ties head and embedding"),
         ({"batch": {"tokens_per_step": 100}}, "batch.tokens_per_step: 100 is less than one sequence"),
         ({"batch": {"tokens_per_microbatch": 100}}, "batch.tokens_per_microbatch: 100 is less than one sequence"),
@@ -232,6 +270,19 @@ def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatc
 def test_a_run_that_does_not_say_its_processes_decides_anew(old_run):
     (old_run / "environment.jsonl").write_text('{"host": "a"}\n')
     assert "strategy" not in combined_values({"run_dir": str(old_run)})[0]["engine"]
+
+
+def test_a_plugin_that_is_not_named_is_told(old_run):
+    """By the last start of the run, and without an import: there is no such module."""
+    command = ["-m", "train", "c.yaml", "--plugin", "my.first", "--model.name", "mine", "--plugin=my.second"]
+    with (old_run / "environment.jsonl").open("a") as file:
+        file.write(json.dumps({"processes": 1, "command": command}) + "\n")
+    values = {"run_dir": str(old_run), "model": {"name": "mine"}, "data": {"tokenizer": "bytes"}}
+    with pytest.raises(UserError, match="was started with --plugin my.first --plugin my.second"):
+        p.resolve(build(RunConfig, values))
+    (old_run / "environment.jsonl").unlink()
+    with pytest.raises(UserError, match="--plugin MODULE for one of your own"):
+        p.resolve(build(RunConfig, values))
 
 
 def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):

@@ -2,9 +2,12 @@
 
 import pytest
 
+from models.base import get_model, load_models
 from trainer.config import EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
 from trainer.errors import UserError
-from trainer.settings import build, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
+from trainer.settings import Repeated, build, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
+
+load_models()
 
 
 def test_precedence_defaults_yaml_base_flags(tmp_path):
@@ -38,7 +41,10 @@ def test_scientific_notation_is_a_number(tmp_path):
         ({"deterministic": "perhaps"}, "deterministic: expected true|false, got 'perhaps'"),
         ({"optim": 3}, "optim: is a section with keys recipe, lr"),
         ({"seed": [1]}, "seed: expected integer, got [1]"),
-        ({"seed": ["1", "2"]}, "seed: was given 2 times (1, 2); it takes one value"),
+        ({"seed": ["1", "2"]}, "seed: expected integer, got ['1', '2']"),
+        ({"seed": Repeated(["1", "2"])}, "seed: was given 2 times (1, 2); it takes one value"),
+        ({"run_dir": Repeated(["a", "b"])}, "run_dir: was given 2 times (a, b); it takes one value"),
+        ({"log": {"sample_prompt": ["a", ["b"]]}}, "log.sample_prompt: expected text, got ['a', ['b']]"),
         ({"model_scale": 0}, "model_scale: 0.0 is too small; it must be above 0"),
         ({"optim": {"final_lr_fraction": 1.5}}, "optim.final_lr_fraction: 1.5 is too large; at most 1"),
     ],
@@ -109,6 +115,30 @@ def test_bad_yaml(tmp_path, monkeypatch, content, expected):
         load_yaml(tmp_path / "self.yaml")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_text_setting_takes_a_list_as_words_with_commas(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {pattention: [qkv, out], prediction_weights: [1, 0.5], n_predict: 2}\n")
+    model = load_yaml(tmp_path / "c.yaml")["model"]
+    found = build(get_model("llama").Config, model)
+    assert (found.pattention, found.prediction_weights) == ("qkv,out", "1,0.5")
+
+
+def test_a_repeated_flag_is_a_list_in_yaml(tmp_path):
+    config = build(RunConfig, parse_flags(["--model.x", "1", "--model.x", "2", "--model.x", "3"])[1])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_yaml(tmp_path / "c.yaml")["model"]["x"] == ["1", "2", "3"]
+
+
+def test_a_missing_base_names_the_file_that_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nosuc.yaml").write_text("base: nosuch.yaml\n")
+    with pytest.raises(UserError) as caught:
+        load_yaml("nosuc.yaml")
+    assert str(caught.value) == "nosuc.yaml: `base` is nosuch.yaml: no such config file"
+    (tmp_path / "nosuchh.yaml").write_text("")
+    with pytest.raises(UserError, match="no such config file; did you mean nosuchh.yaml?"):
+        load_yaml("nosuc.yaml")
 
 
 def test_missing_file_suggests_a_near_one(tmp_path):

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from trainer.metrics.record import KEYS, read_rows
 from trainer.plan import resolve
 from trainer.run import Run
+from trainer.run_folder import open_run
 from trainer.settings import build
 from trainer.train import run, ways_out
 
@@ -144,6 +145,27 @@ def test_a_finished_run_is_left_alone(finished, capsys):
 def test_a_run_cannot_change_its_mind(finished, change, key):
     with pytest.raises(UserError, match=f"^{key}: .* was started with"):
         run({"run_dir": str(finished), "max_steps": 30, **change})
+
+
+def test_kernels_bind_neither_readers_nor_resumptions(tiny_dataset, tmp_path):
+    """A run that a GPU's kernels computed, on a machine without: it is read by `auto`, and goes on by others when told."""
+    shape = {"name": "llama", "d_model": 32, "n_layers": 1, "n_heads": 2}
+    values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, model=shape, optim={"recipe": "plain"})
+    run(values)
+    path = tmp_path / "r" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"] |= {"attention_kernel": "flex", "kernels": "liger"}
+    path.write_text(yaml.safe_dump(config))
+    opened = open_run(str(tmp_path / "r"), None, "cpu", "auto")
+    found = opened.plan.model_config
+    assert (found.attention_kernel, found.kernels) == ("auto", "auto")
+    opened.model(torch.zeros(1, 8, dtype=torch.long))
+    run({"run_dir": str(tmp_path / "r"), "max_steps": 3, "model": {"attention_kernel": "torch", "kernels": "auto"}})
+    found = yaml.safe_load(path.read_text())["model"]
+    assert (found["attention_kernel"], found["kernels"]) == ("torch", "auto")
+    run({"run_dir": str(tmp_path / "r"), "max_steps": 4, "model": {"attention_kernel": "auto"}})
+    assert yaml.safe_load(path.read_text())["model"]["attention_kernel"] == "auto"
+    assert [row[0] for row in losses(tmp_path / "r")] == [1, 2, 3, 4]
 
 
 def test_other_data_is_refused(finished, tiny_dataset, tmp_path):

@@ -31,6 +31,7 @@ from trainer.config import ExportConfig, RunConfig
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.files import sync_path, write_file
+from trainer.memory import KERNEL_FIELDS
 from trainer.run_folder import CONFIG
 from trainer.settings import build, load_yaml
 
@@ -47,6 +48,7 @@ def run(config: ExportConfig) -> None:
         raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
     trained = build(RunConfig, load_yaml(folder / CONFIG))  # everything inferred is written out there
     fields = dict(trained.model)
+    fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
     say = World().say
     chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
     if chosen is None:

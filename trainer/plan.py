@@ -22,6 +22,7 @@ from trainer.errors import UserError
 from trainer.inference import Inference, Row
 from trainer.launcher import Place, find_place
 from trainer.memory import GIB, build_meta, expected_memory
+from trainer.run_folder import folder_of, plugins_of
 from trainer.settings import build, coerce, coerced
 
 
@@ -93,9 +94,10 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     options = dict(config.model)
     name = options.pop("name", "hlb")
     if name not in model_names():
-        raise UserError(
-            f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; --plugin MODULE for one of your own)"
-        )
+        folder = folder_of(config)
+        plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
+        ways = f"{folder} was started with {plugins}" if plugins else "--plugin MODULE for one of your own"
+        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways})")
     model_class = get_model(name)
 
     if dataset is not None:
@@ -118,6 +120,9 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
         model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
+    unpadded = getattr(model_config, "unpadded_vocab", 0)
+    if 0 < unpadded < vocab_size:
+        raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
     for key, value in dataclasses.asdict(model_config).items():
         if key in options:
             inference.note(f"model.{key}", value, "set")
@@ -144,7 +149,6 @@ def law_rows(plan: Plan) -> list[Row]:
     """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
     optim, n = plan.config.optim, plan.parameters
     law = scaling.GradNormLaw.of(n)
-    batch, steps = scaling.evaluation_shape(scaling.tokens_per_microbatch(plan.config.model_scale))
     rows = []
     if optim.loss_driven_decay:
         rows.append(Row("decay base b", scaling.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
@@ -155,7 +159,9 @@ def law_rows(plan: Plan) -> list[Row]:
         rows.append(Row("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
         rows.append(Row("lr of norms, biases, embedding", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
         rows.append(Row("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
-    rows.append(Row("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
+    if plan.config.evaluation.protocol != "full":
+        batch, steps = scaling.evaluation_shape(scaling.tokens_per_microbatch(plan.config.model_scale))
+        rows.append(Row("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
     return rows
 
 

@@ -20,7 +20,8 @@ from trainer.config import DataConfig, RunConfig
 from trainer.errors import UserError
 from trainer.files import write_file
 from trainer.launcher import find_place
-from trainer.settings import build, load_yaml, merge, to_yaml
+from trainer.memory import KERNEL_FIELDS
+from trainer.settings import build, load_yaml, merge, parse_flags, to_yaml
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.jsonl"
@@ -42,6 +43,7 @@ CHANGEABLE = (
     "evaluation.",
     "checkpoint.",
     "log.",
+    *(f"model.{name}" for name in KERNEL_FIELDS),
 )
 
 # What goes with a strategy and a number of processes: with others it is decided anew.
@@ -80,18 +82,25 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         return given, False
     saved = load_yaml(folder / CONFIG)
     engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
-    if _processes_before(folder) != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
+    processes = _last_start(folder).get("processes")
+    if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
         saved["engine"] = {key: value for key, value in engine.items() if key not in BY_STRATEGY}
     return merge(saved, drop_inferred(given)), True
 
 
-def _processes_before(folder: Path) -> int | None:
-    """How many processes the last start in this folder had; None where that is not known."""
+def _last_start(folder: Path) -> dict[str, Any]:
+    """What `environment` said of the last start in this folder; empty where that is not known."""
     try:
         lines = (folder / ENVIRONMENT).read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1]).get("processes")
+        return json.loads(lines[-1])
     except (OSError, ValueError, IndexError):
-        return None
+        return {}
+
+
+def plugins_of(folder: Path) -> list[str]:
+    """The modules that the last start in this folder named by --plugin; none of them is imported."""
+    plugins = parse_flags(_last_start(folder).get("command", []))[1].get("plugin", [])
+    return plugins if isinstance(plugins, list) else [plugins]
 
 
 def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,10 +277,12 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     values = load_yaml(folder / CONFIG)
     if precision != "auto":
         values["precision"] = precision
-    values["device"] = device
+    values |= {"device": device, "run_dir": str(folder)}  # the folder may have been moved
     values.pop("engine", None)  # how the run was spread does not bind one process that reads it
+    config = build(RunConfig, values)
+    config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
     dataset = DatasetInfo.load(folder)
-    plan = resolve(build(RunConfig, values), dataset)
+    plan = resolve(config, dataset)
     place = choose_device(device, world.local_rank)
     if place.type == "cpu":
         keep_freed_memory()

@@ -32,6 +32,13 @@ def setting(default: Any, help: str, low: float | None = None, above: float | No
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Repeated(list):
+    """The values of a flag that was given several times."""
+
+
+yaml.SafeDumper.add_representer(Repeated, yaml.SafeDumper.represent_list)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses duplicate keys."""
 
@@ -51,13 +58,14 @@ _Loader.add_implicit_resolver(
 def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as a mapping; `base: other.yaml` (relative to the file) is read first and built upon."""
     path = Path(path)
-    if path.resolve() in _seen:
+    if path.resolve() in map(Path.resolve, _seen):
         raise UserError(f"{path}: `base` leads back to this file; remove the circle")
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file{_near_files(path)}") from None
+        asked = f"{_seen[-1]}: `base` is {path}" if _seen else path
+        raise UserError(f"{asked}: no such config file{_near_files(path, _seen)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a config: {error}") from None
     except yaml.YAMLError as error:
@@ -69,12 +77,13 @@ def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    return merge(load_yaml(path.parent / str(base), (*_seen, path.resolve())), content)
+    return merge(load_yaml(path.parent / str(base), (*_seen, path)), content)
 
 
-def _near_files(path: Path) -> str:
+def _near_files(path: Path, besides: tuple[Path, ...]) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], 1, 0.5)
+    names = [p.name for p in folder.glob("*.yaml") if p.resolve() not in map(Path.resolve, besides)]
+    near = difflib.get_close_matches(path.name, names, 1, 0.5)
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
@@ -92,7 +101,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def parse_flags(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Command-line words -> (positional words, nested mapping of flag values).
 
-    `--a.b value` and `--a.b=value` set a key; a flag without a value is `true`; a repeated flag makes a list.
+    `--a.b value` and `--a.b=value` set a key; a flag without a value is `true`; a repeated flag makes a `Repeated`.
     """
     positional: list[str] = []
     nested: dict[str, Any] = {}
@@ -121,7 +130,7 @@ def _put(nested: dict[str, Any], path: list[str], value: str, full: str) -> None
     if isinstance(nested.get(leaf), dict):
         raise UserError(f"--{full}: is a section; name one of its keys")
     before = nested.get(leaf)
-    nested[leaf] = value if before is None else (before if isinstance(before, list) else [before]) + [value]
+    nested[leaf] = value if before is None else Repeated([*(before if isinstance(before, list) else [before]), value])
 
 
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
@@ -215,9 +224,11 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, key: str) -> Any:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if isinstance(value, Repeated):
         raise UserError(f"{key}: was given {len(value)} times ({', '.join(value)}); it takes one value")
     wrong = UserError(f"{key}: expected {describe_type(hint)}, got {value!r}")
+    if hint is str and isinstance(value, list) and all(type(item) in (str, int, float) for item in value):
+        return ",".join(map(str, value))  # YAML's way to write what a flag writes as words with commas
     if isinstance(value, (dict, list)):
         raise wrong
     if hint is str:

@@ -24,10 +24,9 @@ from trainer.train import obtain_dataset
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
     """The verb: writes bench.json, bench.md and bench.png, and prints the table or the JSON to stdout."""
-    world, found, dataset = enter(config)
+    world, found, notes, _ = enter(config)
     first, memory = found[0], memory_of_process(found[0].device, world)
     contenders: list[Contender] = [*found]
-    notes = []
     for peer in peers(config, first):
         need = peer.needs()["total"]
         if need > ROOM * memory:
@@ -35,17 +34,19 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
         else:
             contenders.append(peer)
     together = world.on_leader(lambda: fit_together(contenders, memory)) and not share_compiled_code(contenders)
-    measure(contenders, config, together)
+    notes += measure(contenders, config, together)
     world.stop()
     if world.leader:
-        train_report(config, contenders, together, notes).publish(as_json)
+        measured = [one for one in contenders if one.record.rates]
+        train_report(config, measured, together, notes).publish(as_json)
 
 
-def enter(config: BenchConfig) -> tuple[World, list[Variant], Any]:
-    """The process group, the variants of the sweep (at least one, none built), and the dataset, prepared if need be."""
+def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
+    """The process group, the variants of the sweep (at least one, none built), a line on each combination that cannot run here,
+    and the dataset, prepared if need be."""
     world = read_world()
     obtain_dataset(config, world)
     join(world, config.device, config.engine.timeout_minutes, alone=True)
     device: torch.device = choose_device(config.device, world.local_rank)
     dataset = find_dataset(config.data)
-    return world, variants(config, dataset, world, device), dataset
+    return world, *variants(config, dataset, world, device), dataset

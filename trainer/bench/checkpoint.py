@@ -14,7 +14,7 @@ from typing import Any
 from trainer import checkpoint
 from trainer.bench import enter
 from trainer.bench.report import Report, bench_folder, device_facts, title
-from trainer.bench.variants import Variant
+from trainer.bench.variants import Variant, leaving_out
 from trainer.checkpoint_saver import Saver
 from trainer.config import BenchConfig
 from trainer.files import sync_path
@@ -25,12 +25,16 @@ TIMES = ("waiting", "saving", "loading", "plain_writing", "plain_reading")
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
     """The verb: writes bench.json and bench.md, prints the table or the JSON to stdout. One variant after the other."""
-    world, found, _ = enter(config)
+    world, found, left_out, _ = enter(config)
     world.on_leader(lambda: bench_folder(config))
-    rows = [measure_checkpoint(variant, config) for variant in found]
+    rows: list[dict[str, Any]] = []
+    for variant in found:
+        with leaving_out(variant.name, not rows, left_out, world):
+            rows.append(measure_checkpoint(variant, config))
+        variant.close()
     world.stop()
     if world.leader:
-        checkpoint_report(config, found[0], rows).publish(as_json)
+        checkpoint_report(config, found[0], rows, left_out).publish(as_json)
 
 
 def measure_checkpoint(variant: Variant, config: BenchConfig) -> dict[str, Any]:
@@ -45,7 +49,6 @@ def measure_checkpoint(variant: Variant, config: BenchConfig) -> dict[str, Any]:
         rounds = [measure_round(variant, saver, folder, number) for number in range(1, config.rounds + 2)]
     finally:
         world.on_leader(lambda: shutil.rmtree(folder, ignore_errors=True))
-        variant.close()
     seconds = {name: [times[name] for times, _ in rounds[1:]] for name in TIMES}
     row: dict[str, Any] = {"name": variant.name, "details": variant.details, "bytes": rounds[-1][1]}
     row["seconds"] = {name: {"median": statistics.median(times), "samples": times} for name, times in seconds.items()}
@@ -94,7 +97,7 @@ def plain_file(path: Path, size: int) -> tuple[float, float]:
     return seconds(write), seconds(read)
 
 
-def checkpoint_report(config: BenchConfig, first: Variant, rows: list[dict[str, Any]]) -> Report:
+def checkpoint_report(config: BenchConfig, first: Variant, rows: list[dict[str, Any]], left_out: list[str]) -> Report:
     """The report: a row for each variant."""
     header = ["", "MB", "training waits s", "save MB/s", "/ plain file", "load MB/s", "/ plain file"]
     table = [header]
@@ -115,6 +118,7 @@ def checkpoint_report(config: BenchConfig, first: Variant, rows: list[dict[str, 
     notes = [
         f"medians of {config.rounds} rounds after one to warm up; saving ends when all is on the disk (fsync), loading "
         "checks the hashes and reads from the page cache, as the plain file is read",
+        *left_out,
     ]
-    body = device_facts(first) | {"rounds": config.rounds, "rows": rows, "notes": []}
+    body = device_facts(first) | {"rounds": config.rounds, "rows": rows, "notes": left_out}
     return Report(config, "checkpoint", title(first), body, table, notes)

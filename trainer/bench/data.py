@@ -32,7 +32,7 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
     """
     if config.sweep:
         raise UserError("sweep: bench data measures one configuration; start it once for each")
-    world, (variant, *_), dataset = enter(config)
+    world, (variant,), _, dataset = enter(config)
     loader = {"cold": cold_rates(config, variant), "warm": warm_rates(config, variant)}
     tokenizer = tokenizer_rates(config, variant, dataset) if world.leader else []
     in_turns([variant], config)

@@ -105,7 +105,8 @@ class Peer(Contender):
             clock.watch(self, method, phase)
 
     def close(self) -> None:
-        self.reader.stream.close()
+        if hasattr(self, "reader"):  # not where building failed
+            self.reader.stream.close()
         # Also what `watch` has put in the place of methods.
         for name in ("model", "optimizer", "reader", "read", "forward", "backward", "update"):
             self.__dict__.pop(name, None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.bench.clock import PhaseClock, communication_ms, compilations, peak_memory, synchronise
-from trainer.bench.variants import Contender
+from trainer.bench.variants import Contender, leaving_out
 from trainer.config import BenchConfig
 from trainer.device import memory_bytes
 from trainer.engine.distributed import World
@@ -20,36 +20,53 @@ FIRST_STEPS = 2  # the second is the first that holds the optimiser's state whil
 ROOM = 0.9  # of the memory may be expected to be taken
 
 
-def measure(contenders: list[Contender], config: BenchConfig, together: bool) -> None:
-    """Fill the record of each contender."""
-    (in_turns if together else one_by_one)(contenders, config)
+def measure(contenders: list[Contender], config: BenchConfig, together: bool) -> list[str]:
+    """Fill the record of each contender that can run here; returns a line on each other one, which has no rates.
+
+    UserError where the first cannot run.
+    """
+    return (in_turns if together else one_by_one)(contenders, config)
 
 
-def in_turns(contenders: list[Contender], config: BenchConfig) -> None:
+def in_turns(contenders: list[Contender], config: BenchConfig) -> list[str]:
     """All are built; in each round each takes its turn, none always first. One round warms up."""
+    able: list[Contender] = []
+    notes: list[str] = []
     for one in contenders:
-        start(one)
+        with leaving_out(one.name, not able, notes, one.world):
+            start(one)
+            able.append(one)
+        if one not in able:
+            one.close()
     for number in range(config.rounds + 1):
-        for one in rotated(contenders, number):
+        for one in rotated(able, number):
             rate = turn(one, config.steps_per_round)
             if number > 0:
                 one.record.rates.append(rate)
-    for one in contenders:
-        one.record.beside = contenders[0].record.rates
+    for one in able:
+        one.record.beside = able[0].record.rates
         look_inside(one, config)
         one.close()
+    return notes
 
 
-def one_by_one(contenders: list[Contender], config: BenchConfig) -> None:
+def one_by_one(contenders: list[Contender], config: BenchConfig) -> list[str]:
     """First, second, first, third, first ...: of each, the mean of the first before and after stands beside."""
     first, *others = contenders
-    before = visit(first, config)
+    notes: list[str] = []
+    with leaving_out(first.name, True, notes, first.world):
+        before = visit(first, config)
     for one in others:
-        visit(one, config)
+        with leaving_out(one.name, False, notes, one.world):
+            visit(one, config)
+        if not one.record.rates:
+            one.close()
+            continue
         after = visit(first, config)
         one.record.beside = [(before + after) / 2] * config.rounds
         before = after
     first.record.beside = first.record.rates
+    return notes
 
 
 def visit(one: Contender, config: BenchConfig) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,9 +92,10 @@ class Variant(Contender):
         clock.watch_module(engine.model, "forward")
 
     def close(self) -> None:
-        self.run.stream.close()
-        self.run.engine.close()
-        del self.run
+        if hasattr(self, "run"):  # not where building failed
+            self.run.stream.close()
+            self.run.engine.close()
+            del self.run
         super().close()
 
 
@@ -115,17 +118,35 @@ def parse_sweep(sweep: list[str]) -> dict[str, list[str]]:
     return swept
 
 
-def variants(config: BenchConfig, dataset: Any, world: World, device: torch.device) -> list[Variant]:
-    """Every combination of the sweep, resolved but not built; the first one's values come first."""
+def variants(config: BenchConfig, dataset: Any, world: World, device: torch.device) -> tuple[list[Variant], list[str]]:
+    """Every combination of the sweep that can run here, resolved but not built, and a line on each other one.
+
+    The first one's values come first. UserError where that one cannot run.
+    """
     swept = parse_sweep(config.sweep)
-    found = []
+    found: list[Variant] = []
+    notes: list[str] = []
     for values in itertools.product(*swept.values()):
         changes = dict(zip(swept, values, strict=True))
-        plan = steady(resolve(run_config(config, changes), dataset))
-        variant = Variant(label(changes) or plan.config.model["name"], plan, dataset, world, device)
-        variant.details = changes
-        found.append(variant)
-    return found
+        wanted = run_config(config, changes)  # outside: a key or value that does not exist is a mistake
+        name = label(changes) or wanted.model.get("name", "hlb")
+        with leaving_out(name, not found, notes, world):
+            variant = Variant(name, steady(resolve(wanted, dataset)), dataset, world, device)
+            variant.details = changes
+            found.append(variant)
+    return found, notes
+
+
+@contextlib.contextmanager
+def leaving_out(name: str, first: bool, notes: list[str], world: World) -> Iterator[None]:
+    """Within, that `name` cannot run here is told, and noted; UserError where it is the first, to which all are compared."""
+    try:
+        yield
+    except (UserError, ValueError) as error:  # a ValueError: of the model, at its first forward pass
+        if first:
+            raise UserError(str(error)) from None
+        notes.append(f"{name} left out: {error}")
+        world.say(notes[-1])
 
 
 def run_config(config: BenchConfig, changes: dict[str, str]) -> RunConfig:

@@ -20,13 +20,16 @@ COLUMNS = (
 
 
 def format_cells(row: dict[str, Any]) -> str:
-    """A row of the table: each cell right-justified to its header, floats with 4 decimals, missing ones blank."""
-    cells = []
-    for name in COLUMNS:
-        value = row.get(name)
-        text = "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-        cells.append(text.rjust(len(name)))
-    return "|  " + "  |  ".join(cells) + "  |"
+    """A row of the table: each cell right-justified to its header, missing ones blank."""
+    cells = [format_number(row[name]) if row.get(name) is not None else "" for name in COLUMNS]
+    return "|  " + "  |  ".join(cell.rjust(len(name)) for name, cell in zip(COLUMNS, cells, strict=True)) + "  |"
+
+
+def format_number(value: Any) -> str:
+    """Floats with 4 decimals, as powers of ten where that would be wider than a column (a perplexity at the start)."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1e7 else f"{value:.3e}"
 
 
 class Table:
@@ -86,10 +89,7 @@ class Live:
         self.step(facts)
         if row.get("val_loss") is not None:
             names = ("curr_step", "train_loss", "val_loss", "val_perplexity", "grad_norm")
-            shown = [
-                f"{name} {row[name]:.4f}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in names
-            ]
-            self.say("  ".join(shown))
+            self.say("  ".join(f"{name} {format_number(row[name])}" for name in names))
 
     def say(self, text: str) -> None:
         from rich.text import Text
