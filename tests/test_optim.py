@@ -59,6 +59,20 @@ def test_hlb_groups_at_scale_one():
     assert [len(groups[name].parameters) for name in printed] == [2, 2 + 1 + 1, 1, 4]
 
 
+def test_a_tied_matrix_learns_as_the_head_does():
+    """At the embedding's 32 lr a head diverges. The other tables, here of positions, stay where they were."""
+    cls = get_model("gpt2")
+    config = OptimConfig(recipe="hlb", lr=0.01, warmup_steps=100, weight_decay=0.0, loss_driven_decay=True)
+    held = {}
+    for tied in (True, False):
+        model = cls(cls.Config(vocab_size=64, d_model=64, n_layers=1, n_heads=2, max_context=16, tied=tied))
+        groups = {group.name: group.parameters for group in optim.hlb_groups(model, config)}
+        assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
+        held[tied] = groups["head"], "embedding.weight" in groups["norm, bias, embedding"]
+        assert "positions.weight" in groups["norm, bias, embedding"]
+    assert held == {True: (["embedding.weight"], False), False: (["head.weight"], True)}
+
+
 def test_every_parameter_in_exactly_one_role():
     model = hlb_model()
     roles = model.parameter_groups()

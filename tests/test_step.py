@@ -9,11 +9,12 @@ from conftest import tiny_values
 from test_train import losses, make, same, weights
 
 import models.base
-from models.base import IGNORE
+from models.base import IGNORE, cross_entropy
 from trainer import checkpoint
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.metrics.record import read_rows
+from trainer.scaling import weight_decay, weight_decay_base
 from trainer.train import run
 
 
@@ -28,6 +29,24 @@ def test_microbatches_do_not_change_the_step(tiny_dataset, tmp_path):
     # fp32 sums of 512 terms in another order: a relative error of some 512 * 2^-24 = 3e-5 at worst.
     assert norms[0] == pytest.approx(norms[1], rel=3e-5)
     assert after[0] == pytest.approx(after[1], rel=3e-5)
+
+
+def test_the_loss_of_a_step_is_that_of_the_next_token(tiny_dataset, tmp_path):
+    """The losses of further heads and of large logits are optimised, too, but validation knows nothing of them; nor does
+    the weight decay that follows the loss."""
+    model = {"name": "llama", "d_model": 64, "n_layers": 2, "n_heads": 2, "n_predict": 3, "z_loss": 0.1}
+    one = make(tiny_dataset, tmp_path, model=model, optim__recipe="hlb", batch__tokens_per_microbatch=128)
+    length = one.plan.sequence_length(0)
+    batch = list(one.microbatches(one.read(length, 512 // length), length, 512 // length))
+    with torch.no_grad():
+        expected = sum(cross_entropy(one.model(tokens).logits, targets, "sum") for tokens, targets, _ in batch) / 512
+        whole = sum(one.model(tokens, targets, reduction="sum").loss for tokens, targets, _ in batch) / 512
+    loss = one.optimiser_step().numbers.read()[0]
+    assert whole > 2 * expected
+    # A difference of fp32 sums of 128 terms: an error of some 128 * 2^-24 = 8e-6 of the larger, which is three times it.
+    assert loss == pytest.approx(expected.item(), rel=3e-5)
+    decay = weight_decay(loss, weight_decay_base(one.plan.parameters))
+    assert one.engine.optimizer.decay.item() == pytest.approx(decay, rel=1e-5)
 
 
 def test_embedding_rows_are_divided_by_their_counts_over_the_whole_step(tiny_dataset, tmp_path):

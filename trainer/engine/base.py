@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.base import Output
 from models.layers.float8 import convert_to_float8, float8_refusal
 from trainer.device import choose_device, keep_freed_memory
 from trainer.engine.compilation import Compiled
@@ -95,7 +96,7 @@ class Engine:
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         """Add the gradient of scale * (sum of token losses); ranks are summed by the `last` microbatch.
 
-        tokens, targets: [B, T] on the device. Returns the sum of token losses of this rank, a detached fp32 scalar.
+        tokens, targets: [B, T] on the device. Returns `next_token_loss` of this rank.
         All ranks call this equally often in a step.
         """
         raise NotImplementedError
@@ -172,6 +173,18 @@ class Engine:
 
     def close(self) -> None:
         """Free what would outlive the process group."""
+
+
+def next_token_loss(output: Output) -> Tensor:
+    """The loss less its parts: the cross-entropy of the next token, as validation measures it; a detached fp32 scalar.
+
+    It is not finite where the loss or one of its parts is not: the parts are inside the loss.
+    """
+    assert output.loss is not None
+    loss = output.loss.detach()
+    for part in (output.parts or {}).values():
+        loss = loss - part.detach()
+    return loss
 
 
 def with_storage(model: Any, device: torch.device) -> Any:

@@ -52,8 +52,16 @@ def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> flo
 
 
 def hlb_groups(model: Any, optim: Any) -> list[Group]:
-    """The four groups of hlb-gpt, by role."""
+    """The four groups of hlb-gpt, by role.
+
+    A matrix that is both embedding and head is the head's: 32 lr is for rows that are only looked up; as a head they diverge.
+    """
     by_role = names_by_role(model)
+    if model.tied_embedding():
+        shared = model.token_embedding().weight
+        tied = [name for name in by_role["embedding"] if model.get_parameter(name) is shared]
+        by_role["embedding"] = [name for name in by_role["embedding"] if name not in tied]
+        by_role["head"] += tied
 
     def power(step: int) -> float:
         return power_decay(step, optim.warmup_steps)
