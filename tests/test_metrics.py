@@ -7,12 +7,14 @@ import time
 
 import pytest
 import torch
+from conftest import tiny_values
 
 from trainer.device import HostCopy
 from trainer.errors import UserError
 from trainer.metrics import console, plots
 from trainer.metrics.record import MetricsFile, Wandb, read_rows
 from trainer.metrics.report import Clock, Measured, Report
+from trainer.train import run
 
 ROW = {
     "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
@@ -73,6 +75,13 @@ def test_clock_counts_training_only():
     clock.start()
     time.sleep(0.02)
     assert clock.seconds > held
+
+
+def test_further_losses_have_keys_of_their_own(tiny_dataset, tmp_path):
+    model = {"name": "llama", "d_model": 64, "n_layers": 1, "n_heads": 2, "n_predict": 2, "z_loss": 0.1}
+    run(tiny_values(tiny_dataset, tmp_path / "r", model=model, max_steps=2))
+    for row in read_rows(tmp_path / "r" / "metrics.jsonl"):
+        assert 0 < row["loss_z_loss"] and 0.8 * row["loss"] < row["loss_head_2"] < 1.2 * row["loss"]
 
 
 def test_time_goes_to_the_step_that_took_it(monkeypatch):

@@ -41,8 +41,11 @@ def test_the_loss_of_a_step_is_that_of_the_next_token(tiny_dataset, tmp_path):
     with torch.no_grad():
         expected = sum(cross_entropy(one.model(tokens).logits, targets, "sum") for tokens, targets, _ in batch) / 512
         whole = sum(one.model(tokens, targets, reduction="sum").loss for tokens, targets, _ in batch) / 512
-    loss = one.optimiser_step().numbers.read()[0]
+    measured = one.optimiser_step()
+    loss, *parts = [measured.numbers.read()[i] for i in (0, -3, -2, -1)]
     assert whole > 2 * expected
+    assert measured.parts == ("head_2", "head_3", "z_loss")
+    assert loss + sum(parts) == pytest.approx(whole.item(), rel=3e-5)
     # A difference of fp32 sums of 128 terms: an error of some 128 * 2^-24 = 8e-6 of the larger, which is three times it.
     assert loss == pytest.approx(expected.item(), rel=3e-5)
     decay = weight_decay(loss, weight_decay_base(one.plan.parameters))

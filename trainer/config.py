@@ -55,6 +55,7 @@ class DataConfig(CorpusConfig):
     path: str | None = setting(None, "folder or s3://, gs://, hf:// address that `prepare` wrote; prepared if missing")
     cache: str | None = setting(None, "folder for shards of a remote path; none: under the user's cache folder")
     threads: int = setting(4, "threads that read ahead (never changes the order)", low=1)
+    separate_documents: bool = setting(False, "tokens attend only within their own document")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.base import IGNORE, cross_entropy
 from trainer.config import EvaluateConfig
+from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, ordered_windows
 from trainer.engine.distributed import World
 from trainer.scaling import evaluation_shape, tokens_per_microbatch
@@ -36,7 +37,7 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, device, autocast() and lockstep, as an engine does; at: told the progress.
+    """Loss over the split in order. runner: has model, plan, device, autocast() and lockstep, as an engine does; at: told the progress.
 
     Returns loss (nats per token), perplexity, bits_per_byte, word_perplexity, accuracy, tokens, windows.
     """
@@ -114,7 +115,8 @@ def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
     training = runner.model.training
     runner.model.eval()
     with runner.autocast():
-        logits = runner.model(tokens).logits.float()  # [B, T, V]
+        documents = document_numbers(tokens, runner.plan.end_of_text)
+        logits = runner.model(tokens, documents=documents).logits.float()  # [B, T, V]
     runner.model.train(training)
     right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")

@@ -133,7 +133,9 @@ class Inference:
         from trainer.engine import compilation, recompute
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
-        self.demand = Demand(self.model_class, self.model_config, batch.sequence_length)
+        self.demand = Demand(
+            self.model_class, self.model_config, batch.sequence_length, self.config.data.separate_documents
+        )
         self.step: float = batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
         wanted = batch.tokens_per_microbatch or batch.sequence_length
         chooser = Chooser(self.demand, config, world, self.memory, wanted, self.step)

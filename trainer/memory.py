@@ -97,10 +97,14 @@ _measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model se
 
 
 class Demand:
-    """What a model asks of a device at one sequence length. Models are built without storage; measures are kept."""
+    """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
 
-    def __init__(self, model_class: Any, model_config: Any, length: int) -> None:
-        self.model_class, self.model_config, self.length = model_class, model_config, length
+    documents: whether it is told which document each token is of.
+    """
+
+    def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
+        self.model_class, self.model_config = model_class, model_config
+        self.length, self.documents = length, documents
         model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
@@ -201,17 +205,19 @@ class Demand:
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
     def _measure(self, compute: str, how: str) -> Kept:
-        key = self.model_class, repr(self.model_config), self.length, compute, how
+        key = self.model_class, repr(self.model_config), self.length, compute, how, self.documents
         if key not in _measured:
-            _measured[key] = kept_bytes(self.model_class, self.model_config, self.length, compute, how)
+            _measured[key] = kept_bytes(self.model_class, self.model_config, self.length, compute, how, self.documents)
         return _measured[key]
 
 
-def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, how: str = "none") -> Kept:
+def kept_bytes(
+    model_class: Any, model_config: Any, length: int, compute: str, how: str = "none", documents: bool = False
+) -> Kept:
     """What is alive after the forward pass of one sequence.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute: see Spread.compute; how: engine.activation_checkpointing.
+    compute: see Spread.compute; how: engine.activation_checkpointing; documents: see Demand.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -233,7 +239,7 @@ def kept_bytes(model_class: Any, model_config: Any, length: int, compute: str, h
             block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes()))
             block.register_forward_hook(lambda *_: added.append(alive.bytes() - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
-        output = model(tokens, targets=tokens)
+        output = model(tokens, targets=tokens, documents=tokens if documents else None)
         total = alive.bytes()
         entries = length * model_config.vocab_size
         logits = any(
@@ -307,7 +313,7 @@ def expected_memory(plan: Any) -> dict[str, int]:
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     spread, length = Spread.of(plan.config, plan.processes, plan.memory is not None), batch.sequence_length
-    demand = Demand(plan.model_class, plan.model_config, length)
+    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))

@@ -43,6 +43,7 @@ class Plan:
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
     memory: int | None  # bytes of one GPU; None: on CPUs
+    end_of_text: int | None = None  # id that ends a document, where none attends to another
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -65,6 +66,11 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     world = world or find_place(os.environ)
     inference = Inference(config)
     model_class, model_config, vocab_size = _resolve_model(inference, dataset)
+    if config.data.separate_documents and not model_class.masks_documents:
+        raise UserError(
+            f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
+            "leave it out"
+        )
     inference.model(model_class, model_config)
     inference.launcher(world)
     inference.hardware(gpu)
@@ -83,6 +89,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         vocab_size=vocab_size,
         processes=world.size,
         memory=inference.memory,
+        end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
     )
 
 

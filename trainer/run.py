@@ -85,15 +85,15 @@ class Run:
         rows = self.read(length, sequences)  # [rows of this rank, length + 1]
         if self.frequency is not None:
             self.frequency.count(rows[:, :-1], self.world)
-        loss = torch.zeros((), device=self.device)
+        losses: Any = 0  # [1 + parts]
         for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
             self.watchdog.at(step + 1, f"microbatch {number}", in_step=True)
-            loss += self.engine.backward(tokens, targets, 1 / counted, last)
+            losses = losses + self.engine.backward(tokens, targets, 1 / counted, last)
         self.watchdog.at(step + 1, "loss and update", in_step=True)
         # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
-        sums = self.world.sum(torch.cat([loss[None] / counted, self.flags()]))  # [4]
-        loss, flags = sums[0], sums[1:]
-        norm, finite = self.engine.step(step, loss)
+        sums = self.world.sum(torch.cat([losses / counted, self.flags()]))
+        losses, flags = sums.split([len(losses), len(self.no_flags)])
+        norm, finite = self.engine.step(step, losses[0])
 
         measured = Measured(
             step=step + 1,
@@ -103,7 +103,8 @@ class Run:
             length=length,
             multiplier=state.k,
             lr=self.engine.optimizer.matrix_lr,
-            numbers=HostCopy(torch.cat([torch.stack([loss, norm, finite]), flags])),
+            numbers=HostCopy(torch.cat([torch.stack([losses[0], norm, finite]), flags, losses[1:]])),
+            parts=self.engine.part_names,
         )
         state.position = self.stream.start(state.position, length) + counted
         state.tokens += counted

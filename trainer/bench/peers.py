@@ -18,6 +18,7 @@ from models.base import cross_entropy
 from trainer.bench.clock import PhaseClock
 from trainer.bench.variants import Contender
 from trainer.config import BenchConfig
+from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, TrainStream
 from trainer.engine.base import Engine, autocast, prepare_device, with_storage
 from trainer.engine.distributed import World
@@ -129,7 +130,8 @@ class BareLoop(Peer):
         return model
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model(tokens, targets=targets, reduction="sum").loss
+        documents = document_numbers(tokens, self.plan.end_of_text)
+        return self.model(tokens, targets=targets, documents=documents, reduction="sum").loss
 
 
 class EagerPeer(Peer):
@@ -145,7 +147,8 @@ class EagerPeer(Peer):
         return model
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(self.model(tokens).logits, targets, "sum")
+        documents = document_numbers(tokens, self.plan.end_of_text)
+        return cross_entropy(self.model(tokens, documents=documents).logits, targets, "sum")
 
     def needs(self) -> dict[str, int]:
         needs = super().needs()

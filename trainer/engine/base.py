@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.base import Output
 from models.layers.float8 import convert_to_float8, float8_refusal
+from trainer.data.documents import document_numbers
 from trainer.device import choose_device, keep_freed_memory
 from trainer.engine.compilation import Compiled
 from trainer.engine.distributed import World
@@ -30,10 +31,11 @@ class Engine:
 
     model: what forward passes go through. shapes: whole shape of every parameter. local: the part of each parameter that
     this rank updates, by name; the optimiser sees these and no others. lockstep: every forward pass is a collective, so all
-    ranks must take part in each.
+    ranks must take part in each. part_names: of the further losses, known after the first `backward`.
     """
 
     lockstep = False
+    part_names: tuple[str, ...] = ()
     local: dict[str, nn.Parameter]
 
     def __init__(self, plan: Any, world: World) -> None:
@@ -96,10 +98,27 @@ class Engine:
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         """Add the gradient of scale * (sum of token losses); ranks are summed by the `last` microbatch.
 
-        tokens, targets: [B, T] on the device. Returns `next_token_loss` of this rank.
+        tokens, targets: [B, T] on the device. Returns `losses` of this rank.
         All ranks call this equally often in a step.
         """
         raise NotImplementedError
+
+    def documents(self, tokens: Tensor) -> Tensor | None:
+        """[B, T]: the document of each token, where none attends to another; else None."""
+        return document_numbers(tokens, self.plan.end_of_text)
+
+    def losses(self, output: Output) -> Tensor:
+        """[1 + parts] of a forward pass: the cross-entropy of the next token, as validation measures it, and the further
+        losses in the order of `part_names`; detached, fp32.
+
+        The first is the loss less its parts: not finite where any of them is not.
+        """
+        assert output.loss is not None
+        loss, self.part_names = output.loss.detach(), tuple(output.parts or ())
+        if not output.parts:
+            return loss[None]
+        parts = torch.stack([part.detach() for part in output.parts.values()])
+        return torch.cat([(loss - parts.sum())[None], parts])
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip, update, project, clear the gradients; returns (global gradient norm before clipping, 1.0 if all was finite else 0.0).
@@ -173,18 +192,6 @@ class Engine:
 
     def close(self) -> None:
         """Free what would outlive the process group."""
-
-
-def next_token_loss(output: Output) -> Tensor:
-    """The loss less its parts: the cross-entropy of the next token, as validation measures it; a detached fp32 scalar.
-
-    It is not finite where the loss or one of its parts is not: the parts are inside the loss.
-    """
-    assert output.loss is not None
-    loss = output.loss.detach()
-    for part in (output.parts or {}).values():
-        loss = loss - part.detach()
-    return loss
 
 
 def with_storage(model: Any, device: torch.device) -> Any:

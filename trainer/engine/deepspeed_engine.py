@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from trainer.device import choose_device
-from trainer.engine.base import Engine, next_token_loss, ties, with_storage
+from trainer.engine.base import Engine, ties, with_storage
 from trainer.engine.deepspeed_config import deepspeed_settings
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, deal
@@ -109,10 +109,10 @@ class DeepSpeedEngine(Engine):
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self._zero.set_gradient_accumulation_boundary(last)
         use_linear(linear if self.stage == 3 else plain_linear)
-        output = self._zero(tokens, targets=targets, reduction="sum")
+        output = self._zero(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
         self._zero.backward(output.loss * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum
         use_linear(plain_linear)
-        return next_token_loss(output)
+        return self.losses(output)
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         if self.stage == 0:

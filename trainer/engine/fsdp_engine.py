@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer.engine.base import Engine, next_token_loss
+from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
 
 
@@ -59,9 +59,9 @@ class FsdpEngine(Engine):
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-        output = self.model(tokens, targets=targets, reduction="sum")
+        output = self.model(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
         (output.loss * (scale * self.world.size)).backward()  # FSDP averages over ranks; we want the sum
-        return next_token_loss(output)
+        return self.losses(output)
 
     def collect_gradients(self) -> None:
         for name, shard in self._shards.items():

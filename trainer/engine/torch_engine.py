@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.engine.base import Engine, next_token_loss
+from trainer.engine.base import Engine
 
 
 class TorchEngine(Engine):
@@ -35,12 +35,12 @@ class TorchEngine(Engine):
         quiet = self._wrapped and not last
         with self._module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             with self.autocast():
-                output = self._module(tokens, targets=targets, reduction="sum")
+                output = self._module(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
             # DDP averages over ranks; we want the sum.
             (output.loss * (scale * self.world.size if self._wrapped else scale)).backward()
         if self.precision == "pure_bf16":
             self._add_up(last)
-        return next_token_loss(output)
+        return self.losses(output)
 
     def clear_gradients(self) -> None:
         # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.

@@ -23,7 +23,7 @@ from trainer.metrics.record import MetricsFile, Wandb
 @dataclass
 class Measured:
     """One optimiser step. numbers: what only the device knows: loss, gradient norm, 1.0 if both are finite else 0.0, on how
-    many ranks each of signals.STOPPING came, on how many an asynchronous save has failed."""
+    many ranks each of signals.STOPPING came, on how many an asynchronous save has failed, the losses named in `parts`."""
 
     step: int  # optimiser steps done, this one included
     tokens: int  # trained on so far
@@ -33,6 +33,7 @@ class Measured:
     multiplier: int
     lr: float
     numbers: HostCopy
+    parts: tuple[str, ...] = ()
     elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
     seconds: float = 0.0
 
@@ -111,7 +112,8 @@ class Report:
         if self._waiting is None:
             return
         m, self._waiting = self._waiting, None
-        loss, grad_norm, finite, *stops, failed = m.numbers.read()
+        loss, grad_norm, finite, *others = m.numbers.read()
+        stops, failed, parts = others[: len(STOPPING)], others[len(STOPPING)], others[len(STOPPING) + 1 :]
         self.save_failed = failed > 0
         self.asked = next((number for number, count in zip(STOPPING, stops, strict=True) if count), self.asked)
         rate = m.step_tokens / max(m.elapsed, 1e-9)
@@ -132,6 +134,7 @@ class Report:
             "epoch": m.epoch,
             "seconds": m.seconds,
         }
+        row |= {f"loss_{name}": part if finite else None for name, part in zip(m.parts, parts, strict=True)}
         if validation and "full" in validation and "hlb" in validation:
             row["val_loss_hlb"] = validation["hlb"]["loss"]
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
