@@ -130,11 +130,13 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     unpadded = getattr(model_config, "unpadded_vocab", 0)
     if 0 < unpadded < vocab_size:
         raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
+    inferred = getattr(model_config, "inferred", dict)()
     for key, value in dataclasses.asdict(model_config).items():
+        meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
-            inference.note(f"model.{key}", value, "set")
+            inference.note(f"model.{key}", value, "set" + meaning)
         elif key != "vocab_size":
-            inference.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}")
+            inference.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     config.model = {"name": name, **dataclasses.asdict(model_config)}
     return model_class, model_config, vocab_size
 
