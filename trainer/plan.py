@@ -130,7 +130,7 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     unpadded = getattr(model_config, "unpadded_vocab", 0)
     if 0 < unpadded < vocab_size:
         raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
-    inferred = getattr(model_config, "inferred", dict)()
+    inferred: dict[str, int] = getattr(model_config, "inferred", dict)()
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:

@@ -61,7 +61,7 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
 
     of_width: the config of a width, or ValueError where there is none. Widths are whole tiles of matrix products: multiples
     of 64, from 1024 on of 128. Parts of tiles, as large as can be, are for targets that no coarser width meets, or only
-    at four times too deep or shallow where finer ones are not (few parameters, most of them embeddings). Where no
+    at twice too deep or shallow where finer ones are not (few parameters, most of them embeddings). Where no
     width meets the target the nearest is taken. ValueError if that is off by more than a factor FAR, or no width will do.
     """
 
@@ -83,12 +83,12 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
         if not shapes:
             raise refusal  # it is not the width that cannot be
         met = [config for config in shapes if miss(config) < 0.03]
-        if met and min(map(aspect, met)) < math.log(4):
+        if met and min(map(aspect, met)) < math.log(2):
             break
     if not met:
         return _near_enough(min(shapes, key=miss), count, target)
     # At a chosen depth all have nearly one aspect, whatever it is: widths within 3 % of a count differ by 6 % at most.
-    most = max(math.log(4), min(map(aspect, met)) + 0.1)
+    most = max(math.log(2), min(map(aspect, met)) + 0.1)
     near = [config for config in met if aspect(config) < most]
     return min(near, key=lambda config: (_parts_of_tile(config.d_model), aspect(config)))
 
