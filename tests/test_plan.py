@@ -67,7 +67,7 @@ def test_nothing_is_left_open(name):
 
 
 def test_what_zero_stands_for_is_said():
-    rows = {row.key: row for row in resolved(model={"name": "llama", "d_model": 64, "n_heads": 2}).rows}
+    rows = {row.key: row for row in resolved(model={"name": "llama", "d_model": 64, "n_layers": 1, "n_heads": 2}).rows}
     assert rows["model.d_hidden"].value == 0  # so that another width finds its own
     assert rows["model.d_hidden"].rule.endswith("; here 256") and rows["model.head_dim"].rule.endswith("; here 32")
     assert "here" not in rows["model.kv_rank"].rule  # of latent attention

@@ -22,6 +22,7 @@ from trainer.config import EvaluateConfig
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, ordered_windows
 from trainer.engine.distributed import World
+from trainer.metrics.console import format_number
 from trainer.scaling import evaluation_shape, tokens_per_microbatch
 
 # fp32 logits held at once, by type of device: evaluation is not worth more memory than training, and a CPU is faster with less.
@@ -189,7 +190,7 @@ def render(report: dict[str, Any]) -> str:
         if protocol in report:
             values = report[protocol]
             shown = [
-                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
+                f"{key} {format_number(value)}" if isinstance(value, float) else f"{key} {value:,}"
                 for key, value in values.items()
             ]
             lines.append(f"{protocol}: " + ", ".join(shown))

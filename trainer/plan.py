@@ -166,7 +166,8 @@ def law_rows(plan: Plan) -> list[Row]:
         rows.append(Row("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
     if optim.recipe == "hlb":
         rows.append(Row("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
-        rows.append(Row("lr of norms, biases, embedding", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
+        tables = "positions" if getattr(plan.model_config, "tied", False) else "embedding"
+        rows.append(Row(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
         rows.append(Row("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
     if plan.config.evaluation.protocol != "full":
         batch, steps = scaling.evaluation_shape(scaling.tokens_per_microbatch(plan.config.model_scale))
