@@ -140,13 +140,21 @@ class TransformerConfig:
         by_ratio = round(self.hidden_ratio * self.d_model)
         return self.d_hidden or by_ratio or hidden_width(self.mlp, self.d_model, self.hidden_multiple)
 
+    @property
+    def slots(self) -> int:
+        return self.pattention_slots or self.d_model
+
+    @property
+    def mlp_slots(self) -> int:
+        return self.pattention_mlp_slots or 4 * self.d_model
+
     def inferred(self) -> dict[str, int]:
         """What a 0 stands for, by field: of those fields that this decoder has a use for."""
         rope, rank, _ = latent_widths(self)
         latent = {"kv_rank": rank, "rope_dim": rope}
         heads = latent if self.attention == "latent" else {"n_kv_heads": self.kv_heads}
-        slots = {"pattention_slots": self.d_model} if self.pattention_of else {}
-        mlp = {"pattention_mlp_slots": 4 * self.d_model} if "mlp" in self.pattention_of else {"d_hidden": self.hidden}
+        slots = {"pattention_slots": self.slots} if self.pattention_of else {}
+        mlp = {"pattention_mlp_slots": self.mlp_slots} if "mlp" in self.pattention_of else {"d_hidden": self.hidden}
         return {"head_dim": self.head_width} | heads | slots | mlp
 
     @property

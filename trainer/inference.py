@@ -59,6 +59,7 @@ class Inference:
             )
         outside = [name for role in ("embedding", "head") for name in roles.get(role, [])]
         self.non_embedding = self.parameters - sum(sizes[name] for name in outside)
+        self.meta = meta
         self.tied = meta.tied_embedding()
         self.max_context = meta.max_context
 
@@ -92,9 +93,8 @@ class Inference:
         """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
         import torch
 
-        model = build_meta(self.model_class, self.model_config)
         try:
-            model.to(torch.float32 if precision == "fp32" else torch.bfloat16).describe_kernels(device)
+            self.meta.to(torch.float32 if precision == "fp32" else torch.bfloat16).describe_kernels(device)
         except ValueError as error:
             raise UserError(f"model {self.config.model['name']}: {error}") from None
 

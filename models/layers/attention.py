@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        d, slots, mode = config.d_model, config.pattention_slots or config.d_model, config.pattention_mode
+        d, slots, mode = config.d_model, config.slots, config.pattention_mode
         self.heads = HEADS[config.attention](config, layer)
         self.qkv: nn.Module
         if "qkv" in config.pattention_of:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def size(config: Any, layer: int) -> int:
-        d, slots, bias = config.d_model, config.pattention_slots or config.d_model, config.qkv_has_bias
+        d, slots, bias = config.d_model, config.slots, config.qkv_has_bias
         h, g = config.n_heads * config.head_width, config.kv_heads * config.head_width
         into = sum(projection_size(config, "qkv", d, width, bias, slots) for width in (h, g, g))
         out = projection_size(config, "out", h, d, config.out_has_bias, slots)

@@ -172,14 +172,14 @@ def norm_size_of(config: Any) -> int:
 def mlp_of(config: Any) -> nn.Module:
     if "mlp" not in config.pattention_of:
         return Mlp(config)
-    slots = config.pattention_mlp_slots or 4 * config.d_model
+    slots = config.mlp_slots
     return Pattention(config.d_model, config.d_model, slots, config.pattention_mode)
 
 
 def mlp_size(config: Any) -> int:
     d, inputs = config.d_model, ACTIVATIONS[config.mlp].inputs
     if "mlp" in config.pattention_of:
-        return Pattention.size(d, d, config.pattention_mlp_slots or 4 * d)
+        return Pattention.size(d, d, config.mlp_slots)
     return (inputs + 1) * d * config.hidden + config.bias * (inputs * config.hidden + d)
 
 
