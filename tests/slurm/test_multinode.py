@@ -315,8 +315,14 @@ def test_other_launchers(jobs, calm, launcher):
     )
 
 
+@pytest.fixture
+def alone(slurm, jobs) -> None:
+    """For tests that take the nodes away: no other job may be on them."""
+    slurm.idle(PATIENCE)
+
+
 @everywhere
-def test_preemption(slurm, submit, calm):
+def test_preemption(slurm, alone, submit, calm):
     """Its signal reaches the batch script or the processes, as the cluster is set."""
     job = submit("preempted", [SLOW])
     job.wait_for_checkpoint()
@@ -330,7 +336,7 @@ def test_preemption(slurm, submit, calm):
 
 @once
 @pytest.mark.parametrize("what", ["crash", "cut"])
-def test_lost_node(slurm, submit, calm, what):
+def test_lost_node(slurm, alone, submit, calm, what):
     """Power lost, or the network: Slurm starts the job again once the node is back."""
     job = submit(what, [SLOW], flags=["--engine.step_timeout_minutes", "0.3"])  # what remains on node1 then ends itself
     job.wait_for_checkpoint()
