@@ -15,17 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register, require_positive
-from models.layers import normal_
-from models.layers.distance_attention import (
-    FLEX_MIN_LENGTH,
-    BlockMask,
-    Reach,
-    attend_dense,
-    attend_flex,
-    causal_block_mask,
-    document_block_mask,
-    flex_refusal,
-)
+from models.layers import flex, normal_
+from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
 from models.layers.linear_cross_entropy import linear_cross_entropy
 
 QUANTISED_CONTEXT = 1024  # length of the original's table of positions
@@ -141,7 +132,7 @@ class Hlb(LanguageModel):
         if self.max_context is not None and start + length > self.max_context:
             raise ValueError(f"a sequence of {start + length} tokens exceeds the quantised table of {self.max_context}")
         if cache is None and self._flex_refusal(length, device) is None:
-            return causal_block_mask(length, device) if documents is None else document_block_mask(documents)
+            return flex.causal_blocks(length, device) if documents is None else flex.document_blocks(documents)
         j = torch.arange(start + length, device=device)
         i = j[start:, None]
         if self.config.position_bias_quantised:
@@ -169,10 +160,10 @@ class Hlb(LanguageModel):
             raise ValueError(
                 f"attention_kernel flex cannot be used: it has no kernel that trains on {device.type}; use auto or torch"
             )
-        refusal = self._flex_refusal(FLEX_MIN_LENGTH, device)
+        refusal = self._flex_refusal(flex.MIN_LENGTH, device)
         if refusal is not None:
             return f"attention: torch ({refusal})"
-        short = f" and under {FLEX_MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""
+        short = f" and under {flex.MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""
         return f"attention: flex (no [T, T] tensors), torch when decoding{short}"
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from models.base import Cache
+from models.layers import flex
 from trainer.engine import compilation, recompute
 from trainer.engine.compilation import Compiled, choose
 from trainer.train import run
@@ -264,3 +265,18 @@ def test_resumption_is_bitwise(tiny_dataset, tmp_path, monkeypatch):
         folders.append(tmp_path / f"run{cut}")
     assert losses(folders[0]) == losses(folders[1])
     assert same(weights(folders[0], 12), weights(folders[1], 12))
+
+
+@pytest.mark.slow
+def test_masks_of_documents_are_compiled_once(monkeypatch):
+    """Other documents and another window compile nothing; each block is what the eager function says."""
+    monkeypatch.setattr(flex, "suited", lambda function, device: flex.compiled(function))
+    draw = torch.Generator().manual_seed(0)
+    for window in (0, 0, 200, 300):
+        documents = (torch.rand(2, 512, generator=draw) < 0.01).cumsum(1)
+        made = flex.document_blocks(documents, window)
+        i = torch.arange(512)
+        visible = (i <= i[:, None]) & (i[:, None] - i < (window or 512)) & (documents[:, :, None] == documents[:, None])
+        of_blocks = visible.unflatten(1, (4, 128)).unflatten(3, (4, 128)).any(4).any(2)  # [B, 4, 4]
+        assert torch.equal(made.to_dense()[:, 0].bool(), of_blocks)
+    assert graphs() == 1

@@ -9,12 +9,8 @@ import torch.nn.functional as F
 
 from models.base import Cache
 from models.hlb import Hlb, HlbConfig
-from models.layers.distance_attention import (
-    Reach,
-    attend_dense,
-    attend_flex,
-    causal_block_mask,
-)
+from models.layers.distance_attention import Reach, attend_dense, attend_flex
+from models.layers.flex import causal_blocks
 from trainer import scaling
 
 SMALL = HlbConfig(vocab_size=101, d_model=64, n_layers=3)
@@ -258,7 +254,7 @@ def flex_trains_on_cpu(monkeypatch):
 @pytest.mark.parametrize(("length", "d_qk", "d_v"), [(20, 8, 64), (150, 40, 320), (256, 48, 384)])
 def test_flex_equals_dense(flex_trains_on_cpu, length, d_qk, d_v):
     """Odd lengths, queries padded from 8, values in chunks and the last of them padded (320 = 128 + 128 + 64)."""
-    inputs, mask = random_inputs(2, length, d_qk, d_v), causal_block_mask(length, torch.device("cpu"))
+    inputs, mask = random_inputs(2, length, d_qk, d_v), causal_blocks(length, torch.device("cpu"))
     dense = output_and_gradients(attend_dense, inputs, exact_reach(length))
     flex = output_and_gradients(attend_flex, inputs, mask)
     for a, b, size in zip(dense, flex, sizes(dense), strict=True):
@@ -276,14 +272,14 @@ def test_flex_model_equals_dense_model_with_documents():
 
 
 def test_mask_made_while_evaluating_serves_in_training():
-    causal_block_mask.cache_clear()
+    causal_blocks.cache_clear()
     with torch.inference_mode():
-        mask = causal_block_mask(20, torch.device("cpu"))
+        mask = causal_blocks(20, torch.device("cpu"))
     assert not mask.kv_indices.is_inference()
 
 
 def test_kernels_are_described():
-    assert Hlb(SMALL).describe_kernels() == "attention: torch (no fused kernel trains on cpu)"
+    assert Hlb(SMALL).describe_kernels() == "attention: torch (flex: it has no kernel that trains on cpu)"
     assert "torch (asked for)" in Hlb(replace(SMALL, attention_kernel="torch")).describe_kernels()
     assert "quantised" in Hlb(replace(SMALL, position_bias_quantised=True)).describe_kernels()
     with pytest.raises(ValueError, match="attention_kernel flex cannot be used: .* on cpu; use auto or torch"):
@@ -297,7 +293,7 @@ def test_kernels_are_described():
 def test_compiled_flex_equals_dense(d_model, dtype):
     """Both against dense in fp32: flex may be as far from it as twice dense in `dtype`, and a little."""
     inputs = random_inputs(2, 512, d_model // 8, d_model, dtype, "cuda")
-    reach, mask = exact_reach(512, "cuda"), causal_block_mask(512, torch.device("cuda"))
+    reach, mask = exact_reach(512, "cuda"), causal_blocks(512, torch.device("cuda"))
     reference = output_and_gradients(attend_dense, [x.float() for x in inputs], reach)
     dense, flex = output_and_gradients(attend_dense, inputs, reach), output_and_gradients(attend_flex, inputs, mask)
     little = 1e-2 if dtype == torch.bfloat16 else 1e-4

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,17 +14,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.base import Output, cross_entropy, get_model
 from models.layers import linear_cross_entropy
+from models.layers.flex import causal_blocks
 from trainer.bench.turns import start
 from trainer.bench.variants import Variant, steady
 from trainer.config import PrepareConfig, RunConfig
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
+from trainer.device import GPUS
 from trainer.engine import recompute
 from trainer.engine.distributed import World
-from trainer.memory import BUCKET, GIB, Demand, Spread, kept_bytes
+from trainer.memory import BUCKET, GIB, Demand, Spread, expected_memory, kept_bytes
 from trainer.plan import resolve
 from trainer.settings import build as build_settings
 
+CPU = torch.device("cpu")
 MODES = ("none", "every-2", "selective", "full")
 T = 64
 
@@ -92,6 +96,62 @@ def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
 def test_measuring_leaves_the_default_type(model):
     kept_bytes(type(model), model.config, T, "bf16")
     assert torch.get_default_dtype() == torch.float32
+
+
+# -- FlexAttention -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["none", "selective"])
+@pytest.mark.parametrize("changes", [{"window": 128}, {"attention_softcap": 30.0}, {"documents": True}], ids=str)
+def test_flex_keeps_what_fused_causal_attention_keeps(changes, how):
+    """Queries, keys, values, output and the logarithms of its sums, and no [T, T]: a CPU's kernels keep more."""
+    model, length = build("llama", scale=0.4), 512
+    plain = kept_bytes(type(model), model.config, length, "autocast", how)
+    documents = {"documents": True} == changes
+    config = model.config if documents else replace(model.config, **changes)
+    flex = kept_bytes(type(model), config, length, "autocast", how, documents, flex=True)
+    assert flex.blocks == plain.blocks
+    assert flex.total == pytest.approx(plain.total, abs=4096)  # the mask of its blocks
+    assert how == "selective" or kept_bytes(type(model), config, length, "autocast", how, documents).total > plain.total
+
+
+def test_hlb_under_flex_keeps_nothing_that_grows_with_the_square():
+    model = build("hlb", scale=0.4)
+    short, long = (kept_bytes(type(model), model.config, length, "fp32", flex=True).total for length in (256, 1024))
+    assert long == pytest.approx(4 * short, rel=1e-3)
+    assert kept_bytes(type(model), model.config, 1024, "fp32").total > long + len(model.blocks()) * 4 * 1024**2
+    assert type(causal_blocks(256, CPU).kv_indices) is torch.Tensor  # what was made without storage is gone
+
+
+def test_a_plan_counts_on_the_kernels_of_its_device():
+    values = {"model": {"name": "hlb"}, "precision": "fp32", "engine": {"activation_checkpointing": "none"}}
+    config = build_settings(RunConfig, values | {"batch": {"tokens_per_microbatch": 8192}})
+    ampere, before = (expected_memory(resolve(config, gpu=GPUS[name])) for name in ("a100-40gb", "v100-16gb"))
+    layers, scores = 8, 8 * 1024**2
+    assert before["activations"] - ampere["activations"] > layers * 4 * scores
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernel trains on CUDA only")
+@pytest.mark.parametrize(("name", "changes"), [("hlb", {}), ("llama", {"attention_softcap": 30.0}), ("gpt2", {})])
+def test_kept_on_a_gpu(name, changes):
+    """Against CUDA's allocator, which rounds every tensor up to 512 bytes."""
+    length, config = 1024, replace(build(name, scale=0.4).config, **changes)
+    model = get_model(name)(config)
+    model.init_weights()
+    expected = kept_bytes(type(model), model.config, length, "bf16", flex=True).total
+    model = model.bfloat16().cuda()
+    tokens = torch.zeros(1, length, dtype=torch.long, device="cuda")
+    model(tokens, targets=tokens).loss.backward()  # compiled kernels, masks of blocks and workspaces are made once
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    output = model(tokens, targets=tokens)
+    kept = torch.cuda.memory_allocated() - before - 4 * model.token_embedding().weight.numel()
+    assert output.loss is not None
+    assert kept == pytest.approx(expected, rel=0.03)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -291,7 +351,6 @@ def test_chunks_leave_room_for_more(name):
 
 # -- the whole run -----------------------------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
 SMALL = {
     "hlb": {"name": "hlb", "d_model": 256, "n_layers": 4, "vocab_size": 8192},
     "gpt2": {"name": "gpt2", "d_model": 256, "n_layers": 4, "n_heads": 4, "vocab_size": 8192, "max_context": 512},

@@ -323,7 +323,7 @@ def test_a_device_that_is_not_here(name, device, processes, strategy):
     """The dial's far end plans on each; where one process must shard, the rest is in CPU memory."""
     config = build(PlanConfig, {"model_scale": 148, "model": {"name": name}, "device": device, "world_size": processes})
     plan, found = p.resolve_for(config)
-    precision = "bf16" if GPUS[device].has_bf16 else "fp32"
+    precision = "bf16" if GPUS[device].is_ampere else "fp32"
     assert (plan.config.engine.strategy, plan.config.precision, plan.processes) == (strategy, precision, processes)
     assert plan.config.engine.offload == (strategy == "fsdp" and processes == 1)
     assert memory.expected_memory(plan)["total"] < plan.memory == int(GPUS[device].gibibytes * memory.GIB)

@@ -12,16 +12,17 @@ from trainer.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """A GPU to plan for. name: as its driver gives it; gibibytes: of memory as torch sees it, less than the label says."""
+    """A GPU to plan for. name: as its driver gives it; gibibytes: of memory as torch sees it, less than the label says;
+    is_ampere: of that generation or a later one (compute capability 8.0), with bf16 units and FlexAttention's kernels."""
 
     name: str
     gibibytes: float
-    has_bf16: bool = True
+    is_ampere: bool = True
 
 
 GPUS = {
-    "t4-16gb": Gpu("Tesla T4", 14.6, has_bf16=False),
-    "v100-16gb": Gpu("Tesla V100-SXM2-16GB", 15.8, has_bf16=False),
+    "t4-16gb": Gpu("Tesla T4", 14.6, is_ampere=False),
+    "v100-16gb": Gpu("Tesla V100-SXM2-16GB", 15.8, is_ampere=False),
     "l4-24gb": Gpu("NVIDIA L4", 22.0),
     "rtx4090-24gb": Gpu("NVIDIA GeForce RTX 4090", 23.6),
     "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 39.4),

@@ -71,20 +71,22 @@ class Inference:
 
     def hardware(self, gpu: Any) -> None:
         """gpu: a trainer.device.Gpu to plan for; None: the device at hand."""
+        from models.layers.flex import device_refusal
         from trainer.device import choose_device, choose_precision, memory_bytes
 
         self.memory: Any
+        self.flex: bool  # whether the device has FlexAttention's kernels
         self.here = gpu is None
         if gpu is None:
             device = choose_device(self.config.device)
             precision, rule = choose_precision(self.config.precision, device)
-            self.memory = memory_bytes(device)
+            self.memory, self.flex = memory_bytes(device), device_refusal(device) is None
             self._check_kernels(device, precision)
         else:
-            fastest = "bf16" if gpu.has_bf16 else "fp32"
+            fastest = "bf16" if gpu.is_ampere else "fp32"
             given = self.config.precision != "auto"
             precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
-            self.memory = int(gpu.gibibytes * GIB)
+            self.memory, self.flex = int(gpu.gibibytes * GIB), gpu.is_ampere
         self.config.precision = precision
         self.note("precision", precision, rule)
         self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.memory))
@@ -133,9 +135,8 @@ class Inference:
         from trainer.engine import compilation, recompute
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
-        self.demand = Demand(
-            self.model_class, self.model_config, batch.sequence_length, self.config.data.separate_documents
-        )
+        documents = self.config.data.separate_documents
+        self.demand = Demand(self.model_class, self.model_config, batch.sequence_length, documents, self.flex)
         self.step: float = batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
         wanted = batch.tokens_per_microbatch or batch.sequence_length
         chooser = Chooser(self.demand, config, world, self.memory, wanted, self.step)

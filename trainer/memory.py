@@ -99,12 +99,14 @@ _measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model se
 class Demand:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
 
-    documents: whether it is told which document each token is of.
+    documents: whether it is told which document each token is of; flex: whether the device has FlexAttention's kernels.
     """
 
-    def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
+    def __init__(
+        self, model_class: Any, model_config: Any, length: int, documents: bool = False, flex: bool = False
+    ) -> None:
         self.model_class, self.model_config = model_class, model_config
-        self.length, self.documents = length, documents
+        self.length, self.documents, self.flex = length, documents, flex
         model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
@@ -158,8 +160,7 @@ class Demand:
     def activations(self, spread: Spread, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
 
-        how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and attention kernels of a
-        GPU that hold less than those of the CPU.
+        how: engine.activation_checkpointing. Exact but for buffers of the engine and fragmentation.
         """
         kept, plain = self._measure(spread.compute, how), self._measure(spread.compute, "none")
         return kept.total + max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
@@ -205,23 +206,31 @@ class Demand:
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
     def _measure(self, compute: str, how: str) -> Kept:
-        key = self.model_class, repr(self.model_config), self.length, compute, how, self.documents
+        asked = self.length, compute, how, self.documents, self.flex
+        key = self.model_class, repr(self.model_config), *asked
         if key not in _measured:
-            _measured[key] = kept_bytes(self.model_class, self.model_config, self.length, compute, how, self.documents)
+            _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
         return _measured[key]
 
 
 def kept_bytes(
-    model_class: Any, model_config: Any, length: int, compute: str, how: str = "none", documents: bool = False
+    model_class: Any,
+    model_config: Any,
+    length: int,
+    compute: str,
+    how: str = "none",
+    documents: bool = False,
+    flex: bool = False,
 ) -> Kept:
     """What is alive after the forward pass of one sequence.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute: see Spread.compute; how: engine.activation_checkpointing; documents: see Demand.
+    compute: see Spread.compute; how: engine.activation_checkpointing; documents, flex: see Demand.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from models.layers.flex import planning_for_gpu
     from trainer.engine import recompute
 
     gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
@@ -231,6 +240,8 @@ def kept_bytes(
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
         recompute.apply(model, how)
+        if flex:
+            stack.enter_context(planning_for_gpu())
         if compute == "autocast":
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         alive = stack.enter_context(_alive_tensors(model))
@@ -313,7 +324,7 @@ def expected_memory(plan: Any) -> dict[str, int]:
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     spread, length = Spread.of(plan.config, plan.processes, plan.memory is not None), batch.sequence_length
-    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
+    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents, plan.flex)
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))

@@ -43,6 +43,7 @@ class Plan:
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
     memory: int | None  # bytes of one GPU; None: on CPUs
+    flex: bool  # whether the device has FlexAttention's kernels
     end_of_text: int | None = None  # id that ends a document, where none attends to another
 
     @property
@@ -89,6 +90,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         vocab_size=vocab_size,
         processes=world.size,
         memory=inference.memory,
+        flex=inference.flex,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
     )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,17 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from models.layers.distance_attention import (
-    FLEX_MAX_QK_WIDTH,
-    FLEX_MIN_LENGTH,
-    causal_block_mask,
-    compiled_flex,
-    document_block_mask,
-)
+from models.layers import flex
 
-FLEX_MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
 FLASH_MAX_WIDTH = 256
 FLASH_MIN_VERSION = (2, 6)  # the first with a soft-cap
 
@@ -76,8 +68,8 @@ def _flex_sight(start: int, length: int, window: int, documents: Tensor | None, 
     if start > 0:
         raise ValueError("attention_kernel flex cannot follow cached tokens; use torch or sdpa")
     if documents is not None:
-        return Sight(blocks=_document_window_blocks(documents, window) if window else document_block_mask(documents))
-    return Sight(blocks=_window_blocks(length, window, device) if window else causal_block_mask(length, device))
+        return Sight(blocks=flex.document_blocks(documents, window))
+    return Sight(blocks=flex.window_blocks(length, window, device) if window else flex.causal_blocks(length, device))
 
 
 def _flash_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
@@ -91,27 +83,6 @@ def _band(n_queries: int, n_keys: int, window: int, device: torch.device) -> Ten
     j = torch.arange(n_keys, device=device)
     i = j[n_keys - n_queries :, None]
     return (j <= i) & (i - j < window) if window else j <= i
-
-
-@functools.lru_cache(maxsize=32)
-def _window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
-    """Made once per length and window."""
-    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
-        reach = torch.tensor(window, device=device)  # a tensor: one compiled kernel serves every window
-        return create_block_mask(
-            lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device
-        )
-
-
-def _document_window_blocks(documents: Tensor, window: int) -> BlockMask:
-    """The window within each document; documents [B, T]."""
-    reach = torch.tensor(window, device=documents.device)
-
-    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])
-
-    batch_size, length = documents.shape
-    return create_block_mask(visible, batch_size, None, length, length, device=documents.device)
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -241,10 +212,9 @@ def attend_flex(
             score = cap * torch.tanh(score / cap)
         return score if drift is None else score + (own[batch, head, i] - drift[batch, head, j])
 
-    kernel = compiled_flex() if q.is_cuda else flex_attention
     score_mod = change if softcap or drift is not None else None
     shared = _holds(q.shape[1] != k.shape[1])
-    return kernel(q, k, v, score_mod=score_mod, block_mask=sight.blocks, scale=scale, enable_gqa=shared)
+    return flex.attention(q, k, v, score_mod=score_mod, block_mask=sight.blocks, scale=scale, enable_gqa=shared)
 
 
 def attend_flash(
@@ -350,12 +320,10 @@ def _sdpa_refusal(case: _Case) -> str | None:
 
 
 def _flex_refusal(case: _Case) -> str | None:
-    if case.device.type != "cuda":
-        return f"it has no kernel that trains on {case.device.type}"
-    if torch.cuda.get_device_capability(case.device) < (8, 0) or importlib.util.find_spec("triton") is None:
-        return "it needs Triton and compute capability 8.0"
-    if not all(FLEX_MIN_WIDTH <= width <= FLEX_MAX_QK_WIDTH for width in (case.head_dim, case.value_dim)):
-        return f"heads must have {FLEX_MIN_WIDTH} to {FLEX_MAX_QK_WIDTH} channels"
+    if refusal := flex.device_refusal(case.device):
+        return refusal
+    if not all(flex.MIN_WIDTH <= width <= flex.MAX_WIDTH for width in (case.head_dim, case.value_dim)):
+        return f"heads must have {flex.MIN_WIDTH} to {flex.MAX_WIDTH} channels"
     if case.drift and torch.are_deterministic_algorithms_enabled():
         return "it adds up the gradients of forget gates in no fixed order"
     return None
@@ -387,7 +355,7 @@ def _passing_refusal(name: str, case: _Case) -> str | None:
     """Why a kernel that can do the rest is not for these lengths."""
     if name in ("flex", "flash") and case.cached:
         return "decoding"
-    return f"fewer than {FLEX_MIN_LENGTH} tokens" if name == "flex" and case.length < FLEX_MIN_LENGTH else None
+    return f"fewer than {flex.MIN_LENGTH} tokens" if name == "flex" and case.length < flex.MIN_LENGTH else None
 
 
 @functools.cache

@@ -7,19 +7,17 @@ the type of q in the first).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
+
+from models.layers import flex
 
 FLEX_VALUE_WIDTH = 128  # widest value one Flex kernel holds well
-FLEX_MAX_QK_WIDTH = 256  # above it the scores, recomputed for every chunk of values, cost more than [T, T] tensors
-FLEX_MIN_LENGTH = 128  # Flex works on blocks of 128 x 128
 
 
 class Reach(NamedTuple):
@@ -48,54 +46,28 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
     Values of D channels are too wide for it, so chunks of them stand as heads that share q and k (views, no copies).
     """
     length, d_qk, d_v = q.shape[1], q.shape[2], v.shape[2]
-    width = max(16, min(FLEX_VALUE_WIDTH, d_v))  # Triton multiplies no tiles narrower than 16
+    width = max(flex.MIN_WIDTH, min(FLEX_VALUE_WIDTH, d_v))
     n_chunks = -(-d_v // width)
     v = F.pad(v, (0, n_chunks * width - d_v)).unflatten(-1, (n_chunks, width)).transpose(1, 2)  # [B, chunks, T, width]
-    q, k = (F.pad(x, (0, max(0, 16 - d_qk))).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
+    q, k = (F.pad(x, (0, max(0, flex.MIN_WIDTH - d_qk))).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
     # One copy of the slope per query: the kernel adds up its gradient by atomics, slow if all fell on one address.
     slopes = slope.expand(length).contiguous()
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + slopes[i] * (j - i)
 
-    kernel = compiled_flex() if q.is_cuda else flex_attention
-    out = kernel(q, k, v, score_mod=add_bias, block_mask=block_mask, scale=d_qk**-0.5)  # [B, chunks, T, width]
+    out = flex.attention(q, k, v, score_mod=add_bias, block_mask=block_mask, scale=d_qk**-0.5)  # [B, chunks, T, width]
     return out.transpose(1, 2).flatten(2)[..., :d_v]
-
-
-@functools.cache
-def compiled_flex() -> Any:
-    """torch's `flex_attention` as a fused kernel; one for all models of a process."""
-    # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention)
-
-
-@functools.lru_cache(maxsize=16)
-def causal_block_mask(length: int, device: torch.device) -> BlockMask:
-    """Every token sees itself and those before it; made once per length."""
-    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
-        return create_block_mask(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
-
-
-def document_block_mask(documents: Tensor) -> BlockMask:
-    """Causal within each document; documents [B, T]."""
-
-    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (documents[batch, i] == documents[batch, j])
-
-    batch_size, length = documents.shape
-    return create_block_mask(visible, batch_size, None, length, length, device=documents.device)
 
 
 def flex_refusal(length: int, d_qk: int, device: torch.device) -> str | None:
     """Why `attend_dense` is the better or only choice for training at this length; None where Flex is."""
-    if device.type != "cuda":
-        return f"no fused kernel trains on {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0) or importlib.util.find_spec("triton") is None:
-        return "Flex needs Triton and compute capability 8.0"
-    if d_qk > FLEX_MAX_QK_WIDTH:
-        return f"queries of {d_qk} channels are wider than {FLEX_MAX_QK_WIDTH}"
-    if torch.are_deterministic_algorithms_enabled():
-        return "Flex adds up the slope's gradient in no fixed order"
-    return None if length >= FLEX_MIN_LENGTH else f"fewer than {FLEX_MIN_LENGTH} tokens"
+    refusal = flex.device_refusal(device)
+    if refusal is None and d_qk > flex.MAX_WIDTH:
+        # The scores, recomputed for every chunk of values, would cost more than [T, T] tensors.
+        refusal = f"queries of {d_qk} channels are wider than {flex.MAX_WIDTH}"
+    if refusal is None and torch.are_deterministic_algorithms_enabled():
+        refusal = "it adds up the slope's gradient in no fixed order"
+    if refusal is None and length < flex.MIN_LENGTH:
+        refusal = f"fewer than {flex.MIN_LENGTH} tokens"
+    return refusal and f"flex: {refusal}"

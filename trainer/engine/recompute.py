@@ -17,6 +17,7 @@ import torch
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from models.layers import flex
 from trainer.errors import UserError
 
 PRODUCTS = (
@@ -70,7 +71,7 @@ def _forward(plain: Callable[..., Any], recomputing: Callable[..., Any], *args: 
 @functools.cache
 def kept_operators() -> list[Any]:
     """What `selective` keeps, of the operators this torch has: products with weights, and fused attention."""
-    operators: list[Any] = [flex_attention]
+    operators: list[Any] = [flex_attention, flex.held_by_flex._opoverload]
     for name in (*PRODUCTS, *FUSED_ATTENTION):
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None:

@@ -1,0 +1,122 @@
+"""torch's FlexAttention (arXiv 2412.05496): where it runs, the masks of blocks it wants, and what stands for it in plans."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+MIN_LENGTH = 128  # it works on blocks of 128 x 128
+MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
+MAX_WIDTH = 256  # of a head's channels
+
+_planning = False
+
+
+@contextlib.contextmanager
+def planning_for_gpu() -> Iterator[None]:
+    """Within, models choose FlexAttention as on a GPU that has it, and tensors without storage hold what its kernel holds."""
+    global _planning
+    _planning = True
+    try:
+        yield
+    finally:
+        _planning = False
+        for made in (causal_blocks, window_blocks):  # of tensors without storage
+            made.cache_clear()
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why FlexAttention cannot train on a device; None where it can."""
+    if _planning:
+        return None
+    if device.type != "cuda":
+        return f"it has no kernel that trains on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0) or importlib.util.find_spec("triton") is None:
+        return "it needs Triton and compute capability 8.0"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA, eager for tests elsewhere."""
+    if _planning:
+        return held_by_flex(q, k, v)[0]
+    return suited(flex_attention, q.device)(q, k, v, **options)
+
+
+def suited(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """One of torch's functions for FlexAttention, on CUDA compiled."""
+    return compiled(function) if device.type == "cuda" else function
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function as fused kernels, which all models of a process share."""
+    # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(function)
+
+
+@torch.library.custom_op("crescendo::held_by_flex", mutates_args=())
+def held_by_flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """For tensors without storage: the output of FlexAttention and, with it for the backward pass, the log of its sums.
+
+    An operator, so that activation checkpointing can keep it as it keeps FlexAttention's.
+    """
+    raise NotImplementedError("it has no numbers")
+
+
+@held_by_flex.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    shape, order = (*q.shape[:3], v.shape[-1]), [*sorted(range(3), key=q.stride, reverse=True), 3]
+    out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(4)])  # laid out as q is
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _hold(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _no_gradients(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("it has no numbers")
+
+
+held_by_flex.register_autograd(_no_gradients, setup_context=_hold)
+
+
+@functools.lru_cache(maxsize=16)
+def causal_blocks(length: int, device: torch.device) -> BlockMask:
+    """Every token sees itself and those before it; made once per length."""
+    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
+        return create_block_mask(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
+    """Every token sees itself and the window - 1 before it; made once per length and window."""
+    with torch.inference_mode(False):
+        reach = torch.full((), window, device=device)  # a tensor: one compiled kernel serves every window
+        return create_block_mask(
+            lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device
+        )
+
+
+def document_blocks(documents: Tensor, window: int = 0) -> BlockMask:
+    """Causal, and within the window where that is not 0, within each document; documents [B, T].
+
+    They differ from batch to batch, so on CUDA a fused kernel makes them: eager, that takes some [B, T, T] each time.
+    """
+    reach = torch.full((), window or documents.shape[1], device=documents.device)  # filled there, without waiting
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])
+
+    batch_size, length = documents.shape
+    make = suited(create_block_mask, documents.device)
+    return make(visible, batch_size, None, length, length, device=documents.device)
