@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Side by side (`pytest -n 2`) each process has a core: two that want all of them mostly wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
