@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from models.base import Cache
 from models.layers import flex
+from trainer.device import Target
 from trainer.engine import compilation, recompute
 from trainer.engine.compilation import Compiled, choose
 from trainer.train import run
@@ -76,7 +77,7 @@ def no_programs(monkeypatch):
 )
 def test_choice(monkeypatch, strategy, on_gpu, here, triton, chosen):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "a spec" if triton else None)
-    compiles, why = choose(strategy, on_gpu, here)
+    compiles, why = choose(strategy, Target(2**30 if on_gpu else None, here=here))
     assert compiles is chosen[0] and chosen[1] in why
 
 

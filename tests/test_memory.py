@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import words_text
 from test_zoo import ZOO, build
+from torch._dynamo.exc import TorchDynamoException
 from torch.profiler import ProfilerActivity, profile
 
 from models.base import Output, cross_entropy, get_model
@@ -21,7 +22,7 @@ from trainer.config import PrepareConfig, RunConfig
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
 from trainer.device import GPUS
-from trainer.engine import recompute
+from trainer.engine import compilation, recompute
 from trainer.engine.distributed import World
 from trainer.memory import BUCKET, GIB, Demand, Spread, expected_memory, kept_bytes
 from trainer.plan import resolve
@@ -96,6 +97,39 @@ def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
 def test_measuring_leaves_the_default_type(model):
     kept_bytes(type(model), model.config, T, "bf16")
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "compute", "how"),
+    [("hlb", "fp32", "none"), ("llama", "bf16", "none"), ("llama", "fp32", "selective"), ("gpt2", "bf16", "full")],
+)
+def test_compiled_blocks_keep_what_was_planned(model, compute, how):
+    """The compiler computes cheap things again, and keeps less (of blocks that recompute, the generator's state besides)."""
+    expected = kept_bytes(type(model), model.config, T, compute, how, compiled=True).total
+    plain = kept_bytes(type(model), model.config, T, compute, how).total
+    if how == "full":
+        assert expected == plain + len(model.blocks()) * torch.get_rng_state().nbytes
+    else:
+        assert expected < 0.95 * plain
+    model = model.bfloat16() if compute == "bf16" else model
+    recompute.apply(model, how)
+    compilation.Compiled(model, pytest.fail)
+    tokens = torch.zeros(1, T, dtype=torch.long)
+    model(tokens, targets=tokens).loss.backward()  # compiles
+    model.zero_grad()
+    vectors = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    held = really_kept(model) - 4 * model.token_embedding().weight.numel()
+    assert held == pytest.approx(expected, abs=1024 + vectors)
+
+
+def test_what_cannot_be_compiled_is_planned_as_it_is(model, monkeypatch):
+    def fail(model):
+        raise TorchDynamoException("no")
+
+    plain = kept_bytes(type(model), model.config, T, "fp32")
+    monkeypatch.setattr(compilation, "hold_as_compiled", fail)
+    assert kept_bytes(type(model), model.config, T, "fp32", compiled=True) == plain
 
 
 # -- FlexAttention -----------------------------------------------------------------------------------------------------

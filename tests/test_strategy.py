@@ -13,7 +13,7 @@ from test_plan import gpu, resolved  # noqa: F401 (a fixture)
 from trainer import memory
 from trainer import plan as p
 from trainer.config import PlanConfig, RunConfig
-from trainer.device import GPUS
+from trainer.device import GPUS, Target
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.settings import build
@@ -60,7 +60,7 @@ def chooser(room, strategy="fsdp", **values):
     plan = resolved(model_scale=8)
     demand = memory.Demand(plan.model_class, plan.model_config, 1024)
     spread = memory.Spread(strategy, config.precision, 8, 8)
-    return Chooser(demand, config, World(0, 8, 0, 8), int(room * memory.GIB), wanted=1024, step=1 << 20), spread
+    return Chooser(demand, config, World(0, 8, 0, 8), Target(int(room * memory.GIB)), wanted=1024, step=1 << 20), spread
 
 
 def test_means_are_the_first_that_fit():

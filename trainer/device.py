@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from models.layers import flex
 from trainer.errors import UserError
 
 
@@ -18,6 +19,22 @@ class Gpu(NamedTuple):
     name: str
     gibibytes: float
     is_ampere: bool = True
+
+
+class Target(NamedTuple):
+    """The device a run is planned for. memory: bytes of a GPU, None on a CPU; flex: whether it has FlexAttention's kernels;
+    here: whether it is the device at hand."""
+
+    memory: int | None
+    flex: bool = False
+    here: bool = True
+
+    @classmethod
+    def of(cls, gpu: Gpu | None, device: torch.device) -> Target:
+        """That of a GPU elsewhere, or of the device at hand."""
+        if gpu is not None:
+            return cls(int(gpu.gibibytes * 1024**3), gpu.is_ampere, here=False)
+        return cls(memory_bytes(device), flex.device_refusal(device) is None)
 
 
 GPUS = {

@@ -71,25 +71,20 @@ class Inference:
 
     def hardware(self, gpu: Any) -> None:
         """gpu: a trainer.device.Gpu to plan for; None: the device at hand."""
-        from models.layers.flex import device_refusal
-        from trainer.device import choose_device, choose_precision, memory_bytes
+        from trainer.device import Target, choose_device, choose_precision
 
-        self.memory: Any
-        self.flex: bool  # whether the device has FlexAttention's kernels
-        self.here = gpu is None
+        device = choose_device(self.config.device)
+        self.target = Target.of(gpu, device)
         if gpu is None:
-            device = choose_device(self.config.device)
             precision, rule = choose_precision(self.config.precision, device)
-            self.memory, self.flex = memory_bytes(device), device_refusal(device) is None
             self._check_kernels(device, precision)
         else:
             fastest = "bf16" if gpu.is_ampere else "fp32"
             given = self.config.precision != "auto"
             precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
-            self.memory, self.flex = int(gpu.gibibytes * GIB), gpu.is_ampere
         self.config.precision = precision
         self.note("precision", precision, rule)
-        self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.memory))
+        self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.target.memory))
 
     def _check_kernels(self, device: Any, precision: str) -> None:
         """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
@@ -136,10 +131,10 @@ class Inference:
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
         documents = self.config.data.separate_documents
-        self.demand = Demand(self.model_class, self.model_config, batch.sequence_length, documents, self.flex)
+        self.demand = Demand(self.model_class, self.model_config, batch.sequence_length, documents)
         self.step: float = batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
         wanted = batch.tokens_per_microbatch or batch.sequence_length
-        chooser = Chooser(self.demand, config, world, self.memory, wanted, self.step)
+        chooser = Chooser(self.demand, config, world, self.target, wanted, self.step)
         decided = engine.strategy != "auto"
         strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else chooser.strategy()
         self.fill("engine", "strategy", strategy, rule)
@@ -150,14 +145,14 @@ class Inference:
         if engine.strategy == "hsdp":
             shard_size = self.fill("engine", "shard_size", world.local_size, "processes of one machine")
             check_shard_size(shard_size, world.size)
-        self.spread = Spread.of(config, world.size, self.memory is not None)
+        self.spread = Spread.of(config, world.size, self.target)
         if engine.activation_checkpointing != "auto":
             recompute.parse(engine.activation_checkpointing)
         means, rule = chooser.choose_means(self.spread)
         self.fill("engine", "activation_checkpointing", means.recompute, rule)
         self._state_precision(means, rule)
         chooser.refuse_the_impossible(self.spread, means)
-        self.fill("engine", "compile", *compilation.choose(engine.strategy, self.memory is not None, self.here))
+        self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
 
     def _state_precision(self, means: Means, rule: str) -> None:
         config = self.config
@@ -170,16 +165,17 @@ class Inference:
         elif not means.narrow:
             rule = "AdamW's moments as the weights"
         self.fill("optim", "state_precision", "bf16" if means.narrow else "fp32", rule)
-        self.spread = Spread.of(config, self.spread.processes, self.memory is not None)
+        self.spread = Spread.of(config, self.spread.processes, self.target)
 
     def microbatch(self) -> None:
         config, batch = self.config, self.config.batch
         longest, how = batch.sequence_length, config.engine.activation_checkpointing
         capacity: float = scaling.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
-        fits = self.demand.tokens_that_fit(self.memory, self.spread, how, self.step > longest * self.spread.processes)
+        memory: Any = self.target.memory
+        fits = self.demand.tokens_that_fit(memory, self.spread, how, self.step > longest * self.spread.processes)
         if fits < capacity:
-            capacity, rule = fits, rule + f"; lowered to what {self.memory / GIB:.0f} GiB hold"
+            capacity, rule = fits, rule + f"; lowered to what {memory / GIB:.0f} GiB hold"
         if capacity < longest:
             capacity, rule = longest, rule + "; raised to one sequence"
         self.fill("batch", "tokens_per_microbatch", capacity, rule)

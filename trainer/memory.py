@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
 @dataclass(frozen=True)
 class Spread:
     """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
-    moments of fp32 weights are bf16."""
+    moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block."""
 
     strategy: str
     precision: str
@@ -66,15 +67,21 @@ class Spread:
     reshard: bool = True
     narrow: bool = False
     on_gpu: bool = True
+    flex: bool = False
+    compiled: bool = False
 
     @classmethod
-    def of(cls, config: Any, processes: int, on_gpu: bool) -> Spread:
-        """That of a resolved RunConfig."""
+    def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> Spread:
+        """That of a RunConfig on devices as a trainer.device.Target; strategy, shards: where engine's are not yet decided."""
+        from trainer.engine import compilation
+
         engine = config.engine
-        shards = engine.shard_size if engine.strategy == "hsdp" else processes
+        if not strategy:
+            strategy, shards = engine.strategy, engine.shard_size if engine.strategy == "hsdp" else processes
+        compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
         narrow = config.optim.state_precision == "bf16"
-        how = processes, shards, engine.offload, engine.reshard_after_forward, narrow, on_gpu
-        return cls(engine.strategy, config.precision, *how)
+        how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
+        return cls(strategy, config.precision, *how, target.memory is not None, target.flex, compiled)
 
     @property
     def compute(self) -> str:
@@ -99,14 +106,12 @@ _measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model se
 class Demand:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
 
-    documents: whether it is told which document each token is of; flex: whether the device has FlexAttention's kernels.
+    documents: whether it is told which document each token is of.
     """
 
-    def __init__(
-        self, model_class: Any, model_config: Any, length: int, documents: bool = False, flex: bool = False
-    ) -> None:
+    def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
         self.model_class, self.model_config = model_class, model_config
-        self.length, self.documents, self.flex = length, documents, flex
+        self.length, self.documents = length, documents
         model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
@@ -162,7 +167,7 @@ class Demand:
 
         how: engine.activation_checkpointing. Exact but for buffers of the engine and fragmentation.
         """
-        kept, plain = self._measure(spread.compute, how), self._measure(spread.compute, "none")
+        kept, plain = self._measure(spread, how), self._measure(spread, "none")
         return kept.total + max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
 
     def loss(self, spread: Spread, how: str, tokens: float) -> float:
@@ -173,7 +178,7 @@ class Demand:
         from models.layers.linear_cross_entropy import working_bytes
 
         vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
-        if self._measure(spread.compute, how).logits:
+        if self._measure(spread, how).logits:
             return 8 * vocab_size * tokens
         softcap = getattr(self.model_config, "final_softcap", 0) > 0
         return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu, softcap)
@@ -200,13 +205,13 @@ class Demand:
 
     def in_microbatch(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
         """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
-        state, kept = self.state(spread, accumulates), self._measure(spread.compute, how).total
+        state, kept = self.state(spread, accumulates), self._measure(spread, how).total
         block = self.activations(spread, how) - kept
         loss = int(self.loss(spread, how, sequences * self.length))
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
-    def _measure(self, compute: str, how: str) -> Kept:
-        asked = self.length, compute, how, self.documents, self.flex
+    def _measure(self, spread: Spread, how: str) -> Kept:
+        asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
         key = self.model_class, repr(self.model_config), *asked
         if key not in _measured:
             _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
@@ -221,12 +226,41 @@ def kept_bytes(
     how: str = "none",
     documents: bool = False,
     flex: bool = False,
+    compiled: bool = False,
 ) -> Kept:
     """What is alive after the forward pass of one sequence.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute: see Spread.compute; how: engine.activation_checkpointing; documents, flex: see Demand.
+    compute, flex, compiled: see Spread; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
+    compiled is measured as it is, and so trained.
     """
+    import torch
+
+    from trainer.engine import compilation
+
+    asked = model_class, model_config, length, compute, how, documents, flex
+    if not compiled:
+        return _kept_bytes(*asked)
+    try:
+        return _kept_bytes(*asked, prepare=compilation.hold_as_compiled)
+    except Exception as error:
+        if not compilation.of_compiler(error):
+            raise
+        return _kept_bytes(*asked)
+    finally:
+        torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
+
+
+def _kept_bytes(
+    model_class: Any,
+    model_config: Any,
+    length: int,
+    compute: str,
+    how: str,
+    documents: bool,
+    flex: bool,
+    prepare: Callable[[Any], None] | None = None,
+) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -240,6 +274,8 @@ def kept_bytes(
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
         recompute.apply(model, how)
+        if prepare is not None:
+            prepare(model)
         if flex:
             stack.enter_context(planning_for_gpu())
         if compute == "autocast":
@@ -285,6 +321,10 @@ def _alive_tensors(model: Any) -> Any:
     class AliveTensors(TorchDispatchMode):
         supports_higher_order_operators = True
 
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True  # else nothing would be compiled under this mode; what compiled code runs is seen all the same
+
         def __init__(self) -> None:
             super().__init__()
             tensors = (*model.parameters(), *model.buffers())
@@ -323,8 +363,8 @@ def expected_memory(plan: Any) -> dict[str, int]:
     Where activation checkpointing is on, "activations without checkpointing" stands beside, outside the total.
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
-    spread, length = Spread.of(plan.config, plan.processes, plan.memory is not None), batch.sequence_length
-    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents, plan.flex)
+    spread, length = Spread.of(plan.config, plan.processes, plan.target), batch.sequence_length
+    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))

@@ -42,9 +42,13 @@ class Plan:
     non_embedding: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
-    memory: int | None  # bytes of one GPU; None: on CPUs
-    flex: bool  # whether the device has FlexAttention's kernels
+    target: Any  # the trainer.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, where none attends to another
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of one GPU; None: on CPUs."""
+        return self.target.memory
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -89,8 +93,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         non_embedding=inference.non_embedding,
         vocab_size=vocab_size,
         processes=world.size,
-        memory=inference.memory,
-        flex=inference.flex,
+        target=inference.target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
     )
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from trainer.device import GPUS
+from trainer.device import GPUS, Target
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread
 
@@ -59,19 +59,20 @@ class Means(NamedTuple):
 class Chooser:
     """Decides by what fits.
 
-    config: RunConfig, its precision and sequence length decided; world: size and local_size; memory: bytes of a GPU, None on
-    a CPU; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
+    config: RunConfig, its precision and sequence length decided; world: size and local_size; target: the device, as all
+    others; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
     """
 
-    def __init__(self, demand: Demand, config: Any, world: Any, memory: int | None, wanted: int, step: float) -> None:
+    def __init__(self, demand: Demand, config: Any, world: Any, target: Target, wanted: int, step: float) -> None:
         self.demand, self.config, self.world = demand, config, world
-        self.memory, self.wanted, self.step = memory, wanted, step
+        self.target, self.wanted, self.step = target, wanted, step
+        self.memory = target.memory
         asked, state = config.engine.activation_checkpointing, config.optim.state_precision
         recompute = CHECKPOINTING if asked == "auto" else (asked,)
         fixed = config.precision == "pure_bf16" or state != "auto"  # there they are bf16 as the weights are
         # What gives the same weights first, from the fastest to the one that holds least.
         self.means = [Means(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in recompute]
-        self.room = "" if memory is None else f"{memory / GIB:.0f} GiB"
+        self.room = "" if target.memory is None else f"{target.memory / GIB:.0f} GiB"
 
     def fits(self, means: Means, spread: Spread) -> bool:
         spread = replace(spread, narrow=means.narrow)
@@ -89,7 +90,7 @@ class Chooser:
         return self.demand.most_held(spread, means.recompute, sequences, self.accumulates(spread))
 
     def spread(self, strategy: str, shards: int = 1) -> Spread:
-        return Spread(strategy, self.config.precision, self.world.size, shards)
+        return Spread.of(self.config, self.world.size, self.target, strategy, shards)
 
     def strategy(self) -> tuple[str, bool, str]:
         """(strategy, offload, why) where engine.strategy is auto."""

@@ -63,12 +63,20 @@ def compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function)
 
 
+# Operators, so that activation checkpointing and the compiler treat them as FlexAttention's.
+
+
 @torch.library.custom_op("crescendo::held_by_flex", mutates_args=())
 def held_by_flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """For tensors without storage: the output of FlexAttention and, with it for the backward pass, the log of its sums.
+    """For tensors without storage: the output of FlexAttention and, held with it for the backward pass, the log of its sums."""
+    raise NotImplementedError("it has no numbers")
 
-    An operator, so that activation checkpointing can keep it as it keeps FlexAttention's.
-    """
+
+@torch.library.custom_op("crescendo::gradients_of_flex", mutates_args=())
+def gradients_of_flex(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v."""
     raise NotImplementedError("it has no numbers")
 
 
@@ -79,15 +87,20 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@gradients_of_flex.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def _hold(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _no_gradients(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError("it has no numbers")
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return gradients_of_flex(gradient, *ctx.saved_tensors)
 
 
-held_by_flex.register_autograd(_no_gradients, setup_context=_hold)
+held_by_flex.register_autograd(_gradients, setup_context=_hold)
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from models.layers.linear_cross_entropy import score_at_once, score_in_tiles, scored_by
+from trainer.device import Target
 
 T = TypeVar("T")
 
@@ -25,16 +27,16 @@ T = TypeVar("T")
 MOST_VERSIONS = 64
 
 
-def choose(strategy: str, on_gpu: bool, here: bool) -> tuple[bool, str]:
-    """(whether to compile where engine.compile does not say, why). here: on this machine."""
-    if not on_gpu:
+def choose(strategy: str, target: Target) -> tuple[bool, str]:
+    """(whether to compile where engine.compile does not say, why)."""
+    if target.memory is None:
         return (
             False,
             "it brings a CPU little (`bench --sweep engine.compile=false,true` measures it) and takes it half a minute",
         )
     if strategy == "zero3":
         return False, "DeepSpeed's hooks on the modules of a block stand between what could be compiled"
-    if here and importlib.util.find_spec("triton") is None:
+    if target.here and importlib.util.find_spec("triton") is None:
         return False, "there is no Triton to compile with"
     return True, "fewer kernels, each does more"
 
@@ -80,6 +82,28 @@ def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any
     return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
 
 
+def hold_as_compiled(model: Any) -> None:
+    """Have the blocks keep for the backward pass what they keep when compiled: the compiler divides what they compute, and then
+    every operator runs by itself. For tensors without storage, whose numbers do not matter."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(graph: Any, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    _spare_a_warning()
+    backend = aot_autograd(
+        fw_compiler=as_it_is,
+        bw_compiler=as_it_is,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+
+
 def prepare_compiler() -> None:
     """Settings of torch.compile for code that is block by block, and kept."""
     import torch._dynamo
@@ -90,6 +114,12 @@ def prepare_compiler() -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
     # A backward pass that cannot be compiled is found before the forward pass has run, when eager code can still do both.
     torch._functorch.config.force_non_lazy_backward_lowering = True
+    _spare_a_warning()
+
+
+def _spare_a_warning() -> None:
+    """The one that blocks under `selective` must not write in place: it comes whether they do or not."""
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
 def of_compiler(error: Exception) -> bool:
