@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register, require_positive
-from models.layers import flex, normal_
+from models.layers import compute_dtype, flex, normal_
 from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
 from models.layers.linear_cross_entropy import linear_cross_entropy
 
@@ -152,7 +152,7 @@ class Hlb(LanguageModel):
             return None if self.config.attention_kernel == "flex" else "asked for"
         if self.config.position_bias_quantised:
             return "the quantised bias is a table"
-        return flex_refusal(length, self.config.d_qk, device)
+        return flex_refusal(length, self.config.d_qk, compute_dtype(self.embedding.weight, device), device)
 
     def describe_kernels(self, device: torch.device | None = None) -> str:
         device = device or self.embedding.weight.device

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register
-from models.layers import liger, normal_
+from models.layers import compute_dtype, liger, normal_
 from models.layers.attend import choose_kernel, make_sight
 from models.layers.attention import Context, DifferentialHeads, latent_widths
 from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
@@ -95,8 +95,7 @@ class Transformer(LanguageModel):
 
     def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
         """(name, why) of what computes attention on `device`; start: tokens cached before."""
-        c, weight = self.config, self.embedding.weight
-        autocast = torch.is_autocast_enabled(device.type)
+        c = self.config
         return choose_kernel(
             c.attention_kernel,
             head_dim=c.head_width + (latent_widths(c)[0] if c.attention == "latent" else 0),
@@ -107,7 +106,7 @@ class Transformer(LanguageModel):
             documents=documents,
             cached=start > 0,
             length=length,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else weight.dtype,
+            dtype=compute_dtype(self.embedding.weight, device),
             device=device,
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -12,9 +13,13 @@ from test_recompute import Stack
 from test_train import losses, same, weights
 from test_zoo import VOCAB, build, gradients
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
+from torch.fx import GraphModule
+from torch.nn.attention.flex_attention import flex_attention
 
-from models.base import Cache
+from models.base import Cache, get_model
 from models.layers import flex
 from trainer.device import Target
 from trainer.engine import compilation, recompute
@@ -281,3 +286,33 @@ def test_masks_of_documents_are_compiled_once(monkeypatch):
         of_blocks = visible.unflatten(1, (4, 128)).unflatten(3, (4, 128)).any(4).any(2)  # [B, 4, 4]
         assert torch.equal(made.to_dense()[:, 0].bool(), of_blocks)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["hlb", "llama"])
+def test_blocks_with_flex_are_one_graph(monkeypatch, name, how):
+    """FlexAttention is an operator of a compiled block; by itself it is compiled where a block is not, which cannot be traced."""
+
+    def by_itself(function, device):
+        assert function is not flex_attention
+        return function
+
+    monkeypatch.setattr(flex, "device_refusal", lambda device: None)
+    monkeypatch.setattr(flex, "suited", by_itself)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)  # of a CPU
+    changes = {"attention_softcap": 30.0} if name == "llama" else {}
+    model = get_model(name)(replace(build(name).config, n_layers=1, **changes))
+    model.init_weights()
+    recompute.apply(model, how)
+    (block,) = model.blocks()
+    seen = []
+
+    def look(graph, inputs):
+        parts = [part for part in graph.modules() if isinstance(part, GraphModule)]
+        seen.append([node.target for part in parts for node in part.graph.nodes].count(flex_operator))
+        raise StopIteration("seen")  # a CPU could not compile it
+
+    block.forward = torch.compile(block.forward, backend=look, dynamic=True, fullgraph=True)
+    with pytest.raises(BackendCompilerFailed, match="seen"):
+        model(*batch(2, 256))
+    assert seen == [1]

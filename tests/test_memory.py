@@ -161,8 +161,8 @@ def test_a_plan_counts_on_the_kernels_of_its_device():
     values = {"model": {"name": "hlb"}, "precision": "fp32", "engine": {"activation_checkpointing": "none"}}
     config = build_settings(RunConfig, values | {"batch": {"tokens_per_microbatch": 8192}})
     ampere, before = (expected_memory(resolve(config, gpu=GPUS[name])) for name in ("a100-40gb", "v100-16gb"))
-    layers, scores = 8, 8 * 1024**2
-    assert before["activations"] - ampere["activations"] > layers * 4 * scores
+    layers, weights = 8, 8 * 1024**2  # [T, T] of each sequence, in place of which FlexAttention keeps its output
+    assert before["activations"] - ampere["activations"] > 0.8 * layers * 4 * weights
 
 
 @pytest.mark.gpu

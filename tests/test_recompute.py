@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.base import Cache
+from models.layers import flex
 from trainer.engine import recompute
 from trainer.errors import UserError
 
@@ -203,6 +205,32 @@ def test_selective_keeps_flex_attention():
     assert torch.ops.higher_order.flex_attention in recompute.kept_operators()
     assert torch.ops.aten.mm.default in recompute.kept_operators()
     assert torch.ops.aten.bmm.default not in recompute.kept_operators()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_selective_keeps_what_a_kernel_of_its_own_gives(how):
+    """FlexAttention in an eager block: compiled by itself, its operator is not to be seen any more, only the compiled code."""
+    calls = []
+
+    @torch.library.custom_op("test_recompute::counted", mutates_args=())
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x.clone()
+
+    counted.register_fake(torch.empty_like)
+    counted.register_autograd(lambda ctx, gradient: gradient)
+
+    class Block(nn.Module):
+        def forward(self, x):
+            return flex.compiled(counted)(x).sin()
+
+    block = Block()
+    recompute.apply(SimpleNamespace(blocks=lambda: [block]), how)
+    x = torch.ones(4, requires_grad=True)
+    block(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4).cos())
+    assert len(calls) == (1 if how == "selective" else 2)
 
 
 # -- with what is laid around the blocks ------------------------------------------------------------------------------

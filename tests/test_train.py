@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
 
+import models.transformer
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.data.stream import find_dataset
@@ -100,6 +101,16 @@ def test_resolved_config_gives_the_same_run(finished, tiny_dataset, tmp_path):
     values["run_dir"] = str(tmp_path / "again")
     run(values)
     assert losses(tmp_path / "again") == losses(finished)
+
+
+def test_kernels_are_told_for_the_type_that_is_computed_in(tiny_dataset, tmp_path, monkeypatch):
+    """Not that of the weights: what is refused for fp32 (flash-attn) may well train in bf16."""
+    asked, choose = set(), models.transformer.choose_kernel
+    monkeypatch.setattr(
+        models.transformer, "choose_kernel", lambda *args, **case: asked.add(case["dtype"]) or choose(*args, **case)
+    )
+    run(tiny_values(tiny_dataset, tmp_path / "r", precision="bf16", model={"name": "llama"}, max_steps=1))
+    assert asked == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("cut", [4, 8])

@@ -12,6 +12,7 @@ from test_transformer import VOCAB, B, T, draw_tokens, small
 import models.transformer
 from models.base import Cache
 from models.layers import attend
+from models.layers.attention import sum_by_doubling
 from models.presets import Llama, load_llama_weights
 
 
@@ -145,6 +146,17 @@ def test_biases_are_where_they_were_asked_for(changes, owners):
     names = [name for name, _ in build(small(**changes)).named_parameters() if name.endswith(".bias")]
     found = {name.removesuffix(".bias").split(".", 2)[2] for name in names}
     assert {name.removeprefix("attention.").replace("mlp.up", "up") for name in found} == set(owners.split())
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 64])
+def test_sums_by_doubling_are_running_sums(length):
+    """What stands for cumsum where CUDA has none that is the same each time."""
+    x = draw(0, 2, length, 3).requires_grad_()
+    upstream = draw(1, 2, length, 3)
+    expected = x.cumsum(1)
+    torch.testing.assert_close(sum_by_doubling(x), expected)
+    given, wanted = (torch.autograd.grad(out, x, upstream)[0] for out in (sum_by_doubling(x), expected))
+    torch.testing.assert_close(given, wanted)
 
 
 # -- shared keys and values, and the cache -----------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from typing import Any
 
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.stream import find_dataset, is_remote, local_folder
+from trainer.device import choose_device
+from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
@@ -65,7 +67,9 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         plan = resolve(config, dataset)
         before_training(plan, world)
-        asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
+        device = choose_device(plan.config.device, world.local_rank)
+        with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
+            asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
     if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
         tell_outcome("finished" if asked is None else f"stopped by {asked.name}")
     world.stop()
@@ -117,10 +121,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
     try:
-        with (
-            collecting_by_hand(),
-            explain_out_of_memory(this.folder, world.rank, this.device, lambda: ways_out(config)),
-        ):
+        with collecting_by_hand():
             asked = loop(this, report, tokenizer)
         if asked is None:
             finish(this, report, tokenizer)
@@ -136,7 +137,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
 def opening(this: Run) -> str:
     """What it is that trains, and how the batch begins and ends."""
     lengths, tokens = this.plan.sequence_lengths, this.config.batch.tokens_per_step
-    kernels = this.model.describe_kernels()
+    with autocast(this.device, this.config.precision):
+        kernels = this.model.describe_kernels(this.device)  # offloaded weights are elsewhere
     return (
         f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
         f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "

@@ -25,3 +25,8 @@ def fill_(parameter: Tensor, values: Tensor) -> None:
             values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
     parameter.copy_(values)
+
+
+def compute_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
+    """What a product with `weight` on `device` has here: that of autocast, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype

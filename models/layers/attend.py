@@ -322,8 +322,8 @@ def _sdpa_refusal(case: _Case) -> str | None:
 def _flex_refusal(case: _Case) -> str | None:
     if refusal := flex.device_refusal(case.device):
         return refusal
-    if not all(flex.MIN_WIDTH <= width <= flex.MAX_WIDTH for width in (case.head_dim, case.value_dim)):
-        return f"heads must have {flex.MIN_WIDTH} to {flex.MAX_WIDTH} channels"
+    if refusal := flex.width_refusal(case.head_dim, case.value_dim, case.dtype):
+        return refusal
     if case.drift and torch.are_deterministic_algorithms_enabled():
         return "it adds up the gradients of forget gates in no fixed order"
     return None

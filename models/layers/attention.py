@@ -334,6 +334,20 @@ class KeyValueShift(nn.Module):
         self.before.fill_(0)
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """x.cumsum(1), x [B, T, H]; bit for bit again where that is asked for: torch's on CUDA refuses to then."""
+    return sum_by_doubling(x) if x.is_cuda and torch.are_deterministic_algorithms_enabled() else x.cumsum(dim=1)
+
+
+def sum_by_doubling(x: Tensor) -> Tensor:
+    """x.cumsum(1) in ceil(log2 T) additions, each of a copy shifted twice as far as the last."""
+    shift = 1
+    while shift < x.shape[1]:
+        x = x + F.pad(x[:, :-shift], (0, 0, shift, 0))
+        shift *= 2
+    return x
+
+
 class ForgetGate(nn.Module):
     """The running sum of log f_t, f_t = sigmoid(w x_t + b) per head (arXiv 2503.02130), fp32."""
 
@@ -344,7 +358,7 @@ class ForgetGate(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """[B, T, D] -> [B, H, T_k]"""
-        sums = F.logsigmoid(self.gate(x).float()).cumsum(dim=1).transpose(1, 2)
+        sums = running_sum(F.logsigmoid(self.gate(x).float())).transpose(1, 2)
         if cache is None:
             return sums
         held = cache.state.get((self.layer, "forget"))

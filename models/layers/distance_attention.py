@@ -48,8 +48,8 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
     length, d_qk, d_v = q.shape[1], q.shape[2], v.shape[2]
     width = max(flex.MIN_WIDTH, min(FLEX_VALUE_WIDTH, d_v))
     n_chunks = -(-d_v // width)
-    v = F.pad(v, (0, n_chunks * width - d_v)).unflatten(-1, (n_chunks, width)).transpose(1, 2)  # [B, chunks, T, width]
-    q, k = (F.pad(x, (0, max(0, flex.MIN_WIDTH - d_qk))).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
+    v = _widened(v, n_chunks * width).unflatten(-1, (n_chunks, width)).transpose(1, 2)  # [B, chunks, T, width]
+    q, k = (_widened(x, max(flex.MIN_WIDTH, d_qk)).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
     # One copy of the slope per query: the kernel adds up its gradient by atomics, slow if all fell on one address.
     slopes = slope.expand(length).contiguous()
 
@@ -60,12 +60,15 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
     return out.transpose(1, 2).flatten(2)[..., :d_v]
 
 
-def flex_refusal(length: int, d_qk: int, device: torch.device) -> str | None:
+def _widened(x: Tensor, width: int) -> Tensor:
+    """x with zeros for channels up to `width`. (F.pad would copy x where there are none to add.)"""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def flex_refusal(length: int, d_qk: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `attend_dense` is the better or only choice for training at this length; None where Flex is."""
     refusal = flex.device_refusal(device)
-    if refusal is None and d_qk > flex.MAX_WIDTH:
-        # The scores, recomputed for every chunk of values, would cost more than [T, T] tensors.
-        refusal = f"queries of {d_qk} channels are wider than {flex.MAX_WIDTH}"
+    refusal = refusal or flex.width_refusal(max(flex.MIN_WIDTH, d_qk), flex.MIN_WIDTH, dtype)
     if refusal is None and torch.are_deterministic_algorithms_enabled():
         refusal = "it adds up the slope's gradient in no fixed order"
     if refusal is None and length < flex.MIN_LENGTH:

@@ -14,7 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 MIN_LENGTH = 128  # it works on blocks of 128 x 128
 MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
-MAX_WIDTH = 256  # of a head's channels
+MAX_WIDTH = 256  # of a head's channels; wider ones exceed the shared memory of a multiprocessor
+MAX_WIDTH_FP32 = 128
+MAX_VALUE_WIDTH = 128  # where wider than queries, whose width alone decides about the tiles of the backward pass
 
 _planning = False
 
@@ -47,7 +49,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA, eager for tests elsewhere."""
     if _planning:
         return held_by_flex(q, k, v)[0]
+    if torch.compiler.is_compiling():  # with the block around it; `suited` could not be traced
+        bool(q.shape[2] % MIN_LENGTH == 0)  # asked, so that the compiler knows, and leaves out checks of bounds
+        return flex_attention(q, k, v, **options)
     return suited(flex_attention, q.device)(q, k, v, **options)
+
+
+def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str | None:
+    """Why heads of so many channels are not for FlexAttention's kernels; None where they are."""
+    most = MAX_WIDTH if dtype.itemsize == 2 else MAX_WIDTH_FP32
+    if not all(MIN_WIDTH <= width <= most for width in (query_width, value_width)):
+        return f"heads must have {MIN_WIDTH} to {most} channels" + " in fp32" * (most == MAX_WIDTH_FP32)
+    if value_width > max(query_width, MAX_VALUE_WIDTH):
+        return f"values wider than queries must have at most {MAX_VALUE_WIDTH} channels"
+    return None
 
 
 def suited(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -60,7 +75,8 @@ def compiled(function: Callable[..., Any]) -> Any:
     """The function as fused kernels, which all models of a process share."""
     # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(function)
+    # Else `selective` would not see, and so not keep, what a kernel of its own in an eager block gives.
+    return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
 
 # Operators, so that activation checkpointing and the compiler treat them as FlexAttention's.
@@ -107,7 +123,8 @@ held_by_flex.register_autograd(_gradients, setup_context=_hold)
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
     """Every token sees itself and those before it; made once per length."""
     with torch.inference_mode(False):  # made while evaluating, it must still serve in training
-        return create_block_mask(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
+        make = suited(create_block_mask, device)  # eager, it would take some [T, T]
+        return make(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
 
 
 @functools.lru_cache(maxsize=32)
@@ -115,9 +132,8 @@ def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
     """Every token sees itself and the window - 1 before it; made once per length and window."""
     with torch.inference_mode(False):
         reach = torch.full((), window, device=device)  # a tensor: one compiled kernel serves every window
-        return create_block_mask(
-            lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device
-        )
+        make = suited(create_block_mask, device)
+        return make(lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device)
 
 
 def document_blocks(documents: Tensor, window: int = 0) -> BlockMask:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._higher_order_ops import inductor_compiled_code
 from torch._higher_order_ops.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.layers import flex
 from trainer.errors import UserError
@@ -56,7 +57,7 @@ def apply(model: Any, how: str) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept_operators())
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _selected)
     for block in model.blocks()[every - 1 :: every]:
         # Partials, not closures: in a copy of the model they lead to the copy's own block.
         recomputing = functools.partial(checkpoint, block.forward, **options)
@@ -68,12 +69,18 @@ def _forward(plain: Callable[..., Any], recomputing: Callable[..., Any], *args: 
     return (recomputing if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 
+def _selected(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # A function: the compiler cannot trace a list with inductor_compiled_code in it.
+    return CheckpointPolicy.MUST_SAVE if operator in kept_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 @functools.cache
-def kept_operators() -> list[Any]:
+def kept_operators() -> frozenset[Any]:
     """What `selective` keeps, of the operators this torch has: products with weights, and fused attention."""
-    operators: list[Any] = [flex_attention, flex.held_by_flex._opoverload]
+    # FlexAttention as an operator of a compiled block, as a kernel of its own in an eager one, and as it stands in plans.
+    operators: list[Any] = [flex_attention, inductor_compiled_code, flex.held_by_flex._opoverload]
     for name in (*PRODUCTS, *FUSED_ATTENTION):
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None:
             operators += [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
-    return operators
+    return frozenset(operators)
