@@ -16,6 +16,15 @@ ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def full_fp32():
+    """A run on a GPU multiplies fp32 in TF32 from then on; the next test does not."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real text and tokenizer files, where this checkout stands beside them."""

@@ -139,8 +139,10 @@ def test_in_turns_all_are_warmed_up_and_none_is_always_first(monkeypatch):
 class Unable(Made):
     """A contender whose first step its machine cannot do."""
 
+    error: Exception = ValueError("kernel x cannot be used: no")
+
     def step(self):
-        raise ValueError("kernel x cannot be used: no")
+        raise self.error
 
     def build(self):
         self.built = True
@@ -162,6 +164,22 @@ def test_what_cannot_run_here_is_left_out(monkeypatch, capsys, together):
     assert contenders[2].record.beside[:2] == [1, 1] and not contenders[1].built
     with pytest.raises(UserError, match="^kernel x cannot be used: no$"):
         turns.measure([Unable("b"), Made("c")], BenchConfig(rounds=2), together)
+
+
+def test_what_a_gpu_has_no_memory_for_is_left_out(monkeypatch):
+    """But not with several processes, of which some may have had room and wait."""
+    told = "CUDA out of memory. Tried to allocate 9 GiB.\nIf reserved but unallocated memory is large try setting"
+    monkeypatch.setattr(Unable, "error", torch.OutOfMemoryError(told))
+    start = turns.start
+    monkeypatch.setattr(turns, "start", lambda one: start(one) if isinstance(one, Unable) else None)
+    monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
+    monkeypatch.setattr(turns, "turn", lambda one, steps: one.speed)
+    notes = turns.measure([Made("a"), Unable("b")], BenchConfig(rounds=1), together=False)
+    assert notes == ["b left out: CUDA out of memory. Tried to allocate 9 GiB"]
+    several = Unable("b")
+    several.world = World(0, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        turns.measure([Made("a"), several], BenchConfig(rounds=1), together=False)
 
 
 def test_what_cannot_be_resolved_is_left_out(tiny_dataset, tmp_path):

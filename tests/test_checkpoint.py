@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from trainer import checkpoint
 from trainer.checkpoint_saver import Saver
 from trainer.engine.distributed import World
+from trainer.engine.fsdp_engine import FsdpEngine
 from trainer.errors import UserError
 
 WORLD = World()
@@ -276,6 +278,25 @@ def test_a_save_under_way_keeps_no_failing_process_alive(tmp_path, ending):
     words = [sys.executable, "-c", code, "", str(tmp_path)]
     assert subprocess.run(words, cwd=ROOT, timeout=30, capture_output=True).returncode in (1, 3)
     assert steps(tmp_path) == [1]
+
+
+def test_offloaded_moments_are_stored_and_read_where_they_are():
+    """A mesh of another device than theirs, as with engine.offload on a GPU: here one of tensors without storage."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = dist.DeviceMesh("meta", [0, 1], _init_backend=False)
+        whole = DTensor.from_local(torch.empty(3, 4, device="meta"), mesh, [Shard(0)], shape=(6, 4), stride=(4, 1))
+        moments = torch.ones(3, 4, dtype=torch.bfloat16)
+        engine = SimpleNamespace(local={"weight": torch.empty(3, 4)}, _shards={"weight": whole})
+        stored = FsdpEngine.as_stored(engine, "weight", moments)
+    finally:
+        dist.destroy_process_group()
+    assert stored.shape == (6, 4) and stored.dtype == torch.bfloat16
+    assert stored.to_local().data_ptr() == moments.data_ptr()
 
 
 @pytest.mark.gpu

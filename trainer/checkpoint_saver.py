@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint import save, together
 from trainer.engine.distributed import World
 
+Copied = tuple[torch.device, torch.cuda.Event]  # the GPU, and the event after which its copies have arrived
+
 
 class Saver:
     """Writes the checkpoints of a run, one after the other. Made and called by all ranks alike.
@@ -60,8 +62,8 @@ class Saver:
             raise problem
 
     @torch.no_grad()
-    def _snapshot(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Copies in CPU memory, and the event after which they are there: what the GPU is told later follows it."""
+    def _snapshot(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Copied | None]:
+        """Copies in CPU memory, and the GPU with the event after which they are there: what the GPU is told later follows it."""
         copies = {}
         for name, tensor in tensors.items():
             held = self._copies.get(name)
@@ -70,13 +72,15 @@ class Saver:
             _local(held).copy_(_local(tensor), non_blocking=True)
             copies[name] = held
         self._copies = copies
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        return copies, torch.cuda.current_stream().record_event() if on_gpu else None
+        gpu = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        return copies, None if gpu is None else (gpu, torch.cuda.current_stream(gpu).record_event())
 
-    def _write(self, copied: torch.cuda.Event | None, step: int, copies: dict[str, Tensor], facts: dict) -> None:
+    def _write(self, copied: Copied | None, step: int, copies: dict[str, Tensor], facts: dict) -> None:
         try:
             if copied is not None:
-                copied.synchronize()
+                gpu, event = copied
+                torch.cuda.set_device(gpu)  # a new thread would wake up the first GPU, and hold memory of it
+                event.synchronize()
             save(self.folder, step, copies, facts, self.world, self.keep, self._group)
         except BaseException as problem:  # the main thread raises it
             self._problem = problem

@@ -281,9 +281,12 @@ def explain_out_of_memory(folder: Path, rank: int, device: torch.device, advice:
     except torch.OutOfMemoryError as error:
         if device.type != "cuda":
             raise
-        # torch tells what was asked for and what was held; its own advice about fragments is left out.
-        happened = " ".join(str(error).partition("If reserved")[0].split()).rstrip(".")
-        raise UserError(f"rank {rank}: {happened}; {advice()}; {write_snapshot(folder, rank)}") from error
+        raise UserError(f"rank {rank}: {what_ran_out(error)}; {advice()}; {write_snapshot(folder, rank)}") from error
+
+
+def what_ran_out(error: torch.OutOfMemoryError) -> str:
+    """One line: what was asked for and what was held. (torch's own advice about fragments is left out.)"""
+    return " ".join(str(error).partition("If reserved")[0].split()).rstrip(".")
 
 
 def write_snapshot(folder: Path, rank: int) -> str:

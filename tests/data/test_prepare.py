@@ -1,6 +1,7 @@
 """prepare: the shards hold exactly the text, whatever the number of workers, and a broken run never looks finished."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -304,7 +305,10 @@ def test_dataset_mistakes(tmp_path):
 
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    heeds = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # also where a shell runs us in the background
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
 
 
 def wait_for(condition, seconds=60):

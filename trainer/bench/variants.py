@@ -20,6 +20,7 @@ from trainer.engine.watchdog import Watchdog
 from trainer.errors import UserError
 from trainer.memory import expected_memory
 from trainer.plan import Plan, resolve
+from trainer.profile import what_ran_out
 from trainer.run import Run
 from trainer.settings import build, leaf_keys, merge, unknown_key
 
@@ -142,10 +143,19 @@ def leaving_out(name: str, first: bool, notes: list[str], world: World) -> Itera
     """Within, that `name` cannot run here is told, and noted; UserError where it is the first, to which all are compared."""
     try:
         yield
-    except (UserError, ValueError) as error:  # a ValueError: of the model, at its first forward pass
+    except (
+        UserError,
+        ValueError,
+        torch.OutOfMemoryError,
+    ) as error:  # a ValueError: of the model, at its first forward pass
+        why = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            if world.size > 1:
+                raise  # the others may have had room, and wait
+            why = what_ran_out(error)
         if first:
-            raise UserError(str(error)) from None
-        notes.append(f"{name} left out: {error}")
+            raise UserError(why) from None
+        notes.append(f"{name} left out: {why}")
         world.say(notes[-1])
 
 

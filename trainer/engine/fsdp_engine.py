@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
@@ -48,6 +49,9 @@ class FsdpEngine(Engine):
         model = fully_shard(meta, **options | {"reshard_after_forward": False})
         assert all(isinstance(module, FSDPModule) for module in (model, *model.blocks()))
         self.initialise(model, torch.device("cpu") if engine.offload else self.device)
+        for module in model.modules() if engine.offload else ():  # FSDP brings parameters to the device, and no buffers
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
         self._shards: dict[str, Any] = dict(model.named_parameters())
         self.local = {name: nn.Parameter(shard.detach().to_local()) for name, shard in self._shards.items()}
         return model
@@ -85,9 +89,9 @@ class FsdpEngine(Engine):
         if value.shape != self.local[name].shape or value.dim() == 0:
             return value
         whole = self._shards[name]
-        return DTensor.from_local(
-            value, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-        )
+        # Not DTensor.from_local, which would move what is offloaded to the mesh's GPUs, and so store and restore a copy.
+        of_values = TensorMeta(whole.shape, whole.stride(), value.dtype)
+        return DTensor(value, DTensorSpec(whole.device_mesh, whole.placements, of_values), requires_grad=False)
 
 
 def device_mesh(device: torch.device, size: int, shard_size: int | None) -> DeviceMesh:
