@@ -95,6 +95,8 @@ MASTER_ADDR=${hosts[0]}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
 RENDEZVOUS=$job-$restarts
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
+# torch.compile's helpers: by default as many in each process as the machine has CPUs.
+TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
 
 # Words before every command on a node: a container's options for srun, and its command line.
 inside=()
@@ -110,7 +112,7 @@ CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do
 mkdir -p "$LOG_DIR"
 rm -f "$CRESCENDO_OUTCOME" "$LOG_DIR/stop"
 unset NODE_RANK  # torchrun.sh's; here it is Slurm's
-export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS
+export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
 export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Between passing SIGTERM on and SIGKILL torchrun and accelerate wait 30 s: too short for a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS

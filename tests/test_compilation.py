@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from models.base import Cache, get_model
 from models.layers import flex
+from models.layers.linear_cross_entropy import _Form
 from trainer.device import Target
 from trainer.engine import compilation, recompute
 from trainer.engine.compilation import Compiled, choose
@@ -271,6 +272,23 @@ def test_resumption_is_bitwise(tiny_dataset, tmp_path, monkeypatch):
         folders.append(tmp_path / f"run{cut}")
     assert losses(folders[0]) == losses(folders[1])
     assert same(weights(folders[0], 12), weights(folders[1], 12))
+
+
+def test_the_vocabulary_is_no_symbol_in_the_compiled_loss():
+    """Only the number of rows is: else no two entries of a row could be loaded at a time."""
+    sizes = []
+
+    def look(graph, inputs):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
+        sizes.append([[str(size) for size in x.shape] for x in values if isinstance(x, torch.Tensor) and x.ndim == 2])
+        return graph.forward
+
+    compiled = torch.compile(compilation._score_a_vocabulary, backend=look, dynamic=True)
+    for rows in (24, 17):
+        logits, facts = torch.randn(rows, 40), [torch.zeros(rows) for _ in range(2)]
+        compiled(logits, torch.zeros(rows, dtype=torch.long), torch.ones(rows), *facts, _Form(None, 0.0, 40))
+    ((shape,),) = sizes  # one graph, one matrix
+    assert shape[0] != "24" and shape[1] == "40"
 
 
 @pytest.mark.slow

@@ -279,3 +279,10 @@ def test_memory_of_gpt2s_loss_is_a_fraction_of_the_plain_one(monkeypatch, autoca
 
     ratio = peak(linear_cross_entropy) / peak(lambda x, weight, targets: cross_entropy(F.linear(x, weight), targets))
     assert ratio < 0.2  # 0.13 in fp32, 0.15 under autocast, of which the gradient of the weight is 0.03 and 0.02
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 5248, 5249, 65536])
+def test_chunks_of_a_gpu_are_whole_tiles(rows):
+    chunk = module._chunk_rows(rows, 50304, 2, on_gpu=True)
+    assert chunk == rows if rows <= 5248 else chunk % 128 == 0 and rows / 13 <= chunk <= 5248
+    assert module.working_bytes(rows, 50304, 2, True) >= chunk * 50304 * 2

@@ -136,6 +136,15 @@ def test_whereabouts_is_the_innermost_line_of_ours():
     assert not waiting
 
 
+def test_who_waits_for_the_device_may_wait_for_ranks():
+    """Under NCCL nobody stands in a collective: it was launched, and what follows reads its result."""
+    code = "import sys\ndef synchronize(look):\n    return look(sys._getframe())"
+    space: dict = {}
+    exec(compile(code, os.path.join(os.path.dirname(torch.__file__), "cuda", "streams.py"), "exec"), space)  # noqa: S102
+    text, waiting = space["synchronize"](whereabouts)
+    assert waiting and text.endswith(" > streams.py:3 in synchronize")
+
+
 def test_whereabouts_in_a_library():
     """A thread inside of threading's wait: our line that called it comes first."""
     release = threading.Event()

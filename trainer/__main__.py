@@ -17,7 +17,11 @@ from trainer.outcome import tell_outcome
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo's errors say
+# As gloo's and NCCL's errors say.
+LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("remote process exited", "communicator was aborted"),
+)
 VERBS = {
     "prepare": "text to MDS shards",
     "plan": "every number of a run and the rule it came from",

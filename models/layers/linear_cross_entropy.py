@@ -18,9 +18,12 @@ from models.base import IGNORE
 
 # Logits held at once. Every chunk reads and writes the whole gradient of the weight, so rows per chunk decide the speed, not
 # bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260 rows
-# 1.0 to 1.4 times, 2000 no less. GPUs want at least as many (github.com/linkedin/Liger-Kernel/pull/1414).
+# 1.0 to 1.4 times, 2000 no less. GPUs want at least as many (github.com/linkedin/Liger-Kernel/pull/1414): the product with
+# the weight has (rows / 128) (D / 128) tiles for its some hundred multiprocessors.
 CHUNK_BYTES = 256 << 20
+CHUNK_BYTES_OF_GPU = 512 << 20
 MIN_CHUNK_ROWS = 256
+ROWS_OF_GPU = 128  # whole tiles of products, and rows of fp32 facts that begin where vectors of them may
 # Scores in fp32 held at once, a part of the chunk: in a core's cache, where the passes over them cost least; elsewhere as many
 # as hide the launch of a kernel.
 TILE_BYTES_PER_CORE = 2 << 20
@@ -134,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             dweight[len(w) :] = 0
 
-        chunk = _chunk_rows(x, w)
+        chunk = _chunk_rows(len(x), len(w), x.element_size(), x.device.type != "cpu")
         buffer = x.new_empty(chunk, len(w))
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
@@ -264,21 +267,23 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool, softcap: bool = False) -> int:
     """Most bytes of a chunk of logits, `itemsize` each, and the tiles in fp32 of it, for the loss of `rows`."""
-    entries = int(min(rows, _most_rows(vocab_size, itemsize))) * vocab_size
+    entries = int(min(rows, _most_rows(vocab_size, itemsize, on_gpu))) * vocab_size
     tile = min(4 * entries, _tile_bytes(on_gpu))
     # Scores and probabilities; fp32 logits are scores themselves. A soft-cap makes other scores, and keeps what it bent.
     tiles = 3 if softcap else 1 if itemsize == 4 else 2
     return entries * itemsize + tiles * tile
 
 
-def _most_rows(vocab_size: int, itemsize: int) -> int:
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (vocab_size * itemsize))
+def _most_rows(vocab_size: int, itemsize: int, on_gpu: bool) -> int:
+    most = max(MIN_CHUNK_ROWS, (CHUNK_BYTES_OF_GPU if on_gpu else CHUNK_BYTES) // (vocab_size * itemsize))
+    return most // ROWS_OF_GPU * ROWS_OF_GPU if on_gpu else most
 
 
-def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+def _chunk_rows(rows: int, vocab_size: int, itemsize: int, on_gpu: bool) -> int:
     """Rows per chunk: the same in all of them, but for the last."""
-    chunks = max(1, -(-len(x) // _most_rows(len(weight), x.element_size())))
-    return max(1, -(-len(x) // chunks))
+    chunks = max(1, -(-rows // _most_rows(vocab_size, itemsize, on_gpu)))
+    even = max(1, -(-rows // chunks))
+    return even if chunks == 1 or not on_gpu else -(-even // ROWS_OF_GPU) * ROWS_OF_GPU
 
 
 def _tile_rows(logits: Tensor, wide: torch.dtype) -> int:

@@ -269,16 +269,18 @@ class TrainStream:
 
     def windows(self, position: int, length: int, first: int, count: int) -> np.ndarray:
         """Windows `first` .. `first + count` of the step at `position`: [count, length + 1] int64 (inputs and last target)."""
-        places = self._places(position, length, first, count)
-        rows = {sample: self._submit(sample).result() for sample in dict.fromkeys(sample for sample, _ in places)}
-        out = np.empty((count, length + 1), dtype=np.int64)
-        for i, (sample, offset) in enumerate(places):
-            out[i] = rows[sample][offset : offset + length + 1]
+        out, filled = np.empty((count, length + 1), dtype=np.int64), 0
+        stretches = self._stretches(position, length, first, count)
+        reading = [self._submit(sample) for sample, _, _ in stretches]
+        for (_, offset, n), row in zip(stretches, reading, strict=True):
+            tokens = row.result()[offset : offset + n * length + 1]
+            out[filled : filled + n] = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+            filled += n
         return out
 
     def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
         """Begin to read what `windows` will be asked for next; a wrong guess costs time, never correctness."""
-        wanted = {sample for sample, _ in self._places(position, length, first, count)}
+        wanted = {sample for sample, _, _ in self._stretches(position, length, first, count)}
         self._reading = {sample: future for sample, future in self._reading.items() if sample in wanted}
         for sample in wanted:
             self._submit(sample)
@@ -291,15 +293,18 @@ class TrainStream:
             self._reading[sample] = self._pool.submit(self.split.sample, sample)
         return self._reading[sample]
 
-    def _places(self, position: int, length: int, first: int, count: int) -> list[tuple[int, int]]:
-        """(sample, offset in it) of each window."""
-        begin = self.start(position, length) + first * length
-        places = []
-        for at in range(begin, begin + count * length, length):
+    def _stretches(self, position: int, length: int, first: int, count: int) -> list[tuple[int, int, int]]:
+        """(sample, offset in it, number of windows) of those windows that lie in one sample; `length` divides a sample's."""
+        at = self.start(position, length) + first * length
+        end = at + count * length
+        stretches = []
+        while at < end:
             epoch, token = divmod(at, self.epoch_tokens)
             index, offset = divmod(token, self.split.length)
-            places.append((self._order(epoch, index), offset))
-        return places
+            n = min(self.split.length - offset, end - at) // length
+            stretches.append((self._order(epoch, index), offset, n))
+            at += n * length
+        return stretches
 
 
 def ordered_windows(split: Split, length: int, max_tokens: int = 0) -> Iterator[tuple[int, int]]:

@@ -63,7 +63,7 @@ class Engine:
                 convert_to_float8(block)
         checkpoint_activations(model, self.config.engine.activation_checkpointing)
         if self.config.engine.compile:
-            Compiled(model, self.world.say)
+            Compiled(model, self.world.say_from)  # it may fail on one machine, for which all others then wait
 
     def initialise(self, model: Any, device: torch.device) -> Any:
         """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks."""

@@ -57,7 +57,7 @@ class Compiled:
         for block in model.blocks():
             compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True))
             block.forward = functools.partial(_in_training, block.forward, compiled)
-        scorer = self.with_fallback(score_in_tiles, torch.compile(score_at_once, dynamic=True))
+        scorer = self.with_fallback(score_in_tiles, torch.compile(_score_a_vocabulary, dynamic=True))
         model.forward = scored_by(scorer)(model.forward)
 
     def with_fallback(self, eager: Callable[..., T], compiled: Callable[..., T]) -> Callable[..., T]:
@@ -76,6 +76,12 @@ class Compiled:
                 return eager(*args, **kwargs)
 
         return call
+
+
+def _score_a_vocabulary(logits: torch.Tensor, *facts: Any) -> None:
+    """score_at_once of rows of one length: only their number changes, so that loads of several entries stay possible."""
+    torch._dynamo.mark_static(logits, 1)
+    score_at_once(logits, *facts)
 
 
 def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any, **kwargs: Any) -> T:

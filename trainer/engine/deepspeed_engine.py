@@ -57,6 +57,7 @@ class DeepSpeedEngine(Engine):
             except ValidationError as error:
                 told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
                 raise UserError(f"engine.deepspeed_config: DeepSpeed refuses {told}") from None
+        world.limit_groups()
         assert self._zero.zero_optimization_stage() == self.stage
         use_linear(plain_linear)
         if self.stage:

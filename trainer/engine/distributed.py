@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from trainer.engine.facts import Facts, absentees, compare, find_facts
 from trainer.errors import MachineError, UserError
 
 MEETING_SECONDS = 300.0  # they were all started together
+CONNECT_SECONDS = 600.0  # NCCL takes seconds, or a minute with a thousand processes
 
 T = TypeVar("T")
 
@@ -46,6 +49,16 @@ class World:
         """Print a line to stderr, on rank 0 alone."""
         if self.leader:
             print(text, file=sys.stderr, flush=True)
+
+    def say_from(self, text: str) -> None:
+        """Print a line to stderr on the rank that calls, named where there are several: for what befalls one of them."""
+        name = f"[rank {self.rank}, {launcher.own_host(os.environ)}] " if self.size > 1 else ""
+        print(name + text, file=sys.stderr, flush=True)
+
+    def limit_groups(self) -> None:
+        """Give groups that libraries have made the timeout of ours: theirs is torch's own, which users cannot raise."""
+        for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
@@ -81,8 +94,29 @@ class World:
     def stop(self) -> None:
         """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
         if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+            with bounded(
+                self.timeout.total_seconds() + 60, "warning: process group: not all processes have left it", 0
+            ):
+                dist.barrier()
+                dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, line: str, code: int) -> Iterator[None]:
+    """End this process, with a line and an exit code, if what is within takes so long: NCCL's own calls know no limit, and no
+    signal is heard in them."""
+
+    def end() -> None:
+        print(f"{line} within {_spell(timedelta(seconds=seconds))}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def read_world() -> World:
@@ -121,19 +155,25 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    stuck = (
+        "error: process group: see that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between the machines "
+        f"(NCCL_DEBUG=INFO tells more): rank {world.rank} on {launcher.own_host(os.environ)} is not connected to the others"
+    )
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=world.timeout,
-            device_id=device if on_gpu else None,
-        )
+        with bounded(CONNECT_SECONDS, stuck, 2):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
+                store=store,
+                rank=world.rank,
+                world_size=world.size,
+                timeout=world.timeout,
+                device_id=device if on_gpu else None,
+            )
     except RuntimeError as error:
         raise MachineError(
             f"process group: the {world.size} processes came to {_meeting_point()} but cannot connect to each other; see "
-            f"that no firewall is between their machines: {str(error).splitlines()[0]}"
+            "that no firewall is between their machines, and that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface "
+            f"between them: {str(error).splitlines()[0]}"
         ) from None
 
 

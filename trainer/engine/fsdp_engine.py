@@ -32,6 +32,7 @@ class FsdpEngine(Engine):
         engine = self.config.engine
         self.mesh = device_mesh(self.device, self.world.size, engine.shard_size if self.strategy == "hsdp" else None)
         self._shard_group = self.mesh.get_group("shard")
+        self.world.limit_groups()
         self.prepare_blocks(meta)
         options = {
             "mesh": self.mesh,

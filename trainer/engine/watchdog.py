@@ -272,7 +272,10 @@ def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
     source = linecache.getline(own.f_code.co_filename, own.f_lineno).strip()
     text = _spot(own) + (f": {source[:60]}" if source else "")
     path, function = inner.f_code.co_filename.replace(os.sep, "/"), inner.f_code.co_name
-    waiting = "/torch/distributed/" in path or function == "_engine_run_backward"
+    # NCCL's collectives return at once; who waits for them waits for the device.
+    waiting = (
+        any(part in path for part in ("/torch/distributed/", "/torch/cuda/")) or function == "_engine_run_backward"
+    )
     return text if inner is own else f"{text} > {_spot(inner)}", waiting
 
 
