@@ -95,7 +95,7 @@ MASTER_ADDR=${hosts[0]}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
 RENDEZVOUS=$job-$restarts
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
-# torch.compile's helpers: by default as many in each process as the machine has CPUs.
+# torch.compile's helpers: by default up to 32 in each process.
 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
 
 # Words before every command on a node: a container's options for srun, and its command line.

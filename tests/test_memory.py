@@ -123,6 +123,14 @@ def test_compiled_blocks_keep_what_was_planned(model, compute, how):
     assert held == pytest.approx(expected, abs=1024 + vectors)
 
 
+def test_every_block_is_planned_as_compiled():
+    """More layers than torch's own limit of versions, each with a number of its own (differential attention's lambda)."""
+    config = replace(build("transformer", scale=0.4).config, attention="differential", n_layers=10)
+    blocks = kept_bytes(get_model("transformer"), config, T, "fp32", compiled=True).blocks
+    eager = kept_bytes(get_model("transformer"), config, T, "fp32").blocks
+    assert len(blocks) == 10 and max(blocks) < 0.95 * min(eager)
+
+
 def test_what_cannot_be_compiled_is_planned_as_it_is(model, monkeypatch):
     def fail(model):
         raise TorchDynamoException("no")
@@ -163,6 +171,18 @@ def test_a_plan_counts_on_the_kernels_of_its_device():
     ampere, before = (expected_memory(resolve(config, gpu=GPUS[name])) for name in ("a100-40gb", "v100-16gb"))
     layers, weights = 8, 8 * 1024**2  # [T, T] of each sequence, in place of which FlexAttention keeps its output
     assert before["activations"] - ampere["activations"] > 0.8 * layers * 4 * weights
+
+
+def test_a_deterministic_run_is_planned_with_the_kernels_it_may_use():
+    """hlb's slopes are added up in no fixed order by FlexAttention; nothing is left switched on."""
+    model = build("hlb", scale=0.4)
+    demand = Demand(type(model), model.config, 256)
+    dense, fused, fixed = (
+        demand.activations(Spread("single", "fp32", flex=flex, deterministic=deterministic), "none")
+        for flex, deterministic in ((False, False), (True, False), (True, True))
+    )
+    assert fused < dense == fixed
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.gpu

@@ -57,7 +57,8 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
 @dataclass(frozen=True)
 class Spread:
     """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
-    moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block."""
+    moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
+    deterministic: by kernels that add in a fixed order alone."""
 
     strategy: str
     precision: str
@@ -69,6 +70,7 @@ class Spread:
     on_gpu: bool = True
     flex: bool = False
     compiled: bool = False
+    deterministic: bool = False
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> Spread:
@@ -81,7 +83,8 @@ class Spread:
         compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
-        return cls(strategy, config.precision, *how, target.memory is not None, target.flex, compiled)
+        device = target.memory is not None, target.flex, compiled, config.deterministic
+        return cls(strategy, config.precision, *how, *device)
 
     @property
     def compute(self) -> str:
@@ -165,7 +168,8 @@ class Demand:
     def activations(self, spread: Spread, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
 
-        how: engine.activation_checkpointing. Exact but for buffers of the engine and fragmentation.
+        how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and what biases of scores
+        (ALiBi, forget gates, hlb's slopes) hold under FlexAttention, some bytes per token and head.
         """
         kept, plain = self._measure(spread, how), self._measure(spread, "none")
         return kept.total + max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
@@ -212,9 +216,10 @@ class Demand:
 
     def _measure(self, spread: Spread, how: str) -> Kept:
         asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
-        key = self.model_class, repr(self.model_config), *asked
+        key = self.model_class, repr(self.model_config), *asked, spread.deterministic
         if key not in _measured:
-            _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
+            with _determinism(spread.deterministic):
+                _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
         return _measured[key]
 
 
@@ -294,6 +299,19 @@ def _kept_bytes(
         )
         del output
     return Kept(total, added, logits)
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Any:
+    """As the run will ask for it: some kernels are refused then."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextlib.contextmanager

@@ -113,11 +113,16 @@ class Peer(Contender):
             self.__dict__.pop(name, None)
         super().close()
 
-    def needs(self) -> dict[str, int]:
-        config = self.plan.config
-        engine = dataclasses.replace(config.engine, strategy="ddp" if self.world.size > 1 else "single", offload=False)
+    def needs(self, **otherwise: Any) -> dict[str, int]:
+        """otherwise: what is unlike the plan in config.engine."""
+        config, strategy = self.plan.config, "ddp" if self.world.size > 1 else "single"
+        engine = dataclasses.replace(config.engine, **{"strategy": strategy, "offload": False, **otherwise})
         config = dataclasses.replace(config, engine=engine)
-        return expected_memory(dataclasses.replace(self.plan, config=config))
+        return expected_memory(dataclasses.replace(self.plan, config=config, model_config=self.model_config()))
+
+    def model_config(self) -> Any:
+        """Of our own model, where that is what trains."""
+        return self.plan.model_config
 
 
 class BareLoop(Peer):
@@ -137,11 +142,12 @@ class BareLoop(Peer):
 class EagerPeer(Peer):
     """Our own model in its straightforward form: whole logits, dense attention, nothing compiled or recomputed."""
 
+    def model_config(self) -> Any:
+        kernels = {name: "torch" for name in KERNEL_FIELDS if hasattr(self.plan.model_config, name)}
+        return dataclasses.replace(self.plan.model_config, **kernels)
+
     def make_model(self) -> Any:
-        model_config = self.plan.model_config
-        kernels = {name: "torch" for name in KERNEL_FIELDS if hasattr(model_config, name)}
-        model_config = dataclasses.replace(model_config, **kernels)
-        model = with_storage(build_meta(self.plan.model_class, model_config), self.device)
+        model = with_storage(build_meta(self.plan.model_class, self.model_config()), self.device)
         model.init_weights(torch.Generator().manual_seed(self.config.seed))
         self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}
         return model
@@ -150,8 +156,8 @@ class EagerPeer(Peer):
         documents = document_numbers(tokens, self.plan.end_of_text)
         return cross_entropy(self.model(tokens, documents=documents).logits, targets, "sum")
 
-    def needs(self) -> dict[str, int]:
-        needs = super().needs()
+    def needs(self, **otherwise: Any) -> dict[str, int]:
+        needs = super().needs(compile=False, activation_checkpointing="none", **otherwise)
         logits = self.plan.config.batch.tokens_per_microbatch * self.plan.model_config.vocab_size
         return needs | {"total": needs["total"] + 12 * logits}  # as they are, in fp32, and the gradient of that
 

@@ -99,7 +99,7 @@ def hold_as_compiled(model: Any) -> None:
     def as_it_is(graph: Any, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    _spare_a_warning()
+    prepare_compiler()
     backend = aot_autograd(
         fw_compiler=as_it_is,
         bw_compiler=as_it_is,
@@ -107,7 +107,7 @@ def hold_as_compiled(model: Any) -> None:
         decompositions=select_decomp_table(),
     )
     for block in model.blocks():
-        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=True)
 
 
 def prepare_compiler() -> None:
@@ -120,11 +120,7 @@ def prepare_compiler() -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
     # A backward pass that cannot be compiled is found before the forward pass has run, when eager code can still do both.
     torch._functorch.config.force_non_lazy_backward_lowering = True
-    _spare_a_warning()
-
-
-def _spare_a_warning() -> None:
-    """The one that blocks under `selective` must not write in place: it comes whether they do or not."""
+    # It warns that blocks under `selective` must not write in place, whether they do or not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 

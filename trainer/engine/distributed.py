@@ -94,21 +94,20 @@ class World:
     def stop(self) -> None:
         """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
         if dist.is_initialized():
-            with bounded(
-                self.timeout.total_seconds() + 60, "warning: process group: not all processes have left it", 0
-            ):
-                dist.barrier()
-                dist.destroy_process_group()
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, line: str, code: int) -> Iterator[None]:
-    """End this process, with a line and an exit code, if what is within takes so long: NCCL's own calls know no limit, and no
+def bounded(seconds: float, line: str) -> Iterator[None]:
+    """End this process, with a line and exit code 2, if what is within takes so long: NCCL's own calls know no limit, and no
     signal is heard in them."""
 
     def end() -> None:
-        print(f"{line} within {_spell(timedelta(seconds=seconds))}", file=sys.stderr, flush=True)
-        os._exit(code)
+        try:
+            print(f"error: {line} within {_spell(timedelta(seconds=seconds))}", file=sys.stderr, flush=True)
+        finally:  # also where nobody reads any more
+            os._exit(2)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -156,11 +155,11 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     if on_gpu:
         torch.cuda.set_device(device)
     stuck = (
-        "error: process group: see that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between the machines "
+        "process group: see that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between the machines "
         f"(NCCL_DEBUG=INFO tells more): rank {world.rank} on {launcher.own_host(os.environ)} is not connected to the others"
     )
     try:
-        with bounded(CONNECT_SECONDS, stuck, 2):
+        with bounded(CONNECT_SECONDS, stuck):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
                 store=store,
