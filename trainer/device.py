@@ -30,11 +30,12 @@ class Target(NamedTuple):
     here: bool = True
 
     @classmethod
-    def of(cls, gpu: Gpu | None, device: torch.device) -> Target:
-        """That of a GPU elsewhere, or of the device at hand."""
-        if gpu is not None:
-            return cls(int(gpu.gibibytes * 1024**3), gpu.is_ampere, here=False)
+    def at_hand(cls, device: torch.device) -> Target:
         return cls(memory_bytes(device), flex.device_refusal(device) is None)
+
+    @classmethod
+    def elsewhere(cls, gpu: Gpu) -> Target:
+        return cls(int(gpu.gibibytes * 1024**3), gpu.is_ampere, here=False)
 
 
 GPUS = {

@@ -73,12 +73,13 @@ class Inference:
         """gpu: a trainer.device.Gpu to plan for; None: the device at hand."""
         from trainer.device import Target, choose_device, choose_precision
 
-        device = choose_device(self.config.device)
-        self.target = Target.of(gpu, device)
         if gpu is None:
+            device = choose_device(self.config.device)
+            self.target = Target.at_hand(device)
             precision, rule = choose_precision(self.config.precision, device)
             self._check_kernels(device, precision)
         else:
+            self.target = Target.elsewhere(gpu)
             fastest = "bf16" if gpu.is_ampere else "fp32"
             given = self.config.precision != "auto"
             precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -247,7 +246,7 @@ def kept_bytes(
     if not compiled:
         return _kept_bytes(*asked)
     try:
-        return _kept_bytes(*asked, prepare=compilation.hold_as_compiled)
+        return _kept_bytes(*asked, compiled=True)
     except Exception as error:
         if not compilation.of_compiler(error):
             raise
@@ -264,13 +263,13 @@ def _kept_bytes(
     how: str,
     documents: bool,
     flex: bool,
-    prepare: Callable[[Any], None] | None = None,
+    compiled: bool = False,
 ) -> Kept:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.layers.flex import planning_for_gpu
-    from trainer.engine import recompute
+    from trainer.engine import compilation, recompute
 
     gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
     model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
@@ -279,8 +278,8 @@ def _kept_bytes(
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
         recompute.apply(model, how)
-        if prepare is not None:
-            prepare(model)
+        if compiled:
+            compilation.hold_as_compiled(model)
         if flex:
             stack.enter_context(planning_for_gpu())
         if compute == "autocast":
