@@ -72,7 +72,7 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
         return abs(math.log(config.d_model / (64 * config.n_layers)))
 
     shapes: list[Any] = []
-    met: list[Any] = []
+    best: Any = None
     refusal = ValueError("no shape is possible")
     for step in STEPS:
         for width in range(step, WIDTHS * step + 1, step):
@@ -82,14 +82,15 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
                 refusal = error
         if not shapes:
             raise refusal  # it is not the width that cannot be
-        met = [config for config in shapes if miss(config) < 0.03]
-        if met and min(map(aspect, met)) < math.log(2):
+        shapes.sort(key=aspect)
+        best = next((config for config in shapes if miss(config) < 0.03), None)
+        if best is not None and aspect(best) < math.log(2):
             break
-    if not met:
+    if best is None:
         return _near_enough(min(shapes, key=miss), count, target)
     # At a chosen depth all have nearly one aspect, whatever it is: widths within 3 % of a count differ by 6 % at most.
-    most = max(math.log(2), min(map(aspect, met)) + 0.1)
-    near = [config for config in met if aspect(config) < most]
+    most = max(math.log(2), aspect(best) + 0.1)
+    near = [config for config in shapes if aspect(config) < most and miss(config) < 0.03]
     return min(near, key=lambda config: (_parts_of_tile(config.d_model), aspect(config)))
 
 

@@ -90,7 +90,7 @@ def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any
 
 def hold_as_compiled(model: Any) -> None:
     """Have the blocks keep for the backward pass what they keep when compiled: the compiler divides what they compute, and then
-    every operator runs by itself. For tensors without storage, whose numbers do not matter."""
+    every operator runs by itself. For tensors without storage, whose numbers do not matter, and one length of sequences."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -107,7 +107,7 @@ def hold_as_compiled(model: Any) -> None:
         decompositions=select_decomp_table(),
     )
     for block in model.blocks():
-        block.forward = torch.compile(block.forward, backend=backend, dynamic=True)
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
 
 def prepare_compiler() -> None:
