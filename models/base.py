@@ -150,9 +150,10 @@ class LanguageModel(nn.Module):
         """Whether the output head shares the token embedding's matrix."""
         return False
 
-    def describe_kernels(self, device: torch.device | None = None) -> str:
+    def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
         """One line on the kernels that train on `device` (None: where the weights are), in the type of autocast or of the
-        weights, and why ("" where there was no choice). ValueError where one that the config names cannot train there.
+        weights, and why ("" where there was no choice). documents: whether they are to be kept apart. ValueError where one that
+        the config names cannot do this.
         """
         return ""
 

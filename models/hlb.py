@@ -154,7 +154,7 @@ class Hlb(LanguageModel):
             return "the quantised bias is a table"
         return flex_refusal(length, self.config.d_qk, compute_dtype(self.embedding.weight, device), device)
 
-    def describe_kernels(self, device: torch.device | None = None) -> str:
+    def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
         device = device or self.embedding.weight.device
         if self.config.attention_kernel == "flex" and device.type != "cuda":
             raise ValueError(

@@ -176,9 +176,9 @@ class Transformer(LanguageModel):
             vocab_size=c.unpadded_vocab or None,
         )
 
-    def describe_kernels(self, device: torch.device | None = None) -> str:
+    def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
         device = device or self.embedding.weight.device
-        name, why = self.choose_kernel(device, 0, self.max_context or 1024, documents=False)
+        name, why = self.choose_kernel(device, 0, self.max_context or 1024, documents)
         others = liger.describe(self.by_liger, self.config, device)
         return f"attention: {name} ({why})" + (f"; {others}" if others else "")
 

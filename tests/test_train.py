@@ -103,14 +103,17 @@ def test_resolved_config_gives_the_same_run(finished, tiny_dataset, tmp_path):
     assert losses(tmp_path / "again") == losses(finished)
 
 
-def test_kernels_are_told_for_the_type_that_is_computed_in(tiny_dataset, tmp_path, monkeypatch):
-    """Not that of the weights: what is refused for fp32 (flash-attn) may well train in bf16."""
+def test_kernels_are_told_for_what_is_computed(tiny_dataset, tmp_path, monkeypatch):
+    """Not for the type of the weights: what is refused for fp32 (flash-attn) may well train in bf16. And for documents."""
     asked, choose = set(), models.transformer.choose_kernel
     monkeypatch.setattr(
-        models.transformer, "choose_kernel", lambda *args, **case: asked.add(case["dtype"]) or choose(*args, **case)
+        models.transformer,
+        "choose_kernel",
+        lambda *args, **case: asked.add((case["dtype"], case["documents"])) or choose(*args, **case),
     )
-    run(tiny_values(tiny_dataset, tmp_path / "r", precision="bf16", model={"name": "llama"}, max_steps=1))
-    assert asked == {torch.bfloat16}
+    changes = {"precision": "bf16", "model": {"name": "llama"}, "data__separate_documents": True}
+    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, **changes))
+    assert asked == {(torch.bfloat16, True)}
 
 
 @pytest.mark.parametrize("cut", [4, 8])

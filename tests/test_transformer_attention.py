@@ -322,6 +322,12 @@ def test_the_kernel_and_why_are_told(changes, line):
     assert re.fullmatch(line, text)
 
 
+def test_the_kernel_for_documents_is_told_where_they_are_kept_apart():
+    model = build(small(max_context=64, attention_kernel="auto"))
+    assert model.describe_kernels() == "attention: sdpa (plain causal attention)"
+    assert re.fullmatch(r"attention: sdpa \(flash: .*; flex: .*cpu\)", model.describe_kernels(documents=True))
+
+
 # -- Llama -------------------------------------------------------------------------------------------------------------
 
 

@@ -91,8 +91,9 @@ class Inference:
         """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
         import torch
 
+        computing = self.meta.to(torch.float32 if precision == "fp32" else torch.bfloat16)
         try:
-            self.meta.to(torch.float32 if precision == "fp32" else torch.bfloat16).describe_kernels(device)
+            computing.describe_kernels(device, self.config.data.separate_documents)
         except ValueError as error:
             raise UserError(f"model {self.config.model['name']}: {error}") from None
 

@@ -138,7 +138,8 @@ def opening(this: Run) -> str:
     """What it is that trains, and how the batch begins and ends."""
     lengths, tokens = this.plan.sequence_lengths, this.config.batch.tokens_per_step
     with autocast(this.device, this.config.precision):
-        kernels = this.model.describe_kernels(this.device)  # offloaded weights are elsewhere
+        # Offloaded weights are on another device.
+        kernels = this.model.describe_kernels(this.device, this.config.data.separate_documents)
     return (
         f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
         f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
