@@ -17,9 +17,9 @@ from models.presets import load_llama_weights, load_openai_weights
 from trainer.bench import clock, turns
 from trainer.bench.clock import PhaseClock, covered, peak_memory
 from trainer.bench.data import rate_of
-from trainer.bench.peers import COUNTERPARTS, BareLoop, EagerPeer
+from trainer.bench.peers import COUNTERPARTS, BareLoop, EagerPeer, counterpart
 from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
-from trainer.bench.variants import Contender, Record, label, parse_sweep, run_config, variants
+from trainer.bench.variants import Contender, Record, label, leaving_out, parse_sweep, run_config, variants
 from trainer.config import BenchConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.device import PEAK, peak_flops
@@ -289,6 +289,7 @@ def test_peaks_are_known_by_exact_name_and_type_or_not_at_all(monkeypatch):
         989.4e12,
         494.7e12,
     )
+    assert peak_flops(gpu, "bf16", float8=True) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 NVL")
     assert peak_flops(gpu, "bf16") is None
     assert peak_flops(CPU, "bf16") is None
@@ -333,7 +334,7 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     assert "'CPU', fp32: n/a" in table and "- a note" in table
 
     # The same with a peak: 100 tokens/s x FLOPs per token over the peak.
-    monkeypatch.setattr("trainer.bench.report.peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr("trainer.bench.report.peak_flops", lambda device, precision, float8: 1e12)
     body = train_report(config, pair, True, []).body
     assert body["rows"][0]["mfu"] == pytest.approx(100 * ours["flops_per_token"] / 1e12)
 
@@ -408,7 +409,13 @@ def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(
-    "name, changes", [*((name, {}) for name in COUNTERPARTS), ("llama", {"n_kv_heads": 1}), ("llama", {"tied": True})]
+    "name, changes",
+    [
+        *((name, {}) for name in COUNTERPARTS),
+        ("llama", {"n_kv_heads": 1}),
+        ("llama", {"tied": True}),
+        ("gpt2", {"d_hidden": 48, "mlp": "relu2"}),
+    ],
 )
 def test_counterparts_compute_what_ours_does(name, changes, monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
@@ -416,14 +423,35 @@ def test_counterparts_compute_what_ours_does(name, changes, monkeypatch):
     ours = cls(
         cls.Config(**{"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 16, **changes})
     )
-    theirs = COUNTERPARTS[name](ours.config).eval()
-    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    theirs = counterpart(name, ours.config).eval()
     load = {"gpt2": load_openai_weights, "llama": load_llama_weights}[name]
     ours.init_weights()
     load(ours, theirs.state_dict())
     tokens = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (ours(tokens).logits - theirs(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("gpt2", {"qk_norm": True}),
+        ("gpt2", {"mlp": "swiglu"}),
+        ("gpt2", {"attention_softcap": 9.0}),
+        ("gpt2", {"head_dim": 8}),
+        ("llama", {"window": 4}),
+        ("llama", {"mlp": "geglu"}),
+    ],
+)
+def test_what_has_no_counterpart_is_left_out(name, changes, monkeypatch):
+    """Most of these switches have no parameters that would tell the models apart."""
+    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 16}
+    notes = []
+    with leaving_out("transformers", False, notes, World()):
+        counterpart(name, get_model(name).Config(**(shape | changes)))
+    assert notes and notes[0].startswith(f"transformers left out: transformers' {name} ")
 
 
 @pytest.mark.parametrize("name", ["hlb", "gpt2"])

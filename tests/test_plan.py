@@ -344,26 +344,46 @@ def test_an_old_gpu_has_no_bf16():
     assert p.resolve_for(build(PlanConfig, {"device": "t4-16gb"}))[0].config.precision == "fp32"
 
 
+def test_fp8_is_planned_for_gpus_that_have_it():
+    assert p.resolve_for(build(PlanConfig, {"device": "l4-24gb", "float8": True}))[0].config.float8
+    with pytest.raises(UserError, match="^float8: NVIDIA A100-SXM4-40GB has no units for fp8; leave it out$"):
+        p.resolve_for(build(PlanConfig, {"device": "a100-40gb", "float8": True}))
+
+
 def test_an_unknown_device_is_named():
     with pytest.raises(UserError, match="device: 'a100' is not known .*a100-40gb"):
         p.resolve_for(build(PlanConfig, {"device": "a100"}))
 
 
 def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
+    """And from the row of it that is most like the run: here compiled, as is usual on a GPU."""
     monkeypatch.chdir(tmp_path)
+    device = "NVIDIA A100-SXM4-40GB"
     plan, _ = p.resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
-    assert p.time_row(plan, "NVIDIA A100-SXM4-40GB", None).value == "unknown"
-    for date, device, rate in (
-        ("1", "NVIDIA A100-SXM4-40GB", 5.0),
-        ("2", "NVIDIA A100-SXM4-40GB", 1000.0),
-        ("3", "CPU", 1.0),
-    ):
-        row = {"kind": "trainer", "config": {"model": plan.config.model, "precision": "bf16"}}
-        report = {"kind": "train", "device": device, "processes": 1}
-        report["rows"] = [row | {"tokens_per_second": {"median": rate}}]
+    unknown = p.expected_time(plan, device, 3.6)
+    assert (unknown.hours, unknown.tokens_per_second, unknown.cost) == (None, None, None)
+    assert unknown.row().value == "unknown"
+
+    def row(rate, **changes):
+        config = dataclasses.asdict(plan.config)
+        for key, value in changes.items():
+            section, _, leaf = key.partition("__")
+            (config[section] if leaf else config)[leaf or section] = value
+        return {"name": f"at {rate}", "kind": "trainer", "config": config, "tokens_per_second": {"median": rate}}
+
+    benches = {
+        "1": (device, [row(5.0)]),
+        "2": (device, [row(9.0, engine__compile=False), row(1000.0)]),
+        "3": ("CPU", [row(1.0)]),
+        "4": (device, [row(2.0, float8=True), row(3.0, precision="fp32"), row(4.0, batch__sequence_length=512)]),
+    }
+    for date, (name, rows) in benches.items():
         (tmp_path / "runs" / f"bench-{date}").mkdir(parents=True)
+        report = {"kind": "train", "device": name, "processes": 1, "rows": rows}
         (tmp_path / "runs" / f"bench-{date}" / "bench.json").write_text(json.dumps(report))
-    found = p.time_row(plan, "NVIDIA A100-SXM4-40GB", price=3.6)
+    found = p.expected_time(plan, device, price=3.6)
     hours = p.minimum_tokens(plan) / 2000 / 3600
-    assert found.value == pytest.approx(hours, abs=5e-4)
+    assert found.hours == pytest.approx(hours, abs=5e-4) and found.tokens_per_second == 2000
+    assert found.cost == pytest.approx(hours * 3.6 * 2)
     assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "as if speed grew" in found.rule
+    assert found.rule.startswith("at least: with a multiplier of one; at 2,000 tokens/s, by at 1000.0 of runs/bench-2/")

@@ -141,10 +141,11 @@ def test_pure_bf16_adds_gradients_up_in_fp32(tiny_dataset, tmp_path):
     assert error < 2**-8
 
 
-def test_fp8_where_it_is_not(tiny_dataset, tmp_path):
+def test_fp8_where_it_is_not(tiny_dataset, tmp_path, monkeypatch):
     values = tiny_values(tiny_dataset, tmp_path / "r", precision="bf16", float8=True)
     with pytest.raises(UserError, match="^float8: a CPU has no units for fp8, .*; leave it out$"):
         run(values)
+    monkeypatch.setattr("models.layers.float8.float8_refusal", lambda device: None)
     with pytest.raises(UserError, match="^float8: .* precision fp32 promises; use bf16$"):
         run(values | {"precision": "fp32"})
     assert not (tmp_path / "r" / "config.yaml").exists()
@@ -153,7 +154,7 @@ def test_fp8_where_it_is_not(tiny_dataset, tmp_path):
 @pytest.mark.slow
 def test_fp8_trains_and_goes_on(tiny_dataset, tmp_path, monkeypatch):
     """Emulated by the CPU, a thousand times slower than what it stands for."""
-    monkeypatch.setattr("trainer.engine.base.float8_refusal", lambda device: None)
+    monkeypatch.setattr("models.layers.float8.float8_refusal", lambda device: None)
     for folder, cut in (("straight", 2), ("cut", 1)):
         values = tiny_values(
             tiny_dataset, tmp_path / folder, precision="bf16", max_steps=cut, float8=True,

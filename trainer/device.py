@@ -14,11 +14,13 @@ from trainer.errors import UserError
 
 class Gpu(NamedTuple):
     """A GPU to plan for. name: as its driver gives it; gibibytes: of memory as torch sees it, less than the label says;
-    is_ampere: of that generation or a later one (compute capability 8.0), with bf16 units and FlexAttention's kernels."""
+    is_ampere: of that generation or a later one (compute capability 8.0), with bf16 units and FlexAttention's kernels;
+    has_fp8: compute capability 8.9."""
 
     name: str
     gibibytes: float
     is_ampere: bool = True
+    has_fp8: bool = False
 
 
 class Target(NamedTuple):
@@ -41,13 +43,13 @@ class Target(NamedTuple):
 GPUS = {
     "t4-16gb": Gpu("Tesla T4", 14.6, is_ampere=False),
     "v100-16gb": Gpu("Tesla V100-SXM2-16GB", 15.8, is_ampere=False),
-    "l4-24gb": Gpu("NVIDIA L4", 22.0),
-    "rtx4090-24gb": Gpu("NVIDIA GeForce RTX 4090", 23.6),
+    "l4-24gb": Gpu("NVIDIA L4", 22.0, has_fp8=True),
+    "rtx4090-24gb": Gpu("NVIDIA GeForce RTX 4090", 23.6, has_fp8=True),
     "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 39.4),
-    "l40s-48gb": Gpu("NVIDIA L40S", 44.4),
+    "l40s-48gb": Gpu("NVIDIA L40S", 44.4, has_fp8=True),
     "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 79.1),
-    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", 79.1),
-    "h200-141gb": Gpu("NVIDIA H200", 139.7),
+    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", 79.1, has_fp8=True),
+    "h200-141gb": Gpu("NVIDIA H200", 139.7, has_fp8=True),
 }
 
 # Dense matrix peak in FLOP/s by exact device name and type of the factors (vendor data sheets, without sparsity). What is
@@ -151,9 +153,9 @@ class HostCopy:
         return self._numbers.tolist()
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s to compare with, or None where it is not known for certain."""
-    return PEAK.get(device_name(device), {}).get(FACTORS[precision])
+def peak_flops(device: torch.device, precision: str, float8: bool = False) -> float | None:
+    """FLOP/s to compare with, or None where it is not known for certain, or there is no one peak (a part in fp8)."""
+    return None if float8 else PEAK.get(device_name(device), {}).get(FACTORS[precision])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

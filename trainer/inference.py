@@ -71,18 +71,23 @@ class Inference:
 
     def hardware(self, gpu: Any) -> None:
         """gpu: a trainer.device.Gpu to plan for; None: the device at hand."""
+        from models.layers.float8 import float8_refusal
         from trainer.device import Target, choose_device, choose_precision
 
         if gpu is None:
             device = choose_device(self.config.device)
+            no_float8 = float8_refusal(device)
             self.target = Target.at_hand(device)
             precision, rule = choose_precision(self.config.precision, device)
             self._check_kernels(device, precision)
         else:
+            no_float8 = None if gpu.has_fp8 else f"{gpu.name} has no units for fp8"
             self.target = Target.elsewhere(gpu)
             fastest = "bf16" if gpu.is_ampere else "fp32"
             given = self.config.precision != "auto"
             precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
+        if self.config.float8 and no_float8 is not None:
+            raise UserError(f"float8: {no_float8}; leave it out")
         self.config.precision = precision
         self.note("precision", precision, rule)
         self.fill("batch", "device_token_capacity", *scaling.device_token_capacity(self.target.memory))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer import scaling
 from trainer.config import PlanConfig, RunConfig
@@ -254,37 +254,63 @@ def render(plan: Plan, more: Sequence[Row] = ()) -> str:
     return "\n".join(lines)
 
 
+class Time(NamedTuple):
+    """What a whole run takes. hours, tokens_per_second, cost: None where they are not known."""
+
+    rule: str
+    hours: float | None = None
+    tokens_per_second: float | None = None  # of all processes
+    cost: float | None = None
+
+    def row(self) -> Row:
+        return Row("hours", "unknown" if self.hours is None else self.hours, self.rule)
+
+
 def find_bench(plan: Plan, device: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest bench.json in runs/ that has this model in this precision on such a device, and its row of the trainer."""
+    """The newest bench.json in runs/ that has this model on such a device, and its row of the trainer that is most like the plan.
+
+    Like it in any case: precision, fp8 and length of sequences.
+    """
+    wanted = dataclasses.asdict(plan.config)
     for path in sorted(Path("runs").glob("bench-*/bench.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError):
             report = json.loads(path.read_text(encoding="utf-8"))
-            for row in report["rows"] if (report["kind"], report["device"]) == ("train", device) else []:
-                same = (row["config"]["model"], row["config"]["precision"]) == (
-                    plan.config.model,
-                    plan.config.precision,
-                )
-                if row["kind"] == "trainer" and same:
-                    return path, row | {"processes": report["processes"]}
+            if (report["kind"], report["device"]) != ("train", device):
+                continue
+            rows = [row for row in report["rows"] if row["kind"] == "trainer" and _same_work(row["config"], wanted)]
+            if rows:
+                row = max(rows, key=lambda row: _settings_in_common(row["config"], wanted))
+                return path, row | {"processes": report["processes"]}
     return None
 
 
-def time_row(plan: Plan, device: str, price: float | None) -> Row:
+def _same_work(config: dict[str, Any], other: dict[str, Any]) -> bool:
+    what = [(c["model"], c["precision"], c["float8"], c["batch"]["sequence_length"]) for c in (config, other)]
+    return what[0] == what[1]
+
+
+def _settings_in_common(config: dict[str, Any], other: dict[str, Any]) -> int:
+    """How many of the settings that make a step faster or slower."""
+    engine = [key for key in config["engine"] if config["engine"][key] == other["engine"].get(key)]
+    return len(engine) + (config["batch"]["tokens_per_microbatch"] == other["batch"]["tokens_per_microbatch"])
+
+
+def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     """Hours of the whole run, and money where a price per hour is given, by the newest bench of this model."""
     found = find_bench(plan, device)
     if found is None:
-        return Row(
-            "hours", "unknown", f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
-        )
+        return Time(f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one")
     path, row = found
     rate = row["tokens_per_second"]["median"] * plan.processes / row["processes"]
     hours = minimum_tokens(plan) / rate / 3600
-    rule = f"at {rate:,.0f} tokens/s, by {path}"
+    rule = "at least: with a multiplier of one; " if plan.config.batch.dynamic else ""
+    rule += f"at {rate:,.0f} tokens/s, by {row['name']} of {path}"
     if plan.processes != row["processes"]:
         rule += f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, as if speed grew with their number"
-    if price is not None:
-        rule += f"; {hours * price * plan.processes:,.2f} at {price:g} an hour and device"
-    return Row("hours", round(hours, 3), rule)
+    cost = None if price is None else hours * price * plan.processes
+    if cost is not None:
+        rule += f"; {cost:,.2f} at {price:g} an hour and device"
+    return Time(rule, round(hours, 3), rate, cost)
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -307,9 +333,10 @@ def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
 def run(config: PlanConfig, as_json: bool = False) -> None:
     """The verb: print the plan to stdout (a table, or one JSON object)."""
     plan, device = resolve_for(config)
-    hours = time_row(plan, device, config.price)
+    time = expected_time(plan, device, config.price)
     if as_json:
-        text = json.dumps(summary(plan) | {"hours": hours.value, "hours_rule": hours.rule})
+        times = {"hours": time.hours, "tokens_per_second": time.tokens_per_second, "cost": time.cost}
+        text = json.dumps(summary(plan) | times | {"hours_rule": time.rule})
     else:
-        text = render(plan, [hours])
+        text = render(plan, [time.row()])
     sys.stdout.write(text + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,9 +31,19 @@ from trainer.run import Run
 from trainer.settings import build
 
 
+def without_fp16() -> None:
+    """As on a CPU that has no fp16, whichever this is: there DeepSpeed takes bf16 where it is told a type."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: False
+
+
 def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, Any]:
     begin = time.monotonic()
     config = build(RunConfig, case["values"])
+    if config.engine.strategy.startswith("zero"):
+        without_fp16()
     dataset = find_dataset(config.data)
     assert dataset is not None
     run = Run(resolve(config, dataset), world, dataset, watchdog, StopSignals(world))

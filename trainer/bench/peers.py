@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.base import cross_entropy
+from models.base import cross_entropy, get_model
 from trainer.bench.clock import PhaseClock
 from trainer.bench.variants import Contender
 from trainer.config import BenchConfig
@@ -171,8 +171,7 @@ class TransformersPeer(Peer):
 
         logging.set_verbosity_error()
         with self.device:
-            model = COUNTERPARTS[self.plan.config.model["name"]](self.plan.model_config)
-        assert sum(p.numel() for p in model.parameters()) == self.plan.parameters
+            model = counterpart(self.plan.config.model["name"], self.plan.model_config)
         version, attention = importlib.metadata.version("transformers"), model.config._attn_implementation
         self.details = {"what": f"transformers {version} {type(model).__name__}, attention {attention}"}
         if self.config.engine.activation_checkpointing != "none":
@@ -186,18 +185,35 @@ class TransformersPeer(Peer):
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss * tokens.numel()
 
 
+def counterpart(name: str, config: Any) -> Any:
+    """`transformers`' model that computes what ours called `name` does. ValueError where it cannot."""
+    make, followed = COUNTERPARTS[name]
+    defaults = type(config)()
+    for field in sorted({field.name for field in dataclasses.fields(config)} - followed - OF_SHAPE - OF_THE_OUTSET):
+        if getattr(config, field) != getattr(defaults, field):
+            raise ValueError(f"transformers' {name} has no {field} {getattr(config, field)}")
+    model = make(config)
+    theirs, ours = sum(p.numel() for p in model.parameters()), get_model(name).count_parameters(config)
+    if theirs != ours:
+        raise ValueError(f"transformers' {name} of this shape has {theirs:,} parameters, not {ours:,}")
+    return model
+
+
 def gpt2_counterpart(config: Any) -> Any:
     """`transformers`' GPT-2 of the shape of a `gpt2`; without dropout, as ours."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    if config.mlp not in ACTIVATION_OF:
+        raise ValueError(f"transformers' gpt2 has no mlp {config.mlp}")
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
             n_embd=config.d_model,
             n_layer=config.n_layers,
             n_head=config.n_heads,
+            n_inner=config.hidden,
             n_positions=config.max_context,
-            activation_function="gelu" if config.mlp == "gelu" else "gelu_pytorch_tanh",
+            activation_function=ACTIVATION_OF[config.mlp],
             layer_norm_epsilon=config.norm_eps,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -228,10 +244,15 @@ def llama_counterpart(config: Any) -> Any:
     )
 
 
-COUNTERPARTS: dict[str, Callable[[Any], Any]] = {
-    "gpt2": gpt2_counterpart,
-    "llama": llama_counterpart,
-}  # model.name -> maker of its counterpart
+ACTIVATION_OF = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}  # mlp -> theirs
+# model.name -> maker of its counterpart, and the switches that it follows.
+COUNTERPARTS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
+    "gpt2": (gpt2_counterpart, {"mlp", "norm_eps"}),
+    "llama": (llama_counterpart, {"norm_eps", "rope_theta", "tied"}),
+}
+OF_SHAPE = {"vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context"}
+OF_SHAPE |= {"d_hidden", "hidden_ratio", "hidden_multiple"}  # all of them show in the number of parameters
+OF_THE_OUTSET = {"attention_kernel", "kernels", "init", "init_std", "zero_init"}  # how, and from which weights
 
 
 def peers(config: BenchConfig, like: Contender) -> list[Peer]:

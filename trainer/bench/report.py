@@ -112,7 +112,7 @@ def row(one: Contender, references: list[Contender]) -> dict[str, Any]:
     config, record = one.plan.config, one.record
     length = config.batch.sequence_length
     flops = build_meta(one.plan.model_class, one.plan.model_config).flops_per_token(length)
-    rate, peak = statistics.median(record.rates), peak_flops(one.device, config.precision)
+    rate, peak = statistics.median(record.rates), peak_flops(one.device, config.precision, config.float8)
     return {
         "name": one.name,
         "kind": one.kind,

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Output
-from models.layers.float8 import convert_to_float8, float8_refusal
+from models.layers.float8 import convert_to_float8
 from trainer.data.documents import document_numbers
 from trainer.device import choose_device, keep_freed_memory
 from trainer.engine.compilation import Compiled
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, update_copies
 from trainer.engine.recompute import apply as checkpoint_activations
-from trainer.errors import UserError
 from trainer.memory import build_meta
 from trainer.optim import Optimizer, build_optimizer
 
@@ -56,9 +55,6 @@ class Engine:
     def prepare_blocks(self, model: Any) -> None:
         """fp8, activation checkpointing, then compilation, of each block: before anything that shards them."""
         if self.config.float8:
-            refusal = float8_refusal(self.device)
-            if refusal is not None:
-                raise UserError(f"float8: {refusal}; leave it out")
             for block in model.blocks():
                 convert_to_float8(block)
         checkpoint_activations(model, self.config.engine.activation_checkpointing)

@@ -70,8 +70,8 @@ class DeepSpeedEngine(Engine):
         elif self.stage < 3:
             model = with_storage(meta, self.device)  # its values are set once the fp32 masters exist
         else:
-            dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-            with self._deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=dtype, mem_efficient_linear=False):
+            # By the settings alone: a dtype named here becomes bf16 on devices without fp16 (DeepSpeed 0.19).
+            with self._deepspeed.zero.Init(config_dict_or_path=self.settings):
                 model = self.plan.model_class(self.plan.model_config)
         self.prepare_blocks(model)
         self.local: dict[str, Any] = dict(model.named_parameters())

@@ -68,7 +68,7 @@ class Report:
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
         self._flops = {t: engine.model.flops_per_token(t) for t in plan.sequence_lengths}
-        self._peak = peak_flops(engine.device, plan.config.precision)
+        self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._waiting: Measured | None = None
         self._first = True
         self._seconds_then = seconds
