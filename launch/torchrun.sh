@@ -5,7 +5,8 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=alpha launch/torchrun.sh CONFIG.yaml [...]         # on alpha
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=alpha launch/torchrun.sh CONFIG.yaml [...]         # on the other
 #
-# NPROC_PER_NODE (default: the GPUs that nvidia-smi lists), MASTER_PORT (29500), PYTHON (python).
+# NPROC_PER_NODE (default: the GPUs that nvidia-smi lists), MASTER_PORT (29500), PYTHON (python), OMP_NUM_THREADS (each
+# process's share of the CPUs; torchrun alone would give it one).
 set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 [ $# -gt 0 ] || fail "no config; launch/torchrun.sh CONFIG.yaml [--key value ...]"
@@ -18,6 +19,8 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
   NPROC_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [ "$NPROC_PER_NODE" -gt 0 ] || fail "NPROC_PER_NODE: not set, and nvidia-smi lists no GPU; export the number of processes per machine"
 fi
+cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
 PYTHON=${PYTHON:-python}
 launch=$(cd -- "$(dirname -- "$0")" && pwd)
 export PYTHONPATH=${launch%/launch}${PYTHONPATH:+:$PYTHONPATH}  # this checkout, and not another that may be installed

@@ -115,6 +115,23 @@ def test_processes_per_machine_are_not_guessed(tmp_path):
     )
 
 
+def test_each_process_has_its_share_of_the_cpus(tmp_path):
+    """torchrun by itself would give each one thread."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS"\n')
+    python.chmod(0o755)
+
+    def threads(processes: int, given: str) -> str:
+        changes = {"PYTHON": str(python), "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": given}
+        out, err = start("torchrun.sh", "x.yaml", cwd=tmp_path, **changes).communicate(timeout=60)
+        assert err == ""
+        return out.strip()
+
+    cpus = len(os.sched_getaffinity(0))
+    assert (threads(1, ""), threads(cpus, ""), threads(4 * cpus, "")) == (str(cpus), "1", "1")
+    assert threads(1, "3") == "3"
+
+
 def test_an_unknown_launcher_is_named():
     names = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RENDEZVOUS", "PYTHON", "LOG_DIR")
     line = failure("node.sh", "x.yaml", LAUNCHER="mpirun", **dict.fromkeys(names, "1"))

@@ -170,17 +170,11 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     settings.sequence_length = config.sequence_length or settings.sequence_length
     opened.check_length(settings.sequence_length)
     results = validate(opened, split, opened.plan, world, opened.step, config.seed)
+    if world.leader:
+        where = {"run": str(opened.folder), "step": opened.step, "data": str(split.folder), "split": config.split}
+        report = where | results
+        sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
     world.stop()
-    if not world.leader:
-        return
-    report = {
-        "run": str(opened.folder),
-        "step": opened.step,
-        "data": str(split.folder),
-        "split": config.split,
-        **results,
-    }
-    sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
 
 
 def render(report: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from trainer.config import BenchConfig
 from trainer.data.stream import find_dataset
 from trainer.device import choose_device
 from trainer.engine.distributed import World, join, read_world
+from trainer.errors import UserError
 from trainer.memory import GIB
 from trainer.train import obtain_dataset
 
@@ -35,15 +36,17 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
             contenders.append(peer)
     together = world.on_leader(lambda: fit_together(contenders, memory)) and not share_compiled_code(contenders)
     notes += measure(contenders, config, together)
-    world.stop()
     if world.leader:
         measured = [one for one in contenders if one.record.rates]
         train_report(config, measured, together, notes).publish(as_json)
+    world.stop()
 
 
 def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
     """The process group, the variants of the sweep (at least one, none built), a line on each combination that cannot run here,
     and the dataset, prepared if need be."""
+    if config.profile:
+        raise UserError("profile: a bench records phases alone; `train --profile` records operations")
     world = read_world()
     obtain_dataset(config, world)
     join(world, config.device, config.engine.timeout_minutes, alone=True)

@@ -32,9 +32,9 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
         with leaving_out(variant.name, not rows, left_out, world):
             rows.append(measure_checkpoint(variant, config))
         variant.close()
-    world.stop()
     if world.leader:
         checkpoint_report(config, found[0], rows, left_out).publish(as_json)
+    world.stop()
 
 
 def measure_checkpoint(variant: Variant, config: BenchConfig) -> dict[str, Any]:

@@ -36,9 +36,9 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
     loader = {"cold": cold_rates(config, variant), "warm": warm_rates(config, variant)}
     tokenizer = tokenizer_rates(config, variant, dataset) if world.leader else []
     in_turns([variant], config)
-    world.stop()
     if world.leader:
         data_report(config, variant, dataset, loader, tokenizer).publish(as_json)
+    world.stop()
 
 
 def cold_rates(config: BenchConfig, variant: Variant) -> list[float]:

@@ -183,15 +183,35 @@ def reading(first: Contender, rows: list[dict[str, Any]], order: str, config: Be
         for precision, peak in peaks.items()
     )
     lines = [
-        f"tokens/s: median of {config.rounds} rounds of {config.steps_per_round} steps after one to warm up; spread: "
-        f"interquartile range / median; {how}",
-        f"MFU: tokens/s x FLOPs per token / (peak x devices); peak of {name!r}, {known}",
+        f"{settings_line(first.plan.config)}, if the name of a row says nothing else",
+        f"tokens/s: of all processes; median of {config.rounds} rounds of {config.steps_per_round} steps after one to warm up; "
+        f"spread: interquartile range / median; {how}",
+        f"MFU: tokens/s x FLOPs per token / (peak x devices); peak of {name!r}, {known}; FLOPs: {flops_line(rows)}",
         "ms/step and phases: medians of one process, in steps of their own; communication: any collective under way, "
-        "which overlaps the other phases",
+        "which overlaps the other phases; the trainer's forward holds the head's backward, whose gradients its loss makes",
         f"peak GiB: most that {counted} handed out at a time, from building to the end of the second step; "
-        "expected: what `plan` says",
+        "expected: what `plan` says of these settings",
+        "first step: with building and compiling; what an earlier row or bench has compiled already is only loaded",
     ]
     return lines + [f"{entry['name']}: {entry['details']['what']}" for entry in rows if "what" in entry["details"]]
+
+
+def settings_line(config: Any) -> str:
+    """What was measured, as far as it is one for all rows."""
+    batch, engine = config.batch, config.engine
+    return (
+        f"{config.precision}, sequences of {batch.sequence_length:,}, {batch.tokens_per_step:,} tokens per step in microbatches of "
+        f"{batch.tokens_per_microbatch:,}, strategy {engine.strategy}, recomputing {engine.activation_checkpointing}, "
+        f"{'compiled' if engine.compile else 'eager'}"
+    )
+
+
+def flops_line(rows: list[dict[str, Any]]) -> str:
+    """How they are counted, and how many."""
+    counts = ", ".join(f"{count:,}" for count in sorted({entry["flops_per_token"] for entry in rows}))
+    return (
+        f"{counts} per token, 6 for each weight of a product, and attention over the whole [T, T] square, masked or not"
+    )
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
