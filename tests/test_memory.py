@@ -240,6 +240,14 @@ def test_zero_shards_stage_by_stage(demand):
     assert state(demand, "zero2", offload=True) == {"weights": 2, "buckets": buckets} | away
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
+def test_what_is_offloaded_is_in_cpu_memory(demand, strategy):
+    there, here = (Spread(strategy, "bf16", 4, 4, offload=offload) for offload in (True, False))
+    gone = sum(demand.state(here).values()) - sum(demand.state(there).values())
+    assert demand.in_cpu_memory(there) == gone > 2 * demand.parameters
+    assert demand.in_cpu_memory(here) == 0
+
+
 def test_zero3_lets_go_of_what_it_does_not_need_soon():
     config = get_model("hlb").config_for_scale(148, 50304, 0)
     demand = Demand(get_model("hlb"), config, 1024)

@@ -326,6 +326,9 @@ def test_a_device_that_is_not_here(name, device, processes, strategy):
     precision = "bf16" if GPUS[device].is_ampere else "fp32"
     assert (plan.config.engine.strategy, plan.config.precision, plan.processes) == (strategy, precision, processes)
     assert plan.config.engine.offload == (strategy == "fsdp" and processes == 1)
+    there = memory.expected_memory(plan).get("in CPU memory", 0)  # weights, gradients and moments in fp32
+    assert there == 16 * plan.parameters * plan.config.engine.offload
+    assert (f"; in CPU memory {there / memory.GIB:.2f}" in p.render(plan)) == plan.config.engine.offload
     assert memory.expected_memory(plan)["total"] < plan.memory == int(GPUS[device].gibibytes * memory.GIB)
     assert found == GPUS[device].name
 

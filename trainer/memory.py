@@ -146,6 +146,11 @@ class Demand:
             state["buckets"] = (4 if spread.precision == "fp32" else 2) * BUCKET
         return state
 
+    def in_cpu_memory(self, spread: Spread) -> int:
+        """Bytes that engine.offload moves from one device to the memory of its machine."""
+        here = self.state(replace(spread, offload=False))
+        return sum(here[part] for part in OFFLOADED[spread.strategy]) if spread.offload else 0
+
     @staticmethod
     def in_loss(state: dict[str, int], spread: Spread, accumulates: bool) -> int:
         """Bytes of `state` that are held in the loss of a step's last microbatch, together with all activations."""
@@ -379,7 +384,7 @@ def _alive_tensors(model: Any) -> Any:
 def expected_memory(plan: Any) -> dict[str, int]:
     """Bytes on one device: by part, and as "total" the most that is held at a time, which may be less than their sum.
 
-    Where activation checkpointing is on, "activations without checkpointing" stands beside, outside the total.
+    Outside the total stand, where they are, "activations without checkpointing" and what each process has "in CPU memory".
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     spread, length = Spread.of(plan.config, plan.processes, plan.target), batch.sequence_length
@@ -396,4 +401,6 @@ def expected_memory(plan: Any) -> dict[str, int]:
     memory |= {"activations": passing[0], "loss": passing[1], "total": most}
     if how != "none":
         memory["activations without checkpointing"] = demand.activations(spread, "none") * first
+    if spread.offload:
+        memory["in CPU memory"] = demand.in_cpu_memory(spread)
     return memory

@@ -234,8 +234,8 @@ def render(plan: Plan, more: Sequence[Row] = ()) -> str:
     facts = summary(plan)
     memory = facts["memory_bytes"]
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
-    # What checkpointing saves stands last, outside the sum.
-    parts = parts.replace(", activations without checkpointing", "; activations without checkpointing")
+    for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they stand last
+        parts = parts.replace(f", {outside}", f"; {outside}")
     derived = [
         Row("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
         Row("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
