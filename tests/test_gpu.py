@@ -1,5 +1,6 @@
 """What only a GPU can show. Skipped, with the reason, where there is none."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,29 @@ def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, com
             one.optimiser_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "hlb"])
+def test_a_bench_of_a_gpu(long_dataset, tmp_path, model):
+    """Compiled and eager in turns beside the bare loop: times by CUDA's events, and the memory that the plan expected, within 10 %."""
+    config = tmp_path / "config.yaml"
+    values = tiny_values(long_dataset, tmp_path / "r", device="cuda", precision="bf16", model_scale=1)
+    values["model"] = {"name": model, "vocab_size": 50304}
+    values["batch"] = {"sequence_length": 256, "tokens_per_step": 8192, "tokens_per_microbatch": 8192}
+    config.write_text(yaml.safe_dump(values))
+    words = ["--peers", "bare", "--sweep", "engine.compile=true,false", "--rounds", "3", "--steps_per_round", "2", "--json"]
+    done = trainer("bench", config, *words, "--bench_dir", tmp_path / "bench", timeout=500)
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["device"] == torch.cuda.get_device_name()
+    assert [row["name"] for row in body["rows"]] == ["compile=true", "compile=false", "bare loop"]
+    for row in body["rows"]:
+        assert row["recompilations"] == 0 and row["tokens_per_second"]["median"] > 0
+        assert all(row["phases_ms"][phase] > 0 for phase in ("data", "forward", "backward", "optimiser", "step"))
+        assert (row["mfu"] is None) == (row["peak_flops"] is None) and (row["mfu"] or 0) < 1
+        if row["kind"] == "trainer":
+            assert row["expected_memory_bytes"]["total"] == pytest.approx(row["peak_memory_bytes"], rel=0.1)
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from models.base import IGNORE
 # bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260 rows
 # 1.0 to 1.4 times, 2000 no less. GPUs want at least as many (github.com/linkedin/Liger-Kernel/pull/1414): the product with
 # the weight has (rows / 128) (D / 128) tiles for its some hundred multiprocessors.
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 64 << 20
 CHUNK_BYTES_OF_GPU = 512 << 20
-MIN_CHUNK_ROWS = 256
+MIN_CHUNK_ROWS = 1024
 ROWS_OF_GPU = 128  # whole tiles of products, and rows of fp32 facts that begin where vectors of them may
 # Scores in fp32 held at once, a part of the chunk: in a core's cache, where the passes over them cost least; elsewhere as many
 # as hide the launch of a kernel.
