@@ -100,7 +100,17 @@ def test_a_bench_of_a_gpu(long_dataset, tmp_path, model):
     values["model"] = {"name": model, "vocab_size": 50304}
     values["batch"] = {"sequence_length": 256, "tokens_per_step": 8192, "tokens_per_microbatch": 8192}
     config.write_text(yaml.safe_dump(values))
-    words = ["--peers", "bare", "--sweep", "engine.compile=true,false", "--rounds", "3", "--steps_per_round", "2", "--json"]
+    words = [
+        "--peers",
+        "bare",
+        "--sweep",
+        "engine.compile=true,false",
+        "--rounds",
+        "3",
+        "--steps_per_round",
+        "2",
+        "--json",
+    ]
     done = trainer("bench", config, *words, "--bench_dir", tmp_path / "bench", timeout=500)
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)

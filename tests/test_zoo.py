@@ -341,7 +341,7 @@ def test_flops_grow_with_the_length_of_the_sequence(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO if os.environ.get("FULL_MATRIX") else ("hlb", "gpt2"))
+@pytest.mark.parametrize("name", ZOO if os.environ.get("FULL_MATRIX") else ("llama",))  # others in test_compilation.py
 def test_compiled_equals_eager(model, tokens, targets):
     loss, eager = gradients(model, tokens, targets)
     compiled = copy.deepcopy(model)
