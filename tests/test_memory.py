@@ -123,9 +123,9 @@ def test_compiled_blocks_keep_what_was_planned(model, compute, how):
     assert held == pytest.approx(expected, abs=1024 + vectors)
 
 
-def test_every_block_is_planned_as_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_every_block_is_planned_as_compiled():
     """Also where layers have a number of their own (differential attention's lambda): torch has a limit of versions."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     config = replace(build("transformer", scale=0.4).config, attention="differential", n_layers=3)
     blocks = kept_bytes(get_model("transformer"), config, T, "fp32", compiled=True).blocks
     eager = kept_bytes(get_model("transformer"), config, T, "fp32").blocks
