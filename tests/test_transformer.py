@@ -323,7 +323,7 @@ COMPILED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", COMPILED if os.environ.get("FULL_MATRIX") else COMPILED[-1:], ids=str)
+@pytest.mark.parametrize("changes", COMPILED if os.environ.get("FULL_MATRIX") else COMPILED[1:2], ids=str)
 def test_a_compiled_block_equals_eager_at_every_length(changes):
     model = stirred(small(**changes))
     block = model.layers[0]

@@ -116,7 +116,7 @@ def test_resume_on_every_other_strategy(references, tiny_dataset, tmp_path):
             values = matrix_values(tiny_dataset, tmp_path / "go-on", model, strategy)
             name = f"{origin} -> {strategy} on {ranks}"
             cases.append({"name": name, "values": values, "steps": 5, "load": str(folder), "model": model})
-        cases = chosen(cases, 6)
+        cases = chosen(cases, 12)
         results = train_cases(cases, ranks, tmp_path)
         for case in cases:
             assert_same(results[case["name"]], references[case["model"]], since=5)
