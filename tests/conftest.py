@@ -15,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+# Seconds: what a test starts and does not end by then is stuck, not slow (the longest takes 130 where two other tests run
+# beside it on two cores of 2017). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.
+PATIENCE = 240
+
 
 @pytest.fixture(autouse=True)
 def full_fp32():
@@ -107,7 +111,9 @@ def tiny_values(dataset: Path, run_dir: Path, **changes) -> dict:
     return values
 
 
-def trainer(*words, timeout: float = 240, env: dict | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def trainer(
+    *words, timeout: float = PATIENCE, env: dict | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """`python -m trainer WORDS` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "trainer", *map(str, words)],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
@@ -357,8 +357,8 @@ def tiny_config(tiny_dataset, tmp_path):
     return path
 
 
-def bench(*words, timeout=240):
-    done = trainer("bench", *words, "--rounds", "2", "--steps_per_round", "1", "--json", timeout=timeout)
+def bench(*words):
+    done = trainer("bench", *words, "--rounds", "2", "--steps_per_round", "1", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -396,7 +396,7 @@ def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path
     gpt2 = {"name": "gpt2", "d_model": 32, "n_layers": 1, "n_heads": 2, "max_context": 64}
     words = [word for key, value in gpt2.items() for word in (f"--model.{key}", str(value))]
     sweep = ["--engine.compile", "true", "--peers", "transformers", "--sweep", "batch.tokens_per_microbatch=128,256"]
-    body = bench(tiny_config, *words, *sweep, "--bench_dir", tmp_path / "bench", timeout=400)
+    body = bench(tiny_config, *words, *sweep, "--bench_dir", tmp_path / "bench")
     assert body["order"] == "one by one"
     first, second, theirs = body["rows"]
     assert theirs["name"] == "transformers"
@@ -480,7 +480,7 @@ def test_two_processes_see_their_communication(tiny_config, tmp_path):
         [*map(str, words), "--json", "--bench_dir", str(tmp_path / "bench")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         cwd=ROOT,
         env=environment,
     )

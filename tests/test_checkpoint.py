@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from torch import nn
 
 from trainer import checkpoint
@@ -261,7 +261,7 @@ saver.finish()
 @pytest.mark.parametrize("moment", ["_hash_own_files", "_publish", "write_file"])
 def test_killed_in_an_asynchronous_save(tmp_path, moment):
     words = [sys.executable, "-c", KILLED, moment, str(tmp_path)]
-    assert subprocess.run(words, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(words, cwd=ROOT, timeout=PATIENCE).returncode == -signal.SIGKILL
     assert steps(tmp_path) == [1]
     assert (tmp_path / "step-00000002.tmp").is_dir()
     assert (tmp_path / "latest").read_text() == "step-00000001"
@@ -273,10 +273,10 @@ def test_killed_in_an_asynchronous_save(tmp_path, moment):
 @pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise RuntimeError('training failed')"])
 def test_a_save_under_way_keeps_no_failing_process_alive(tmp_path, ending):
     code = KILLED.split("setattr")[0] + (
-        f"import time\ncheckpoint.dcp.save = lambda *args, **kwargs: time.sleep(100)\nsaver.save(2, {{}}, {{}})\n{ending}"
+        f"import time\ncheckpoint.dcp.save = lambda *args, **kwargs: time.sleep(1000)\nsaver.save(2, {{}}, {{}})\n{ending}"
     )
     words = [sys.executable, "-c", code, "", str(tmp_path)]
-    assert subprocess.run(words, cwd=ROOT, timeout=30, capture_output=True).returncode in (1, 3)
+    assert subprocess.run(words, cwd=ROOT, timeout=PATIENCE, capture_output=True).returncode in (1, 3)
     assert steps(tmp_path) == [1]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 from safetensors.torch import load_file
 
 import models.base
@@ -157,7 +157,7 @@ def test_nothing_half_done_stays(finished, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
     code = f"{limit}; import sys; from trainer.__main__ import main; main()"
     words = [sys.executable, "-c", code, "export", str(finished), "--out", str(tmp_path / "out")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     line = error_line(done)
     assert "out.tmp/model.safetensors could not be written" in line and "File too large" in line
     assert not list(tmp_path.iterdir())
@@ -189,7 +189,7 @@ def test_memory_is_that_of_a_shard(tmp_path):
     source = checkpoint.save(tmp_path / "run", 1, tensors, {}, World(), checkpoint.retention(1, 0))
     (tmp_path / "out").mkdir()
     words = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(16 * mib)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 16
     assert int(done.stdout) < 64 * mib, f"{int(done.stdout) / mib:.0f} MiB"

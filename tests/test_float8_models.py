@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from test_recompute import Counting
 from test_zoo import VOCAB, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
@@ -208,7 +208,7 @@ def test_two_processes(tmp_path, words):
     (tmp_path / "rank.py").write_text(RANK)
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "rank.py", *words.split()]
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 
 from trainer import checkpoint
 from trainer.engine.distributed import World
@@ -161,7 +161,11 @@ def test_killed_inside_a_save(tiny_dataset, tmp_path, moment):
     whole = [step for step, path in checkpoint.found(tmp_path / "run" / "checkpoints") if checkpoint.check(path)]
     assert whole and whole[-1] == (4 if moment in ("latest", "purge") else 2)
     done = subprocess.run(
-        [sys.executable, "-m", "trainer", "train", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "trainer", "train", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert f"going on from {tmp_path}/run/checkpoints/step-{whole[-1]:08d}" in done.stderr

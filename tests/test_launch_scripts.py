@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 
 from trainer.metrics.record import read_rows
 
@@ -32,7 +32,7 @@ def start(script: str, *words, cwd: Path = ROOT, **changes: str) -> subprocess.P
 def failure(script: str, *words, cwd: Path = ROOT, **changes: str) -> str:
     """The one line that a script which cannot start gives."""
     process = start(script, *words, cwd=cwd, **changes)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and out == ""
     assert err.count("\n") == 1
     return err.strip()
@@ -123,7 +123,7 @@ def test_each_process_has_its_share_of_the_cpus(tmp_path):
 
     def threads(processes: int, given: str) -> str:
         changes = {"PYTHON": str(python), "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": given}
-        out, err = start("torchrun.sh", "x.yaml", cwd=tmp_path, **changes).communicate(timeout=60)
+        out, err = start("torchrun.sh", "x.yaml", cwd=tmp_path, **changes).communicate(timeout=PATIENCE)
         assert err == ""
         return out.strip()
 
@@ -141,7 +141,7 @@ def test_an_unknown_launcher_is_named():
 def sweep(folder: Path, *words) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / "sweep.py"), str(folder), *map(str, words)],
-        env=environment(), capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
     )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_torchrun_on_two_machines(tiny_dataset, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run", max_steps=3)))
     common = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
     parts = [start("torchrun.sh", tmp_path / "run.yaml", NODE_RANK=str(rank), **common) for rank in (0, 1)]
-    errors = [part.communicate(timeout=240)[1] for part in parts]
+    errors = [part.communicate(timeout=PATIENCE)[1] for part in parts]
     assert [part.returncode for part in parts] == [0, 0], errors
     assert "engine: ddp on 2 x CPU" in errors[0]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]

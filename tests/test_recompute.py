@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from test_zoo import VOCAB, build, gradients, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -306,7 +306,7 @@ def test_two_processes(tmp_path, around, how):
     (tmp_path / "rank.py").write_text(RANK)
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "rank.py", how, around, "hlb"]
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 # Each notes its words. A command named in FAILS, such as "sinfo sinfo", fails that often first, as while slurmctld is busy.
 STAND_IN = """#!/bin/bash
@@ -47,7 +47,7 @@ def attempt(tmp_path):
         (tmp_path / "calls").unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", str(ROOT / "launch" / "multinode.sh"), "x.yaml"],
-            env=environment | changes, capture_output=True, text=True, timeout=60, cwd=tmp_path,
+            env=environment | changes, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         )  # fmt: skip
         calls = (tmp_path / "calls").read_text()
         text = done.stdout.strip().rpartition("\n")[2]

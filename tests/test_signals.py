@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from conftest import PATIENCE
 
 from trainer.engine import signals
 from trainer.engine.distributed import World
@@ -82,7 +83,7 @@ def test_a_later_sigterm_ends_at_once():
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('not reached', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "alive\n"), done.stderr
 
 

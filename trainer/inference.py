@@ -11,7 +11,7 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread, build_meta
 from trainer.run_folder import default_run_dir
-from trainer.strategy import Chooser, Means, check_shard_size, refuse_contradictions
+from trainer.strategy import Chooser, Means, check_graphs, check_shard_size, refuse_contradictions
 
 
 @dataclass
@@ -160,6 +160,7 @@ class Inference:
         self._state_precision(means, rule)
         chooser.refuse_the_impossible(self.spread, means)
         self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
+        check_graphs(config, self.target)
 
     def _state_precision(self, means: Means, rule: str) -> None:
         config = self.config

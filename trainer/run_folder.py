@@ -54,6 +54,7 @@ BY_STRATEGY = (
     "reshard_after_forward",
     "deepspeed_config",
     "activation_checkpointing",
+    "cuda_graphs",
 )
 
 

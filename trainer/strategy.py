@@ -41,6 +41,21 @@ def refuse_contradictions(config: Any) -> None:
         )
 
 
+def check_graphs(config: Any, target: Target) -> None:
+    """UserError where engine.cuda_graphs cannot be had; config: resolved."""
+    engine, why = config.engine, None
+    if target.memory is None:
+        why = "a CPU has none"
+    elif engine.strategy != "single":
+        why = f"{engine.strategy} sums gradients while they are made"
+    elif config.precision == "pure_bf16":
+        why = "pure_bf16 moves the gradients of each microbatch"
+    elif engine.activation_checkpointing != "none":
+        why = "recomputing asks for the state of random numbers"
+    if engine.cuda_graphs and why is not None:
+        raise UserError(f"engine.cuda_graphs: {why}; leave it out")
+
+
 def check_shard_size(shard_size: int, processes: int) -> None:
     """UserError unless hsdp's groups come out even."""
     if processes % shard_size:

@@ -119,7 +119,8 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
 held_by_flex.register_autograd(_gradients, setup_context=_hold)
 
 
-@functools.lru_cache(maxsize=16)
+# None is let go: recorded microbatches (engine.cuda_graphs) read them where they are.
+@functools.cache
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
     """Every token sees itself and those before it; made once per length."""
     with torch.inference_mode(False):  # made while evaluating, it must still serve in training
@@ -127,7 +128,7 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
         return make(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
     """Every token sees itself and the window - 1 before it; made once per length and window."""
     with torch.inference_mode(False):

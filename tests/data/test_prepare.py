@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import filelock
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 from trainer.config import PrepareConfig
 from trainer.data import dataset, encode, prepare
@@ -372,7 +373,7 @@ def test_a_killed_worker_or_ctrl_c_end_with_one_line(running, victim):
     else:
         for pid in (*workers, process.pid):
             os.kill(pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     *before, last = said.strip().split("\n")
     assert re.search("process died" if victim == "worker" else "was interrupted", last)

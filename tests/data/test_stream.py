@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 from trainer.config import DataConfig
 from trainer.data.stream import Order, Split, TrainStream, find_dataset, ordered_windows
@@ -243,6 +243,6 @@ def test_two_runs_and_a_killed_one_do_not_disturb_each_other(copy, tmp_path):
     killed.kill()
     killed.wait()
     pair = [reader(*words), reader(*words)]
-    sums = [process.communicate(timeout=120)[0].split()[-1] for process in pair]
+    sums = [process.communicate(timeout=PATIENCE)[0].split()[-1] for process in pair]
     assert sums[0] == sums[1]
     assert all(process.returncode == 0 for process in pair)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 
 FULL = bool(os.environ.get("FULL_MATRIX"))  # every combination, where the tests otherwise take a part of them
 
@@ -34,7 +34,7 @@ def matrix_values(dataset: Path, folder: Path, model: str, strategy: str, **chan
     return values
 
 
-def train_cases(cases: list[dict], ranks: int, folder: Path, timeout: float = 500) -> dict[str, dict]:
+def train_cases(cases: list[dict], ranks: int, folder: Path) -> dict[str, dict]:
     """The cases of matrix.py in `ranks` processes; name -> its result."""
     folder.mkdir(parents=True, exist_ok=True)
     given, taken = folder / f"cases{ranks}.json", folder / f"results{ranks}.json"
@@ -46,7 +46,7 @@ def train_cases(cases: list[dict], ranks: int, folder: Path, timeout: float = 50
         [sys.executable, *words],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=2 * PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ class Forks:
             "environments": [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)],
             "log": str(config.with_suffix(".log")),
             "result": str(config.with_suffix(".json")),
-            "seconds": 60,
+            "seconds": PATIENCE,
             "tells": tells,
         }
         assert self._server.stdin is not None
@@ -105,7 +105,7 @@ class Forks:
         return config
 
     def wait(self, started: Path) -> Ended:
-        result, deadline = started.with_suffix(".json"), time.monotonic() + 120
+        result, deadline = started.with_suffix(".json"), time.monotonic() + PATIENCE + 60  # forks.py ends it before
         while not result.exists():
             assert time.monotonic() < deadline, "forks.py does not answer"
             time.sleep(0.02)
@@ -114,7 +114,7 @@ class Forks:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.wait(timeout=PATIENCE)
 
 
 def write_run(values: dict, name: str, faults: list[dict] | None) -> tuple[Path, list[str]]:
@@ -134,7 +134,7 @@ def torchrun(values: dict, ranks: int, *options: str, faults: list[dict] | None 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         cwd=ROOT,
         env={
             **os.environ,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import PATIENCE
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,11 +29,11 @@ SIZES = (1, 2, 3, 4)
 KEEP = checkpoint.retention(2, 0)
 
 
-def in_processes(work, size: int, folder: Path, timeout: float = 150) -> list[int | None]:
+def in_processes(work, size: int, folder: Path) -> list[int | None]:
     """Exit codes of work(rank, folder) in `size` processes; None where one was not done in time."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_process, args=(work, rank, folder)) for rank in range(size)]
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE
     try:
         for process in processes:
             process.start()

@@ -122,11 +122,9 @@ def test_rank_zero_killed_and_then_no_restart_left(forks, calm, values):
 def test_the_other_rank_ends_without_being_told(forks, values, strategy, rank, moment):
     """Also where the collectives that break are those of an asynchronous checkpoint."""
     given = values(strategy, checkpoint__asynchronous=True)
-    begin = time.monotonic()
     ended = forks.run(given, 2, [{"do": "SIGKILL", "moment": moment, "rank": rank, "step": 8}], tells=False)
     assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, 1), ended.said
     assert error_line(ended).startswith(f"error: [rank {1 - rank}] lost another rank (Connection ")
-    assert time.monotonic() - begin < 30
     assert saved(Path(given["run_dir"])) == [4]
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ def end(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 def end_with_text(process: subprocess.Popen) -> tuple[int, str]:
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in err, err
     return process.returncode, err
 
@@ -243,7 +243,7 @@ def under_torchrun(tmp_path, *words) -> subprocess.CompletedProcess:
         [sys.executable, *map(str, [*command, *words])],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases import FULL, train_cases
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 from test_launch_files import JSONS, SETTINGS, WISHES, YAMLS, header_command
 from test_launchers import STEPS, assert_equal_losses, free_port, rows
 
@@ -27,11 +27,11 @@ def run(path: Path, values: dict, tmp_path: Path, *changes: dict[str, str]) -> l
         words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
         started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT))
     try:
-        said = [process.communicate(timeout=120)[0] for process in started]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in started]
     finally:
         for process in started:
             process.terminate()  # which a launcher that still runs passes on to its processes; a SIGKILL it could not
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
     for process, text in zip(started, said, strict=True):
         assert process.returncode == 0, text
     return said
@@ -80,7 +80,7 @@ def test_deepspeed_files(single, tiny_dataset, tmp_path):
                 batch__tokens_per_microbatch=128,
             )  # fmt: skip
             cases.append({"name": f"{path.name} {way}", "values": values, "steps": 5})
-    results = train_cases(cases, 2, tmp_path, timeout=200)
+    results = train_cases(cases, 2, tmp_path)
     reference = rows(single)[:5]
     for path in JSONS:
         as_it_is, small, plain = (results[f"{path.name} {way}"] for way in ("as it is", "small buckets", "no file"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases import FULL
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 
 from trainer.metrics.record import read_rows
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.slow
 STEPS = 12
 
 
-def launch(words, values, tmp_path: Path, timeout=300) -> subprocess.CompletedProcess:
+def launch(words, values, tmp_path: Path) -> subprocess.CompletedProcess:
     config = tmp_path / f"{Path(values['run_dir']).name}.yaml"
     config.write_text(yaml.safe_dump(values))
     return subprocess.run(
         [sys.executable, "-m", *words, "-m", "trainer", "train", str(config)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
         cwd=ROOT,
     )
 
@@ -136,7 +136,7 @@ def launch_failing(tmp_path, tiny_dataset, moment, action, monkeypatch, **change
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     words = [*torchrun(2), "-m", "trainer", "train", str(config), "--plugin", "fails"]
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
 
 
 def test_a_crash_on_one_rank_ends_all(tiny_dataset, tmp_path, monkeypatch):
@@ -164,14 +164,14 @@ def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path, monkeypatch):
 
 def test_a_refusal_by_rank_zero_ends_all(single, tiny_dataset, tmp_path):
     folder = shutil.copytree(single, tmp_path / "run")
-    done = launch(torchrun(2), tiny_values(tiny_dataset, folder, seed=9, evaluation__every=5), tmp_path, timeout=60)
+    done = launch(torchrun(2), tiny_values(tiny_dataset, folder, seed=9, evaluation__every=5), tmp_path)
     assert "error: seed: " in done.stderr
 
 
 def test_a_checkpoint_folder_that_cannot_be_made_ends_all(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("")
-    done = launch(torchrun(2), tiny_values(tiny_dataset, tmp_path / "run"), tmp_path, timeout=60)
+    done = launch(torchrun(2), tiny_values(tiny_dataset, tmp_path / "run"), tmp_path)
     assert done.stderr.count("error: checkpoint: step 4 could not be written") == 1
 
 
@@ -181,7 +181,7 @@ def test_first_use_prepares_once_for_all_ranks(tmp_path, source, works):
     values = tiny_values(tmp_path / "data", tmp_path / "run", max_steps=2)
     values["data"] |= {"source": str(tmp_path / source), "tokenizer": "bytes", "sample_length": 64}
     values["data"]["validation_fraction"] = 0.1
-    done = launch(torchrun(2), values, tmp_path, timeout=60)
+    done = launch(torchrun(2), values, tmp_path)
     assert (done.returncode == 0) == works, done.stderr
     if not works:
         assert done.stderr.count("error: ") == 1 and "missing.txt" in done.stderr
@@ -189,7 +189,7 @@ def test_first_use_prepares_once_for_all_ranks(tmp_path, source, works):
 
 def test_rank_zero_alone_prints_plans(tiny_dataset):
     words = [*torchrun(2), "-m", "trainer", "plan", "--model_scale", "0.1", "--json"]
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert json.loads(done.stdout)["model_scale"] == 0.1
 
 
@@ -223,7 +223,7 @@ def accelerate_launch(tmp_path: Path, **config) -> list[str]:
 def test_processes_that_accelerate_does_not_start(tiny_dataset, tmp_path):
     """accelerate 1.15 starts one process for a MULTI_CPU config of two."""
     values = tiny_values(tiny_dataset, tmp_path / "run")
-    done = launch(accelerate_launch(tmp_path, distributed_type="MULTI_CPU"), values, tmp_path, timeout=60)
+    done = launch(accelerate_launch(tmp_path, distributed_type="MULTI_CPU"), values, tmp_path)
     assert "error: accelerate launch: several processes were asked for, but it started only one" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -278,7 +278,7 @@ def test_what_accelerate_really_hands_on(tmp_path, config, wishes):
     (tmp_path / "print_wishes.py").write_text(PRINT_WISHES)
     words = [*accelerate_launch(tmp_path, **config), str(tmp_path / "print_wishes.py")]
     done = subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        [sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("wishes ")]
@@ -295,7 +295,7 @@ def test_deepspeed_launcher(single, tiny_dataset, tmp_path, monkeypatch):
     words = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port(), "--module", "trainer"]
     done = subprocess.run(
         [sys.executable, "-m", *words, "train", str(tmp_path / "run.yaml")],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--local_rank=1" in done.stdout + done.stderr
@@ -317,7 +317,7 @@ def test_a_worker_does_not_outlive_its_launcher(tiny_dataset, tmp_path):
         time.sleep(0.1)
     launcher.terminate()
     try:
-        text = launcher.communicate(timeout=60)[1]  # ends with the last process that holds the pipe, the worker
+        text = launcher.communicate(timeout=PATIENCE)[1]  # ends with the last process that holds the pipe, the worker
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

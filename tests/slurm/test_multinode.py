@@ -32,7 +32,7 @@ def on_clusters(settings: list[tuple[str, bool]]) -> pytest.MarkDecorator:
 
 everywhere = on_clusters(SETTINGS)
 once = on_clusters(SETTINGS if FULL else SETTINGS[:1])  # for what does not depend on which processes a signal reaches
-PATIENCE = 600  # seconds until a job must have ended, with all others of its wave on two cores
+WAVE = 600  # seconds until a job must have ended, with all others of its wave on two cores
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Job:
 
     def ended(self) -> tuple[str, str, str]:
         """Wait for the end: (state, exit code, restarts)."""
-        facts = self.slurm.wait(self.number, timeout=PATIENCE)
+        facts = self.slurm.wait(self.number, timeout=WAVE)
         return facts["JobState"], facts["ExitCode"], facts["Restarts"]
 
     @property
@@ -318,7 +318,7 @@ def test_other_launchers(jobs, calm, launcher):
 @pytest.fixture
 def alone(slurm, jobs) -> None:
     """For tests that take the nodes away: no other job may be on them."""
-    slurm.idle(PATIENCE)
+    slurm.idle(WAVE)
 
 
 @everywhere

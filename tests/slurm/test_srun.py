@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_values
+from conftest import PATIENCE, ROOT, tiny_values
 from test_kill import final
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def run(cluster, tiny_dataset, tmp_path):
         words = ["srun", "--ntasks=2", "--time=5", "--kill-on-bad-exit=1", *options]
         words += [sys.executable, "-m", "trainer", "train", str(tmp_path / f"{name}.yaml")]
         environment = cluster().env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stderr, tmp_path / name
 
@@ -46,7 +46,7 @@ def test_a_batch_script_is_one_process(cluster, tiny_dataset, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)))
     words = f"cd {ROOT} && {sys.executable} -m trainer train {tmp_path / 'run.yaml'}"
     job = slurm.sbatch("--ntasks=2", "--time=5", f"--output={tmp_path / 'out'}", "--wrap", words)
-    assert slurm.wait(job, timeout=120)["JobState"] == "COMPLETED"
+    assert slurm.wait(job, timeout=PATIENCE)["JobState"] == "COMPLETED"
     text = (tmp_path / "out").read_text()
     assert "Slurm gave this job 2 tasks and this is one process" in text
     assert "engine: single on 1 x CPU" in text

@@ -77,6 +77,7 @@ class Engine:
         engine = self.config.engine
         how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"
         how += ", offloaded" * engine.offload + ", products in fp8" * self.config.float8 + ", compiled" * engine.compile
+        how += ", microbatches replayed" * engine.cuda_graphs
         return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
     def held(self) -> int:

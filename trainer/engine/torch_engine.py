@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.engine.base import Engine
+from trainer.engine.cuda_graphs import CudaRecorder, Recorded, Recorder
 
 
 class TorchEngine(Engine):
@@ -29,22 +31,36 @@ class TorchEngine(Engine):
         if self._wrapped:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        self._recorded: Recorded | None = None
+        if self.config.engine.cuda_graphs:
+            self.replay_microbatches(CudaRecorder())
         return model
 
+    def replay_microbatches(self, recorder: Recorder) -> None:
+        """From now on forward and backward of microbatches are recorded by `recorder` and replayed."""
+        self._recorded = Recorded(self._forward_and_backward, recorder)
+
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        if self._recorded is not None:
+            return self._recorded(tokens, targets, torch.full((), scale, device=self.device))
         quiet = self._wrapped and not last
         with self._module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
-            with self.autocast():
-                output = self._module(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
             # DDP averages over ranks; we want the sum.
-            (output.loss * (scale * self.world.size if self._wrapped else scale)).backward()
+            losses = self._forward_and_backward(tokens, targets, scale * self.world.size if self._wrapped else scale)
         if self.precision == "pure_bf16":
             self._add_up(last)
+        return losses
+
+    def _forward_and_backward(self, tokens: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
+        with self.autocast():
+            output = self._module(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
+        (output.loss * scale).backward()
         return self.losses(output)
 
     def clear_gradients(self) -> None:
         # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.
-        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped)
+        # Recorded microbatches add to what was there when they were recorded.
+        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped and self._recorded is None)
 
     def _add_up(self, last: bool) -> None:
         """pure_bf16: move the microbatch's gradients into fp32 sums, and back to bf16 once they are complete."""

@@ -25,7 +25,9 @@ class FrequencyScaling:
         flat = tokens.flatten()
         counts = torch.zeros(self.rows, device=tokens.device)  # [V]
         counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))  # bincount would wait for the device
-        self.counts = world.sum(counts).clamp_(min=1)
+        counts = world.sum(counts).clamp_(min=1)
+        # Where it was: a recorded microbatch reads it there.
+        self.counts = counts if self.counts is None else self.counts.copy_(counts)
 
     def _watch(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad or self.counts is None:

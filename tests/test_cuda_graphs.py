@@ -1,0 +1,121 @@
+"""engine.cuda_graphs without a GPU: a tape of operators, which replays as a CUDA graph does, in the same memory and without Python."""
+
+import pytest
+import torch
+from test_train import make, same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.config import RunConfig
+from trainer.device import GPUS
+from trainer.engine.cuda_graphs import WARM_UP
+from trainer.engine.distributed import World
+from trainer.errors import UserError
+from trainer.plan import resolve
+from trainer.settings import build
+
+MODELS = {
+    "hlb": {"name": "hlb"},  # counts the tokens of each step
+    "gpt2": {"name": "gpt2"},
+    "ngpt": {"name": "ngpt"},  # projects its weights
+    "more heads": {"name": "llama", "d_model": 64, "n_layers": 2, "n_heads": 2, "n_predict": 3, "z_loss": 0.1},
+}
+
+
+class Tape(TorchDispatchMode):
+    """Notes every operator with the tensors that it read and made."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, made))
+        return made
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, made in self.calls:
+            for old, new in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # not a view, nor in place
+                    old.copy_(new)
+
+
+class TapeRecorder:
+    def __init__(self, model):
+        self.model, self.runs, self.recordings, self.replays = model, 0, 0, 0
+
+    def run(self, call):
+        self.runs += 1
+        return call()
+
+    def record(self, call):
+        self.recordings += 1
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        before = [gradient.clone() for gradient in gradients]
+        with Tape() as tape:
+            result = call()
+        for gradient, value in zip(gradients, before, strict=True):
+            gradient.copy_(value)  # recorded on a GPU, nothing would have run
+
+        def replay():
+            self.replays += 1
+            tape.replay()
+            return result
+
+        return replay
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_replayed_microbatches_are_those_that_run(tiny_dataset, tmp_path, model):
+    """Sequences that grow, four microbatches to a step: equal bit for bit, as the same operators run in the same order."""
+    pairs = []
+    for replays in (False, True):
+        one = make(tiny_dataset, tmp_path, model=MODELS[model], batch__tokens_per_microbatch=128)
+        recorder = TapeRecorder(one.model)
+        if replays:
+            one.engine.replay_microbatches(recorder)
+        measured = [one.optimiser_step() for _ in range(8)]
+        lengths = {m.length for m in measured}
+        pairs.append(([(m.numbers.read(), m.grad_norm) for m in measured], one.engine.tensors()))
+    (plain, expected), (replayed, found) = pairs
+    assert len(lengths) > 1 and recorder.recordings == len(lengths)
+    assert recorder.runs == WARM_UP * len(lengths) and recorder.replays > recorder.runs
+    assert replayed == plain
+    assert same(found, expected)
+
+
+def test_documents_are_those_of_each_microbatch(tiny_dataset, tmp_path):
+    """Which tokens end a document is asked on the device, so that a replay sees those that it is given."""
+    one = make(tiny_dataset, tmp_path, model={"name": "gpt2"}, data__separate_documents=True)
+    one.engine.replay_microbatches(TapeRecorder(one.model))
+    torch.manual_seed(0)
+    ends = []
+    for _ in range(WARM_UP + 2):
+        tokens = torch.randint(0, 250, (2, 64))
+        ends.append(tokens.clone())
+        ends[-1][:, torch.randint(1, 60, ())] = one.plan.end_of_text
+    replayed = [one.engine.backward(tokens, tokens, 1.0, True) for tokens in ends]
+    plain = make(tiny_dataset, tmp_path, model={"name": "gpt2"}, data__separate_documents=True).engine
+    assert [plain.backward(tokens, tokens, 1.0, True) for tokens in ends] == replayed
+
+
+@pytest.mark.parametrize(
+    "gpu, settings, why",
+    [
+        (None, {}, "a CPU has none"),
+        ("a100-40gb", {"engine": {"strategy": "fsdp"}}, "fsdp sums gradients while they are made"),
+        ("a100-40gb", {"precision": "pure_bf16"}, "pure_bf16 moves the gradients"),
+        ("a100-40gb", {"engine": {"activation_checkpointing": "selective"}}, "recomputing asks for the state"),
+    ],
+)
+def test_where_there_are_none(gpu, settings, why):
+    config = build(RunConfig, {**settings, "engine": {"cuda_graphs": True, **settings.get("engine", {})}})
+    with pytest.raises(UserError, match=f"engine.cuda_graphs: {why}"):
+        resolve(config, None, World(), GPUS[gpu] if gpu else None)
+
+
+def test_a_plan_for_a_gpu_has_them():
+    plan = resolve(build(RunConfig, {"engine": {"cuda_graphs": True}}), None, World(), GPUS["a100-40gb"])
+    assert plan.config.engine.cuda_graphs

@@ -1,0 +1,91 @@
+"""CUDA graphs, by choice: forward and backward of a microbatch recorded once, then launched as one.
+
+A GPU is done with a small model's microbatch before Python has told it of its hundreds of kernels; a recording tells it at once.
+Replayed, the same kernels read and write the same memory. So what a model keeps between forward passes must stay where it is, as
+parameters and buffers do, and what Python decided while it was recorded stays decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.engine.compilation import first_line
+from trainer.errors import UserError
+
+# Microbatches of a shape that run as they are before it is recorded: kernels are compiled and tuned, tables and gradients made.
+WARM_UP = 2
+
+Call = Callable[[], Tensor]
+
+
+class Recorder(Protocol):
+    """run: make a call now, as it must be made before it is recorded. record: into one that replays it, without making it."""
+
+    def run(self, call: Call) -> Tensor: ...
+
+    def record(self, call: Call) -> Call: ...
+
+
+class CudaRecorder:
+    """Records on the GPU at hand. All recordings share memory for activations, as no two of them run at a time."""
+
+    def __init__(self) -> None:
+        # One stream for both, not the default one: autograd remembers on which a parameter was first used.
+        self._stream = torch.cuda.Stream()
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def run(self, call: Call) -> Tensor:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = call()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return result
+
+    def record(self, call: Call) -> Call:
+        """UserError where something in `call` cannot be recorded: it waits for the device, say."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: threads that read data may use the device meanwhile.
+            with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+                result = call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(error)}); leave it out"
+            ) from error
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class Recorded:
+    """microbatch(tokens [B, T], targets [B, T], scale []) -> losses [1 + parts], recorded once for each shape of tokens.
+
+    It adds to gradients, which must stay where they are from one step to the next.
+    """
+
+    def __init__(self, microbatch: Callable[[Tensor, Tensor, Tensor], Tensor], recorder: Recorder) -> None:
+        self._microbatch, self._recorder = microbatch, recorder
+        self._met: dict[torch.Size, int] = {}
+        self._recordings: dict[torch.Size, tuple[tuple[Tensor, ...], Call]] = {}
+
+    def __call__(self, tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        shape, given = tokens.shape, (tokens, targets, scale)
+        if shape not in self._recordings:
+            self._met[shape] = self._met.get(shape, 0) + 1
+            if self._met[shape] <= WARM_UP:
+                return self._recorder.run(lambda: self._microbatch(*given))
+            own = tokens.clone(), targets.clone(), scale.clone()
+            self._recordings[shape] = own, self._recorder.record(lambda: self._microbatch(*own))
+        own, replay = self._recordings[shape]
+        for mine, now in zip(own, given, strict=True):
+            mine.copy_(now)
+        return replay().clone()  # the next replay writes over it
