@@ -118,7 +118,9 @@ class EngineConfig:
         "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
     )
     compile: bool | None = setting(None, "torch.compile each block and the loss; none: on a GPU")
-    cuda_graphs: bool = setting(False, "single, on a GPU: record a microbatch of each shape and replay it as one launch")
+    cuda_graphs: bool = setting(
+        False, "single, on a GPU: record a microbatch of each shape and replay it as one launch"
+    )
     timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
     step_timeout_minutes: float = setting(
         5.0, "the same within an optimiser step, after the first; the smaller of the two counts", above=0

@@ -75,11 +75,18 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
     best: Any = None
     refusal = ValueError("no shape is possible")
     for step in STEPS:
+        depth = None
         for width in range(step, WIDTHS * step + 1, step):
             try:
-                shapes.append(of_width(width))
+                config = of_width(width)
             except ValueError as error:
                 refusal = error
+                continue
+            shapes.append(config)
+            # Asked once depth has ended to fall: it takes long to count what is deep.
+            if config.n_layers == depth and count(config) > FAR * target:
+                break  # wider ones have more still
+            depth = config.n_layers
         if not shapes:
             raise refusal  # it is not the width that cannot be
         shapes.sort(key=aspect)
