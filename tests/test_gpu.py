@@ -17,6 +17,7 @@ from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
+from trainer.errors import UserError
 from trainer.metrics.record import read_rows
 from trainer.plan import resolve
 from trainer.run import Run
@@ -63,12 +64,13 @@ FLEX = {
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-@pytest.mark.parametrize("how", ["plain", "flex", "float8", "narrow moments"])
+@pytest.mark.parametrize("how", ["plain", "flex", "float8", "narrow moments", "graphs", "flex graphs"])
 def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, compiles):
     """hlb's batch law included: what it reads of the step before was told to copy itself when that step was launched."""
-    dataset = long_dataset if how == "flex" else tiny_dataset
-    values = tiny_values(dataset, tmp_path / "r", device="cuda", precision="bf16", engine={"compile": compiles})
-    if how == "flex":
+    dataset = long_dataset if "flex" in how else tiny_dataset
+    engine = {"compile": compiles, "cuda_graphs": "graphs" in how}
+    values = tiny_values(dataset, tmp_path / "r", device="cuda", precision="bf16", engine=engine)
+    if "flex" in how:
         values["batch"] |= LONG
         values["data"]["separate_documents"] = True
     if how == "float8":
@@ -82,7 +84,7 @@ def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, com
     one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
     for _ in range(11):  # past sequence growth, so that kernels are built and shapes seen
         one.optimiser_step()
-    assert one.config.batch.dynamic and one.plan.sequence_length(11) == (256 if how == "flex" else 64)
+    assert one.config.batch.dynamic and one.plan.sequence_length(11) == (256 if "flex" in how else 64)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(6):  # more than the interval at which the batch law looks at a norm
@@ -149,6 +151,36 @@ def test_compiled_blocks_compute_what_eager_ones_do_on_a_gpu(long_dataset, tmp_p
     assert losses[True] == pytest.approx(losses[False], rel=2**-8)
     for name, eager in gradients[False].items():
         assert (gradients[True][name] - eager).norm() <= 0.03 * eager.norm(), name
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("model", ["gpt2", "ngpt", *FLEX])
+def test_replayed_microbatches_train_as_those_that_run(long_dataset, tmp_path, model, compiles):
+    """Lengths that grow, documents apart, evaluations between. The same kernels run, whose additions have no order: rounding of
+    bf16, 2^-9, carried on for twelve steps."""
+    losses = {}
+    for graphs in (False, True):
+        folder, engine = tmp_path / str(graphs), {"compile": compiles, "cuda_graphs": graphs}
+        values = tiny_values(long_dataset, folder, device="cuda", precision="bf16", max_steps=12, engine=engine)
+        values["model"] = FLEX.get(model, {"name": model})
+        values["batch"] |= LONG
+        values["data"]["separate_documents"] = True
+        values["evaluation"]["every"] = 5
+        run(values)
+        losses[graphs] = [(row["loss"], row["grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.02, atol=0)
+
+
+def test_a_microbatch_that_waits_for_the_device_cannot_be_recorded(tiny_dataset, tmp_path):
+    values = tiny_values(tiny_dataset, tmp_path / "r", device="cuda", precision="bf16", engine={"cuda_graphs": True})
+    config = build(RunConfig, values)
+    info = find_dataset(config.data)
+    one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
+    forward = one.model.forward
+    one.model.forward = lambda tokens, **how: forward(tokens + 0 * tokens.sum().item(), **how)
+    with pytest.raises(UserError, match="engine.cuda_graphs: a microbatch of this model cannot be recorded"):
+        for _ in range(8):
+            one.optimiser_step()
 
 
 def test_resume_on_a_gpu(tiny_dataset, tmp_path):

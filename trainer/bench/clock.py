@@ -64,7 +64,8 @@ class PhaseClock:
     def measure(self, step: Callable[[], object], steps: int) -> dict[str, float | None]:
         """Medians over `steps` steps, in ms: of each phase, "other" and the whole "step".
 
-        The phase backward is taken to have been watched with the forward pass in it.
+        The phase backward is taken to have been watched with the forward pass in it; forward is None, and its time
+        backward's, where it never ran by itself (engine.cuda_graphs).
         """
         step()  # the first one under watch may compile anew
         synchronise(self.device)
@@ -81,7 +82,8 @@ class PhaseClock:
             row["other"] = self._milliseconds(whole) - sum(row.values())
             row["step"] = self._milliseconds(whole)
             rows.append(row)
-        return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        medians: dict[str, float | None] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        return medians if "forward" in taken[0][0] else medians | {"forward": None}
 
     def _milliseconds(self, span: tuple[Any, Any]) -> float:
         begin, end = span

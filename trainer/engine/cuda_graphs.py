@@ -52,11 +52,12 @@ class CudaRecorder:
             # thread_local: threads that read data may use the device meanwhile.
             with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
                 result = call()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            first = error.__context__ or error  # what went wrong, where that the recording cannot end came after it
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise UserError(
-                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(error)}); leave it out"
+                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(first)}); leave it out"
             ) from error
 
         def replay() -> Tensor:
@@ -83,9 +84,9 @@ class Recorded:
             self._met[shape] = self._met.get(shape, 0) + 1
             if self._met[shape] <= WARM_UP:
                 return self._recorder.run(lambda: self._microbatch(*given))
-            own = tokens.clone(), targets.clone(), scale.clone()
-            self._recordings[shape] = own, self._recorder.record(lambda: self._microbatch(*own))
+            copies = tokens.clone(), targets.clone(), scale.clone()
+            self._recordings[shape] = copies, self._recorder.record(lambda: self._microbatch(*copies))
         own, replay = self._recordings[shape]
-        for mine, now in zip(own, given, strict=True):
-            mine.copy_(now)
+        for copy, now in zip(own, given, strict=True):
+            copy.copy_(now)
         return replay().clone()  # the next replay writes over it
