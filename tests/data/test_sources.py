@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.config import CorpusConfig
 from trainer.data import sources
-from trainer.data.sources import CHUNK, open_source, open_sources, to_pieces
+from trainer.data.sources import CHUNK, left_out, open_source, open_sources, to_pieces
 from trainer.data.tokenizers import get_tokenizer
 from trainer.errors import UserError
 
@@ -73,6 +73,21 @@ def test_folder_is_read_sorted_below_and_without_hidden_files(tmp_path):
         (tmp_path / name).write_text(name)
     write_rows(tmp_path / "b" / "c.jsonl", ["row 1", "row 2"])
     assert train(tmp_path) == ["a.text", "b/a.raw", "b/b.tokens", "row 1", "row 2", "z.md"]
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
+    def line():
+        [source] = open_sources(CorpusConfig(source=str(tmp_path)))
+        return left_out(source)
+
+    for name in ("a.txt", ".hidden.html"):
+        (tmp_path / name).write_text(name)
+    assert line() is None
+    for name in ("a.html", "b.html", "LICENCE"):
+        (tmp_path / name).write_text(name)
+    assert line() == f"{tmp_path}: left out what is no text by its name: 2 .html, 1 without a suffix"
+    [source] = open_sources(CorpusConfig(source=str(tmp_path / "LICENCE")))
+    assert left_out(source) is None
 
 
 def test_missing_empty_and_useless_sources(tmp_path):

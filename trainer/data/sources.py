@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +261,17 @@ def _files(spec: str) -> list[Path]:
     if not path.is_file():
         raise UserError(f"{spec}: no such file or folder; give one, hf://NAME, or {STDLIB}")
     return [path]
+
+
+def left_out(source: Source) -> str | None:
+    """A line on the files of a folder that are not read; None where there are none but hidden ones."""
+    folder = Path(source.spec).expanduser()
+    others = set(_walk(folder, ("",))) - set(source.files) if folder.is_dir() else set()
+    if not others:
+        return None
+    counts = Counter(path.suffix or "without a suffix" for path in others).most_common()
+    named = ", ".join(f"{count} {suffix}" for suffix, count in counts[:5]) + ", and others" * (len(counts) > 5)
+    return f"{source.spec}: left out what is no text by its name: {named}"
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...], left_out: frozenset[str] | set[str] = frozenset()) -> list[Path]:
