@@ -11,6 +11,7 @@ from trainer.device import GPUS
 from trainer.engine.cuda_graphs import WARM_UP
 from trainer.engine.distributed import World
 from trainer.errors import UserError
+from trainer.memory import expected_memory
 from trainer.plan import resolve
 from trainer.settings import build
 
@@ -44,11 +45,14 @@ class Tape(TorchDispatchMode):
 
 class TapeRecorder:
     def __init__(self, model):
-        self.model, self.runs, self.recordings, self.replays = model, 0, 0, 0
+        self.model, self.runs, self.recordings, self.replays, self.forgotten = model, 0, 0, 0, 0
 
     def run(self, call):
         self.runs += 1
         return call()
+
+    def forget(self):
+        self.forgotten += 1
 
     def record(self, call):
         self.recordings += 1
@@ -80,7 +84,7 @@ def test_replayed_microbatches_are_those_that_run(tiny_dataset, tmp_path, model)
         lengths = {m.length for m in measured}
         pairs.append(([(m.numbers.read(), m.grad_norm) for m in measured], one.engine.tensors()))
     (plain, expected), (replayed, found) = pairs
-    assert len(lengths) > 1 and recorder.recordings == len(lengths)
+    assert len(lengths) > 1 and recorder.recordings == len(lengths) == recorder.forgotten + 1
     assert recorder.runs == WARM_UP * len(lengths) and recorder.replays > recorder.runs
     assert replayed == plain
     assert same(found, expected)
@@ -101,6 +105,19 @@ def test_documents_are_those_of_each_microbatch(tiny_dataset, tmp_path):
     assert [plain.backward(tokens, tokens, 1.0, True) for tokens in ends] == replayed
 
 
+def test_recordings_are_given_up_once_one_must_be_larger(tiny_dataset, tmp_path):
+    one = make(tiny_dataset, tmp_path, model={"name": "gpt2"})
+    recorder = TapeRecorder(one.model)
+    one.engine.replay_microbatches(recorder)
+    made = []
+    for sequences, length in ((2, 32), (1, 32), (2, 32), (4, 32), (2, 32), (2, 64), (2, 32)):
+        for _ in range(WARM_UP + 1):
+            one.engine.backward(*torch.randint(0, 250, (2, sequences, length)), 1.0, True)
+        made.append((recorder.recordings, recorder.forgotten))
+    assert made == [(1, 0), (2, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 3)]
+    assert recorder.runs == 4 * WARM_UP, "each shape is warmed up once"
+
+
 @pytest.mark.parametrize(
     "gpu, settings, why",
     [
@@ -108,6 +125,7 @@ def test_documents_are_those_of_each_microbatch(tiny_dataset, tmp_path):
         ("a100-40gb", {"engine": {"strategy": "fsdp"}}, "fsdp sums gradients while they are made"),
         ("a100-40gb", {"precision": "pure_bf16"}, "pure_bf16 moves the gradients"),
         ("a100-40gb", {"engine": {"activation_checkpointing": "selective"}}, "recomputing asks for the state"),
+        ("a100-40gb", {"model": {"name": "llama", "kernels": "liger"}}, "Liger's loss waits for the device"),
     ],
 )
 def test_where_there_are_none(gpu, settings, why):
@@ -116,6 +134,12 @@ def test_where_there_are_none(gpu, settings, why):
         resolve(config, None, World(), GPUS[gpu] if gpu else None)
 
 
-def test_a_plan_for_a_gpu_has_them():
-    plan = resolve(build(RunConfig, {"engine": {"cuda_graphs": True}}), None, World(), GPUS["a100-40gb"])
-    assert plan.config.engine.cuda_graphs
+def test_a_plan_counts_recorded_activations_beside_others_and_all_gradients():
+    needs = []
+    for graphs in (False, True):
+        values = {"model": {"name": "gpt2"}, "engine": {"cuda_graphs": graphs, "activation_checkpointing": "none"}}
+        values["batch"] = {"tokens_per_step": 4096, "tokens_per_microbatch": 4096}
+        needs.append(expected_memory(resolve(build(RunConfig, values), None, World(), GPUS["a100-40gb"])))
+    without, recorded = needs
+    assert recorded["activations"] == 2 * without["activations"]
+    assert recorded["total"] == without["total"] + without["activations"] + without["gradients"]

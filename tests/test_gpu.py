@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tiny_values, trainer, words_text
+from conftest import ROOT, error_line, tiny_values, trainer, words_text
 
 from trainer.checkpoint import step_name
 from trainer.config import PrepareConfig, RunConfig
@@ -17,7 +17,6 @@ from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
 from trainer.metrics.record import read_rows
 from trainer.plan import resolve
 from trainer.run import Run
@@ -171,16 +170,20 @@ def test_replayed_microbatches_train_as_those_that_run(long_dataset, tmp_path, m
     torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.02, atol=0)
 
 
+WAITS = """from models.transformer import Transformer
+forward = Transformer.forward
+Transformer.forward = lambda self, tokens, **how: forward(self, tokens + 0 * tokens.sum().item(), **how)
+"""
+
+
 def test_a_microbatch_that_waits_for_the_device_cannot_be_recorded(tiny_dataset, tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
     values = tiny_values(tiny_dataset, tmp_path / "r", device="cuda", precision="bf16", engine={"cuda_graphs": True})
-    config = build(RunConfig, values)
-    info = find_dataset(config.data)
-    one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
-    forward = one.model.forward
-    one.model.forward = lambda tokens, **how: forward(tokens + 0 * tokens.sum().item(), **how)
-    with pytest.raises(UserError, match="engine.cuda_graphs: a microbatch of this model cannot be recorded"):
-        for _ in range(8):
-            one.optimiser_step()
+    values["model"] = {"name": "gpt2"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = trainer("train", tmp_path / "run.yaml", "--plugin", "waits", env=path)
+    assert "engine.cuda_graphs: a microbatch of this model cannot be recorded (" in error_line(done)
 
 
 def test_resume_on_a_gpu(tiny_dataset, tmp_path):

@@ -392,6 +392,7 @@ def test_profile_also_of_a_run_that_goes_on(tiny_dataset, tmp_path, capsys):
         ((256, 64), {}, "--batch.tokens_per_microbatch 128 or --engine.activation_checkpointing full or more devices"),
         ((192, 64), {"activation_checkpointing": "full"}, "--batch.tokens_per_microbatch 64 or more devices"),
         ((64, 64), {"activation_checkpointing": "full"}, "more devices"),
+        ((64, 64), {"cuda_graphs": True}, "--engine.cuda_graphs false or more devices"),
         (
             (64, 64),
             {"activation_checkpointing": "selective", "strategy": "fsdp"},

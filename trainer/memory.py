@@ -57,7 +57,8 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
 class Spread:
     """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
     moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
-    deterministic: by kernels that add in a fixed order alone."""
+    deterministic: by kernels that add in a fixed order alone; recorded: engine.cuda_graphs, whose recordings keep their
+    activations beside those of microbatches that run as they are, and all gradients."""
 
     strategy: str
     precision: str
@@ -70,6 +71,7 @@ class Spread:
     flex: bool = False
     compiled: bool = False
     deterministic: bool = False
+    recorded: bool = False
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> Spread:
@@ -82,7 +84,7 @@ class Spread:
         compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
-        device = target.memory is not None, target.flex, compiled, config.deterministic
+        device = target.memory is not None, target.flex, compiled, config.deterministic, engine.cuda_graphs
         return cls(strategy, config.precision, *how, *device)
 
     @property
@@ -160,7 +162,7 @@ class Demand:
         elif spread.precision == "pure_bf16":
             absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
         else:  # other strategies hold buffers for gradients from the beginning
-            absent = gradients if spread.strategy == "single" and not accumulates else 0
+            absent = gradients if spread.strategy == "single" and not (accumulates or spread.recorded) else 0
             absent += state["buckets"] if spread.strategy == "zero2" else 0  # made in the backward pass
         return sum(state.values()) - absent
 
@@ -176,7 +178,12 @@ class Demand:
         (ALiBi, forget gates, hlb's slopes) hold under FlexAttention, some bytes per token and head.
         """
         kept, plain = self._measure(spread, how), self._measure(spread, "none")
-        return kept.total + max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
+        block = max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
+        return self.kept(spread, how) + block
+
+    def kept(self, spread: Spread, how: str) -> int:
+        """Bytes that one sequence holds at the end of the forward pass."""
+        return (2 if spread.recorded else 1) * self._measure(spread, how).total
 
     def loss(self, spread: Spread, how: str, tokens: float) -> float:
         """Bytes that the loss of a microbatch of so many tokens takes for a while, when all activations are held.
@@ -213,7 +220,7 @@ class Demand:
 
     def in_microbatch(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
         """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
-        state, kept = self.state(spread, accumulates), self._measure(spread, how).total
+        state, kept = self.state(spread, accumulates), self.kept(spread, how)
         block = self.activations(spread, how) - kept
         loss = int(self.loss(spread, how, sequences * self.length))
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)

@@ -52,6 +52,8 @@ def check_graphs(config: Any, target: Target) -> None:
         why = "pure_bf16 moves the gradients of each microbatch"
     elif engine.activation_checkpointing != "none":
         why = "recomputing asks for the state of random numbers"
+    elif config.model.get("kernels") == "liger":
+        why = "Liger's loss waits for the device"
     if engine.cuda_graphs and why is not None:
         raise UserError(f"engine.cuda_graphs: {why}; leave it out")
 

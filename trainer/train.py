@@ -167,7 +167,9 @@ def ways_out(config: Any) -> str:
     if batch.tokens_per_microbatch > batch.sequence_length:
         half = max(1, batch.tokens_per_microbatch // batch.sequence_length // 2) * batch.sequence_length
         ways.append(f"--batch.tokens_per_microbatch {half}")
-    if engine.activation_checkpointing != "full":
+    if engine.cuda_graphs:
+        ways.append("--engine.cuda_graphs false")
+    elif engine.activation_checkpointing != "full":
         ways.append("--engine.activation_checkpointing full")
     if engine.strategy in ("fsdp", "hsdp", "zero1", "zero2", "zero3") and not engine.offload:
         ways.append("--engine.offload")

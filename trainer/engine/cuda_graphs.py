@@ -23,11 +23,14 @@ Call = Callable[[], Tensor]
 
 
 class Recorder(Protocol):
-    """run: make a call now, as it must be made before it is recorded. record: into one that replays it, without making it."""
+    """run: make a call now, as it must be made before it is recorded. record: into one that replays it, without making it.
+    forget: the memory of all recordings, of which none will be replayed."""
 
     def run(self, call: Call) -> Tensor: ...
 
     def record(self, call: Call) -> Call: ...
+
+    def forget(self) -> None: ...
 
 
 class CudaRecorder:
@@ -47,30 +50,41 @@ class CudaRecorder:
 
     def record(self, call: Call) -> Call:
         """UserError where something in `call` cannot be recorded: it waits for the device, say."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        failure: Exception | None = None
         try:
             # thread_local: threads that read data may use the device meanwhile.
             with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
-                result = call()
+                try:
+                    result = call()
+                except Exception as error:  # the recording may not end either, and say so instead
+                    failure = error
         except RuntimeError as error:
-            first = error.__context__ or error  # what went wrong, where that the recording cannot end came after it
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
-            raise UserError(
-                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(first)}); leave it out"
-            ) from error
+            torch.cuda.set_stream(before)  # torch leaves its own behind
+            failure = failure or error
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
-        return replay
+        if failure is None:
+            return replay
+        if isinstance(failure, torch.OutOfMemoryError) or not isinstance(failure, RuntimeError):
+            raise failure
+        raise UserError(
+            f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(failure)}); leave it out"
+        ) from failure
+
+    def forget(self) -> None:
+        torch.cuda.synchronize()  # the last replay may still run
+        self._memory = torch.cuda.graph_pool_handle()  # one whose recordings are gone cannot be used again
 
 
 class Recorded:
     """microbatch(tokens [B, T], targets [B, T], scale []) -> losses [1 + parts], recorded once for each shape of tokens.
 
-    It adds to gradients, which must stay where they are from one step to the next.
+    It adds to gradients, which must stay where they are from one step to the next. Recordings are of one length T: at another,
+    or with more sequences than any has, all are made anew, as memory that they share does not grow with its contents.
     """
 
     def __init__(self, microbatch: Callable[[Tensor, Tensor, Tensor], Tensor], recorder: Recorder) -> None:
@@ -81,6 +95,7 @@ class Recorded:
     def __call__(self, tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         shape, given = tokens.shape, (tokens, targets, scale)
         if shape not in self._recordings:
+            self._forget_others_than(shape)
             self._met[shape] = self._met.get(shape, 0) + 1
             if self._met[shape] <= WARM_UP:
                 return self._recorder.run(lambda: self._microbatch(*given))
@@ -90,3 +105,10 @@ class Recorded:
         for copy, now in zip(own, given, strict=True):
             copy.copy_(now)
         return replay().clone()  # the next replay writes over it
+
+    def _forget_others_than(self, shape: torch.Size) -> None:
+        """Where recordings are of another length, or all of fewer sequences."""
+        sequences, length = shape
+        if self._recordings and all(other[1] != length or other[0] < sequences for other in self._recordings):
+            self._recordings.clear()
+            self._recorder.forget()
