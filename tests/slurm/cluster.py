@@ -50,6 +50,8 @@ sleep infinity & wait"""
 
 # The less obvious ones:
 # - cred_expire is also the time that a requeued job must wait before it may start again (120 s unless told).
+# - MessageTimeout: a node answers once a step that is to end has ended. Later than this, slurmctld tells it again a minute after,
+#   and ends the step of the same number in the next try, which without those 120 s is there already.
 # - MinJobAge keeps ended jobs visible to `scontrol show job`, as there is no accounting.
 # - ReturnToService=2: a node that was down serves again as soon as it registers.
 # - config_overrides: nodes may claim more CPUs, memory and GPUs than this machine has; nothing is enforced.
@@ -78,7 +80,7 @@ PreemptMode=REQUEUE
 {signal_key}
 SlurmdTimeout={node_timeout}
 KillWait=30
-MessageTimeout=5
+MessageTimeout=30
 MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
