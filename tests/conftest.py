@@ -15,8 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-# Seconds: what a test starts and does not end by then is stuck, not slow (the longest takes 130 where two other tests run
-# beside it on two cores of 2017). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.
+# Seconds: what a test starts and does not end by then is stuck, not slow (the longest test took 135 beside CI's other lane on
+# two slow cores). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.
 PATIENCE = 240
 
 

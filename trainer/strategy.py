@@ -43,7 +43,9 @@ def refuse_contradictions(config: Any) -> None:
 
 def check_graphs(config: Any, target: Target) -> None:
     """UserError where engine.cuda_graphs cannot be had; config: resolved."""
-    engine, why = config.engine, None
+    engine = config.engine
+    if not engine.cuda_graphs:
+        return
     if target.memory is None:
         why = "a CPU has none"
     elif engine.strategy != "single":
@@ -54,8 +56,9 @@ def check_graphs(config: Any, target: Target) -> None:
         why = "recomputing asks for the state of random numbers"
     elif config.model.get("kernels") == "liger":
         why = "Liger's loss waits for the device"
-    if engine.cuda_graphs and why is not None:
-        raise UserError(f"engine.cuda_graphs: {why}; leave it out")
+    else:
+        return
+    raise UserError(f"engine.cuda_graphs: {why}; leave it out")
 
 
 def check_shard_size(shard_size: int, processes: int) -> None:

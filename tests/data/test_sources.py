@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.config import CorpusConfig
 from trainer.data import sources
-from trainer.data.sources import CHUNK, left_out, open_source, open_sources, to_pieces
+from trainer.data.sources import CHUNK, open_source, open_sources, to_pieces, unread
 from trainer.data.tokenizers import get_tokenizer
 from trainer.errors import UserError
 
@@ -78,7 +78,7 @@ def test_folder_is_read_sorted_below_and_without_hidden_files(tmp_path):
 def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
     def line():
         [source] = open_sources(CorpusConfig(source=str(tmp_path)))
-        return left_out(source)
+        return unread(source)
 
     for name in ("a.txt", ".hidden.html"):
         (tmp_path / name).write_text(name)
@@ -87,7 +87,7 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
         (tmp_path / name).write_text(name)
     assert line() == f"{tmp_path}: left out what is no text by its name: 2 .html, 1 without a suffix"
     [source] = open_sources(CorpusConfig(source=str(tmp_path / "LICENCE")))
-    assert left_out(source) is None
+    assert unread(source) is None
 
 
 def test_missing_empty_and_useless_sources(tmp_path):

@@ -25,7 +25,7 @@ from trainer.config import PrepareConfig
 from trainer.data import dataset, encode
 from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo, partial_folder
 from trainer.data.mds import SplitWriter
-from trainer.data.sources import Source, left_out, open_sources
+from trainer.data.sources import Source, open_sources, unread
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import UserError
 from trainer.files import sync_path
@@ -51,7 +51,7 @@ def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
     """
     out = _checked_target(config)
     sources = open_sources(config)
-    for line in filter(None, map(left_out, sources)):
+    for line in filter(None, map(unread, sources)):
         log(line)
     with _one_line_errors(out), _fresh_folder(out) as folder:
         info = _write(config, sources, folder, log)

@@ -263,7 +263,7 @@ def _files(spec: str) -> list[Path]:
     return [path]
 
 
-def left_out(source: Source) -> str | None:
+def unread(source: Source) -> str | None:
     """A line on the files of a folder that are not read; None where there are none but hidden ones."""
     folder = Path(source.spec).expanduser()
     others = set(_walk(folder, ("",))) - set(source.files) if folder.is_dir() else set()

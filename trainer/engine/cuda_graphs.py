@@ -62,18 +62,18 @@ class CudaRecorder:
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # torch leaves its own behind
             failure = failure or error
+        if isinstance(failure, RuntimeError) and not isinstance(failure, torch.OutOfMemoryError):
+            raise UserError(
+                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(failure)}); leave it out"
+            ) from failure
+        if failure is not None:
+            raise failure
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
-        if failure is None:
-            return replay
-        if isinstance(failure, torch.OutOfMemoryError) or not isinstance(failure, RuntimeError):
-            raise failure
-        raise UserError(
-            f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(failure)}); leave it out"
-        ) from failure
+        return replay
 
     def forget(self) -> None:
         torch.cuda.synchronize()  # the last replay may still run

@@ -15,7 +15,7 @@ def draw(metrics: Path, out: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Margins set by hand: a layout that is worked out takes as long as the drawing, while a run waits.
+    # Margins set by hand: a run waits for the picture, which takes half as long again where the layout is worked out.
     figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
     axes = figure.subplots(
