@@ -269,7 +269,7 @@ def unread(source: Source) -> str | None:
     others = set(_walk(folder, ("",))) - set(source.files) if folder.is_dir() else set()
     if not others:
         return None
-    counts = Counter(path.suffix or "without a suffix" for path in others).most_common()
+    counts = Counter(path.suffix or "without a suffix" for path in sorted(others)).most_common()
     named = ", ".join(f"{count} {suffix}" for suffix, count in counts[:5]) + ", and others" * (len(counts) > 5)
     return f"{source.spec}: left out what is no text by its name: {named}"
 
