@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class MachineError(UserError):
     """A fault of the machines and not of what was asked: the same command may work when it is started again."""
+
+
+class Damaged(UserError):
+    """Content that was read whole and is not what was written: never an error of reading, which may pass."""
