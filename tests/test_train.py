@@ -19,7 +19,8 @@ from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
 from trainer.engine.signals import StopSignals
 from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
+from trainer.errors import Damaged, UserError
+from trainer.files import sealed
 from trainer.metrics.record import KEYS, read_rows
 from trainer.plan import resolve
 from trainer.run import Run
@@ -152,6 +153,163 @@ def test_a_finished_run_is_left_alone(finished, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def edit(folder: Path, old: str, new: str) -> None:
+    """Change config.yaml as an editor does."""
+    path = folder / "config.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_changed_config_is_named_and_that_of_the_checkpoint_taken(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    shutil.rmtree(folder / "checkpoints" / checkpoint.step_name(12))
+    lr = yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"]
+    edit(folder, f"lr: {lr}", "lr: 0.5")
+    changed = (folder / "config.yaml").read_bytes()
+    run({"run_dir": str(folder)})
+    assert "its digest is not that of its content" in capsys.readouterr().err
+    assert losses(folder) == losses(finished)
+    assert same(weights(folder, 12), weights(finished, 12))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == lr
+    assert (folder / "config.yaml.changed").read_bytes() == changed
+
+
+def test_a_changed_config_without_a_checkpoint_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    shutil.rmtree(folder / "checkpoints")
+    edit(folder, "seed: 0", "seed: 1")
+    with pytest.raises(UserError, match="its digest is not that .*put it back as it was, or remove its first line"):
+        run({"run_dir": str(folder)})
+
+
+def test_every_digit_of_a_config_counts(finished, tmp_path):
+    from trainer.run_config import _read
+
+    folder = tmp_path / "r"
+    folder.mkdir()
+    text = (finished / "config.yaml").read_text()
+    start = text.index("digest") + len("digest")
+    for place in [i for i, character in enumerate(text) if character.isdigit() and i > start]:
+        (folder / "config.yaml").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        with pytest.raises(Damaged):
+            _read(folder)
+
+
+def test_comments_in_a_config_change_nothing(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    edit(folder, "seed: 0", "# the seed of 2026\nseed: 0")
+    run({"run_dir": str(folder)})
+
+
+def test_a_key_that_an_older_release_did_not_know(finished, tmp_path):
+    """It means what that release did; a command may name that value, and no other."""
+    folder = shutil.copytree(finished, tmp_path / "r")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    del values["deterministic"], values["optim"]["clip_norm"], values["data"]["separate_documents"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (folder / "checkpoints" / checkpoint.step_name(12) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="^optim.clip_norm: .* was started with 0.0, now it is 1.0"):
+        run({"run_dir": str(folder), "optim": {"clip_norm": 1.0}})
+    run({"run_dir": str(folder), "optim": {"clip_norm": 0}, "deterministic": False})
+    assert losses(folder) == losses(finished)
+    assert same(weights(folder, 12), weights(finished, 12))
+
+
+def test_a_config_of_another_release_says_which_one_reads_it(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    text = (folder / "config.yaml").read_text()
+    body = text[text.index("\n") + 1 :] + "novelty: 3\n"
+    from trainer.run_config import _digest
+
+    for version, line in (
+        (2, "crescendo-lm 9.1.0, this is .*unknown key novelty"),
+        (3, "has format 3 of crescendo-lm 9.1.0"),
+    ):
+        header = f"# crescendo-lm 9.1.0, config format {version}, digest {_digest(body)}\n"
+        (folder / "config.yaml").write_text(header + body)
+        with pytest.raises(UserError, match=line):
+            run({"run_dir": str(folder)})
+
+
+def test_a_moved_run_goes_on_where_it_lies(finished, tmp_path, monkeypatch):
+    from trainer import __main__
+
+    folder = shutil.copytree(finished, tmp_path / "moved")
+    before = sorted(path.name for path in finished.iterdir())
+    monkeypatch.chdir(tmp_path)
+    __main__.dispatch(["train", "moved/config.yaml", "--max_steps", "13"])
+    assert losses(folder)[-1][0] == 13
+    assert (finished / "checkpoints" / "latest").read_text() == "step-00000012"
+    assert sorted(path.name for path in finished.iterdir()) == before
+    __main__.dispatch(["train", "moved", "--max_steps", "14"])
+    assert losses(folder)[-1][0] == 14
+
+
+def test_removed_checkpoints_are_told_and_rows_kept(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    run({"run_dir": str(folder)})
+    said = capsys.readouterr().err
+    assert (
+        "has no checkpoint: the run starts at step 0; metrics.jsonl of before is kept as metrics.before-1.jsonl" in said
+    )
+    assert (folder / "metrics.before-1.jsonl").read_bytes() == before
+    assert losses(folder) == losses(finished)
+
+
+@pytest.mark.parametrize("key", ["run_dir"])
+def test_an_empty_path_is_refused(tiny_dataset, tmp_path, monkeypatch, key):
+    """As of a shell variable that is not set: it is not the current folder."""
+    monkeypatch.chdir(tmp_path)
+    values = tiny_values(tiny_dataset, tmp_path / "r")
+    section, _, leaf = key.rpartition(".")
+    (values[section] if section else values)[leaf] = ""
+    with pytest.raises(UserError, match=f"^{key}: is empty"):
+        run(values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_new_run_finds_is_not_overwritten(tiny_dataset, tmp_path):
+    mine = {"config.yaml": "seed: 1\n", "tokenizer.json": '{"mine": 1}'}
+    for name, text in mine.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=f"run_dir: .*{name}.* choose another --run_dir"):
+            run(tiny_values(tiny_dataset, folder))
+        assert (folder / name).read_text() == text
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json"])
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_copy_that_a_kill_cut_off_is_made_again(finished, tiny_dataset, tmp_path, name, cut):
+    """In the folder of a run before its first checkpoint, and before its config."""
+    for there in ([name], [name, "config.yaml", "environment.jsonl"]):
+        folder = tmp_path / str(len(there))
+        folder.mkdir()
+        for file in there:
+            shutil.copy(finished / file, folder / file)
+        content = (tiny_dataset / name).read_bytes()
+        (folder / name).write_bytes(content[:cut] + bytes(len(content) - cut))  # as a file system after a power cut
+        run(tiny_values(tiny_dataset, folder))
+        assert (folder / name).read_bytes() == content
+        assert losses(folder) == losses(finished)
+
+
+def test_a_torn_line_of_the_environment_stays_apart(finished, tmp_path):
+    from trainer.run_config import _last_start
+
+    folder = shutil.copytree(finished, tmp_path / "r")
+    for end in ('{"time": "2026', "[1, 2]", '{"processes": "one", "command": 3}'):
+        with (folder / "environment.jsonl").open("a") as file:
+            file.write(end)
+        assert _last_start(folder) == {}
+        run({"run_dir": str(folder), "max_steps": 13})
+        assert _last_start(folder).get("processes", 1) == 1
+
+
 @pytest.mark.parametrize(
     "change, key",
     [({"optim": {"lr": 0.5}}, "optim.lr"), ({"model": {"d_model": 128}}, "model.d_model"), ({"seed": 9}, "seed")],
@@ -230,9 +388,7 @@ def test_a_config_of_another_model_is_named(finished, tmp_path):
     values = yaml.safe_load((folder / "config.yaml").read_text())
     values["model"]["d_model"], values["max_steps"] = 128, 30
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(
-        UserError, match=r"is of another model: model.embedding.weight is \[320, 64\] there and \[320, 128\]"
-    ):
+    with pytest.raises(UserError, match=r"^model.d_model: the run's config.yaml says 128, .* was made with 64"):
         run({"run_dir": str(folder)})
 
 
@@ -241,7 +397,7 @@ def test_a_state_of_another_version_is_named(finished, tmp_path):
     path = folder / "checkpoints" / checkpoint.step_name(12) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["state"]["odd"] = 1
-    path.write_text(json.dumps(manifest))
+    path.write_text(sealed(manifest))
     with pytest.raises(UserError, match="is not this version's"):
         run({"run_dir": str(folder), "max_steps": 30})
 

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import MachineError, UserError
@@ -181,17 +182,26 @@ def dispatch(words: list[str]) -> None:
         and not positional[0].endswith((".yaml", ".yml"))
     ):
         values = {"run_dir": positional[0]}
+    elif positional and verb == "train" and "run_dir" not in flags and is_config_of_run(positional[0]):
+        values = {"run_dir": str(Path(positional[0]).parent)}  # the run goes on where its config lies, also when moved
     elif positional:
         values = load_yaml(positional[0])
     if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
         return
     if print_run_dir:
-        from trainer.run_folder import folder_of
+        from trainer.run_config import folder_of
 
         print(folder_of(build(schema.RunConfig, merge(values, flags))).absolute())
         return
     import_plugins(plugins if isinstance(plugins, list) else [plugins])
     call(verb, cls, merge(values, flags), print_config, as_json)
+
+
+def is_config_of_run(path: str) -> bool:
+    """Whether `path` is the config.yaml in the folder of a run."""
+    from trainer.run_config import CONFIG, is_run
+
+    return Path(path).name == CONFIG and is_run(Path(path).parent)
 
 
 def import_plugins(names: list[str]) -> None:
@@ -219,7 +229,7 @@ def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_jso
     from trainer.settings import build, to_yaml
 
     if verb == "train" and print_config:
-        from trainer.run_folder import combined_values
+        from trainer.run_config import combined_values
 
         values, _ = combined_values(values)
     config = build(cls, values)

@@ -11,8 +11,9 @@ whole shape, however it lay over the ranks that wrote it: what any number of the
 
 from __future__ import annotations
 
-import json
-import pickle
+import contextlib
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,14 +26,17 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from trainer.checkpoint_reader import METADATA, Reader, misfit, plain_error
 from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.files import sync_path, write_file
+from trainer.errors import Damaged, MachineError, UserError
+from trainer.files import DIGEST, bare_name, read_json, sealed, sync_path, system_error, write_file
+from trainer.text import printable
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+LATEST = "latest"
+FORMAT = 2  # 1: no digest of the manifest
+NAME = re.compile(r"step-[0-9]{8,}")
 ALONE = World()
 
 # One process is what was meant. A filter for good, since `catch_warnings` would reach into other threads.
@@ -78,7 +82,7 @@ def save(
     except UserError as error:
         if world.leader:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
+        raise type(error)(
             f"checkpoint: step {step} could not be written to {folder}: {error}; earlier checkpoints are untouched; "
             "make room or permit writing there, then start the same command again"
         ) from None
@@ -98,18 +102,21 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def together(work: Callable[[], Any], world: World, group: Any = None) -> list[Any]:
-    """What `work` returns on each rank. Where it fails on any, UserError on all: none waits for another."""
+    """What `work` returns on each rank. Where it fails on any, UserError on all: none waits for another.
+
+    A MachineError goes before the others: while one rank could not read, nothing is known to be damaged.
+    """
     result, error = None, None
     try:
         result = work()
     except (Exception, CheckpointException) as problem:
-        error = _cause(problem)
+        error = plain_error(problem)
     parts = [(result, error)] * world.size
     if world.size > 1:
         dist.all_gather_object(parts, (result, error), group=group)
-    for _, text in parts:
-        if text is not None:
-            raise UserError(text)
+    errors = [error for _, error in parts if error is not None]
+    if errors:
+        raise next((error for error in errors if isinstance(error, MachineError)), errors[0])
     return [result for result, _ in parts]
 
 
@@ -118,19 +125,10 @@ def _empty(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _cause(problem: BaseException) -> str:
-    """One line. The library wraps what happened in what is no `Exception`, with a traceback as its text."""
-    if isinstance(problem, CheckpointException) and problem.failures:
-        problem = next(iter(problem.failures.values()))[0]
-    if isinstance(problem, UserError):
-        return str(problem)
-    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
-
-
 def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
     """Size and xxh64 of the files this rank wrote (rank 0 also takes .metadata)."""
     names = sorted(path.name for path in temporary.iterdir())
-    mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == ".metadata")]
+    mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == METADATA)]
     return {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
 
 
@@ -144,24 +142,42 @@ def _hash(path: Path) -> str:
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest, rename, pointer: in that order, each on disk before the next."""
-    write_file(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    write_file(temporary / MANIFEST, sealed(manifest))
     sync_path(temporary)
-    if final.exists():  # a damaged one of the same step, passed over when this run started
-        shutil.rmtree(final)
+    if final.exists():  # no finished checkpoint: the run would have gone on from it
+        _set_aside(final)
     temporary.rename(final)
     sync_path(final.parent)
-    write_file(final.parent / "latest", final.name)
+    write_file(final.parent / LATEST, final.name)
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a checkpoint that is of no use a name under which it is no longer found; nothing of it is removed."""
+    aside = path.with_name(path.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
+    sync_path(path.parent)
+    return aside
 
 
 def _purge(folder: Path, step: int, keep: Callable) -> None:
-    """After a save at `step`, remove what need not be kept: older checkpoints, later ones (the run has passed them over
-    as damaged), and what killed saves left. The manifest goes first, so that none is half there."""
-    steps = [at for at, _ in found(folder)]
-    for at in sorted(set(steps) - set(keep([at for at in steps if at <= step]))):
-        (folder / step_name(at) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder / step_name(at), ignore_errors=True)
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """After a save at `step`, remove what need not be kept of the checkpoints up to it, and what killed saves left.
+
+    Each takes the name of an unfinished one first, so that none is half there. A folder that cannot be cleaned now is
+    cleaned after the next save: the checkpoint is written and counts.
+    """
+    with contextlib.suppress(OSError):
+        steps = [at for at, _ in found(folder) if at <= step]
+        for at in sorted(set(steps) - set(keep(steps))):
+            doomed = folder / f"{step_name(at)}.tmp"
+            shutil.rmtree(doomed, ignore_errors=True)
+            (folder / step_name(at)).rename(doomed)
+        for leftover in folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (folder / f"{LATEST}.tmp").unlink(missing_ok=True)
 
 
 def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
@@ -179,8 +195,12 @@ def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
 
 def found(folder: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every finished checkpoint, oldest first. Unfinished ones have no manifest and do not count."""
-    complete = [path for path in folder.glob("step-*") if (path / MANIFEST).is_file() and path.name[5:].isdigit()]
-    return sorted((int(path.name[5:]), path) for path in complete)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    complete = [(int(name[5:]), folder / name) for name in names if NAME.fullmatch(name)]
+    return sorted((step, path) for step, path in complete if (path / MANIFEST).is_file())
 
 
 def choose(
@@ -188,7 +208,8 @@ def choose(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole (or the one of `step`), with its manifest; None where there is none at all.
 
-    A damaged one is reported through `say` and the one before it is used; UserError where all are damaged.
+    A damaged one is reported through `say` and the one before it is used; UserError where all are damaged. An error of
+    reading is no damage: it is raised, as MachineError where it may pass.
     world: where it is given, all ranks call this, share the reading and get the same answer.
     """
     there = world.on_leader(lambda: found(folder))
@@ -201,13 +222,37 @@ def choose(
     for _, path in reversed(candidates):
         try:
             return path, check(path, world)
-        except UserError as error:
+        except Damaged as error:
             say(f"{error}; trying the one before it")
     raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start anew")
 
 
+def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+    """As `choose`, for the run itself, by all ranks: what is damaged is kept under another name, and the `latest` that people
+    read names what was chosen."""
+    chosen = choose(folder, None, world.say, world)
+    if chosen is not None:
+        path, manifest = chosen
+        world.on_leader(lambda: _leave_behind(folder, manifest["step"], path.name, world.say))
+        if manifest["format"] == 1:
+            world.say(
+                f"checkpoint: {path} was written by a release whose manifests have no digest; it is taken as it is"
+            )
+    return chosen
+
+
+def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]) -> None:
+    for at, path in found(folder):
+        if at > step:
+            say(f"checkpoint: {path} is damaged and kept as {_set_aside(path).name}")
+    latest = folder / LATEST
+    if not latest.is_file() or latest.read_bytes() != name.encode():
+        write_file(latest, name)
+
+
 def check(path: Path, world: World = ALONE) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there with the right size and hash; else UserError names one.
+    """The manifest of a checkpoint that is whole: its digest is right, and it lists the files that are there, each of the size
+    and hash it says, those of all tensors among them. Damaged names what is not.
 
     world: where it is given, all ranks call this and each hashes a share of the files.
     """
@@ -219,40 +264,66 @@ def check(path: Path, world: World = ALONE) -> dict[str, Any]:
             _check_file(path / name, entry["bytes"], entry["xxh64"])
 
     together(check_share, world)
+    world.on_leader(lambda: _check_names(path, set(manifest["files"])))
     return manifest
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format"]
-        if version != FORMAT:
-            raise UserError(f"checkpoint: {path} has format {version}, this version reads {FORMAT}")
-        for entry in manifest["files"].values():
-            entry["bytes"], entry["xxh64"] = int(entry["bytes"]), str(entry["xxh64"])
-        int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint: {path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    file = path / MANIFEST
+    manifest = read_json(file)
+    version, files = manifest.get("format"), manifest.get("files")
+    if type(version) is int and version > FORMAT:
+        release = printable(manifest.get("crescendo", "a later release"))
+        raise UserError(
+            f"checkpoint: {path} has format {version}, of crescendo-lm {release}; this version reads {FORMAT}"
+        )
+    where = f"checkpoint: {file} cannot be used"
+    if type(version) is not int or version < 1 or (version > 1 and DIGEST not in manifest):
+        raise Damaged(f"{where}: it has no valid format or no digest")
+    if manifest.get("step") != int(path.name[5:]):
+        raise Damaged(f"{where}: it is of step {printable(manifest.get('step'))}")
+    if not isinstance(files, dict) or METADATA not in files:
+        raise Damaged(f"{where}: it does not list {METADATA}")
+    for name, entry in files.items():
+        bare_name(name, where)
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("xxh64"), str)
+        ):
+            raise Damaged(f"{where}: it does not say the size and hash of {printable(name)}")
     return manifest
 
 
+def _check_names(path: Path, listed: set[str]) -> None:
+    """Damaged unless `listed` are the tensor files that are there, and those that hold the tensors are among them."""
+    there = {name for name in os.listdir(path) if name == METADATA or name.endswith(".distcp")}
+    for name in sorted(there ^ listed) + sorted(Reader(path).files - listed):
+        place = "is not listed in its manifest" if name in there else "is listed and not there"
+        raise Damaged(f"checkpoint: {path}: {printable(name)} {place}")
+
+
 def _check_file(file: Path, size: int, digest: str) -> None:
-    if not file.is_file():
-        raise UserError(f"checkpoint: {file} is missing")
-    if file.stat().st_size != size:
-        raise UserError(f"checkpoint: {file} has {file.stat().st_size:,} bytes, {size:,} expected")
-    if _hash(file) != digest:
-        raise UserError(f"checkpoint: {file} is damaged: its hash is not the manifest's")
+    try:
+        there = file.stat().st_size
+        if there != size:
+            raise Damaged(f"checkpoint: {file} has {there:,} bytes, {size:,} expected")
+        if _hash(file) != digest:
+            raise Damaged(f"checkpoint: {file} is damaged: its hash is not the manifest's")
+    except FileNotFoundError:
+        raise Damaged(f"checkpoint: {file} is missing") from None
+    except OSError as error:
+        raise system_error(error, f"checkpoint: {file} cannot be read") from None
 
 
 def stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name -> (whole shape, type) of every tensor of a checkpoint, in alphabetical order."""
-    return _Reader(path).stored()
+    return Reader(path).stored()
 
 
 def check_shapes(path: Path, shapes: dict[str, torch.Size]) -> None:
     """UserError names the first of `shapes` (by full name) that the checkpoint does not hold so. Reads no tensors."""
-    _Reader(path).check_shapes(shapes)
+    Reader(path).check_shapes(shapes)
 
 
 def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
@@ -263,7 +334,7 @@ def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     """
 
     def fill() -> None:
-        reader = _Reader(path)
+        reader = Reader(path)
         reader.check_shapes({name: tensor.shape for name, tensor in tensors.items()})
         reader.fill(tensors)
 
@@ -275,7 +346,7 @@ def load(path: Path, prefix: str, world: World, device: torch.device | str = "cp
     tensors: dict[str, Tensor] = {}
 
     def fill() -> None:
-        reader = _Reader(path)
+        reader = Reader(path)
         for name, (shape, dtype) in reader.stored().items():
             if name.startswith(prefix):
                 tensors[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -287,7 +358,7 @@ def load(path: Path, prefix: str, world: World, device: torch.device | str = "cp
 
 def each(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """As `load`, on the CPU, but one tensor after the other in alphabetical order, and without the other ranks."""
-    reader = _Reader(path)
+    reader = Reader(path)
     for name, (shape, dtype) in reader.stored().items():
         if name.startswith(prefix):
             tensor = torch.empty(shape, dtype=dtype)
@@ -301,79 +372,8 @@ def put_into(model: Any, tensors: dict[str, Tensor], path: Path, assign: bool = 
     for name in sorted(own.keys() | tensors.keys()):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
             raise UserError(
-                _misfit(
+                misfit(
                     path, name, *(list(state[name].shape) if name in state else "missing" for state in (tensors, own))
                 )
             )
     model.load_state_dict(tensors, assign=assign)
-
-
-def _misfit(path: Path, name: str, there: Any, here: Any) -> str:
-    return f"checkpoint: {path} is of another model: {name} is {there} there and {here} by the run's config.yaml"
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads `.metadata`, which the library pickles, once, and by an unpickler that knows the few classes it needs."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        try:
-            with (path / ".metadata").open("rb") as file:
-                self._metadata = _MetadataUnpickler(file).load()
-            self._entries = sorted(self._metadata.state_dict_metadata.items())
-        except UserError:
-            raise
-        except Exception as problem:  # a damaged pickle can raise anything
-            cause = f"cannot be read by torch {torch.__version__}: {_cause(problem)}"
-            raise UserError(f"checkpoint: {path / '.metadata'} {cause}") from None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-    def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        return {
-            name: (entry.size, entry.properties.dtype)
-            for name, entry in self._entries
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        there = self.stored()
-        for name, shape in sorted(shapes.items()):
-            if name not in there or there[name][0] != shape:
-                held = list(there[name][0]) if name in there else "missing"
-                raise UserError(_misfit(Path(self.path), name, held, list(shape)))
-
-    def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read into `tensors`, in place and by this process alone; UserError where that fails."""
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            dcp.load(dict(tensors), storage_reader=self, planner=planner, no_dist=True)
-        except CheckpointException as problem:
-            raise UserError(f"checkpoint: {self.path} cannot be read: {_cause(problem)}") from None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _allowed = {
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},
-        "collections": {"OrderedDict"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) == ("torch", "Size") or name in self._allowed.get(module, ()):
-            return super().find_class(module, name)
-        raise UserError(f"checkpoint: .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded")

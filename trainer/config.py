@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from trainer.settings import setting
 
+# What a key means that an older release did not know, where today's default is not what it did: dotted key -> value.
+ABSENT_MEANS: dict[str, Any] = {}
+
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 

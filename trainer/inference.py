@@ -10,7 +10,7 @@ from trainer import scaling
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.memory import GIB, Demand, Spread, build_meta
-from trainer.run_folder import default_run_dir
+from trainer.run_config import default_run_dir
 from trainer.strategy import Chooser, Means, check_graphs, check_shard_size, refuse_contradictions
 
 

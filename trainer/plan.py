@@ -22,7 +22,7 @@ from trainer.errors import UserError
 from trainer.inference import Inference, Row
 from trainer.launcher import Place, find_place
 from trainer.memory import GIB, build_meta, expected_memory
-from trainer.run_folder import folder_of, plugins_of
+from trainer.run_config import folder_of, plugins_of
 from trainer.settings import build, coerce, coerced
 
 

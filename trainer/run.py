@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.base import IGNORE
-from trainer import checkpoint
+from trainer import __version__, checkpoint
 from trainer.checkpoint_saver import Saver
 from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream
@@ -22,12 +22,13 @@ from trainer.engine import build_engine
 from trainer.engine.distributed import World
 from trainer.engine.signals import STOPPING, StopSignals
 from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
+from trainer.errors import Damaged, UserError
 from trainer.evaluate import score, validate
 from trainer.generate import complete
 from trainer.metrics.report import Measured
 from trainer.optim.frequency import FrequencyScaling
 from trainer.plan import Plan
+from trainer.run_config import check_trained_with, folder_of
 from trainer.scaling import BatchMultiplier, GradNormLaw
 
 ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
@@ -45,6 +46,20 @@ class State:
     k: int = 1
     norm: float | None = None  # gradient norm of the last step, as its checkpoint has it
 
+    @classmethod
+    def stored(cls, values: Any, where: Path) -> State:
+        """The state in a manifest. Damaged where a value is none that a run can have."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.keys() != fields:
+            raise Damaged(
+                f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(fields))}"
+            )
+        whole = all(type(values[name]) is int and values[name] >= 0 for name in ("step", "position", "tokens", "k"))
+        real = all(type(values[name]) in (int, float) and values[name] >= 0 for name in ("seconds", "n"))
+        if not (whole and real and values["k"] >= 1 and type(values["norm"]) in (int, float, type(None))):
+            raise Damaged(f"checkpoint: the state in {where} holds a value that no run can have")
+        return cls(**values)
+
 
 class Run:
     """The parts of a run, put together once."""
@@ -55,7 +70,7 @@ class Run:
         config = plan.config
         self.plan, self.config, self.world, self.dataset = plan, config, world, dataset
         self.watchdog, self.signals = watchdog, signals
-        self.folder = Path(config.run_dir or "").expanduser()
+        self.folder = folder_of(config)
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)
@@ -215,13 +230,13 @@ class Run:
             "world_size": self.world.size,
             "config": dataclasses.asdict(self.config),
             "torch": torch.__version__,
+            "crescendo": __version__,
         }
         self.saver.save(self.state.step, self.engine.tensors(), facts)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint; False where there is none."""
-        folder = self.folder / "checkpoints"
-        chosen = checkpoint.choose(folder, None, self.world.say, self.world)
+        chosen = checkpoint.go_on_from(self.folder / "checkpoints", self.world)
         if chosen is None:
             return False
         path, manifest = chosen
@@ -230,12 +245,8 @@ class Run:
                 f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
                 "give the run its data back or choose another --run_dir"
             )
-        try:
-            self.state = State(**manifest["state"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint: the state in {path / checkpoint.MANIFEST} is not this version's: {error}"
-            ) from None
+        check_trained_with(manifest.get("config"), self.config, path / checkpoint.MANIFEST)
+        self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")

@@ -7,140 +7,20 @@ import functools
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig, RunConfig
 from trainer.errors import UserError
-from trainer.files import write_file
+from trainer.files import DIGEST, digest_of, read_small, system_error, user_path, write_file
 from trainer.launcher import find_place
 from trainer.memory import KERNEL_FIELDS
-from trainer.settings import build, load_yaml, merge, parse_flags, to_yaml
-
-CONFIG = "config.yaml"
-ENVIRONMENT = "environment.jsonl"
-
-# What may change between the parts of one run: where it computes and what it reports, not what it computes.
-CHANGEABLE = (
-    "run_dir",
-    "max_steps",
-    "device",
-    "profile",
-    "data.path",
-    "data.cache",
-    "data.threads",
-    "batch.tokens_per_microbatch",
-    "batch.device_token_capacity",
-    "optim.non_finite",
-    "optim.max_skips",
-    "engine.",
-    "evaluation.",
-    "checkpoint.",
-    "log.",
-    *(f"model.{name}" for name in KERNEL_FIELDS),
-)
-
-# What goes with a strategy and a number of processes: with others it is decided anew.
-BY_STRATEGY = (
-    "strategy",
-    "shard_size",
-    "offload",
-    "reshard_after_forward",
-    "deepspeed_config",
-    "activation_checkpointing",
-    "cuda_graphs",
-)
-
-
-def default_run_dir(config: RunConfig) -> str:
-    """runs/MODEL-SCALE"""
-    return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")
-
-
-def folder_of(config: RunConfig) -> Path:
-    """Where the run of a config lives, whether it says so or not."""
-    return Path(config.run_dir or default_run_dir(config)).expanduser()
-
-
-def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
-    from trainer.checkpoint import found
-
-    folder = folder_of(build(RunConfig, given))
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
-    if not (folder / CONFIG).exists():
-        if found(folder / "checkpoints"):
-            raise UserError(
-                f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
-            )
-        return given, False
-    saved = load_yaml(folder / CONFIG)
-    engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
-    processes = _last_start(folder).get("processes")
-    if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
-        saved["engine"] = {key: value for key, value in engine.items() if key not in BY_STRATEGY}
-    return merge(saved, drop_inferred(given)), True
-
-
-def _last_start(folder: Path) -> dict[str, Any]:
-    """What `environment` said of the last start in this folder; empty where that is not known."""
-    try:
-        lines = (folder / ENVIRONMENT).read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return {}
-
-
-def plugins_of(folder: Path) -> list[str]:
-    """The modules that the last start in this folder named by --plugin; none of them is imported."""
-    plugins = parse_flags(_last_start(folder).get("command", []))[1].get("plugin", [])
-    return plugins if isinstance(plugins, list) else [plugins]
-
-
-def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Without the keys that say `auto`: on resumption what was inferred then holds, but for what may change."""
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            kept[key] = drop_inferred(value, f"{prefix}{key}.")
-        elif (value is not None and str(value).lower() != "auto") or f"{prefix}{key}".startswith(CHANGEABLE):
-            kept[key] = value
-    return kept
-
-
-def check_unchanged(folder: Path, config: RunConfig) -> None:
-    """UserError where the config asks of an existing run something other than it was started with."""
-    before, after = flat(build(RunConfig, load_yaml(folder / CONFIG))), flat(config)
-    # `auto` in a resolved config is a key that was not there yet: what was inferred instead is what always held.
-    differing = [key for key in after if before.get(key) not in (after[key], "auto") and not key.startswith(CHANGEABLE)]
-    if differing:
-        key = differing[0]
-        more = f" (and {', '.join(differing[1:])})" if len(differing) > 1 else ""
-        raise UserError(
-            f"{key}: {folder} was started with {before.get(key)!r}, now it is {after[key]!r}{more}; "
-            "choose another --run_dir, or leave that key as it was"
-        )
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """Dotted key -> value."""
-    import dataclasses
-
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(dataclasses.asdict(config), ""))
+from trainer.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
 
 
 @contextlib.contextmanager
@@ -157,25 +37,46 @@ def locked(folder: Path, patience: float = 0) -> Iterator[None]:
             f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"run_dir: cannot write to {folder}: {error.strerror or error}; choose another --run_dir"
-        ) from None
+        raise system_error(error, f"run_dir: cannot write to {folder} (or choose another --run_dir)") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def write_start(folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path) -> None:
+def write_start(
+    folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path, say: Callable[[str], None]
+) -> None:
     """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; a line of environment.jsonl."""
     for name in ("dataset.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            shutil.copy(dataset_folder / name, folder / name)
+        _copy(dataset_folder / name, folder / name, plan_text is not None, say)
     if plan_text is not None:
         write_file(folder / "plan.txt", plan_text + "\n")
-    with (folder / ENVIRONMENT).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment()) + "\n")
-    write_file(folder / CONFIG, to_yaml(config))  # last: a folder with it can be resumed
+    _append_line(folder / ENVIRONMENT, environment())
+    keep_changed_config(folder)
+    write_config(folder, config)  # last: a folder with it can be resumed
+
+
+def _copy(source: Path, target: Path, new: bool, say: Callable[[str], None]) -> None:
+    """Have the content of `source` in `target`. In the folder of a new run, UserError where something else has that name."""
+    content = read_small(source)
+    held = read_small(target) if target.exists() else b""
+    if held == content:
+        return
+    # What a start that was cut off has left is a beginning of the content, or zeros that stand for what was never written.
+    if new and not content.startswith(held.rstrip(b"\0")):
+        raise UserError(f"run_dir: {target} is there and belongs to other data; choose another --run_dir")
+    if held:
+        say(f"{target} is not that of the run's data; it is written again")
+    write_file(target, content)
+
+
+def _append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a sealed JSON object to a file of lines; a last line that a kill has cut off stays a line of its own."""
+    before = read_small(path) if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_file(path, before + json.dumps({**content, DIGEST: digest_of(content)}).encode() + b"\n")
 
 
 def environment() -> dict[str, Any]:
@@ -258,6 +159,14 @@ class OpenRun:
             )
 
 
+def stored_run(run_dir: str, say: Callable[[str], None]) -> tuple[Path, StoredConfig]:
+    """The folder that the user names, and the config of the run in it; UserError where there is none."""
+    folder = user_path(run_dir, "run_dir")
+    if not is_run(folder):
+        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG}, or nothing else of a run)")
+    return folder, read_config(folder, say)
+
+
 def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
@@ -272,15 +181,13 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
 
     if run_dir is None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer generate runs/NAME`")
-    folder, world = Path(run_dir).expanduser(), world or World()
-    if not (folder / CONFIG).exists():
-        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
-    values = load_yaml(folder / CONFIG)
+    world = world or World()
+    folder, stored = stored_run(run_dir, world.say)
+    changes = {"device": device, "run_dir": str(folder)}  # the folder may have been moved
     if precision != "auto":
-        values["precision"] = precision
-    values |= {"device": device, "run_dir": str(folder)}  # the folder may have been moved
-    values.pop("engine", None)  # how the run was spread does not bind one process that reads it
-    config = build(RunConfig, values)
+        changes["precision"] = precision
+    stored.values.pop("engine", None)  # how the run was spread does not bind one process that reads it
+    config = stored.build(stored.values | changes)
     config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
     dataset = DatasetInfo.load(folder)
     plan = resolve(config, dataset)

@@ -9,7 +9,7 @@ import os
 import signal
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_folder import check_unchanged, combined_values, locked, write_start
-from trainer.settings import build
+from trainer.run_config import check_unchanged, combined_config, folder_of
+from trainer.run_folder import locked, write_start
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
@@ -37,8 +37,7 @@ COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 def run(given: dict[str, Any]) -> None:
     """The verb. given: values of the YAML file and the flags, as in RunConfig."""
     world = read_world()
-    values, resuming = combined_values(given)
-    config = build(RunConfig, values)
+    config, _ = combined_config(given)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
     with StopSignals(world) as signals:
         if read_wishes(os.environ).launcher not in ("python", "srun"):
@@ -52,14 +51,13 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
     """The run, from the process group's beginning to its end; returns the signal that ended it early."""
     join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, speaks first
     # Rank 0 looks and resolves; the others take what it found, and its error where there is one.
-    values, resuming = world.on_leader(lambda: combined_values(given))
-    config, plan_text = world.on_leader(lambda: resolve_run(build(RunConfig, values), resuming))
+    config, plan_text = world.on_leader(lambda: resolve_run(given, world))
     if world.size == 1:
         join(world, config.device, alone=config.engine.strategy != "single")
     dataset = find_dataset(config.data)
     assert dataset is not None
     with contextlib.ExitStack() as stack:
-        folder = Path(config.run_dir or "").expanduser()
+        folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
         # What is left of a job's try on a machine that was cut off holds the folder until its own watchdog ends it.
         patience = 2 * min(limits) if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0
@@ -76,12 +74,13 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
     return asked
 
 
-def resolve_run(config: RunConfig, resuming: bool) -> tuple[Any, str | None]:
+def resolve_run(given: dict[str, Any], world: World) -> tuple[Any, str | None]:
     """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
+    config, stored = combined_config(given, world.say)
     plan = resolve(config, find_dataset(config.data))
-    if not resuming:
+    if stored is None:
         return plan.config, render(plan)
-    check_unchanged(Path(plan.config.run_dir).expanduser(), plan.config)
+    check_unchanged(stored, plan.config, given, lambda other: resolve(other, find_dataset(other.data)).config)
     return plan.config, None
 
 
@@ -109,14 +108,14 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     from trainer.data.tokenizers import Tokenizer
 
     config, world = this.config, this.world
-    if plan_text is None:
-        this.restore()
+    if not (plan_text is None and this.restore()):
+        world.on_leader(lambda: start_anew(this.folder, world.say))
     if this.state.step >= config.max_steps:
         world.say(
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
-    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data)))
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data), world.say))
     tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
@@ -132,6 +131,19 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         report.close()
     this.engine.close()
     return asked
+
+
+def start_anew(folder: Path, say: Callable[[str], None]) -> None:
+    """Before step 0 in a folder that has rows or samples already: say so, and keep them under other names."""
+    for name in ("metrics.jsonl", "samples.txt"):
+        path = folder / name
+        if not path.exists() or path.stat().st_size == 0:
+            continue
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(kept)
+        say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
 
 
 def opening(this: Run) -> str:
