@@ -1,5 +1,6 @@
 """Checkpoints: atomic, verified, retained, and unable to run code."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -455,6 +456,19 @@ def test_metadata_cannot_run_code(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="asks for .*system, which no checkpoint needs"):
         checkpoint.load(path, "", WORLD)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.distcp", "/etc/passwd", "."])
+def test_metadata_leads_to_no_other_file(tmp_path, place):
+    path = save(tmp_path, 1)
+    shutil.copy(path / "__0_0.distcp", tmp_path / "elsewhere.distcp")
+    metadata = pickle.loads((path / ".metadata").read_bytes())  # noqa: S301 (written here)
+    metadata.storage_data = {
+        key: dataclasses.replace(entry, relative_path=place) for key, entry in metadata.storage_data.items()
+    }
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(Damaged, match="is not the name of a file in this folder"):
+        checkpoint.load(path, "", WORLD)
 
 
 def test_tensors_cannot_run_code(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The loop end to end on a tiny model: what it writes, that it learns, that resuming is exact, and what is refused."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -23,7 +24,7 @@ from trainer.errors import Damaged, UserError
 from trainer.files import sealed
 from trainer.metrics.record import KEYS, read_rows
 from trainer.plan import resolve
-from trainer.run import Run
+from trainer.run import Run, State
 from trainer.run_folder import open_run
 from trainer.settings import build
 from trainer.train import run, ways_out
@@ -298,16 +299,20 @@ def test_a_copy_that_a_kill_cut_off_is_made_again(finished, tiny_dataset, tmp_pa
         assert losses(folder) == losses(finished)
 
 
-def test_a_torn_line_of_the_environment_stays_apart(finished, tmp_path):
+def test_odd_lines_of_the_environment_are_told_and_left_out(finished, tmp_path, capsys):
     from trainer.run_config import _last_start
 
     folder = shutil.copytree(finished, tmp_path / "r")
-    for end in ('{"time": "2026', "[1, 2]", '{"processes": "one", "command": 3}'):
+    for end in ('{"time": "2026', "[1, 2]", "null"):
         with (folder / "environment.jsonl").open("a") as file:
-            file.write(end)
-        assert _last_start(folder) == {}
+            file.write(end)  # without the end of the line, as a kill leaves it
+        assert _last_start(folder)["processes"] == 1, "of the start before"
         run({"run_dir": str(folder), "max_steps": 13})
-        assert _last_start(folder).get("processes", 1) == 1
+        assert "environment.jsonl, line 2: " in capsys.readouterr().err
+        assert len((folder / "environment.jsonl").read_text().splitlines()) > 2
+    with (folder / "environment.jsonl").open("a") as file:
+        file.write('{"processes": "one", "command": 3, "versions": []}')
+    assert _last_start(folder) == {}
 
 
 @pytest.mark.parametrize(
@@ -400,6 +405,26 @@ def test_a_state_of_another_version_is_named(finished, tmp_path):
     path.write_text(sealed(manifest))
     with pytest.raises(UserError, match="is not this version's"):
         run({"run_dir": str(folder), "max_steps": 30})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1},
+        {"position": 1.5},
+        {"tokens": "7"},
+        {"k": 0},
+        {"n": None},
+        {"norm": []},
+        {"seconds": True},
+        {"step": 1 << 70},
+    ],
+)
+def test_a_state_that_no_run_can_have_is_refused(change):
+    state = dataclasses.asdict(State(step=3, position=9, tokens=9))
+    assert State.stored(state, Path("manifest.json")) == State(step=3, position=9, tokens=9)
+    with pytest.raises(Damaged, match="in manifest.json holds a value that no run can have"):
+        State.stored({**state, **change}, Path("manifest.json"))
 
 
 def test_files_that_cannot_grow_end_in_one_line(tiny_dataset, tmp_path):

@@ -54,7 +54,9 @@ class State:
             raise Damaged(
                 f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(fields))}"
             )
-        whole = all(type(values[name]) is int and values[name] >= 0 for name in ("step", "position", "tokens", "k"))
+        whole = all(
+            type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in ("step", "position", "tokens", "k")
+        )
         real = all(type(values[name]) in (int, float) and values[name] >= 0 for name in ("seconds", "n"))
         if not (whole and real and values["k"] >= 1 and type(values["norm"]) in (int, float, type(None))):
             raise Damaged(f"checkpoint: the state in {where} holds a value that no run can have")

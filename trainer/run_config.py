@@ -216,7 +216,7 @@ def combined_values(
     stored = read_config(folder, say)
     values = stored.values
     engine, strategy = values.get("engine", {}), given.get("engine", {}).get("strategy")
-    processes = _last_start(folder).get("processes")
+    processes = _last_start(folder, say).get("processes")
     if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
     # The folder says where the run is: it may have been moved or copied.
@@ -231,13 +231,22 @@ def combined_config(
     return (build(RunConfig, values) if stored is None else stored.build(values)), stored
 
 
-def _last_start(folder: Path) -> dict[str, Any]:
-    """What `environment` said of the last start in this folder; empty where that is not known."""
+def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The lines that `environment` has written, one for each start; what is no such line is told and left out."""
     try:
         lines = read_small(folder / ENVIRONMENT).splitlines()
-        start = parse_json(lines[-1], folder / ENVIRONMENT)
-    except (UserError, IndexError):
-        return {}
+    except UserError:
+        return
+    for number, line in enumerate(lines, 1):
+        try:
+            yield parse_json(line, f"{folder / ENVIRONMENT}, line {number}")
+        except Damaged as error:
+            say(f"{error}; that start is left out")
+
+
+def _last_start(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """What `environment` said of the last start in this folder; empty where that is not known."""
+    start = next(reversed([{}, *_starts(folder, say)]))
     kinds = {"command": list, "versions": dict, "processes": int}
     return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
 
