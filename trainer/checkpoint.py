@@ -245,8 +245,14 @@ def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]
     for at, path in found(folder):
         if at > step:
             say(f"checkpoint: {path} is damaged and kept as {_set_aside(path).name}")
+        elif at < step:
+            try:
+                _read_manifest(path)
+            except Damaged as error:
+                say(f"{error}; the run does not need it now, but could not go back to it")
     latest = folder / LATEST
     if not latest.is_file() or latest.read_bytes() != name.encode():
+        say(f"checkpoint: {latest} did not name the newest good checkpoint; now it names {name}")
         write_file(latest, name)
 
 

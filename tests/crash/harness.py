@@ -38,7 +38,7 @@ precision: fp32
 device: cpu
 data: {path: data, source: TEXT, tokenizer: bytes, validation_fraction: 0.2, sample_length: 32, threads: 1}
 batch: {tokens_per_step: 128, tokens_per_microbatch: 128, sequence_start: 16, sequence_length: 32, sequence_double_every: 2}
-evaluation: {every: 2, max_tokens: 64}
+evaluation: {every: 2}
 checkpoint: {every: 2, keep: 1}
 log: {demo_tokens: 0, sample_tokens: 2, sample_prompt: the}
 run_dir: run

@@ -7,15 +7,20 @@ crash_arm, "log": file of stdout and stderr}; the answer is the exit code and th
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
 import traceback
+from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from models.base import load_models
 from trainer.__main__ import main
 from trainer.data.mds import import_streaming
 
+IMPORTED_LATER = ("data.prepare", "metrics.plots", "train", "checkpoint_saver", "run_folder", "profile")
 LIBRARY = ctypes.CDLL(None)
 LIBRARY.crash_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p]
 LIBRARY.crash_count.restype = ctypes.c_long
@@ -28,9 +33,8 @@ def child(request: dict, pipe: int) -> None:
     os.dup2(log, 2)
     sys.argv = ["trainer", *request["words"]]
     trace = request["trace"]
-    Figure.savefig = lambda self, path, **_: Path(path).write_bytes(
-        b"a picture"
-    )  # its drawing is most of such a short run
+    # Drawing is most of such a short run; the writing stays.
+    Figure.savefig = lambda self, path, **_: Path(path).write_bytes(b"a picture")
     LIBRARY.crash_arm(request["root"].encode(), request["at"], request["fault"], trace and trace.encode())
     code = 0
     try:
@@ -62,5 +66,7 @@ if __name__ == "__main__":
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # text is then tokenised in the process of the run
     import_streaming()
     load_models()
+    for name in IMPORTED_LATER:  # by each run, were it not for this
+        importlib.import_module(f"trainer.{name}")
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
