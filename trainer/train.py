@@ -116,7 +116,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
-    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data)))
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data, this.dataset)))
     tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
