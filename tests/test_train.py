@@ -310,6 +310,17 @@ def test_data_is_prepared_on_first_use(tmp_path):
     assert len(losses(tmp_path / "r")) == 2
 
 
+def test_a_run_goes_on_from_another_folder(copy, tmp_path, monkeypatch):
+    """Its data.path was given relative to where it was started."""
+    monkeypatch.chdir(tmp_path)
+    run(tiny_values(Path("copy"), tmp_path / "r", max_steps=1))
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["data"]["path"] == str(copy)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    run({"run_dir": str(tmp_path / "r"), "max_steps": 2})
+    assert [row[0] for row in losses(tmp_path / "r")] == [1, 2]
+
+
 def test_generate_and_evaluate_verbs(finished):
     done = trainer("generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12")
     assert done.returncode == 0, done.stderr

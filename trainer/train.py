@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import os
 import signal
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import CorpusConfig, PrepareConfig, RunConfig
-from trainer.data.stream import find_dataset, is_remote, local_folder
+from trainer.config import RunConfig
+from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset, without_path
+from trainer.data.stream import find_dataset, local_folder
 from trainer.device import choose_device
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
-from trainer.errors import UserError
 from trainer.metrics.report import Report
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
@@ -38,7 +36,9 @@ def run(given: dict[str, Any]) -> None:
     """The verb. given: values of the YAML file and the flags, as in RunConfig."""
     world = read_world()
     values, resuming = combined_values(given)
-    config = build(RunConfig, values)
+    before = combined_values(without_path(given))[0] if resuming else {}
+    given = absolute_paths(given, values, before, world.say)
+    config = build(RunConfig, combined_values(given)[0])
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
     with StopSignals(world) as signals:
         if read_wishes(os.environ).launcher not in ("python", "srun"):
@@ -56,8 +56,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
     config, plan_text = world.on_leader(lambda: resolve_run(build(RunConfig, values), resuming))
     if world.size == 1:
         join(world, config.device, alone=config.engine.strategy != "single")
-    dataset = find_dataset(config.data)
-    assert dataset is not None
+    dataset = agree_on_dataset(config, world)
     with contextlib.ExitStack() as stack:
         folder = Path(config.run_dir or "").expanduser()
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
@@ -78,30 +77,11 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
 
 def resolve_run(config: RunConfig, resuming: bool) -> tuple[Any, str | None]:
     """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
-    plan = resolve(config, find_dataset(config.data))
+    plan = resolve(config, find_dataset(config.data, lambda line: None))  # what there is to say `agree_on_dataset` says
     if not resuming:
         return plan.config, render(plan)
     check_unchanged(Path(plan.config.run_dir).expanduser(), plan.config)
     return plan.config, None
-
-
-def obtain_dataset(config: RunConfig, world: World) -> None:
-    """See to it that `data.path` exists: rank 0 prepares it from `data.source` where it does not, the others wait for it."""
-    data = config.data
-    if data.path is None:
-        raise UserError(
-            "data.path: no data to train on; run `python -m trainer prepare --source TEXT --out DIR` and give --data.path DIR, "
-            "or start with configs/quickstart.yaml"
-        )
-    if is_remote(data.path) or not data.source or Path(data.path).expanduser().exists():
-        return
-    while not world.leader and find_dataset(data) is None:
-        time.sleep(0.5)
-    if world.leader:
-        from trainer.data.prepare import prepare
-
-        corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
-        prepare(PrepareConfig(**corpus, out=data.path), world.say)
 
 
 def train(this: Run, plan_text: str | None) -> signal.Signals | None:
