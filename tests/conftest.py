@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,21 @@ def tiny_dataset(tmp_path_factory) -> Path:
         lambda line: None,
     )
     return out
+
+
+@pytest.fixture
+def copy(tiny_dataset, tmp_path) -> Path:
+    """A copy of the tiny dataset, to be damaged."""
+    return shutil.copytree(tiny_dataset, tmp_path / "copy")
+
+
+def open_split(folder, name="train", **data):
+    """A split of the dataset in `folder` or at that address; data: further keys of `data`."""
+    from trainer.config import DataConfig
+    from trainer.data.stream import Split, find_dataset
+
+    config = DataConfig(path=str(folder), **data)
+    return Split(config, find_dataset(config), name)
 
 
 def tiny_values(dataset: Path, run_dir: Path, **changes) -> dict:

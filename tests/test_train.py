@@ -15,7 +15,8 @@ from conftest import ROOT, error_line, tiny_values, trainer
 
 import models.transformer
 from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.config import PrepareConfig, RunConfig
+from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
 from trainer.engine.signals import StopSignals
@@ -260,7 +261,7 @@ def test_removed_checkpoints_are_told_and_rows_kept(finished, tmp_path, capsys):
     assert losses(folder) == losses(finished)
 
 
-@pytest.mark.parametrize("key", ["run_dir"])
+@pytest.mark.parametrize("key", ["run_dir", "data.path"])
 def test_an_empty_path_is_refused(tiny_dataset, tmp_path, monkeypatch, key):
     """As of a shell variable that is not set: it is not the current folder."""
     monkeypatch.chdir(tmp_path)
@@ -345,14 +346,18 @@ def test_kernels_bind_neither_readers_nor_resumptions(tiny_dataset, tmp_path):
     assert [row[0] for row in losses(tmp_path / "r")] == [1, 2, 3, 4]
 
 
-def test_other_data_is_refused(finished, tiny_dataset, tmp_path):
-    copy = shutil.copytree(tiny_dataset, tmp_path / "data")
-    info = json.loads((copy / "dataset.json").read_text())
-    info["fingerprint"] = "0" * 64
-    (copy / "dataset.json").write_text(json.dumps(info))
+def other_data(folder: Path) -> Path:
+    """A dataset in `folder` that is none of the others, with the same tokenizer."""
+    (folder / "other.txt").write_text("the cat sat on the mat.\n" * 500)
+    values = {"source": str(folder / "other.txt"), "tokenizer": "bytes", "validation_fraction": 0.2, "workers": 1}
+    prepare(PrepareConfig(**values, sample_length=64, out=str(folder / "data")), lambda line: None)
+    return folder / "data"
+
+
+def test_other_data_is_refused(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "r")
     with pytest.raises(UserError, match="is not the data that .* was trained on"):
-        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(copy)}})
+        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(other_data(tmp_path))}})
 
 
 def test_two_runs_in_one_folder(finished):
@@ -370,14 +375,11 @@ def test_unwritable_run_dir(tiny_dataset, tmp_path):
         run(tiny_values(tiny_dataset, tmp_path / "file"))
 
 
-def test_a_refused_start_changes_nothing(finished, tiny_dataset, tmp_path):
+def test_a_refused_start_changes_nothing(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "r")
-    copy = shutil.copytree(tiny_dataset, tmp_path / "data")
-    info = json.loads((copy / "dataset.json").read_text())
-    (copy / "dataset.json").write_text(json.dumps({**info, "fingerprint": "0" * 64}))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(UserError):
-        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(copy)}})
+        run({"run_dir": str(folder), "max_steps": 30, "data": {"path": str(other_data(tmp_path))}})
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
@@ -489,6 +491,17 @@ def test_data_is_prepared_on_first_use(tmp_path):
     assert len(losses(tmp_path / "r")) == 2
 
 
+def test_a_run_goes_on_from_another_folder(copy, tmp_path, monkeypatch):
+    """Its data.path was given relative to where it was started."""
+    monkeypatch.chdir(tmp_path)
+    run(tiny_values(Path("copy"), tmp_path / "r", max_steps=1))
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["data"]["path"] == str(copy)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    run({"run_dir": str(tmp_path / "r"), "max_steps": 2})
+    assert [row[0] for row in losses(tmp_path / "r")] == [1, 2]
+
+
 def test_generate_and_evaluate_verbs(finished):
     done = trainer("generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12")
     assert done.returncode == 0, done.stderr
@@ -508,9 +521,6 @@ def find_dataset_tokens(folder):
 
 
 def test_wrong_tokenizer_is_refused(finished, tmp_path):
-    from trainer.config import PrepareConfig
-    from trainer.data.prepare import prepare
-
     text = tmp_path / "t.txt"
     text.write_text("the cat sat on the mat.\n" * 500)
     prepare(

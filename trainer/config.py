@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from trainer.settings import setting
 
-# What a key means that an older release did not know, where today's default is not what it did: dotted key -> value.
-ABSENT_MEANS: dict[str, Any] = {}
-
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
+
+# What a key means that a run's config.yaml does not have, because the run was started before there was the key.
+ABSENT_MEANS: dict[str, Any] = {"data.order": "samples"}
 
 
 @dataclass
@@ -58,6 +58,10 @@ class DataConfig(CorpusConfig):
     path: str | None = setting(None, "folder or s3://, gs://, hf:// address that `prepare` wrote; prepared if missing")
     cache: str | None = setting(None, "folder for shards of a remote path; none: under the user's cache folder")
     threads: int = setting(4, "threads that read ahead (never changes the order)", low=1)
+    order: Literal["windows", "samples"] = setting(
+        "windows",
+        "windows: those of a step are of as many texts as there are; samples: each is read to its end first",
+    )
     separate_documents: bool = setting(False, "tokens attend only within their own document")
 
 

@@ -76,7 +76,9 @@ class Run:
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)
-        self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
+        self.stream = TrainStream(
+            Split(config.data, dataset, "train"), config.seed, config.data.threads, config.data.order
+        )
         self.validation = Split(config.data, dataset, "validation")
         law = GradNormLaw.of(plan.parameters)
         self.multiplier = BatchMultiplier(law, plan.parameters, config.seed, config.batch.n_max)
@@ -99,7 +101,8 @@ class Run:
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
         self.watchdog.at(step + 1, "reading data", in_step=True)
-        rows = self.read(length, sequences)  # [rows of this rank, length + 1]
+        position = self.begin(step)
+        rows = self.read(position, length, sequences)  # [rows of this rank, length + 1]
         if self.frequency is not None:
             self.frequency.count(rows[:, :-1], self.world)
         losses: Any = 0  # [1 + parts]
@@ -123,7 +126,7 @@ class Run:
             numbers=HostCopy(torch.cat([torch.stack([losses[0], norm, finite]), flags, losses[1:]])),
             parts=self.engine.part_names,
         )
-        state.position = self.stream.start(state.position, length) + counted
+        state.position = position + counted
         state.tokens += counted
         state.step += 1
         if self.config.batch.dynamic:
@@ -145,13 +148,17 @@ class Run:
             [*(float(asked == number) for number in STOPPING), float(self.saver.failed)], device=self.device
         )
 
-    def read(self, length: int, sequences: int) -> Tensor:
-        """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
-        position = self.state.position
+    def begin(self, step: int) -> int:
+        """Where in the data `step`, the next one, begins."""
+        length, before = self.plan.sequence_length(step), self.plan.sequence_length(max(0, step - 1))
+        return self.stream.start(self.state.position, length, before)
+
+    def read(self, position: int, length: int, sequences: int) -> Tensor:
+        """This rank's sequences of the step at `position`, each with its last target, on the device; begins to read those of the
+        next step."""
         first, count = self.share(sequences)
         rows = torch.from_numpy(self.stream.windows(position, length, first, count))
-        following = self.stream.start(position, length) + sequences * length
-        self.stream.read_ahead(following, length, first, count)  # guessing that nothing grows
+        self.stream.read_ahead(position + sequences * length, length, first, count)  # guessing that nothing grows
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def microbatches(self, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
@@ -181,7 +188,7 @@ class Run:
         if not (self.world.leader or self.engine.lockstep):
             return None
         length = self.plan.sequence_length(self.state.step)
-        windows = self.stream.windows(self.state.position, length, 0, max(1, ACCURACY_TOKENS // length))
+        windows = self.stream.windows(self.begin(self.state.step), length, 0, max(1, ACCURACY_TOKENS // length))
         block = torch.from_numpy(windows)
         with torch.no_grad():
             _, right, count = score(self.engine, block[:, :-1], block[:, 1:])

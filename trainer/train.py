@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import os
 import signal
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import CorpusConfig, PrepareConfig, RunConfig
-from trainer.data.stream import find_dataset, is_remote, local_folder
+from trainer.config import RunConfig
+from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
+from trainer.data.stream import find_dataset, local_folder
 from trainer.device import choose_device
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
-from trainer.errors import UserError
 from trainer.metrics.report import Report
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_config import check_unchanged, combined_config, folder_of
+from trainer.run_config import check_unchanged, combined_config, combined_values, folder_of
 from trainer.run_folder import locked, write_start
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
@@ -37,6 +35,8 @@ COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 def run(given: dict[str, Any]) -> None:
     """The verb. given: values of the YAML file and the flags, as in RunConfig."""
     world = read_world()
+    values, stored = combined_values(given)
+    given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config, _ = combined_config(given)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
     with StopSignals(world) as signals:
@@ -54,8 +54,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
     config, plan_text = world.on_leader(lambda: resolve_run(given, world))
     if world.size == 1:
         join(world, config.device, alone=config.engine.strategy != "single")
-    dataset = find_dataset(config.data)
-    assert dataset is not None
+    dataset = agree_on_dataset(config, world)
     with contextlib.ExitStack() as stack:
         folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
@@ -77,30 +76,11 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
 def resolve_run(given: dict[str, Any], world: World) -> tuple[Any, str | None]:
     """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
     config, stored = combined_config(given, world.say)
-    plan = resolve(config, find_dataset(config.data))
+    plan = resolve(config, find_dataset(config.data, lambda line: None))  # what there is to say `agree_on_dataset` says
     if stored is None:
         return plan.config, render(plan)
     check_unchanged(stored, plan.config, given, lambda other: resolve(other, find_dataset(other.data)).config)
     return plan.config, None
-
-
-def obtain_dataset(config: RunConfig, world: World) -> None:
-    """See to it that `data.path` exists: rank 0 prepares it from `data.source` where it does not, the others wait for it."""
-    data = config.data
-    if data.path is None:
-        raise UserError(
-            "data.path: no data to train on; run `python -m trainer prepare --source TEXT --out DIR` and give --data.path DIR, "
-            "or start with configs/quickstart.yaml"
-        )
-    if is_remote(data.path) or not data.source or Path(data.path).expanduser().exists():
-        return
-    while not world.leader and find_dataset(data) is None:
-        time.sleep(0.5)
-    if world.leader:
-        from trainer.data.prepare import prepare
-
-        corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
-        prepare(PrepareConfig(**corpus, out=data.path), world.say)
 
 
 def train(this: Run, plan_text: str | None) -> signal.Signals | None:
@@ -115,7 +95,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
-    world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data), world.say))
+    folder = local_folder(config.data, this.dataset)
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, folder, world.say))
     tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)

@@ -120,7 +120,7 @@ def test_text_file_and_validation_source(tmp_path):
 
 def test_large_vocabularies_are_stored_in_32_bits(tmp_path, monkeypatch):
     write_rows(tmp_path / "a.jsonl")
-    monkeypatch.setattr(prepare, "UINT16_IDS", 256)
+    monkeypatch.setattr(dataset, "UINT16_IDS", 256)
     info, out = make(tmp_path, source=str(tmp_path / "a.jsonl"))
     assert info.dtype == "uint32" and stream(out, "train", 64).dtype == np.uint32
 
@@ -293,10 +293,12 @@ def test_dataset_mistakes(tmp_path):
     _, out = make(tmp_path, source=str(tmp_path / "a.jsonl"))
     file = out / "dataset.json"
     good = json.loads(file.read_text())
+    unsealed = {key: value for key, value in good.items() if key != "digest"}
     for content, message in [
         ('{"format": 1', "malformed"),
         ("[]", "malformed"),
-        (json.dumps({**good, "format": 2}), "format 2, this version reads 1"),
+        (json.dumps({**good, "format": 3}), "its digest is not that of its content"),
+        (json.dumps({**unsealed, "format": 3}), "format 3, this version reads 1 and 2"),
         (json.dumps({key: value for key, value in good.items() if key != "splits"}), "malformed"),
         (json.dumps({**good, "tokenizer": {"name": "x"}}), "malformed"),
     ]:

@@ -15,12 +15,11 @@ from trainer.bench.report import train_report
 from trainer.bench.turns import ROOM, fit_together, measure, memory_of_process, share_compiled_code
 from trainer.bench.variants import Contender, Variant, variants
 from trainer.config import BenchConfig
-from trainer.data.stream import find_dataset
+from trainer.data.obtain import agree_on_dataset, obtain_dataset
 from trainer.device import choose_device
 from trainer.engine.distributed import World, join, read_world
 from trainer.errors import UserError
 from trainer.memory import GIB
-from trainer.train import obtain_dataset
 
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
@@ -51,5 +50,5 @@ def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
     obtain_dataset(config, world)
     join(world, config.device, config.engine.timeout_minutes, alone=True)
     device: torch.device = choose_device(config.device, world.local_rank)
-    dataset = find_dataset(config.data)
+    dataset = agree_on_dataset(config, world)
     return world, *variants(config, dataset, world, device), dataset

@@ -48,7 +48,7 @@ def cold_rates(config: BenchConfig, variant: Variant) -> list[float]:
     """
     rates = []
     for _ in range(config.rounds):
-        drop_from_page_cache(local_folder(variant.plan.config.data) / "train")
+        drop_from_page_cache(local_folder(variant.plan.config.data, variant.dataset) / "train")
         reader = Reader(variant.plan, variant.dataset, variant.world)
         rates.append(rate_of(reader.read_tokens, reader.stream.epoch_tokens / variant.world.size))
         reader.stream.close()
@@ -88,7 +88,7 @@ def drop_from_page_cache(folder: Path) -> None:
 def tokenizer_rates(config: BenchConfig, variant: Variant, dataset: DatasetInfo) -> list[float]:
     """Bytes of text per second that one process turns into tokens, for each round; the text is the dataset's own."""
     data = variant.plan.config.data
-    tokenizer = Tokenizer.from_file(local_folder(data) / "tokenizer.json", dataset.tokenizer.name)
+    tokenizer = Tokenizer.from_file(local_folder(data, dataset) / "tokenizer.json", dataset.tokenizer.name)
     split = Split(data, dataset, "train")
     text = tokenizer.decode(split.read(0, min(TEXT_TOKENS, split.counts.tokens)))
     size = len(text.encode())

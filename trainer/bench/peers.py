@@ -35,7 +35,9 @@ class Reader:
         self.length = config.batch.sequence_length
         self.sequences = -(-(config.batch.tokens_per_step // self.length) // world.size)  # of one rank
         self.first, self.step_tokens = self.sequences * world.rank, self.sequences * self.length * world.size
-        self.stream = TrainStream(Split(config.data, dataset, "train"), config.seed, config.data.threads)
+        self.stream = TrainStream(
+            Split(config.data, dataset, "train"), config.seed, config.data.threads, config.data.order
+        )
         self.position = 0
 
     def read(self) -> Tensor:

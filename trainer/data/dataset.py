@@ -7,21 +7,29 @@
 A split is one stream of tokens: its documents in order, each followed by the end-of-text id. Stored sample i holds the
 stream's tokens [i*L, i*L + L], both ends included, so neighbours share one token and every token but the first is a
 target exactly once. Only the last sample may be shorter (two tokens at least). Nothing is padded.
+
+What decides the tokens (the tokenizer, the sample length, the shards) is covered by the fingerprint, everything else here
+and every index.json by the digest of dataset.json. Format 1 had neither that digest nor those of the index files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import Damaged, UserError
+from trainer.files import DIGEST, parse_json, read_small, sealed, system_error, write_file
+from trainer.text import printable
 
-FORMAT = 1
+FORMATS = (1, 2)
 FILE = "dataset.json"
+TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "validation")
+UINT16_IDS = 1 << 16
 
 
 @dataclass
@@ -47,7 +55,7 @@ class SplitInfo:
 
 @dataclass
 class DatasetInfo:
-    """The content of dataset.json."""
+    """The content of dataset.json. `indexes`: sha256 of each split's index.json."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -57,57 +65,156 @@ class DatasetInfo:
     source: str
     arguments: dict[str, Any]
     versions: dict[str, str]
-    format: int = FORMAT
+    indexes: dict[str, str] = field(default_factory=dict)
+    format: int = FORMATS[-1]
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetInfo:
-        """The description of the dataset in the local folder `path`. Raises UserError where there is none."""
+        """The description in the local folder `path`, of a dataset or of a run, compared with the tokenizer.json beside it.
+
+        Raises UserError where there is none, Damaged where it is not what was written.
+        """
         folder = Path(path).expanduser()
-        file = folder / FILE
-        if file.is_file():
-            if not (folder / "tokenizer.json").is_file():
+        if not present(folder):
+            raise UserError(_missing(folder))
+        for name in (FILE, TOKENIZER):
+            if not present(folder / name):
                 raise UserError(
-                    f"{folder}: has no tokenizer.json, so it is an unfinished copy; copy or prepare it again"
+                    f"{folder}: has no {name}, so it is no dataset or an unfinished copy; copy or prepare it again"
                 )
-            return cls.from_json(file.read_bytes(), str(file))
-        if folder.exists():
-            raise UserError(
-                f"{folder}: has no {FILE}, so it is no dataset or an unfinished copy; copy or prepare it again"
+        info = cls.from_json(read_small(folder / FILE), str(folder / FILE))
+        if sha256_of(folder / TOKENIZER) != info.tokenizer.sha256:
+            raise Damaged(
+                f"{folder / TOKENIZER}: is not the tokenizer that {FILE} names (another sha256); "
+                "copy or prepare the dataset again"
             )
-        unfinished = partial_folder(folder).exists()
-        raise UserError(
-            f"no dataset at {folder}{' (its preparation did not finish)' if unfinished else ''}: "
-            f"run `python -m trainer prepare --source ... --out {folder}`, or set data.source"
-        )
+        return info
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
-        """The description in `text`; `where` names the file in error lines."""
+        """The description in `text`, checked as far as it speaks of itself; `where` names the file in error lines."""
         try:
-            content = json.loads(text)
-            version = content["format"]
-            if version != FORMAT:
-                raise UserError(f"{where}: format {version!r}, this version reads {FORMAT}; prepare the data again")
+            content = parse_json(text, FILE)
+        except Damaged as error:
+            why = str(error).removeprefix(f"{FILE}: ")
+            raise Damaged(f"{where}: malformed ({why}); prepare or copy the dataset again") from None
+        version = content.get("format")
+        if version not in FORMATS or isinstance(version, bool):
+            raise UserError(
+                f"{where}: format {printable(repr(version))}, this version reads {' and '.join(map(str, FORMATS))}; "
+                "prepare the data again"
+            )
+        if version > 1 and content.pop(DIGEST, None) is None:
+            raise Damaged(f"{where}: has lost its digest; prepare or copy the dataset again")
+        try:
             content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
             info = cls(**content)
-            counts = [info.sample_length, info.tokenizer.vocab_size, info.tokenizer.eot_id]
-            counts += [value for split in info.splits.values() for value in asdict(split).values()]
-            if not all(isinstance(count, int) and count >= 0 for count in counts) or info.sample_length < 1:
-                raise ValueError("a count is not a number")
-            return info
+            info._check()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: malformed ({error}); prepare or copy the dataset again") from None
+            raise Damaged(f"{where}: malformed ({printable(error)}); prepare or copy the dataset again") from None
+        return info
+
+    def _check(self) -> None:
+        """ValueError where a value is none that `prepare` writes."""
+        tokenizer = self.tokenizer
+        hex_digits(self.fingerprint, "fingerprint")
+        hex_digits(tokenizer.sha256, "tokenizer.sha256")
+        whole_number(tokenizer.vocab_size, "tokenizer.vocab_size", 1)
+        whole_number(tokenizer.eot_id, "tokenizer.eot_id", 0, tokenizer.vocab_size - 1)
+        whole_number(self.sample_length, "sample_length", 1)
+        texts = {"tokenizer.name": tokenizer.name, "source": self.source}
+        wrong = [name for name, value in texts.items() if not isinstance(value, str)]
+        wrong += [name for name in ("arguments", "versions") if not isinstance(getattr(self, name), dict)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is of another type")
+        if self.dtype != dtype_of(tokenizer.vocab_size):
+            raise ValueError(f"dtype {self.dtype!r} is not that of {tokenizer.vocab_size} ids")
+        if not self.splits or not set(self.splits) <= set(SPLITS):
+            raise ValueError(f"splits are {', '.join(self.splits)}, not {' and '.join(SPLITS)}")
+        if self.sealed and set(self.indexes) != set(self.splits):
+            raise ValueError("indexes do not name the splits")
+        for name, digest in self.indexes.items():
+            hex_digits(digest, f"indexes.{name}")
+        for name, split in self.splits.items():
+            for key, count in asdict(split).items():
+                whole_number(count, f"splits.{name}.{key}")
+            if split.samples != -(-(split.tokens - 1) // self.sample_length):
+                raise ValueError(
+                    f"{split.tokens} tokens of {name} do not make {split.samples} samples of {self.sample_length}"
+                )
+
+    @property
+    def sealed(self) -> bool:
+        """Whether a digest covers the counts; those of format 1 have to be taken as they are."""
+        return self.format > 1
 
     def save(self, folder: str | Path) -> None:
         """Write dataset.json into `folder`."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+        write_file(Path(folder) / FILE, sealed(asdict(self)))
+
+
+def _missing(folder: Path) -> str:
+    unfinished = present(partial_folder(folder))
+    where = "" if folder.is_absolute() else f" in {Path.cwd()}"
+    return (
+        f"no dataset at {folder}{where}{' (its preparation did not finish)' if unfinished else ''}: "
+        f"run `python -m trainer prepare --source ... --out {folder}`, or set data.source"
+    )
+
+
+def present(path: Path) -> bool:
+    """Whether there is something at `path`. Raises MachineError or UserError where that cannot be told."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise system_error(error, f"{printable(path)}: cannot be read") from None
+
+
+def dtype_of(vocab_size: int) -> str:
+    """The type in which ids are stored."""
+    return "uint16" if vocab_size <= UINT16_IDS else "uint32"
+
+
+def whole_number(value: Any, name: str, low: int = 0, high: int | None = None) -> int:
+    """`value` where it is an integer from `low` to `high`, else ValueError."""
+    if type(value) is not int or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {printable(repr(value), 60)}")
+    return value
+
+
+def hex_digits(value: Any, name: str, count: int = 64) -> str:
+    """`value` where it is `count` hexadecimal digits, else ValueError."""
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{count}}}", value):
+        raise ValueError(f"{name} is {printable(repr(value), 90)}")
+    return value
 
 
 def partial_folder(out: Path) -> Path:
     """Where `prepare` writes until everything is there and the folder takes its name."""
     return out.parent / f".{out.name}.partial"
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file. Raises MachineError or UserError where it cannot be read."""
+    return _digest(path, hashlib.sha256())
+
+
+def xxh64_of(path: Path) -> str:
+    """xxh64 of a file, as index.json holds it. Raises MachineError or UserError where it cannot be read."""
+    import xxhash
+
+    return _digest(path, xxhash.xxh64())
+
+
+def _digest(path: Path, digest: Any) -> str:
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise system_error(error, f"{printable(path)}: cannot be read") from None
+    return digest.hexdigest()
 
 
 def shard_hashes(split_folder: str | Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The door to mosaicml-streaming: its import, past what nothing here needs, and its writer."""
+"""The door to mosaicml-streaming: its import, past what nothing here needs, its writer and its reader."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from trainer.data.dataset import SplitInfo
 from trainer.data.encode import Encoded
+from trainer.data.index import Shard
 
 # Importing these takes torchvision, which may have been built for another torch, and transformers: together longer than all
 # else at the start of a process.
@@ -26,6 +28,32 @@ def import_streaming() -> ModuleType:
         warnings.simplefilter("ignore")
         import streaming
     return streaming
+
+
+def open_shard(folder: Path, shard: Shard, dtype: str) -> Any:
+    """The library's reader of a shard in `folder`: `reader[i]["tokens"]` is its sample i. Nothing is read or checked yet."""
+    import_streaming()
+    from streaming.base.format.base.reader import FileInfo
+    from streaming.base.format.mds import MDSReader
+
+    return MDSReader(
+        dirname=str(folder),
+        split=None,
+        column_encodings=[f"ndarray:{dtype}"],
+        column_names=["tokens"],
+        column_sizes=[None],
+        compression=None,
+        hashes=["xxh64"],
+        raw_data=FileInfo(shard.basename, shard.bytes, {"xxh64": shard.xxh64}),
+        samples=shard.samples,
+        size_limit=None,
+        zip_data=None,
+    )
+
+
+def samples_in(head: bytes) -> int:
+    """How many samples a shard holds that begins with these 4 bytes."""
+    return int.from_bytes(head[:4], "little")
 
 
 class SplitWriter:

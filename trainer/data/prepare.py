@@ -31,7 +31,6 @@ from trainer.errors import UserError
 from trainer.files import sync_path
 
 Log = Callable[[str], None]
-UINT16_IDS = 1 << 16
 
 
 def say(line: str) -> None:
@@ -77,7 +76,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     tokenizer = _tokenizer(config, sources, log)
     log(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids")
     tokenizer.save(folder / "tokenizer.json")
-    dtype = "uint16" if tokenizer.vocab_size <= UINT16_IDS else "uint32"
+    dtype = dataset.dtype_of(tokenizer.vocab_size)
     writers = {
         split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes) for split in SPLITS
     }
@@ -103,6 +102,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
         source=str(config.source),
         arguments=asdict(config),
         versions=_versions(),
+        indexes={split: dataset.sha256_of(folder / split / "index.json") for split in SPLITS},
     )
     info.save(folder)
     return info

@@ -1,0 +1,168 @@
+"""How a run comes to its dataset: the same one on every rank, prepared first where it has to be, waited for within bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import CorpusConfig, DataConfig, PrepareConfig, RunConfig
+from trainer.data.dataset import DatasetInfo, partial_folder, present
+from trainer.data.remote import Say, is_remote
+from trainer.data.stream import find_dataset
+from trainer.errors import MachineError, UserError
+from trainer.files import user_path
+from trainer.launcher import own_host
+from trainer.settings import build, merge
+
+if TYPE_CHECKING:
+    from trainer.engine.distributed import World
+
+UNSEEN_SECONDS = (
+    90.0  # that a rank waits where it sees nothing being prepared: rank 0 may be later, and so may a network's news
+)
+BEAT_SECONDS = 5.0
+
+
+def absolute_paths(given: dict[str, Any], values: dict[str, Any], before: dict[str, Any], say: Say) -> dict[str, Any]:
+    """`given` with data.path and data.cache absolute, so that the run can be gone on with from any folder.
+
+    values: all that the command asks for; before: those of the run's folder, empty for a new run. UserError where an existing
+    run's path is relative to a folder that is not this one.
+    """
+    data, own = build(DataConfig, _data(values), "data."), build(DataConfig, _data(before), "data.")
+    paths: dict[str, Any] = {}
+    if data.cache is not None:
+        paths["cache"] = str(user_path(data.cache, "data.cache").absolute())
+    if data.path is not None and not is_remote(data.path):
+        folder = user_path(data.path, "data.path")
+        if own.path is not None and not is_remote(own.path) and not present(folder):
+            folder = _of_the_run(folder, user_path(own.path, "data.path"), _data(given).get("path") is not None, say)
+        paths["path"] = str(folder.absolute())
+    return merge(given, {"data": paths}) if paths else given
+
+
+def _data(values: dict[str, Any]) -> dict[str, Any]:
+    data = values.get("data")
+    return data if isinstance(data, dict) else {}
+
+
+def _of_the_run(folder: Path, own: Path, asked: bool, say: Say) -> Path:
+    """Where the data of an existing run is, when there is nothing at `folder`, which the command means; own: as the run has it; asked:
+    whether the command named one."""
+    if not asked and not own.is_absolute():
+        raise UserError(
+            f"data.path: this run was started with {own}, and there is no such folder in {Path.cwd()}; "
+            "go on from the folder in which it was started, or give --data.path"
+        )
+    if folder == own or not present(own):
+        return folder
+    say(
+        f"data.path: there is nothing at {folder.absolute()}; going on with {own.absolute()}, which this run has read so far"
+    )
+    return own
+
+
+def obtain_dataset(config: RunConfig, world: World) -> None:
+    """See to it that `data.path` exists: rank 0 prepares it from `data.source` where it does not, the others wait for it."""
+    data = config.data
+    if data.path is None:
+        raise UserError(
+            "data.path: no data to train on; run `python -m trainer prepare --source TEXT --out DIR` and give --data.path DIR, "
+            "or start with configs/quickstart.yaml"
+        )
+    if is_remote(data.path) or not data.source:
+        return
+    folder = user_path(data.path, "data.path")
+    if present(folder):
+        return
+    if not world.leader:
+        wait_for(folder, world, 60 * config.engine.timeout_minutes)
+        return
+    from trainer.data.prepare import prepare
+
+    corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
+    with beating(lock_of(folder)):
+        prepare(PrepareConfig(**corpus, out=str(folder)), world.say)
+
+
+def wait_for(folder: Path, world: World, limit: float) -> None:
+    """Return when the dataset is at `folder`. MachineError when there was no sign for `limit` seconds that it is being prepared;
+    sooner where there never was one."""
+    sign, since = sign_of_life(folder), time.monotonic()
+    while not present(folder):
+        time.sleep(0.2)
+        now = sign_of_life(folder)
+        if now != sign:
+            sign, since = now, time.monotonic()
+        waited = time.monotonic() - since
+        if waited > (min(limit, UNSEEN_SECONDS) if sign is None else limit):
+            what = "nor a sign that it is being prepared" if sign is None else "and its preparation does not go on"
+            raise MachineError(
+                f"data.path: rank {world.rank} on {own_host(os.environ)} has seen nothing at {folder.absolute()} for {waited:.0f} s, "
+                f"{what}; data.path has to be a folder that all machines of the run share, or be prepared on each of them"
+            )
+
+
+def sign_of_life(folder: Path) -> Any:
+    """What changes while a dataset is being prepared for `folder`; None where nothing is."""
+    found = []
+    for path in (lock_of(folder), partial_folder(folder)):
+        with contextlib.suppress(OSError):
+            found.append(path.stat().st_mtime_ns)
+    return found or None
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock that `prepare` holds while it works for `folder`."""
+    return Path(f"{partial_folder(folder)}.lock")
+
+
+@contextlib.contextmanager
+def beating(path: Path) -> Iterator[None]:
+    """Within, the time of `path`, where it is there, is set to now every few seconds, for who waits elsewhere to see."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
+    """The dataset, the same for all ranks. UserError on every rank, with the same line, where one sees none or another."""
+    found: DatasetInfo | UserError | None
+    try:
+        found = find_dataset(config.data, world.say_from if world.local_rank == 0 else lambda line: None)
+        found = found or UserError(f"data.path: there is no dataset at {config.data.path} any more")
+    except UserError as error:
+        found = error
+    views = world.gather((found if isinstance(found, UserError) else found.fingerprint, own_host(os.environ)))
+    for rank, (view, host) in enumerate(views):
+        if isinstance(view, UserError):
+            raise view if world.size == 1 else type(view)(f"{view} (rank {rank} on {host})")
+        if view != views[0][0]:
+            raise UserError(
+                f"data.path: rank {rank} on {host} sees another dataset at {config.data.path} than rank 0 on {views[0][1]} "
+                f"(fingerprints {view[:12]} and {views[0][0][:12]}); give all machines the same one"
+            )
+    assert isinstance(found, DatasetInfo)
+    if not found.sealed:
+        world.say(
+            f"data.path: {config.data.path} was prepared before datasets had digests: nothing proves its counts of bytes and words, "
+            "from which bits/byte follow; a dataset prepared today has one"
+        )
+    return found

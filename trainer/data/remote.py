@@ -1,0 +1,244 @@
+"""Datasets that lie elsewhere (s3://, gs://, hf://, file:// for a slow mount), kept on this machine under their fingerprint.
+
+    CACHE/addresses/ADDRESS.json    which dataset was last seen at an address, for when it cannot be reached
+    CACHE/FINGERPRINT/              the dataset, as `prepare` wrote it; shards come when they are needed
+
+dataset.json is fetched anew at every start, so a dataset prepared again is seen. Everything is fetched into a folder of its
+own, checked there, and only then takes its name: what a kill leaves behind is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import DataConfig
+from trainer.data import dataset, index
+from trainer.data.dataset import DatasetInfo
+from trainer.data.index import Shard
+from trainer.data.mds import import_streaming
+from trainer.errors import Damaged, MachineError, UserError
+from trainer.files import may_pass, read_json, read_small, sealed, system_error, user_path, write_file
+from trainer.text import printable
+
+TRIES = 3
+SECONDS = 120.0  # of one download without progress
+LOCK_SECONDS = 1800.0  # that another process may take to fetch a shard
+SCRATCH = ".fetching-"
+# Errors of the libraries that no second try mends, and the one among "no such file" that means "no network".
+LASTING = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
+PASSING = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+
+Say = Callable[[str], None]
+
+
+def is_remote(path: str) -> bool:
+    """Whether the dataset lies elsewhere and is cached here."""
+    return "://" in path
+
+
+def cache_folder(data: DataConfig, info: DatasetInfo) -> Path:
+    """The folder that holds this remote dataset here."""
+    return _root(data) / info.fingerprint[:32]
+
+
+def _root(data: DataConfig) -> Path:
+    return Path.home() / ".cache" / "crescendo" if data.cache is None else user_path(data.cache, "data.cache")
+
+
+def find(data: DataConfig, say: Say) -> DatasetInfo:
+    """The dataset that lies at `data.path` now, its small files fetched and checked; where it cannot be reached, the one seen
+    there last, and that is said."""
+    address, root = data.path or "", _root(data)
+    own_folder(root / "addresses")
+    note = root / "addresses" / f"{hashlib.sha256(address.encode()).hexdigest()[:32]}.json"
+    with locked(root), scratch(root) as fetched:
+        try:
+            fetch(address, dataset.FILE, fetched)
+        except UserError as error:
+            info = _last_seen(data, note)
+            if info is None:
+                raise
+            say(f"{error}; going on with the dataset that was last seen there, in {cache_folder(data, info)}")
+            return info
+        text = read_small(fetched / dataset.FILE)
+        info = DatasetInfo.from_json(text, f"{address}/{dataset.FILE}")
+        folder = cache_folder(data, info)
+        if not _holds(folder, text):
+            names = [dataset.TOKENIZER, *(f"{split}/{index.FILE}" for split in info.splits)]
+            for name in names:
+                fetch(address, name, fetched)
+            try:
+                index.check_fingerprint(fetched, DatasetInfo.load(fetched))
+            except Damaged as error:
+                raise Damaged(f"data.path: {address}: {str(error).replace(f'{fetched}/', '')}") from None
+            own_folder(folder)
+            for name in [*names, dataset.FILE]:
+                own_folder((folder / name).parent)
+                keep(folder / name, (fetched / name).read_bytes())
+        keep(note, sealed({"address": address, "fingerprint": info.fingerprint}))
+    return info
+
+
+def keep(path: Path, content: bytes | str) -> None:
+    """Write a small file of the cache."""
+    with system_errors(f"data.cache: {path}: cannot be written"):
+        write_file(path, content)
+
+
+def _holds(folder: Path, text: bytes) -> bool:
+    """Whether the description of the dataset with this dataset.json is in `folder`, whole."""
+    try:
+        if read_small(folder / dataset.FILE) != text:
+            return False
+        index.check_fingerprint(folder, DatasetInfo.load(folder))
+    except UserError:
+        return False  # then it is fetched again
+    return True
+
+
+def _last_seen(data: DataConfig, note: Path) -> DatasetInfo | None:
+    try:
+        fingerprint = dataset.hex_digits(read_json(note).get("fingerprint"), "fingerprint")
+        folder = _root(data) / fingerprint[:32]
+        info = DatasetInfo.load(folder)
+        index.check_fingerprint(folder, info)
+    except (UserError, ValueError):
+        return None
+    return info if info.fingerprint == fingerprint else None
+
+
+def fetch_shard(address: str, split: str, shard: Shard, folder: Path) -> None:
+    """Have a shard in `folder` whole; one that is damaged there is replaced. Raises Damaged where the remote's own is."""
+    path = folder / split / shard.basename
+    own_folder(folder)
+    own_folder(path.parent)
+    with locked(folder), scratch(folder) as fetched:
+        if path.is_symlink():
+            path.unlink()
+        if dataset.present(path) and is_whole(path, shard):
+            return
+        for last in (False, True):
+            fetch(address, f"{split}/{shard.basename}", fetched)
+            arrived = fetched / split / shard.basename
+            if is_whole(arrived, shard):
+                with system_errors(f"data.cache: {path}: cannot be written"):
+                    arrived.replace(path)
+                return
+            if last:
+                raise Damaged(
+                    f"data: cannot fetch shard {shard.basename} of {address}: twice it came damaged ({arrived.stat().st_size:,} "
+                    f"bytes, xxh64 {dataset.xxh64_of(arrived)}; {shard.bytes:,} and {shard.xxh64} expected); copy the prepared "
+                    "dataset there again"
+                )
+
+
+def is_whole(path: Path, shard: Shard) -> bool:
+    """Whether a file has the size and the hash of `shard`."""
+    with system_errors(f"{printable(path)}: cannot be read"):
+        return path.stat().st_size == shard.bytes and dataset.xxh64_of(path) == shard.xxh64
+
+
+def fetch(address: str, name: str, folder: Path) -> None:
+    """Download `name` of the dataset at `address` to `folder`. Raises UserError, or MachineError where it may work later."""
+    import_streaming()
+    from streaming.base.storage.download import CloudDownloader
+
+    remote, target = f"{address.removeprefix('file://')}/{name}", folder / name
+    for left in reversed(range(TRIES)):
+        target.unlink(missing_ok=True)
+        try:
+            downloader = CloudDownloader.get(remote)
+            downloader.download(remote, str(target), SECONDS)
+            downloader.clean_up()
+            return
+        except Exception as error:
+            kind = kind_of(error)
+            if left == 0 or kind is not MachineError:
+                raise kind(f"data.path: cannot fetch {address}/{name}: {one_line(error)}") from None
+        time.sleep(2.0 ** -(left - 1))
+
+
+def kind_of(error: Exception) -> type[UserError]:
+    """MachineError for an error of a downloader that may pass, UserError for one that the user has to mend."""
+    status = _http_status(error)
+    if status is not None:
+        return UserError if 400 <= status < 500 and status not in (408, 425, 429) else MachineError
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {*LASTING}:
+        return UserError
+    if names & {*PASSING}:
+        return MachineError
+    if isinstance(error, (FileNotFoundError, ImportError, ValueError)):
+        return UserError
+    return UserError if isinstance(error, OSError) and not may_pass(error) else MachineError
+
+
+def _http_status(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:  # requests and huggingface_hub; google
+        status = getattr(response, "status_code", getattr(error, "code", None))
+    return status if isinstance(status, int) and 100 <= status < 600 else None
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+
+
+@contextlib.contextmanager
+def system_errors(what: str) -> Iterator[None]:
+    """Errors of the system within are told in one line, which begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise system_error(error, what) from None
+
+
+def own_folder(path: Path) -> None:
+    """Make a folder of the cache. One that is a link would lead what is written there elsewhere."""
+    with system_errors(f"data.cache: {path}: cannot be made"):
+        path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise UserError(f"data.cache: {path} is a link; remove it or choose another --data.cache")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of the cache against the other processes of this machine."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MachineError(
+            f"data.cache: another process has held {folder / '.lock'} for {LOCK_SECONDS / 60:.0f} min"
+        ) from None
+    except OSError as error:
+        raise system_error(error, f"data.cache: {folder / '.lock'}: cannot be locked") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder within `folder`, which has to be locked; it is gone afterwards, and so is what a killed process left."""
+    with system_errors(f"data.cache: {folder}: cannot be written"):
+        for left in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        fetched = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+    try:
+        yield fetched
+    finally:
+        shutil.rmtree(fetched, ignore_errors=True)
