@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,7 +30,7 @@ from trainer.data import dataset, encode, prepare, progress, target
 from trainer.data.dataset import DatasetInfo
 from trainer.data.mds import import_streaming
 from trainer.data.pieces import Piece
-from trainer.data.tokenizers import Tokenizer
+from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import MachineError, UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -346,8 +347,23 @@ def test_a_validation_split_of_an_odd_size_is_told(tmp_path):
 @given(st.text(alphabet="ab \n\u3000", max_size=60))
 def test_words_of_long_texts_are_counted_in_parts(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "CHUNK", 7)
+        patch.setattr(encode, "SPLIT", 7)
         assert encode._word_count(text) == len(text.split())
+
+
+def test_a_long_row_takes_a_few_times_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SPLIT", 1 << 16)
+    get_tokenizer("bytes").save(tmp_path / "tokenizer.json")
+    encoder = encode.Encoder(tmp_path / "tokenizer.json", 256, "uint16", "text", False)
+    row = json.dumps({"text": "ab " * 300_000}).encode()
+    tracemalloc.start()
+    try:
+        encoded = encoder([Piece(row, True, "here")])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (encoded.words, encoded.tokens.dtype, encoded.bytes) == (300_000, np.uint16, 900_000)
+    assert peak < 8 * len(row)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

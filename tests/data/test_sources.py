@@ -494,7 +494,7 @@ def test_parquet_text_of_other_types(tmp_path):
 
 def test_bad_rows_that_are_read_here_can_be_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "= A"}\nnot JSON\n{"text": null}\n{"text": 3}\n{"text": "one"}\n')
+    path.write_text('{"text": "= A"}\nnot JSON\n{"text": null}\n{"text": "\\ud800"}\n{"text": "one"}\n')
     source = open_source(str(path), CorpusConfig(document_start="^=", on_bad_row="skip"), "train")
     for _ in range(2):  # each reading counts anew
         assert [piece.data for piece in source.pieces()] == ["= Aone"]

@@ -10,12 +10,13 @@ import numpy as np
 
 from trainer.data.child import begin_child
 from trainer.data.coder import silent_stderr
-from trainer.data.pieces import CHUNK, Piece, cut
-from trainer.data.readers import BadRow
+from trainer.data.pieces import Piece, cut
+from trainer.data.readers import BadRow, utf8_size
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import UserError
 
 BATCH = 1 << 18  # characters (bytes of raw .jsonl) in one unit of work
+SPLIT = 1 << 20  # characters split into words at once
 Batch = list[Piece]
 
 
@@ -47,26 +48,28 @@ def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 
 
 class Encoder:
-    """Tokenises batches with the tokenizer.json at `path`, where `eot_id` ends documents.
+    """Tokenises batches with the tokenizer.json at `path`, where `eot_id` ends documents, to ids of type `dtype`.
 
     field: names the text in rows of JSON. skip_bad_rows: count them, and go on.
     """
 
-    def __init__(self, path: Path, eot_id: int, field: str, skip_bad_rows: bool):
+    def __init__(self, path: Path, eot_id: int, dtype: str, field: str, skip_bad_rows: bool):
         self._tokenizer = Tokenizer.from_file(path, eot_id=eot_id)
+        self._dtype = dtype
         self._field = field
         self._skip_bad_rows = skip_bad_rows
-        self._end = np.array([eot_id], np.uint32)
+        self._end = np.array([eot_id], dtype)
 
     def __call__(self, batch: Batch) -> Encoded:
         """The encoded batch. Raises UserError that names the file (and line)."""
-        tokens = [np.empty(0, np.uint32)]
+        tokens = [np.empty(0, self._dtype)]
         documents = size = words = skipped = 0
         lost, first_skipped = [], ""
         with silent_stderr():
             for piece in batch:
                 try:
                     text = piece.text(self._field)
+                    bytes_of_text = utf8_size(text, piece.where)
                 except BadRow as error:
                     if not self._skip_bad_rows:
                         raise
@@ -75,11 +78,11 @@ class Encoder:
                     continue
                 if not text:
                     continue  # an empty row is no document
-                size += len(text) if text.isascii() else len(text.encode("utf-8"))
+                size += bytes_of_text
                 words += _word_count(text)
                 for part in cut(text):
                     ids, lost_here = self._encode(part, piece.where)
-                    tokens.append(ids)
+                    tokens.append(ids.astype(self._dtype))
                     lost.append(lost_here)
                 if piece.ends_document:
                     tokens.append(self._end)
@@ -102,11 +105,11 @@ class Encoder:
 
 def _word_count(text: str) -> int:
     """How many words `text` has, without a list of all of them."""
-    if len(text) <= CHUNK:
+    if len(text) <= SPLIT:
         return len(text.split())
-    starts = range(0, len(text), CHUNK)
+    starts = range(0, len(text), SPLIT)
     cut_words = sum(not (text[start - 1].isspace() or text[start].isspace()) for start in starts[1:])
-    return sum(len(text[start : start + CHUNK].split()) for start in starts) - cut_words
+    return sum(len(text[start : start + SPLIT].split()) for start in starts) - cut_words
 
 
 _encoder: Encoder | None = None

@@ -56,7 +56,7 @@ class SplitWriter:
         self.info.words += encoded.words
 
     def _append(self, tokens: np.ndarray) -> None:
-        stream = np.concatenate([self._rest, tokens.astype(self._dtype)])
+        stream = np.concatenate([self._rest, tokens])
         ends = range(self._length, len(stream), self._length)
         for end in ends:
             self._write(stream[end - self._length : end + 1])

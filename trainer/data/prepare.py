@@ -85,7 +85,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     }
     progress = Progress(sources, log)
     flaws = Flaws()
-    arguments = (folder / "tokenizer.json", tokenizer.eot_id, config.text_field, config.on_bad_row == "skip")
+    arguments = (folder / "tokenizer.json", tokenizer.eot_id, dtype, config.text_field, config.on_bad_row == "skip")
     pieces = (piece for source in sources for piece in source.pieces())
     with closing(_encoded(encode.batches(pieces), arguments, config.workers or _cores())) as results:
         for encoded in results:
@@ -136,7 +136,7 @@ def _training_texts(source: Source) -> Iterator[str]:
 
 
 def _encoded(
-    batches: Iterable[encode.Batch], arguments: tuple[Path, int, str, bool], workers: int
+    batches: Iterable[encode.Batch], arguments: tuple[Path, int, str, str, bool], workers: int
 ) -> Generator[encode.Encoded, None, None]:
     """Encoded batches in the order of `batches`; `arguments` make an Encoder."""
     if workers == 1:

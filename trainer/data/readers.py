@@ -164,13 +164,17 @@ def row_text(line: bytes, field: str, where: str) -> str:
         raise BadRow(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not valid JSON ({printable(error, 200)}); each line must be one JSON object") from None
-    text = _field(row, field, where)
-    if b"\\u" in line and not text.isascii():  # an escape alone can be half a character
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(f"{where}: holds half a surrogate pair at character {error.start}; repair the text") from None
-    return text
+    return _field(row, field, where)
+
+
+def utf8_size(text: str, where: str) -> int:
+    """How many bytes `text` has. Raises BadRow on half a surrogate pair, which escapes of JSON can hold."""
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where}: holds half a surrogate pair at character {error.start}; repair the text") from None
 
 
 def read_parquet(file: BinaryIO, path: Path, field: str, bad: OnBadRow) -> Iterator[str]:

@@ -134,9 +134,12 @@ class Source:
     def _texts(self, rows: Iterable[Piece]) -> Iterator[str]:
         for row in rows:
             try:
-                yield row.text(self.text_field)
+                text = row.text(self.text_field)
+                readers.utf8_size(text, row.where)
             except BadRow as error:
                 self._bad(error)
+            else:
+                yield text
 
     def _row_pieces(self, rows: Iterable[str], where: str) -> Iterator[Piece]:
         start = self.document_start
