@@ -20,6 +20,7 @@ from trainer.run_folder import combined_values, flat
 from trainer.settings import build, load_yaml, to_yaml
 
 MAY_STAY_OPEN = {"data.path", "data.source", "data.cache", "data.validation_source", "data.document_start"}
+MAY_STAY_OPEN |= {"data.end_of_text"}
 MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
 
 

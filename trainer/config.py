@@ -24,7 +24,8 @@ class CorpusConfig:
 
     source: str | None = setting(
         None,
-        "text file, directory, .jsonl[.gz|.zst], .parquet, hf://NAME[/CONFIG][:SPLIT], or builtin:python-stdlib",
+        "text file, directory, .jsonl, .ndjson or .json of rows (also .gz, .zst), .parquet, hf://NAME[/CONFIG][:SPLIT], or "
+        "builtin:python-stdlib",
     )
     tokenizer: str = setting(
         "gpt2", "gpt2, gpt-neox-20b, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one"
@@ -35,9 +36,15 @@ class CorpusConfig:
     validation_fraction: float = setting(
         0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
     )
-    text_field: str = setting("text", "field that holds the text in .jsonl, .parquet and hf:// rows")
+    text_field: str = setting("text", "field that holds the text in rows; a.b is field b of what a holds")
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop", "what to do at a row that is not JSON, not UTF-8 or has no text in text_field; skip: count it"
+    )
     document_start: str | None = setting(
         None, "regular expression of lines (or rows) that open a document; none: each file or row is a document"
+    )
+    end_of_text: str | None = setting(
+        None, "token of the tokenizer that ends documents; auto: <|endoftext|>, </s>, <eos> or <|end_of_text|>"
     )
     sample_length: int = setting(1024, "tokens per stored sample: the longest sequence that can be trained on", low=1)
 

@@ -116,7 +116,7 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
     else:
         vocab_size, source = (
-            _vocab_of(config.data.tokenizer),
+            _vocab_of(config.data.tokenizer, config.data.end_of_text),
             f"tokenizer {config.data.tokenizer} (data not prepared yet)",
         )
     padded = pad_vocab(vocab_size)
@@ -146,7 +146,7 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     return model_class, model_config, vocab_size
 
 
-def _vocab_of(tokenizer: str) -> int:
+def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
     known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
     name, _, size = tokenizer.partition(":")
@@ -156,7 +156,7 @@ def _vocab_of(tokenizer: str) -> int:
         return known[tokenizer]
     from trainer.data.tokenizers import get_tokenizer  # files on this machine; no network is asked
 
-    return get_tokenizer(tokenizer).vocab_size
+    return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 
 def law_rows(plan: Plan) -> list[Row]:

@@ -203,5 +203,5 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
     model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name)
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
     return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])

@@ -97,7 +97,9 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         return None
     folder = local_folder(config.data, this.dataset)
     world.on_leader(lambda: write_start(this.folder, config, plan_text, folder, world.say))
-    tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
+    tokenizer = Tokenizer.from_file(
+        this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
+    )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
     try:

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,15 +20,18 @@ from types import SimpleNamespace
 import filelock
 import numpy as np
 import pytest
+import tokenizers as library
 from conftest import PATIENCE
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.config import PrepareConfig
-from trainer.data import dataset, encode, prepare
+from trainer.data import dataset, encode, prepare, progress, target
 from trainer.data.dataset import DatasetInfo
 from trainer.data.mds import import_streaming
-from trainer.data.sources import Piece
-from trainer.data.tokenizers import Tokenizer
-from trainer.errors import UserError
+from trainer.data.pieces import Piece
+from trainer.data.tokenizers import Tokenizer, get_tokenizer
+from trainer.errors import MachineError, UserError
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -267,17 +272,194 @@ def test_batches_are_bounded_and_keep_the_order_within_a_split():
 
 def test_progress_off_a_terminal_is_a_line_every_ten_seconds(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     said: list[str] = []
     source = SimpleNamespace(bytes_read=0, total_bytes=100_000_000)
-    progress = prepare.Progress([source], said.append)
+    shown = progress.Progress([source], said.append)
     for second in range(1, 26):
         now, source.bytes_read = float(second), second * 1_000_000
-        progress.advance(2_000_000)
+        shown.advance(2_000_000)
     assert said == [
         "20 MB of text, 2.0 MB/s, 10% read, 0:01:30 left",
         "40 MB of text, 2.0 MB/s, 20% read, 0:01:20 left",
     ]
+
+
+def lines_of(tmp_path, **options):
+    """What prepare says, quietly."""
+    said: list[str] = []
+    options = {"tokenizer": "bytes", "workers": 1, "sample_length": 64, "out": str(tmp_path / "out"), **options}
+    prepare.prepare(PrepareConfig(**options), log=said.append)
+    return said
+
+
+BAD_ROWS = ['{"text": 3}', "no JSON", '{"body": "b"}', '{"text": "half \\ud800"}', "[1]"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(tmp_path, workers):
+    rows = write_rows(tmp_path / "a.jsonl")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("\n".join([*BAD_ROWS, '{"text": null}', '{"text": ""}']) + "\n")
+    options = {"source": str(tmp_path / "a.jsonl"), "workers": workers}
+    assert ":301: field 'text' holds int" in error(tmp_path, **options)
+    said = lines_of(tmp_path, **options, on_bad_row="skip")
+    assert [line for line in said if "bad rows were" in line] == [
+        f"5 bad rows were skipped, the first one: {tmp_path / 'a.jsonl'}:301: field 'text' holds int, not text; "
+        "set text_field to a text field"
+    ]
+    splits = DatasetInfo.load(tmp_path / "out").splits.values()
+    assert sum(split.documents for split in splits) == len(rows)
+
+
+def test_bad_rows_do_not_end_the_learning_of_a_tokenizer(tmp_path):
+    write_rows(tmp_path / "a.jsonl")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    said = lines_of(tmp_path, source=str(tmp_path / "a.jsonl"), tokenizer="train-bpe:260", on_bad_row="skip")
+    assert any("1 bad rows were skipped" in line for line in said)
+    assert "tokenizer train-bpe:260: 260 ids, <|endoftext|> (id 259) ends documents" in said
+
+
+def test_lost_characters_are_told_and_are_not_in_the_counts_of_bytes(tmp_path):
+    write_rows(tmp_path / "a.jsonl")
+    plain = library.Tokenizer(library.models.BPE({c: i for i, c in enumerate("catsonü ")}, []))
+    plain.save(str(tmp_path / "letters.json"))
+    said = lines_of(tmp_path, source=str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "letters.json"))
+    [line] = [line for line in said if line.startswith("warning: the tokenizer has no id")]
+    assert "(such as ï 字)" in line
+    lost = int(re.search(r"([\d,]+) bytes are lost", line)[1].replace(",", ""))
+    made, _ = make(tmp_path, source=str(tmp_path / "a.jsonl"), out=str(tmp_path / "whole"))
+    less = DatasetInfo.load(tmp_path / "out")
+    assert lost == sum(made.splits[split].bytes - less.splits[split].bytes for split in made.splits) > 0
+
+
+def test_a_validation_split_of_an_odd_size_is_told(tmp_path):
+    write_rows(tmp_path / "a.jsonl", 4)
+    assert any(
+        line.startswith("warning: validation is") for line in lines_of(tmp_path, source=str(tmp_path / "a.jsonl"))
+    )
+    write_rows(tmp_path / "b.jsonl", 3000)
+    said = lines_of(tmp_path, source=str(tmp_path / "b.jsonl"), out=str(tmp_path / "two"))
+    assert not any("warning" in line for line in said)
+
+
+@given(st.text(alphabet="ab \n\u3000", max_size=60))
+def test_words_of_long_texts_are_counted_in_parts(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "SPLIT", 7)
+        assert encode._word_count(text) == len(text.split())
+
+
+def test_a_long_row_takes_a_few_times_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SPLIT", 1 << 16)
+    get_tokenizer("bytes").save(tmp_path / "tokenizer.json")
+    encoder = encode.Encoder(tmp_path / "tokenizer.json", 256, "uint16", "text", False)
+    row = json.dumps({"text": "ab " * 300_000}).encode()
+    tracemalloc.start()
+    try:
+        encoded = encoder([Piece(row, True, "here")])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (encoded.words, encoded.tokens.dtype, encoded.bytes) == (300_000, np.uint16, 900_000)
+    assert peak < 8 * len(row)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_a_process_leave_nothing(tmp_path, monkeypatch, number):
+    (tmp_path / "a.txt").write_text("some words\nand lines\n" * 80_000)
+    before = signal.signal(number, lambda *arguments: None)
+    mine = signal.getsignal(number)
+
+    def interrupt(*arguments):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    try:
+        monkeypatch.setattr(import_streaming().MDSWriter, "flush_shard", interrupt)
+        with pytest.raises(MachineError, match="prepare was interrupted"):
+            make(tmp_path, source=str(tmp_path / "a.txt"), shard_megabytes=1)
+        assert signal.getsignal(number) is mine, "what the signal did before is put back"
+        assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with target.signals_as_interrupts():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_ends_the_learning_of_a_tokenizer(tmp_path, monkeypatch):
+    """Which is native code, deaf to signals: so in a child."""
+
+    def texts(source):
+        yield "some text"
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield "more text"
+
+    write_rows(tmp_path / "a.jsonl")
+    monkeypatch.setattr(prepare, "_training_texts", texts)
+    assert "was interrupted" in error(tmp_path, source=str(tmp_path / "a.jsonl"), tokenizer="train-bpe:300")
+    assert multiprocessing.active_children() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_odd_leftovers_do_not_block(tmp_path, kind):
+    write_rows(tmp_path / "a.jsonl")
+    stale = tmp_path / ".out.partial"
+    if kind == "file":
+        stale.touch()
+    else:
+        stale.symlink_to(tmp_path)
+    (tmp_path / ".out.partial.lock").touch()
+    make(tmp_path, source=str(tmp_path / "a.jsonl"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_faults_that_may_pass_are_told_apart(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl")
+
+    def fail(code):
+        def writer(*arguments, **options):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(prepare, "SplitWriter", writer)
+        with pytest.raises(UserError) as caught:
+            make(tmp_path, source=str(tmp_path / "a.jsonl"))
+        return caught.value
+
+    assert all(isinstance(fail(code), MachineError) for code in (errno.EIO, errno.ENOSPC, errno.ESTALE))
+    assert not isinstance(fail(errno.EACCES), MachineError)
+
+
+def test_too_little_memory_is_not_told_as_that_of_training(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl")
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(encode.Encoder, "__call__", fail)
+    line = error(tmp_path, source=str(tmp_path / "a.jsonl"))
+    assert line.startswith("out of memory;") and "fewer workers" in line
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    write_rows(folder / "a.jsonl")
+    for options in ({"source": str(folder)}, {"source": str(tmp_path), "out": str(folder / "out")}):
+        assert "is not UTF-8" in error(tmp_path, **options)
+    assert "document_start: \\udcff is not UTF-8" in error(tmp_path, source=str(tmp_path), document_start="\udcff")
+    make(tmp_path, source=str(tmp_path))  # a name in it does no harm
 
 
 def test_dataset_mistakes(tmp_path):

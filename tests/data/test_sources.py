@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import sys
 import types
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import CorpusConfig
-from trainer.data import sources
-from trainer.data.sources import CHUNK, open_source, open_sources, to_pieces, unread
+from trainer.data import pieces as pieces_module
+from trainer.data import readers
+from trainer.data.pieces import CHUNK, to_pieces
+from trainer.data.sources import open_source, open_sources
 from trainer.data.tokenizers import get_tokenizer
 from trainer.errors import UserError
 
@@ -76,18 +79,17 @@ def test_folder_is_read_sorted_below_and_without_hidden_files(tmp_path):
 
 
 def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
-    def line():
-        [source] = open_sources(CorpusConfig(source=str(tmp_path)))
-        return unread(source)
+    def notes(path=tmp_path):
+        [source] = open_sources(CorpusConfig(source=str(path)))
+        return source.notes
 
     for name in ("a.txt", ".hidden.html"):
         (tmp_path / name).write_text(name)
-    assert line() is None
+    assert notes() == []
     for name in ("a.html", "b.html", "LICENCE"):
         (tmp_path / name).write_text(name)
-    assert line() == f"{tmp_path}: left out what is no text by its name: 2 .html, 1 without a suffix"
-    [source] = open_sources(CorpusConfig(source=str(tmp_path / "LICENCE")))
-    assert unread(source) is None
+    assert notes() == [f"{tmp_path}: left out what is no text by its name: 2 .html, 1 without a suffix"]
+    assert notes(tmp_path / "LICENCE") == []
 
 
 def test_missing_empty_and_useless_sources(tmp_path):
@@ -272,7 +274,9 @@ def test_halves_of_odd_files(tmp_path):
     path.write_text("a\nb\n")
     assert documents(path) == {"train": ["a\n"], "validation": ["b\n"]}
     path.write_text("only one line\n")
-    assert "set validation_source" in error(path, split=None)
+    assert documents(path) == {"train": ["only one "], "validation": ["line\n"]}
+    path.write_text("x")
+    assert "is too short to hold out a part of it" in error(path, split=None)
 
 
 def test_documents_are_held_out_whole_and_always_the_same(tmp_path):
@@ -337,9 +341,316 @@ def test_cuts_never_change_tokens_where_a_good_place_exists(text):
 @pytest.mark.parametrize("tokenizer", ["gpt2", "gpt-neox-20b"])
 @pytest.mark.parametrize("name", ["wikitext-2-raw/wiki.valid.raw", "tinyshakespeare/input.txt"])
 def test_pieces_of_real_text_give_the_tokens_of_the_whole(monkeypatch, tokenizer, name):
-    monkeypatch.setattr(sources, "CHUNK", 4096)  # many cuts
+    monkeypatch.setattr(pieces_module, "CHUNK", 4096)  # many cuts
     encoder = get_tokenizer(str(DATA / "tokenizers" / tokenizer))
     text = (DATA / name).read_text(encoding="utf-8")[:400_000]
     pieces = list(to_pieces([(text, True)], name))
     assert len(pieces) > 90
     assert [i for piece in pieces for i in encoder.encode(piece.data)] == encoder.encode(text).tolist()
+
+
+@pytest.mark.parametrize("mark", ["\r", " ", ""])
+def test_a_text_without_line_ends_is_cut_at_another_place(tmp_path, mark):
+    words = [f"wörd{i}é" for i in range(1000)]
+    text = mark.join(words)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode("utf-8"))
+    (first,), (second,) = documents(path, validation_fraction=0.1).values()
+    assert first + second == text and 0.09 < len(second) / len(text) < 0.11
+    assert first.endswith(mark)
+
+
+def test_document_start_knows_line_ends_of_other_systems(tmp_path):
+    for end in ("\r\n", "\r"):
+        path = tmp_path / "a.txt"
+        text = end.join(["= A =", "one", "= B =", "two", ""])
+        path.write_bytes(text.encode())
+        assert train(path, document_start="^= . =$") == [f"= A ={end}one{end}", f"= B ={end}two{end}"]
+    rows = write_rows(tmp_path / "a.jsonl", ["= A =\r\n", "one\r\n", "= B =\r\n"])
+    assert train(rows, document_start="^= . =$") == ["= A =\r\none\r\n", "= B =\r\n"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf= one =\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf= two =\nand \xef\xbb\xbf inside")
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    assert train(tmp_path) == ["= one =\n", "= two =\nand \ufeff inside", "row"]
+    assert train(tmp_path / "b.txt", document_start="^= ") == ["= two =\nand \ufeff inside"]
+    assert documents(tmp_path / "b.txt")["train"] == ["= two =\n"]
+
+
+def test_utf16_and_zeros_are_refused(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        path = tmp_path / name
+        path.write_bytes('{"text": "some"}\n'.encode("utf-16"))
+        assert f"{path}: is UTF-16, not UTF-8; convert it: iconv" in error(path)
+        path.write_bytes('{"text": "some"}\n'.encode("utf-16-le"))
+        assert "% of the" in error(path) and "are zero" in error(path)
+    path = tmp_path / "torn.txt"
+    path.write_bytes(b"x" * (1 << 18) + b"\0" * 10_000)  # as a power cut leaves it
+    assert f"from byte {1 << 18} on are zero" in error(path)
+    path.write_bytes(b"x" * 1000 + b"\0")
+    assert len(train(path)[0]) == 1001
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.json.gz", "a.NDJSON.GZ"])
+def test_rows_have_many_suffixes(tmp_path, name):
+    path = tmp_path / name
+    data = b"".join(b'{"text": "row %d"}\n' % i for i in range(3))
+    path.write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    assert train(path) == train(tmp_path) == ["row 0", "row 1", "row 2"]
+
+
+def test_other_json_in_a_folder_is_left_out(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ["row"])
+    (tmp_path / "info.json").write_text('{\n "text": "about the others"\n}')
+    (tmp_path / "b.json").write_text('{"title": "about the others"}')
+    assert train(tmp_path) == ["row"]
+    assert "2 .json" in open_source(str(tmp_path), CorpusConfig()).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(("a.csv", "is a table; make rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
+        *(("a.npy", "holds numbers"), ("a.zip", "is packed"), ("a.txt.gz", "is packed"), ("a.pdf", "is no plain text")),
+        ("a.arrow", "is read by other programs"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path, name, message):
+    (tmp_path / name).write_text("text")
+    assert f"{tmp_path / name}: {message}" in error(tmp_path / name)
+
+
+def test_an_array_is_refused(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        path = tmp_path / name
+        path.write_text('\n [{"text": "one"}, {"text": "two"}]\n')
+        assert f"{path}: is one JSON array" in error(path) and "jq -c" in error(path)
+
+
+def test_cut_off_zst(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    rows = [json.dumps({"text": f"row {i}"}).encode() + b"\n" for i in range(1000)]
+    frames = zstandard.compress(b"".join(rows[:500])), zstandard.compress(b"".join(rows[500:]))
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    assert len(train(path)) == 1000
+    for left in (1, 5, len(frames[1]) - 1, len(frames[1]) // 2):
+        path.write_bytes(frames[0] + frames[1][:left])
+        assert f"{path}: damaged or cut-off zst file (it ends inside a frame); copy it again" in error(path)
+    for name in ("b.jsonl.zst", "b.jsonl.gz"):
+        (tmp_path / name).touch()
+        assert "has no bytes" in error(tmp_path / name)
+
+
+def test_zst_with_a_large_window(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    settings = zstandard.ZstdCompressionParameters(window_log=28)
+    packer = zstandard.ZstdCompressor(
+        compression_params=settings
+    ).compressobj()  # of a stream whose size it does not know
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packer.compress(b'{"text": "row"}\n') + packer.flush())
+    assert train(path) == ["row"]
+
+
+def test_an_endless_row_is_named_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "ROW_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "good"}\n' + b'{"text": "' + b"x" * (1 << 25)))
+    assert f"{path}:2: is longer than 1 MiB, too much for one row" in error(path)
+
+
+def test_nested_fields(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"meta": {"text": "one"}}\n{"meta.text": "two"}\n')
+    assert train(path, text_field="meta.text") == ["one", "two"]
+    assert "no field 'meta.body'; set text_field to one of: meta" in error(path, text_field="meta.body")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"meta": [{"text": "one"}, None, {"text": None}, {"text": "two"}]}), path)
+    assert train(path, text_field="meta.text") == ["one", "two"]
+    assert "no field 'text'; set text_field to one of: meta, meta.text" in error(path)
+
+
+def test_parquet_text_of_other_types(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.large_string()):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(["one", "zwei ü", None], kind)}), path)
+        assert train(path) == ["one", "zwei ü"]
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(["one", "one"]).dictionary_encode()}), path)
+    assert train(path) == ["one", "one"]
+    broken = pyarrow.array([b"one", b"\xff", b"two"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": broken}), path)
+    assert f"{path}:row 2: field 'text' is not UTF-8 at byte 0" in error(path)
+    assert train(path, on_bad_row="skip") == ["one", "two"]
+
+
+def test_bad_rows_that_are_read_here_can_be_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "= A"}\nnot JSON\n{"text": null}\n{"text": "\\ud800"}\n{"text": "one"}\n')
+    source = open_source(str(path), CorpusConfig(document_start="^=", on_bad_row="skip"), "train")
+    for _ in range(2):  # each reading counts anew
+        assert [piece.data for piece in source.pieces()] == ["= Aone"]
+        assert source.skipped_rows == 2 and source.first_skipped.startswith(f"{path}:2: not valid JSON")
+
+
+def test_null_is_no_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null}\n{"text": "one"}\n')
+    assert train(path) == ["", "one"]
+    hub = FakeHub([{"text": None}, {"text": "one"}])
+    sys.modules["datasets"], before = hub, sys.modules.get("datasets")
+    try:
+        assert train("hf://imdb") == ["one"]
+    finally:
+        sys.modules.pop("datasets")
+        if before:
+            sys.modules["datasets"] = before
+
+
+@pytest.mark.parametrize(
+    ("rows", "held"),
+    [
+        (["a", "b", "c"], "b"),
+        (["a", "", "c", "d"], "c"),
+        (["", "", "c", "d"], "d"),
+        (["a", None, "", "d"], "d"),
+        (["a", ""], ""),
+    ],
+)
+def test_an_empty_second_row_is_not_the_validation_document(tmp_path, rows, held):
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert documents(path)["validation"] == [held]
+
+
+def test_an_empty_second_row_changes_nothing_where_others_are_drawn(tmp_path):
+    rows = [f"row {i}" for i in range(1000)]
+    full = documents(write_rows(tmp_path / "a.jsonl", rows))
+    holed = documents(write_rows(tmp_path / "a.jsonl", [rows[0], "", *rows[2:]]))
+    assert holed["validation"] == ["", *full["validation"][1:]] and holed["train"] == full["train"]
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    inside, outside = tmp_path / "folder", tmp_path / "elsewhere"
+    (inside / "z").mkdir(parents=True)
+    (outside / "deep").mkdir(parents=True)
+    (inside / "z" / "a.txt").write_text("a")
+    (outside / "b.txt").write_text("b")
+    (outside / "deep" / "c.txt").write_text("c")
+    (inside / "link").symlink_to(outside)
+    (inside / "again").symlink_to(inside / "z")  # is read once, under its own name
+    (inside / "z" / "loop").symlink_to(inside)
+    (outside / "deep" / "loop").symlink_to(outside)
+    (inside / "one.txt").symlink_to(outside / "b.txt")
+    assert train(inside) == ["b", "c", "b", "a"]
+    (inside / "z" / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"{inside / 'z' / 'gone'}: is a link to nothing" in error(inside)
+
+
+def test_what_cannot_be_read_stops(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"{tmp_path / 'b'}: cannot be read: Permission denied" in error(tmp_path)
+    monkeypatch.setattr(os, "scandir", real)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a.txt")
+    assert f"{tmp_path / 'a.txt'}: may not be read by this user" in error(tmp_path)
+    assert f"{tmp_path / 'a.txt'}: may not be read by this user" in error(tmp_path / "a.txt")
+
+
+def test_what_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "is a pipe or a device, which cannot be read twice" in error(tmp_path / "pipe.txt")
+    assert "source: standard input cannot be read twice" in error("-")
+    assert "source: is empty" in error("")
+
+
+def named_files(folder, *names, size=1000):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("l"):
+            write_rows(folder / name, [f"{name} {i} {'x' * (size // 10)}" for i in range(10)])
+        else:
+            (folder / name).write_text(f"{name} has text\n" * (size // 10))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("train_file", "valid", "test"),
+    [
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("train-00000-of-00002.jsonl", "validation-00000.jsonl", "test.jsonl"),
+        ("TRAIN.TXT", "dev.txt", "test2.txt"),
+        ("train/a.txt", "val/a.txt", "test/b.txt"),
+        ("data_train.md", "data_eval.md", "train_test.md"),
+    ],
+)
+def test_files_are_of_the_split_that_their_names_say(tmp_path, train_file, valid, test):
+    named_files(tmp_path, train_file, valid, test, "README.md", size=5000)
+    (tmp_path / "README.md").write_text("about it\n")
+    found = documents(tmp_path)
+    assert all(str(Path(valid)) in text for text in found["validation"])
+    assert all(str(Path(train_file)) in text or text == "about it\n" for text in found["train"])
+    note = open_source(str(tmp_path), CorpusConfig()).notes[0]
+    assert "2 for train, 1 for validation; left out are 1 others" in note
+    # With a validation source of its own such a folder gives its training text, and as such its validation text.
+    assert documents(tmp_path, "train")["train"] == found["train"]
+    assert documents(tmp_path, "validation")["validation"] == found["validation"]
+
+
+def test_test_files_are_left_out_where_no_others_are_for_validation(tmp_path):
+    named_files(tmp_path, "train.jsonl", "test.jsonl")
+    found = documents(tmp_path, validation_fraction=0.2)
+    assert [text[:5] for text in found["train"] + found["validation"]] == ["train"] * 10 and found["validation"]
+
+
+def test_such_names_among_many_others_are_chance(tmp_path):
+    named_files(tmp_path, *(f"{name}.jsonl" for name in ("a", "b", "c", "train", "test", "z")))
+    found = documents(tmp_path)
+    assert sum(map(len, found.values())) == 60
+    assert (
+        "1 files with validation or test in their names (such as test.jsonl) are read as all others"
+        in (open_source(str(tmp_path), CorpusConfig()).notes[0])
+    )
+
+
+def test_few_large_files_give_their_ends(tmp_path):
+    for name, lines in (("README.md", 1), ("big.txt", 10_000), ("large.txt", 5_000)):
+        (tmp_path / name).write_text("".join(f"line {i} of {name}\n" for i in range(lines)))
+    source = open_source(str(tmp_path), CorpusConfig())
+    assert source.ends == {tmp_path / "big.txt", tmp_path / "large.txt"}
+    assert "whole files would make validation 64.71% of the text" in source.notes[0]
+    found = documents(tmp_path)
+    assert [len(found[split]) for split in ("train", "validation")] == [3, 2]
+    assert "".join(found["train"][1:2] + found["validation"][:1]) == (tmp_path / "big.txt").read_text()
+    share = sum(map(len, found["validation"])) / sum(len(text) for texts in found.values() for text in texts)
+    assert 0.009 < share < 0.011
+
+
+def test_many_files_are_drawn_whole_as_before(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"file {i}\n" * 100)
+    source = open_source(str(tmp_path), CorpusConfig())
+    assert (source.ends, source.notes) == (frozenset(), [])
+    assert documents(tmp_path)["validation"] == ["file 1\n" * 100]
+
+
+def test_names_of_files_cannot_move_the_cursor(tmp_path):
+    path = tmp_path / "a\x1b[2Jb.txt"
+    path.write_bytes(b"\xff")
+    assert "a\\x1b[2Jb.txt: not UTF-8" in error(path)
+    assert r"to one of: a\x1b" in error(write_rows(tmp_path / "b.jsonl", ["x"], "a\x1b"))

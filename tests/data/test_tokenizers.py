@@ -10,8 +10,9 @@ import tokenizers as library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from trainer.data.learn import learn_bpe, learn_in_child
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
-from trainer.errors import UserError
+from trainer.errors import MachineError, UserError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 GPT2, NEOX = DATA / "tokenizers" / "gpt2", DATA / "tokenizers" / "gpt-neox-20b"
@@ -200,3 +201,166 @@ def test_mistakes(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     assert "pass a local folder" in error("gpt2")
+
+
+def saved(tmp_path, model, name="tokenizer.json", special=(), pre=None, **state):
+    """The tokenizer.json of a model, with what the keyword arguments put into it."""
+    made = library.Tokenizer(model)
+    made.pre_tokenizer = pre
+    made.add_special_tokens(list(special))
+    path = tmp_path / name
+    made.save(str(path))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **state}))
+    return path
+
+
+WORDS = {"a": 0, "b": 1, "</s>": 2, "?": 3}
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    **{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None},
+    **{"pad_id": 0, "pad_type_id": 0, "pad_token": "a"},
+}
+
+
+@pytest.mark.parametrize(("key", "state"), [("truncation", TRUNCATION), ("padding", PADDING)])
+def test_state_that_cuts_or_pads_is_switched_off(tmp_path, key, state):
+    path = saved(
+        tmp_path,
+        library.models.WordLevel(WORDS, unk_token="?"),
+        pre=library.pre_tokenizers.Whitespace(),
+        **{key: state},
+    )
+    tokenizer = get_tokenizer(str(path))
+    assert tokenizer.encode("a b a b").tolist() == [0, 1, 0, 1]
+    assert tokenizer.notes == [f"tokenizer tokenizer: {key} in it switched off; no text is cut or padded"]
+    tokenizer.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())[key] is None
+    assert hashlib.sha256((tmp_path / "again.json").read_bytes()).hexdigest() == tokenizer.sha256
+    assert Tokenizer.from_file(tmp_path / "again.json").sha256 == tokenizer.sha256
+    # A dataset that was prepared when such a file was stored as it is is still known by its hash.
+    stored = Tokenizer.from_file(path)
+    assert stored.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert stored.encode("a b a b").tolist() == [0, 1, 0, 1]
+
+
+def test_merges_are_never_dropped_at_random(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "random.json").write_text(json.dumps(content))
+    tokenizer = get_tokenizer(str(tmp_path / "random.json"))
+    assert tokenizer.sha256 == trained.sha256 and "dropout in it switched off" in tokenizer.notes[0]
+    stored = Tokenizer.from_file(tmp_path / "random.json")
+    assert stored.encode(CORPUS[0]).tolist() == trained.encode(CORPUS[0]).tolist()
+    assert stored.sha256 == hashlib.sha256((tmp_path / "random.json").read_bytes()).hexdigest()
+
+
+UNIGRAM = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "</s>abu nk"[:-1]), ("ab", -2.0)]
+MODELS = {
+    "Unigram": library.models.Unigram(UNIGRAM, 0),
+    "WordLevel": library.models.WordLevel({**WORDS, "<unk>": 4}, unk_token="<unk>"),
+    "BPE": library.models.BPE(
+        {c: i for i, c in enumerate(["<", "/", "s", ">", "a", "b", "</", "s>", "</s>"])},
+        [("<", "/"), ("s", ">"), ("</", "s>")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("special", [("</s>",), ()])
+def test_text_never_becomes_the_end_of_text(tmp_path, name, special):
+    """Also where the model's own vocabulary has it, as token or as a merge of others."""
+    tokenizer = get_tokenizer(str(saved(tmp_path, MODELS[name], special=special)))
+    end = tokenizer.eot_id
+    assert tokenizer.decode([end]) == "</s>"
+    text = "</s>" if name == "WordLevel" else "ab</s>a"
+    ids = tokenizer.encode(text)
+    assert end not in ids
+    if name != "WordLevel":
+        assert tokenizer.decode(ids).replace(" ", "") == text
+    assert end not in get_tokenizer(str(saved(tmp_path, MODELS[name], special=special))).encode("</s></s>" * 20)
+
+
+def test_a_special_token_that_is_not_marked_so_is_not_found_in_text_either(tmp_path):
+    path = saved(tmp_path, MODELS["BPE"])
+    content = json.loads(path.read_text())
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    content["added_tokens"] = [{"id": 8, "content": "</s>", **token}]
+    path.write_text(json.dumps(content))
+    tokenizer = get_tokenizer(str(path))
+    ids = tokenizer.encode("a</s>b")
+    assert tokenizer.eot_id == 8 and 8 not in ids and len(ids) > 3
+
+
+def test_characters_without_an_id_are_told(tmp_path):
+    letters = library.models.BPE({c: i for i, c in enumerate("abé")}, [])
+    tokenizer = get_tokenizer(str(saved(tmp_path, letters)))
+    ids, lost = tokenizer.encode_telling_losses("a x字\né b")
+    assert (ids.tolist(), lost) == ([0, 2, 1], "x字")
+    words = library.models.WordLevel(WORDS, unk_token="?")
+    tokenizer = get_tokenizer(str(saved(tmp_path, words, pre=library.pre_tokenizers.Whitespace())))
+    ids, lost = tokenizer.encode_telling_losses("a never b")
+    assert (ids.tolist(), lost) == ([0, 3, 1], "never")
+
+
+def test_an_unknown_token_that_is_the_end_of_text_does_not_stand_for_text(tmp_path):
+    words = library.models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>")
+    tokenizer = get_tokenizer(str(saved(tmp_path, words, pre=library.pre_tokenizers.Whitespace())))
+    ids, lost = tokenizer.encode_telling_losses("a never a")
+    assert (ids.tolist(), lost) == ([0, 0], "never")
+
+
+def test_the_end_of_text_can_be_named(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {
+        t.replace("<|endoftext|>", "<|im_end|>"): i for t, i in content["model"]["vocab"].items()
+    }
+    content["added_tokens"][0]["content"] = "<|im_end|>"
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(content))
+    appended = get_tokenizer(str(path))
+    assert (appended.vocab_size, appended.eot_id) == (301, 300)
+    assert "<|endoftext|> was appended" in appended.notes[0] and "(its special tokens: <|im_end|>)" in appended.notes[0]
+    named = get_tokenizer(str(path), end_of_text="<|im_end|>")
+    assert (named.vocab_size, named.eot_id, named.notes) == (300, 299, [])
+    named.save(tmp_path / "named.json")
+    again = Tokenizer.from_file(tmp_path / "named.json", eot_id=299)
+    assert (again.eot_id, again.sha256, again.vocab_size) == (299, named.sha256, 300)
+    assert 299 not in again.encode("a <|im_end|> b")
+    with pytest.raises(UserError, match="end_of_text: 'nope' is no token of tokenizer chat "):
+        get_tokenizer(str(path), end_of_text="nope")
+    with pytest.raises(UserError, match="end_of_text: 'nope'"):
+        get_tokenizer("bytes", end_of_text="nope")
+
+
+def test_a_pattern_that_the_library_gives_up_on_is_one_line(tmp_path, capfd):
+    pre = library.pre_tokenizers.Split(library.Regex("(a+)+$"), "isolated")
+    tokenizer = get_tokenizer(str(saved(tmp_path, library.models.WordLevel(WORDS, unk_token="?"), pre=pre)))
+    with pytest.raises(UserError, match="cannot encode this text: the tokenizers library gave up") as caught:
+        tokenizer.encode("a" * 60 + "b")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_too_little_to_learn_is_told():
+    tokenizer = get_tokenizer("train-bpe:8192", ["x" * 100])
+    assert tokenizer.vocab_size < 300
+    assert f"for 8,192 ids; only {tokenizer.vocab_size:,} were learned" in tokenizer.notes[0]
+    assert get_tokenizer("train-bpe:257", []).notes == []
+
+
+def test_learning_in_a_child_gives_the_same_and_its_end_is_told(monkeypatch):
+    assert learn_in_child(299, CORPUS) == learn_bpe(299, CORPUS)
+
+    def texts():
+        import multiprocessing
+
+        yield "some text"
+        [child] = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        yield from ["more text"] * 10_000
+
+    with pytest.raises(MachineError, match="the process that learns the tokenizer died"):
+        learn_in_child(299, texts())

@@ -88,7 +88,9 @@ def drop_from_page_cache(folder: Path) -> None:
 def tokenizer_rates(config: BenchConfig, variant: Variant, dataset: DatasetInfo) -> list[float]:
     """Bytes of text per second that one process turns into tokens, for each round; the text is the dataset's own."""
     data = variant.plan.config.data
-    tokenizer = Tokenizer.from_file(local_folder(data, dataset) / "tokenizer.json", dataset.tokenizer.name)
+    tokenizer = Tokenizer.from_file(
+        local_folder(data, dataset) / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id
+    )
     split = Split(data, dataset, "train")
     text = tokenizer.decode(split.read(0, min(TEXT_TOKENS, split.counts.tokens)))
     size = len(text.encode())

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.sources import Piece, cut
+from trainer.data.child import begin_child
+from trainer.data.coder import silent_stderr
+from trainer.data.pieces import Piece, cut
+from trainer.data.readers import BadRow, utf8_size
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import UserError
 
 BATCH = 1 << 18  # characters (bytes of raw .jsonl) in one unit of work
+SPLIT = 1 << 20  # characters split into words at once
 Batch = list[Piece]
 
 
@@ -29,6 +28,10 @@ class Encoded(NamedTuple):
     documents: int
     bytes: int
     words: int
+    lost_bytes: int = 0  # of characters that no id stands for; not in `bytes`
+    lost: str = ""  # some of these characters
+    skipped_rows: int = 0
+    first_skipped: str = ""  # what was wrong with the first of them
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
@@ -45,60 +48,78 @@ def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 
 
 class Encoder:
-    """Tokenises batches with the tokenizer.json at `path`; `field` names the text in .jsonl rows."""
+    """Tokenises batches with the tokenizer.json at `path`, where `eot_id` ends documents, to ids of type `dtype`.
 
-    def __init__(self, path: Path, field: str):
-        self._tokenizer = Tokenizer.from_file(path)
+    field: names the text in rows of JSON. skip_bad_rows: count them, and go on.
+    """
+
+    def __init__(self, path: Path, eot_id: int, dtype: str, field: str, skip_bad_rows: bool):
+        self._tokenizer = Tokenizer.from_file(path, eot_id=eot_id)
+        self._dtype = dtype
         self._field = field
-        self._end = np.array([self._tokenizer.eot_id], np.uint32)
+        self._skip_bad_rows = skip_bad_rows
+        self._end = np.array([eot_id], dtype)
 
     def __call__(self, batch: Batch) -> Encoded:
         """The encoded batch. Raises UserError that names the file (and line)."""
-        tokens = [np.empty(0, np.uint32)]
-        documents = size = words = 0
-        for piece in batch:
-            text = piece.text(self._field)
-            if not text:
-                continue  # an empty row is no document
-            size += _utf8_size(text, piece.where)
-            words += len(text.split())
-            tokens += [self._encode(part, piece.where) for part in cut(text)]
-            if piece.ends_document:
-                tokens.append(self._end)
-                documents += 1
-        return Encoded(batch[0].split, np.concatenate(tokens), documents, size, words)
+        tokens = [np.empty(0, self._dtype)]
+        documents = size = words = skipped = 0
+        lost, first_skipped = [], ""
+        with silent_stderr():
+            for piece in batch:
+                try:
+                    text = piece.text(self._field)
+                    bytes_of_text = utf8_size(text, piece.where)
+                except BadRow as error:
+                    if not self._skip_bad_rows:
+                        raise
+                    first_skipped = first_skipped or str(error)
+                    skipped += 1
+                    continue
+                if not text:
+                    continue  # an empty row is no document
+                size += bytes_of_text
+                words += _word_count(text)
+                for part in cut(text):
+                    ids, lost_here = self._encode(part, piece.where)
+                    tokens.append(ids.astype(self._dtype))
+                    lost.append(lost_here)
+                if piece.ends_document:
+                    tokens.append(self._end)
+                    documents += 1
+        all_lost = "".join(lost)
+        lost_bytes = len(all_lost.encode("utf-8"))
+        return Encoded(
+            *(batch[0].split, np.concatenate(tokens), documents, size - lost_bytes, words),
+            *(lost_bytes, "".join(dict.fromkeys(all_lost[:10_000]))[:10], skipped, first_skipped),
+        )
 
-    def _encode(self, text: str, where: str) -> np.ndarray:
+    def _encode(self, text: str, where: str) -> tuple[np.ndarray, str]:
         try:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode_telling_losses(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         except Exception as error:  # whatever the tokenizer library raises, the reader wants to know where
             raise UserError(f"{where}: cannot be tokenised ({type(error).__name__}: {error})") from error
 
 
-def _utf8_size(text: str, where: str) -> int:
-    try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a surrogate pair at character {error.start}; repair the text") from None
+def _word_count(text: str) -> int:
+    """How many words `text` has, without a list of all of them."""
+    if len(text) <= SPLIT:
+        return len(text.split())
+    starts = range(0, len(text), SPLIT)
+    cut_words = sum(not (text[start - 1].isspace() or text[start].isspace()) for start in starts[1:])
+    return sum(len(text[start : start + SPLIT].split()) for start in starts) - cut_words
 
 
 _encoder: Encoder | None = None
 
 
-def start_process(path: Path, field: str) -> None:
-    """Make a new process ready for `encode_batch`."""
+def start_process(*arguments: Any) -> None:
+    """Make a new process ready for `encode_batch`; with an Encoder's arguments."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone answers it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(path, field)
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers to end, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    begin_child()
+    _encoder = Encoder(*arguments)
 
 
 def encode_batch(batch: Batch) -> Encoded:

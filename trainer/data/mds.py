@@ -17,6 +17,7 @@ from trainer.data.index import Shard
 # Importing these takes torchvision, which may have been built for another torch, and transformers: together longer than all
 # else at the start of a process.
 UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal", "streaming.base.dataloader")
+APPENDED = 1 << 20  # tokens copied at a time; one row may have many more
 
 
 def import_streaming() -> ModuleType:
@@ -73,15 +74,19 @@ class SplitWriter:
 
     def add(self, encoded: Encoded) -> None:
         """Append a batch to the stream and write the samples it completes."""
-        stream = np.concatenate([self._rest, encoded.tokens.astype(self._dtype)])
-        ends = range(self._length, len(stream), self._length)
-        for end in ends:
-            self._write(stream[end - self._length : end + 1])
-        self._rest = stream[len(ends) * self._length :]
+        for start in range(0, len(encoded.tokens), APPENDED):
+            self._append(encoded.tokens[start : start + APPENDED])
         self.info.tokens += len(encoded.tokens)
         self.info.documents += encoded.documents
         self.info.bytes += encoded.bytes
         self.info.words += encoded.words
+
+    def _append(self, tokens: np.ndarray) -> None:
+        stream = np.concatenate([self._rest, tokens])
+        ends = range(self._length, len(stream), self._length)
+        for end in ends:
+            self._write(stream[end - self._length : end + 1])
+        self._rest = stream[len(ends) * self._length :]
 
     def finish(self) -> None:
         """Write the last, shorter sample and the index."""

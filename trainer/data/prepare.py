@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
-import shutil
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
-from datetime import timedelta
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,19 +17,17 @@ from typing import Any
 import trainer
 from trainer.config import PrepareConfig
 from trainer.data import dataset, encode
-from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo, partial_folder
+from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo
+from trainer.data.learn import learn_in_child
 from trainer.data.mds import SplitWriter
-from trainer.data.sources import Source, open_sources, unread
+from trainer.data.progress import Log, Progress, say
+from trainer.data.readers import BadRow
+from trainer.data.sources import Source, is_far, open_sources
+from trainer.data.target import fresh_folder, one_line_errors, signals_as_interrupts
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import UserError
-from trainer.files import sync_path
-
-Log = Callable[[str], None]
-
-
-def say(line: str) -> None:
-    """The default log: a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+from trainer.files import user_path
+from trainer.text import printable
 
 
 def run(config: PrepareConfig) -> None:
@@ -49,11 +41,12 @@ def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
     The shards are the same bytes for any number of workers. Raises UserError, and then leaves nothing behind.
     """
     out = _checked_target(config)
-    sources = open_sources(config)
-    for line in filter(None, map(unread, sources)):
-        log(line)
-    with _one_line_errors(out), _fresh_folder(out) as folder:
-        info = _write(config, sources, folder, log)
+    with signals_as_interrupts(), one_line_errors(out):
+        sources = open_sources(config)
+        for line in (line for source in sources for line in source.notes):
+            log(line)
+        with fresh_folder(out) as folder:
+            info = _write(config, sources, folder, log)
     log(f"prepared {out} (fingerprint {info.fingerprint[:12]})")
     return info
 
@@ -69,29 +62,40 @@ def _checked_target(config: PrepareConfig) -> Path:
         raise UserError(f"shard_megabytes: {config.shard_megabytes} is not allowed; it must be from 1 to 4095")
     if config.workers is not None and config.workers < 1:
         raise UserError(f"workers: {config.workers} is too few; it must be at least 1")
-    return Path(config.out).expanduser().absolute()
+    for key, value in asdict(config).items():
+        if isinstance(value, str) and not value.isprintable() and _has_surrogates(value):
+            raise UserError(
+                f"{key}: {printable(value)} is not UTF-8, so dataset.json could not hold it; rename or mend it"
+            )
+    return user_path(config.out, "out").absolute()
+
+
+def _has_surrogates(text: str) -> bool:
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
 def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log) -> DatasetInfo:
     tokenizer = _tokenizer(config, sources, log)
-    log(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids")
     tokenizer.save(folder / "tokenizer.json")
     dtype = dataset.dtype_of(tokenizer.vocab_size)
     writers = {
         split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes) for split in SPLITS
     }
     progress = Progress(sources, log)
-    workers = config.workers or _cores()
+    flaws = Flaws()
+    arguments = (folder / "tokenizer.json", tokenizer.eot_id, dtype, config.text_field, config.on_bad_row == "skip")
     pieces = (piece for source in sources for piece in source.pieces())
-    with closing(_encoded(encode.batches(pieces), folder, config.text_field, workers)) as results:
+    with closing(_encoded(encode.batches(pieces), arguments, config.workers or _cores())) as results:
         for encoded in results:
             writers[encoded.split].add(encoded)
+            flaws.add(encoded)
             progress.advance(encoded.bytes)
     for writer in writers.values():
         writer.finish()
     splits = {split: writer.info for split, writer in writers.items()}
+    flaws.tell(sources, splits, log)
     _refuse_empty(splits, config)
-    _summary(splits, progress.seconds(), log)
+    _summary(splits, progress.seconds(), config, log)
     hashes = {split: dataset.shard_hashes(folder / split) for split in SPLITS}
     info = DatasetInfo(
         tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id),
@@ -111,20 +115,33 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
 def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokenizer:
     """The tokenizer of `config`; one that is trained sees training text only."""
     if config.tokenizer.startswith("train-bpe"):
-        log(f"training {config.tokenizer} on the first text of {config.source}")
-    training = (piece for piece in sources[0].pieces() if piece.split == "train")
-    return get_tokenizer(config.tokenizer, (piece.text(config.text_field) for piece in training))
+        log(f"training {config.tokenizer} on the first text of {printable(config.source)}")
+    tokenizer = get_tokenizer(config.tokenizer, _training_texts(sources[0]), config.end_of_text, learn_in_child)
+    for note in tokenizer.notes:
+        log(note)
+    end = printable(tokenizer.decode([tokenizer.eot_id]))
+    log(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids, {end} (id {tokenizer.eot_id}) ends documents")
+    return tokenizer
+
+
+def _training_texts(source: Source) -> Iterator[str]:
+    for piece in source.pieces():
+        if piece.split == "train":
+            try:
+                yield piece.text(source.text_field)
+            except BadRow:
+                if not source.skip_bad_rows:
+                    raise
 
 
 def _encoded(
-    batches: Iterable[encode.Batch], folder: Path, field: str, workers: int
+    batches: Iterable[encode.Batch], arguments: tuple[Path, int, str, str, bool], workers: int
 ) -> Generator[encode.Encoded, None, None]:
-    """Encoded batches in the order of `batches`; the processes read the tokenizer from `folder`."""
-    tokenizer = folder / "tokenizer.json"
+    """Encoded batches in the order of `batches`; `arguments` make an Encoder."""
     if workers == 1:
-        yield from map(encode.Encoder(tokenizer, field), batches)
+        yield from map(encode.Encoder(*arguments), batches)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), encode.start_process, (tokenizer, field))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), encode.start_process, arguments)
     try:
         yield from in_order(pool, batches, 2 * workers + 2)
     finally:
@@ -142,60 +159,58 @@ def in_order(pool: Any, batches: Iterable[encode.Batch], limit: int) -> Iterator
         yield waiting.popleft().result()
 
 
-class Progress:
-    """How far reading is: one line rewritten each second on a terminal, a plain line every ten seconds elsewhere."""
+class Flaws:
+    """What could not be kept of the text: rows that were skipped, and characters without an id."""
 
-    def __init__(self, sources: list[Source], log: Log):
-        self._sources = sources
-        self._log = log
-        self._live = log is say and sys.stderr.isatty()
-        self._began = self._shown = time.monotonic()
-        self._bytes = 0
+    def __init__(self) -> None:
+        self._rows, self._first_row = 0, ""
+        self._bytes, self._characters = 0, ""
 
-    def advance(self, size: int) -> None:
-        """`size` more bytes of text are tokenised."""
-        self._bytes += size
-        now = time.monotonic()
-        if now - self._shown >= (1 if self._live else 10):
-            self._shown = now
-            if self._live:
-                print(f"{self._line():<60}", end="\r", file=sys.stderr, flush=True)
-            else:
-                self._log(self._line())
+    def add(self, encoded: encode.Encoded) -> None:
+        """Count those of a batch."""
+        self._first_row = self._first_row or encoded.first_skipped
+        self._rows += encoded.skipped_rows
+        self._characters = "".join(dict.fromkeys(self._characters + encoded.lost))[:10]
+        self._bytes += encoded.lost_bytes
 
-    def seconds(self) -> float:
-        """Time since reading began."""
-        return time.monotonic() - self._began
-
-    def _line(self) -> str:
-        seconds = self.seconds()
-        line = f"{self._bytes / 1e6:.0f} MB of text, {self._bytes / 1e6 / seconds:.1f} MB/s"
-        read = sum(source.bytes_read for source in self._sources)
-        sizes = [source.total_bytes for source in self._sources]
-        if not read or None in sizes:
-            return line
-        total = max(read, sum(size or 0 for size in sizes))
-        left = timedelta(seconds=round(seconds * (total - read) / read))
-        return f"{line}, {read / total:.0%} read, {left} left"
+    def tell(self, sources: list[Source], splits: dict[str, SplitInfo], log: Log) -> None:
+        """Say how much it was."""
+        rows = self._rows + sum(source.skipped_rows for source in sources)
+        if rows:
+            first = self._first_row or next(source.first_skipped for source in sources if source.skipped_rows)
+            log(f"{rows:,} bad rows were skipped, the first one: {first}")
+        if self._bytes:
+            share = self._bytes / (self._bytes + sum(info.bytes for info in splits.values()))
+            named = " ".join(printable(character) for character in self._characters)
+            log(
+                f"warning: the tokenizer has no id for {share:.2%} of the text (such as {named}): {self._bytes:,} bytes are lost to "
+                "the model, and are not counted in bits/byte; a byte-level tokenizer loses nothing"
+            )
 
 
 def _refuse_empty(splits: dict[str, SplitInfo], config: PrepareConfig) -> None:
     if not any(info.documents for info in splits.values()):
-        raise UserError(f"{config.source}: is empty; there must be some text")
+        raise UserError(f"{printable(config.source)}: is empty; there must be some text")
     for split, info in splits.items():
         if info.samples == 0:
             raise UserError(
-                f"{config.source}: no text for the {split} split; "
+                f"{printable(config.source)}: no text for the {split} split; "
                 "give more documents, set document_start to find them in the text, or set validation_source"
             )
 
 
-def _summary(splits: dict[str, SplitInfo], seconds: float, log: Log) -> None:
+def _summary(splits: dict[str, SplitInfo], seconds: float, config: PrepareConfig, log: Log) -> None:
     size = sum(info.bytes for info in splits.values())
     for split, info in splits.items():
         log(
             f"{split}: {info.documents:,} documents ({info.bytes / size:.2%} of the text), {info.tokens:,} tokens, "
             f"{info.bytes / info.tokens:.2f} bytes/token, {info.samples:,} samples"
+        )
+    share = splits["validation"].bytes / size
+    if not config.validation_source and is_far(share, config.validation_fraction):
+        log(
+            f"warning: validation is {share:.2%} of the text, where validation_fraction is {config.validation_fraction:.2%}: few "
+            "documents, or the names of files, decide it; give more documents, or set validation_source"
         )
     log(f"{size / 1e6:.1f} MB tokenised in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
 
@@ -209,57 +224,3 @@ def _versions() -> dict[str, str]:
 def _cores() -> int:
     """Cores this process may use, which under a scheduler are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise UserError(f"prepare was interrupted; {out} was not written, run it again from the start") from None
-    except BrokenProcessPool:
-        raise UserError(
-            f"a tokenising process died (killed, or out of memory); {out} was not written, try again with fewer workers"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left for {out}; nothing was kept, free some space and run again") from None
-        raise UserError(f"{error.filename or out}: {error.strerror or error}; {out} was not written") from None
-
-
-@contextmanager
-def _fresh_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its name if the block succeeds, and is removed if not."""
-    import filelock
-
-    _refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(out)
-    lock = filelock.FileLock(f"{partial}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{out}: is being prepared by another process; wait for it or choose another folder") from None
-    try:
-        _refuse_existing(out)
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-        partial.mkdir()
-        yield partial
-        _sync(partial)
-        partial.rename(out)
-        sync_path(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def _refuse_existing(out: Path) -> None:
-    if os.path.lexists(out):
-        raise UserError(f"out: {out} exists already; choose another folder or remove it first")
-
-
-def _sync(folder: Path) -> None:
-    """Make everything below `folder` survive a power cut."""
-    for path in (*folder.rglob("*"), folder):
-        sync_path(path)

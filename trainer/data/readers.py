@@ -6,14 +6,29 @@ import codecs
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.errors import UserError
+from trainer.errors import MachineError, UserError
+from trainer.text import printable
 
 BLOCK = 1 << 18  # bytes
+ROW_BYTES = 1 << 28  # of one row of JSON, which is parsed as a whole
+ZSTD_FED = 1 << 12  # bytes given to zstd at a time, so that what they expand to stays below 128 MiB
+ZSTD_WINDOW = 1 << 31  # the format's largest; `zstd --long` and `--ultra` write such
+PARQUET_BATCH = 1 << 24  # bytes of a column that are read at a time, about
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class BadRow(UserError):
+    """A row that cannot be used: not JSON, not UTF-8, without the field, or without text in it. `on_bad_row` may skip it."""
+
+
+OnBadRow = Callable[[BadRow], None]  # raises the error, or counts it
 
 
 class CountedFile(io.FileIO):
@@ -30,62 +45,198 @@ class CountedFile(io.FileIO):
         return count
 
 
-def read_text(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """The UTF-8 text of `file` between the byte offsets `start` and `stop`, in blocks, line ends as they are."""
+def read_text(file: BinaryIO, path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The UTF-8 text of `file` between the byte offsets `start` and `stop`, in blocks, line ends as they are.
+
+    A byte order mark at the beginning of the file is no text.
+    """
     file.seek(start)
     rest = b""
     while True:
         at = file.tell()
         wanted = BLOCK if stop is None else min(BLOCK, stop - at)
         block = file.read(wanted)
+        refuse_utf16(block, at, printable(path))
         try:
             text, used = codecs.utf_8_decode(rest + block, "strict", not block)
         except UnicodeDecodeError as error:
             offset = at - len(rest) + error.start
-            raise UserError(f"{name}: not UTF-8 at byte {offset} ({error.reason}); convert the file to UTF-8") from None
+            raise UserError(
+                f"{printable(path)}: not UTF-8 at byte {offset} ({error.reason}); convert the file to UTF-8"
+            ) from None
         if not block:
             return
         rest = (rest + block)[used:]
-        yield text
+        yield text if at else text.removeprefix("\ufeff")
 
 
-def read_jsonl(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The raw lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
-    lines: Any = file
-    errors: tuple[type[Exception], ...] = ()
-    if path.suffix == ".gz":
-        lines, errors = gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, EOFError, zlib.error)
-    elif path.suffix == ".zst":
-        zstandard = _optional("zstandard", "zstd", path)
-        lines = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        lines, errors = io.BufferedReader(lines, BLOCK), (zstandard.ZstdError,)
+def refuse_utf16(block: bytes, at: int, where: str) -> None:
+    """UserError where `block`, read at byte `at`, is UTF-16 or full of NUL bytes, which UTF-8 text is not."""
+    if at == 0 and block.startswith(UTF16_MARKS):
+        raise UserError(f"{where}: is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    zeros = block.count(0)
+    if zeros * 100 > (BLOCK if at else len(block)):
+        raise UserError(
+            f"{where}: {zeros / len(block):.0%} of the {len(block):,} bytes from byte {at} on are zero, so it is UTF-16 or "
+            "no text; convert it to UTF-8 (iconv -f UTF-16LE -t UTF-8 FILE > NEW), or mend the file"
+        )
+
+
+def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, raw line) of a file of JSON rows, plain, .gz or .zst; lines of white space are left out."""
+    name, began = printable(path), False
+    lines, errors = _unpacked(file, path)
     try:
-        yield from lines
+        for number, line in enumerate(iter(partial(lines.readline, ROW_BYTES + 1), b""), 1):
+            if number == 1:
+                refuse_utf16(line[:BLOCK], 0, name)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) > ROW_BYTES:
+                raise UserError(
+                    f"{name}:{number}: is longer than {ROW_BYTES >> 20} MiB, too much for one row; cut it into documents"
+                )
+            if line.isspace():
+                continue
+            if not began and line.lstrip().startswith(b"["):
+                raise UserError(
+                    f"{name}: is one JSON array, not one JSON object on each line; convert it: jq -c '.[]' FILE > NEW.jsonl"
+                )
+            began = True
+            yield number, line
     except errors as error:
-        raise UserError(f"{path}: damaged or cut-off {path.suffix[1:]} file ({error}); copy it again") from None
+        kind = path.suffix[1:].lower()
+        raise UserError(f"{name}: damaged or cut-off {kind} file ({printable(error)}); copy it again") from None
 
 
-def read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[str]:
+def _unpacked(file: BinaryIO, path: Path) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """What a file holds, unpacked by its suffix, and the errors of unpacking."""
+    suffix = path.suffix.lower()
+    if suffix not in (".gz", ".zst"):
+        return file, ()
+    if os.fstat(file.fileno()).st_size == 0:
+        raise UserError(f"{printable(path)}: has no bytes, so it is a cut-off {suffix[1:]} file; copy it again")
+    if suffix == ".gz":
+        unpacked: Any = gzip.GzipFile(fileobj=file)
+        return io.BufferedReader(unpacked, BLOCK), (gzip.BadGzipFile, EOFError, zlib.error)
+    zstandard = _optional("zstandard", "zstd", path)
+    return io.BufferedReader(ZstdFile(file, zstandard), BLOCK), (EOFError, zstandard.ZstdError)
+
+
+class ZstdFile(io.RawIOBase):
+    """What the frames of a .zst file hold. Unlike the library's own reader it knows a last frame that was cut off."""
+
+    def __init__(self, file: BinaryIO, zstandard: Any):
+        self._file = file
+        self._library = zstandard
+        self._frame: Any = None  # decompresses the frame that is being read; None between frames
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`; the number of bytes. Raises EOFError where the file ends inside a frame."""
+        while not self._ready:
+            packed = self._packed or self._file.read(ZSTD_FED)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._library.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+            self._ready = memoryview(self._frame.decompress(packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def row_text(line: bytes, field: str, where: str) -> str:
+    """The text of one raw row of JSON, "" for a null; `where` is file:line. Raises BadRow."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: not valid JSON ({printable(error, 200)}); each line must be one JSON object") from None
+    return _field(row, field, where)
+
+
+def utf8_size(text: str, where: str) -> int:
+    """How many bytes `text` has. Raises BadRow on half a surrogate pair, which escapes of JSON can hold."""
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where}: holds half a surrogate pair at character {error.start}; repair the text") from None
+
+
+def read_parquet(file: BinaryIO, path: Path, field: str, bad: OnBadRow) -> Iterator[str]:
     """The rows of one text column of a .parquet file, read a part of a row group at a time."""
     _optional("pyarrow", "parquet", path)
     import pyarrow
     from pyarrow import parquet
 
+    name = printable(path)
     try:
         table = parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if field not in names:
-            raise UserError(f"{path}: {_no_field(field, names)}")
+        fields = list(_parquet_fields(table.schema_arrow))
+        if field not in fields:
+            raise UserError(f"{name}: {_no_field(field, fields)}")
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=_parquet_rows(table.metadata, field), columns=[field]):
+            nested = [] if field in table.schema_arrow.names else field.split(".")[1:]
+            for value in _values(batch.column(0), nested):
                 number += 1
-                yield _text(value, field, f"{path}:row {number}")
+                try:
+                    yield _text(value, field, f"{name}:row {number}")
+                except BadRow as error:
+                    bad(error)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable .parquet file ({_first_line(error)})") from None
+        raise UserError(f"{name}: not a readable .parquet file ({_first_line(error)})") from None
 
 
-def read_hub(spec: str, field: str) -> Iterator[str]:
+def _parquet_fields(fields: Any, prefix: str = "") -> Iterator[str]:
+    """Names of columns; `a.b` is field b of the structs in a."""
+    from pyarrow import types
+
+    for field in fields:
+        yield prefix + field.name
+        if types.is_struct(field.type):
+            yield from _parquet_fields(
+                [field.type.field(i) for i in range(field.type.num_fields)], f"{prefix}{field.name}."
+            )
+
+
+def _parquet_rows(metadata: Any, field: str) -> int:
+    """How many rows to read at a time: fewer where they are long."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return max(1, min(256, metadata.num_rows * PARQUET_BATCH // max(1, size)))
+
+
+def _values(column: Any, nested: list[str]) -> list[Any]:
+    """The values of a column, or of a field in its structs; text comes as bytes, whose UTF-8 nobody has checked yet."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    if nested:
+        column = compute.struct_field(column, nested)
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        column = column.cast(pyarrow.binary() if types.is_string(column.type) else pyarrow.large_binary())
+    return column.to_pylist()
+
+
+def read_hub(spec: str, field: str, bad: OnBadRow) -> Iterator[str]:
     """The rows of one text field of the Hugging Face dataset `hf://NAME[/CONFIG][:SPLIT]`, streamed.
 
     NAME is `owner/name` or a bare `name`; a third part is the configuration; the split is `train` unless given.
@@ -104,53 +255,64 @@ def read_hub(spec: str, field: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
-            yield _field(row, field, f"{spec}:row {number}")
+            try:
+                text = _field(row, field, f"{spec}:row {number}")
+            except BadRow as error:
+                bad(error)
+            else:
+                yield text
     except UserError:
         raise
     except Exception as error:  # the library's errors have no common base
-        raise UserError(
+        raise hub_error(error)(
             f"{spec}: cannot be read from the Hugging Face hub; check name, split and network, or pass local files "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from None
 
 
-def row_text(line: bytes, field: str, where: str) -> str:
-    """The text of one raw .jsonl line; `where` is file:line."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
-    return _field(row, field, where)
+def hub_error(error: Exception) -> type[UserError]:
+    """The kind of an error of the Hugging Face hub's libraries: one of the network may pass."""
+    return MachineError if any(word in type(error).__name__ for word in ("Connect", "Timeout")) else UserError
 
 
 def _field(row: Any, field: str, where: str) -> str:
+    """The text of a row in `field`, where `a.b` is also b in a."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if field not in row:
-        raise UserError(f"{where}: {_no_field(field, list(row))}")
-    return _text(row[field], field, where)
+        raise BadRow(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if field in row:
+        return _text(row[field], field, where)
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise BadRow(f"{where}: {_no_field(field, list(row))}")
+        value = value[part]
+    return _text(value, field, where)
 
 
 def _text(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: field {field!r} holds {type(value).__name__}, not text; set text_field to a text field"
-        )
-    return value
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""  # as an empty text, which is no document
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRow(f"{where}: field {field!r} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    raise BadRow(f"{where}: field {field!r} holds {type(value).__name__}, not text; set text_field to a text field")
 
 
 def _no_field(field: str, names: list[str]) -> str:
-    return f"no field {field!r}; set text_field to one of: {', '.join(map(str, names)) or '(it has no fields)'}"
+    named = ", ".join(printable(name, 100) for name in names[:20]) + ", ..." * (len(names) > 20)
+    return f"no field {field!r}; set text_field to one of: {named or '(it has no fields)'}"
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _optional(module: str, extra: str, needed_by: object) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        raise UserError(f"{needed_by}: needs {module}; run pip install 'crescendo-lm[{extra}]'") from None
+        raise UserError(f"{printable(needed_by)}: needs {module}; run pip install 'crescendo-lm[{extra}]'") from None

@@ -5,45 +5,32 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import sysconfig
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from trainer.config import CorpusConfig
 from trainer.data import readers
+from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
+from trainer.data.pieces import Piece, lines, opens, to_pieces
+from trainer.data.readers import BadRow
 from trainer.errors import UserError
+from trainer.files import user_path
+from trainer.text import printable
 
-CHUNK = 1 << 16  # characters, so at most 256 KiB of UTF-8
-TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".text")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-STDLIB = "builtin:python-stdlib"
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
-
-
-class Piece(NamedTuple):
-    """A part of a document: text, or a raw .jsonl line that a tokenising process parses; `where` serves error lines."""
-
-    data: str | bytes
-    ends_document: bool
-    where: str
-    split: str = "train"
-
-    def text(self, field: str) -> str:
-        """The text; `field` names where a .jsonl line holds it."""
-        return self.data if isinstance(self.data, str) else readers.row_text(self.data, field, self.where)
+FAR_ABOVE = 0.1  # a share of validation text that is never right where 1 % was asked for
+BIG = 100  # a file that is at least a hundredth of the text can decide the share alone
 
 
 @dataclass
 class Source:
     """One source. `files` is empty for hf://; `split` is the split of all its documents, None: hold some out.
 
-    Documents are held out as follows. A lone text file without document_start is one document: its last
-    `validation_fraction` (by bytes, from the next line start on) is the validation document. Otherwise a document goes
-    to validation if the hash of its number is below `validation_fraction`, and the second document always does, so
-    that there is one however few there are.
+    Documents are held out as follows. `named` files are of the split that their name speaks of. The files of `ends` are one
+    document each: its last `validation_fraction` (by bytes, from the next line start on) is a validation document. So
+    is a lone text file without document_start. In all other cases a document goes to validation if the hash of its number
+    is below `validation_fraction`, and the second document always does, so that there is one however few there are.
     """
 
     spec: str
@@ -52,7 +39,13 @@ class Source:
     document_start: re.Pattern[str] | None
     validation_fraction: float
     split: str | None
+    skip_bad_rows: bool = False
+    named: dict[Path, str] = field(default_factory=dict)
+    ends: frozenset[Path] = frozenset()
+    notes: list[str] = field(default_factory=list)  # what the user should know of how it is read
     bytes_read: int = 0
+    skipped_rows: int = 0  # rows that were read here and left out as bad
+    first_skipped: str = ""  # what was wrong with the first of them
 
     @property
     def total_bytes(self) -> int | None:
@@ -61,60 +54,102 @@ class Source:
 
     def pieces(self) -> Iterator[Piece]:
         """All pieces from the beginning, in order, each with its split. Documents without any text are left out."""
-        self.bytes_read = 0
-        if self.split is None and self._is_one_document():
-            yield from self._text_halves()
-            return
+        second = self._second_document()
+        self.bytes_read = self.skipped_rows = 0
         document = 0
-        for piece in self._pieces():
-            yield piece._replace(split=self.split or self._split_of(document))
-            document += piece.ends_document
+        for path in self._paths():
+            split = self._split_of_file(path)
+            for piece in self._pieces(path):
+                if path not in self.ends:
+                    piece = piece._replace(split=split or self._split_of(document, second))
+                yield piece
+                document += piece.ends_document
         if document == 0:
-            raise UserError(f"{self.spec}: is empty; there must be some text")
+            raise UserError(f"{printable(self.spec)}: is empty; there must be some text")
 
-    def _is_one_document(self) -> bool:
-        return len(self.files) == 1 and _kind(self.files[0]) == "text" and not self.document_start
+    def _split_of_file(self, path: Path | None) -> str | None:
+        """The split of all documents of a file; None: each is drawn."""
+        if self.split or not (self.named or self.ends):
+            return self.split
+        return self.named.get(path, "train") if path else None
 
-    def _text_halves(self) -> Iterator[Piece]:
-        path = self.files[0]
-        middle = _line_start(path, self.validation_fraction)
+    def _split_of(self, document: int, second: int) -> str:
+        drawn = document > 0 and _drawn(document, self.validation_fraction)
+        return "validation" if drawn or document == second else "train"
+
+    def _second_document(self) -> int:
+        """Number of the document that is held out in any case: 1, unless that one is an empty row and none else is drawn."""
+        rows = any(kind_of(path) == "rows" for path in self.files) and self.document_start is None
+        if not rows or self.split or self.named or self.ends:
+            return 1
+        with_text: list[int] = []
+        number = 0
+        for path in self.files:
+            for piece in self._pieces(path):
+                certain = number == 1 or (number > 0 and _drawn(number, self.validation_fraction))
+                if piece.ends_document and (certain or len(with_text) < 2) and self._has_text(piece):
+                    if certain:
+                        return 1
+                    with_text.append(number)
+                number += piece.ends_document
+        return with_text[-1] if len(with_text) > 1 else 1
+
+    def _has_text(self, piece: Piece) -> bool:
+        try:
+            return bool(piece.text(self.text_field))
+        except BadRow:
+            return False
+
+    def _halves(self, path: Path) -> Iterator[Piece]:
+        middle = _middle(path, self.validation_fraction)
         for split, start, stop in (("train", 0, middle), ("validation", middle, None)):
             with self._open(path) as file:
-                chunks = readers.read_text(file, str(path), start, stop)
-                for piece in to_pieces(((chunk, False) for chunk in chunks), str(path)):
+                chunks = readers.read_text(file, path, start, stop)
+                for piece in to_pieces(((chunk, False) for chunk in chunks), printable(path)):
                     yield piece._replace(split=split)
 
-    def _split_of(self, document: int) -> str:
-        digest = hashlib.blake2b(str(document).encode(), digest_size=8).digest()
-        drawn = int.from_bytes(digest, "big") / 2**64 < self.validation_fraction
-        return "validation" if document == 1 or (drawn and document > 0) else "train"
+    def _paths(self) -> list[Path] | list[None]:
+        return self.files or [None]
 
-    def _pieces(self) -> Iterator[Piece]:
-        if not self.files:
-            yield from self._row_pieces(readers.read_hub(self.spec, self.text_field), self.spec)
-        for path in self.files:
+    def _pieces(self, path: Path | None) -> Iterator[Piece]:
+        if path is None:
+            yield from self._row_pieces(readers.read_hub(self.spec, self.text_field, self._bad), self.spec)
+        elif path in self.ends:
+            yield from self._halves(path)
+        else:
             with self._open(path) as file:
                 yield from self._file_pieces(file, path)
 
     def _file_pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
-        kind = _kind(path)
+        kind, name, start = kind_of(path), printable(path), self.document_start
         if kind == "parquet":
-            yield from self._row_pieces(readers.read_parquet(file, path, self.text_field), str(path))
-        elif kind == "jsonl":
-            lines = enumerate(readers.read_jsonl(file, path), 1)
-            rows = (Piece(line, True, f"{path}:{number}") for number, line in lines if not line.isspace())
-            if self.document_start is None:
-                yield from rows
-            else:
-                yield from self._row_pieces((row.text(self.text_field) for row in rows), str(path))
+            yield from self._row_pieces(readers.read_parquet(file, path, self.text_field, self._bad), name)
+        elif kind == "rows":
+            rows = (Piece(line, True, f"{name}:{number}") for number, line in readers.read_rows(file, path))
+            yield from rows if start is None else self._row_pieces(self._texts(rows), name)
         else:
-            chunks = readers.read_text(file, str(path))
-            start = self.document_start
-            yield from to_pieces(_lines(chunks, start) if start else ((chunk, False) for chunk in chunks), str(path))
+            chunks = readers.read_text(file, path)
+            yield from to_pieces(lines(chunks, start) if start else ((chunk, False) for chunk in chunks), name)
+
+    def _texts(self, rows: Iterable[Piece]) -> Iterator[str]:
+        for row in rows:
+            try:
+                text = row.text(self.text_field)
+                readers.utf8_size(text, row.where)
+            except BadRow as error:
+                self._bad(error)
+            else:
+                yield text
 
     def _row_pieces(self, rows: Iterable[str], where: str) -> Iterator[Piece]:
         start = self.document_start
-        return to_pieces(((row, start is None or start.search(row) is not None) for row in rows), where)
+        return to_pieces(((row, start is None or opens(start, row)) for row in rows), where)
+
+    def _bad(self, error: BadRow) -> None:
+        if not self.skip_bad_rows:
+            raise error
+        self.first_skipped = self.first_skipped if self.skipped_rows else str(error)
+        self.skipped_rows += 1
 
     def _open(self, path: Path) -> BinaryIO:
         return io.BufferedReader(readers.CountedFile(path, self._count), readers.BLOCK)
@@ -130,15 +165,26 @@ def open_source(spec: str, config: CorpusConfig, split: str | None = None) -> So
     """
     try:
         start = re.compile(config.document_start) if config.document_start else None
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"document_start: {config.document_start!r} is not a regular expression ({error})") from None
-    return Source(spec, _files(spec), config.text_field, start, config.validation_fraction, split)
+    key = "validation_source" if split == "validation" else "source"
+    files, notes = find_files(spec, key, config.text_field)
+    source = Source(spec, files, config.text_field, start, config.validation_fraction, split)
+    source.skip_bad_rows = config.on_bad_row == "skip"
+    source.notes = notes
+    if spec.startswith(("hf://", "builtin:")):
+        return source
+    if user_path(spec, key).is_dir():
+        _heed_names(source, user_path(spec, key))
+    if split is None and not source.named:
+        _choose_ends(source)
+    return source
 
 
 def open_sources(config: CorpusConfig) -> list[Source]:
     """The sources of a whole corpus: `source` alone, or `source` for training and `validation_source`."""
     if not config.source:
-        raise UserError("source: is not set; name a text file, a folder, or builtin:python-stdlib")
+        raise UserError(f"source: is not set; name a text file, a folder, or {STDLIB}")
     if config.validation_source:
         return [
             open_source(config.source, config, "train"),
@@ -152,76 +198,102 @@ def open_sources(config: CorpusConfig) -> list[Source]:
     return [open_source(config.source, config)]
 
 
-def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:
-    """Join (text, opens a document) parts to documents and cut these to pieces of at most CHUNK characters."""
-    held: list[str] = []
-    size = 0
-    for text, opens in parts:
-        if opens and held:
-            yield Piece("".join(held), True, where)
-            held, size = [], 0
-        if text:
-            held.append(text)
-            size += len(text)
-        if size > CHUNK:
-            *ready, rest = cut("".join(held))
-            yield from (Piece(part, False, where) for part in ready)
-            held, size = [rest], len(rest)
-    if held:
-        yield Piece("".join(held), True, where)
+def _heed_names(source: Source, folder: Path) -> None:
+    """Where the names of a folder's files speak of splits, each file is of its split, and test files are of none."""
+    named, laid_out = splits_by_name(source.files, folder)
+    if not laid_out:
+        others = [path for path, split in named.items() if split != "train"]
+        if others and source.split is None:
+            source.notes.append(
+                f"{printable(source.spec)}: {len(others)} files with validation or test in their names (such as "
+                f"{printable(others[0].relative_to(folder))}) are read as all others, as no files are named for training or "
+                "most have other names; set validation_source to hold them out"
+            )
+        return
+    wanted = {source.split} if source.split else {"train", "validation"}
+    if source.split == "validation" and "validation" not in named.values():
+        wanted = {"test"}
+    kept = [path for path in source.files if named.get(path, "train") in wanted]
+    counts = {
+        split: sum(named.get(path, "train") == split for path in source.files) for split in sorted(set(named.values()))
+    }
+    told = ", ".join(f"{count} for {split}" for split, count in counts.items() if split in wanted)
+    left_out = [f"{path.relative_to(folder)}" for path in source.files if path not in set(kept)]
+    names = printable(", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5))
+    source.notes.append(
+        f"{printable(source.spec)}: its names say which split a file is of: {told}"
+        + (f"; left out are {len(left_out)} others ({names})" if left_out else "")
+    )
+    source.files = kept
+    if source.split is None and "validation" in named.values():
+        source.named = {path: named.get(path, "train") for path in kept}
 
 
-def cut(text: str) -> list[str]:
-    """`text` in parts of at most CHUNK characters, cut where that does not change its tokens if it has such a place."""
-    parts = []
-    start = 0
-    while len(text) - start > CHUNK:
-        end = _cut_place(text, start, start + CHUNK)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+def _choose_ends(source: Source) -> None:
+    """Hold out the ends of text files where whole ones cannot make a validation split of the size that was asked for."""
+    texts = source.document_start is None and all(kind_of(path) == "text" for path in source.files)
+    if not texts or not source.files:
+        return
+    if len(source.files) == 1:
+        source.ends = frozenset(source.files)
+        return
+    sizes = {path: size for path in source.files if (size := path.stat().st_size)}
+    held = [
+        size
+        for number, size in enumerate(sizes.values())
+        if number == 1 or (number > 0 and _drawn(number, source.validation_fraction))
+    ]
+    share = sum(held) / max(1, sum(sizes.values()))
+    if not is_far(share, source.validation_fraction):
+        return
+    big = [path for path, size in sizes.items() if size * BIG >= sum(sizes.values())]
+    source.ends = frozenset(path for path in big if _line_start(path, source.validation_fraction) is not None)
+    if source.ends:
+        source.notes.append(
+            f"{printable(source.spec)}: whole files would make validation {share:.2%} of the text, so the last "
+            f"{source.validation_fraction:.2%} of each of its {len(source.ends)} large files is held out instead"
+        )
 
 
-def _cut_place(text: str, start: int, end: int) -> int:
-    """Where to cut text[start:end], which more text follows.
-
-    In front of a lone space between two other characters a word begins in GPT-2's pre-tokenisation and in all that
-    came after it, so that cut is exact. So is, for GPT-2's, one behind a lone line end. The rest is for odd texts.
-    """
-    for mark, behind in ((" ", 0), ("\n", 1)):
-        at = text.rfind(mark, start + 1, end - 1)
-        while at > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + behind
-            at = text.rfind(mark, start + 1, at)
-    for mark in "\n ":
-        at = text.rfind(mark, start, end)
-        if at >= 0:
-            return at + 1
-    return end
+def is_far(share: float, fraction: float) -> bool:
+    """Whether a validation split is far from the share of the text that was asked for."""
+    return share > max(FAR_ABOVE, 3 * fraction) or 1 - share < (1 - fraction) / 3 or share < fraction / 10
 
 
-def _lines(chunks: Iterable[str], document_start: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
-    """(line, opens a document) for text in chunks; an overlong line comes in several parts."""
-    rest, at_start = "", True
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        for line in lines:
-            yield line + "\n", at_start and document_start.search(line) is not None
-            at_start = True
-        if len(rest) > CHUNK:
-            yield rest, at_start and document_start.search(rest) is not None
-            rest, at_start = "", False
-    if rest:
-        yield rest, at_start and document_start.search(rest) is not None
+def _drawn(document: int, fraction: float) -> bool:
+    digest = hashlib.blake2b(str(document).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
-def _line_start(path: Path, validation_fraction: float) -> int:
-    """Byte offset of the line start that ends the training part; where the last line is too long, its own start."""
+def _middle(path: Path, fraction: float) -> int:
+    """Byte offset at which the last `fraction` of a file begins: at a line if there is one to begin at, else at a word."""
     size = path.stat().st_size
     if size == 0:
-        raise UserError(f"{path}: is empty; there must be some text")
-    wanted = position = int(size * (1 - validation_fraction))
+        raise UserError(f"{printable(path)}: is empty; there must be some text")
+    found = _line_start(path, fraction)
+    if found is not None:
+        return found
+    wanted = int(size * (1 - fraction))
+    first = max(0, wanted - readers.BLOCK)
+    with path.open("rb") as file:
+        file.seek(first)
+        text = file.read(wanted - first + 1)
+    for mark in (b"\r", b" "):  # old Macs end lines so; a text may be one line
+        at = text.rfind(mark, 0, -1)
+        if at >= 0:
+            return first + at + 1
+    at = len(text) - 1
+    while at > 0 and text[at] & 0xC0 == 0x80:  # inside a character of UTF-8: go back to where it begins
+        at -= 1
+    if first + at == 0:
+        raise UserError(f"{printable(path)}: is too short to hold out a part of it; give more text")
+    return first + at
+
+
+def _line_start(path: Path, fraction: float) -> int | None:
+    """Byte offset of the line start that ends the training part; where the last line is too long, its own start."""
+    size = path.stat().st_size
+    wanted = position = int(size * (1 - fraction))
     with path.open("rb") as file:
         file.seek(wanted)
         while line := file.readline(readers.BLOCK):
@@ -233,63 +305,4 @@ def _line_start(path: Path, validation_fraction: float) -> int:
         before = max(0, wanted - readers.BLOCK)
         file.seek(before)
         found = file.read(wanted - before).rfind(b"\n")
-    if found < 0:
-        raise UserError(
-            f"{path}: has no line end to hold out its last part at; set validation_source or document_start"
-        )
-    return before + found + 1
-
-
-def _kind(path: Path) -> str:
-    if path.name.endswith(JSONL_SUFFIXES):
-        return "jsonl"
-    return "parquet" if path.suffix == ".parquet" else "text"
-
-
-def _files(spec: str) -> list[Path]:
-    if spec.startswith("hf://"):
-        return []
-    if spec.startswith("builtin:"):
-        return _stdlib(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        wanted = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
-        found = _walk(path, wanted)
-        if not found:
-            raise UserError(f"{spec}: holds no text; looked for *{', *'.join(wanted)} in it and below")
-        return found
-    if not path.is_file():
-        raise UserError(f"{spec}: no such file or folder; give one, hf://NAME, or {STDLIB}")
-    return [path]
-
-
-def unread(source: Source) -> str | None:
-    """A line on the files of a folder that are not read; None where there are none but hidden ones."""
-    folder = Path(source.spec).expanduser()
-    others = set(_walk(folder, ("",))) - set(source.files) if folder.is_dir() else set()
-    if not others:
-        return None
-    counts = Counter(path.suffix or "without a suffix" for path in sorted(others)).most_common()
-    named = ", ".join(f"{count} {suffix}" for suffix, count in counts[:5]) + ", and others" * (len(counts) > 5)
-    return f"{source.spec}: left out what is no text by its name: {named}"
-
-
-def _walk(folder: Path, suffixes: tuple[str, ...], left_out: frozenset[str] | set[str] = frozenset()) -> list[Path]:
-    """Files below `folder` by suffix, sorted, without hidden ones and without folders named in `left_out`."""
-    found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.name.endswith(suffixes) and not hidden and left_out.isdisjoint(parts) and path.is_file():
-            found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
-
-
-def _stdlib(spec: str) -> list[Path]:
-    if spec != STDLIB:
-        raise UserError(f"{spec}: unknown; the only built-in source is {STDLIB}")
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    found = _walk(folder, (".py",), STDLIB_LEFT_OUT)
-    if not found:
-        raise UserError(f"{spec}: no .py files in {folder}; this Python comes without its source, use another source")
-    return found
+    return None if found < 0 else before + found + 1

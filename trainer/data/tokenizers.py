@@ -5,58 +5,61 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainer.data.coder import BYTE_CHARACTERS, BYTE_OF_CHARACTER, Coder, native_errors, pair, silent_stderr
+from trainer.data.learn import Learned, learn_bpe
+from trainer.data.readers import hub_error
 from trainer.errors import UserError
+from trainer.files import system_error, user_path
+from trainer.text import printable
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 HUB = {"gpt2": "openai-community/gpt2", "gpt-neox-20b": "EleutherAI/gpt-neox-20b"}
-TRAINING_CHARACTERS = 64 << 20  # of the corpus' first training text; more hardly changes the merges
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte value, as byte-level vocabularies spell their tokens."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
-BYTE_CHARACTERS = _byte_characters()
-BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-
-
 class Tokenizer:
-    """Text to ids and back. Text never becomes a special token: a literal `<|endoftext|>` is encoded as characters."""
+    """Text to ids and back. Text never becomes the end-of-text id or another special token: these are spelled in pieces.
 
-    def __init__(self, data: bytes, name: str):
-        """`data` is the content of a tokenizer.json. Raises UserError if it is none."""
-        import tokenizers
+    `notes` are lines on what the user should know of it.
+    """
 
+    def __init__(self, data: bytes, name: str, end: str | int | None = None):
+        """`data` is the content of a tokenizer.json. Raises UserError if it is none.
+
+        end: the token (or, of a stored tokenizer, its id) that ends documents; None: the first of END_OF_TEXT that is there,
+        which is appended where there is none.
+        """
         self.name = name
-        try:
-            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-            content = json.loads(data)
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"tokenizer {name}: not a readable tokenizer.json ({error})") from None
-        eot = next((token for token in END_OF_TEXT if library.token_to_id(token) is not None), None)
-        library.add_special_tokens([eot or END_OF_TEXT[0]])  # marks it as special if it is there, appends it if not
-        library.encode_special_tokens = True
-        if eot is None:
-            eot, data = END_OF_TEXT[0], library.to_str().encode()
+        self.notes: list[str] = []
+        content, switched_off = _parsed(data, name)
+        library = _library(_json(content) if switched_off else data, name)
+        eot, appended = _end_token(library, content, name, end)
+        library.add_special_tokens([eot])  # marks it as special if it is there, appends it if not
+        if appended:
+            data = library.to_str().encode()
+            self.notes.append(
+                f"tokenizer {name}: has none of {', '.join(END_OF_TEXT)}, so {eot} was appended to end documents; if another "
+                f"token shall, name it with end_of_text (its special tokens: {_special(content)})"
+            )
         self.eot_id = int(library.token_to_id(eot))
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self._library = library
+        self._coder: Coder | None = None
         self._fast: Any = None
         self._byte_ids: np.ndarray | None = None
         tokens = byte_level_tokens(content, eot)
         if tokens is not None:
             self._use_fast(tokens, content["model"], eot)
-            data = byte_level_json(content["model"]["vocab"], content["model"]["merges"], eot, self.eot_id)
+            if not switched_off:
+                data = byte_level_json(content["model"]["vocab"], content["model"]["merges"], eot, self.eot_id)
+        else:
+            self._coder = Coder(library, content, eot, name)
         self._data = data
         self.sha256 = hashlib.sha256(data).hexdigest()
 
@@ -70,13 +73,10 @@ class Tokenizer:
             self._byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
 
     @classmethod
-    def from_file(cls, path: str | Path, name: str | None = None) -> Tokenizer:
-        """The tokenizer in a tokenizer.json."""
+    def from_file(cls, path: str | Path, name: str | None = None, eot_id: int | None = None) -> Tokenizer:
+        """The tokenizer in a stored tokenizer.json; eot_id: the id that ends documents there."""
         path = Path(path).expanduser()
-        try:
-            return cls(path.read_bytes(), name or path.stem)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read as a tokenizer.json ({error.strerror})") from None
+        return cls(_bytes(path), name or path.stem, eot_id)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json whose hash is `sha256`."""
@@ -84,12 +84,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, uint32, without any special token. Raises UnicodeEncodeError on lone surrogates."""
+        with silent_stderr():
+            return self.encode_telling_losses(text)[0]
+
+    def encode_telling_losses(self, text: str) -> tuple[np.ndarray, str]:
+        """The ids of `text`, and the characters of it that no id stands for; white space that is left out is not counted."""
         if self._byte_ids is not None:
-            return self._byte_ids[np.frombuffer(text.encode("utf-8"), np.uint8)]
+            return self._byte_ids[np.frombuffer(text.encode("utf-8"), np.uint8)], ""
         if self._fast is not None:
-            return self._fast.encode_to_numpy(text, disallowed_special=())
-        encoded = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
-        return np.array(encoded.ids, np.uint32)
+            return self._fast.encode_to_numpy(text, disallowed_special=()), ""
+        assert self._coder is not None
+        return self._coder(text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Ids out of range are left out, broken UTF-8 becomes U+FFFD, end of text is spelled out."""
@@ -99,25 +104,98 @@ class Tokenizer:
         return self._library.decode(known, skip_special_tokens=False)
 
 
-def get_tokenizer(spec: str, texts: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names (see `--tokenizer`); `train-bpe:N` learns from `texts`. Raises UserError."""
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise system_error(error, f"{printable(path)}: cannot be read as a tokenizer.json") from None
+
+
+def _parsed(data: bytes, name: str) -> tuple[dict[str, Any], list[str]]:
+    """A tokenizer.json without the state that would cut, pad or vary its ids, and the names of what was switched off."""
+    try:
+        content = json.loads(data)
+        model = content["model"]
+        state = ((content, "truncation"), (content, "padding"), (model, "dropout"))
+        switched_off = [key for place, key in state if place.get(key)]
+        for place, key in state:
+            if place.get(key):
+                place[key] = None
+        return content, switched_off
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer {name}: not a readable tokenizer.json ({printable(error, 200)})") from None
+
+
+def _library(data: bytes, name: str) -> Any:
+    import tokenizers
+
+    with native_errors(f"tokenizer {name}: not a readable tokenizer.json"), silent_stderr():
+        library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    library.encode_special_tokens = True
+    return library
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _end_token(library: Any, content: dict[str, Any], name: str, end: str | int | None) -> tuple[str, bool]:
+    """The token that ends documents, and whether it is to be appended."""
+    if end is None:
+        found = next((token for token in END_OF_TEXT if library.token_to_id(token) is not None), None)
+        return found or END_OF_TEXT[0], found is None
+    token = library.id_to_token(end) if isinstance(end, int) else end
+    if token is not None and library.token_to_id(token) is not None:
+        return token, False
+    raise UserError(
+        f"end_of_text: {printable(end)!r} is no token of tokenizer {name} (its special tokens: {_special(content)})"
+    )
+
+
+def _special(content: dict[str, Any]) -> str:
+    names = [printable(token["content"], 40) for token in content.get("added_tokens") or [] if token.get("special")]
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "none"
+
+
+def get_tokenizer(
+    spec: str,
+    texts: Iterable[str] | None = None,
+    end_of_text: str | None = None,
+    learn: Callable[[int, Iterable[str]], Learned] = learn_bpe,
+) -> Tokenizer:
+    """The tokenizer that `spec` names (see `--tokenizer`); `train-bpe:N` learns from `texts`. Raises UserError.
+
+    end_of_text: the token that ends documents. learn: what learns, in this process or in another.
+    """
     if spec == "bytes":
         vocabulary = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
-        return Tokenizer(byte_level_json(vocabulary, [], END_OF_TEXT[0], 256), spec)
+        return Tokenizer(byte_level_json(vocabulary, [], END_OF_TEXT[0], 256), spec, end_of_text)
     if spec.startswith("train-bpe"):
-        return _train(spec, texts if texts is not None else ())
+        return _train(spec, texts if texts is not None else (), end_of_text, learn)
     if spec in HUB:
-        return Tokenizer.from_file(_download(spec), spec)
-    path = Path(spec).expanduser()
+        return _from_path(Path(_download(spec)), spec, end_of_text)
+    path = user_path(spec, "tokenizer")
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, end_of_text)
     if path.is_file():
-        return Tokenizer.from_file(path)
+        return _from_path(path, path.stem, end_of_text)
     near = difflib.get_close_matches(spec, [*HUB, "bytes", "train-bpe:8192"], 1)
     raise UserError(
         f"tokenizer {spec!r}: unknown, and no such file{f'; did you mean {near[0]}?' if near else ''} "
         f"(allowed: {', '.join(HUB)}, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one)"
     )
+
+
+def _from_path(path: Path, name: str, end_of_text: str | None) -> Tokenizer:
+    """A tokenizer for a new dataset: what is stored of it has no state that would cut, pad or vary its ids."""
+    data = _bytes(path)
+    content, switched_off = _parsed(data, name)
+    tokenizer = Tokenizer(_json(content) if switched_off else data, name, end_of_text)
+    if switched_off:
+        tokenizer.notes.insert(
+            0, f"tokenizer {name}: {' and '.join(switched_off)} in it switched off; no text is cut or padded"
+        )
+    return tokenizer
 
 
 def _download(name: str) -> str:
@@ -128,28 +206,28 @@ def _download(name: str) -> str:
         cached = huggingface_hub.try_to_load_from_cache(HUB[name], "tokenizer.json")
         return cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(HUB[name], "tokenizer.json")
     except Exception as error:  # network, hub and cache errors have no common base
-        raise UserError(
+        raise hub_error(error)(
             f"tokenizer {name}: {HUB[name]} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
             "pass a local folder with its tokenizer.json, or encoder.json and vocab.bpe"
         ) from None
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(folder: Path, end_of_text: str | None) -> Tokenizer:
     name = folder.resolve().name
     found = sorted(folder.glob("*tokenizer.json"))
     if len(found) == 1:
-        return Tokenizer.from_file(found[0], name)
+        return _from_path(found[0], name, end_of_text)
     if len(found) > 1:
         raise UserError(f"tokenizer {folder}: several candidates ({', '.join(p.name for p in found)}); name one file")
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
-            return _from_gpt2_files(folder / vocabulary, folder / merges, name)
+            return _from_gpt2_files(folder / vocabulary, folder / merges, name, end_of_text)
     raise UserError(
         f"tokenizer {folder}: holds no *tokenizer.json, encoder.json with vocab.bpe, or vocab.json with merges.txt"
     )
 
 
-def _from_gpt2_files(vocabulary_file: Path, merges_file: Path, name: str) -> Tokenizer:
+def _from_gpt2_files(vocabulary_file: Path, merges_file: Path, name: str, end_of_text: str | None) -> Tokenizer:
     try:
         vocabulary = json.loads(vocabulary_file.read_bytes())
         lines = merges_file.read_text(encoding="utf-8").split("\n")
@@ -158,33 +236,23 @@ def _from_gpt2_files(vocabulary_file: Path, merges_file: Path, name: str) -> Tok
         data = byte_level_json(vocabulary, merges, eot, vocabulary.get(eot, len(vocabulary)))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"tokenizer {vocabulary_file.parent}: malformed vocabulary or merges ({error})") from None
-    return Tokenizer(data, name)
+    return Tokenizer(data, name, end_of_text)
 
 
-def _train(spec: str, texts: Iterable[str]) -> Tokenizer:
+def _train(
+    spec: str, texts: Iterable[str], end_of_text: str | None, learn: Callable[[int, Iterable[str]], Learned]
+) -> Tokenizer:
     """Byte-level BPE with GPT-2's pre-tokenisation, learned from the first 64 M characters of `texts`."""
-    import tokenizers
-
     size = spec.removeprefix("train-bpe:")
     if not size.isdecimal() or not 257 <= int(size) <= 1 << 24:
         raise UserError(f"tokenizer {spec}: expected train-bpe:N with N from 257 (256 bytes, end of text) to 16777216")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=int(size) - 1, min_frequency=2, initial_alphabet=BYTE_CHARACTERS, show_progress=False
-    )
-    model.train_from_iterator(_first(texts, TRAINING_CHARACTERS), trainer)
-    learned = json.loads(model.to_str())["model"]
-    data = byte_level_json(learned["vocab"], learned["merges"], END_OF_TEXT[0], len(learned["vocab"]))
-    return Tokenizer(data, spec)
-
-
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
+    vocabulary, merges = learn(int(size) - 1, texts)
+    tokenizer = Tokenizer(byte_level_json(vocabulary, merges, END_OF_TEXT[0], len(vocabulary)), spec, end_of_text)
+    if tokenizer.vocab_size < int(size):
+        tokenizer.notes.append(
+            f"tokenizer {spec}: the training text repeats too little for {int(size):,} ids; only {tokenizer.vocab_size:,} were learned"
+        )
+    return tokenizer
 
 
 def byte_level_json(vocabulary: dict[str, int], merges: Sequence[Any], eot: str, eot_id: int) -> bytes:
@@ -201,7 +269,7 @@ def byte_level_json(vocabulary: dict[str, int], merges: Sequence[Any], eot: str,
         "byte_fallback": False,
         "ignore_merges": False,
         "vocab": dict(sorted({**vocabulary, eot: eot_id}.items(), key=lambda item: item[1])),
-        "merges": [_pair(merge) for merge in merges],
+        "merges": [pair(merge) for merge in merges],
     }
     content = {
         "version": "1.0",
@@ -230,15 +298,10 @@ def byte_level_tokens(content: dict[str, Any], eot: str) -> dict[bytes, int] | N
     if {token["content"] for token in content.get("added_tokens") or []} - {eot} or "merges" not in model:
         return None
     vocabulary = {token: i for token, i in model["vocab"].items() if token != eot}
-    merged = [vocabulary.get("".join(_pair(merge)), -1) for merge in model["merges"]]
+    merged = [vocabulary.get("".join(pair(merge)), -1) for merge in model["merges"]]
     order = merged == sorted(set(merged)) and -1 not in merged
     complete = set(BYTE_CHARACTERS) <= set(vocabulary) and len(vocabulary) == 256 + len(merged)
     dense = sorted([*vocabulary.values(), model["vocab"].get(eot, len(vocabulary))]) == list(range(len(vocabulary) + 1))
     if not (order and complete and dense):
         return None
     return {bytes(BYTE_OF_CHARACTER[c] for c in token): i for token, i in vocabulary.items()}
-
-
-def _pair(merge: Any) -> list[str]:
-    """A merge as a pair; older files write "a b"."""
-    return merge.split(" ") if isinstance(merge, str) else list(merge)

@@ -1,0 +1,209 @@
+"""Encoding with the tokenizers library, such that text never becomes the end-of-text id and nothing of it is lost unseen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.text import printable
+
+OUT_OF_REACH = (
+    "\U0010ffff"  # no character; put before a token of the model's vocabulary, it keeps text from spelling it
+)
+# What leaves every character of a text there in some form.
+LOSSLESS = {
+    *("ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"),
+    *("NFC", "Prepend"),
+}
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # Llama's; listed as special in some files, but needed for what is no token
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte value, as byte-level vocabularies spell their tokens."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+class Coder:
+    """Encodes text as the tokenizer.json `content` does, which `library` was made of; `eot` ends documents."""
+
+    def __init__(self, library: Any, content: dict[str, Any], eot: str, name: str):
+        import tokenizers
+
+        self._what = f"tokenizer {name}: cannot encode this text"
+        self._eot_id = library.token_to_id(eot)
+        self._keeps_all = keeps_all_text(content)
+        encoding = encoding_only(content, eot)
+        if not self._keeps_all or encoding["model"] is not content["model"]:
+            with native_errors(f"tokenizer {name}: cannot be used"), silent_stderr():
+                library = tokenizers.Tokenizer.from_str(json.dumps(encoding))
+            library.encode_special_tokens = True
+        self._library = library
+        unknown = _unknown_id(content["model"])
+        self._without_text = [self._eot_id] if unknown is None else [self._eot_id, unknown]
+        # Such a model leaves characters out without a trace, not even in what it says that its ids stand for.
+        self._drops = not self._keeps_all and "merges" in content["model"] and unknown is None
+        self._kept: dict[str, bool] = {}
+
+    def __call__(self, text: str) -> tuple[np.ndarray, str]:
+        """The ids of `text`, uint32, and the characters of it that no id stands for; white space is not counted."""
+        with native_errors(self._what):
+            if not self._keeps_all and not self._drops:
+                encoding = self._library.encode(text, add_special_tokens=False)  # knows what each id stands for
+                ids = np.array(encoding.ids, np.uint32)
+                return ids[ids != self._eot_id], self._not_covered(text, ids, encoding.offsets)
+            return self._ids(text), self._dropped(text) if self._drops else ""
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = np.array(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+        return ids[ids != self._eot_id]
+
+    def _not_covered(self, text: str, ids: np.ndarray, offsets: list[tuple[int, int]]) -> str:
+        spans = np.array(offsets, np.int64).reshape(-1, 2)[~np.isin(ids, self._without_text)]
+        size = len(text) + 1
+        depth = np.cumsum(np.bincount(spans[:, 0], minlength=size) - np.bincount(spans[:, 1], minlength=size))
+        left_out = (text[place] for place in np.flatnonzero(depth[:-1] == 0))
+        return "".join(character for character in left_out if not character.isspace())
+
+    def _dropped(self, text: str) -> str:
+        """The characters of `text` that give the same ids by themselves as one that is in no vocabulary."""
+        characters = set(text)
+        for new in characters - self._kept.keys():
+            self._kept[new] = new.isspace() or not np.array_equal(self._ids(new), self._ids(OUT_OF_REACH))
+        if all(map(self._kept.__getitem__, characters)):
+            return ""
+        return "".join(character for character in text if not self._kept[character])
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """The id of what is not in the vocabulary, None where the model has none."""
+    if isinstance(model["vocab"], list):
+        return model.get("unk_id")
+    return model["vocab"].get(model.get("unk_token"))
+
+
+def encoding_only(content: dict[str, Any], eot: str) -> dict[str, Any]:
+    """A tokenizer.json that encodes as `content` does, but never gives `eot` or another special token for their spelling.
+
+    Where the model's own vocabulary holds such a token, it is renamed there to what no text holds.
+    """
+    added = [
+        {**token, "special": token.get("special") or token["content"] == eot}
+        for token in content.get("added_tokens") or []
+    ]
+    special = {token["content"] for token in added if token["special"]} | {eot}
+    special = {token for token in special if not BYTE_TOKEN.fullmatch(token)}
+    model = content["model"]
+    if _can_spell(model, special):
+        model = {**model, "vocab": _renamed(model["vocab"], special)}
+        if model.get("unk_token") in special:
+            model["unk_token"] = OUT_OF_REACH + model["unk_token"]
+        if "merges" in model:
+            pairs = [pair(merge) for merge in model["merges"]]
+            model["merges"] = [both for both in pairs if special.isdisjoint((*both, "".join(both)))]
+        added = [
+            token
+            for token in added
+            if token["content"] not in special or token["content"] not in _tokens(content["model"])
+        ]
+    # Special tokens that are added after the model, and a trim of what an id stands for, are of no use here.
+    return {**content, "post_processor": None, "model": model, "added_tokens": added}
+
+
+def _renamed(vocabulary: Any, special: set[str]) -> Any:
+    def name(token: str) -> str:
+        return OUT_OF_REACH + token if token in special else token
+
+    if isinstance(vocabulary, list):  # Unigram's
+        return [[name(token), score] for token, score in vocabulary]
+    return {name(token): i for token, i in vocabulary.items()}
+
+
+def _can_spell(model: dict[str, Any], special: set[str]) -> bool:
+    """Whether the model itself could make a special token out of text."""
+    held = special & _tokens(model)
+    if not held or "merges" not in model:
+        return bool(held)
+    if model.get("ignore_merges") or model.get("unk_token") in held or min(map(len, held)) == 1:
+        return True
+    return any("".join(pair(merge)) in held for merge in model["merges"])
+
+
+def _tokens(model: dict[str, Any]) -> set[str]:
+    vocabulary = model["vocab"]
+    return {token for token, _ in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
+
+
+def keeps_all_text(content: dict[str, Any]) -> bool:
+    """Whether each character of any text is in the ids: its bytes are in the vocabulary, and nothing is removed before."""
+    parts = [part for key in ("normalizer", "pre_tokenizer") for part in _parts(content.get(key))]
+    if not all(part["type"] in LOSSLESS or _only_replaces(part) for part in parts):
+        return False
+    model = content["model"]
+    vocabulary = _tokens(model)
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    return any(part["type"] == "ByteLevel" for part in parts) and all(byte in vocabulary for byte in BYTE_CHARACTERS)
+
+
+def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The members of a sequence of normalizers or pre-tokenizers, or the one that there is."""
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers") or []
+    return [single for one in inner for single in _parts(one)] if part["type"] == "Sequence" else [part]
+
+
+def _only_replaces(part: dict[str, Any]) -> bool:
+    if part["type"] == "Replace":
+        return bool(part["content"])
+    return part["type"] in ("Split", "Punctuation") and part.get("behavior") not in (None, "Removed")
+
+
+def pair(merge: Any) -> list[str]:
+    """A merge as a pair; older files write "a b"."""
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
+
+
+@contextlib.contextmanager
+def native_errors(what: str) -> Iterator[None]:
+    """Errors of the tokenizers library as one line; its panics are no Exceptions."""
+    try:
+        yield
+    except UnicodeError:
+        raise
+    except Exception as error:  # it raises bare Exceptions
+        raise UserError(f"{what} ({printable(error, 200)})") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: the tokenizers library gave up ({printable(error, 200)})") from None
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Nothing reaches stderr: the library's panics are written there before they can be told in one line."""
+    try:
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # no stderr to keep silent
+        yield
+        return
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

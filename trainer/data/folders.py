@@ -1,0 +1,178 @@
+"""Which files a source names, of which format they are, and which split their names speak of."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.data.readers import BLOCK
+from trainer.errors import UserError
+from trainer.files import system_error, user_path
+from trainer.text import printable
+
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".text")
+ROW_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
+PARQUET_SUFFIXES = (".parquet",)
+READ = (*TEXT_SUFFIXES, *ROW_SUFFIXES, *PARQUET_SUFFIXES)
+STDLIB = "builtin:python-stdlib"
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# Files that no one means to be read as text, although every byte of some is UTF-8.
+ARCHIVES = (*(".gz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"),)
+TABLES = (".csv", ".tsv", ".psv")
+DATABASES = (*(".arrow", ".feather", ".avro", ".orc", ".h5", ".hdf5", ".sqlite", ".db", ".pkl", ".pickle", ".lance"),)
+DOCUMENTS = (*(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ods", ".ppt", ".pptx"),)
+NUMBERS = (*(".bin", ".idx", ".npy", ".npz", ".mds", ".tfrecord", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf"),)
+REFUSED = {
+    **dict.fromkeys(ARCHIVES, "is packed; unpack it first (.jsonl, .ndjson and .json may be .gz or .zst)"),
+    **dict.fromkeys(
+        TABLES,
+        "is a table; make rows of JSON of it: python -c \"import pandas; pandas.read_csv('FILE')"
+        ".to_json('NEW.jsonl', orient='records', lines=True)\"",
+    ),
+    **dict.fromkeys(DATABASES, "is read by other programs; write its text to a .parquet or .jsonl file"),
+    **dict.fromkeys(DOCUMENTS, "is no plain text; convert it to a .txt file first"),
+    **dict.fromkeys(NUMBERS, "holds numbers (token ids or weights of another program); give the text instead"),
+}
+
+
+def kind_of(path: Path) -> str:
+    """The format of a file by its name, in capital letters or not: "rows", "parquet" or "text"."""
+    name = path.name.lower()
+    if name.endswith(ROW_SUFFIXES):
+        return "rows"
+    return "parquet" if name.endswith(PARQUET_SUFFIXES) else "text"
+
+
+def find_files(spec: str, key: str, text_field: str) -> tuple[list[Path], list[str]]:
+    """The files that `spec` names, and lines on what is left out; `key` is the setting that holds `spec`.
+
+    Raises UserError where there is nothing to read, or something that cannot be read.
+    """
+    if spec.startswith("hf://"):
+        return [], []
+    if spec.startswith("builtin:"):
+        return _stdlib(spec), []
+    if spec == "-":
+        raise UserError(f"{key}: standard input cannot be read twice; write the text to a file first, and name that")
+    path = user_path(spec, key)
+    if path.is_dir():
+        return _of_folder(path, spec, text_field)
+    if not path.exists():
+        raise UserError(f"{printable(spec)}: no such file or folder; give one, hf://NAME, or {STDLIB}")
+    if not path.is_file():
+        raise UserError(
+            f"{printable(spec)}: is a pipe or a device, which cannot be read twice; write the text to a file first, and "
+            "name that"
+        )
+    if kind_of(path) == "text" and path.suffix.lower() in REFUSED:
+        raise UserError(f"{printable(spec)}: {REFUSED[path.suffix.lower()]}")
+    _check_access([path])
+    return [path], []
+
+
+def _of_folder(folder: Path, spec: str, text_field: str) -> tuple[list[Path], list[str]]:
+    found = list(_walk(folder))
+    found.sort(key=lambda path: path.relative_to(folder).parts)
+    files = [path for path in found if path.name.lower().endswith(READ) and path.is_file()]
+    _check_access(files)
+    files = [path for path in files if not path.name.lower().endswith(".json") or _holds_rows(path, text_field)]
+    if not files:
+        raise UserError(f"{printable(spec)}: holds no text; looked for *{', *'.join(READ)} in it and below")
+    counts = Counter(path.suffix or "without a suffix" for path in found if path not in set(files)).most_common()
+    if not counts:
+        return files, []
+    named = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts[:5]) + ", and others" * (
+        len(counts) > 5
+    )
+    return files, [f"{printable(spec)}: left out what is no text by its name: {named}"]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below `folder` but hidden ones. Links to folders are followed; each folder is read once, so loops end."""
+    seen: set[tuple[int, int]] = set()
+    links = [folder]
+    while links:
+        waiting = [links.pop(0)]  # the folders without any link come first, so that links never rename their files
+        while waiting:
+            here = waiting.pop()
+            try:
+                state = here.stat()
+                if (state.st_dev, state.st_ino) in seen:
+                    continue
+                seen.add((state.st_dev, state.st_ino))
+                with os.scandir(here) as entries:
+                    shown = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+                for entry in shown:
+                    path = here / entry.name
+                    if entry.is_symlink() and not path.exists():
+                        raise UserError(f"{printable(path)}: is a link to nothing; mend or remove it")
+                    if not entry.is_dir():
+                        yield path
+                    else:
+                        (links if entry.is_symlink() else waiting).append(path)
+            except OSError as error:
+                raise system_error(error, f"{printable(here)}: cannot be read") from None
+
+
+def _check_access(files: list[Path]) -> None:
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{printable(path)}: may not be read by this user; change its mode, or move it away")
+
+
+def _holds_rows(path: Path, text_field: str) -> bool:
+    """Whether a .json file of a folder holds rows with text, rather than something about the others."""
+    with path.open("rb") as file:
+        line = file.readline(BLOCK).removeprefix(b"\xef\xbb\xbf")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also a row longer than a block: then its beginning decides
+        return len(line) == BLOCK and f'"{text_field}"'.encode() in line
+    return isinstance(row, dict) and (text_field in row or text_field.split(".")[0] in row)
+
+
+def _stdlib(spec: str) -> list[Path]:
+    if spec != STDLIB:
+        raise UserError(f"{printable(spec)}: unknown; the only built-in source is {STDLIB}")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[Path] = []
+    for here, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT and not name.startswith(".")]
+        paths = (Path(here, name) for name in names if name.endswith(".py") and name[0] != ".")
+        found += (path for path in paths if path.is_file())
+    if not found:
+        raise UserError(f"{spec}: no .py files in {root}; this Python comes without its source, use another source")
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def splits_by_name(files: list[Path], folder: Path) -> tuple[dict[Path, str], bool]:
+    """The split that the name of each file speaks of, if it does, and whether the folder is laid out by such names.
+
+    It is if there is training text and other text by name, and that is most of the text: among many documents a few with
+    such names are chance.
+    """
+    named = {path: split for path in files if (split := _split_named(path.relative_to(folder)))}
+    splits = set(named.values())
+    size = sum(path.stat().st_size for path in named)
+    laid_out = "train" in splits and len(splits) > 1 and 2 * size > sum(path.stat().st_size for path in files)
+    return named, laid_out
+
+
+def _split_named(path: Path) -> str | None:
+    """The split in the name of a file or else of a folder above it; of several in one name not the training split."""
+    for part in reversed(path.parts):
+        words = (word.strip("0123456789") for word in re.split(r"[^a-z0-9]+", part.lower()))
+        found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+        if found:
+            return next(split for split in ("test", "validation", "train") if split in found)
+    return None

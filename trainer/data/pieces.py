@@ -1,0 +1,100 @@
+"""Documents in small pieces: joined from what a reader gives, cut where that changes no token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from trainer.data import readers
+
+CHUNK = 1 << 16  # characters, so at most 256 KiB of UTF-8
+
+
+class Piece(NamedTuple):
+    """A part of a document: text, or a raw row of JSON that a tokenising process parses; `where` serves error lines."""
+
+    data: str | bytes
+    ends_document: bool
+    where: str
+    split: str = "train"
+
+    def text(self, field: str) -> str:
+        """The text; `field` names where a row holds it. Raises BadRow."""
+        return self.data if isinstance(self.data, str) else readers.row_text(self.data, field, self.where)
+
+
+def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:
+    """Join (text, opens a document) parts to documents and cut these to pieces of at most CHUNK characters."""
+    held: list[str] = []
+    size = 0
+    for text, opens in parts:
+        if opens and held:
+            yield Piece("".join(held), True, where)
+            held, size = [], 0
+        if text:
+            held.append(text)
+            size += len(text)
+        if size > CHUNK:
+            *ready, rest = cut("".join(held))
+            yield from (Piece(part, False, where) for part in ready)
+            held, size = [rest], len(rest)
+    if held:
+        yield Piece("".join(held), True, where)
+
+
+def cut(text: str) -> Iterator[str]:
+    """`text` in parts of at most CHUNK characters, cut where that does not change its tokens if it has such a place."""
+    start = 0
+    while len(text) - start > CHUNK:
+        end = _cut_place(text, start, start + CHUNK)
+        yield text[start:end]
+        start = end
+    yield text[start:] if start else text
+
+
+def _cut_place(text: str, start: int, end: int) -> int:
+    """Where to cut text[start:end], which more text follows.
+
+    In front of a lone space between two other characters a word begins in GPT-2's pre-tokenisation and in all that
+    came after it, so that cut is exact. So is, for GPT-2's, one behind a lone line end. The rest is for odd texts.
+    """
+    for mark, behind in ((" ", 0), ("\n", 1)):
+        at = text.rfind(mark, start + 1, end - 1)
+        while at > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + behind
+            at = text.rfind(mark, start + 1, at)
+    for mark in "\n ":
+        at = text.rfind(mark, start, end)
+        if at >= 0:
+            return at + 1
+    return end
+
+
+def lines(chunks: Iterable[str], document_start: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """(line, opens a document) for text in chunks; an overlong line comes in several parts."""
+    mark, rest, at_start = "", "", True
+    for chunk in chunks:
+        mark = mark or _line_end(chunk)
+        *whole, rest = (rest + chunk).split(mark)
+        for line in whole:
+            yield line + mark, at_start and opens(document_start, line)
+            at_start = True
+        if len(rest) > CHUNK:
+            yield rest, at_start and opens(document_start, rest)
+            rest, at_start = "", False
+    if rest:
+        yield rest, at_start and opens(document_start, rest)
+
+
+def _line_end(chunk: str) -> str:
+    """What ends the lines of a text that begins with `chunk`: a carriage return alone in files of old Macs."""
+    return "\r" if "\r" in chunk[:-1] and "\n" not in chunk else "\n"
+
+
+def opens(document_start: re.Pattern[str], line: str) -> bool:
+    """Whether a line (or row) opens a document; `$` is also in front of a carriage return, as DOS and Windows write it."""
+    if line.endswith("\r\n"):
+        line = line[:-2] + "\n"
+    return document_start.search(line.removesuffix("\r")) is not None
