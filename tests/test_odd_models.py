@@ -8,10 +8,9 @@ import torch
 from conftest import tiny_values
 from safetensors.torch import load_file
 
-from models.base import get_model
+from models.base import get_model, ties, with_storage
 from trainer import checkpoint
 from trainer.config import EvaluateConfig, ExportConfig
-from trainer.engine.base import ties, with_storage
 from trainer.engine.distributed import World
 from trainer.evaluate import run as evaluate
 from trainer.export import run as export
