@@ -131,6 +131,9 @@ class LanguageModel(nn.Module):
     # -- defaults ----------------------------------------------------------------------------------------------------
 
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
+    decodes_incrementally: ClassVar[bool] = (
+        True  # False: `cache` is ignored; the whole context is computed for each token
+    )
     optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
     max_context: int | None = None  # longest sequence the model can take; None: any
 

@@ -230,6 +230,10 @@ class OpenRun:
     def agree(self, value: Any) -> Any:
         return value
 
+    @property
+    def precision(self) -> str:
+        return self.plan.config.precision
+
     def autocast(self) -> Any:
         from trainer.engine.base import autocast
 

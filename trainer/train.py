@@ -28,7 +28,7 @@ from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_folder import check_unchanged, combined_values, locked, write_start
+from trainer.run_folder import check_unchanged, combined_values, locked, plugins_of, write_start
 from trainer.settings import build
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
@@ -239,9 +239,10 @@ def finish(this: Run, report: Report, tokenizer: Any) -> None:
     if not this.world.leader:
         return
     last = report.last
+    plugins = "".join(f" --plugin {module}" for module in plugins_of(this.folder))
     report.console.say(
         f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
         f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
-        f"`python -m trainer generate {this.folder}` writes more"
+        f"`python -m trainer generate {this.folder}{plugins}` writes more"
     )
