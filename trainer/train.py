@@ -18,6 +18,7 @@ from trainer.data.stream import find_dataset, is_remote, local_folder
 from trainer.device import choose_device
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
+from trainer.engine.gradients import refuse_unreached
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
@@ -66,6 +67,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         plan = resolve(config, dataset)
+        world.on_leader(lambda: refuse_unreached(plan, world.say))
         before_training(plan, world)
         device = choose_device(plan.config.device, world.local_rank)
         with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
