@@ -15,14 +15,17 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
+import itertools
+import math
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IGNORE = -1  # a target that does not count
 
@@ -90,7 +93,8 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set every parameter and buffer in place. Called after building on the meta device and `to_empty`.
+        """Set every parameter and buffer. Called on a model that was built on the meta device (see `materialise`): what
+        `__init__` gives them is lost.
 
         generator: of the CPU; the same seed gives the same weights on every device and under every sharding.
         """
@@ -127,6 +131,9 @@ class LanguageModel(nn.Module):
     # -- defaults ----------------------------------------------------------------------------------------------------
 
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
+    decodes_incrementally: ClassVar[bool] = (
+        True  # False: `cache` is ignored; the whole context is computed for each token
+    )
     optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
     max_context: int | None = None  # longest sequence the model can take; None: any
 
@@ -156,6 +163,120 @@ class LanguageModel(nn.Module):
         the config names cannot do this.
         """
         return ""
+
+
+# -- from the meta device to weights --------------------------------------------------------------------------------------
+
+
+class Unset(ValueError):
+    """`init_weights` has left out some of a model's numbers; one line names them."""
+
+
+def materialise(model: Any, device: torch.device, generator: torch.Generator) -> Any:
+    """A model that was built on the meta device, on `device` with its initial weights; Unset where `init_weights` leaves any out.
+
+    Of a sharded model each rank fills and checks its own shards, without communication.
+    """
+    model = with_storage(model, device)
+    model.init_weights(generator)
+    refuse_unset(model)
+    return model
+
+
+def with_storage(model: Any, device: torch.device) -> Any:
+    """A model without storage, on `device`, with numbers that mean "not set"; parameters that were one stay one."""
+    tied = ties(model)
+    model = model.to_empty(device=device)
+    for name, first in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    for _, values in _held(model):
+        if _has_nan(values):
+            values.fill_(math.nan)
+        else:
+            values.view(_INTEGERS[values.itemsize]).fill_(_unset_integer(values))
+    return model
+
+
+def refuse_unset(model: Any, given: Container[str] = ()) -> None:
+    """Unset, by name, where a model still holds numbers that `with_storage` has put there, in whole tensors or in parts of them.
+
+    given: names of those that somebody else has set. A float that is NaN counts as not set. One pass over the weights; the device is waited for once.
+    """
+    names, flags = [], []
+    for name, values in _held(model):
+        if name not in given:
+            names.append(name)
+            flags.append(_any_unset(values))
+    unset = [name for name, flag in zip(names, torch.stack(flags).tolist(), strict=True) if flag] if flags else []
+    if unset:
+        raise Unset(
+            f"init_weights does not set {_listed(unset)}: a model is built without storage, so that what __init__ gives "
+            "parameters and buffers is lost; set them in init_weights (in a part of the transformer: in its reset)"
+        )
+    lost = [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+    if lost:
+        raise Unset(
+            f"{_listed(lost)} is neither parameter nor buffer: a model is built without storage, so that its values are lost; "
+            "make it a buffer (register_buffer) and set it in init_weights"
+        )
+
+
+_INTEGERS = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by bytes; also what bools are looked at as
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The numbers held here of each parameter and buffer."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        yield name, (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _has_nan(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
+def _unset_integer(values: Tensor) -> int:
+    """Bytes of 0xA5: of four or eight of them no model makes use, and none of one is a bool."""
+    return int.from_bytes(b"\xa5" * values.itemsize, "little", signed=True)
+
+
+def _any_unset(values: Tensor) -> Tensor:
+    """Whether any of `values` is not set, as a bool on their device."""
+    if _has_nan(values):
+        return (values.float() if values.itemsize == 1 else values).isnan().any()
+    same = values.view(_INTEGERS[values.itemsize]) == _unset_integer(values)
+    if values.dtype == torch.bool or values.itemsize >= 4 or values.numel() == 0:
+        return same.any()
+    return same.all()  # small integers may hold any number, but hardly this one throughout
+
+
+def _listed(names: list[str]) -> str:
+    """The first of the names."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def ties(model: Any) -> dict[str, str]:
+    """Further name -> first name of each parameter that stands under several."""
+    first: dict[Any, str] = {}
+    return {
+        name: first[parameter]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(parameter, name) != name
+    }
+
+
+# -- losses and sizes ----------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

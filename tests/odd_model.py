@@ -33,7 +33,7 @@ class Odd(Gpt2):
 
 @register("idle")
 class Idle(Gpt2):
-    """One parameter never gets a gradient, as an expert that no token has come to."""
+    """One parameter never gets a gradient."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -42,3 +42,20 @@ class Idle(Gpt2):
     @classmethod
     def count_parameters(cls, config):
         return super().count_parameters(config) + 6
+
+
+@register("steady")
+class Steady(Idle):
+    """The same with zeros for a gradient."""
+
+    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
+        output = super().forward(tokens, targets, documents, cache, reduction)
+        return output if targets is None else output._replace(loss=output.loss + 0 * self.idle.sum())
+
+
+@register("choosy")
+class Choosy(Gpt2):
+    """What it does depends on numbers."""
+
+    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
+        return super().forward(tokens if bool(tokens.any()) else tokens + 1, targets, documents, cache, reduction)

@@ -1,10 +1,17 @@
 """Sampling: cached equals uncached, batches equal singles, padding never appears, and every knob does what it says."""
 
+import io
+import json
+import re
+
 import pytest
+import tokenizers
 import torch
 
-from models.base import get_model, load_models
+from models.base import get_model, load_models, model_names
+from models.presets import Gpt2
 from trainer import generate as g
+from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import UserError
 
 load_models()
@@ -19,7 +26,7 @@ class Runner:
         self.model.init_weights(torch.Generator().manual_seed(1))
         for parameter in self.model.parameters():  # far from uniform, so that argmax has no ties
             parameter.data.mul_(3)
-        self.device = torch.device("cpu")
+        self.device, self.precision = torch.device("cpu"), "fp32"
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)
@@ -121,8 +128,126 @@ def test_stop_strings_and_empty_prompts(runner):
     assert len(g.complete(runner, Letters(), [""], 5, [], temperature=0)[0]) <= 5
 
 
-def test_a_full_context_is_an_error():
+def test_past_its_context_a_model_reads_the_last_tokens():
+    runner, said = Runner("gpt2"), []
+    runner.model.max_context = limit = 8
+    long = [list(range(1, 13)), [3, 1]]  # of 12 tokens and of 2
+    new = g.generate(runner, long, 10, VOCAB, temperature=0, say=said.append)
+    for prompt, continued in zip(long, new, strict=True):
+        ids = list(prompt)
+        for _ in range(10):
+            with torch.no_grad():
+                ids.append(int(runner.model(torch.tensor([ids[-limit:]])).logits[0, -1, :VOCAB].argmax()))
+        assert continued == ids[len(prompt) :]
+    assert said == ["text: longer than the model's context: the last 8 tokens count"]
+
+
+# -- models that take no cache ----------------------------------------------------------------------------------------------
+
+
+class Convolution(Gpt2):
+    """Mixes each token with the one before it, and knows nothing of a cache."""
+
+    def context(self, tokens, documents, cache):
+        return super().context(tokens, documents, None)
+
+    def trunk(self, x, tables, context, cache):
+        return super().trunk(x + x.roll(1, dims=1) * (context.positions > 0)[:, None], tables, context, None)
+
+
+class Refusing(Gpt2):
+    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
+        if cache is not None:
+            raise NotImplementedError("no cache yet")
+        return super().forward(tokens, targets, documents, None, reduction)
+
+
+class Declared(Convolution):
+    decodes_incrementally = False
+
+
+def runner_of(model_class):
     runner = Runner("gpt2")
-    limit = runner.model.max_context
-    with pytest.raises(UserError, match=f"max_new_tokens: .* exceed the model's context of {limit}"):
-        g.complete(runner, Letters(), ["abc"], limit, [])
+    model = model_class(runner.model.config)
+    model.load_state_dict(runner.model.state_dict())
+    runner.model = model
+    return runner
+
+
+@pytest.mark.parametrize(
+    "model_class, why",
+    [
+        (Convolution, r"with a cache the model's logits differ by \d"),
+        (Refusing, r"with a cache the model fails \(NotImplementedError: no cache yet\)"),
+        (Declared, "the model says that it does not decode incrementally"),
+    ],
+)
+def test_a_model_that_takes_no_cache_gets_its_whole_context_and_that_is_said_once(model_class, why):
+    runner, said = runner_of(model_class), []
+    for _ in range(2):
+        new = g.generate(runner, [[5, 3, 1], [4]], 12, VOCAB, temperature=0, say=said.append)
+        assert new == [greedy_without_cache(runner.model, prompt, 12) for prompt in ([5, 3, 1], [4])]
+    assert len(said) == 1 and re.match(f"text: the whole context is computed again for every token: {why}", said[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
+@pytest.mark.parametrize("name", [name for name in model_names() if get_model(name).__module__.startswith("models.")])
+def test_rounding_is_no_reason_to_compute_the_whole(name, precision):
+    runner = Runner(name)
+    runner.precision = precision
+    runner.model.eval()
+    if precision == "pure_bf16":
+        runner.model.bfloat16()
+    runner.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    assert g.why_not_incremental(runner, VOCAB) == ""
+
+
+# -- text -----------------------------------------------------------------------------------------------------------------
+
+
+def word_tokenizer(decoder):
+    """Words, joined again by a decoder that leaves out the space before the first."""
+    words = ["[UNK]", "to", "be", "or", "not", "##ing", "."]
+    content = json.loads(
+        tokenizers.Tokenizer(
+            tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+        ).to_str()
+    )
+    content |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": decoder}
+    return Tokenizer(json.dumps(content).encode(), "words")
+
+
+def test_the_space_before_a_continuation_is_kept():
+    words = word_tokenizer({"type": "WordPiece", "prefix": "##", "cleanup": True})
+    ids = words.encode("to be or not to be").tolist()
+    assert g.continuation(words, ids[:4], ids[4:]) == " to be"
+    assert g.continuation(words, ids[:2], [5, 6]) == "ing."
+    assert g.continuation(words, [], ids[:2]) == "to be"
+    assert g.continuation(words, ids * 9, ids[:2]) == " to be"
+
+
+def test_characters_that_the_prompt_cuts_are_completed():
+    spelled = get_tokenizer("bytes")
+    ids = spelled.encode("a\u20ac\u20ac").tolist()
+    assert g.continuation(spelled, ids[:3], ids[3:]) == "\u20ac\u20ac"
+    assert g.continuation(spelled, spelled.encode("\u20ac" * 9).tolist(), ids[1:]) == "\u20ac\u20ac"
+
+
+def test_a_stop_string_may_begin_with_that_space(runner):
+    words = word_tokenizer({"type": "WordPiece", "prefix": "##", "cleanup": False})
+    [text] = g.complete(runner, words, ["to be"], 6, [], temperature=0)
+    stop = " " + text.split()[0]
+    assert text.startswith(" ") and g.complete(runner, words, ["to be"], 6, [stop], temperature=0) == [""]
+
+
+def test_a_prompt_that_is_not_text_is_one_line(runner):
+    with pytest.raises(UserError, match="^prompt: is not valid UTF-8 text"):
+        g.complete(runner, Letters(), ["ab\udc80"], 1, [])
+
+
+def test_stdout_of_another_encoding_gets_question_marks(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    g.write("caf\u00e9\n")
+    out.flush()
+    assert out.buffer.getvalue() == b"caf?\n"

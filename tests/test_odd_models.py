@@ -8,15 +8,18 @@ import torch
 from conftest import tiny_values
 from safetensors.torch import load_file
 
-from models.base import get_model
+from models.base import get_model, ties, with_storage
 from trainer import checkpoint
-from trainer.config import EvaluateConfig, ExportConfig
-from trainer.engine.base import ties, with_storage
+from trainer.config import EvaluateConfig, ExportConfig, RunConfig
 from trainer.engine.distributed import World
+from trainer.engine.gradients import refuse_unreached
+from trainer.errors import UserError
 from trainer.evaluate import run as evaluate
 from trainer.export import run as export
 from trainer.memory import build_meta
 from trainer.metrics.record import read_rows
+from trainer.plan import resolve
+from trainer.settings import build
 from trainer.train import run
 
 
@@ -25,16 +28,53 @@ def values(dataset, folder, model, **changes):
     return tiny_values(dataset, folder, model=shape, optim__recipe="hlb", **changes)  # whose schedules have no end
 
 
-@pytest.mark.parametrize("model", ["odd", "idle"])
-def test_resumption_is_exact(tiny_dataset, tmp_path, model):
-    run(values(tiny_dataset, tmp_path / "whole", model, max_steps=8))
-    run(values(tiny_dataset, tmp_path / "parts", model, max_steps=4))
-    run({**values(tiny_dataset, tmp_path / "parts", model), "max_steps": 8})
+def test_resumption_is_exact(tiny_dataset, tmp_path):
+    run(values(tiny_dataset, tmp_path / "whole", "odd", max_steps=8))
+    run(values(tiny_dataset, tmp_path / "parts", "odd", max_steps=4))
+    run({**values(tiny_dataset, tmp_path / "parts", "odd"), "max_steps": 8})
     whole, parts = (
         checkpoint.load(tmp_path / name / "checkpoints" / "step-00000008", "", World()) for name in ("whole", "parts")
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_training_refuses_a_parameter_without_gradient_before_it_begins(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="^model idle: a backward pass gives no gradient to idle; "):
+        run(values(tiny_dataset, tmp_path / "r", "idle"))
+    assert not (tmp_path / "r" / "config.yaml").exists()
+
+
+def plan_of(model):
+    return resolve(build(RunConfig, values("nowhere", "r", model)))
+
+
+def test_a_model_that_depends_on_numbers_cannot_be_planned():
+    with pytest.raises(UserError, match="^model Choosy: its forward fails on tensors without numbers"):
+        plan_of("choosy")
+
+
+def test_a_frozen_parameter_is_one_without_gradient(monkeypatch):
+    original = odd_model.Steady.__init__
+
+    def freeze(self, config):
+        original(self, config)
+        self.idle.requires_grad_(False)
+
+    refuse_unreached(plan_of("steady"), print)  # nothing to refuse
+    monkeypatch.setattr(odd_model.Steady, "__init__", freeze)
+    with pytest.raises(UserError, match="gives no gradient to idle; "):
+        refuse_unreached(plan_of("steady"), print)
+
+
+def test_where_that_cannot_be_found_out_it_is_said(monkeypatch):
+    def nowhere(self, *args, **kwargs):
+        raise RuntimeError("needs a GPU")
+
+    plan, said = plan_of("steady"), []
+    monkeypatch.setattr(odd_model.Steady, "forward", nowhere)
+    refuse_unreached(plan, said.append)
+    assert len(said) == 1 and "RuntimeError: needs a GPU" in said[0]
 
 
 def test_a_tie_by_assignment_stays(tiny_dataset, tmp_path):

@@ -16,7 +16,7 @@ from trainer.data.stream import find_dataset
 from trainer.device import GPUS
 from trainer.engine.distributed import World
 from trainer.errors import UserError
-from trainer.run_folder import combined_values, flat
+from trainer.run_config import combined_values, flat
 from trainer.settings import build, load_yaml, to_yaml
 
 MAY_STAY_OPEN = {"data.path", "data.source", "data.cache", "data.validation_source", "data.document_start"}

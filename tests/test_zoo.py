@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.base import IGNORE, Cache, get_model, load_models, model_names
+from models.base import IGNORE, Cache, get_model, load_models, materialise, model_names
 from trainer import scaling
 
 load_models()
@@ -28,12 +28,7 @@ def build(name, scale=SCALE, seed=0, vocab=VOCAB):
     config = cls.config_for_scale(scale, vocab, scaling.target_parameters(scale, vocab))
     with torch.device("meta"):
         model = cls(config)
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model
+    return materialise(model, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
 @functools.cache
@@ -175,8 +170,7 @@ def test_init_gives_a_shard_its_part_of_the_same_weights(name):
         mesh = dist.init_device_mesh("cpu", (2,))
         for module in (*model.blocks(), model):
             fully_shard(module, mesh=mesh)
-        model.to_empty(device="cpu")
-        model.init_weights(torch.Generator().manual_seed(0))
+        materialise(model, torch.device("cpu"), torch.Generator().manual_seed(0))
         sharded = dict(model.named_parameters())
         for key, parameter in whole.named_parameters():
             chunks = parameter.chunk(2)

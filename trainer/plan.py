@@ -108,7 +108,7 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     if name not in model_names():
         folder = folder_of(config)
         plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
-        ways = f"{folder} was started with {plugins}" if plugins else "--plugin MODULE for one of your own"
+        ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
         raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways})")
     model_class = get_model(name)
 

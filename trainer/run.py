@@ -217,10 +217,10 @@ class Run:
             return ""
         prompt = self.config.log.sample_prompt
         limit = self.model.max_context
-        if limit is not None and len(tokenizer.encode(prompt)) + tokens > limit:
-            tokens = max(1, limit - len(tokenizer.encode(prompt)))
-            prompt = tokenizer.decode(tokenizer.encode(prompt)[: limit - tokens].tolist())
-        text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], seed=self.config.seed)[0]
+        if limit is not None:  # beyond it every token would cost a whole context
+            tokens = max(1, min(tokens, limit - len(tokenizer.encode(prompt))))
+        say = self.world.say
+        text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], say, seed=self.config.seed)[0]
         if self.world.leader:
             with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
                 file.write(f"=== {header}\n{text}\n\n")

@@ -131,6 +131,10 @@ class OpenRun:
     def agree(self, value: Any) -> Any:
         return value
 
+    @property
+    def precision(self) -> str:
+        return self.plan.config.precision
+
     def autocast(self) -> Any:
         from trainer.engine.base import autocast
 
@@ -171,6 +175,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
 
+    from models.base import Unset, refuse_unset, with_storage
     from trainer import checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
@@ -199,9 +204,13 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
     tensors = checkpoint.load(path, "model.", world, place)
-    model = build_meta(plan.model_class, plan.model_config).to_empty(device=place)
+    model = with_storage(build_meta(plan.model_class, plan.model_config), place)
     model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
+    try:
+        refuse_unset(model, given=tensors)
+    except Unset as error:
+        raise UserError(f"model {plan.config.model['name']}: {error}") from None
     model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
     return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])

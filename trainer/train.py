@@ -17,6 +17,7 @@ from trainer.data.stream import find_dataset, local_folder
 from trainer.device import choose_device
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
+from trainer.engine.gradients import refuse_unreached
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
@@ -26,7 +27,7 @@ from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_config import check_unchanged, combined_config, combined_values, folder_of
+from trainer.run_config import check_unchanged, combined_config, combined_values, folder_of, plugins_of
 from trainer.run_folder import locked, write_start
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
@@ -63,6 +64,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         plan = resolve(config, dataset)
+        world.on_leader(lambda: refuse_unreached(plan, world.say))
         before_training(plan, world)
         device = choose_device(plan.config.device, world.local_rank)
         with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
@@ -234,9 +236,10 @@ def finish(this: Run, report: Report, tokenizer: Any) -> None:
     if not this.world.leader:
         return
     last = report.last
+    plugins = "".join(f" --plugin {module}" for module in plugins_of(this.folder))
     report.console.say(
         f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
         f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
-        f"`python -m trainer generate {this.folder}` writes more"
+        f"`python -m trainer generate {this.folder}{plugins}` writes more"
     )

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.base import cross_entropy, get_model
+from models.base import cross_entropy, get_model, materialise
 from trainer.bench.clock import PhaseClock
 from trainer.bench.variants import Contender
 from trainer.config import BenchConfig
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, TrainStream
-from trainer.engine.base import Engine, autocast, prepare_device, with_storage
+from trainer.engine.base import Engine, autocast, prepare_device
 from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.memory import KERNEL_FIELDS, build_meta, expected_memory
@@ -131,8 +131,8 @@ class BareLoop(Peer):
     """Our own model, with the kernels, recomputation and compilation of the first variant."""
 
     def make_model(self) -> Any:
-        model = with_storage(build_meta(self.plan.model_class, self.plan.model_config), self.device)
-        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        meta = build_meta(self.plan.model_class, self.plan.model_config)
+        model = materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
         Engine.prepare_blocks(cast(Any, self), model)
         return model
 
@@ -149,8 +149,8 @@ class EagerPeer(Peer):
         return dataclasses.replace(self.plan.model_config, **kernels)
 
     def make_model(self) -> Any:
-        model = with_storage(build_meta(self.plan.model_class, self.model_config()), self.device)
-        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        meta = build_meta(self.plan.model_class, self.model_config())
+        model = materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
         self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}
         return model
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.base import Output
+from models.base import Output, Unset, materialise
 from models.layers.float8 import convert_to_float8
 from trainer.data.documents import document_numbers
 from trainer.device import choose_device, keep_freed_memory
@@ -17,6 +17,7 @@ from trainer.engine.compilation import Compiled
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, update_copies
 from trainer.engine.recompute import apply as checkpoint_activations
+from trainer.errors import UserError
 from trainer.memory import build_meta
 from trainer.optim import Optimizer, build_optimizer
 
@@ -62,9 +63,18 @@ class Engine:
             Compiled(model, self.world.say_from)  # it may fail on one machine, for which all others then wait
 
     def initialise(self, model: Any, device: torch.device) -> Any:
-        """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks."""
-        model = with_storage(model, device)
-        model.init_weights(torch.Generator().manual_seed(self.config.seed))
+        """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks.
+
+        All ranks call this: UserError on all of them where one has found numbers that are not set.
+        """
+        problem = ""
+        try:
+            model = materialise(model, device, torch.Generator().manual_seed(self.config.seed))
+        except Unset as error:
+            problem = str(error)
+        for found in self.world.gather(problem):
+            if found:
+                raise UserError(f"model {self.config.model['name']}: {found}")
         return model
 
     def describe(self) -> str:
@@ -189,26 +199,6 @@ class Engine:
 
     def close(self) -> None:
         """Free what would outlive the process group."""
-
-
-def with_storage(model: Any, device: torch.device) -> Any:
-    """A model that was built without storage, on `device`, its values not set yet; parameters that were one stay one."""
-    tied = ties(model)
-    model = model.to_empty(device=device)
-    for name, first in tied.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
-    return model
-
-
-def ties(model: Any) -> dict[str, str]:
-    """Further name -> first name of each parameter that stands under several."""
-    first: dict[Any, str] = {}
-    return {
-        name: first[parameter]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first.setdefault(parameter, name) != name
-    }
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:

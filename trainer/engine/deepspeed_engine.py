@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from models.base import ties, with_storage
 from trainer.device import choose_device
-from trainer.engine.base import Engine, ties, with_storage
+from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
 from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, deal
