@@ -82,7 +82,7 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             )
         return given, False
     saved = load_yaml(folder / CONFIG)
-    engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
+    engine, strategy = saved.get("engine") or {}, (given.get("engine") or {}).get("strategy")
     processes = _last_start(folder).get("processes")
     if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
         saved["engine"] = {key: value for key, value in engine.items() if key not in BY_STRATEGY}
