@@ -22,6 +22,7 @@ from trainer.files import write_file
 from trainer.launcher import find_place
 from trainer.memory import KERNEL_FIELDS
 from trainer.settings import build, load_yaml, merge, parse_flags, to_yaml
+from trainer.text import printable
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.jsonl"
@@ -240,6 +241,12 @@ class OpenRun:
         from trainer.data.stream import Split, find_dataset
 
         data = data if data.path is not None else self.plan.config.data
+        file = Path(data.path or "").expanduser()
+        if file.is_file():
+            raise UserError(
+                f"data.path: {printable(file)} is a file, and a dataset is a folder: run `python -m trainer prepare "
+                f"--source {file} --validation_source {file} --tokenizer {self.folder / 'tokenizer.json'} --out DIR` and give DIR"
+            )
         info = find_dataset(data)
         if info is None:
             raise UserError(f"data.path: there is no dataset at {data.path}; run `python -m trainer prepare` first")
@@ -256,6 +263,17 @@ class OpenRun:
             raise UserError(
                 f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}"
             )
+
+
+def without_training(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values without those that only training on its device needs: they do not bind one process that reads the run."""
+    kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
+    for section, names in {
+        "batch": ("device_token_capacity", "tokens_per_microbatch"),
+        "optim": ("state_precision",),
+    }.items():
+        kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
+    return kept
 
 
 def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
@@ -279,11 +297,10 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if precision != "auto":
         values["precision"] = precision
     values |= {"device": device, "run_dir": str(folder)}  # the folder may have been moved
-    values.pop("engine", None)  # how the run was spread does not bind one process that reads it
-    config = build(RunConfig, values)
+    config = build(RunConfig, without_training(values))
     config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
     dataset = DatasetInfo.load(folder)
-    plan = resolve(config, dataset)
+    plan = resolve(config, dataset, training=False)
     place = choose_device(device, world.local_rank)
     if place.type == "cpu":
         keep_freed_memory()
