@@ -11,6 +11,7 @@ from torch import Tensor
 from models.base import Cache
 from trainer.config import GenerateConfig
 from trainer.errors import UserError
+from trainer.text import for_stream
 
 
 @torch.no_grad()
@@ -130,6 +131,6 @@ def run(config: GenerateConfig) -> None:
         seed=config.seed,
     )
     for prompt, text in zip(prompts, texts, strict=True):
-        sys.stdout.write(prompt + text + "\n")
+        sys.stdout.write(for_stream(prompt + text, sys.stdout) + "\n")
         if len(prompts) > 1:
             sys.stdout.write("-" * 80 + "\n")
