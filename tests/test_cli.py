@@ -6,15 +6,18 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import yaml
-from conftest import ROOT, error_line, trainer
+from conftest import PATIENCE, ROOT, error_line, trainer
 
 from models.base import get_model, load_models
-from trainer.__main__ import dispatch, import_plugins
+from trainer.__main__ import dispatch, import_plugins, main
 from trainer.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
+from trainer.engine.distributed import World
 from trainer.errors import UserError
+from trainer.metrics.console import Table
 from trainer.settings import coerced, leaf_keys
 
 ALL_KEYS = sorted(
@@ -133,6 +136,45 @@ def test_a_broken_file_of_the_zoo_is_told_in_one_line(tmp_path):
         "error: cannot import models.broken: ImportError: cannot import name"
     )
     assert line.endswith("models/broken.py, line 1)")
+
+
+def test_a_folder_called_models_hides_nothing(tmp_path):
+    """`python -m` has the current folder before ours on the path."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("raise SystemExit('the wrong models')\n")
+    done = trainer("plan", "configs/quickstart.yaml", "--model.name", "gpt2", "--model_scale", "0.01", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model.d_model" in done.stdout
+
+
+def test_what_is_shown_moves_no_cursor(capfd, monkeypatch):
+    evil = "\x1b[2J\x9b31m\r\n"
+    monkeypatch.setattr(sys, "argv", ["trainer", "plan", f"--{evil}", "1"])
+    monkeypatch.setattr("trainer.__main__.leave", lambda code: None)
+    main()
+    World().say(f"{evil}x\ty")
+    World().say_from(evil)
+    Table().say(evil)
+    shown = capfd.readouterr().err
+    assert "\x1b" not in shown and "\x9b" not in shown and "\r" not in shown
+    assert shown.startswith(r"error: unknown key \x1b[2J\x9b31m\r\n (allowed: ")
+    assert "\\x1b[2J\\x9b31m\\r\nx\ty\n" in shown
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_its_configs(tmp_path):
+    pytest.importorskip("setuptools", reason="builds a wheel without a network")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "build", "*.egg-info", "__pycache__"))
+    words = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True, timeout=PATIENCE)
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "models").mkdir()
+    words = ["plan", "configs/llama.yaml", "--model_scale", "0.01", "--model.d_model", "96", "--print_config"]
+    done = trainer(*words, "--data.tokenizer", "bytes", env={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["name"] == "llama"
 
 
 def test_an_error_leaves_one_line_and_a_code(tmp_path):

@@ -1,6 +1,7 @@
 """What DeepSpeed is told, and contradictions between a user's deepspeed.json and the run's config."""
 
 import json
+import os
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_users_own_settings_are_kept(tmp_path):
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients true, .* it is false; remove it there"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op "sum", .* it is "mean"; remove it there'),
         ({"train_batch_size": 32}, "sets train_batch_size, but the batch is batch.tokens_per_step"),
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "holds no JSON object"),
     ],
 )  # fmt: skip
@@ -81,8 +82,31 @@ def test_contradictions_are_one_line(tmp_path, theirs, expected):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*nowhere.json: No such file"):
+    with pytest.raises(UserError, match="nowhere.json: cannot be read: No such file"):
         settings(deepspeed_config=str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    "theirs, expected",
+    [
+        ('{"a": ' * 100 + "1" + "}" * 100, "more than 32 levels"),
+        ('{"a": ' * 100_000, "is not valid JSON"),
+        ('{"gradient_clipping": 1, "gradient_clipping": 2}', "a key stands twice"),
+        ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
+    ],
+)
+def test_an_extreme_file_is_one_line(tmp_path, theirs, expected):
+    with pytest.raises(UserError, match=f"engine.deepspeed_config: .*{expected}"):
+        settings(tmp_path, theirs)
+
+
+def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            settings(deepspeed_config=path)
+    with pytest.raises(UserError, match="engine.deepspeed_config: is empty"):
+        settings(deepspeed_config="")
 
 
 @pytest.mark.parametrize("section", ["bf16", "zero_optimization"])

@@ -1,5 +1,6 @@
 """Both protocols against arithmetic done by hand."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,11 +8,16 @@ import torch
 from conftest import tiny_values
 
 from trainer import evaluate
-from trainer.config import RunConfig
+from trainer.config import PrepareConfig, RunConfig
+from trainer.data.prepare import prepare
 from trainer.data.stream import Split, find_dataset
 from trainer.engine.distributed import World
+from trainer.engine.signals import StopSignals
 from trainer.engine.torch_engine import TorchEngine
+from trainer.engine.watchdog import Watchdog
+from trainer.errors import UserError
 from trainer.plan import resolve
+from trainer.run import Run
 from trainer.settings import build
 
 WORLD = World()
@@ -82,3 +88,45 @@ def test_window_count_of_the_original_validation_text():
     windows = list(ordered_windows(Counted, 1024))
     assert sum(count == 1024 for _, count in windows) == 241
     assert sum(count for _, count in windows) == 247_288
+
+
+def test_a_split_of_two_tokens_has_one_target_and_no_random_windows(tiny_dataset, tmp_path):
+    (tmp_path / "train.txt").write_text("the cat sat on a mat and ran far away " * 20)
+    (tmp_path / "one.txt").write_text("a")
+    prepare(
+        PrepareConfig(
+            source=str(tmp_path / "train.txt"),
+            validation_source=str(tmp_path / "one.txt"),
+            tokenizer="bytes",
+            sample_length=64,
+            out=str(tmp_path / "data"),
+            workers=1,
+        ),
+        lambda line: None,
+    )
+    config = build(RunConfig, tiny_values(tmp_path / "data", tmp_path / "r", evaluation__protocol="hlb"))
+    info = find_dataset(config.data)
+    split = Split(config.data, info, "validation")
+    result = evaluate.full(TorchEngine(resolve(config, info), WORLD), split, 64, WORLD)
+    assert result["tokens"] == 1 and math.isfinite(result["loss"]) and result["bits_per_byte_is_estimate"]
+    for protocol in ("hlb", "both"):
+        with pytest.raises(UserError, match=f"^protocol: {protocol} needs at least 3 tokens, .* has 2; prepare more"):
+            evaluate.check_enough(split, protocol, "protocol")
+    with (
+        contextlib.closing(Watchdog(WORLD, 600)) as watchdog,
+        pytest.raises(UserError, match="^evaluation.protocol: hlb"),
+    ):
+        Run(resolve(config, info), WORLD, info, watchdog, StopSignals(WORLD))
+
+
+def test_the_report_says_what_is_an_estimate(engine_and_split):
+    engine, split = engine_and_split
+    whole, part = (evaluate.full(engine, split, 64, WORLD, tokens) for tokens in (0, 64))
+    assert not whole["bits_per_byte_is_estimate"] and part["bits_per_byte_is_estimate"]
+    report = {"run": "r\x1b[31m", "step": 3, "data": "d", "split": "validation"}
+    text = evaluate.render(report | {"full": whole | {"word_perplexity": None}})
+    assert "estimate" not in text and "\x1b" not in text and "word_perplexity" not in text
+    assert text.count("\n") == 1
+    hlb = evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
+    text = evaluate.render(report | {"full": part, "hlb": hlb})
+    assert "an estimate: the split's bytes, in proportion" in text and "bytes of the split's average token" in text

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 from safetensors.torch import load_file
 
 import models.base
 from trainer import checkpoint, export
-from trainer.config import ExportConfig, RunConfig
+from trainer.config import DataConfig, ExportConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.engine.distributed import World
 from trainer.errors import UserError
@@ -50,6 +51,34 @@ def test_kernels_of_one_machine_do_not_bind_another(tiny_dataset, tmp_path):
     export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["attention_kernel"] == "auto"
     stranger(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_run_of_another_device_can_be_opened(tiny_dataset, tmp_path, monkeypatch):
+    """fp8 units, the room to train and the like are not needed to read what was trained."""
+    folder = make_run(tiny_dataset, tmp_path / "run", "gpt2")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values |= {"float8": True, "device": "cuda", "profile": True}
+    values["engine"] |= {"strategy": "hsdp", "shard_size": 8, "cuda_graphs": True, "compile": True}
+    values["batch"] |= {"tokens_per_microbatch": 1 << 30}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+
+    def too_small(*_):
+        raise AssertionError("asked whether training fits")
+
+    monkeypatch.setattr("trainer.strategy.Chooser.refuse_the_impossible", too_small)
+    opened = open_run(str(folder), None, "cpu", "pure_bf16")
+    assert opened.model(torch.zeros(1, 4, dtype=torch.long)).logits.shape[:2] == (1, 4)
+    export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_text_file_in_place_of_a_dataset_is_told_the_way(tiny_dataset, tmp_path):
+    opened = open_run(str(make_run(tiny_dataset, tmp_path / "run", "gpt2")), None, "cpu", "auto")
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(
+        UserError, match="a.txt is a file, .* prepare --source .*a.txt --validation_source .*run/tokenizer.json"
+    ):
+        opened.split(DataConfig(path=str(tmp_path / "a.txt")), "validation")
 
 
 def stranger(out: Path) -> torch.nn.Module:

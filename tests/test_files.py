@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from trainer.errors import Damaged, MachineError, UserError
 from trainer.files import bare_name, digest_of, parse_json, read_json, sealed, system_error, user_path, write_file
-from trainer.text import printable
+from trainer.text import for_stream, printable, printable_lines
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +87,24 @@ def test_a_name_that_leads_elsewhere_is_damage(name: object) -> None:
 def test_shown_text_moves_no_cursor() -> None:
     assert printable("a\x1b[2Jb\n\u202ec\udc80 é 漢") == "a\\x1b[2Jb\\n\\u202ec\\udc80 é 漢"
     assert len(printable("x" * 10_000)) < 2100
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is a pipe or a device; name a regular file"):
+            read_json(path)
+
+
+def test_lines_of_ours_keep_their_ends_and_move_no_cursor() -> None:
+    assert printable_lines("a\tb\n\x1b[31mc\r\n\x9b\u202e") == "a\tb\n\\x1b[31mc\\r\n\\x9b\\u202e"
+    assert printable_lines("é 漢 🙂") == "é 漢 🙂"
+
+
+def test_a_terminal_gets_no_escapes_and_a_pipe_gets_all() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert for_stream("\x1b[2Ja\n", Terminal()) == "\\x1b[2Ja\n"
+    assert for_stream("\x1b[2Ja\n", io.StringIO()) == "\x1b[2Ja\n"

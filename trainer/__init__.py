@@ -1,3 +1,20 @@
 """Crescendo: one model file, one dial, from a laptop to a cluster."""
 
+import importlib.machinery
+import sys
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+class _OurModels:
+    """Finds the package `models` beside this one: `python -m` looks into the current folder first, which may hold another."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        root = Path(__file__).parent.parent
+        return importlib.machinery.PathFinder.find_spec(name, [str(root)]) if name == "models" else None
+
+
+sys.meta_path.insert(0, _OurModels)  # type: ignore[arg-type]

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import MachineError, UserError
+from trainer.files import system_error
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
+from trainer.text import printable, printable_lines
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
@@ -55,10 +57,11 @@ def main() -> None:
             dispatch(without_local_rank(sys.argv[1:], place))
     except UserError as error:
         if not isinstance(error, MachineError):
-            tell_outcome(f"refused: {error}")
+            tell_outcome(f"refused: {printable(error)}")
         if place.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
-        print(f"error: {f'[rank {place.rank}] ' if place.rank else ''}{error}", file=sys.stderr, flush=True)
+        who = f"[rank {place.rank}] " if place.rank else ""
+        print(f"error: {who}{printable(error, 20_000)}", file=sys.stderr, flush=True)
         leave(2)
     except KeyboardInterrupt:
         if place.rank == 0:
@@ -69,7 +72,7 @@ def main() -> None:
         sys.exit(141)
     except Exception as error:
         if is_broken_model(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
             leave(1)
         if place.size == 1:
             raise
@@ -82,7 +85,7 @@ def main() -> None:
                 "command again; training goes on from the last checkpoint"
             )
         # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
         leave(1)
 
 
@@ -94,7 +97,7 @@ def known_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise MachineError(f"{error.filename or 'input or output'}: {error.strerror or error}") from None
+        raise system_error(error, printable(error.filename or "input or output")) from None
     except (MemoryError, RuntimeError) as error:
         words = ("out of memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
@@ -145,7 +148,7 @@ def dispatch(words: list[str]) -> None:
 
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown verb {verb!r}{hint} (verbs: {', '.join(VERBS)})")
+        raise UserError(f"unknown verb {printable(repr(verb), 100)}{hint} (verbs: {', '.join(VERBS)})")
 
     from trainer import config as schema
     from trainer.settings import build, help_text, load_yaml, merge, parse_flags

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.settings import setting
+from trainer.settings import coerce, setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -31,7 +31,7 @@ class CorpusConfig:
         "gpt2", "gpt2, gpt-neox-20b, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one"
     )
     validation_source: str | None = setting(
-        None, "source of the validation split; none: documents held out of `source`"
+        None, "source of the validation split; auto: documents held out of `source`"
     )
     validation_fraction: float = setting(
         0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
@@ -41,7 +41,7 @@ class CorpusConfig:
         "stop", "what to do at a row that is not JSON, not UTF-8 or has no text in text_field; skip: count it"
     )
     document_start: str | None = setting(
-        None, "regular expression of lines (or rows) that open a document; none: each file or row is a document"
+        None, "regular expression of lines (or rows) that open a document; auto: each file or row is a document"
     )
     end_of_text: str | None = setting(
         None, "token of the tokenizer that ends documents; auto: <|endoftext|>, </s>, <eos> or <|end_of_text|>"
@@ -54,7 +54,7 @@ class PrepareConfig(CorpusConfig):
     """`prepare`: text to MDS shards."""
 
     out: str | None = setting(None, "folder to write; must not exist")
-    workers: int | None = setting(None, "tokenising processes; none: one per core", low=1)
+    workers: int | None = setting(None, "tokenising processes; auto: one per core", low=1)
     shard_megabytes: int = setting(64, "size of one shard in MiB", low=1)
 
 
@@ -63,7 +63,7 @@ class DataConfig(CorpusConfig):
     """The prepared dataset a run reads."""
 
     path: str | None = setting(None, "folder or s3://, gs://, hf:// address that `prepare` wrote; prepared if missing")
-    cache: str | None = setting(None, "folder for shards of a remote path; none: under the user's cache folder")
+    cache: str | None = setting(None, "folder for shards of a remote path; auto: under the user's cache folder")
     threads: int = setting(4, "threads that read ahead (never changes the order)", low=1)
     order: Literal["windows", "samples"] = setting(
         "windows",
@@ -119,7 +119,7 @@ class EngineConfig:
         "auto", "single, ddp, fsdp, hsdp (sharded in a group, copied across groups) or DeepSpeed's zero0 to zero3"
     )
     shard_size: int | None = setting(
-        None, "hsdp: processes that share one copy of the weights; none: those of one machine", low=1
+        None, "hsdp: processes that share one copy of the weights; auto: those of one machine", low=1
     )
     reshard_after_forward: bool = setting(
         True, "fsdp, hsdp: free a block's weights after its forward and gather them again for its backward"
@@ -131,7 +131,7 @@ class EngineConfig:
     activation_checkpointing: str = setting(
         "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
     )
-    compile: bool | None = setting(None, "torch.compile each block and the loss; none: on a GPU")
+    compile: bool | None = setting(None, "torch.compile each block and the loss; auto: on a GPU")
     cuda_graphs: bool = setting(
         False, "single, on a GPU: record a microbatch of each shape and replay it as one launch"
     )
@@ -150,7 +150,7 @@ class EvaluationConfig:
         "full", "full: the split in order, every token once; hlb: 150 random windows, seeded; both"
     )
     max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split", low=0)
-    sequence_length: int | None = setting(None, "window length; none: the longest training sequence", low=1)
+    sequence_length: int | None = setting(None, "window length; auto: the longest training sequence", low=1)
 
 
 @dataclass
@@ -158,7 +158,7 @@ class CheckpointConfig:
     """What is kept to go on from."""
 
     every: int | None = setting(
-        None, "optimiser steps between checkpoints; none: a tenth of the run; 0: at the end", low=0
+        None, "optimiser steps between checkpoints; auto: a tenth of the run; 0: at the end", low=0
     )
     keep: int = setting(2, "newest checkpoints kept", low=1)
     keep_every: int = setting(0, "also write one at every multiple of this step and keep it for good; 0: none", low=0)
@@ -189,7 +189,7 @@ class RunConfig:
         default_factory=lambda: {"name": "hlb"},
         metadata={"help": "model.name picks the architecture; model.FIELD overrides one of its fields"},
     )
-    run_dir: str | None = setting(None, "folder of the run; none: runs/MODEL-SCALE")
+    run_dir: str | None = setting(None, "folder of the run; auto: runs/MODEL-SCALE")
     seed: int = setting(0, "seed of weights, data order and every draw", low=0, high=2**62)
     max_steps: int = setting(1000, "optimiser steps", low=1, high=10**9)
     precision: Precision = setting(
@@ -207,13 +207,17 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        if "name" in self.model:
+            self.model = {**self.model, "name": coerce(str, self.model["name"], "model.name")}
+
 
 @dataclass
 class PlanConfig(RunConfig):
     """`plan`: a run's keys, and the machines to plan for."""
 
     device: str = setting("auto", "auto, cpu, cuda, or a GPU that need not be here, such as a100-40gb")  # type: ignore[assignment]
-    world_size: int | None = setting(None, "processes; none: as many as were started", low=1)
+    world_size: int | None = setting(None, "processes; auto: as many as were started", low=1)
     processes_per_machine: int = setting(8, "of world_size", low=1)
     price: float | None = setting(None, "of a device for an hour, in any currency", above=0)
 
@@ -231,7 +235,7 @@ class BenchConfig(RunConfig):
     rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
     bench_dir: str | None = setting(
-        None, "folder of bench.md, .json and .png, on the disk that `bench checkpoint` measures; none: runs/bench-TIME"
+        None, "folder of bench.md, .json and .png, on the disk that `bench checkpoint` measures; auto: runs/bench-TIME"
     )
 
 
@@ -240,7 +244,7 @@ class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
     run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
-    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
     max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
     temperature: float = setting(1.0, "0: always the likeliest token", low=0)
@@ -259,12 +263,12 @@ class EvaluateConfig:
     """`evaluate`: loss of a run's checkpoint on a validation split."""
 
     run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
-    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
-    sequence_length: int | None = setting(None, "window length; none: the run's", low=1)
-    seed: int | None = setting(None, "seed of the hlb windows; none: the run's", low=0, high=2**62)
+    sequence_length: int | None = setting(None, "window length; auto: the run's", low=1)
+    seed: int | None = setting(None, "seed of the hlb windows; auto: the run's", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; auto: the run's")
 
@@ -274,6 +278,6 @@ class ExportConfig:
     """`export`: a checkpoint's weights in one place, for other programs."""
 
     run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
-    step: int | None = setting(None, "checkpoint to use; none: the newest good one", low=0)
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     to: Literal["safetensors"] = setting("safetensors", "format of the weights")
-    out: str | None = setting(None, "folder to write; must not exist; none: RUN/export-STEP")
+    out: str | None = setting(None, "folder to write; must not exist; auto: RUN/export-STEP")

@@ -22,11 +22,19 @@ from trainer.config import EvaluateConfig
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, ordered_windows
 from trainer.engine.distributed import World
+from trainer.errors import UserError
 from trainer.metrics.console import format_number
 from trainer.scaling import evaluation_shape, tokens_per_microbatch
+from trainer.text import printable
 
 # fp32 logits held at once, by type of device: evaluation is not worth more memory than training, and a CPU is faster with less.
 LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+KNOWN_SHARE = 0.999  # of a split's tokens: where fewer count, their bytes are an estimate
+LEAST_TOKENS = {"full": 2, "hlb": 3, "both": 3}  # of a split
+ESTIMATED = {
+    "full": "the split's bytes, in proportion to the tokens that counted",
+    "hlb": "the bytes of the split's average token",
+}
 
 
 @torch.no_grad()
@@ -40,7 +48,8 @@ def full(
 ) -> dict[str, Any]:
     """Loss over the split in order. runner: has model, plan, device, autocast() and lockstep, as an engine does; at: told the progress.
 
-    Returns loss (nats per token), perplexity, bits_per_byte, word_perplexity, accuracy, tokens, windows.
+    Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
+    the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
     """
     windows = list(ordered_windows(split, length, max_tokens))
     rows = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
@@ -55,12 +64,15 @@ def full(
             tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
         totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
     nats, correct, count = world.sum(totals).tolist()
-    share = count / split.counts.tokens  # bytes and words are known for the whole split
+    share = (
+        count / split.counts.tokens
+    )  # bytes and words are known for the whole split, of which the first token is no target
     loss = nats / count
     return {
         "loss": loss,
         "perplexity": safe_exp(loss),
         "bits_per_byte": nats / math.log(2) / (split.counts.bytes * share),
+        "bits_per_byte_is_estimate": share < KNOWN_SHARE,
         "word_perplexity": safe_exp(nats / (split.counts.words * share)) if split.counts.words else None,
         "accuracy": correct / count,
         "tokens": int(count),
@@ -96,10 +108,20 @@ def hlb(
         "loss": loss,
         "perplexity": safe_exp(loss),
         "bits_per_byte": loss / math.log(2) * split.counts.tokens / split.counts.bytes,  # bytes of an average token
+        "bits_per_byte_is_estimate": True,
         "accuracy": correct / count,
         "tokens": int(count),
         "windows": len(starts),
     }
+
+
+def check_enough(split: Split, protocol: str, key: str) -> None:
+    """UserError where the split is too short for `protocol`, the value of `key`."""
+    if split.counts.tokens < LEAST_TOKENS[protocol]:
+        raise UserError(
+            f"{key}: {protocol} needs at least {LEAST_TOKENS[protocol]} tokens, and the {split.name} split of "
+            f"{printable(split.folder)} has {split.counts.tokens}; prepare more text for it"
+        )
 
 
 def turns(runner: Any, world: World, windows: int, rows: int) -> range:
@@ -165,6 +187,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     join(world, config.device)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
     split = opened.split(config.data, config.split)
+    check_enough(split, config.protocol, "protocol")
     settings = opened.plan.config.evaluation
     settings.protocol = config.protocol
     settings.sequence_length = config.sequence_length or settings.sequence_length
@@ -179,13 +202,16 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
 def render(report: dict[str, Any]) -> str:
     """The results as a few lines."""
-    lines = [f"{report['run']}, step {report['step']}, {report['split']} split of {report['data']}"]
+    lines = [printable(f"{report['run']}, step {report['step']}, {report['split']} split of {report['data']}")]
     for protocol in ("full", "hlb"):
         if protocol in report:
             values = report[protocol]
             shown = [
                 f"{key} {format_number(value)}" if isinstance(value, float) else f"{key} {value:,}"
                 for key, value in values.items()
+                if value is not None and not isinstance(value, bool)
             ]
             lines.append(f"{protocol}: " + ", ".join(shown))
+            if values["bits_per_byte_is_estimate"]:
+                lines[-1] += f" (what is per byte or word is an estimate: {ESTIMATED[protocol]})"
     return "\n".join(lines)

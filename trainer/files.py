@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_small(path: Path) -> bytes:
-    """The content of a small file of ours. Raises MachineError or UserError where it cannot be read, Damaged where it is no
-    small file."""
+    """The content of a small file. Raises MachineError or UserError where it cannot be read, Damaged where it is no small file."""
     try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # opening a pipe waits for a writer
+            raise UserError(f"{printable(path)}: is a pipe or a device; name a regular file")
         with path.open("rb") as file:
             data = file.read(JSON_BYTES + 1)
     except OSError as error:

@@ -16,7 +16,7 @@ from models.base import Cache
 from models.layers.float8 import E4M3, Float8Linear
 from trainer.config import GenerateConfig
 from trainer.errors import UserError
-from trainer.text import printable
+from trainer.text import for_stream, printable
 
 CHECKED_TOKENS = 8  # to find out whether a model decodes incrementally
 PROMPT_TAIL = 16  # tokens of a prompt that decide how the next one is written
@@ -237,7 +237,7 @@ def run(config: GenerateConfig) -> None:
         seed=config.seed,
     )
     for prompt, text in zip(prompts, texts, strict=True):
-        write(prompt + text + "\n")
+        write(for_stream(prompt + text, sys.stdout) + "\n")
         if len(prompts) > 1:
             write("-" * 80 + "\n")
 

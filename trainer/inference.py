@@ -132,8 +132,11 @@ class Inference:
         self.fill("batch", "tokens_per_step", max(tokens, longest), rule)
         self.fill("batch", "dynamic", hlb, "hlb's gradient-norm law" if hlb else "fixed batch")
 
-    def engine(self, world: Any) -> None:
-        """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs."""
+    def engine(self, world: Any, training: bool) -> None:
+        """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs.
+
+        training: UserError where the device is too small to train.
+        """
         from trainer.engine import compilation, recompute
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
@@ -158,7 +161,8 @@ class Inference:
         means, rule = chooser.choose_means(self.spread)
         self.fill("engine", "activation_checkpointing", means.recompute, rule)
         self._state_precision(means, rule)
-        chooser.refuse_the_impossible(self.spread, means)
+        if training:
+            chooser.refuse_the_impossible(self.spread, means)
         self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
         check_graphs(config, self.target)
 

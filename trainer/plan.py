@@ -24,6 +24,7 @@ from trainer.launcher import Place, find_place
 from trainer.memory import GIB, build_meta, expected_memory
 from trainer.run_config import folder_of, plugins_of
 from trainer.settings import build, coerce, coerced
+from trainer.text import printable_lines
 
 
 @dataclass
@@ -61,11 +62,12 @@ class Plan:
         return scaling.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
 
 
-def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
+def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None, training: bool = True) -> Plan:
     """Fill every `None` and `auto` of `config` by a rule.
 
     dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or Place, by default
-    what the launcher says; gpu: a trainer.device.Gpu to plan for, by default the device at hand. On a resolved config it changes nothing.
+    what the launcher says; gpu: a trainer.device.Gpu to plan for, by default the device at hand;
+    training: whether training must fit the device. On a resolved config it changes nothing.
     """
     config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
     world = world or find_place(os.environ)
@@ -80,7 +82,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     inference.launcher(world)
     inference.hardware(gpu)
     inference.batch(dataset)
-    inference.engine(world)
+    inference.engine(world, training)
     inference.microbatch()
     inference.optimiser()
     inference.rest()
@@ -338,5 +340,5 @@ def run(config: PlanConfig, as_json: bool = False) -> None:
         times = {"hours": time.hours, "tokens_per_second": time.tokens_per_second, "cost": time.cost}
         text = json.dumps(summary(plan) | times | {"hours_rule": time.rule})
     else:
-        text = render(plan, [time.row()])
+        text = printable_lines(render(plan, [time.row()]))
     sys.stdout.write(text + "\n")

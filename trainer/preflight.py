@@ -27,6 +27,7 @@ from trainer.engine.distributed import World, join, read_world
 from trainer.engine.facts import Facts, compare, find_facts, machines, rank_names, where
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import UserError
+from trainer.text import printable_lines
 
 SLOW = 0.7  # of the median: below it a rank or a machine is named
 CLOCK_SECONDS = 3.0  # clocks further apart are named
@@ -366,6 +367,6 @@ def run(config: RunConfig) -> None:
     with contextlib.closing(Watchdog(world, 60 * minutes)):
         seen = survey(world, device, Path(config.run_dir or ".").expanduser())
     if world.leader:
-        print(table(seen), file=sys.stdout, flush=True)
+        print(printable_lines(table(seen)), file=sys.stdout, flush=True)
         _say(world, summary(seen), judge(seen))
     world.stop()

@@ -23,7 +23,7 @@ from trainer.engine.distributed import World
 from trainer.engine.signals import STOPPING, StopSignals
 from trainer.engine.watchdog import Watchdog
 from trainer.errors import Damaged, UserError
-from trainer.evaluate import score, validate
+from trainer.evaluate import check_enough, score, validate
 from trainer.generate import complete
 from trainer.metrics.report import Measured
 from trainer.optim.frequency import FrequencyScaling
@@ -80,6 +80,7 @@ class Run:
             Split(config.data, dataset, "train"), config.seed, config.data.threads, config.data.order
         )
         self.validation = Split(config.data, dataset, "validation")
+        check_enough(self.validation, config.evaluation.protocol, "evaluation.protocol")
         law = GradNormLaw.of(plan.parameters)
         self.multiplier = BatchMultiplier(law, plan.parameters, config.seed, config.batch.n_max)
         keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)

@@ -215,7 +215,7 @@ def combined_values(
         return given, None
     stored = read_config(folder, say)
     values = stored.values
-    engine, strategy = values.get("engine", {}), given.get("engine", {}).get("strategy")
+    engine, strategy = values.get("engine") or {}, (given.get("engine") or {}).get("strategy")
     processes = _last_start(folder, say).get("processes")
     if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}

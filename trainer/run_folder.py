@@ -21,6 +21,7 @@ from trainer.files import DIGEST, digest_of, read_small, system_error, user_path
 from trainer.launcher import find_place
 from trainer.memory import KERNEL_FIELDS
 from trainer.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
+from trainer.text import printable
 
 
 @contextlib.contextmanager
@@ -145,6 +146,12 @@ class OpenRun:
         from trainer.data.stream import Split, find_dataset
 
         data = data if data.path is not None else self.plan.config.data
+        file = Path(data.path or "").expanduser()
+        if file.is_file():
+            raise UserError(
+                f"data.path: {printable(file)} is a file, and a dataset is a folder: run `python -m trainer prepare "
+                f"--source {file} --validation_source {file} --tokenizer {self.folder / 'tokenizer.json'} --out DIR` and give DIR"
+            )
         info = find_dataset(data)
         if info is None:
             raise UserError(f"data.path: there is no dataset at {data.path}; run `python -m trainer prepare` first")
@@ -171,6 +178,17 @@ def stored_run(run_dir: str, say: Callable[[str], None]) -> tuple[Path, StoredCo
     return folder, read_config(folder, say)
 
 
+def without_training(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values without those that only training on its device needs: they do not bind one process that reads the run."""
+    kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
+    for section, names in {
+        "batch": ("device_token_capacity", "tokens_per_microbatch"),
+        "optim": ("state_precision",),
+    }.items():
+        kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
+    return kept
+
+
 def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
@@ -191,11 +209,10 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     changes = {"device": device, "run_dir": str(folder)}  # the folder may have been moved
     if precision != "auto":
         changes["precision"] = precision
-    stored.values.pop("engine", None)  # how the run was spread does not bind one process that reads it
-    config = stored.build(stored.values | changes)
+    config = stored.build(without_training(stored.values | changes))
     config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
     dataset = DatasetInfo.load(folder)
-    plan = resolve(config, dataset)
+    plan = resolve(config, dataset, training=False)
     place = choose_device(device, world.local_rank)
     if place.type == "cpu":
         keep_freed_memory()

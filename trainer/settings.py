@@ -10,15 +10,47 @@ import difflib
 import re
 import types
 import typing
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from trainer import yaml_text
 from trainer.errors import UserError
+from trainer.files import read_small, user_path
+from trainer.text import printable
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+ROOT = Path(__file__).parent.parent  # holds configs/, in a checkout and where a wheel is installed
+NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+LARGEST = 2**63 - 1  # torch and the files of a run hold integers of 64 bits
+WORDS_OF_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+# What other trainers call it: the key here, and a word on it.
+KNOWN_ELSEWHERE = {
+    **dict.fromkeys(
+        ("epochs", "n_epochs", "num_epochs", "num_train_epochs", "max_epochs"),
+        ("max_steps", "a run's length is given in optimiser steps; `plan` says how many tokens these are"),
+    ),
+    **dict.fromkeys(
+        ("tokens", "max_tokens", "total_tokens", "n_tokens", "num_tokens"),
+        ("max_steps", "a run's length is given in optimiser steps; tokens are about max_steps * batch.tokens_per_step"),
+    ),
+    **dict.fromkeys(
+        ("max_seconds", "seconds", "max_minutes", "minutes", "max_hours", "hours", "max_time", "time"),
+        ("max_steps", "a run's length is given in optimiser steps, not in time"),
+    ),
+    **dict.fromkeys(
+        ("parameters", "n_parameters", "num_parameters", "params", "n_params", "num_params", "size", "model_size"),
+        ("model_scale", "a model's size is given by the dial: 1 is 46 M parameters, 148 is 3 B; `plan` counts them"),
+    ),
+    **dict.fromkeys(
+        ("steps", "n_steps", "num_steps", "max_iters", "iterations", "train_steps"), ("max_steps", "optimiser steps")
+    ),
+    **dict.fromkeys(
+        ("batch_size", "batch.size", "global_batch_size", "train_batch_size"),
+        ("batch.tokens_per_step", "a batch is counted in tokens, over all devices"),
+    ),
+}
 
 
 def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
@@ -33,58 +65,60 @@ def setting(default: Any, help: str, low: float | None = None, above: float | No
 
 
 class Repeated(list):
-    """The values of a flag that was given several times."""
+    """The values of a flag that was given several times: all of them for a list, the last one for anything else."""
 
 
-yaml.SafeDumper.add_representer(Repeated, yaml.SafeDumper.represent_list)
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a mapping of text; `base: other.yaml` (relative to the file) is read first and built upon."""
+    layers: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    wanted: Path | None = user_path(path, "config")
+    while wanted is not None:
+        found = _find_config(wanted, seen)
+        content = yaml_text.parse(read_small(found), printable(found))
+        if found.resolve() in map(Path.resolve, seen):
+            raise UserError(f"{printable(found)}: `base` leads back to this file; remove the circle")
+        seen.append(found)
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            kind = "a list" if isinstance(content, list) else "text"
+            raise UserError(f"{printable(found)}: a config is a mapping of keys to values, found {kind}")
+        base = content.pop("base", None)
+        if not isinstance(base, (str, type(None))):
+            raise UserError(f"{printable(found)}: `base` names one file, got {shown(base)}")
+        layers.append(content)
+        wanted = None if base is None else found.parent / user_path(base, f"{printable(found)}: `base`")
+    merged: dict[str, Any] = {}
+    for content in reversed(layers):
+        merged = merge(merged, content)
+    return merged
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses duplicate keys."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
-        if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file as a mapping; `base: other.yaml` (relative to the file) is read first and built upon."""
-    path = Path(path)
-    if path.resolve() in map(Path.resolve, _seen):
-        raise UserError(f"{path}: `base` leads back to this file; remove the circle")
+def _find_config(path: Path, seen: list[Path]) -> Path:
+    """`path`; where it does not exist and is configs/NAME, the config of that name that came with this installation."""
     try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        asked = f"{_seen[-1]}: `base` is {path}" if _seen else path
-        raise UserError(f"{asked}: no such config file{_near_files(path, _seen)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, found {type(content).__name__}")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    return merge(load_yaml(path.parent / str(base), (*_seen, path)), content)
+        path.stat()
+        return path
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError:
+        return path  # reading it says what is wrong
+    beside = seen[-1].parent if seen else Path()
+    named = path.relative_to(beside) if path.is_relative_to(beside) else path
+    ours = ROOT / "configs" / path.name
+    if named == Path("configs", path.name) and ours.exists():
+        return ours
+    asked = f"{printable(seen[-1])}: `base` is {printable(path)}" if seen else printable(path)
+    raise UserError(f"{asked}: no such config file{_near_files(path, seen)}")
 
 
-def _near_files(path: Path, besides: tuple[Path, ...]) -> str:
+def _near_files(path: Path, besides: list[Path]) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
-    names = [p.name for p in folder.glob("*.yaml") if p.resolve() not in map(Path.resolve, besides)]
+    files = list(folder.glob("*.yaml")) or list((ROOT / folder).glob("*.yaml") if folder == Path("configs") else [])
+    names = [file.name for file in files if file.resolve() not in map(Path.resolve, besides)]
     near = difflib.get_close_matches(path.name, names, 1, 0.5)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    return f"; did you mean {printable(folder / near[0])}?" if near else ""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +147,8 @@ def parse_flags(words: list[str]) -> tuple[list[str], dict[str, Any]]:
             positional.append(word)
             continue
         key, equals, value = word[2:].partition("=")
+        if not all(key.split(".")) or key.count(".") >= yaml_text.DEEPEST:
+            raise UserError(f"--{printable(key, 100)}: is no key; a key is words with dots between them, as --optim.lr")
         if not equals:
             has_value = i < len(words) and not words[i].startswith("--")
             value = words[i] if has_value else "true"
@@ -125,7 +161,7 @@ def _put(nested: dict[str, Any], path: list[str], value: str, full: str) -> None
     for part in path[:-1]:
         nested = nested.setdefault(part, {})
         if not isinstance(nested, dict):
-            raise UserError(f"--{full}: {part} was given both a value and sub-keys")
+            raise UserError(f"--{printable(full, 100)}: {part} was given both a value and sub-keys")
     leaf = path[-1]
     if isinstance(nested.get(leaf), dict):
         raise UserError(f"--{full}: is a section; name one of its keys")
@@ -149,14 +185,26 @@ def coerced(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, An
         if key not in fields:
             raise UserError(unknown_key(full, known))
         hint = hints[key]
+        if value is None and (dataclasses.is_dataclass(hint) or is_free_section(hint)):
+            continue  # a section left empty changes nothing
         if dataclasses.is_dataclass(hint):
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{full}: is a section with keys {', '.join(leaf_keys(hint))}; got {value!r}")
-            built[key] = build(typing.cast(type, hint), value or {}, full + ".")
+            if not isinstance(value, dict):
+                raise UserError(f"{full}: is a section with keys {', '.join(leaf_keys(hint))}; got {shown(value)}")
+            built[key] = build(typing.cast(type, hint), value, full + ".")
         else:
             built[key] = coerce(hint, value, full)
             _check_range(built[key], fields[key].metadata, full)
     return built
+
+
+def is_free_section(hint: Any) -> bool:
+    """Whether a key holds keys of its own that are known later: those of a model."""
+    return hint is dict or typing.get_origin(hint) is dict
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in quotes where it is text, and short."""
+    return printable(repr(value), 100)
 
 
 def _check_range(value: Any, limits: Any, key: str) -> None:
@@ -173,14 +221,23 @@ def _check_range(value: Any, limits: Any, key: str) -> None:
 
 def unknown_key(full: str, known: list[str]) -> str:
     """The line for a key that does not exist: nearest spelling first, else the keys of that section."""
+    leaf = full.rsplit(".", 1)[-1]
+    elsewhere, word = KNOWN_ELSEWHERE.get(leaf, ("", ""))
+    if elsewhere in known:
+        return f"unknown key {printable(full, 100)}; use {elsewhere}: {word}"
+    if full in known:
+        section, _, leaf = full.rpartition(".")
+        return (
+            f"unknown key {full}: write the section {section} and in it the key {leaf}, as {section}: {{{leaf}: ...}}"
+        )
     near = difflib.get_close_matches(full, known, 1, 0.6)
     if not near:  # right leaf, wrong section (--lr for --optim.lr), or a near miss of the leaf
         leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(full.rsplit(".", 1)[-1], list(leaves), 1, 0.6)]
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, list(leaves), 1, 0.6)]
     section = full.rsplit(".", 1)[0] + "." if "." in full else ""
     allowed = [key for key in known if key.startswith(section) and section] or sorted({k.split(".")[0] for k in known})
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"unknown key {full}{hint} (allowed: {', '.join(allowed)})"
+    return f"unknown key {printable(full, 100)}{hint} (allowed: {', '.join(allowed)})"
 
 
 def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
@@ -198,68 +255,86 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     """`value` (from YAML, or a flag's string) as type `hint`; `UserError` names the key and what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto")):
-            return None
-        return coerce(inner[0], value, key)
+        inner = next(a for a in arguments if a is not type(None))
+        last = _last(value, inner)
+        is_auto = isinstance(last, str) and last.lower() in ("none", "null", "auto")
+        return None if value is None or is_auto else coerce(inner, value, key)
     if value is None:
         raise UserError(f"{key}: has no value; expected {describe_type(hint)}")
-    if origin is typing.Literal:
-        text = str(value)
-        if text in arguments:
-            return text
-        near = difflib.get_close_matches(text, arguments, 1, 0.5)
-        raise UserError(
-            f"{key}: {text!r} is not allowed{f'; did you mean {near[0]}?' if near else ''} "
-            f"(allowed: {', '.join(map(str, arguments))})"
-        )
+    if is_free_section(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{key}: is a section; got {shown(value)}")
+        return yaml_text.untyped(value)
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [coerce(arguments[0], item, key) for item in items]
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{key}: is a section; got {value!r}")
-        return value
-    return _scalar(hint, value, key)
-
-
-def _scalar(hint: Any, value: Any, key: str) -> Any:
-    if isinstance(value, Repeated):
-        raise UserError(f"{key}: was given {len(value)} times ({', '.join(value)}); it takes one value")
-    wrong = UserError(f"{key}: expected {describe_type(hint)}, got {value!r}")
-    if hint is str and isinstance(value, list) and all(type(item) in (str, int, float) for item in value):
-        return ",".join(map(str, value))  # YAML's way to write what a flag writes as words with commas
-    if isinstance(value, (dict, list)):
-        raise wrong
+    value = _last(value, hint)
+    if origin is typing.Literal:
+        return _choice(arguments, value, key)
     if hint is str:
-        return str(value)
+        return _text(value, key)
     if hint is bool:
-        words = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if str(value).lower() not in words:
-            raise wrong
-        return words[str(value).lower()]
-    if isinstance(value, bool):
-        raise wrong
+        if str(value).lower() not in WORDS_OF_BOOL:
+            raise _wrong(hint, value, key)
+        return WORDS_OF_BOOL[str(value).lower()]
+    return _number(hint, value, key)
+
+
+def _last(value: Any, hint: Any) -> Any:
+    """Of a flag that was given several times, the last value, unless the key takes a list."""
+    return value[-1] if isinstance(value, Repeated) and typing.get_origin(hint) is not list else value
+
+
+def _wrong(hint: Any, value: Any, key: str) -> UserError:
+    return UserError(f"{key}: expected {describe_type(hint)}, got {shown(value)}")
+
+
+def _choice(allowed: tuple[str, ...], value: Any, key: str) -> str:
+    text = str(value)
+    if text in allowed:
+        return text
+    if "disabled" in allowed and WORDS_OF_BOOL.get(text.lower()) is False:
+        return "disabled"
+    near = difflib.get_close_matches(text, allowed, 1, 0.5)
+    raise UserError(
+        f"{key}: {shown(value)} is not allowed{f'; did you mean {near[0]}?' if near else ''} "
+        f"(allowed: {', '.join(allowed)})"
+    )
+
+
+def _text(value: Any, key: str) -> str:
+    if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+        return ",".join(_text(item, key) for item in value)  # what a flag writes as words with commas
+    if isinstance(value, (dict, list)):
+        raise _wrong(str, value, key)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python shows bytes that are no text
+        raise UserError(f"{key}: {shown(text)} is not valid UTF-8 text")
+    return text
+
+
+def _number(hint: Any, value: Any, key: str) -> Any:
+    """An int or a float, exactly what was written; decimal digits alone, so that 010 is ten and 0x10 is refused."""
+    text = str(value).strip()
+    if isinstance(value, (bool, dict, list)) or len(text) > 400 or not NUMBER.fullmatch(text):
+        raise _wrong(hint, value, key)
+    number = float(text)
     try:
-        number = float(str(value).replace("_", ""))
-    except ValueError:
-        raise wrong from None
-    if number != number or number in (float("inf"), float("-inf")):
-        raise wrong
+        exact = Decimal(text)
+    except InvalidOperation:  # an exponent of twenty digits
+        raise _wrong(hint, value, key) from None
+    if number in (float("inf"), float("-inf")) or (number == 0 and exact != 0):
+        raise _wrong(hint, value, key)
     if hint is float:
         return number
-    if number != int(number):
-        raise wrong
-    return int(str(value).replace("_", "")) if re.fullmatch(r"[-+]?[\d_]+", str(value)) else int(number)
+    if exact != exact.to_integral_value():
+        raise _wrong(hint, value, key)
+    whole = int(exact) if number else 0
+    if abs(whole) > LARGEST:
+        raise UserError(
+            f"{key}: {shown(value)} is too {'large; at most' if whole > 0 else 'small; at least -'}{LARGEST}"
+        )
+    return whole
 
 
 def describe_type(hint: Any) -> str:
@@ -299,4 +374,4 @@ def _walk(cls: Any, prefix: str):
 
 def to_yaml(config: Any) -> str:
     """A dataclass as YAML that `load_yaml` and `build` read back to the same values."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text.dump(dataclasses.asdict(config))

@@ -20,6 +20,7 @@ from trainer.device import device_name, memory_bytes, peak_flops
 from trainer.files import write_file
 from trainer.memory import GIB, build_meta
 from trainer.run_folder import environment
+from trainer.text import printable, printable_lines
 
 FORMAT = 1
 MISSING = "n/a"
@@ -46,8 +47,9 @@ class Report:
         write_file(folder / "bench.md", markdown + "\n")
         if self.bars:
             draw(self.bars, folder / "bench.png", self.title)
-        sys.stdout.write((text if as_json else markdown) + "\n")
-        print(f"{folder}: {', '.join(sorted(path.name for path in folder.glob('bench.*')))}", file=sys.stderr)
+        sys.stdout.write((text if as_json else printable_lines(markdown)) + "\n")
+        written = ", ".join(sorted(path.name for path in folder.glob("bench.*")))
+        print(f"{printable(folder)}: {written}", file=sys.stderr)
 
 
 def bench_folder(config: BenchConfig) -> Path:

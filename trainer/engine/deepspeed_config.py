@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import MachineError, UserError
+from trainer.files import parse_json, read_small, user_path
 from trainer.memory import BUCKET
+from trainer.text import printable
+
+DEEPEST = 32  # levels of a deepspeed.json; DeepSpeed's own settings have four
 
 # What a deepspeed.json may not switch on, and what decides it here.
 DECIDED = {
@@ -35,7 +38,7 @@ OPPOSITES = {
 def deepspeed_settings(config: Any) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`. UserError where engine.deepspeed_config contradicts the run's config."""
     ours, path = own_settings(config), config.engine.deepspeed_config
-    theirs = read_settings(path) if path else {}
+    theirs = {} if path is None else read_settings(path)
     for key, why in DECIDED.items():
         value = theirs.pop(key, None)
         off = isinstance(value, dict) and value.get("enabled") is False
@@ -92,15 +95,28 @@ def own_settings(config: Any) -> dict[str, Any]:
 
 def read_settings(path: str) -> dict[str, Any]:
     """The user's deepspeed.json; UserError where it is none."""
+    file = user_path(path, "engine.deepspeed_config")
     try:
-        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"engine.deepspeed_config: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"engine.deepspeed_config: {path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"engine.deepspeed_config: {path} holds no JSON object")
+        settings = parse_json(read_small(file), file)
+    except MachineError:
+        raise
+    except UserError as error:
+        raise UserError(f"engine.deepspeed_config: {error}") from None
+    if depth(settings) > DEEPEST:
+        raise UserError(f"engine.deepspeed_config: {printable(file)} has more than {DEEPEST} levels within each other")
     return settings
+
+
+def depth(value: Any) -> int:
+    """Levels of objects and lists within each other, counted without recursion."""
+    levels, at = 0, [value]
+    while at := [item for part in at for item in inside(part)]:
+        levels += 1
+    return levels
+
+
+def inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def nested(settings: dict[str, Any], key: str) -> Any:

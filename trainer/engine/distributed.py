@@ -20,6 +20,7 @@ import torch.distributed as dist
 from trainer import launcher
 from trainer.engine.facts import Facts, absentees, compare, find_facts
 from trainer.errors import MachineError, UserError
+from trainer.text import printable_lines
 
 MEETING_SECONDS = 300.0  # they were all started together
 CONNECT_SECONDS = 600.0  # NCCL takes seconds, or a minute with a thousand processes
@@ -48,12 +49,12 @@ class World:
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 alone."""
         if self.leader:
-            print(text, file=sys.stderr, flush=True)
+            print(printable_lines(text), file=sys.stderr, flush=True)
 
     def say_from(self, text: str) -> None:
         """Print a line to stderr on the rank that calls, named where there are several: for what befalls one of them."""
         name = f"[rank {self.rank}, {launcher.own_host(os.environ)}] " if self.size > 1 else ""
-        print(name + text, file=sys.stderr, flush=True)
+        print(name + printable_lines(text), file=sys.stderr, flush=True)
 
     def limit_groups(self) -> None:
         """Give groups that libraries have made the timeout of ours: theirs is torch's own, which users cannot raise."""

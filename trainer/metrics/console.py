@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from trainer.text import printable_lines
+
 COLUMNS = (
     "epoch",
     "curr_step",
@@ -53,7 +55,7 @@ class Table:
         self._print(self._rule)
 
     def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 class Live:
@@ -94,7 +96,9 @@ class Live:
     def say(self, text: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text(text))  # not markup=False: the panel is drawn with the options of this call
+        self._console.print(
+            Text(printable_lines(text))
+        )  # not markup=False: the panel is drawn with the options of this call
 
     def close(self) -> None:
         self._live.stop()
