@@ -32,8 +32,8 @@ from trainer.engine.distributed import World
 from trainer.errors import UserError
 from trainer.files import sync_path, write_file
 from trainer.memory import KERNEL_FIELDS
-from trainer.run_folder import CONFIG
-from trainer.settings import build, load_yaml
+from trainer.run_folder import CONFIG, stored_values
+from trainer.settings import build
 
 SHARD_BYTES = 2 << 30  # about what is held in memory at once; a larger tensor has a file of its own
 PREFIX = "model."
@@ -46,7 +46,7 @@ def run(config: ExportConfig) -> None:
     folder = Path(config.run_dir).expanduser()
     if not (folder / CONFIG).exists():
         raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
-    trained = build(RunConfig, load_yaml(folder / CONFIG))  # everything inferred is written out there
+    trained = build(RunConfig, stored_values(folder))  # everything inferred is written out there
     fields = dict(trained.model)
     fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
     say = World().say

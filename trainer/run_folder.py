@@ -68,6 +68,14 @@ def folder_of(config: RunConfig) -> Path:
     return Path(config.run_dir or default_run_dir(config)).expanduser()
 
 
+def stored_values(folder: Path) -> dict[str, Any]:
+    """The values of a run's config.yaml; of its model also the fields that an older release did not know."""
+    from models.config import with_later_fields
+
+    values = load_yaml(folder / CONFIG)
+    return {**values, "model": with_later_fields(values.get("model") or {})}
+
+
 def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """What a `train` command asks for, on top of what its run folder holds already: (values, whether it is a resumption)."""
     from trainer.checkpoint import found
@@ -81,7 +89,7 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
                 f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
             )
         return given, False
-    saved = load_yaml(folder / CONFIG)
+    saved = stored_values(folder)
     engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
     processes = _last_start(folder).get("processes")
     if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
@@ -117,7 +125,7 @@ def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_unchanged(folder: Path, config: RunConfig) -> None:
     """UserError where the config asks of an existing run something other than it was started with."""
-    before, after = flat(build(RunConfig, load_yaml(folder / CONFIG))), flat(config)
+    before, after = flat(build(RunConfig, stored_values(folder))), flat(config)
     # `auto` in a resolved config is a key that was not there yet: what was inferred instead is what always held.
     differing = [key for key in after if before.get(key) not in (after[key], "auto") and not key.startswith(CHANGEABLE)]
     if differing:
@@ -275,7 +283,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     folder, world = Path(run_dir).expanduser(), world or World()
     if not (folder / CONFIG).exists():
         raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
-    values = load_yaml(folder / CONFIG)
+    values = stored_values(folder)
     if precision != "auto":
         values["precision"] = precision
     values |= {"device": device, "run_dir": str(folder)}  # the folder may have been moved
