@@ -28,9 +28,9 @@ QUANTISED_CONTEXT = 1024  # length of the original's table of positions
 class HlbConfig:
     vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
     d_model: int = setting(384, "width of the residual stream and of the attention's values", low=1, high=10**6)
-    n_layers: int = setting(8, "blocks", low=1, high=10**4)
+    n_layers: int = setting(8, "blocks", low=1, high=1000)
     qk_divisor: int = setting(8, "queries and keys are d_model // qk_divisor wide", low=1)
-    expand_factor: int = setting(2, "GeGLU channels per d_model; all but d_model stay local", low=1, high=10**4)
+    expand_factor: int = setting(2, "GeGLU channels per d_model; all but d_model stay local", low=1, high=1000)
     position_bias_quantised: bool = setting(
         False, "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"
     )

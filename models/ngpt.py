@@ -28,7 +28,7 @@ from models.layers.shapes import shape_for
 class NgptConfig:
     vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
     d_model: int = setting(768, "dimensions of the sphere that hidden states are on", low=1, high=10**6)
-    n_layers: int = setting(12, "blocks", low=1, high=10**4)
+    n_layers: int = setting(12, "blocks", low=1, high=1000)
     n_heads: int = setting(12, "attention heads; divides d_model into heads of even width", low=1)
     alpha_init: float = setting(
         0.05, "share of the way to its own output that each half of a block begins with", above=0, high=10**6

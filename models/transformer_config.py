@@ -59,7 +59,7 @@ MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-WIDEST, LONGEST, DEEPEST = 1_000_000, 1_000_000_000, 10_000  # channels, tokens, blocks
+WIDEST, LONGEST, DEEPEST = 1_000_000, 1_000_000_000, 1_000  # channels, tokens, blocks
 
 
 def _field(default: Any, text: str, low: float = 0, above: float | None = None, high: float = WIDEST) -> Any:

@@ -23,13 +23,14 @@ from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
 from trainer.errors import UserError
 from trainer.metrics.report import Report
+from trainer.optim import schedule_change
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_folder import check_unchanged, combined_values, locked, write_start
-from trainer.settings import build
+from trainer.run_folder import CONFIG, check_unchanged, combined_values, locked, write_start
+from trainer.settings import build, load_yaml
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
@@ -116,6 +117,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
+    if plan_text is None:
+        world.on_leader(lambda: tell_schedule(this))
     world.on_leader(lambda: write_start(this.folder, config, plan_text, local_folder(config.data)))
     tokenizer = Tokenizer.from_file(this.folder / "tokenizer.json", this.dataset.tokenizer.name)
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
@@ -132,6 +135,14 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         report.close()
     this.engine.close()
     return asked
+
+
+def tell_schedule(this: Run) -> None:
+    """Say what another max_steps does to the learning rates of a run that goes on."""
+    before = load_yaml(this.folder / CONFIG).get("max_steps")  # not yet written again
+    line = schedule_change(this.config, before, this.state.step)
+    if line:
+        this.world.say(line)
 
 
 def opening(this: Run) -> str:
@@ -203,9 +214,11 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         evaluate = asked is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
-        report.stop_clock()  # waits for the device, which may wait for other ranks: still part of the step
+        report.wait()  # for the device, which may wait for other ranks: still part of the step
         this.watchdog.at(state.step, "log row")
-        report.flush(this.validate() if evaluate else None, this.train_accuracy() if asked is None else None)
+        accuracy = this.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        report.stop_clock()
+        report.flush(this.validate() if evaluate else None, accuracy)
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
             this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
