@@ -86,7 +86,8 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,  # [B, T] int64
         targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
-        documents: Tensor | None = None,  # [B, T] document number, constant along a document; none attends to another
+        documents: Tensor
+        | None = None,  # [B, T] number of its document, another one where one starts; none attends to another
         cache: Cache | None = None,  # incremental decoding: `tokens` follow those already held
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
     ) -> Output:

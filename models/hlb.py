@@ -7,42 +7,40 @@ slope per layer, a bias linear in the distance (like ALiBi, arXiv 2108.12409, wi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register, require_positive
+from models.base import Cache, LanguageModel, Output, register
+from models.config import check_ranges, setting
 from models.layers import compute_dtype, flex, normal_
 from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
 from models.layers.linear_cross_entropy import linear_cross_entropy
+from models.layers.positions import number_documents
 
 QUANTISED_CONTEXT = 1024  # length of the original's table of positions
 
 
 @dataclass(frozen=True)
 class HlbConfig:
-    vocab_size: int = field(default=50304, metadata={"help": "rows of the embedding and of the output projection"})
-    d_model: int = field(default=384, metadata={"help": "width of the residual stream and of the attention's values"})
-    n_layers: int = field(default=8, metadata={"help": "blocks"})
-    qk_divisor: int = field(default=8, metadata={"help": "queries and keys are d_model // qk_divisor wide"})
-    expand_factor: int = field(default=2, metadata={"help": "GeGLU channels per d_model; all but d_model stay local"})
-    position_bias_quantised: bool = field(
-        default=False, metadata={"help": "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"}
+    vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
+    d_model: int = setting(384, "width of the residual stream and of the attention's values", low=1, high=10**6)
+    n_layers: int = setting(8, "blocks", low=1, high=1000)
+    qk_divisor: int = setting(8, "queries and keys are d_model // qk_divisor wide", low=1)
+    expand_factor: int = setting(2, "GeGLU channels per d_model; all but d_model stay local", low=1, high=1000)
+    position_bias_quantised: bool = setting(
+        False, "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"
     )
-    attention_kernel: str = field(
-        default="auto", metadata={"help": "auto, flex (fused, no [T, T] tensor) or torch (plain products)"}
-    )
-    norm_eps: float = field(default=1e-5, metadata={"help": "added to the variance in LayerNorm"})
+    attention_kernel: str = setting("auto", "auto, flex (fused, no [T, T] tensor) or torch (plain products)")
+    norm_eps: float = setting(1e-5, "added to the variance in LayerNorm", above=0, high=10**6)
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "d_model", "n_layers", "qk_divisor", "expand_factor")
+        check_ranges(self)
         if self.qk_divisor > self.d_model:
             raise ValueError(f"qk_divisor must be at most d_model ({self.d_model}), not {self.qk_divisor}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
         if self.attention_kernel not in ("auto", "flex", "torch"):
             raise ValueError(f"attention_kernel must be auto, flex or torch, not {self.attention_kernel!r}")
         if self.attention_kernel == "flex" and self.position_bias_quantised:
@@ -115,7 +113,7 @@ class Hlb(LanguageModel):
     ) -> Output:
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
-        reach = self._reach(tokens, documents, cache)
+        reach = self._reach(tokens, None if documents is None else number_documents(documents), cache)
         x = self.embedding(tokens)  # [B, T, D]
         for block in self.layers:
             x = block(x, reach, cache)
@@ -173,8 +171,9 @@ class Hlb(LanguageModel):
         nn.init.ones_(self.norm.weight)
         for block in self.modules():
             if isinstance(block, LatentAttention):
-                normal_(block.expand.weight, 0.25 * std, generator)
-                normal_(block.project.weight, 0.5 * std / self.config.n_layers, generator)  # 1/L, not 1/sqrt(2L)
+                normal_(block.expand.weight, 0.5 * std / self.config.expand_factor, generator)
+                # 1/L, not 1/sqrt(2L)
+                normal_(block.project.weight, std / self.config.expand_factor / self.config.n_layers, generator)
                 nn.init.ones_(block.norm.weight)
                 nn.init.ones_(block.position_bias)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,29 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register, require_positive
+from models.base import Cache, LanguageModel, Output, register
+from models.config import check_ranges, setting
 from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy
-from models.layers.positions import Rotary, positions_in_documents
+from models.layers.positions import Rotary, number_documents, positions_in_documents
 from models.layers.shapes import shape_for
 
 
 @dataclass(frozen=True)
 class NgptConfig:
-    vocab_size: int = field(default=50304, metadata={"help": "rows of the embedding and of the output projection"})
-    d_model: int = field(default=768, metadata={"help": "dimensions of the sphere that hidden states are on"})
-    n_layers: int = field(default=12, metadata={"help": "blocks"})
-    n_heads: int = field(default=12, metadata={"help": "attention heads; divides d_model into heads of even width"})
-    alpha_init: float = field(
-        default=0.05, metadata={"help": "share of the way to its own output that each half of a block begins with"}
+    vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
+    d_model: int = setting(768, "dimensions of the sphere that hidden states are on", low=1, high=10**6)
+    n_layers: int = setting(12, "blocks", low=1, high=1000)
+    n_heads: int = setting(12, "attention heads; divides d_model into heads of even width", low=1)
+    alpha_init: float = setting(
+        0.05, "share of the way to its own output that each half of a block begins with", above=0, high=10**6
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        check_ranges(self)
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"n_heads must divide d_model ({self.d_model}) into even widths, {self.n_heads} does not")
-        if self.alpha_init <= 0:
-            raise ValueError(f"alpha_init must be above 0, not {self.alpha_init}")
 
 
 class Scale(nn.Module):
@@ -54,8 +53,8 @@ class Scale(nn.Module):
         self.stored = nn.Parameter(torch.empty(size))
 
     def forward(self) -> Tensor:
-        """The value, fp32 [size]."""
-        return self.stored.float() * (self.init / self.scale)
+        """The value, fp32 (fp64 for fp64) [size]."""
+        return self.stored.to(torch.promote_types(self.stored.dtype, torch.float32)) * (self.init / self.scale)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -106,19 +105,21 @@ class Block(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, in fp32."""
-    return F.normalize(x.float(), dim=-1)
+    """x / |x| over the last dimension, in fp32 (fp64 for fp64)."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def step_on_sphere(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """Norm(h + |alpha| (Norm(target) - h)); h, target [B, T, D], alpha [D] -> [B, T, D] in the type of h."""
-    return unit(h.float().lerp(unit(target), alpha.abs())).to(h.dtype)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return unit(h.to(wide).lerp(unit(target).to(wide), alpha.abs().to(wide))).to(h.dtype)
 
 
 @torch.no_grad()
 def normalise_(weight: Tensor, dim: int) -> None:
     """Divide a matrix, of any type and sharding, by its norms along `dim`, in place."""
-    weight.div_(torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight.div_(torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=wide))
 
 
 @register("ngpt")
@@ -151,6 +152,7 @@ class Ngpt(LanguageModel):
         j = torch.arange(start + tokens.shape[1], device=tokens.device)
         positions, visible = j[start:], None
         if documents is not None:
+            documents = number_documents(documents)
             positions = positions_in_documents(documents)  # [B, T]
             visible = ((j <= j[:, None]) & (documents[:, :, None] == documents[:, None, :]))[:, None]  # [B, 1, T, T]
         elif start > 0:

@@ -112,6 +112,103 @@ class Modded(Transformer):
     )
 
 
+# -- weights and sizes from transformers -----------------------------------------------------------------------------------
+
+
+def gpt2_config(theirs: Any) -> Any:
+    """The Config of a `gpt2` that computes what a Hugging Face `GPT2LMHeadModel` of the config `theirs` does.
+
+    ValueError, naming the field of theirs, where it asks for what this decoder does not do.
+    """
+    needed = {
+        "model_type": "gpt2",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
+    _refuse_others(theirs, needed)
+    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+    if theirs.activation_function not in activations:
+        raise ValueError(
+            f"activation_function {theirs.activation_function!r} of {theirs.model_type} is not implemented"
+        )
+    return Gpt2.Config(
+        vocab_size=theirs.vocab_size,
+        d_model=theirs.n_embd,
+        d_hidden=theirs.n_inner or 0,
+        n_layers=theirs.n_layer,
+        n_heads=theirs.n_head,
+        max_context=theirs.n_positions,
+        norm_eps=theirs.layer_norm_epsilon,
+        mlp=activations[theirs.activation_function],
+    )
+
+
+def llama_config(theirs: Any) -> Any:
+    """The Config of a `llama` that computes what a Hugging Face `LlamaForCausalLM` of the config `theirs` does, also its
+    `rope_scaling`.
+
+    ValueError, naming the field of theirs, where it asks for what this decoder does not do.
+    """
+    biases = bool(theirs.attention_bias), bool(getattr(theirs, "mlp_bias", False))
+    _refuse_others(theirs, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1.0})
+    if biases == (False, True):
+        raise ValueError("mlp_bias without attention_bias is not implemented")
+    return Llama.Config(
+        vocab_size=theirs.vocab_size,
+        d_model=theirs.hidden_size,
+        d_hidden=theirs.intermediate_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        n_kv_heads=theirs.num_key_value_heads or 0,
+        head_dim=getattr(theirs, "head_dim", None) or 0,
+        norm_eps=theirs.rms_norm_eps,
+        tied=theirs.tie_word_embeddings,
+        bias=biases == (True, True),
+        attention_bias="all" if biases == (True, False) else "none",
+        **_rope_choices(theirs),
+    )
+
+
+def _refuse_others(theirs: Any, needed: dict[str, Any]) -> None:
+    for name, value in needed.items():
+        found = getattr(theirs, name, value)
+        if found != value:
+            raise ValueError(f"{name} {found!r} is not implemented here, only {value!r}")
+
+
+# rope_type of transformers -> ours, and the names of its numbers.
+_ORIGINAL = {"factor": "rope_factor", "original_max_position_embeddings": "rope_original_context"}
+_BANDS = {"low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
+ROPE_TYPES: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("none", {}),
+    "linear": ("interpolate", {"factor": "rope_factor"}),
+    "yarn": ("yarn", _ORIGINAL),
+    "llama3": ("llama3", _ORIGINAL | _BANDS),
+}
+
+
+def _rope_choices(theirs: Any) -> dict[str, Any]:
+    """The fields of ours for what transformers 4 has in `rope_theta` and `rope_scaling`, 5 in `rope_parameters`."""
+    given = dict(getattr(theirs, "rope_parameters", None) or getattr(theirs, "rope_scaling", None) or {})
+    theta = given.pop("rope_theta", None) or theirs.rope_theta
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_scaling: {kind!r} is not implemented here, only {', '.join(ROPE_TYPES)}")
+    scaling, names = ROPE_TYPES[kind]
+    if kind == "yarn":
+        given.setdefault("original_max_position_embeddings", theirs.max_position_embeddings)
+    numbers = {names[name]: given.pop(name) for name in names if name in given}
+    further = [name for name, value in given.items() if value is not None]
+    if further:
+        raise ValueError(f"rope_scaling: {', '.join(further)} of {kind} is not implemented here")
+    if len(numbers) < len(names):
+        raise ValueError(f"rope_scaling: {kind} needs {', '.join(names)}")
+    return {"rope_theta": float(theta), "rope_scaling": scaling, **numbers}
+
+
 OPENAI_NAMES = {
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
@@ -125,7 +222,8 @@ OPENAI_MASKS = ("attn.bias", "attn.masked_bias")  # buffers of a layer in older 
 
 @torch.no_grad()
 def load_openai_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
-    """Copy OpenAI's weights out of the state dict of a Hugging Face `GPT2LMHeadModel` of the same sizes into a `gpt2`.
+    """Copy OpenAI's weights out of the state dict of a Hugging Face `GPT2LMHeadModel` of the same sizes into a `gpt2`; see
+    `gpt2_config`.
 
     KeyError or RuntimeError where names or shapes do not match, or weights are left over; attention masks are no weights.
     """
@@ -162,7 +260,7 @@ LLAMA_JOINED = {
 def load_llama_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
     """Copy the state dict of a Hugging Face `LlamaForCausalLM` of the same sizes into a `llama`.
 
-    Both rotate channels i and i + head_dim / 2 together. KeyError or RuntimeError where names or shapes do not match, or
+    Both rotate channels i and i + head_dim / 2 together. Weights do not say how: build the model of `llama_config`. KeyError or RuntimeError where names or shapes do not match, or
     weights are left over.
     """
     names = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register
-from models.layers import compute_dtype, liger, normal_
+from models.layers import compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_sight
-from models.layers.attention import Context, DifferentialHeads, latent_widths
+from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
 from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
 from models.layers.pattention import Pattention
-from models.layers.positions import positions_in_documents
-from models.layers.residual import HyperConnection, widen
+from models.layers.positions import number_documents, positions_in_documents
+from models.layers.residual import START_SCALES, HyperConnection, widen
 from models.layers.shapes import shape_for
 from models.transformer_config import TransformerConfig
 
@@ -65,6 +65,7 @@ class Transformer(LanguageModel):
         cache: Cache | None = None,
         reduction: str = "mean",
     ) -> Output:
+        documents = None if documents is None else number_documents(documents)
         context = self.context(tokens, documents, cache)
         x = self.embed(tokens, context)
         tables = [table(tokens) for table in self.value_tables]  # [B, T, G * head_dim] each
@@ -188,6 +189,7 @@ class Transformer(LanguageModel):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         c = self.config
         blocks: list[Any] = self.blocks()
+        draw = truncated_normal_ if c.init == "mitchell" else normal_
         residual = {id(module): layer for layer, b in enumerate(blocks) for module in b.residual_projections()}
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -195,15 +197,15 @@ class Transformer(LanguageModel):
             reset: Any = getattr(module, "reset", None)
             if callable(reset):
                 reset()
-            if isinstance(module, DifferentialHeads):
+            if isinstance(module, DifferentialHeads | KeyValueShift):
                 module.draw(generator)
             for name, weight in module.named_parameters(recurse=False):
                 if name == "bias" and isinstance(module, nn.Linear):
                     nn.init.zeros_(weight)
                 elif isinstance(module, nn.Embedding):
-                    normal_(weight, c.init_std, generator)
+                    draw(weight, _embedding_std(c, weight.shape[1]), generator)
                 elif weight.ndim == 2 and not isinstance(module, HyperConnection):
-                    normal_(weight, self._std(module, name, residual.get(id(module))), generator)
+                    draw(weight, self._std(module, name, residual.get(id(module))), generator)
         for block in blocks if c.zero_init else ():
             for end in block.branch_ends():
                 set_gain(end, 0.0)
@@ -221,7 +223,8 @@ class Transformer(LanguageModel):
         weight = module.get_parameter(name)
         d_in = weight.shape[0 if name == "values" else 1]  # the values of a Pattention are [slots, d_out]
         ends = name != "keys"  # nor do the keys of a Pattention end a branch: its values do
-        return STDS[c.init](c.init_std, d_in, layer if ends else None, c.n_layers)
+        std = STDS[c.init](c.init_std, d_in, layer if ends else None, c.n_layers)
+        return std * c.n_streams ** START_SCALES[c.hyper_start] if layer is not None and ends else std
 
     def blocks(self) -> list[nn.Module]:
         return [*self.layers, *(head.block for head in self.further if head.block is not None)]
@@ -287,13 +290,18 @@ class Transformer(LanguageModel):
 STDS = {
     "gpt2": lambda std, d_in, layer, n: std if layer is None else std / math.sqrt(2 * n),
     "normal": lambda std, d_in, layer, n: std,
-    # By fan-in, and shrinking with depth (OLMo's, arXiv 2402.00838).
+    # By fan-in, shrinking with depth, cut off at three standard deviations (OLMo's, arXiv 2402.00838).
     "mitchell": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * (layer + 1))) ** -0.5,
     # By fan-in (the widths of muP, arXiv 2203.03466, without its learning rates).
     "width_scaled": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * n)) ** -0.5,
 }
+
 # Of an output projection that is not the embedding, where it differs.
 HEAD_STDS = {"width_scaled": lambda std, d_in, layer, n: 1 / d_in}
+
+
+def _embedding_std(config: TransformerConfig, width: int) -> float:
+    return width**-0.5 if config.init == "mitchell" else config.init_std
 
 
 def _role(module: nn.Module, owner: str, kind: str) -> str:

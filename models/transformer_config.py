@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from models.base import require_positive
-from models.layers.attention import latent_widths, rotary
+from models.config import check_ranges, setting
+from models.layers.attention import latent_widths, rope_scaling
+from models.layers.block import NORM_PLACES
 from models.layers.mlp import ACTIVATIONS, hidden_width
 from models.layers.norms import NORMS
+from models.layers.positions import SCALINGS, check_rotary
+from models.layers.residual import START_SCALES
 
 CHOICES = {
     "norm": NORMS,
-    "norm_placement": ("pre", "post", "pre_post"),
+    "norm_placement": tuple(NORM_PLACES),
     "positions": ("learned", "rotary", "alibi", "none"),
-    "rope_scaling": ("none", "interpolate", "ntk", "yarn", "xpos"),
+    "rope_scaling": SCALINGS,
     "attention": ("softmax", "differential", "latent"),
     "attention_bias": ("none", "qkv", "all"),
     "attention_gate": ("none", "head", "channel"),
@@ -26,6 +29,7 @@ CHOICES = {
     "kernels": ("auto", "torch", "liger"),
     "block": ("serial", "parallel", "parallel_two_norms"),
     "residual": ("plain", "weighted", "static_hyper", "dynamic_hyper"),
+    "hyper_start": tuple(START_SCALES),
     "prediction_heads": ("linear", "transformer"),
     "init": ("gpt2", "normal", "mitchell", "width_scaled"),
 }
@@ -38,49 +42,78 @@ MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
         "positions rotary",
         lambda c: c.positions == "rotary",
     ),
+    ("rope_low_freq_factor", "rope_high_freq_factor"): ("rope_scaling llama3", lambda c: c.rope_scaling == "llama3"),
+    ("rope_local_theta",): ("positions rotary and a window", lambda c: c.positions == "rotary" and c.window),
+    ("rope_mscale_all_dim",): (
+        "attention latent and rope_scaling yarn",
+        lambda c: c.attention == "latent" and c.rope_scaling == "yarn",
+    ),
     ("kv_rank", "q_rank", "rope_dim"): ("attention latent", lambda c: c.attention == "latent"),
     ("window_pattern",): ("a window", lambda c: c.window),
     ("mlp", "d_hidden", "hidden_ratio"): ("an MLP that is no pattention", lambda c: "mlp" not in c.pattention),
     ("pattention_slots",): ("pattention of qkv or out", lambda c: "qkv" in c.pattention or "out" in c.pattention),
     ("pattention_mlp_slots",): ("pattention of mlp", lambda c: "mlp" in c.pattention),
     ("pattention_mode",): ("pattention", lambda c: c.pattention),
-    ("n_streams",): ("residual static_hyper or dynamic_hyper", lambda c: c.residual.endswith("hyper")),
+    ("n_streams", "hyper_start"): ("residual static_hyper or dynamic_hyper", lambda c: c.residual.endswith("hyper")),
     ("prediction_heads", "share_unembedding", "prediction_weights"): ("n_predict above 1", lambda c: c.n_predict > 1),
 }
 
 
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+WIDEST, LONGEST, DEEPEST = 1_000_000, 1_000_000_000, 1_000  # channels, tokens, blocks
+
+
+def _field(default: Any, text: str, low: float = 0, above: float | None = None, high: float = WIDEST) -> Any:
+    return setting(default, text, low, above, high)
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     # -- shape
-    vocab_size: int = _field(50304, "rows of the embedding and of the output projection")
-    unpadded_vocab: int = _field(0, "tokens that exist; rows from there on are padding, never predicted (0: all exist)")
-    d_model: int = _field(768, "width of the residual stream")
-    n_layers: int = _field(12, "blocks")
-    n_heads: int = _field(12, "attention heads")
+    vocab_size: int = _field(50304, "rows of the embedding and of the output projection", low=1, high=LONGEST)
+    unpadded_vocab: int = _field(
+        0, "tokens that exist; rows from there on are padding, never predicted (0: all exist)", high=LONGEST
+    )
+    d_model: int = _field(768, "width of the residual stream", low=1)
+    n_layers: int = _field(12, "blocks", low=1, high=DEEPEST)
+    n_heads: int = _field(12, "attention heads", low=1)
     n_kv_heads: int = _field(0, "heads of keys and values, shared by groups of query heads (0: n_heads; 1: MQA)")
     head_dim: int = _field(0, "channels of a head (0: d_model / n_heads)")
-    max_context: int = _field(0, "longest sequence (0: any; learned positions need it, as rows of their table)")
+    max_context: int = _field(
+        0, "longest sequence (0: any; learned positions need it, as rows of their table)", high=LONGEST
+    )
     bias: bool = _field(False, "bias in every linear layer and LayerNorm")
     # -- norms
     norm: str = _field("rms", "layer, rms (RMSNorm, arXiv 1910.07467) or dyt (DyT, arXiv 2503.10622)")
-    norm_placement: str = _field("pre", "pre, post (after the sum) or pre_post (on both ends of each branch, Gemma 2)")
-    norm_eps: float = _field(1e-5, "added to the variance")
-    qk_norm: bool = _field(False, "RMSNorm of each query and key head, before rotation")
+    norm_placement: str = _field(
+        "pre",
+        "pre, post (after the sum, the first Transformer's), pre_post (on both ends of each branch, Gemma 2) or branch (on what "
+        "a branch adds, OLMo 2)",
+    )
+    norm_eps: float = _field(1e-5, "added to the variance", above=0)
+    qk_norm: bool = _field(False, "RMSNorm of each query and key head by itself, before rotation")
     # -- positions
     positions: str = _field("rotary", "learned, rotary (arXiv 2104.09864), alibi (arXiv 2108.12409) or none")
-    rope_theta: float = _field(10000.0, "base of the rotary wavelengths")
+    rope_theta: float = _field(10000.0, "base of the rotary wavelengths", above=1, high=1e12)
+    rope_local_theta: float = _field(
+        0.0, "the same in layers with a window, which rope_scaling leaves alone (Gemma 3; 0: as all others)", high=1e12
+    )
     rope_fraction: float = _field(1.0, "part of a head's channels that is rotated")
-    rope_scaling: str = _field("none", "none, interpolate, ntk, yarn or xpos")
+    rope_scaling: str = _field(
+        "none", "none, interpolate, ntk (whatever the length, unlike `dynamic` in transformers), yarn, llama3 or xpos"
+    )
     rope_factor: float = _field(1.0, "how many times longer than in training sequences are, for rope_scaling")
-    rope_original_context: int = _field(0, "length trained at, for rope_scaling yarn")
+    rope_original_context: int = _field(
+        0, "length trained at, for yarn and llama3; xpos scales nothing at half of it", high=LONGEST
+    )
+    rope_low_freq_factor: float = _field(1.0, "llama3: pairs of fewer turns over the original context are interpolated")
+    rope_high_freq_factor: float = _field(4.0, "llama3: pairs of more turns over the original context stay as they are")
+    rope_mscale_all_dim: float = _field(
+        0.0, "latent attention with yarn: its temperature for all scores, as strong as this (DeepSeek V2 0.707, V3 1)"
+    )
     # -- attention
     attention: str = _field("softmax", "softmax, differential (arXiv 2410.05258) or latent (MLA, arXiv 2405.04434)")
     attention_kernel: str = _field("auto", "auto, torch (plain products), sdpa, flex or flash (flash-attn)")
-    window: int = _field(0, "tokens a query sees, itself included (0: all before it)")
+    window: int = _field(0, "tokens a query sees, itself included (0: all before it)", high=LONGEST)
     window_pattern: str = _field("", "S: layer with the window, L: without; repeated over the layers (empty: all S)")
     attention_softcap: float = _field(0.0, "c: scores become c tanh(score / c) (Gemma 2: 50; 0: none)")
     attention_bias: str = _field("none", "qkv (Qwen2), all (and of the output) or none: biases where `bias` is off")
@@ -95,7 +128,7 @@ class TransformerConfig:
     mlp: str = _field("swiglu", ", ".join(ACTIVATIONS))
     d_hidden: int = _field(0, "hidden width of the MLP (0: by hidden_ratio)")
     hidden_ratio: float = _field(0.0, "hidden width over d_model (0: 4, with gates 8/3 rounded up, so as many weights)")
-    hidden_multiple: int = _field(256, "what an inferred 8/3 d_model is rounded up to a multiple of")
+    hidden_multiple: int = _field(256, "what an inferred 8/3 d_model is rounded up to a multiple of", low=1)
     pattention: str = _field("", "projections that attend to parameters: of qkv, out, mlp (TokenFormer, 2410.23168)")
     pattention_slots: int = _field(0, "parameter tokens of qkv and out (0: d_model)")
     pattention_mlp_slots: int = _field(0, "parameter tokens of the MLP (0: 4 d_model)")
@@ -103,7 +136,10 @@ class TransformerConfig:
     # -- block and residual stream
     block: str = _field("serial", "serial, parallel (PaLM: one norm, fused) or parallel_two_norms")
     residual: str = _field("plain", "plain, weighted, static_hyper or dynamic_hyper (hyper-connections, 2409.19606)")
-    n_streams: int = _field(4, "residual streams of hyper-connections")
+    n_streams: int = _field(4, "residual streams of hyper-connections", low=1, high=DEEPEST)
+    hyper_start: str = _field(
+        "plain", "std of the branches' last matrices under hyper-connections: plain, shrunk or grown by sqrt(n_streams)"
+    )
     x0_skip: bool = _field(False, "every block's input is a learned mix of the stream and the embedding")
     unet_skips: bool = _field(False, "the second half of the blocks also gets the outputs of the first, last first")
     value_embeddings: int = _field(0, "tables of token embeddings added to the values of the first and last layers")
@@ -113,14 +149,18 @@ class TransformerConfig:
     final_softcap: float = _field(0.0, "c: logits become c tanh(logit / c) (Gemma 2: 30; 0: none)")
     z_loss: float = _field(0.0, "coefficient of logsumexp^2 (PaLM: 1e-4)")
     neftune_alpha: float = _field(0.0, "noise on the embeddings in training (arXiv 2310.05914)")
-    n_predict: int = _field(1, "tokens predicted at once (multi-token prediction, arXiv 2404.19737)")
+    n_predict: int = _field(
+        1, "tokens predicted at once (multi-token prediction, arXiv 2404.19737)", low=1, high=DEEPEST
+    )
     prediction_heads: str = _field("linear", "linear (a norm each) or transformer (a block each, the paper's)")
     share_unembedding: bool = _field(True, "all prediction heads use one output projection")
     prediction_weights: str = _field("", "factor of each head's loss, the first 1: 1,0.5,0.25 (empty: all 1)")
     kernels: str = _field("auto", "auto, torch or liger (its RMSNorm, SwiGLU and loss), for all but attention")
     # -- initialisation
-    init: str = _field("gpt2", "gpt2 (residual projections / sqrt(2 L)), normal, mitchell or width_scaled")
-    init_std: float = _field(0.02, "standard deviation of embeddings, and of matrices under gpt2 and normal")
+    init: str = _field("gpt2", "gpt2 (residual projections / sqrt(2 L)), normal, mitchell (OLMo) or width_scaled")
+    init_std: float = _field(
+        0.02, "standard deviation of embeddings (but under mitchell), and of matrices under gpt2 and normal", above=0
+    )
     zero_init: bool = _field(
         False, "branches start at zero: their last matrix, or the gain of the norm that follows it"
     )
@@ -194,18 +234,10 @@ class TransformerConfig:
     # -- what cannot be --------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "vocab_size", "d_model", "n_layers", "n_heads", "hidden_multiple", "n_streams", "n_predict"
-        )
+        check_ranges(self)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, {value} is not")
-        for name in ("norm_eps", "init_std", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         for check in (
             self._check_meanings,
             self._check_heads,
@@ -233,7 +265,10 @@ class TransformerConfig:
         if self.positions == "learned" and not self.max_context:
             raise ValueError("max_context must be set with learned positions: it is the length of their table")
         if self.positions == "rotary":
-            rotary(self, latent_widths(self)[0] if self.attention == "latent" else self.head_width)  # checks its own
+            width = latent_widths(self)[0] if self.attention == "latent" else self.head_width
+            check_rotary(width, self.rope_theta, self.rope_fraction, rope_scaling(self))
+            if 0 < self.rope_local_theta <= 1:
+                raise ValueError(f"rope_local_theta must be above 1, not {self.rope_local_theta}")
 
     def _check_attention(self) -> None:
         if set(self.window_pattern) - {"S", "L"}:
@@ -276,8 +311,11 @@ class TransformerConfig:
             )
         if self.pattention_of and self.attention == "latent":
             raise ValueError("pattention does not go with latent attention, whose projections are products of two")
-        if {"out", "mlp"} & set(self.pattention_of) and self.zero_init and self.norm_placement != "pre_post":
-            raise ValueError("zero_init must be off with pattention of out or mlp, or norm_placement be pre_post")
+        if {"out", "mlp"} & set(self.pattention_of) and self.zero_init:
+            if self.norm_placement not in ("pre_post", "branch"):
+                raise ValueError(
+                    "zero_init must be off with pattention of out or mlp, or norm_placement be pre_post or branch"
+                )
         if self.block != "serial":
             if self.norm_placement != "pre":
                 raise ValueError(f"norm_placement must be pre with block {self.block}: its branches share one sum")

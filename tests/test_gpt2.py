@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.layers.positions import positions_in_documents
-from models.presets import Gpt2, load_openai_weights
+from models.presets import Gpt2, gpt2_config, load_openai_weights
 from trainer import scaling
 
 Gpt2Config = Gpt2.Config
@@ -75,6 +75,35 @@ def test_logits_equal_those_of_hugging_face(monkeypatch):
     assert (ours(tokens).logits - expected).abs().max() < 1e-4
     assert expected.std() > 0.5, "logits this small would agree by themselves"
     assert theirs.config.activation_function == "gelu_new"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"activation_function": "gelu", "n_inner": 64, "layer_norm_epsilon": 1e-2}])
+def test_a_config_of_hugging_face_gives_its_logits(monkeypatch, changes):
+    theirs, _ = tiny_pair(monkeypatch)
+    theirs = type(theirs)(type(theirs.config)(**{**theirs.config.to_dict(), **changes})).eval()
+    ours = Gpt2(gpt2_config(theirs.config))
+    load_openai_weights(ours, theirs.state_dict())
+    tokens = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(1))
+    assert (ours(tokens).logits - theirs(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_function", "relu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+    ],
+)
+def test_a_config_of_what_we_do_not_compute_is_refused_by_name(monkeypatch, name, value):
+    theirs, _ = tiny_pair(monkeypatch)
+    setattr(theirs.config, name, value)
+    with pytest.raises(ValueError, match=rf"^{name} {value!r} .*not implemented") as error:
+        gpt2_config(theirs.config)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_of_another_shape_are_refused(monkeypatch):

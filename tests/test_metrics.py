@@ -1,19 +1,26 @@
 """The table, the live view, the clock, metrics.jsonl, wandb and the curves."""
 
+import copy
 import io
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_values
 
+from trainer.config import RunConfig
 from trainer.device import HostCopy
 from trainer.errors import UserError
+from trainer.memory import build_meta
 from trainer.metrics import console, plots
 from trainer.metrics.record import MetricsFile, Wandb, read_rows
 from trainer.metrics.report import Clock, Measured, Report
+from trainer.plan import resolve
+from trainer.run import Run
+from trainer.settings import build
 from trainer.train import run
 
 ROW = {
@@ -103,6 +110,34 @@ def test_time_goes_to_the_step_that_took_it(monkeypatch):
     report.stop_clock()
     assert [step.elapsed for step in steps] == [2.0, 4.0]
     assert [step.seconds for step in steps] == [2.0, 6.0]
+
+
+def test_flops_are_those_of_whole_weights(tmp_path, tiny_dataset, monkeypatch):
+    """Under zero3 each process's parameters have no numbers between their uses, and none would be counted."""
+    plan = resolve(build(RunConfig, tiny_values(tiny_dataset, tmp_path, model={"name": "llama"})))
+    whole = build_meta(plan.model_class, plan.model_config)
+    parted = copy.deepcopy(whole)
+    for parameter in parted.parameters():
+        parameter.data = torch.empty(0, device="meta")
+    engine = SimpleNamespace(model=parted, device=torch.device("cpu"))
+    report = Report(tmp_path, plan, SimpleNamespace(leader=False, size=1), engine, 0, 0.0)
+    assert report._flops == {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
+    assert parted.flops_per_token(64) < whole.flops_per_token(64)
+
+
+def test_what_a_row_costs_is_part_of_its_time(tiny_dataset, tmp_path, monkeypatch):
+    """The forward pass for the training accuracy of a row of the console."""
+    running = []
+
+    def accuracy(self):
+        running.append(clocks[0]._running)
+
+    clocks = []
+    made = Clock.__init__
+    monkeypatch.setattr(Clock, "__init__", lambda self, seconds: (clocks.append(self), made(self, seconds))[1])
+    monkeypatch.setattr(Run, "train_accuracy", accuracy)
+    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, log__every=1))
+    assert running == [True, True]
 
 
 def test_resumed_metrics_have_each_step_once(tmp_path):

@@ -55,6 +55,21 @@ def targets():
     return torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(2))
 
 
+def test_fp64_stays_fp64(tokens, targets):
+    """In matrices of fp64 the norm is exact to fp64's digits, and so is the loss."""
+    weight = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    normalise_(weight, 1)
+    assert (weight.norm(dim=1) - 1).abs().max() < 1e-15
+    model = make()
+    single, double = model(tokens, targets).loss, model.double()(tokens, targets).loss
+    model.post_step()
+    assert abs(single - double) < 1e-5 and {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(
+        ((p.norm(dim=d) - 1).abs().max() < 1e-15)
+        for p, d in ((model.head.weight, 1), (model.layers[0].mlp_out.weight, 0))
+    )
+
+
 def norm_errors(weights):
     """Name -> largest | |vector| - 1 | of each matrix in `weights` (name -> tensor)."""
     errors = {}

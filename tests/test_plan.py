@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from conftest import ROOT, tiny_values
 
 from models.hlb import Hlb
+from models.presets import Gpt2
 from trainer import memory
 from trainer import plan as p
 from trainer.config import PlanConfig, RunConfig
@@ -364,7 +366,13 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     plan, _ = p.resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
     unknown = p.expected_time(plan, device, 3.6)
     assert (unknown.hours, unknown.tokens_per_second, unknown.cost) == (None, None, None)
-    assert unknown.row().value == "unknown"
+    flops = memory.build_meta(plan.model_class, plan.model_config).flops_per_token(plan.config.batch.sequence_length)
+    at_peak = p.minimum_tokens(plan) * flops / 312e12 / 2 / 3600
+    assert unknown.hours_range == pytest.approx((at_peak / 0.5, at_peak / 0.2))
+    assert unknown.row().value == f"{at_peak / 0.5:.3g} to {at_peak / 0.2:.3g}"
+    assert "50% to 20% of 312 TFLOP/s" in unknown.rule and "no bench of this model" in unknown.rule
+    assert f"{at_peak / 0.5 * 7.2:,.2f} to {at_peak / 0.2 * 7.2:,.2f} at 3.6 an hour and device" in unknown.rule
+    assert p.expected_time(plan, "CPU", 3.6).row().value == "unknown"
 
     def row(rate, **changes):
         config = dataclasses.asdict(plan.config)
@@ -389,3 +397,90 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     assert found.cost == pytest.approx(hours * 3.6 * 2)
     assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "as if speed grew" in found.rule
     assert found.rule.startswith("at least: with a multiplier of one; at 2,000 tokens/s, by at 1000.0 of runs/bench-2/")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("GPT2", "gpt2"), ("gpt-2", "gpt2"), ("Llama", "llama"), ("Transformer_++", "transformer++")]
+)
+def test_names_of_models_are_near_whatever_their_case_and_punctuation(name, near):
+    line = rf"^model.name: '{re.escape(name)}' is not known \(allowed: .*\); did you mean {re.escape(near)}\?$"
+    with pytest.raises(UserError, match=line):
+        p.resolve(build(RunConfig, {"model": {"name": name}}))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a model under a name for one test."""
+    from models import base
+
+    return lambda name, model: monkeypatch.setitem(base._REGISTRY, name, model)
+
+
+class Staring(Gpt2):
+    """Its forward pass reads a number."""
+
+    def forward(self, tokens, *args, **kwargs):
+        if tokens.float().mean().item() > 3:
+            tokens = tokens + 0
+        return super().forward(tokens, *args, **kwargs)
+
+
+class Counting(Gpt2):
+    """Its constructor reads a number."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.start = self.embedding.weight.sum().item()
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(Gpt2.Config):
+    own_width: int = dataclasses.field(default=3, metadata={"help": "a number without a range"})
+
+
+class Ranging(Gpt2):
+    Config = Wide
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (
+            Staring,
+            r"model mine: its forward pass does not run on tensors without values, .*: DataDependent.* \(test_plan.py, line",
+        ),
+        (Counting, r"model mine: it cannot be built on the meta device: RuntimeError: .* \(test_plan.py, line \d+\)$"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_is_told_in_one_line(registered, model, line):
+    registered("mine", model)
+    with pytest.raises(UserError, match=f"^{line}") as error:
+        p.resolve(build(RunConfig, {"model_scale": 0.05, "model": {"name": "mine"}, "data": {"tokenizer": "bytes"}}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [2**40, -(2**40)])
+def test_a_number_far_out_is_refused_before_a_shape_is_looked_for(registered, value, monkeypatch):
+    registered("mine", Ranging)
+    monkeypatch.setattr(Ranging, "config_for_scale", lambda *_, **__: pytest.fail("it was asked"))
+    with pytest.raises(UserError, match="^model mine: own_width must be at "):
+        p.resolve(build(RunConfig, {"model": {"name": "mine", "own_width": value}}))
+
+
+def test_more_parameters_than_any_machine_holds_are_refused_before_the_model_is_built():
+    shape = {"name": "llama", "d_model": 10**6, "n_layers": 1, "n_heads": 1}
+    with pytest.raises(UserError, match="^model llama: [0-9,]+ parameters are beyond any machine$"):
+        p.resolve(build(RunConfig, {"model": shape}))
+
+
+def test_a_plan_says_what_to_think_about(tiny_dataset, tmp_path):
+    """60 kB of text for 50,000 parameters and more."""
+    plan = p.resolve(
+        build(RunConfig, tiny_values(tiny_dataset, tmp_path, model={"name": "llama"}, max_steps=1000)),
+        find_dataset(build(RunConfig, tiny_values(tiny_dataset, tmp_path)).data),
+    )
+    text, facts = p.render(plan), p.summary(plan)
+    assert facts["epochs_at_least"] == pytest.approx(p.minimum_tokens(plan) / plan.train_tokens)
+    assert [f"note: {line}" for line in facts["advice"]] == text.splitlines()[-len(facts["advice"]) :]
+    assert any(line.startswith("the run reads its text ") for line in facts["advice"])
+    assert any(line.startswith("epochs ") for line in text.splitlines())

@@ -16,6 +16,7 @@ KINDS = {
     "interpolate": {"scaling": "interpolate", "factor": 4.0},
     "ntk": {"scaling": "ntk", "factor": 4.0},
     "yarn": {"scaling": "yarn", "factor": 4.0, "original_context": 64},
+    "llama3": {"scaling": "llama3", "factor": 4.0, "original_context": 64},
     "xpos": {"scaling": "xpos", "original_context": 128},
 }
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -283,13 +284,18 @@ def test_one_graph_serves_every_length(options):
         ({"fraction": 1.5}, "rope_fraction"),
         ({"fraction": 0.3}, "rope_fraction"),
         ({"fraction": 3 / 16}, "rope_fraction"),
-        ({"scaling": "dynamic"}, "rope_scaling must be none, interpolate, ntk, yarn or xpos, not 'dynamic'"),
+        ({"scaling": "dynamic"}, "rope_scaling must be none, interpolate, ntk, yarn, llama3 or xpos, not 'dynamic'"),
         ({"scaling": "ntk", "fraction": 0.125}, "rope_scaling"),
         ({"scaling": "interpolate", "factor": 0.5}, "rope_factor"),
         ({"scaling": "interpolate", "factor": math.inf}, "rope_factor"),
         ({"factor": 2.0}, "rope_factor"),
         ({"scaling": "xpos", "factor": 2.0}, "rope_factor"),
         ({"scaling": "yarn", "factor": 2.0}, "rope_original_context"),
+        ({"scaling": "llama3", "factor": 2.0}, "rope_original_context"),
+        (
+            {"scaling": "llama3", "original_context": 8, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "rope_low_freq_factor must be above 0 and below rope_high_freq_factor",
+        ),
         ({"scaling": "xpos", "original_context": -1}, "rope_original_context"),
         ({"scaling": "ntk", "factor": 2.0, "original_context": 64}, "rope_original_context"),
     ],
@@ -344,6 +350,17 @@ def test_yarn_is_that_of_hugging_face(monkeypatch, width, factor, context):
     theirs = llama(monkeypatch, width, int(context * factor), options)(q, positions)
     ours = Rotary(width, scaling="yarn", factor=factor, original_context=context).rotate_query(q, positions)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(("factor", "context", "low", "high"), [(8.0, 8192, 1.0, 4.0), (32.0, 128, 0.5, 6.0)])
+def test_llama3_is_that_of_hugging_face(monkeypatch, factor, context, low, high):
+    bands = {"low_freq_factor": low, "high_freq_factor": high}
+    options = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": context, **bands}
+    q, positions = randn(1, 2, 128, 64), torch.arange(128) * 100
+    theirs = llama(monkeypatch, 64, int(context * factor), options)(q, positions)
+    ours = Rotary(64, scaling="llama3", factor=factor, original_context=context, **bands).rotate_query(q, positions)
+    # Angles up to 12,700 in fp32, of frequencies that differ by 2^-24 of themselves.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3 * theirs.abs().max().item())
 
 
 def interleaved_rotation(x, positions):

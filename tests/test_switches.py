@@ -21,6 +21,8 @@ SWITCHES = {
     "rope_fraction": (1.0, 0.5),
     "rope_factor": (1.0, 2.0),
     "rope_original_context": (0, 16),
+    "rope_local_theta": (0.0, 100.0),
+    "rope_mscale_all_dim": (0.0, 1.0),
     "n_kv_heads": (0, 2, 1),
     "window": (0, 5, 16),
     "window_pattern": ("", "SL", "SSSL"),

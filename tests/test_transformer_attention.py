@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import models.transformer
 from models.base import Cache
 from models.layers import attend
 from models.layers.attention import sum_by_doubling
-from models.presets import Llama, load_llama_weights
+from models.presets import Llama, llama_config, load_llama_weights
 
 
 def draw(seed, *shape):
@@ -386,3 +388,66 @@ def test_missing_weights_are_named(monkeypatch):
     theirs, ours = tiny_llama(monkeypatch, {})
     with pytest.raises(KeyError, match=r"layers.0.mlp.up_proj.weight"):
         load_llama_weights(ours, {name: w for name, w in theirs.state_dict().items() if "up_proj" not in name})
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALINGS = [
+    LLAMA3 | {"original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 2.0},
+    {"type": "linear", "factor": 4.0},
+    None,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_a_config_of_hugging_faces_llama_gives_its_logits(monkeypatch, scaling):
+    changes = {"rope_scaling": scaling, "rope_theta": 100.0, "num_key_value_heads": 2, "attention_bias": True}
+    theirs, _ = tiny_llama(monkeypatch, changes)
+    config = llama_config(theirs.config)
+    tokens, logits = draw_tokens(1, 2, 64, vocab=97), {}
+    for name, ours in {"scaled": config, "not": replace(config, **PLAIN_ROPE)}.items():
+        model = Llama(ours)
+        load_llama_weights(model, theirs.state_dict())
+        logits[name] = model(tokens).logits
+    expected = theirs(tokens).logits
+    assert distance(logits["scaled"], expected) < 1e-4 < expected.std()
+    assert (distance(logits["not"], expected) > 0.1) == (scaling is not None), "else it would tell nothing"
+
+
+PLAIN_ROPE = {"rope_scaling": "none", "rope_factor": 1.0, "rope_original_context": 0}
+PLAIN_ROPE |= {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "^rope_scaling: 'dynamic' is not implemented"),
+        ({"rope_scaling": SCALINGS[1] | {"beta_fast": 16.0}}, "^rope_scaling: beta_fast of yarn is not implemented"),
+        ({"rope_scaling": SCALINGS[1] | {"attention_factor": 2.0}}, "^rope_scaling: attention_factor of yarn"),
+        ({"hidden_act": "relu"}, "^hidden_act 'relu' is not implemented"),
+        ({"mlp_bias": True}, "^mlp_bias without attention_bias"),
+    ],
+    ids=str,
+)
+def test_a_config_of_what_we_do_not_compute_is_refused_by_name(monkeypatch, changes, message):
+    theirs, _ = tiny_llama(monkeypatch, changes)
+    with pytest.raises(ValueError, match=message) as error:
+        llama_config(theirs.config)
+    assert "\n" not in str(error.value)
+
+
+def test_an_incomplete_rope_scaling_and_another_model_are_refused():
+    llama = {"model_type": "llama", "attention_bias": False, "hidden_act": "silu", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="^rope_scaling: llama3 needs factor, original_max"):
+        llama_config(SimpleNamespace(**llama, rope_scaling=LLAMA3, **SIZES))
+    with pytest.raises(ValueError, match="^model_type 'mistral' is not implemented"):
+        llama_config(SimpleNamespace(**(llama | {"model_type": "mistral"}), **SIZES))
+    # What transformers 5 calls it.
+    new = SimpleNamespace(**llama, rope_parameters={"rope_theta": 5e5, "rope_type": "linear", "factor": 8}, **SIZES)
+    assert (llama_config(new).rope_theta, llama_config(new).rope_factor) == (5e5, 8)
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 64}

@@ -21,6 +21,14 @@ from models.transformer_config import MEANT_FOR
         ({"attention": "latent", "rope_dim": 7}, "rope_dim"),
         ({"head_dim": 10, "rope_fraction": 0.5}, "rope_fraction"),
         ({"norm": "batch"}, "norm"),
+        ({"rope_local_theta": 0.5, "window": 8}, "rope_local_theta"),
+        ({"rope_scaling": "llama3"}, "rope_original_context"),
+        ({"d_model": 10**7}, "d_model"),
+        ({"head_dim": 2**63}, "head_dim"),
+        ({"n_layers": 10**9}, "n_layers"),
+        ({"window": -(2**63)}, "window"),
+        ({"rope_theta": 1e300}, "rope_theta"),
+        ({"z_loss": -math.inf}, "z_loss"),
         ({"positions": "learned"}, "max_context"),
         ({"window": 8, "window_pattern": "SX"}, "window_pattern"),
         ({"window": 65, "max_context": 64}, "window"),
@@ -68,12 +76,18 @@ def test_a_misspelt_switch_is_refused():
         Transformer.config_for_scale(1, 8192, 10_000_000, qk_nrom=True)
 
 
+YARN = {"rope_scaling": "yarn", "rope_original_context": 16}
 IDLE = {  # field -> (a value, a choice beside which it does nothing, one beside which it does something)
     "rope_theta": (5e5, {"positions": "alibi"}, {}),
     "rope_fraction": (0.5, {"positions": "none"}, {}),
     "rope_scaling": ("xpos", {"positions": "none"}, {}),
     "rope_factor": (2.0, {"positions": "none"}, {"rope_scaling": "ntk"}),
     "rope_original_context": (64, {"positions": "none"}, {"rope_scaling": "xpos"}),
+    "rope_low_freq_factor": (0.5, YARN, {**YARN, "rope_scaling": "llama3"}),
+    "rope_high_freq_factor": (8.0, YARN, {**YARN, "rope_scaling": "llama3"}),
+    "rope_local_theta": (500.0, {}, {"window": 8}),
+    "rope_mscale_all_dim": (1.0, YARN, {**YARN, "attention": "latent"}),
+    "hyper_start": ("shrunk", {"residual": "weighted"}, {"residual": "dynamic_hyper"}),
     "kv_rank": (8, {}, {"attention": "latent"}),
     "q_rank": (8, {"attention": "differential"}, {"attention": "latent"}),
     "rope_dim": (8, {}, {"attention": "latent"}),

@@ -1,6 +1,7 @@
 """Initial weights of the decoder of switches: the loss they give, branches that start at zero, policies by name."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,12 +97,34 @@ def test_every_matrix_has_the_standard_deviation_of_its_policy(policy, pattentio
         if weight.ndim < 2:
             continue
         if name == "embedding.weight":
-            expected = 0.02
+            expected = 128**-0.5 if policy == "mitchell" else 0.02
         elif name == "head.weight" or "unembedding" in name:
             expected = head(128)
         else:
             inputs = weight.shape[0] if name.endswith("values") else weight.shape[1]
             ends = name.endswith((*PROJECTIONS, "attention.out.values", "mlp.values"))
             expected = end(inputs, int(name.split(".")[1]), 2) if ends else plain(inputs)
+        if policy == "mitchell":  # OLMo's: cut off at 3 standard deviations, which leaves 0.9866 of it
+            assert 2.5 * expected < weight.abs().max() <= 3 * expected, name
+            expected *= 0.9866
         # The standard deviation of n draws is off by 1 / sqrt(2 n); 5 of them.
         assert weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * weight.numel())), name
+
+
+@pytest.mark.parametrize(("start", "exponent"), [("plain", 0), ("shrunk", -0.5), ("grown", 0.5)])
+def test_the_ends_of_branches_may_start_smaller_or_larger_by_the_root_of_the_streams(start, exponent):
+    config = small(d_model=64, residual="static_hyper", n_streams=4, hyper_start=start)
+    plain = dict(build(replace(config, hyper_start="plain")).named_parameters())
+    for name, weight in build(config).named_parameters():
+        expected = plain[name] * 4**exponent if name.endswith(PROJECTIONS) else plain[name]
+        torch.testing.assert_close(weight, expected)
+
+
+def test_keys_and_values_start_as_a_mean_of_two_tokens_with_weights_drawn_evenly():
+    """arXiv 2411.19574: alpha_1 from U(0, 1), alpha_2 = 1 - alpha_1."""
+    model = build(small(d_model=512, n_heads=128, kv_shift=True, n_layers=1))
+    shift = model.layers[0].attention.heads.shift
+    own, before = shift.own.detach(), shift.before.detach()
+    assert torch.equal(before, 1 - own) and 0 <= own.min() < 0.05 and 0.95 < own.max() <= 1
+    # A mean of 256 draws is within 0.018 of 0.5, 4 times.
+    assert own.mean().item() == pytest.approx(0.5, abs=0.072)

@@ -247,11 +247,12 @@ def test_nothing_but_ignored_targets_is_a_zero_loss_with_zero_gradients(model, t
 
 
 @torch.no_grad()
-def test_documents_do_not_see_each_other(model, tokens):
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [7, 1, 7, 1]], ids=["ascending", "returning"])
+def test_documents_do_not_see_each_other(model, tokens, numbers):
     if not model.masks_documents:
         pytest.skip("this model does not mask documents")
     lengths = [5, 1, 11, T - 17]
-    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(B, T)
+    documents = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths)).expand(B, T)
     packed = model(tokens, documents=documents).logits
     for start, stop in itertools.pairwise([0, *itertools.accumulate(lengths)]):
         assert distance(packed[:, start:stop], model(tokens[:, start:stop]).logits) < 1e-5

@@ -155,7 +155,12 @@ class HostCopy:
 
 def peak_flops(device: torch.device, precision: str, float8: bool = False) -> float | None:
     """FLOP/s to compare with, or None where it is not known for certain, or there is no one peak (a part in fp8)."""
-    return None if float8 else PEAK.get(device_name(device), {}).get(FACTORS[precision])
+    return peak_of(device_name(device), precision, float8)
+
+
+def peak_of(name: str, precision: str, float8: bool = False) -> float | None:
+    """As `peak_flops`, of a device by name."""
+    return None if float8 else PEAK.get(name, {}).get(FACTORS[precision])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 from trainer import scaling
 from trainer.config import RunConfig
 from trainer.errors import UserError
-from trainer.memory import GIB, Demand, Spread, build_meta
+from trainer.memory import GIB, Demand, Spread, build_meta, told_of_model
 from trainer.run_config import default_run_dir
 from trainer.strategy import Chooser, Means, check_graphs, check_shard_size, refuse_contradictions
+
+MOST_PARAMETERS = 10**13
 
 
 @dataclass
@@ -49,7 +51,10 @@ class Inference:
     def model(self, model_class: Any, model_config: Any) -> None:
         self.model_class, self.model_config = model_class, model_config
         self.parameters = model_class.count_parameters(model_config)
-        meta = build_meta(model_class, model_config)
+        if self.parameters > MOST_PARAMETERS:
+            raise UserError(f"model {self.config.model['name']}: {self.parameters:,} parameters are beyond any machine")
+        with told_of_model(model_class, "it cannot be built on the meta device"):
+            meta = build_meta(model_class, model_config)
         roles = meta.parameter_groups()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
         if self.parameters != sum(sizes.values()):

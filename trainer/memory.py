@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
@@ -54,6 +58,24 @@ def build_meta(model_class: Any, model_config: Any) -> Any:
 
     with torch.device("meta"):
         return model_class(model_config)
+
+
+@contextlib.contextmanager
+def told_of_model(model_class: Any, what: str) -> Iterator[None]:
+    """Turn whatever a model raises within into one line: its name, `what` cannot be, the cause, and the line of its file."""
+    from models.base import get_model, model_names
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        name = next((name for name in model_names() if get_model(name) is model_class), model_class.__name__)
+        file = inspect.getsourcefile(model_class) or ""
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+        cause = printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 300)
+        raise UserError(f"model {name}: {what}: {cause}{place}") from error
 
 
 @dataclass(frozen=True)
@@ -267,16 +289,18 @@ def kept_bytes(
     from trainer.engine import compilation
 
     asked = model_class, model_config, length, compute, how, documents, flex
-    if not compiled:
-        return _kept_bytes(*asked)
-    try:
-        return _kept_bytes(*asked, compiled=True)
-    except Exception as error:
-        if not compilation.of_compiler(error):
-            raise
-        return _kept_bytes(*asked)
-    finally:
-        torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
+    what = "its forward pass does not run on tensors without values, by which memory is planned (no .item(), .tolist(), numpy)"
+    with told_of_model(model_class, what):
+        if not compiled:
+            return _kept_bytes(*asked)
+        try:
+            return _kept_bytes(*asked, compiled=True)
+        except Exception as error:
+            if not compilation.of_compiler(error):
+                raise
+            return _kept_bytes(*asked)
+        finally:
+            torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
 
 
 def _kept_bytes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer import scaling
+from trainer.advice import advice, epochs_of
 from trainer.config import PlanConfig, RunConfig
 from trainer.errors import UserError
 from trainer.inference import Inference, Row
@@ -45,6 +47,7 @@ class Plan:
     processes: int
     target: Any  # the trainer.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, where none attends to another
+    train_tokens: int | None = None  # of the training split, where it exists already
 
     @property
     def memory(self) -> int | None:
@@ -97,11 +100,13 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         processes=world.size,
         target=inference.target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
+        train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
     )
 
 
 def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     from models.base import get_model, load_models, model_names, pad_vocab
+    from models.config import check_range
 
     config: Any = inference.config
     load_models()
@@ -111,7 +116,9 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
         folder = folder_of(config)
         plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
         ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
-        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways})")
+        near = _nearest_name(str(name), model_names())
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways}){hint}")
     model_class = get_model(name)
 
     if dataset is not None:
@@ -131,6 +138,8 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     target = scaling.target_parameters(config.model_scale, wanted_vocab)
     try:
         choices = {**coerced(model_class.Config, options, "model."), "vocab_size": wanted_vocab}
+        for field in dataclasses.fields(model_class.Config):
+            check_range(field, choices.get(field.name))  # before a shape is looked for
         model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
@@ -146,6 +155,17 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
             inference.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     config.model = {"name": name, **dataclasses.asdict(model_config)}
     return model_class, model_config, vocab_size
+
+
+def _nearest_name(name: str, names: list[str]) -> str:
+    """The name that is spelt most like `name`, whatever the case and without punctuation; "" where none is near."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.casefold() if c.isalnum() or c == "+")
+
+    by_spelling = {plain(known): known for known in names}
+    near = difflib.get_close_matches(plain(name), list(by_spelling), 1, 0.6)
+    return by_spelling[near[0]] if near else ""
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
@@ -206,6 +226,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "sequence_lengths": plan.sequence_lengths,
         "max_steps": config.max_steps,
         "tokens_at_least": minimum_tokens(plan),
+        "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
+        "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": model.flops_per_token(batch.sequence_length),
         "memory_bytes": expected_memory(plan),
         "laws": {row.key: row.value for row in law_rows(plan)},
@@ -234,6 +256,7 @@ def show_number(value: Any) -> str:
 def render(plan: Plan, more: Sequence[Row] = ()) -> str:
     """The plan as a table: key, value, rule."""
     facts = summary(plan)
+    epochs = facts["epochs_at_least"]
     memory = facts["memory_bytes"]
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
     for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they stand last
@@ -247,24 +270,32 @@ def render(plan: Plan, more: Sequence[Row] = ()) -> str:
             facts["tokens_at_least"],
             "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
         ),
+        *([] if epochs is None else [Row("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
         Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
     rows = plan.rows + law_rows(plan) + derived + list(more)
     keys = max(len(row.key) for row in rows)
     values = max(len(show_number(row.value)) for row in rows)
     lines = [f"{row.key:<{keys}}  {show_number(row.value):>{values}}  {row.rule}" for row in rows]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"note: {line}" for line in facts["advice"]])
+
+
+MFUS = (0.5, 0.2)  # of what such models reach: large ones on one GPU, and small ones or many GPUs
 
 
 class Time(NamedTuple):
-    """What a whole run takes. hours, tokens_per_second, cost: None where they are not known."""
+    """What a whole run takes. hours, tokens_per_second, cost: None where they are not known; hours_range: without a bench, from
+    the device's peak at MFUS."""
 
     rule: str
     hours: float | None = None
     tokens_per_second: float | None = None  # of all processes
     cost: float | None = None
+    hours_range: tuple[float, float] | None = None
 
     def row(self) -> Row:
+        if self.hours_range is not None:
+            return Row("hours", " to ".join(f"{hours:.3g}" for hours in self.hours_range), self.rule)
         return Row("hours", "unknown" if self.hours is None else self.hours, self.rule)
 
 
@@ -301,7 +332,7 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     """Hours of the whole run, and money where a price per hour is given, by the newest bench of this model."""
     found = find_bench(plan, device)
     if found is None:
-        return Time(f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one")
+        return _time_by_peak(plan, device, price)
     path, row = found
     rate = row["tokens_per_second"]["median"] * plan.processes / row["processes"]
     hours = minimum_tokens(plan) / rate / 3600
@@ -313,6 +344,25 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     if cost is not None:
         rule += f"; {cost:,.2f} at {price:g} an hour and device"
     return Time(rule, round(hours, 3), rate, cost)
+
+
+def _time_by_peak(plan: Plan, device: str, price: float | None) -> Time:
+    """What a run takes at MFUS of the device's peak, where that is known."""
+    from trainer.device import peak_of
+
+    rule = f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
+    peak = peak_of(device, plan.config.precision, plan.config.float8)
+    if peak is None:
+        return Time(f"{rule}; nor is a peak of FLOP/s known to guess by")
+    batch = plan.config.batch
+    flops = build_meta(plan.model_class, plan.model_config).flops_per_token(batch.sequence_length)
+    least, most = (minimum_tokens(plan) * flops / (peak * plan.processes * mfu) / 3600 for mfu in MFUS)
+    guess = f"a guess at {MFUS[0]:.0%} to {MFUS[1]:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    guess += ", with a multiplier of one" if batch.dynamic else ""
+    if price is not None:
+        costs = [f"{hours * price * plan.processes:,.2f}" for hours in (least, most)]
+        guess += f"; {' to '.join(costs)} at {price:g} an hour and device"
+    return Time(f"{guess}; {rule}", hours_range=(least, most))
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -337,7 +387,7 @@ def run(config: PlanConfig, as_json: bool = False) -> None:
     plan, device = resolve_for(config)
     time = expected_time(plan, device, config.price)
     if as_json:
-        times = {"hours": time.hours, "tokens_per_second": time.tokens_per_second, "cost": time.cost}
+        times = {key: value for key, value in time._asdict().items() if key != "rule"}
         text = json.dumps(summary(plan) | times | {"hours_rule": time.rule})
     else:
         text = printable_lines(render(plan, [time.row()]))

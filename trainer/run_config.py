@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from models.config import with_later_fields
 from trainer import __version__
 from trainer.config import ABSENT_MEANS, RunConfig
 from trainer.errors import Damaged, UserError
@@ -153,6 +154,7 @@ def read_config(folder: Path, say: Callable[[str], None]) -> StoredConfig:
     for key, value in ABSENT_MEANS.items():
         if key not in given:
             _set(values, key.split("."), value)
+    values["model"] = with_later_fields(values.get("model") or {})
     return StoredConfig(folder, values, given, release)
 
 

@@ -22,12 +22,13 @@ from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stop
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
 from trainer.metrics.report import Report
+from trainer.optim import schedule_change
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_config import check_unchanged, combined_config, combined_values, folder_of, plugins_of
+from trainer.run_config import check_unchanged, combined_config, combined_values, folder_of, plugins_of, read_config
 from trainer.run_folder import locked, write_start
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
@@ -97,6 +98,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
+    if plan_text is None:
+        world.on_leader(lambda: tell_schedule(this))
     folder = local_folder(config.data, this.dataset)
     world.on_leader(lambda: write_start(this.folder, config, plan_text, folder, world.say))
     tokenizer = Tokenizer.from_file(
@@ -129,6 +132,14 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
             number += 1
         path.rename(kept)
         say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
+
+
+def tell_schedule(this: Run) -> None:
+    """Say what another max_steps does to the learning rates of a run that goes on."""
+    before = read_config(this.folder, lambda line: None).build().max_steps  # not yet written again
+    line = schedule_change(this.config, before, this.state.step)
+    if line:
+        this.world.say(line)
 
 
 def opening(this: Run) -> str:
@@ -200,9 +211,11 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         evaluate = asked is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
-        report.stop_clock()  # waits for the device, which may wait for other ranks: still part of the step
+        report.wait()  # for the device, which may wait for other ranks: still part of the step
         this.watchdog.at(state.step, "log row")
-        report.flush(this.validate() if evaluate else None, this.train_accuracy() if asked is None else None)
+        accuracy = this.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        report.stop_clock()
+        report.flush(this.validate() if evaluate else None, accuracy)
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
             this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:

@@ -18,6 +18,13 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = N
 
 
 @torch.no_grad()
+def truncated_normal_(parameter: Tensor, std: float, generator: torch.Generator | None = None) -> None:
+    """As `normal_`, without what is more than three standard deviations from 0."""
+    values = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
+    fill_(parameter, torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator))
+
+
+@torch.no_grad()
 def fill_(parameter: Tensor, values: Tensor) -> None:
     """Copy whole `values`, which every rank has, into a parameter of any type, device and sharding. No communication."""
     if isinstance(parameter, DTensor):

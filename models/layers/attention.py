@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cache
-from models.layers import normal_
+from models.layers import fill_, normal_
 from models.layers.attend import KERNELS, Sight
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
-from models.layers.positions import Alibi, Rotary
+from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
 
 
 class Context(NamedTuple):
@@ -96,7 +96,7 @@ class SoftmaxHeads(nn.Module):
         self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, d**-0.5
         self.query_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
-        self.rotary = rotary(config, d) if config.positions == "rotary" else None
+        self.rotary = rotary(config, d, self.window) if config.positions == "rotary" else None
         self.shift = KeyValueShift(config, layer) if config.kv_shift else None
         self.value_mix = ValueMix() if mixes_values(config, layer) else None
         self.passes_values_on = config.value_residual
@@ -200,13 +200,15 @@ class LatentAttention(nn.Module):
         bias = config.qkv_has_bias
         self.layer, self.n_heads, self.head_dim, self.rope_dim, self.rank = layer, h, d, rope, rank
         self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, (d + rope) ** -0.5
+        if config.rope_mscale_all_dim:
+            self.scale *= yarn_temperature(config.rope_factor, config.rope_mscale_all_dim) ** 2
         self.query_down = nn.Linear(config.d_model, q_rank, bias=False) if q_rank else None
         self.query_norm = RMSNorm(q_rank, config.norm_eps) if q_rank else None
         self.query = nn.Linear(q_rank or config.d_model, h * (d + rope), bias=bias)
         self.down = nn.Linear(config.d_model, rank + rope, bias=False)
         self.latent_norm = RMSNorm(rank, config.norm_eps)
         self.up = nn.Linear(rank, 2 * h * d, bias=False)  # all heads' keys, then all heads' values
-        self.rotary = rotary(config, rope)
+        self.rotary = rotary(config, rope, self.window)
         self.out = nn.Linear(h * d, config.d_model, bias=config.out_has_bias)
 
     def forward(
@@ -262,15 +264,23 @@ def latent_widths(config: Any) -> tuple[int, int, int]:
     return config.rope_dim or d // 2, config.kv_rank or 4 * d, config.q_rank
 
 
-def rotary(config: Any, width: int) -> Rotary:
-    """The rotation that the config asks for, of heads of `width` channels."""
-    return Rotary(
-        width,
-        theta=config.rope_theta,
-        fraction=config.rope_fraction,
-        scaling=config.rope_scaling,
-        factor=config.rope_factor,
-        original_context=config.rope_original_context,
+def rotary(config: Any, width: int, window: int) -> Rotary:
+    """The rotation that the config asks for, of heads of `width` channels, in a layer with this window (0: none)."""
+    if window and config.rope_local_theta:
+        return Rotary(width, config.rope_local_theta, config.rope_fraction)
+    # With rope_mscale_all_dim the temperature is in the scale of all scores.
+    temperature = 1.0 if config.rope_mscale_all_dim else None
+    how = rope_scaling(config)
+    return Rotary(width, config.rope_theta, config.rope_fraction, *how, temperature=temperature)
+
+
+def rope_scaling(config: Any) -> Scaling:
+    return Scaling(
+        config.rope_scaling,
+        config.rope_factor,
+        config.rope_original_context,
+        config.rope_low_freq_factor,
+        config.rope_high_freq_factor,
     )
 
 
@@ -307,8 +317,8 @@ class ValueMix(nn.Module):
 
 
 class KeyValueShift(nn.Module):
-    """Per head a k_t + b k_{t-1}, and so the values (arXiv 2411.19574); from a = 1, b = 0. A document's first token has no
-    token before it."""
+    """Per head a k_t + b k_{t-1}, and so the values (arXiv 2411.19574); at the start a is drawn evenly from 0 to 1 and b = 1 - a.
+    A document's first token has no token before it."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -328,10 +338,10 @@ class KeyValueShift(nn.Module):
         k, v = mixed.flatten(3).unbind(2)
         return k, v
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        self.own.fill_(1)
-        self.before.fill_(0)
+    def draw(self, generator: torch.Generator | None) -> None:
+        own = torch.rand(self.own.shape, generator=generator, device="cpu", dtype=torch.float32)
+        fill_(self.own, own)
+        fill_(self.before, 1 - own)
 
 
 def running_sum(x: Tensor) -> Tensor:

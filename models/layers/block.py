@@ -18,7 +18,12 @@ from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection, Plain, Weighted, narrow
 
 # (before the branch, after the branch, after the sum): where a norm stands.
-NORM_PLACES = {"pre": (True, False, False), "post": (False, False, True), "pre_post": (True, True, False)}
+NORM_PLACES = {
+    "pre": (True, False, False),
+    "post": (False, False, True),
+    "pre_post": (True, True, False),
+    "branch": (False, True, False),
+}
 
 
 class Mlp(nn.Module):

@@ -47,6 +47,7 @@ ACTIVATIONS = {
     "gelu_tanh": Activation(1, _tanh_gelu),
     "relu2": Activation(1, _squared_relu),  # Primer, arXiv 2109.08668
     "geglu": _gated(F.gelu),  # arXiv 2002.05202, as swiglu
+    "geglu_tanh": _gated(_tanh_gelu),  # Gemma's
     "swiglu": _gated(F.silu),
     "maxout": Activation(2, _maxout),
     "negout": Activation(2, _negout),  # BlaGPT's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,16 @@ XPOS_SCALE = 512  # tokens per power of zeta
 YARN_FAST, YARN_SLOW = 32, 1  # arXiv 2309.00071: turns over the original context, left alone above, interpolated below
 
 
+class Scaling(NamedTuple):
+    """How `Rotary` reaches a longer context."""
+
+    name: str = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
 class Rotary(nn.Module):
     """Rotary position embeddings (arXiv 2104.09864): channel pair i of queries and keys, turned by position * theta^(-2i/r).
 
@@ -26,15 +37,19 @@ class Rotary(nn.Module):
     scaling, one of SCALINGS, is how a context `factor` times as long as the trained one is reached:
       none         not at all
       interpolate  positions / factor (arXiv 2306.15595)
-      ntk          a larger theta: the fastest pair stays, the slowest is `factor` times slower
+      ntk          a larger theta, whatever the length: the fastest pair stays, the slowest is `factor` times slower. What
+                   Hugging Face calls `dynamic` follows the length of the text, and is not here
       yarn         pair by pair between the two, by the turns a pair makes over `original_context` tokens, and a temperature
                    for the softmax in both queries and keys (arXiv 2309.00071; what Hugging Face calls `yarn`). It
                    multiplies the channels that turn: with fraction < 1, and in latent attention, their share of the
                    scores alone, as Hugging Face has it too
+      llama3       pair by pair, by the turns a pair makes over `original_context` tokens: above high_freq_factor left alone,
+                   below low_freq_factor divided by `factor`, mixed between (Llama 3.1; what Hugging Face calls `llama3`)
       xpos         scores that fade with distance (arXiv 2212.10554), for causal attention. Position original_context // 2 has
                    scale 1, whatever the length, so that cached keys stay right. Fp32 and bf16 overflow 35,000 tokens from
                    there, fp16 some 4,000.
-    ValueError, naming the fields rope_theta, rope_fraction, rope_scaling, rope_factor and rope_original_context.
+    ValueError, naming the fields rope_theta, rope_fraction, rope_scaling, rope_factor, rope_original_context,
+    rope_low_freq_factor and rope_high_freq_factor. temperature: in the place of yarn's.
     The frequencies are a buffer of integers, the bits of fp32 numbers, which casting the model to bf16 leaves alone.
     """
 
@@ -48,13 +63,17 @@ class Rotary(nn.Module):
         scaling: str = "none",
         factor: float = 1.0,
         original_context: int = 0,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        temperature: float | None = None,
     ) -> None:
         super().__init__()
-        self.width = r = _rotated_width(head_dim, fraction)
-        _check_scaling(theta, scaling, factor, original_context, r)
-        frequencies = _FREQUENCIES[scaling](theta, r, factor, original_context)
+        how = Scaling(scaling, factor, original_context, low_freq_factor, high_freq_factor)
+        self.width = r = check_rotary(head_dim, theta, fraction, how)
+        frequencies = _FREQUENCIES[scaling](theta, r, how)
         self._rows = [[-w for w in frequencies] + frequencies]  # [1, r]; the signs are those of the sines
-        self._temperature = 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
+        own = yarn_temperature(factor) if scaling == "yarn" else 1.0
+        self._temperature = own if temperature is None else temperature
         self._decays = scaling == "xpos"
         if self._decays:
             self._rows.append(_xpos_decay(r))  # [2, r]
@@ -98,6 +117,13 @@ def _bits_of(rows: list[list[float]]) -> Tensor:
     return torch.tensor(bits, dtype=torch.int32, device="cpu")
 
 
+def check_rotary(head_dim: int, theta: float, fraction: float, how: Scaling) -> int:
+    """The number of channels that turn; ValueError, naming the fields, where it cannot be."""
+    width = _rotated_width(head_dim, fraction)
+    _check_scaling(theta, how, width)
+    return width
+
+
 def _rotated_width(head_dim: int, fraction: float) -> int:
     if fraction == 1 and (head_dim < 2 or head_dim % 2):
         raise ValueError(
@@ -112,7 +138,8 @@ def _rotated_width(head_dim: int, fraction: float) -> int:
     return width
 
 
-def _check_scaling(theta: float, scaling: str, factor: float, original_context: int, width: int) -> None:
+def _check_scaling(theta: float, how: Scaling, width: int) -> None:
+    scaling, factor, original_context, low, high = how
     if not 1 < theta < math.inf:
         raise ValueError(f"rope_theta must be above 1, not {theta}")
     if scaling not in SCALINGS:
@@ -123,47 +150,65 @@ def _check_scaling(theta: float, scaling: str, factor: float, original_context: 
         raise ValueError(f"rope_factor must be 1 with rope_scaling {scaling}, which has no use of it, not {factor}")
     if scaling == "ntk" and width < 4:
         raise ValueError("rope_scaling must not be ntk where 2 channels rotate: the fastest pair is the slowest, too")
-    if original_context < (1 if scaling == "yarn" else 0):
+    if original_context < (1 if scaling in ("yarn", "llama3") else 0):
         raise ValueError(f"rope_original_context must be the tokens trained on before, not {original_context}")
-    if original_context and scaling not in ("yarn", "xpos"):
+    if original_context and scaling not in ("yarn", "llama3", "xpos"):
         raise ValueError(
             f"rope_original_context must be 0 with rope_scaling {scaling}, which has no use of it, not {original_context}"
         )
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"rope_low_freq_factor must be above 0 and below rope_high_freq_factor ({high}), not {low}")
 
 
-# -- frequencies: theta, rotated channels r, factor, original context -> radians per token of the r/2 pairs --------------
+# -- frequencies: theta, rotated channels r, Scaling -> radians per token of the r/2 pairs ---------------------------------
 
 
-def _plain(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+def _plain(theta: float, r: int, how: Scaling) -> list[float]:
     return [theta ** (-2 * i / r) for i in range(r // 2)]
 
 
-def _interpolated(theta: float, r: int, factor: float, original_context: int) -> list[float]:
-    return [w / factor for w in _plain(theta, r, factor, original_context)]
+def _interpolated(theta: float, r: int, how: Scaling) -> list[float]:
+    return [w / how.factor for w in _plain(theta, r, how)]
 
 
-def _ntk(theta: float, r: int, factor: float, original_context: int) -> list[float]:
-    return _plain(theta * factor ** (r / (r - 2)), r, factor, original_context)
+def _ntk(theta: float, r: int, how: Scaling) -> list[float]:
+    return _plain(theta * how.factor ** (r / (r - 2)), r, how)
 
 
-def _yarn(theta: float, r: int, factor: float, original_context: int) -> list[float]:
+def yarn_temperature(factor: float, strength: float = 1.0) -> float:
+    """What YaRN multiplies both queries and keys by; strength: DeepSeek's mscale."""
+    return 0.1 * strength * math.log(factor) + 1
+
+
+def _yarn(theta: float, r: int, how: Scaling) -> list[float]:
     def pair_with(turns: int) -> float:
-        return r * math.log(original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
+        return r * math.log(how.original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_with(YARN_FAST)), 0)
     high = min(math.ceil(pair_with(YARN_SLOW)), r - 1)
     frequencies = []
-    for i, w in enumerate(_plain(theta, r, factor, original_context)):
+    for i, w in enumerate(_plain(theta, r, how)):
         interpolated = min(max((i - low) / max(high - low, 0.001), 0), 1)
-        frequencies.append(w * (1 - interpolated) + w / factor * interpolated)
+        frequencies.append(w * (1 - interpolated) + w / how.factor * interpolated)
     return frequencies
 
 
-_FREQUENCIES: dict[str, Callable[[float, int, float, int], list[float]]] = {
+def _llama3(theta: float, r: int, how: Scaling) -> list[float]:
+    frequencies = []
+    for w in _plain(theta, r, how):
+        turns = how.original_context * w / (2 * math.pi)
+        kept = (turns - how.low_freq_factor) / (how.high_freq_factor - how.low_freq_factor)
+        kept = min(max(kept, 0), 1)
+        frequencies.append(w * kept + w / how.factor * (1 - kept))
+    return frequencies
+
+
+_FREQUENCIES: dict[str, Callable[[float, int, Scaling], list[float]]] = {
     "none": _plain,
     "interpolate": _interpolated,
     "ntk": _ntk,
     "yarn": _yarn,
+    "llama3": _llama3,
     "xpos": _plain,
 }
 SCALINGS = tuple(_FREQUENCIES)
@@ -224,6 +269,12 @@ class Alibi(nn.Module):
     def forward(self, n_keys: int) -> Tensor:
         """-slope * position of the keys at 0 ... n_keys - 1, fp32 [1, H, n_keys]."""
         return -self.bits.view(torch.float32)[..., None] * torch.arange(n_keys, device=self.bits.device)
+
+
+def number_documents(documents: Tensor) -> Tensor:
+    """The documents of each row numbered 0, 1, ... in their order; [B, T] -> [B, T]. A number that returns is another document,
+    so that none attends to one that ended before; nothing waits for the device."""
+    return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(dim=1)
 
 
 def positions_in_documents(documents: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Weighted(Residual):
         return {"weight": "norm"}
 
 
+# Exponent of n_streams by which the last matrix of a branch starts smaller or larger. The paper scales it "by a factor of
+# sqrt(n)", so that the summed streams keep their size, and does not say which way. `plain` alone is Pre-Norm at the start.
+START_SCALES = {"plain": 0.0, "shrunk": -0.5, "grown": 0.5}
+
+
 class HyperConnection(Residual):
     """n streams H [B, T, n, D] (arXiv 2409.19606), for each token:
 

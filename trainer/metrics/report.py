@@ -16,6 +16,7 @@ from trainer.device import HostCopy, peak_flops, peak_memory_bytes
 from trainer.engine.signals import STOPPING
 from trainer.errors import UserError
 from trainer.evaluate import safe_exp
+from trainer.memory import build_meta
 from trainer.metrics.console import open_console
 from trainer.metrics.record import MetricsFile, Wandb
 
@@ -67,7 +68,9 @@ class Report:
     def __init__(self, folder: Path, plan: Any, world: Any, engine: Any, step: int, seconds: float) -> None:
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
-        self._flops = {t: engine.model.flops_per_token(t) for t in plan.sequence_lengths}
+        # Not of the engine's model: where its weights are cut into parts (zero3) it would count those of one part, or none.
+        whole = build_meta(plan.model_class, plan.model_config)
+        self._flops = {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._waiting: Measured | None = None
         self._first = True
@@ -100,10 +103,14 @@ class Report:
             self._waiting.elapsed += now - self._seconds_then
             self._waiting.seconds = self._seconds_then = now
 
-    def stop_clock(self) -> None:
-        """Wait for the device to finish the last step, then stop counting."""
+    def wait(self) -> None:
+        """For the device to finish the last step."""
         if self._waiting is not None:
             self._waiting.numbers.read()
+
+    def stop_clock(self) -> None:
+        """Wait for the device to finish the last step, then stop counting."""
+        self.wait()
         self.clock.stop()
         self._stamp()
 

@@ -1,0 +1,57 @@
+"""Fields of a model's Config: a default, a help text, the range of a number; and what a saved Config of before lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from models.base import get_model, load_models, model_names
+
+MOST = 2**31 - 1  # of any integer, in models that state no range
+
+
+def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
+    """A dataclass field with help text and, for numbers, the range low <= x <= high, or x > above."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "above": above, "high": high})
+
+
+def check_ranges(config: Any) -> None:
+    """ValueError, naming the field, unless each number of a Config is finite and in the range of its field."""
+    for field in dataclasses.fields(config):
+        check_range(field, getattr(config, field.name))
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+    """ValueError unless `value`, where it is a number, is finite and in the range of the field."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field.name} must be finite, not {value}")
+    low, above, high = (field.metadata.get(limit) for limit in ("low", "above", "high"))
+    if isinstance(value, int):
+        low, high = -MOST if low is None else low, MOST if high is None else high
+    if low is not None and value < low:
+        raise ValueError(f"{field.name} must be at least {low:,}, not {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{field.name} must be above {above:,}, not {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{field.name} must be at most {high:,}, not {value}")
+
+
+def with_later_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section of a stored config, and the fields that its model has got since, as they change nothing.
+
+    A field comes with a default that leaves a model what it was. That is the default in the class that brings it; a preset,
+    whose Config derives from that class, may have another one. A model that is not registered is left alone.
+    """
+    load_models()
+    if saved.get("name") not in model_names():
+        return dict(saved)
+    completed = dict(saved)
+    for cls in reversed(get_model(saved["name"]).Config.__mro__):
+        for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+            if field.default is not dataclasses.MISSING:
+                completed.setdefault(field.name, field.default)
+    return completed

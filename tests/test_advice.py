@@ -1,0 +1,59 @@
+"""What a plan tells its reader to think about, and what another max_steps does to the learning rates."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from trainer.advice import advice, epochs_of
+from trainer.optim import schedule_change
+
+
+def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None):
+    return SimpleNamespace(parameters=parameters, non_embedding=non_embedding, train_tokens=train_tokens)
+
+
+def test_a_usual_run_needs_no_advice():
+    assert advice(plan(train_tokens=10**9), 2 * 10**9) == []
+    assert advice(plan(), 120_000_000) == [], "a tenth of 20 each"
+
+
+@pytest.mark.parametrize("non_embedding", [5_000_000, 33_000_000])
+def test_few_parameters_outside_embeddings_are_told(non_embedding):
+    (line,) = advice(plan(non_embedding=non_embedding), 10**10)
+    assert line.startswith(f"only {non_embedding // 1_000_000}% of the parameters are outside embeddings and head")
+    assert advice(plan(non_embedding=34_000_000), 10**10) == []
+
+
+def test_few_tokens_of_the_run_or_of_the_text_are_told():
+    (line,) = advice(plan(), 119_000_000)
+    assert line.startswith("119,000,000 tokens of the run for 60,000,000 parameters") and "are 2 each" in line
+    assert line.endswith("or more steps, reaches a lower loss")
+    few, many = advice(plan(1_400_000_000, 1_300_000_000, 7_000_000), 10**9)
+    assert few.startswith("7,000,000 tokens of text for 1,300,000,000 parameters") and "are 0.0054 each" in few
+    assert few.endswith("or more text, reaches a lower loss")
+    assert many.startswith("the run reads its text 142.9 times")
+
+
+def test_reading_the_text_many_times_is_told():
+    assert advice(plan(train_tokens=500_000_000), 2 * 10**9) == []
+    (line,) = advice(plan(train_tokens=500_000_000), 2_100_000_000)
+    assert line.startswith("the run reads its text 4.2 times; beyond 4 times")
+    assert epochs_of(plan(), 10) is None and epochs_of(plan(train_tokens=4), 10) == 2.5
+
+
+def config(max_steps, recipe="plain"):
+    optim = SimpleNamespace(recipe=recipe, lr=1e-3, warmup_steps=10, final_lr_fraction=0.1)
+    return SimpleNamespace(max_steps=max_steps, optim=optim)
+
+
+def test_another_max_steps_shows_what_the_learning_rate_becomes():
+    line = schedule_change(config(200), 100, 100)
+    # At the end of the old cosine 0.1 of the peak; in the new one at 90 of 190: 0.1 + 0.45 (1 + cos(pi 90 / 190)).
+    assert "the learning rate of step 101 is 0.000587, not 0.0001, and 0.0001 at step 200" in line
+    assert line.startswith("max_steps: 200 in the place of 100")
+
+
+@pytest.mark.parametrize("before", [200, None, "many"])
+def test_where_nothing_changes_nothing_is_said(before):
+    assert schedule_change(config(200), before, 100) == ""
+    assert schedule_change(config(200, "hlb"), 100, 100) == ""
