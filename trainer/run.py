@@ -120,7 +120,7 @@ class Run:
         return self.state.norm if self.last is None else self.last.grad_norm
 
     def flags(self) -> Tensor:
-        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [3]."""
+        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [len(STOPPING) + 1]."""
         asked = self.signals.asked
         if asked is None and not self.saver.failed:
             return self.no_flags

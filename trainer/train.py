@@ -13,22 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer import checkpoint
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.stream import find_dataset, is_remote, local_folder
 from trainer.device import choose_device
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
-from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
+from trainer.engine.signals import StopSignals, exit_code, follow_launcher, not_begun_line, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
-from trainer.errors import UserError
+from trainer.errors import Stopped, UserError
 from trainer.metrics.report import Report
 from trainer.outcome import tell_outcome
 from trainer.plan import render, resolve
 from trainer.preflight import before_training
 from trainer.profile import Profiler, explain_out_of_memory
 from trainer.run import Run
-from trainer.run_folder import check_unchanged, combined_values, locked, write_start
+from trainer.run_folder import check_unchanged, combined_values, folder_of, locked, write_start
 from trainer.settings import build
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
@@ -40,12 +41,25 @@ def run(given: dict[str, Any]) -> None:
     values, resuming = combined_values(given)
     config = build(RunConfig, values)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
-    with StopSignals(world) as signals:
-        if read_wishes(os.environ).launcher not in ("python", "srun"):
+    launched = read_wishes(os.environ).launcher not in ("python", "srun")
+    with StopSignals(world, launched) as signals:
+        if launched:
             follow_launcher()
-        asked = run_joined(given, config, world, signals)
+        try:
+            asked = run_joined(given, config, world, signals)
+        except Stopped as stop:
+            raise before_training_began(stop, folder_of(config), world) from None
     if asked is not None:
         raise SystemExit(exit_code(asked))
+
+
+def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
+    """`stop` with the line that says what there is; the script that started us may start us again."""
+    number = signal.Signals(stop.number)
+    if world.leader:
+        tell_outcome(f"stopped by {number.name} before training began")
+    saved = checkpoint.found(folder / "checkpoints")
+    return Stopped(number, not_begun_line(number, saved[-1][0] if saved else None))
 
 
 def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: StopSignals) -> signal.Signals | None:
@@ -121,6 +135,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
     try:
+        this.signals.begin(report.console.say)
         with collecting_by_hand():
             asked = loop(this, report, tokenizer)
         if asked is None:
