@@ -79,9 +79,16 @@ def stacks_on_request() -> None:
     other threads, which run meanwhile and free what it reads. Then the listener, which has the GIL, writes those of all.
     """
     if threading.current_thread() is threading.main_thread():
-        listener().hear(signal.SIGUSR2, lambda _: write_stacks("stacks of all threads:\n"))
+        listener().hear(signal.SIGUSR2, _write_all)
         signal.signal(signal.SIGUSR2, lambda *_: None)
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=False, chain=True)
+        signal.siginterrupt(signal.SIGUSR2, False)
+
+
+def _write_all(number: int) -> None:
+    write_stacks("stacks of all threads:\n")
+    # faulthandler forgets it with each signal: a read of a library that is interrupted shall go on, not fail.
+    signal.siginterrupt(number, False)
 
 
 def write_stacks(title: str) -> None:
