@@ -198,7 +198,10 @@ class Run:
             prompt = tokenizer.decode(tokenizer.encode(prompt)[: limit - tokens].tolist())
         text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], seed=self.config.seed)[0]
         if self.world.leader:
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+            with (
+                self.world.decoration("samples.txt"),
+                (self.folder / "samples.txt").open("a", encoding="utf-8") as file,
+            ):
                 file.write(f"=== {header}\n{text}\n\n")
         return text
 

@@ -16,7 +16,7 @@ from typing import Any
 from trainer import checkpoint
 from trainer.config import CorpusConfig, PrepareConfig, RunConfig
 from trainer.data.stream import find_dataset, is_remote, local_folder
-from trainer.device import choose_device
+from trainer.device import choose_device, thread_line
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.signals import StopSignals, exit_code, follow_launcher, not_begun_line, stopped_line
@@ -138,6 +138,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         this.signals.begin(report.console.say)
         with collecting_by_hand():
             asked = loop(this, report, tokenizer)
+        report.console.close()  # what follows stands below it
         if asked is None:
             finish(this, report, tokenizer)
         else:
@@ -155,8 +156,9 @@ def opening(this: Run) -> str:
     with autocast(this.device, this.config.precision):
         # Offloaded weights are on another device.
         kernels = this.model.describe_kernels(this.device, this.config.data.separate_documents)
+    threads = f"\n{thread_line()}" if this.device.type == "cpu" else ""
     return (
-        f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
+        f"\nengine: {this.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
         f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
         f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {this.config.optim.lr:.8f}"
     )
@@ -225,8 +227,7 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
             this.watchdog.at(state.step, "curves")
-            if this.world.leader:
-                draw_curves(this)
+            report.draw_curves()
         if save:
             report.sync()
             this.save(report.clock.seconds)
@@ -235,14 +236,6 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         profiler.close()
     this.saver.finish()
     return asked
-
-
-def draw_curves(this: Run) -> None:
-    """curves.png of the run so far."""
-    from trainer.metrics import plots
-
-    title = f"{this.config.model['name']}, {this.plan.parameters / 1e6:.1f} M parameters, {this.folder.name}"
-    plots.draw(this.folder / "metrics.jsonl", this.folder / "curves.png", title)
 
 
 def finish(this: Run, report: Report, tokenizer: Any) -> None:

@@ -69,9 +69,7 @@ def test_deepspeed_builds_nothing(tiny_dataset, tmp_path):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run", max_steps=2, engine={"strategy": "zero1"}))
     )
-    done = trainer(
-        "train", tmp_path / "run.yaml", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}, timeout=60
-    )
+    done = trainer("train", tmp_path / "run.yaml", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
     assert done.returncode == 0, done.stderr
     assert [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()] == [lock]
 
