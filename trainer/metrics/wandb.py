@@ -37,15 +37,17 @@ class Wandb:
         settings = {"project": project, "dir": str(folder), "name": folder.name, "config": config, "resume": "allow"}
         run_id = _run_id(folder / "wandb-id")
         if mode in ("auto", "online"):
+            known = False
             try:
-                if not wandb.api.api_key:
-                    raise RuntimeError("no API key")  # on a terminal wandb would ask for one
+                known = wandb.login(prompt=False, verify=False)  # whether there is a key, without asking for one
+                if not known:
+                    raise RuntimeError("no API key")
                 quiet = wandb.Settings(init_timeout=INIT_SECONDS, silent=True)
                 return wandb.init(mode="online", id=run_id, settings=quiet, **settings)
             except Exception as error:
                 reason = printable(" ".join(f"{error}".split()), 100)
                 self._world.say(f"wandb: no login or network ({reason}); recording offline under {folder / 'wandb'}")
-                if wandb.api.api_key:  # its service holds on to the id that it could not begin
+                if known:  # its service holds on to the id that it could not begin
                     run_id = secrets.token_hex(6)
         return wandb.init(mode="offline", id=run_id, settings=wandb.Settings(silent=True), **settings)
 
