@@ -1,27 +1,35 @@
 """The table, the live view, the clock, metrics.jsonl, wandb and the curves."""
 
 import copy
+import errno
 import io
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_values
 
 from trainer.config import RunConfig
 from trainer.device import HostCopy
-from trainer.errors import UserError
+from trainer.engine.distributed import World
+from trainer.errors import MachineError
 from trainer.memory import build_meta
 from trainer.metrics import console, plots
-from trainer.metrics.record import MetricsFile, Wandb, read_rows
+from trainer.metrics import history as history_module
+from trainer.metrics.history import History, smoothed
+from trainer.metrics.record import MetricsFile, read_rows, rewind_samples
 from trainer.metrics.report import Clock, Measured, Report
+from trainer.metrics.wandb import Wandb, chosen_mode
 from trainer.plan import resolve
 from trainer.run import Run
 from trainer.settings import build
-from trainer.train import run
+from trainer.train import collecting_by_hand, run
 
 ROW = {
     "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
@@ -30,26 +38,39 @@ ROW = {
 
 
 def test_cells_are_right_justified_with_four_decimals():
-    header = console.format_cells(dict(zip(console.COLUMNS, console.COLUMNS, strict=True)))
+    above, below = console.format_header(console.COLUMNS).splitlines()
     cells = console.format_cells(ROW)
-    assert len(header) == len(cells)
-    assert header.split("|")[1:-1] == [f"  {name}  " for name in console.COLUMNS]
+    assert len(above) == len(below) == len(cells) == 100
+    names = [
+        first.strip() + last.strip() for first, last in zip(above.split("|"), below.split("|"), strict=True) if last
+    ]
+    assert names == list(console.COLUMNS)
     values = [cell.strip() for cell in cells.split("|")[1:-1]]
     assert values == ["0", "50", "7.1235", "6.5000", "665.1416", "0.1000", "", "0.6115", "1", "12.0000"]
-    assert cells.split("|")[2] == "  " + "50".rjust(len("curr_step")) + "  "
+    assert cells.split("|")[2] == " " + "50".rjust(7)
 
 
-def test_a_perplexity_that_is_too_wide_for_its_column_is_a_power_of_ten():
-    wide = console.format_cells(ROW | {"val_perplexity": 7.3616e43})
-    assert len(wide) == len(console.format_cells(ROW)) and "7.362e+43" in wide
+def test_what_is_too_wide_for_its_column_has_fewer_decimals_or_is_a_power_of_ten():
+    for value, text in ((123456.78912, "123456.7891"), (1234567.8912, "1234567.891"), (7.3616e43, "7.36e+43")):
+        wide = console.format_cells(ROW | {"val_perplexity": value})
+        assert len(wide) == 100 and f" {text}|" in wide
+
+
+def test_a_narrow_terminal_has_fewer_columns():
+    for width in (100, 99, 80, 70, 60):
+        names = console.fitting(width)
+        assert len(console.format_cells(ROW, names)) <= width
+        assert {"curr_step", "train_loss", "val_loss", "total_seconds"} <= set(names)
+    assert console.fitting(100) == console.COLUMNS
 
 
 def test_table_has_rules_above_below_and_at_the_end(capsys):
     table = console.Table()
     table.row(ROW, {})
     table.close()
+    table.close()  # by who says more below it, and again at the end
     lines = capsys.readouterr().err.splitlines()
-    assert [set(line) == {"-"} for line in lines] == [True, False, True, False, True]
+    assert [set(line) == {"-"} for line in lines] == [True, False, False, True, False, True]
 
 
 def test_live_view_shows_everything(monkeypatch):
@@ -142,12 +163,39 @@ def test_what_a_row_costs_is_part_of_its_time(tiny_dataset, tmp_path, monkeypatc
 
 def test_resumed_metrics_have_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(rows(3) + '{"step": 2}\n[1]\n{"step": 4, "lo')
-    metrics = MetricsFile(path, resume_step=2)
-    row = {**json.loads(rows(1)), "step": 3, "loss": 9}
-    metrics.write(row)
+    path.write_text(rows(3) + '{"step": 4, "lo')  # cut off by a kill
+    said = []
+    metrics = MetricsFile(path, 2, said.append)
+    metrics.write({**json.loads(rows(1)), "step": 3, "loss": 9})
     metrics.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 5.0), (2, 2.5), (3, 9)]
+    assert said == [] and not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+def test_lines_that_are_no_rows_are_kept_aside_and_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first, second = rows(2).splitlines(keepends=True)
+    odd = [first.replace('"step": 1', '"step": "7"'), "[1]\n", "\udcff{not json\n", '{"step": 2}\n', "[" * 5000 + "\n"]
+    path.write_text(first + "".join(odd) + second, errors="surrogateescape")
+    for times in (1, 2):
+        said = []
+        MetricsFile(path, 2, said.append).close()
+        assert path.read_text() == first + second
+        assert (tmp_path / "metrics.jsonl.damaged").read_text(errors="surrogateescape") == "".join(odd)
+        assert bool(said) == (times == 1)
+        if said:
+            assert said[0].endswith("5 lines are no rows (line 2); kept in metrics.jsonl.damaged")
+
+
+def test_samples_after_the_checkpoint_are_cut_off(tmp_path):
+    path = tmp_path / "samples.txt"
+    kept = "=== step 4\nthe cat\n=== not a header\n\n=== step 8\nsat\n\n"
+    for rest in ("", "=== step 9\nlost\n\n", "=== step 12, final\nlost\n\n=== step 8\n"):
+        path.write_text(kept + rest)
+        rewind_samples(path, 8)
+        assert path.read_text() == kept
+    rewind_samples(tmp_path / "none.txt", 8)
+    assert not (tmp_path / "none.txt").exists()
 
 
 def rows(count):
@@ -161,47 +209,186 @@ def rows(count):
     return "".join(json.dumps(row) + "\n" for row in made)
 
 
+def history_of(text: str) -> History:
+    history = History()
+    for line in text.splitlines():
+        history.add(json.loads(line))
+    return history
+
+
 def test_curves(tmp_path):
-    (tmp_path / "m.jsonl").write_text(rows(20))
-    plots.draw(tmp_path / "m.jsonl", tmp_path / "c.png", "a title")
+    plots.draw(history_of(rows(20)), tmp_path / "c.png", "a $title \u4e2d")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_curves_of_a_run_that_has_barely_begun_or_skipped_steps(tmp_path):
-    (tmp_path / "m.jsonl").write_text(rows(1))
-    plots.draw(tmp_path / "m.jsonl", tmp_path / "none.png", "")
+@pytest.mark.parametrize("skipped", [1, 5])
+def test_curves_of_a_run_that_has_barely_begun_or_skipped_steps(tmp_path, skipped):
+    plots.draw(history_of(rows(1)), tmp_path / "none.png", "")
     assert not (tmp_path / "none.png").exists()
-    (tmp_path / "m.jsonl").write_text(rows(5) + '{"step": 6, "tokens": 1, "loss": null, "grad_norm": null, "seconds": 6, '
-                                      '"lr": 0.1, "val_loss": null}\n')  # fmt: skip
-    plots.draw(tmp_path / "m.jsonl", tmp_path / "some.png", "")
+    nothing = {**json.loads(rows(1)), "loss": None, "grad_norm": None, "val_loss": None}
+    history = history_of("" if skipped > 1 else rows(5))
+    for _ in range(skipped):
+        history.add(nothing)
+    plots.draw(history, tmp_path / "some.png", "")
     assert (tmp_path / "some.png").exists()
 
 
+def test_history_is_bounded_and_keeps_means_and_extremes(monkeypatch):
+    monkeypatch.setattr(history_module, "POINTS", 8)
+    history, losses = History(), np.random.default_rng(0).normal(size=1000)
+    base = json.loads(rows(1))
+    for step, loss in enumerate(losses):
+        history.add({**base, "tokens": step, "loss": None if step == 3 else float(loss), "val_loss": float(step)})
+    losses[3] = np.nan
+    steps, every = history.steps(), history.every
+    assert every == 64 and len(steps["loss"]) == 16 and len(history._evaluations) < 16
+    for point in range(16):
+        block = losses[point * every : (point + 1) * every]
+        assert steps["loss"][point] == pytest.approx(np.nanmean(block), abs=0.02)
+        assert (steps["loss_low"][point], steps["loss_high"][point]) == (np.nanmin(block), np.nanmax(block))
+    assert history.evaluations()["val_loss"][-1] >= 990
+
+
+def test_smoothing_leaves_out_what_is_not_finite_and_shifts_nothing():
+    line = np.arange(1000.0)
+    assert smoothed(line) == pytest.approx(line)
+    line[500] = np.nan
+    assert np.isfinite(smoothed(line)).all() and smoothed(line)[500] == pytest.approx(500)
+    assert smoothed(np.array([1.0, np.nan, 3.0]))[1] != 2  # too few to smooth
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
+def test_pictures_leave_no_memory_behind(tmp_path):
+    """As in a run, with Python's garbage collector off: a figure that stays is 9 MB."""
+    history = history_of(rows(20))
+    plots.draw(history, tmp_path / "c.png", "")
+    with collecting_by_hand():
+        plots.draw(history, tmp_path / "c.png", "")
+        before = resident_bytes()
+        for _ in range(3):
+            plots.draw(history, tmp_path / "c.png", "")
+        assert resident_bytes() - before < 9e6
+
+
 @pytest.mark.slow
-def test_wandb_offline_without_login_and_the_same_id_on_resume(tmp_path, monkeypatch):
+def test_wandb_offline_without_login_and_the_same_id_on_resume(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("WANDB_MODE", "")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    said = []
     for _ in range(2):
-        recorder = Wandb("auto", "p", tmp_path, {"a": 1}, said.append)
+        recorder = Wandb("auto", "p", tmp_path, {"a": 1}, World())
         recorder.write({"step": 1, "loss": 2.0, "val_loss": None})
         recorder.close()
-    assert said and "recording offline" in said[0]
+    said = capfd.readouterr().err
+    assert "recording offline" in said and "warning: " not in said
     run_id = (tmp_path / "wandb-id").read_text()
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}"))
 
 
+def test_wandb_with_a_key_and_no_network_records_offline(tmp_path, monkeypatch, capfd):
+    """Its service holds on to the id of the run that it could not begin."""
+    begun = []
+
+    class Service:
+        Settings = dict
+        login = staticmethod(lambda **_: True)
+
+        @staticmethod
+        def init(**settings):
+            begun.append((settings["mode"], settings["id"]))
+            if settings["mode"] == "online" or begun.count(begun[-1]) > 1:
+                raise ConnectionError("context deadline exceeded\n while retrying")
+            return object()
+
+    monkeypatch.setitem(sys.modules, "wandb", Service)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert Wandb("online", "p", tmp_path, {}, World())._run is not None
+    (online, run_id), (offline, other_id) = begun
+    assert (online, offline) == ("online", "offline") and run_id == (tmp_path / "wandb-id").read_text() != other_id
+    assert "no login or network (context deadline exceeded while retrying); recording offline" in capfd.readouterr().err
+
+
 def test_wandb_disabled_imports_nothing(tmp_path):
-    recorder = Wandb("disabled", "p", tmp_path, {}, print)
+    recorder = Wandb("disabled", "p", tmp_path, {}, World())
     recorder.write({"step": 1})
     recorder.close()
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_full_disk_at_a_row_names_the_file(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    metrics._file.close()
-    metrics._file = open("/dev/full", "a")
-    with pytest.raises(UserError, match="metrics.jsonl: cannot be written: No space left"):
-        metrics.write({"step": 1})
+@pytest.mark.parametrize(
+    "mode, wanted, chosen",
+    [
+        ("online", "", "online"),
+        ("online", "offline", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+def test_the_environment_can_quiet_wandb(mode, wanted, chosen):
+    assert chosen_mode(mode, {"WANDB_MODE": wanted}) == chosen
+
+
+class Broken:
+    def log(self, values, step):
+        raise ConnectionError("the service is gone")
+
+    def finish(self):
+        raise ConnectionError("the service is gone")
+
+
+def test_a_wandb_that_fails_is_told_once(tmp_path, capfd):
+    recorder = Wandb("disabled", "p", tmp_path, {}, World())
+    recorder._run = Broken()
+    for step in (1, 2):
+        recorder.write({"step": step, "loss": 1.0})
+    assert capfd.readouterr().err == "warning: wandb: the service is gone; training goes on\n"
+
+
+def test_rows_wait_in_memory_until_they_can_be_written(tmp_path):
+    """Also where only a part of a row was written before the disk was full."""
+    path = tmp_path / "metrics.jsonl"
+    metrics, base = MetricsFile(path, 0, print), json.loads(rows(1))
+    metrics.write({**base, "step": 1})
+    written = os.write
+
+    def half(descriptor, data):
+        if len(data) < 10:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return written(descriptor, data[:-5])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", half)
+        for step in (2, 3):
+            with pytest.raises(MachineError, match="metrics.jsonl: cannot be written: Stale file handle; . rows wait"):
+                metrics.write({**base, "step": step})
+        with pytest.raises(MachineError):
+            metrics.sync()
+    metrics.write({**base, "step": 4})
+    metrics.sync()
+    metrics.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+
+
+def test_decoration_that_fails_ends_no_run(tiny_dataset, tmp_path, monkeypatch, capfd):
+    """Curves, samples and rows cannot be written; each is told once, and the weights are those of an undisturbed run."""
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(plots, "write_file", broken)
+    (tmp_path / "r" / "samples.txt").mkdir(parents=True)
+    changes = {"evaluation__every": 4, "log__sample_tokens": 4, "max_steps": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsFile, "_flush", broken)
+        patch.setattr(MetricsFile, "close", lambda self: None)
+        run(tiny_values(tiny_dataset, tmp_path / "r", **changes))
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1].strip() for line in warnings] == ["samples.txt", "metrics.jsonl", "curves.png"]
+    assert all(line.endswith("; training goes on") for line in warnings)
+    assert len(list((tmp_path / "r" / "checkpoints").glob("step-*"))) == 2

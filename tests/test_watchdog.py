@@ -2,15 +2,18 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
 import torch
+from conftest import PATIENCE
 
 from trainer.engine.distributed import World
-from trainer.engine.watchdog import Post, Watchdog, catches, patience, verdict, whereabouts, write_stacks
+from trainer.engine.listener import listener, write_stacks
+from trainer.engine.watchdog import Post, Watchdog, catches, patience, verdict, whereabouts
 
 REMEDY = "; raise engine.KEY if this is slow rather than stuck"
 
@@ -117,6 +120,42 @@ def test_stacks_of_all_threads(capfd):
     assert " in lingering\n" in written and " in test_stacks_of_all_threads\n" in written
 
 
+STORM = """
+import os, signal, threading, time
+from trainer.engine.listener import stacks_on_request
+
+def churn():  # new code and frames all the time, which are freed again
+    space = {}
+    exec("def down(n): return n and down(n - 1)", space)
+    space["down"](20)
+
+def work():
+    while True:
+        churn()
+
+def ask():
+    for _ in range(200):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.002)
+
+stacks_on_request()
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+asking = threading.Thread(target=ask)
+asking.start()
+while asking.is_alive():
+    churn()
+os._exit(0)
+"""
+
+
+def test_stacks_can_be_asked_for_while_threads_work():
+    """A handler that walks the frames of running threads reads freed memory, and ends the process within a few signals."""
+    done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "stacks of all threads:" in done.stderr and " in work\n" in done.stderr and " in ask\n" in done.stderr
+
+
 def test_catches():
     """A handler for SIGINT, which this process may have been started without, and none for SIGVTALRM."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -188,6 +227,8 @@ def test_whereabouts_in_a_collective_waits():
 
 
 def test_one_process_has_no_threads():
+    """But for the one that hears of signals."""
+    listener()
     before = threading.active_count()
     watchdog = Watchdog(World(), 0.01)
     assert threading.active_count() == before

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import MachineError, UserError
+from trainer.errors import MachineError, Stopped, UserError
 from trainer.files import system_error
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
@@ -63,10 +63,10 @@ def main() -> None:
         who = f"[rank {place.rank}] " if place.rank else ""
         print(f"error: {who}{printable(error, 20_000)}", file=sys.stderr, flush=True)
         leave(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if place.rank == 0:
-            print("interrupted; a run goes on from its last checkpoint with the same command", file=sys.stderr)
-        leave(130)
+            print(interrupted_line(stop), file=sys.stderr, flush=True)
+        leave(128 + stop.number if isinstance(stop, Stopped) else 130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -107,6 +107,13 @@ def known_errors() -> Iterator[None]:
         ) from None
 
 
+def interrupted_line(stop: KeyboardInterrupt) -> str:
+    """A run that has begun hears of signals itself: what ends here has nothing to save."""
+    if isinstance(stop, Stopped):
+        return stop.line
+    return "interrupted before training began" if sys.argv[1:2] == ["train"] else "interrupted"
+
+
 def is_broken_model(error: Exception) -> bool:
     """Whether a file of the zoo cannot be imported: a bug, but one whose place its message names."""
     if not isinstance(error, ImportError):
@@ -118,8 +125,9 @@ def is_broken_model(error: Exception) -> bool:
 
 def leave(code: int) -> None:
     """Exit at once: other ranks may wait in a collective that will never come, and reading threads must not hold us."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads any more
+            stream.flush()
     os._exit(code)
 
 

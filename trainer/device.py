@@ -97,6 +97,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)  # never
 
 
+def thread_line() -> str:
+    """With how many threads a CPU computes, and how to change it; whether others keep the CPUs busy."""
+    threads, cpus = (
+        torch.get_num_threads(),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+    line = f"threads: {threads} of {cpus} CPUs; OMP_NUM_THREADS=N changes it"
+    load = os.getloadavg()[0]  # of the last minute
+    if threads > 1 and load > cpus / 2:
+        line += f". Other programs are at work here (load {load:.1f}): threads wait for the slowest, and fewer may be faster"
+    return line
+
+
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """(precision, why). auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if wanted != "auto":

@@ -14,3 +14,11 @@ class MachineError(UserError):
 
 class Damaged(UserError):
     """Content that was read whole and is not what was written: never an error of reading, which may pass."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked this process to stop before it had anything to save. line: to tell, where it is known what there is."""
+
+    def __init__(self, number: int, line: str = "") -> None:
+        super().__init__(line)
+        self.number, self.line = number, line

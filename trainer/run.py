@@ -141,7 +141,7 @@ class Run:
         return self.state.norm if self.last is None else self.last.grad_norm
 
     def flags(self) -> Tensor:
-        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [3]."""
+        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [len(STOPPING) + 1]."""
         asked = self.signals.asked
         if asked is None and not self.saver.failed:
             return self.no_flags
@@ -223,7 +223,10 @@ class Run:
         say = self.world.say
         text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], say, seed=self.config.seed)[0]
         if self.world.leader:
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+            with (
+                self.world.decoration("samples.txt"),
+                (self.folder / "samples.txt").open("a", encoding="utf-8") as file,
+            ):
                 file.write(f"=== {header}\n{text}\n\n")
         return text
 

@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset, local_folder
-from trainer.device import choose_device
+from trainer.device import choose_device, thread_line
 from trainer.engine.base import autocast
 from trainer.engine.distributed import World, join, read_world
 from trainer.engine.gradients import refuse_unreached
-from trainer.engine.signals import StopSignals, exit_code, follow_launcher, stopped_line
+from trainer.engine.signals import StopSignals, exit_code, follow_launcher, not_begun_line, stopped_line
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
+from trainer.errors import Stopped
 from trainer.metrics.report import Report
 from trainer.optim import schedule_change
 from trainer.outcome import tell_outcome
@@ -41,12 +43,25 @@ def run(given: dict[str, Any]) -> None:
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config, _ = combined_config(given)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
-    with StopSignals(world) as signals:
-        if read_wishes(os.environ).launcher not in ("python", "srun"):
+    launched = read_wishes(os.environ).launcher not in ("python", "srun")
+    with StopSignals(world, launched) as signals:
+        if launched:
             follow_launcher()
-        asked = run_joined(given, config, world, signals)
+        try:
+            asked = run_joined(given, config, world, signals)
+        except Stopped as stop:
+            raise before_training_began(stop, folder_of(config), world) from None
     if asked is not None:
         raise SystemExit(exit_code(asked))
+
+
+def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
+    """`stop` with the line that says what there is; the script that started us may start us again."""
+    number = signal.Signals(stop.number)
+    if world.leader:
+        tell_outcome(f"stopped by {number.name} before training began")
+    saved = checkpoint.found(folder / "checkpoints")
+    return Stopped(number, not_begun_line(number, saved[-1][0] if saved else None))
 
 
 def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: StopSignals) -> signal.Signals | None:
@@ -100,16 +115,18 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         return None
     if plan_text is None:
         world.on_leader(lambda: tell_schedule(this))
-    folder = local_folder(config.data, this.dataset)
-    world.on_leader(lambda: write_start(this.folder, config, plan_text, folder, world.say))
+    described = local_folder(config.data, this.dataset)
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, described, world.say))
     tokenizer = Tokenizer.from_file(
         this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
     )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
     report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
     try:
+        this.signals.begin(report.console.say)
         with collecting_by_hand():
             asked = loop(this, report, tokenizer)
+        report.console.close()  # what follows stands below it
         if asked is None:
             finish(this, report, tokenizer)
         else:
@@ -148,8 +165,9 @@ def opening(this: Run) -> str:
     with autocast(this.device, this.config.precision):
         # Offloaded weights are on another device.
         kernels = this.model.describe_kernels(this.device, this.config.data.separate_documents)
+    threads = f"\n{thread_line()}" if this.device.type == "cpu" else ""
     return (
-        f"\nengine: {this.engine.describe()}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
+        f"\nengine: {this.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
         f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
         f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {this.config.optim.lr:.8f}"
     )
@@ -220,8 +238,7 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
             this.watchdog.at(state.step, "curves")
-            if this.world.leader:
-                draw_curves(this)
+            report.draw_curves()
         if save:
             report.sync()
             this.save(report.clock.seconds)
@@ -230,14 +247,6 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         profiler.close()
     this.saver.finish()
     return asked
-
-
-def draw_curves(this: Run) -> None:
-    """curves.png of the run so far."""
-    from trainer.metrics import plots
-
-    title = f"{this.config.model['name']}, {this.plan.parameters / 1e6:.1f} M parameters, {this.folder.name}"
-    plots.draw(this.folder / "metrics.jsonl", this.folder / "curves.png", title)
 
 
 def finish(this: Run, report: Report, tokenizer: Any) -> None:

@@ -30,6 +30,7 @@ import trainer.metrics.plots
 import trainer.train
 from trainer.__main__ import main
 from trainer.data.mds import import_streaming
+from trainer.metrics.history import History
 from trainer.metrics.record import KEYS
 
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, as torchrun has it
@@ -85,9 +86,10 @@ def warm_up() -> None:
     """What takes long the first time, without threads or process groups, which no fork survives."""
     import_streaming()
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "metrics.jsonl"
-        rows.write_text("".join(json.dumps(dict.fromkeys(KEYS, value)) + "\n" for value in (1, 2)))
-        trainer.metrics.plots.draw(rows, Path(folder) / "curves.png", "")
+        history = History()
+        for value in (1, 2):
+            history.add(dict.fromkeys(KEYS, value))
+        trainer.metrics.plots.draw(history, Path(folder) / "curves.png", "")
 
 
 if __name__ == "__main__":

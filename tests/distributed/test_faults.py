@@ -198,15 +198,25 @@ def test_sigterm_to_torchrun(forks, calm, values):
     assert_goes_on(forks, given, calm("fsdp"), 2)
 
 
-@pytest.mark.parametrize("moment", ["build", "validation"])
-def test_sigterm_where_no_step_is_under_way(forks, calm, values, moment):
+def test_sigterm_in_validation(forks, calm, values):
     given = values("fsdp", evaluation__every=4)
-    fault = {"do": "SIGTERM", "moment": moment} | ({"step": 4} if moment == "validation" else {})
-    ended = forks.run(given, 2, [fault])
-    assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in ((1, 2) if moment == "build" else (5, 6))
+    ended = forks.run(given, 2, [{"do": "SIGTERM", "moment": "validation", "step": 4}])
+    assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in (5, 6)
     ended = forks.run(given, 2)
     assert ended.codes == [0, 0], ended.said
     assert [row[:3] for row in history(Path(given["run_dir"]))] == [row[:3] for row in history(calm("fsdp"))]
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_sigterm_before_training_begins(forks, calm, values, rank):
+    """Nothing is there to save. Whom it did not reach, the launcher tells."""
+    given = values("fsdp")
+    fault = {"do": "SIGTERM", "moment": "build"} | ({} if rank is None else {"rank": rank})
+    ended = forks.run(given, 2, [fault])
+    assert ended.codes == [143, 143], ended.said
+    assert ended.lines("stopped by ") == ["stopped by SIGTERM before training began; nothing was saved"]
+    assert "Traceback" not in ended.said and saved(Path(given["run_dir"])) == []
+    assert_goes_on(forks, given, calm("fsdp"), 2)
 
 
 # -- NaN ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import yaml
 from cases import FULL
 from conftest import error_line, tiny_values, trainer
 from test_launchers import assert_equal_losses, launch, rows, torchrun
@@ -58,6 +59,19 @@ def test_one_process_may_shard_too(single, tiny_dataset, tmp_path, strategy):
     done = launch(torchrun(1), values, tmp_path)
     assert done.returncode == 0, done.stderr
     assert_equal_losses(tmp_path / "run", single)
+
+
+def test_deepspeed_builds_nothing(tiny_dataset, tmp_path):
+    """A build that was killed has left its lock, for which any other would wait for ever."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run", max_steps=2, engine={"strategy": "zero1"}))
+    )
+    done = trainer("train", tmp_path / "run.yaml", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
+    assert done.returncode == 0, done.stderr
+    assert [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()] == [lock]
 
 
 def test_what_cannot_be_is_one_line(tiny_dataset, tmp_path):

@@ -7,6 +7,7 @@ the same as any other engine's; DeepSpeed's own format is not used.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -32,6 +33,15 @@ from trainer.memory import build_meta
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, which DeepSpeed holds in flat vectors as it does the weights
 
 
+def leave_out_shared_memory() -> None:
+    """Have DeepSpeed not build its all-reduce in shared memory, which it uses on CPUs and for inference alone.
+
+    The build takes a compiler and minutes, and one that was killed leaves a lock for which every later one waits, for ever.
+    """
+    # As an attribute of deepspeed.comm `torch` is PyTorch.
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+
+
 class DeepSpeedEngine(Engine):
     """zero0 to zero3. fp32: everything fp32. bf16: at stage 0 by autocast, as ddp; at stages 1 to 3 DeepSpeed's own (bf16 weights
     and gradients, which add up in fp32; fp32 masters and moments)."""
@@ -45,6 +55,7 @@ class DeepSpeedEngine(Engine):
             from pydantic import ValidationError
 
             self._deepspeed = deepspeed
+            leave_out_shared_memory()
             deepspeed.utils.logger.setLevel(logging.ERROR)
             self.settings = deepspeed_settings(plan.config)
             self.stage = self.settings["zero_optimization"]["stage"]

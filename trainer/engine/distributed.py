@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from trainer import launcher
 from trainer.engine.facts import Facts, absentees, compare, find_facts
 from trainer.errors import MachineError, UserError
-from trainer.text import printable_lines
+from trainer.text import printable, printable_lines
 
 MEETING_SECONDS = 300.0  # they were all started together
 CONNECT_SECONDS = 600.0  # NCCL takes seconds, or a minute with a thousand processes
@@ -37,6 +37,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1  # processes on this machine
     timeout: timedelta = timedelta(minutes=30)  # of collectives; set by `join`
+    told: set[str] = field(default_factory=set)  # what `decoration` has warned of
 
     @property
     def leader(self) -> bool:
@@ -47,14 +48,32 @@ class World:
         return launcher.Place(self.rank, self.size, self.local_rank, self.local_size)
 
     def say(self, text: str) -> None:
-        """Print a line to stderr, on rank 0 alone."""
+        """Print a line to stderr, on rank 0 alone. Also where nobody reads any more, as after a terminal was closed."""
         if self.leader:
-            print(printable_lines(text), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(printable_lines(text), file=sys.stderr, flush=True)
 
     def say_from(self, text: str) -> None:
         """Print a line to stderr on the rank that calls, named where there are several: for what befalls one of them."""
         name = f"[rank {self.rank}, {launcher.own_host(os.environ)}] " if self.size > 1 else ""
-        print(name + printable_lines(text), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(name + printable_lines(text), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def decoration(self, what: str) -> Iterator[None]:
+        """For what training does not need: curves, samples, records for others. A failure is told once, and ends nothing."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.told:
+                self.told.add(what)
+                reason = error.strerror or error if isinstance(error, OSError) else error
+                text = (
+                    printable(reason, 300)
+                    if isinstance(error, (OSError, UserError))
+                    else f"{type(error).__name__}: {printable(reason, 300)}"
+                )
+                self.say(f"warning: {what}: {text}; training goes on")
 
     def limit_groups(self) -> None:
         """Give groups that libraries have made the timeout of ours: theirs is torch's own, which users cannot raise."""

@@ -8,7 +8,6 @@ Then every rank writes the stacks of its threads to its own stderr, and when all
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import itertools
 import json
 import linecache
@@ -30,6 +29,7 @@ import torch.distributed as dist
 
 from trainer.engine.distributed import World
 from trainer.engine.facts import rank_names
+from trainer.engine.listener import stacks_on_request, tell, write_stacks
 
 LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<frozen")
 
@@ -79,7 +79,7 @@ class Watchdog:
         self._closed, self._ending, self._written = threading.Event(), False, False
         self._main = threading.main_thread().ident
         self._threads: list[threading.Thread] = []
-        faulthandler.register(signal.SIGUSR2, file=2)
+        stacks_on_request()
         if world.size == 1:
             return
         self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -224,27 +224,6 @@ class Watchdog:
             key = "engine.step_timeout_minutes" if limit < self._timeout else "engine.timeout_minutes"
             tell(f"error: {verdict(posts, limit, key)}\n".encode())
         self._ending = True
-
-
-def tell(text: bytes) -> None:
-    """Write to stderr as far as it takes it. print could wait for a lock that the main thread holds."""
-    with contextlib.suppress(OSError):
-        while text:
-            text = text[os.write(2, text) :]
-
-
-def write_stacks(title: str) -> None:
-    """Write `title` and the Python stacks of all threads to stderr, in one piece where that is possible: ranks may share it."""
-    try:
-        descriptor = os.memfd_create("stacks")  # no file: its file system may be what hangs
-    except (AttributeError, OSError):  # not Linux, or not allowed
-        tell(title.encode())
-        faulthandler.dump_traceback(2)
-        return
-    with open(descriptor, "w+b") as memory:
-        faulthandler.dump_traceback(memory)
-        memory.seek(0)
-        tell(title.encode() + memory.read())
 
 
 def catches(pid: int, number: int) -> bool:

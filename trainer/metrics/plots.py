@@ -1,47 +1,73 @@
-"""The curves of a run as a PNG: loss against tokens and against time, learning rate, gradient norm."""
+"""The curves of a run as a PNG: loss against tokens and time, bits per byte, learning rate, gradient norm, speed."""
 
 from __future__ import annotations
 
+import gc
+import io
+import warnings
 from pathlib import Path
 
-from trainer.metrics.record import read_rows
+import numpy as np
+
+from trainer.files import write_file
+from trainer.metrics.history import History, smoothed
+
+RAW = {"linewidth": 0.6, "alpha": 0.35, "color": "C0"}
+DOTS = {"marker": "o", "markersize": 3, "color": "C1"}
 
 
-def draw(metrics: Path, out: Path, title: str) -> None:
-    """Read metrics.jsonl and write the picture; needs two rows at least, else writes nothing."""
-    rows = read_rows(metrics)
-    if len(rows) < 2:
+def draw(history: History, out: Path, title: str) -> None:
+    """Write the picture; needs two steps at least, else writes nothing."""
+    steps, evaluations = history.steps(), history.evaluations()
+    if len(steps["loss"]) < 2:
         return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        picture = render(steps, evaluations, title.replace("$", r"\$"))
+    write_file(out, picture)
+    gc.collect()  # a figure and its parts hold each other, 9 MB of them; a run's collector is off
+
+
+def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Margins set by hand: a run waits for the picture, which takes half as long again where the layout is worked out.
-    figure = Figure(figsize=(11, 7))
+    figure = Figure(figsize=(15, 7.5))
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        2, 2, gridspec_kw={"left": 0.09, "right": 0.98, "bottom": 0.08, "top": 0.92, "wspace": 0.26, "hspace": 0.25}
+        2, 3, gridspec_kw={"left": 0.055, "right": 0.985, "bottom": 0.075, "top": 0.92, "wspace": 0.2, "hspace": 0.25}
     )
-    tokens = [row["tokens"] / 1e6 for row in rows]
-    seconds = [row["seconds"] for row in rows]
-    evaluated = [row for row in rows if row["val_loss"] is not None]
-    for axis, x, label, key, unit in (
-        (axes[0, 0], tokens, "tokens, millions", "tokens", 1e6),
-        (axes[0, 1], seconds, "training time, seconds", "seconds", 1),
+    tokens, evaluated_tokens = steps["tokens"] / 1e6, evaluations["tokens"] / 1e6
+    for axis, x, at, label in (
+        (axes[0, 0], tokens, evaluated_tokens, "tokens, millions"),
+        (axes[0, 1], steps["seconds"], evaluations["seconds"], "training time, seconds"),
     ):
-        axis.plot(x, [row["loss"] for row in rows], linewidth=0.8, alpha=0.7, label="training")
-        if evaluated:
-            at = [row[key] / unit for row in evaluated]
-            axis.plot(at, [row["val_loss"] for row in evaluated], marker="o", markersize=3, label="validation")
+        axis.fill_between(x, steps["loss_low"], steps["loss_high"], color="C0", alpha=0.15, linewidth=0)
+        axis.plot(x, steps["loss"], **RAW)
+        axis.plot(x, smoothed(steps["loss"]), color="C0", linewidth=1.4, label="training, smoothed")
+        if len(at):
+            axis.plot(at, evaluations["val_loss"], label="validation", **DOTS)
         axis.set(xlabel=label, ylabel="loss, nats per token")
         axis.legend()
-    axes[1, 0].plot(tokens, [row["lr"] for row in rows])
-    axes[1, 0].set(xlabel="tokens, millions", ylabel="learning rate of the matrices")
-    norms = [row["grad_norm"] for row in rows]
-    axes[1, 1].plot(tokens, norms, linewidth=0.8)
-    axes[1, 1].set(xlabel="tokens, millions", ylabel="gradient norm")
-    if all(norm and norm > 0 for norm in norms):
+    axes[0, 2].plot(evaluated_tokens, evaluations["val_bits_per_byte"], **DOTS)
+    axes[0, 2].set(ylabel="validation, bits per byte")
+    axes[1, 0].plot(tokens, steps["lr"])
+    axes[1, 0].set(ylabel="learning rate of the matrices")
+    axes[1, 0].ticklabel_format(axis="y", scilimits=(-2, 3))
+    for axis, key, label in ((axes[1, 1], "grad_norm", "gradient norm"), (axes[1, 2], "tokens_per_second", "tokens/s")):
+        axis.plot(tokens, steps[key], **RAW)
+        axis.plot(tokens, smoothed(steps[key]), color="C0", linewidth=1.4)
+        axis.set(ylabel=label)
+    if np.nanmin(steps["grad_norm"], initial=np.inf) > 0 and np.isfinite(steps["grad_norm"]).any():
         axes[1, 1].set_yscale("log")
+    axes[1, 2].set_ylim(bottom=0)
+    for axis in (axes[0, 2], *axes[1]):
+        axis.set_xlabel("tokens, millions")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(out, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
+    figure.clear()
+    return picture.getvalue()

@@ -18,7 +18,8 @@ from trainer.errors import UserError
 from trainer.evaluate import safe_exp
 from trainer.memory import build_meta
 from trainer.metrics.console import open_console
-from trainer.metrics.record import MetricsFile, Wandb
+from trainer.metrics.record import MetricsFile, rewind_samples
+from trainer.metrics.wandb import Wandb
 
 
 @dataclass
@@ -82,10 +83,12 @@ class Report:
         self._metrics: MetricsFile | None = None
         if world.leader:
             log, settings = plan.config.log, dataclasses.asdict(plan.config)
-            self._metrics = MetricsFile(folder / "metrics.jsonl", step)
-            self._wandb = Wandb(log.wandb, log.wandb_project, folder, settings, world.say)
-        title = f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
-        self.console = open_console(plan.config.log.console, world.leader, title)
+            self._metrics = MetricsFile(folder / "metrics.jsonl", step, world.say)
+            with world.decoration("samples.txt"):
+                rewind_samples(folder / "samples.txt", step)
+            self._wandb = Wandb(log.wandb, log.wandb_project, folder, settings, world)
+        self.folder, self.title = folder, f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
+        self.console = open_console(plan.config.log.console, world.leader, self.title)
 
     def step_done(self, measured: Measured) -> None:
         """Take a step's measurements; tells those of the step before, which the device has finished by now."""
@@ -146,7 +149,8 @@ class Report:
             row["val_loss_hlb"] = validation["hlb"]["loss"]
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
         if self._metrics is not None:
-            self._metrics.write(row)
+            with self.world.decoration("metrics.jsonl"):
+                self._metrics.write(row)
             self._wandb.write(row)
         if self._first:
             self._first = False
@@ -208,12 +212,23 @@ class Report:
     def sync(self) -> None:
         """Rows on disk, before a checkpoint that continues from them."""
         if self._metrics is not None:
-            self._metrics.sync()
+            with self.world.decoration("metrics.jsonl"):
+                self._metrics.sync()
+
+    def draw_curves(self) -> None:
+        """curves.png of the run so far."""
+        if self._metrics is not None:
+            with self.world.decoration("curves.png"):
+                from trainer.metrics import plots
+
+                plots.draw(self._metrics.history, self.folder / "curves.png", f"{self.title}, {self.folder.name}")
 
     def close(self) -> None:
         self.console.close()
         if self._metrics is not None:
-            self._metrics.close()
+            self.world.told.discard("metrics.jsonl")  # what is lost now is lost
+            with self.world.decoration("metrics.jsonl"):
+                self._metrics.close()
             self._wandb.close()
 
 
