@@ -6,7 +6,7 @@ A model is a config dataclass plus an `nn.Module`, joined by one decorator:
     class Mine(LanguageModel):
         Config = MineConfig
 
-`tests/test_zoo.py` then checks all that is promised below. Models import nothing of `trainer`.
+`python -m trainer check FILE` then checks what is promised below. Models import nothing of `trainer`.
 """
 
 from __future__ import annotations
@@ -356,12 +356,12 @@ def told_in_one_line(module: str) -> Iterator[None]:
     """Turn whatever an import of `module` raises into a BrokenModel."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end as soon as it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise BrokenModel(f"cannot import {module}: {cause}{_place(error)}") from error
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """The last line that ran in the last module that was being imported, as " (FILE, line N)"; "" where none was found."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [frame.filename for frame in frames if frame.name == "<module>"]

@@ -15,7 +15,13 @@ from trainer.errors import MachineError, UserError
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
 
-ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
+ALONE = (
+    "prepare",
+    "plan",
+    "generate",
+    "export",
+    "check",
+)  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
 # As gloo's and NCCL's errors say.
 LOST_CONNECTION = (
@@ -28,6 +34,7 @@ VERBS = {
     "train": "train; in an existing run folder: go on from its newest good checkpoint",
     "generate": "continue prompts with a run's model",
     "evaluate": "loss of a run's checkpoint on a validation split",
+    "check": "whether a model keeps the contract: one line per promise",
     "export": "a run's weights as safetensors, for other programs",
     "bench": "speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
     "bench data": "speed of loader and tokenizer, against what training consumes",
@@ -41,8 +48,8 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
 `python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
-folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE (repeatable) imports a
-module that registers models."""
+folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE or
+--plugin FILE.py (repeatable) imports what registers models."""
 
 
 def main() -> None:
@@ -155,6 +162,7 @@ def dispatch(words: list[str]) -> None:
         "train": schema.RunConfig,
         "generate": schema.GenerateConfig,
         "evaluate": schema.EvaluateConfig,
+        "check": schema.CheckConfig,
         "export": schema.ExportConfig,
         "bench": schema.BenchConfig,
         "bench data": schema.BenchConfig,
@@ -181,6 +189,8 @@ def dispatch(words: list[str]) -> None:
         and not positional[0].endswith((".yaml", ".yml"))
     ):
         values = {"run_dir": positional[0]}
+    elif positional and verb == "check":
+        values = {"module": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
     if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
@@ -195,17 +205,11 @@ def dispatch(words: list[str]) -> None:
 
 
 def import_plugins(names: list[str]) -> None:
-    """Import the modules of `--plugin`, which register models. Only a flag can name them: no config may run code."""
-    if not names:
-        return
-    from models.base import BrokenModel, told_in_one_line
-
+    """Import the plug-ins of `--plugin`, which register models. Only a flag can name them: no config may run code."""
     for name in names:
-        try:
-            with told_in_one_line(name):
-                importlib.import_module(name)
-        except BrokenModel as error:
-            raise UserError(f"plugin: {error}") from None
+        from trainer.plugins import import_plugin
+
+        import_plugin(name)
 
 
 def _switch(flags: dict[str, Any], name: str) -> bool:
