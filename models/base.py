@@ -6,7 +6,7 @@ A model is a config dataclass plus an `nn.Module`, joined by one decorator:
     class Mine(LanguageModel):
         Config = MineConfig
 
-`tests/test_zoo.py` then checks all that is promised below. Models import nothing of `trainer`.
+`python -m trainer check FILE` then checks what is promised below. Models import nothing of `trainer`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Output(NamedTuple):
 class Cache:
     """Keys and values of the tokens decoded so far: one (keys, values) pair per layer, grown by the model.
 
-    length: tokens held. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses, and under a key of its
+    length: tokens decoded. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses, and under a key of its
     own in `state` what else it must remember.
     """
 
@@ -54,6 +54,7 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.state: dict[Any, Tensor] = {}
         self.length = 0
+        self._rolls: dict[Any, _Roll] = {}
 
     def replace(self, key: Any, value: Tensor, first: Tensor) -> Tensor:
         """Remember `value` under `key`; returns what was there before, `first` where nothing was."""
@@ -61,13 +62,59 @@ class Cache:
         self.state[key] = value
         return before
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Append new keys and values of `layer` along `dim`; returns all held so far."""
-        if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k, v = torch.cat((old_k, k), dim), torch.cat((old_v, v), dim)
-        self.layers[layer] = (k, v)
-        return k, v
+    def append(self, key: Any, new: Tensor, dim: int, window: int = 0) -> Tensor:
+        """Remember `new` along `dim` after what `key` has in `state`; returns all of it that the new tokens see.
+
+        window: a token sees itself and the window - 1 before it, and what is further back is let go; 0: all of them.
+        """
+        self.state[key] = self._roll(("state", key), new, dim, window)
+        return self.state[key]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int, window: int = 0) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of `layer` along `dim`; returns all that the new tokens see (see `append`)."""
+        self.layers[layer] = (
+            self._roll((layer, "keys"), k, dim, window),
+            self._roll((layer, "values"), v, dim, window),
+        )
+        return self.layers[layer]
+
+    def _roll(self, key: Any, new: Tensor, dim: int, window: int) -> Tensor:
+        if key in self._rolls:
+            self._rolls[key].append(new, window)
+        else:
+            self._rolls[key] = _Roll(new, dim)
+        return self._rolls[key].held
+
+
+class _Roll:
+    """A tensor that grows at its end along one dimension and may lose its beginning; most of the time nothing is copied but
+    what is new."""
+
+    def __init__(self, first: Tensor, dim: int) -> None:
+        self.dim, self.start, self.stop = dim, 0, first.shape[dim]
+        self.buffer = first  # as it is: a prompt is not copied
+
+    @property
+    def held(self) -> Tensor:
+        return self.buffer.narrow(self.dim, self.start, self.stop - self.start)
+
+    def append(self, new: Tensor, window: int) -> None:
+        if window:
+            self.start = max(self.start, self.stop - (window - 1))
+        count = new.shape[self.dim]
+        if new.requires_grad:  # what is to be differentiated must not be written over
+            self.buffer = torch.cat((self.held, new), self.dim)
+            self.start, self.stop = 0, self.buffer.shape[self.dim]
+            return
+        if self.stop + count > self.buffer.shape[self.dim]:
+            held, needed = self.held, self.stop - self.start + count
+            shape = list(held.shape)
+            shape[self.dim] = needed + max(16, needed // 2)
+            self.buffer = new.new_empty(shape)
+            self.start, self.stop = 0, held.shape[self.dim]
+            self.held.copy_(held)
+        self.buffer.narrow(self.dim, self.stop, count).copy_(new)
+        self.stop += count
 
 
 class LanguageModel(nn.Module):
@@ -357,12 +404,12 @@ def told_in_one_line(module: str) -> Iterator[None]:
     """Turn whatever an import of `module` raises into a BrokenModel."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end as soon as it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise BrokenModel(f"cannot import {module}: {cause}{_place(error)}") from error
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """The last line that ran in the last module that was being imported, as " (FILE, line N)"; "" where none was found."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [frame.filename for frame in frames if frame.name == "<module>"]

@@ -88,7 +88,10 @@ class Transformer(LanguageModel):
         if self.max_context is not None and start + length > self.max_context:
             raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
         kernel, _ = self.choose_kernel(device, start, length, documents is not None)
-        sights = {w: make_sight(kernel, start, length, w, documents, device) for w in self.windows}
+        # Of what is cached, layers with a window have the last w - 1 tokens.
+        sights = {
+            w: make_sight(kernel, min(start, w - 1) if w else start, length, w, documents, device) for w in self.windows
+        }
         positions = torch.arange(start, start + length, device=device)
         if documents is not None:
             positions = positions_in_documents(documents)

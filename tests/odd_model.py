@@ -51,11 +51,3 @@ class Steady(Idle):
     def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
         output = super().forward(tokens, targets, documents, cache, reduction)
         return output if targets is None else output._replace(loss=output.loss + 0 * self.idle.sum())
-
-
-@register("choosy")
-class Choosy(Gpt2):
-    """What it does depends on numbers."""
-
-    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
-        return super().forward(tokens if bool(tokens.any()) else tokens + 1, targets, documents, cache, reduction)

@@ -18,7 +18,13 @@ from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
 from trainer.text import printable, printable_lines
 
-ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
+ALONE = (
+    "prepare",
+    "plan",
+    "generate",
+    "export",
+    "check",
+)  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
 # As gloo's and NCCL's errors say.
 LOST_CONNECTION = (
@@ -31,6 +37,7 @@ VERBS = {
     "train": "train; in an existing run folder: go on from its newest good checkpoint",
     "generate": "continue prompts with a run's model",
     "evaluate": "loss of a run's checkpoint on a validation split",
+    "check": "whether a model keeps the contract: one line per promise",
     "export": "a run's weights as safetensors, for other programs",
     "bench": "speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
     "bench data": "speed of loader and tokenizer, against what training consumes",
@@ -44,8 +51,8 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
 `python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
-folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE (repeatable) imports a
-module that registers models."""
+folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE or
+--plugin FILE.py (repeatable) imports what registers models."""
 
 
 def main() -> None:
@@ -167,6 +174,7 @@ def dispatch(words: list[str]) -> None:
         "train": schema.RunConfig,
         "generate": schema.GenerateConfig,
         "evaluate": schema.EvaluateConfig,
+        "check": schema.CheckConfig,
         "export": schema.ExportConfig,
         "bench": schema.BenchConfig,
         "bench data": schema.BenchConfig,
@@ -195,6 +203,8 @@ def dispatch(words: list[str]) -> None:
         values = {"run_dir": positional[0]}
     elif positional and verb == "train" and "run_dir" not in flags and is_config_of_run(positional[0]):
         values = {"run_dir": str(Path(positional[0]).parent)}  # the run goes on where its config lies, also when moved
+    elif positional and verb == "check":
+        values = {"module": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
     if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
@@ -216,17 +226,11 @@ def is_config_of_run(path: str) -> bool:
 
 
 def import_plugins(names: list[str]) -> None:
-    """Import the modules of `--plugin`, which register models. Only a flag can name them: no config may run code."""
-    if not names:
-        return
-    from models.base import BrokenModel, told_in_one_line
-
+    """Import the plug-ins of `--plugin`, which register models. Only a flag can name them: no config may run code."""
     for name in names:
-        try:
-            with told_in_one_line(name):
-                importlib.import_module(name)
-        except BrokenModel as error:
-            raise UserError(f"plugin: {error}") from None
+        from trainer.plugins import import_plugin
+
+        import_plugin(name)
 
 
 def _switch(flags: dict[str, Any], name: str) -> bool:

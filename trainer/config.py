@@ -240,6 +240,19 @@ class BenchConfig(RunConfig):
 
 
 @dataclass
+class CheckConfig:
+    """`check`: whether a model keeps the contract of models/base.py."""
+
+    module: str | None = setting(None, "module or .py file that registers the model (may stand without its flag)")
+    model: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "name of one model, by default all that the module registers; other keys set fields of its Config"
+        },
+    )
+
+
+@dataclass
 class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 

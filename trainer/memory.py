@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.errors import UserError
-from trainer.text import printable
-
 GIB = 1024**3
 
 # Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
@@ -254,17 +251,8 @@ class Demand:
         asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
         key = self.model_class, repr(self.model_config), *asked, spread.deterministic
         if key not in _measured:
-            try:
-                with _determinism(spread.deterministic):
-                    _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
-            except UserError:
-                raise
-            except Exception as error:
-                cause = printable(f"{type(error).__name__}: {error}", 300)
-                raise UserError(
-                    f"model {self.model_class.__name__}: its forward fails on tensors without numbers, by which memory is "
-                    f"planned; it must not depend on values (.item(), if tensor, nonzero): {cause}"
-                ) from error
+            with _determinism(spread.deterministic):
+                _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
         return _measured[key]
 
 

@@ -122,7 +122,7 @@ class SoftmaxHeads(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary.rotate_query(q, context.positions), self.rotary.rotate_key(k, context.positions)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v, dim=2)
+            k, v = cache.extend(self.layer, k, v, dim=2, window=self.window)
         attended = self.attend(q, k, v, context, self.drift(x, k, cache)).transpose(1, 2)  # [B, T, H, head_dim]
         if self.gate is not None:
             attended = attended * self.gate(x).sigmoid().unflatten(-1, (attended.shape[2], -1))
@@ -222,7 +222,7 @@ class LatentAttention(nn.Module):
         latent = self.latent_norm(latent)[:, None]  # [B, 1, T, rank]
         k_rotated = self.rotary.rotate_key(k_rotated[:, None], context.positions)  # [B, 1, T, rope_dim]
         if cache is not None:
-            latent, k_rotated = cache.extend(self.layer, latent, k_rotated, dim=2)
+            latent, k_rotated = cache.extend(self.layer, latent, k_rotated, dim=2, window=self.window)
         # A prompt is cheaper with keys of head_dim channels than of kv_rank, and goes through the kernels of training.
         attend = self.expanded if latent.shape[2] == x.shape[1] else self.absorbed
         attended = attend(q, q_rotated, latent, k_rotated, context)  # [B, H, T, head_dim]
@@ -363,7 +363,7 @@ class ForgetGate(nn.Module):
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.window = layer, config.window_of(layer)
         self.gate = nn.Linear(config.d_model, config.n_heads)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
@@ -372,10 +372,8 @@ class ForgetGate(nn.Module):
         if cache is None:
             return sums
         held = cache.state.get((self.layer, "forget"))
-        if held is not None:
-            sums = torch.cat((held, held[:, :, -1:] + sums), dim=2)
-        cache.state[self.layer, "forget"] = sums
-        return sums
+        sums = sums if held is None else held[:, :, -1:] + sums
+        return cache.append((self.layer, "forget"), sums, dim=2, window=self.window)
 
 
 HEADS: dict[str, type[SoftmaxHeads]] = {"softmax": SoftmaxHeads, "differential": DifferentialHeads}

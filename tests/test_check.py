@@ -1,0 +1,251 @@
+"""`check`: each promise that a model breaks is named, the others are not, and plug-ins are found by name and by path."""
+
+import re
+import sys
+
+import pytest
+import torch
+from conftest import error_line, trainer
+from torch import nn
+
+from models.base import get_model
+from models.presets import Gpt2
+from trainer.check import KINDS, names_of, outcome, report, subject_of
+from trainer.config import CheckConfig
+from trainer.errors import UserError
+from trainer.plugins import import_plugin
+from trainer.testing import numbers, sizes, strategies
+from trainer.testing.subject import Subject
+
+CHECKS = {check.name: check for check in (*sizes.CHECKS, *numbers.CHECKS, *strategies.CHECKS)}
+
+
+class Uncounted(Gpt2):
+    def __init__(self, config):
+        super().__init__(config)
+        self.more = nn.Parameter(torch.ones(2, 2))
+
+
+class Roleless(Gpt2):
+    def parameter_groups(self):
+        return {role: names[1:] for role, names in super().parameter_groups().items()}
+
+
+class Fat(Gpt2):
+    @classmethod
+    def config_for_scale(cls, scale, vocab_size, target_parameters, **choices):
+        return super().config_for_scale(scale, vocab_size, round(1.1 * target_parameters), **choices)
+
+
+class Forgetful(Gpt2):
+    def init_weights(self, generator=None):
+        with torch.no_grad():
+            self.embedding.weight.fill_(0)
+
+
+class Restless(Gpt2):
+    def init_weights(self, generator=None):
+        super().init_weights(None)
+
+
+class Prophetic(Gpt2):
+    def trunk(self, x, tables, context, cache):
+        return super().trunk(x + x.mean(1, keepdim=True), tables, context, cache)
+
+
+class Mingling(Gpt2):
+    def context(self, tokens, documents, cache):
+        return super().context(tokens, None, cache)
+
+
+class Flat(Gpt2):
+    """Its loss knows no targets."""
+
+    def loss(self, hidden, targets, documents, reduction):
+        return hidden[0].float().sum(), {}
+
+
+class Halved(Gpt2):
+    def loss(self, hidden, targets, documents, reduction):
+        loss, parts = super().loss(hidden, targets, documents, reduction)
+        return loss / 2, parts
+
+
+class Deaf(Gpt2):
+    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
+        return super().forward(tokens, targets, documents, None, reduction)
+
+
+class Whole(Deaf):
+    decodes_incrementally = False
+
+
+class Boastful(Gpt2):
+    def flops_per_token(self, sequence_length):
+        return 2 * super().flops_per_token(sequence_length)
+
+
+class Idle(Gpt2):
+    def forward(self, tokens, targets=None, documents=None, cache=None, reduction="mean"):
+        self.positions.weight.requires_grad_(False)
+        return super().forward(tokens, targets, documents, cache, reduction)
+
+
+def made(check, model_class):
+    return outcome(Subject("mine", model_class), CHECKS[check])
+
+
+@pytest.mark.parametrize(
+    "check, model_class, why",
+    [
+        ("count", Uncounted, r"count_parameters says [\d,]+, the model has [\d,]+"),
+        ("roles", Roleless, "without a role: "),
+        ("dial", Fat, "parameters at scale 0.5, the target is"),
+        ("initial weights", Forgetful, "init_weights does not set positions.weight, "),
+        ("initial weights", Restless, "init_weights draws from torch's global generator"),
+        ("causality", Prophetic, "token 1 changes the logits of those before it"),
+        ("documents", Mingling, "document .* among others and alone: they differ by"),
+        ("loss", Halved, "the loss less its parts and the cross-entropy of the logits"),
+        ("ignored targets", Flat, "the sum and the mean times the targets that count"),
+        ("no targets", Flat, "where every target is IGNORE, the sum is"),
+        ("decoding", Deaf, "logits of 24 calls with a cache and of the whole"),
+        ("flops", Boastful, r"flops_per_token\(64\) is [\d,]+, counted are"),
+        ("gradients", Idle, "positions.weight gets no gradient"),
+    ],
+)
+def test_a_broken_promise_is_named(check, model_class, why):
+    kind, told = made(check, model_class)
+    assert kind == "FAILED" and re.search(why, told), told
+
+
+def test_what_is_not_promised_is_skipped():
+    kind, why = made("decoding", Whole)
+    assert kind == "skipped" and "decodes_incrementally is false" in why
+
+
+def test_an_exception_is_told_with_its_place():
+    class Raising(Gpt2):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("no such kernel")
+
+    kind, why = made("causality", Raising)
+    assert kind == "FAILED" and why.startswith("RuntimeError: no such kernel (test_check.py, line ")
+
+
+def test_nothing_is_tried_on_weights_that_are_not_set(capsys):
+    subject = Subject("mine", Forgetful)
+    kinds = report(subject, numbers.CHECKS)
+    assert kinds[0] == "FAILED" and set(kinds[1:]) == {"skipped"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mine (test_check.Forgetful)"
+    assert lines[2].endswith("not tried until init_weights sets everything, from the seed alone")
+
+
+def test_a_model_that_keeps_all_trains_and_resumes():
+    subject = Subject("gpt2", get_model("gpt2"))
+    for check in ("start", "checkpoint", "single"):
+        assert outcome(subject, CHECKS[check]) == ("ok", "")
+
+
+# -- which models ----------------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from dataclasses import dataclass
+from models.base import register
+from models.presets import Gpt2
+from neighbour import NAME
+
+@dataclass
+class Extra:
+    of: "int" = 3
+
+@register(NAME)
+class Model(Gpt2):
+    pass
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A plug-in that imports what lies beside it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"mine{tmp_path.parent.name.replace('-', '')}{tmp_path.name.replace('-', '')}"
+    (tmp_path / f"{name}.py").write_text(PLUGIN)
+    (tmp_path / "neighbour.py").write_text(f"NAME = {name!r}\n")
+    yield tmp_path / f"{name}.py"
+    sys.modules.pop(name, None)
+    sys.modules.pop("neighbour", None)
+
+
+def test_a_file_is_imported_by_its_path_and_once(plugin):
+    config = CheckConfig(module=str(plugin))
+    assert names_of(config) == [plugin.stem] == names_of(config)
+    assert import_plugin(str(plugin)) is sys.modules[plugin.stem]
+
+
+def test_a_module_in_the_current_folder_is_found_by_name(plugin, monkeypatch):
+    """As under `crescendo`, which does not look there by itself."""
+    monkeypatch.chdir(plugin.parent)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(plugin.parent))])
+    assert import_plugin(plugin.stem).Model is get_model(plugin.stem)
+
+
+def test_a_file_hides_no_module_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "json.py").write_text("x = 1\n")
+    assert import_plugin(str(tmp_path / "json.py")).x == 1
+    assert not hasattr(sys.modules["json"], "x")
+    del sys.modules["plugin_json"]
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ("import nothing_of_this_name", "cannot import .*broken.py: ModuleNotFoundError: .*line 1"),
+        ("x = (", "cannot import .*broken.py: SyntaxError"),
+        ("raise SystemExit(3)", "cannot import .*broken.py: SystemExit: 3"),
+        (None, "broken.py: there is no such file"),
+    ],
+)
+def test_a_broken_plugin_is_one_line(tmp_path, monkeypatch, content, why):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "broken.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"^plugin: .*{why}") as error:
+        import_plugin(str(path))
+    assert "\n" not in str(error.value) and "broken" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        (CheckConfig(), "^check: name a module"),
+        (CheckConfig(module="json"), "^check: json registers no model"),
+        (CheckConfig(model={"name": "nobody"}), "^model.name: 'nobody' is not known"),
+    ],
+)
+def test_nothing_to_check_is_one_line(config, why):
+    with pytest.raises(UserError, match=why):
+        names_of(config)
+
+
+def test_fields_of_the_config_may_be_set():
+    subject = subject_of("gpt2", {"name": "gpt2", "mlp": "swiglu", "n_layers": "3"})
+    assert subject.model.config.mlp == "swiglu" and subject.model.config.n_layers == 3
+    with pytest.raises(UserError, match="model.n_leyers"):
+        subject_of("gpt2", {"n_leyers": 3})
+
+
+@pytest.mark.slow
+def test_the_verb_says_what_it_has_tried(plugin):
+    done = trainer("check", plugin)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{plugin.stem}: ") and ", 0 FAILED, " in done.stdout
+    broken = plugin.read_text() + "    masks_documents = True\n    def context(self, tokens, documents, cache):\n"
+    plugin.write_text(broken + "        return super().context(tokens, None, cache)\n")
+    done = trainer("check", plugin)
+    assert done.returncode == 1 and "  FAILED   documents do not see each other: " in done.stdout
+    assert ", 1 FAILED, " in done.stdout.splitlines()[-1]
+    assert all(line.split()[0] in KINDS for line in done.stdout.splitlines() if line.startswith("  "))
+    assert "registers no model" in error_line(trainer("check", "json"))

@@ -1,0 +1,285 @@
+"""Checks of what a model computes: initial weights, logits, losses, gradients, decoding, FLOPs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.base import IGNORE, Cache, materialise
+from trainer.testing.subject import (
+    ROWS,
+    SCALE,
+    VOCAB,
+    Check,
+    Skipped,
+    Subject,
+    distance,
+    gradients,
+    require,
+    require_close,
+    train,
+)
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def weights_depend_on_the_seed_alone(subject: Subject) -> None:
+    before = torch.get_rng_state()
+    first, same, other = subject.build(), subject.build(), subject.build(seed=1)
+    require(torch.equal(torch.get_rng_state(), before), "init_weights draws from torch's global generator")
+    for name, value in itertools.chain(first.named_parameters(), first.named_buffers()):
+        if isinstance(value, torch.nn.Parameter):
+            require(value.isfinite().all(), f"{name} is not finite")
+    changed = False
+    for name, value in first.state_dict().items():
+        require(torch.equal(same.state_dict()[name], value), f"{name} differs between two models of one seed")
+        changed |= not torch.equal(other.state_dict()[name], value)
+    require(changed, "another seed gives the same weights")
+
+
+def shards_are_parts_of_the_whole(subject: Subject) -> None:
+    """Rank 1 of 2, with nobody at the other end: initialising needs no communication."""
+    whole = subject.build()
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        model = subject.meta_at(SCALE)
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for module in (*model.blocks(), model):
+            fully_shard(module, mesh=mesh)
+        materialise(model, torch.device("cpu"), torch.Generator().manual_seed(0))
+        sharded = dict(model.named_parameters())
+        for name, parameter in whole.named_parameters():
+            chunks = parameter.chunk(2)
+            expected = chunks[1] if len(chunks) > 1 else parameter[:0]
+            require(
+                torch.equal(sharded[name].to_local(), expected),
+                f"{name}: its second shard is not the second half of the whole; draw and fill by models.layers' normal_ and fill_",
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+def gradients_reach_every_parameter(subject: Subject) -> None:
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    train(model, tokens, targets, steps=2)  # what follows a matrix that starts at zero gets its gradient then
+    found = gradients(model, tokens, targets)[1]
+    for name, gradient in found.items():
+        require(gradient is not None, f"{name} gets no gradient")
+        require(gradient.isfinite().all(), f"the gradient of {name} is not finite")  # type: ignore[union-attr]
+    require(any(bool(g.any()) for g in found.values() if g is not None), "all gradients are 0")
+
+
+@torch.no_grad()
+def state_dict_carries_the_whole(subject: Subject) -> None:
+    model, other, stored = subject.model, subject.build(seed=5), io.BytesIO()
+    torch.save(model.state_dict(), stored)
+    stored.seek(0)
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    same = torch.equal(model(subject.tokens).logits, other(subject.tokens).logits)
+    require(same, "a model with the state_dict of another gives other logits")
+
+
+def copies_share_no_state(subject: Subject) -> None:
+    model, tokens = subject.model, subject.tokens
+    before, twin = model(tokens).logits.detach(), copy.deepcopy(model)
+    train(twin, tokens, subject.targets, steps=2)
+    if model.decodes_incrementally:
+        twin(tokens, cache=Cache())
+    require(torch.equal(model(tokens).logits, before), "training a copy changes the model")
+    require(not torch.equal(twin(tokens).logits, before), "two steps of training change nothing")
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def no_token_sees_the_future(subject: Subject, tolerance: float = 1e-5) -> None:
+    model, tokens, length = subject.model, subject.tokens, subject.length
+    logits = model(tokens).logits
+    shape = tuple(logits.shape)
+    require(shape[:2] == (ROWS, length) and shape[2] == VOCAB, f"logits are {list(shape)}, not {[ROWS, length, VOCAB]}")
+    for j in (1, length // 2, length - 1):
+        changed = tokens.clone()
+        changed[:, j] = (changed[:, j] + 1) % VOCAB
+        perturbed = model(changed).logits
+        told = f"token {j} changes the logits of those before it"
+        require_close(perturbed[:, :j], logits[:, :j], told, tolerance)
+        require(not torch.equal(perturbed[:, j:], logits[:, j:]), f"token {j} changes no logits")
+
+
+@torch.no_grad()
+def loss_is_the_cross_entropy(subject: Subject) -> None:
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    output = model(tokens, targets)
+    require(output.logits is None, "with targets there are logits: they would be held beside the loss")
+    kind = f"{output.loss.dtype}, {list(output.loss.shape)}"
+    require(output.loss.shape == () and output.loss.dtype == torch.float32, f"the loss is {kind}, not an fp32 scalar")
+    parts = sum(part.double() for part in (output.parts or {}).values())
+    log_probabilities = model(tokens).logits.double().log_softmax(-1)
+    expected = -log_probabilities.gather(-1, targets[..., None]).mean()
+    require_close(output.loss.double() - parts, expected, "the loss less its parts and the cross-entropy of the logits")
+
+
+@torch.no_grad()
+def ignored_targets_do_not_count(subject: Subject) -> None:
+    model, tokens, targets, half = subject.model, subject.tokens, subject.targets, subject.length // 2
+    counted, others = targets.clone(), targets.clone()
+    counted[0, :half] = IGNORE
+    others[0, half:] = others[1] = IGNORE
+    total, mean = model(tokens, counted, reduction="sum").loss, model(tokens, counted).loss
+    require_close(total, mean * (counted != IGNORE).sum(), "the sum and the mean times the targets that count")
+    rest, whole = (model(tokens, t, reduction="sum").loss for t in (others, targets))
+    require_close(total + rest, whole, "the sums over two halves of the targets and over all")
+
+
+def nothing_that_counts_is_a_zero_loss(subject: Subject) -> None:
+    model, tokens = subject.model, subject.tokens
+    loss, found = gradients(model, tokens, torch.full_like(tokens, IGNORE), reduction="sum")
+    require(loss == 0, f"where every target is IGNORE, the sum is {loss.item():.3g}")
+    for name, gradient in found.items():
+        require(gradient is not None and not gradient.any(), f"where every target is IGNORE, {name} has a gradient")
+
+
+@torch.no_grad()
+def documents_are_kept_apart(subject: Subject) -> None:
+    model, tokens, length = subject.model, subject.tokens, subject.length
+    if not model.masks_documents:
+        raise Skipped("masks_documents is false")
+    lengths = [length // 4, 1, length // 3]
+    lengths.append(length - sum(lengths))
+    for numbers in ([0, 1, 2, 3], [7, 1, 7, 1]):  # a number that returns is another document's
+        documents = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths)).expand(ROWS, length)
+        packed = model(tokens, documents=documents).logits
+        for start, stop in itertools.pairwise([0, *itertools.accumulate(lengths)]):
+            alone = model(tokens[:, start:stop]).logits
+            name = f"document {start}:{stop} among others (numbers {numbers}) and alone"
+            require_close(packed[:, start:stop], alone, name)
+
+
+@torch.no_grad()
+def cached_decoding_equals_the_whole(subject: Subject) -> None:
+    model, tokens, length = subject.model, subject.tokens, subject.length
+    if not model.decodes_incrementally:
+        raise Skipped("decodes_incrementally is false: text is written with the whole context computed for every token")
+    whole, third = model(tokens).logits, max(1, length // 3)
+    for chunks in (
+        [1] * length,
+        [length],
+        [third] + [1] * (length - third),
+        [third, 1, length - third - 1],
+    ):
+        cache, logits = Cache(), []
+        for part in tokens.split(chunks, dim=1):
+            logits.append(model(part, cache=cache).logits)
+        told = f"logits of {len(chunks)} calls with a cache and of the whole"
+        require_close(torch.cat(logits, dim=1), whole, told)
+        require(cache.length == length, f"cache.length is {cache.length} after {length} tokens")
+
+
+@torch.no_grad()
+def bf16_is_near_fp32(subject: Subject) -> None:
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    exact = model(tokens, targets).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, targets).loss
+    require(loss.dtype == torch.float32, f"under autocast the loss is {loss.dtype}, not fp32")
+    require(
+        torch.allclose(loss, exact, rtol=1e-2), f"in bf16 the loss is {loss.item():.5g}, in fp32 {exact.item():.5g}"
+    )
+
+
+@torch.no_grad()
+def too_long_a_sequence_is_refused(subject: Subject) -> None:
+    model = subject.model
+    limit = model.max_context
+    if limit is None:
+        raise Skipped("max_context is None: any length")
+    longer = torch.zeros(1, limit + 1, dtype=torch.long)
+
+    def refused(call: functools.partial) -> None:
+        try:
+            call()
+        except ValueError as error:
+            named = str(limit + 1) in str(error) and str(limit) in str(error)
+            require(named, f"the error of {limit + 1} tokens does not name both lengths: {error}")
+        else:
+            require(False, f"{limit + 1} tokens are taken, and max_context is {limit}")
+
+    refused(functools.partial(model, longer))
+    if model.decodes_incrementally:
+        cache = Cache()
+        model(longer[:, :-1], cache=cache)
+        refused(functools.partial(model, longer[:, -1:], cache=cache))
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def loss_falls_on_one_batch(subject: Subject) -> None:
+    """At one of two learning rates: how large a step they bear differs."""
+    tokens, targets = subject.tokens, subject.targets
+    runs = [train(subject.model, tokens, targets, steps=40, lr=lr) for lr in (3e-3, 1e-2)]
+    first, last = runs[0][0], min(losses[-1] for losses in runs)
+    require(last < 0.5 * first, f"40 steps on one batch bring the loss from {first:.3g} to {last:.3g} only")
+
+
+def recomputed_blocks_give_the_same_gradients(subject: Subject) -> None:
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    loss, plain = gradients(model, tokens, targets)
+    for block in model.blocks():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    again, recomputed = gradients(model, tokens, targets)
+    require(torch.equal(again, loss), "under activation checkpointing the loss is another")
+    for name, gradient in recomputed.items():
+        same = gradient is not None and plain[name] is not None and distance(gradient, plain[name]) == 0  # type: ignore[arg-type]
+        require(same, f"under activation checkpointing the gradient of {name} is another")
+
+
+def flops_are_those_counted(subject: Subject) -> None:
+    """Within 2 %: the first block's input and nothing else saves a product (embedding lookups cost nothing)."""
+    for length in (64, 256):
+        model = subject.model
+        if model.max_context is not None and length > model.max_context:
+            continue
+        tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        # The counter knows matrix products, not every fused attention kernel of the CPU.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens, tokens).loss.backward()
+        counted, said = counter.get_total_flops() / length, model.flops_per_token(length)
+        require(
+            abs(counted / said - 1) <= 0.02,
+            f"flops_per_token({length}) is {said:,}, counted are {counted:,.0f} (2 per multiply-add, attention over the "
+            "whole square, the backward pass twice the forward pass)",
+        )
+
+
+CHECKS = [
+    Check(
+        "initial weights", "init_weights sets everything, from the seed alone", weights_depend_on_the_seed_alone, True
+    ),
+    Check("shards", "a shard's initial weights are its part of the whole", shards_are_parts_of_the_whole),
+    Check("gradients", "every parameter gets a finite gradient", gradients_reach_every_parameter),
+    Check("state_dict", "state_dict carries the whole model", state_dict_carries_the_whole),
+    Check("copies", "copies share no state", copies_share_no_state),
+    Check("causality", "no token sees the future", no_token_sees_the_future),
+    Check("loss", "the loss is the cross-entropy of the logits", loss_is_the_cross_entropy),
+    Check("ignored targets", "targets that are IGNORE do not count", ignored_targets_do_not_count),
+    Check("no targets", "with nothing that counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
+    Check("documents", "documents do not see each other", documents_are_kept_apart),
+    Check("decoding", "decoding with a cache equals the whole", cached_decoding_equals_the_whole),
+    Check("bf16", "under autocast to bf16 the loss is near fp32's", bf16_is_near_fp32),
+    Check("context", "more than max_context tokens are refused", too_long_a_sequence_is_refused),
+    Check("learning", "the loss falls on one batch", loss_falls_on_one_batch),
+    Check("flops", "flops_per_token is what is counted", flops_are_those_counted),
+    Check("recomputation", "activation checkpointing changes nothing", recomputed_blocks_give_the_same_gradients),
+]

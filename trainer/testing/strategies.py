@@ -1,0 +1,122 @@
+"""Checks of a model in the hands of the trainer: steps on every strategy that one process can have, and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.engine import build_engine
+from trainer.engine.distributed import World, join
+from trainer.engine.gradients import refuse_unreached
+from trainer.errors import UserError
+from trainer.plan import resolve
+from trainer.settings import build
+from trainer.testing.subject import SCALE, Check, Skipped, Subject, require, require_close
+
+SPREAD = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+STEPS = 2  # the second shows what the first has changed
+# Sums in another order: some 1e-6 relative; a lost share or a wrong mean is of order 0.1 to 1.
+SAME = 1e-4
+
+
+@contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """Within, there is a process group, of this process alone."""
+    join(World(), "cpu", alone=True)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def plan_of(subject: Subject, strategy: str, **settings: Any) -> Any:
+    """The plan of a small run without data."""
+    values = {
+        "model_scale": SCALE,
+        "model": {"name": subject.name, **subject.choices},
+        "device": "cpu",
+        "precision": "fp32",
+        "data": {"tokenizer": "bytes"},
+        "engine": {"strategy": strategy},
+        **settings,
+    }
+    # One process, but ddp is for several; in a group of one it computes what it does among them.
+    world = World(size=2, local_size=2) if strategy == "ddp" else World()
+    return resolve(build(RunConfig, values), world=world)
+
+
+@contextlib.contextmanager
+def engine_of(subject: Subject, strategy: str, **settings: Any) -> Iterator[Any]:
+    with contextlib.closing(build_engine(plan_of(subject, strategy, **settings), World())) as engine:
+        yield engine
+
+
+def losses_of(engine: Any, subject: Subject, first: int, steps: int) -> list[float]:
+    """Mean loss of some optimiser steps on one batch, from step `first` on."""
+    tokens, losses = subject.tokens, []
+    for step in range(first, first + steps):
+        found = engine.backward(tokens, subject.targets, 1 / tokens.numel(), True)
+        loss = found[0] / tokens.numel()
+        engine.step(step, loss)
+        losses.append(loss.item())
+    return losses
+
+
+def one_device_trains(subject: Subject) -> None:
+    with engine_of(subject, "single") as engine:
+        losses = losses_of(engine, subject, 0, STEPS)
+    require(torch.tensor(losses).isfinite().all(), f"the losses of {STEPS} steps are {losses}")
+    require(losses[0] != losses[1], f"a step changes nothing: the losses of {STEPS} are {losses}")
+
+
+def spread_trains_the_same(subject: Subject, strategy: str) -> None:
+    try:
+        plan_of(subject, strategy)
+    except UserError as error:  # what is not installed, or does not go with this model
+        raise Skipped(str(error)) from None
+    with engine_of(subject, "single") as engine:
+        alone = losses_of(engine, subject, 0, STEPS)
+    with engine_of(subject, strategy) as engine:
+        losses = losses_of(engine, subject, 0, STEPS)
+    told = f"losses {losses} of {STEPS} steps, and {alone} on one device"
+    require_close(torch.tensor(losses), torch.tensor(alone), told, SAME)
+
+
+def checkpoints_carry_a_run(subject: Subject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with engine_of(subject, "single") as engine:
+            losses_of(engine, subject, 0, STEPS)
+            keep = checkpoint.retention(1, 0)
+            path = checkpoint.save(Path(folder), STEPS, engine.tensors(), {}, World(), keep)
+            went_on = losses_of(engine, subject, STEPS, STEPS)
+        with engine_of(subject, "single", seed=1) as engine:
+            engine.load(path)
+            resumed = losses_of(engine, subject, STEPS, STEPS)
+    require(resumed == went_on, f"after a checkpoint the losses are {resumed}, without {went_on}")
+
+
+def training_begins(subject: Subject) -> None:
+    """What `train` itself looks at before its first step."""
+    warnings: list[str] = []
+    refuse_unreached(plan_of(subject, "single"), warnings.append)
+    require(not warnings, "; ".join(warnings))
+
+
+CHECKS = [
+    Check("start", "training begins", training_begins, True),
+    Check("checkpoint", "a run goes on from its checkpoint, bit for bit", checkpoints_carry_a_run),
+    Check("single", "one device trains it", one_device_trains),
+    *(
+        Check(name, f"{name} trains the same", functools.partial(spread_trains_the_same, strategy=name))
+        for name in SPREAD
+    ),
+]

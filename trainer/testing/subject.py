@@ -1,0 +1,126 @@
+"""A small model that checks are made on, and what a check says."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.base import LanguageModel, materialise
+from trainer import scaling
+from trainer.memory import build_meta
+
+VOCAB, SCALE = 257, 0.2  # the smallest scale at which the zoo's models have more than one block
+ROWS, LENGTH = 2, 24
+
+
+class Failed(AssertionError):
+    """A promise is not kept; one line says which and how."""
+
+
+class Skipped(Exception):
+    """A promise that this model does not make, or that cannot be tried here; one line says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A promise and what tries it, which raises Failed or Skipped. needed: without it no later check can be made."""
+
+    name: str
+    promise: str
+    run: Callable[[Subject], None]
+    needed: bool = False
+
+
+@dataclass
+class Subject:
+    """The model that is checked. choices: fields of its Config that the user has set; lacks: the promise of a needed check
+    that has failed."""
+
+    name: str
+    model_class: type[LanguageModel]
+    choices: dict[str, Any] = field(default_factory=dict)
+    lacks: str = ""
+
+    def config_at(self, scale: float, vocab_size: int = VOCAB) -> Any:
+        target = scaling.target_parameters(scale, vocab_size)
+        return self.model_class.config_for_scale(scale, vocab_size, target, **self.choices)
+
+    def meta_at(self, scale: float, vocab_size: int = VOCAB) -> Any:
+        """Without storage."""
+        return build_meta(self.model_class, self.config_at(scale, vocab_size))
+
+    def build(self, seed: int = 0) -> Any:
+        """A small model with weights from `seed`, built as the trainer does it."""
+        return materialise(self.meta_at(SCALE), torch.device("cpu"), torch.Generator().manual_seed(seed))
+
+    @functools.cached_property
+    def _pristine(self) -> Any:
+        return self.build()
+
+    @property
+    def model(self) -> Any:
+        """A fresh copy of the small model."""
+        return copy.deepcopy(self._pristine)
+
+    @property
+    def length(self) -> int:
+        return min(LENGTH, self._pristine.max_context or LENGTH)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T]"""
+        return torch.randint(VOCAB, (ROWS, self.length), generator=torch.Generator().manual_seed(1))
+
+    @property
+    def targets(self) -> Tensor:
+        """[B, T]"""
+        return torch.randint(VOCAB, (ROWS, self.length), generator=torch.Generator().manual_seed(2))
+
+
+def require(kept: Any, told: str) -> None:
+    """Failed, with what is `told`, unless the promise is kept."""
+    if not kept:
+        raise Failed(told)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference of entries; infinite where only one is a number."""
+    differing = (a - b)[a != b].abs().nan_to_num(torch.inf)
+    return differing.max().item() if len(differing) else 0.0
+
+
+def require_close(a: Tensor, b: Tensor, told: str, tolerance: float = 1e-5) -> None:
+    """Failed where two results differ by more than the tolerance, times their size where that is above 1."""
+    size = max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0)
+    apart = distance(a, b)
+    require(apart <= tolerance * size, f"{told}: they differ by {apart:.3g}")
+
+
+def gradients(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """(loss, gradient by parameter) of one forward and backward pass."""
+    model.zero_grad()
+    loss = model(*args, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {
+        name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
+
+
+def train(model: Any, tokens: Tensor, targets: Tensor, steps: int, lr: float = 1e-2) -> list[float]:
+    """The losses of some steps of AdamW on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(tokens, targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.post_step()
+        losses.append(loss.item())
+    return losses
