@@ -313,7 +313,7 @@ def test_odd_lines_of_the_environment_are_told_and_left_out(finished, tmp_path, 
         assert "environment.jsonl, line 2: " in capsys.readouterr().err
         assert len((folder / "environment.jsonl").read_text().splitlines()) > 2
     with (folder / "environment.jsonl").open("a") as file:
-        file.write('{"processes": "one", "command": 3, "versions": []}')
+        file.write('\n{"processes": "one", "command": 3, "versions": []}\n')
     assert _last_start(folder) == {}
 
 
