@@ -415,3 +415,23 @@ def test_keys_are_of_one_run_and_attempt(monkeypatch, environ, prefix):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert attempt_prefix() == prefix
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "\u00b2", "9" * 5000, " "])
+def test_variables_that_are_no_numbers_are_a_line(text):
+    for read, environ in (
+        (find_place, TORCHRUN | {"RANK": text}),
+        (find_place, TASK | {"SLURM_PROCID": text}),
+        (find_meeting_point, TASK | {"SLURM_RESTART_COUNT": text}),
+        (find_meeting_point, TORCHRUN | MEETING | {"MASTER_PORT": text}),
+        (read_wishes, PARALLEL | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": text}),
+        (read_wishes, FSDP | {"FSDP_SHARDING_STRATEGY": text}),
+    ):
+        with pytest.raises(UserError) as caught:
+            read(environ)
+        assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_odd_tasks_per_node_take_no_memory():
+    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE: tells nothing of node 2"):
+        find_place(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x9999999999999)"})
