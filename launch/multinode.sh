@@ -23,7 +23,7 @@ patiently() { for _ in 1 2 3 4 5; do "$@" && return; sleep 10; done; return 1; }
 
 # USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
 # job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
-asked='' told='' late='' srun=''
+asked='' told_them='' late='' srun=''
 on_warning() {
   [ -z "$asked" ] || return 0  # the processes take a second SIGTERM for impatience
   asked=USR1
@@ -31,8 +31,8 @@ on_warning() {
   [ -z "$srun" ] || stop_processes
 }
 stop_processes() {
-  [ -z "$told" ] || return 0
-  told=yes
+  [ -z "$told_them" ] || return 0
+  told_them=yes
   touch "$LOG_DIR/stop"  # for a node whose launcher has yet to begin
   patiently scancel --signal=TERM "$job" &
   { sleep "$STOP_SECONDS"; kill -ALRM $$; } &
@@ -94,6 +94,7 @@ MASTER_ADDR=${hosts[0]}
 # machine that was lost; below the ports that systems give out by themselves.
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
 RENDEZVOUS=$job-$restarts
+CRESCENDO_RENDEZVOUS=$RENDEZVOUS-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')  # no rank of another run shall be taken for ours
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
 # torch.compile's helpers: by default up to 32 in each process.
 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
@@ -112,14 +113,19 @@ CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do
 mkdir -p "$LOG_DIR"
 rm -f "$CRESCENDO_OUTCOME" "$LOG_DIR/stop"
 unset NODE_RANK  # torchrun.sh's; here it is Slurm's
-export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
+export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS CRESCENDO_RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
 export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Between passing SIGTERM on and SIGKILL torchrun and accelerate wait 30 s: too short for a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 
+# What job.txt tells of the environment: these names alone, as others may hold a secret under any name.
+told='(SLURM_(JOB_(ID|NAME|PARTITION|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS)|ARRAY_(JOB|TASK)_ID|CLUSTER_NAME|SUBMIT_(DIR|HOST))'
+told+='|SLURM_(GPUS_(ON|PER)_NODE|CPUS_(ON_NODE|PER_TASK)|MEM_PER_(NODE|CPU|GPU)|NTASKS|N?TASKS_PER_NODE|RESTART_COUNT)'
+told+='|CUDA_(HOME|VISIBLE_DEVICES)|NCCL_[A-Z0-9_]+|(GLOO|TP)_SOCKET_IFNAME|OMP_NUM_THREADS|TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS)'
+told+='|TORCH_(ELASTIC_SHUTDOWN_TIMEOUT|NCCL_[A-Z_]+)|MASTER_(ADDR|PORT)|PYTHON(PATH)?|PATH|LD_LIBRARY_PATH|LAUNCHER|NNODES|NPROC_PER_NODE)'
 {
   patiently scontrol show job "$job" || true
-  env | grep -E '^(SLURM|SBATCH|SRUN|CUDA|NCCL|TORCH|OMP|MASTER|PYTHON|PATH|LD_|LAUNCHER|NNODES|NPROC)' | grep -viE 'key|token|secret|passw|jwt|cred|auth' | sort
+  env | grep -E "^$told=" | sort
 } > "$LOG_DIR/job.txt"
 say "$LAUNCHER on $NNODES x $NPROC_PER_NODE processes, meeting at $MASTER_ADDR:$MASTER_PORT: ${hosts[*]}"
 say "run $RUN_DIR, log of every process in $LOG_DIR"

@@ -15,9 +15,14 @@ logs=$LOG_DIR/node-$NODE_RANK
 # whole job is cleaner, and the launchers' own would begin while peers still wait for the dead.
 case $LAUNCHER in
   torchrun)
-    exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" --node-rank="$NODE_RANK" \
-      --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-id="$RENDEZVOUS" --max-restarts=0 \
-      --log-dir="$logs" --tee=3 -m trainer train "$@" ;;
+    if [ "$NNODES" = 1 ]; then  # through a file of this user, and rank 0's store, which only this machine can reach
+      export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+      meeting=(--rdzv-backend=c10d --rdzv-conf=store_type=file)
+    else
+      meeting=(--node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+    fi
+    exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${meeting[@]}" \
+      --rdzv-id="$RENDEZVOUS" --max-restarts=0 --log-dir="$logs" --tee=3 -m trainer train "$@" ;;
   accelerate)  # without a file it would take the one in the user's cache, whatever that says
     need ACCELERATE_CONFIG "name a file of launch/accelerate"
     exec "$PYTHON" -m accelerate.commands.launch --config_file="$ACCELERATE_CONFIG" --num_machines="$NNODES" \

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -370,5 +371,67 @@ def test_a_port_that_is_taken_is_a_line(standard_names, monkeypatch):
         taken.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(UserError, match="no other program has the port: .*EADDRINUSE"):
+        with pytest.raises(UserError, match="no other program has the port: .*Address already in use"):
             join(World(0, 2, 0, 2), "cpu", timeout_minutes=1 / 60)
+
+
+def test_on_one_machine_nobody_else_can_reach_the_store(monkeypatch):
+    """Torch's own store listens to all networks, and whoever connects may read and change it."""
+    import socket
+
+    from trainer.engine.distributed import World, _attempt_store, read_world
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (TORCHRUN | MEETING | {"MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", TORCHRUN["WORLD_SIZE"])
+    read_world()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    size = int(TORCHRUN["WORLD_SIZE"])
+    store = _attempt_store(World(0, size, 0, size), timedelta(seconds=5))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    socket.create_connection(("127.0.0.1", port), 5).close()
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine, as any other's would be
+        socket.create_connection(("127.0.0.2", port), 5)
+
+
+@pytest.mark.parametrize(
+    "environ, prefix",
+    [
+        ({}, "/attempt0"),
+        ({"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}, "a/attempt2"),
+        ({"CRESCENDO_RENDEZVOUS": "b", "TORCHELASTIC_RUN_ID": "a"}, "b/attempt0"),
+    ],
+)
+def test_keys_are_of_one_run_and_attempt(monkeypatch, environ, prefix):
+    from trainer.engine.distributed import attempt_prefix
+
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "CRESCENDO_RENDEZVOUS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert attempt_prefix() == prefix
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "\u00b2", "9" * 5000, " "])
+def test_variables_that_are_no_numbers_are_a_line(text):
+    for read, environ in (
+        (find_place, TORCHRUN | {"RANK": text}),
+        (find_place, TASK | {"SLURM_PROCID": text}),
+        (find_meeting_point, TASK | {"SLURM_RESTART_COUNT": text}),
+        (find_meeting_point, TORCHRUN | MEETING | {"MASTER_PORT": text}),
+        (read_wishes, PARALLEL | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": text}),
+        (read_wishes, FSDP | {"FSDP_SHARDING_STRATEGY": text}),
+    ):
+        with pytest.raises(UserError) as caught:
+            read(environ)
+        assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_odd_tasks_per_node_take_no_memory():
+    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE: tells nothing of node 2"):
+        find_place(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x9999999999999)"})

@@ -127,6 +127,23 @@ def test_the_site_file_may_end_in_a_failing_command(attempt, tmp_path):
     assert attempt()[2] == "once more; not started again: MAX_REQUEUES is 0"
 
 
+def test_job_txt_tells_no_secret(attempt, tmp_path):
+    """Whatever a secret's variable is called."""
+    names = (
+        "SLURM_JWT",
+        "WANDB_API_KEY",
+        "TORCH_HUB_PAT",
+        "PYTHON_INDEX_URL",
+        "SLURM_JOB_COMMENT",
+        "PATHOLOGY",
+        "MY_PATH",
+    )
+    attempt(**dict.fromkeys(names, "hidden"), NCCL_DEBUG="INFO")
+    text = (tmp_path / "run" / "logs" / "7" / "try-0" / "job.txt").read_text()
+    assert "hidden" not in text
+    assert {"SLURM_JOB_ID=7", "NCCL_DEBUG=INFO", "SLURM_GPUS_ON_NODE=8", "PYTHON=python"} <= set(text.splitlines())
+
+
 def test_nothing_starts_once_it_shall_stop(tmp_path):
     """The signal came before this node's launcher did."""
     (tmp_path / "stop").touch()

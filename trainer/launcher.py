@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.errors import UserError
+from trainer.text import printable
 
 Environment = Mapping[str, str]
 
@@ -33,9 +35,9 @@ REMEDY = "start with torchrun, accelerate launch, deepspeed or srun"
 
 def find_place(environ: Environment) -> Place:
     """This process's place. UserError where the environment says several processes but not which of them this is."""
-    stated = {name: _count(environ, name) for name in NAMES if environ.get(name)}
+    stated = {name: count(environ, name) for name in NAMES if environ.get(name)}
     if "RANK" in stated and "LOCAL_WORLD_SIZE" not in stated and environ.get("LOCAL_SIZE"):
-        stated["LOCAL_WORLD_SIZE"] = _count(environ, "LOCAL_SIZE")  # the deepspeed launcher's name for it
+        stated["LOCAL_WORLD_SIZE"] = count(environ, "LOCAL_SIZE")  # the deepspeed launcher's name for it
     task = slurm_task(environ)
     if task is None or len(stated) == len(NAMES):  # a launcher that srun started knows better than srun
         return _checked(stated, environ)
@@ -64,11 +66,19 @@ def _checked(stated: dict[str, int], environ: Environment) -> Place:
     return Place(*(stated[name] for name in NAMES))
 
 
-def _count(environ: Environment, name: str) -> int:
+def count(environ: Environment, name: str, default: int | None = None, remedy: str = REMEDY) -> int:
+    """The whole number in a variable. UserError where it holds something else, or nothing and there is no default."""
     text = environ.get(name, "")
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{name}: {f'{text!r} is not a number' if text else 'not set'}; {REMEDY}")
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise UserError(f"{name}: {f'{printable(repr(text), 60)} is not a number' if text else 'not set'}; {remedy}")
     return int(text)
+
+
+def restarts(environ: Environment) -> int:
+    """How often Slurm has started this job again."""
+    return count(environ, "SLURM_RESTART_COUNT", 0, "unset it; Slurm sets it for a job that it starts again")
 
 
 def slurm_task(environ: Environment) -> Place | None:
@@ -78,20 +88,20 @@ def slurm_task(environ: Environment) -> Place | None:
     """
     if not environ.get("SLURM_STEP_ID"):
         return None
-    size = _count(environ, "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+    size = count(environ, "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
     if size == 1:
         return None
     per_node: list[int] = []
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):  # 8(x2),4 means 8, 8 and 4
-        tasks, _, times = part.rstrip(")").partition("(x")
-        with contextlib.suppress(ValueError):
-            per_node += [int(tasks)] * int(times or 1)
-    node = _count(environ, "SLURM_NODEID")
+        numbers = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if numbers:
+            per_node += [int(numbers[1])] * int(numbers[2] or 1)
+    node = count(environ, "SLURM_NODEID")
     if node >= len(per_node):
         raise UserError(
             f"SLURM_STEP_TASKS_PER_NODE: tells nothing of node {node}; start with srun, or torchrun on each node"
         )
-    return Place(_count(environ, "SLURM_PROCID"), size, _count(environ, "SLURM_LOCALID"), per_node[node])
+    return Place(count(environ, "SLURM_PROCID"), size, count(environ, "SLURM_LOCALID"), per_node[node])
 
 
 def find_meeting_point(environ: Environment) -> tuple[str, str]:
@@ -100,14 +110,14 @@ def find_meeting_point(environ: Environment) -> tuple[str, str]:
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if slurm_task(environ) is not None:
         address = address or _first_host(environ)
-        parts = (_count(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        mixed = sum(parts, int(environ.get("SLURM_RESTART_COUNT") or 0) * 1000)
+        parts = (count(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        mixed = sum(parts, restarts(environ) * 1000)
         port = port or str(10_000 + mixed % 20_000)  # below the ports that systems give out by themselves
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if not value:
             raise UserError(f"{name}: not set, although WORLD_SIZE is {environ.get('WORLD_SIZE')}; {REMEDY}")
-    if not str(port).isdigit() or not 0 < int(str(port)) < 2**16:
-        raise UserError(f"MASTER_PORT: {port!r} is not a port number (1 to 65535)")
+    if not re.fullmatch("[0-9]{1,5}", str(port)) or not 0 < int(str(port)) < 2**16:
+        raise UserError(f"MASTER_PORT: {printable(repr(port), 60)} is not a port number (1 to 65535)")
     return str(address), str(port)
 
 
@@ -174,6 +184,6 @@ def unused_tasks(environ: Environment) -> str | None:
     """For a process that is alone: what to tell the user where it is in a Slurm job's batch script and the job has more
     tasks, else None."""
     tasks = environ.get("SLURM_NTASKS") or environ.get("SLURM_JOB_NUM_NODES") or "1"
-    if environ.get("SLURM_STEP_ID") or not tasks.isdigit() or int(tasks) == 1:
+    if environ.get("SLURM_STEP_ID") or not re.fullmatch("[0-9]{1,9}", tasks) or int(tasks) == 1:
         return None
     return f"Slurm gave this job {tasks} tasks and this is one process; `srun python -m trainer ...` uses them all"

@@ -23,6 +23,7 @@ from trainer.engine.signals import StopSignals, exit_code, follow_launcher, not_
 from trainer.engine.watchdog import Watchdog
 from trainer.engine.wishes import read_wishes
 from trainer.errors import Stopped
+from trainer.launcher import restarts
 from trainer.metrics.report import Report
 from trainer.optim import schedule_change
 from trainer.outcome import tell_outcome
@@ -76,7 +77,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
         # What is left of a job's try on a machine that was cut off holds the folder until its own watchdog ends it.
-        patience = 2 * min(limits) if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0
+        patience = 2 * min(limits) if restarts(os.environ) else 0
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         plan = resolve(config, dataset)

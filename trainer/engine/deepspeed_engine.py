@@ -39,7 +39,8 @@ def leave_out_shared_memory() -> None:
     The build takes a compiler and minutes, and one that was killed leaves a lock for which every later one waits, for ever.
     """
     # As an attribute of deepspeed.comm `torch` is PyTorch.
-    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
 
 
 class DeepSpeedEngine(Engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from trainer.errors import MachineError, UserError
 from trainer.text import printable, printable_lines
 
 MEETING_SECONDS = 300.0  # they were all started together
+LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 600.0  # NCCL takes seconds, or a minute with a thousand processes
 
 T = TypeVar("T")
@@ -42,6 +44,10 @@ class World:
     @property
     def leader(self) -> bool:
         return self.rank == 0
+
+    @property
+    def on_one_machine(self) -> bool:
+        return self.local_size == self.size
 
     @property
     def place(self) -> launcher.Place:
@@ -146,6 +152,8 @@ def read_world() -> World:
     world = World(*launcher.find_place(os.environ))
     if world.size > 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launcher.find_meeting_point(os.environ)
+        if world.on_one_machine and not _launcher_holds_store():
+            os.environ["MASTER_ADDR"] = LOOPBACK
         return world
     launcher.refuse_lost_processes(os.environ)
     note = launcher.unused_tasks(os.environ)
@@ -168,6 +176,8 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Libraries ask the environment, which srun sets otherwise and a single process not at all.
     os.environ.update(zip(launcher.NAMES, map(str, world.place), strict=True))
+    if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach us
     world.timeout = timedelta(minutes=timeout_minutes)
     store: dist.Store = dist.HashStore() if world.size == 1 else meet(world, wanted_device)
     device = choose_device(wanted_device, world.local_rank)
@@ -250,14 +260,23 @@ def _posted(store: dist.Store, ranks: Iterable[int]) -> list[Facts]:
 
 
 def _attempt_store(world: World, patience: timedelta) -> dist.Store:
-    """Torchrun's store, else one that rank 0 holds, with keys of this attempt alone: after a restart the dead ranks' are still in it."""
+    """Torchrun's store, else one that rank 0 holds, with keys of this run and attempt alone: after a restart the dead ranks' are
+    still in it, and another run's ranks may come to the same port."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holder = world.leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    holder = world.leader and not _launcher_holds_store()
     try:
+        listening = _listen_here(port) if holder and world.on_one_machine else None
         store = dist.TCPStore(
-            address, port, world.size, is_master=holder, timeout=patience, wait_for_workers=False, multi_tenant=True
+            address,
+            port,
+            world.size,
+            is_master=holder,
+            timeout=patience,
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listening,
         )
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         cause = str(error).splitlines()[0]
         if holder:
             advice = f"cannot listen at {_meeting_point()}; see that no other program has the port"
@@ -265,7 +284,31 @@ def _attempt_store(world: World, patience: timedelta) -> dist.Store:
             advice = f"nobody answers at {_meeting_point()} within {_spell(patience)}; see what rank 0 printed"
             advice += ", and that this machine reaches that one"
         raise MachineError(f"process group: {advice}: {cause}") from None
-    return dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return dist.PrefixStore(attempt_prefix(), store)
+
+
+def attempt_prefix() -> str:
+    """Of the keys of this attempt of this run. The launch scripts draw a name; torchrun has one of its own."""
+    run = os.environ.get("CRESCENDO_RENDEZVOUS") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run}/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _launcher_holds_store() -> bool:
+    """Whether torchrun's own process does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _listen_here(port: int) -> int:
+    """A socket that only this machine can reach; torch's own would listen to all networks."""
+    listening = socket.socket()
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen(2048)
+    except OSError:
+        listening.close()
+        raise
+    return listening.detach()
 
 
 def _meeting_point() -> str:

@@ -27,7 +27,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from trainer.engine.distributed import World
+from trainer.engine.distributed import World, attempt_prefix
 from trainer.engine.facts import rank_names
 from trainer.engine.listener import stacks_on_request, tell, write_stacks
 
@@ -83,7 +83,7 @@ class Watchdog:
         if world.size == 1:
             return
         self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        self._prefix = f"watchdog{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+        self._prefix = f"{attempt_prefix()}/watchdog/"
         # A store whose process is stopped never answers, whatever its timeout: one thread talks to it, the other does not.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._exchange)]
         for thread in self._threads:

@@ -12,7 +12,8 @@ from typing import Any
 from trainer.config import RunConfig
 from trainer.engine.deepspeed_config import leaves, read_settings
 from trainer.errors import UserError
-from trainer.launcher import Environment, find_place, slurm_task
+from trainer.launcher import Environment, count, find_place, slurm_task
+from trainer.text import printable
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Wishes:
     mixed_precision: str | None = None
 
 
+REMEDY = "accelerate sets it from its config's parallelism_config"
 SHARDING = {  # FSDP_SHARDING_STRATEGY, which may also be a number from 1: strategy, reshard_after_forward
     "FULL_SHARD": ("fsdp", None),
     "SHARD_GRAD_OP": ("fsdp", False),
@@ -86,10 +88,10 @@ def _unsupported(what: str, remedy: str) -> UserError:
 def _fsdp(environ: Environment) -> dict[str, Any]:
     """Version 1 has named strategies, version 2 a switch. Its false and FULL_SHARD are defaults, no wishes."""
     named = environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
-    if named.isdigit():
+    if named in ("1", "2", "3", "4", "5"):
         named = dict(enumerate(SHARDING, start=1)).get(int(named), named)
     if named not in SHARDING:
-        raise _unsupported(f"fsdp_sharding_strategy {named}", f"use one of {', '.join(SHARDING)}")
+        raise _unsupported(f"fsdp_sharding_strategy {printable(named, 60)}", f"use one of {', '.join(SHARDING)}")
     strategy, reshard = SHARDING[named]
     if environ.get("FSDP_VERSION", "1") == "2":
         if named != "FULL_SHARD":
@@ -106,12 +108,12 @@ def _fsdp(environ: Environment) -> dict[str, Any]:
 
 
 def _parallelism(environ: Environment) -> dict[str, Any]:
-    sizes = {key: int(environ.get(f"PARALLELISM_CONFIG_{key}") or 1) for key in ("TP_SIZE", "CP_SIZE", "SP_SIZE")}
+    sizes = {key: count(environ, f"PARALLELISM_CONFIG_{key}", 1, REMEDY) for key in ("TP_SIZE", "CP_SIZE", "SP_SIZE")}
     for key, size in sizes.items():
         if size > 1:
             raise _unsupported(f"parallelism_config_{key.lower()} {size}", "set it to 1")
-    copies = int(environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1)
-    shards = int(environ.get("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1)
+    copies = count(environ, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1, REMEDY)
+    shards = count(environ, "PARALLELISM_CONFIG_DP_SHARD_SIZE", 1, REMEDY)
     if copies == shards == 1:
         return {}
     if copies * shards != find_place(environ).size:
