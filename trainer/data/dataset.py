@@ -116,6 +116,7 @@ class DatasetInfo:
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
             info = cls(**content)
             info._check()
+            info.tokenizer.name = printable(info.tokenizer.name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{where}: malformed ({printable(error)}); prepare or copy the dataset again") from None
         return info

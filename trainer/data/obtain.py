@@ -92,7 +92,7 @@ def obtain_dataset(config: RunConfig, world: World) -> None:
     from trainer.data.prepare import prepare
 
     corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
-    with beating(lock_of(folder)):
+    with beating(beat_of(folder)) if world.size > 1 else contextlib.nullcontext():
         prepare(PrepareConfig(**corpus, out=str(folder)), world.say)
 
 
@@ -117,26 +117,29 @@ def wait_for(folder: Path, world: World, limit: float) -> None:
 def sign_of_life(folder: Path) -> Any:
     """What changes while a dataset is being prepared for `folder`; None where nothing is."""
     found = []
-    for path in (lock_of(folder), partial_folder(folder)):
+    for path in (beat_of(folder), partial_folder(folder)):
         with contextlib.suppress(OSError):
             found.append(path.stat().st_mtime_ns)
     return found or None
 
 
-def lock_of(folder: Path) -> Path:
-    """The lock that `prepare` holds while it works for `folder`."""
-    return Path(f"{partial_folder(folder)}.lock")
+def beat_of(folder: Path) -> Path:
+    """The file whose time says that rank 0 is still preparing a dataset for `folder`, long before there is anything of it."""
+    return Path(f"{partial_folder(folder)}.beat")
 
 
 @contextlib.contextmanager
 def beating(path: Path) -> Iterator[None]:
-    """Within, the time of `path`, where it is there, is set to now every few seconds, for who waits elsewhere to see."""
+    """Within, the time of the file `path` is set to now every few seconds; it is gone afterwards."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(path)
+        while True:
+            with contextlib.suppress(OSError):  # prepare tells what is wrong with this disk
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            if done.wait(BEAT_SECONDS):
+                return
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
@@ -145,6 +148,8 @@ def beating(path: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
