@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DataConfig, RunConfig
+from trainer.config import ABSENT_MEANS, DataConfig, RunConfig
 from trainer.errors import UserError
 from trainer.files import write_file
 from trainer.launcher import find_place
@@ -81,12 +81,21 @@ def combined_values(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
                 f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
             )
         return given, False
-    saved = load_yaml(folder / CONFIG)
+    saved = load_config(folder)
     engine, strategy = saved.get("engine", {}), given.get("engine", {}).get("strategy")
     processes = _last_start(folder).get("processes")
     if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
         saved["engine"] = {key: value for key, value in engine.items() if key not in BY_STRATEGY}
     return merge(saved, drop_inferred(given)), True
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """A run's config.yaml, with what the keys mean that were not there yet when it was started."""
+    values = load_yaml(folder / CONFIG)
+    for key, meaning in ABSENT_MEANS.items():
+        section, _, leaf = key.rpartition(".")
+        values = merge({section: {leaf: meaning}} if section else {leaf: meaning}, values)
+    return values
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_unchanged(folder: Path, config: RunConfig) -> None:
     """UserError where the config asks of an existing run something other than it was started with."""
-    before, after = flat(build(RunConfig, load_yaml(folder / CONFIG))), flat(config)
+    before, after = flat(build(RunConfig, load_config(folder))), flat(config)
     # `auto` in a resolved config is a key that was not there yet: what was inferred instead is what always held.
     differing = [key for key in after if before.get(key) not in (after[key], "auto") and not key.startswith(CHANGEABLE)]
     if differing:
@@ -275,7 +284,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     folder, world = Path(run_dir).expanduser(), world or World()
     if not (folder / CONFIG).exists():
         raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
-    values = load_yaml(folder / CONFIG)
+    values = load_config(folder)
     if precision != "auto":
         values["precision"] = precision
     values |= {"device": device, "run_dir": str(folder)}  # the folder may have been moved
