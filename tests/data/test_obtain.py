@@ -1,5 +1,6 @@
 """How a run comes to its dataset: from any folder, within bounds, and the same on every rank."""
 
+import errno
 import re
 import shutil
 import threading
@@ -144,6 +145,15 @@ def test_all_ranks_see_the_same_dataset_or_none_starts(copy, tmp_path):
         agree_on_dataset(config, Two(same.fingerprint))
     with pytest.raises(UserError, match="no dataset at [^(]*$"):
         agree_on_dataset(config, World())
+
+
+def test_an_error_of_the_system_is_told_to_all(monkeypatch):
+    def stale(*words):
+        raise OSError(errno.ESTALE, "Stale file handle", "/mnt/data")
+
+    monkeypatch.setattr(obtain, "find_dataset", stale)
+    with pytest.raises(MachineError, match=r"^data.path: /mnt/data: Stale file handle \(rank 0 on"):
+        agree_on_dataset(build(RunConfig, {"data": {"path": "data"}}), Two("0" * 64))
 
 
 def test_that_counts_have_no_digest_is_said(monkeypatch):

@@ -16,7 +16,7 @@ from trainer.data.dataset import DatasetInfo, partial_folder, present
 from trainer.data.remote import Say, is_remote
 from trainer.data.stream import find_dataset
 from trainer.errors import MachineError, UserError
-from trainer.files import user_path
+from trainer.files import system_error, user_path
 from trainer.launcher import own_host
 from trainer.settings import build, merge
 
@@ -160,6 +160,8 @@ def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
         found = found or UserError(f"data.path: there is no dataset at {config.data.path} any more")
     except UserError as error:
         found = error
+    except OSError as error:  # told to the others, too, which would wait for this rank
+        found = system_error(error, f"data.path: {error.filename or config.data.path}")
     views = world.gather((found if isinstance(found, UserError) else found.fingerprint, own_host(os.environ)))
     for rank, (view, host) in enumerate(views):
         if isinstance(view, UserError):
