@@ -121,6 +121,7 @@ HOSTILE = {
     "a compressed shard": lambda shard: shard.update(
         compression="zstd", zip_data={"basename": "../x", "bytes": 9, "hashes": {}}
     ),
+    "a zip file alone": lambda shard: shard.update(zip_data={"basename": "x.zstd", "bytes": 9, "hashes": {}}),
     "compression alone": lambda shard: shard.update(compression="gz"),
     "pickled columns": lambda shard: shard.update(column_encodings=["pkl"]),
     "floats": lambda shard: shard.update(column_encodings=["ndarray:float16"]),
