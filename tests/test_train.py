@@ -503,6 +503,20 @@ def test_a_run_goes_on_from_another_folder(copy, tmp_path, monkeypatch):
     assert [row[0] for row in losses(tmp_path / "r")] == [1, 2]
 
 
+def test_a_run_from_before_there_was_a_choice_keeps_its_order_of_data(tiny_dataset, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "old"
+    run(tiny_values(tiny_dataset, whole, max_steps=4, data__order="samples"))
+    run(tiny_values(tiny_dataset, folder, max_steps=2, data__order="samples"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["data"]["order"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run({"run_dir": str(folder), "max_steps": 4})
+    assert losses(folder) == losses(whole)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["order"] == "samples"
+    with pytest.raises(UserError, match="data.order: .* was started with 'samples', now it is 'windows'"):
+        run({"run_dir": str(folder), "max_steps": 6, "data": {"order": "windows"}})
+
+
 def test_generate_and_evaluate_verbs(finished):
     done = trainer("generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12")
     assert done.returncode == 0, done.stderr

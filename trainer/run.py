@@ -102,8 +102,8 @@ class Run:
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
         self.watchdog.at(step + 1, "reading data", in_step=True)
-        position = self.begin(step)
-        rows = self.read(position, length, sequences)  # [rows of this rank, length + 1]
+        position = self.position()
+        rows = self.read(length, sequences)  # [rows of this rank, length + 1]
         if self.frequency is not None:
             self.frequency.count(rows[:, :-1], self.world)
         losses: Any = 0  # [1 + parts]
@@ -149,14 +149,15 @@ class Run:
             [*(float(asked == number) for number in STOPPING), float(self.saver.failed)], device=self.device
         )
 
-    def begin(self, step: int) -> int:
-        """Where in the data `step`, the next one, begins."""
+    def position(self) -> int:
+        """Where in the data the next step begins."""
+        step = self.state.step
         length, before = self.plan.sequence_length(step), self.plan.sequence_length(max(0, step - 1))
         return self.stream.start(self.state.position, length, before)
 
-    def read(self, position: int, length: int, sequences: int) -> Tensor:
-        """This rank's sequences of the step at `position`, each with its last target, on the device; begins to read those of the
-        next step."""
+    def read(self, length: int, sequences: int) -> Tensor:
+        """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
+        position = self.position()
         first, count = self.share(sequences)
         rows = torch.from_numpy(self.stream.windows(position, length, first, count))
         self.stream.read_ahead(position + sequences * length, length, first, count)  # guessing that nothing grows
@@ -189,7 +190,7 @@ class Run:
         if not (self.world.leader or self.engine.lockstep):
             return None
         length = self.plan.sequence_length(self.state.step)
-        windows = self.stream.windows(self.begin(self.state.step), length, 0, max(1, ACCURACY_TOKENS // length))
+        windows = self.stream.windows(self.position(), length, 0, max(1, ACCURACY_TOKENS // length))
         block = torch.from_numpy(windows)
         with torch.no_grad():
             _, right, count = score(self.engine, block[:, :-1], block[:, 1:])

@@ -8,9 +8,10 @@ import shutil
 import pytest
 from conftest import open_split
 
-from trainer.config import DataConfig
+from trainer.config import DataConfig, PrepareConfig
 from trainer.data import dataset
 from trainer.data.dataset import DatasetInfo
+from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
 from trainer.errors import Damaged, UserError
 from trainer.files import DIGEST, digest_of
@@ -77,24 +78,19 @@ def test_a_dataset_of_format_1_is_read_and_known_as_such(copy, tiny_dataset):
     assert (open_split(copy).sample(3) == open_split(tiny_dataset).sample(3)).all()
 
 
-@pytest.mark.parametrize("format_1", [True, False])
-def test_exchanged_shards_and_other_counts_are_found(tmp_path, format_1):
-    from trainer.config import PrepareConfig
-    from trainer.data.prepare import prepare
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory):
+    """A dataset whose training split has several shards of equally many samples."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "a.txt").write_text("some words\nand lines\n" * 80_000)
+    values = {"source": str(folder / "a.txt"), "tokenizer": "bytes", "sample_length": 256, "workers": 1}
+    prepare(PrepareConfig(**values, out=str(folder / "data"), shard_megabytes=1), lambda line: None)
+    return folder / "data"
 
-    (tmp_path / "a.txt").write_text("some words\nand lines\n" * 80_000)
-    out = tmp_path / "data"
-    prepare(
-        PrepareConfig(
-            source=str(tmp_path / "a.txt"),
-            tokenizer="bytes",
-            sample_length=64,
-            out=str(out),
-            workers=1,
-            shard_megabytes=1,
-        ),
-        lambda line: None,
-    )
+
+@pytest.mark.parametrize("format_1", [True, False])
+def test_exchanged_shards_and_other_counts_are_found(two_shards, tmp_path, format_1):
+    out = shutil.copytree(two_shards, tmp_path / "data")
     if format_1:
         as_format_1(out)
     path = out / "train" / "index.json"
@@ -125,6 +121,7 @@ HOSTILE = {
     "a compressed shard": lambda shard: shard.update(
         compression="zstd", zip_data={"basename": "../x", "bytes": 9, "hashes": {}}
     ),
+    "a zip file alone": lambda shard: shard.update(zip_data={"basename": "x.zstd", "bytes": 9, "hashes": {}}),
     "compression alone": lambda shard: shard.update(compression="gz"),
     "pickled columns": lambda shard: shard.update(column_encodings=["pkl"]),
     "floats": lambda shard: shard.update(column_encodings=["ndarray:float16"]),

@@ -1,5 +1,6 @@
 """How a run comes to its dataset: from any folder, within bounds, and the same on every rank."""
 
+import errno
 import re
 import shutil
 import threading
@@ -88,29 +89,21 @@ def test_waiting_goes_on_while_rank_0_prepares(tmp_path, monkeypatch):
     """Longer than where nothing is seen, and longer than the limit as long as there is a sign of life."""
     monkeypatch.setattr(obtain, "UNSEEN_SECONDS", 0.3)
     monkeypatch.setattr(obtain, "BEAT_SECONDS", 0.1)
-    folder, lock = tmp_path / "data", obtain.lock_of(tmp_path / "data")
-    lock.touch()
+    folder = tmp_path / "deep" / "data"
 
     def prepare():
-        with obtain.beating(lock):
+        with obtain.beating(obtain.beat_of(folder)):
             time.sleep(1.2)
-        folder.mkdir()
+            folder.mkdir()
 
     thread = threading.Thread(target=prepare)
     thread.start()
     wait_for(folder, OTHER, 0.6)
     thread.join()
-    assert folder.exists()
-    folder.rmdir()
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+    folder.rename(folder.with_name(".data.partial"))
     with pytest.raises(MachineError, match="its preparation does not go on"):
         wait_for(folder, OTHER, 0.4)
-
-
-def test_the_heartbeat_makes_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(obtain, "BEAT_SECONDS", 0.01)
-    with obtain.beating(tmp_path / "lock"):
-        time.sleep(0.05)
-    assert not (tmp_path / "lock").exists()
 
 
 # -- the same for all -----------------------------------------------------------------------------------------------------------
@@ -147,6 +140,15 @@ def test_all_ranks_see_the_same_dataset_or_none_starts(copy, tmp_path):
         agree_on_dataset(config, Two(same.fingerprint))
     with pytest.raises(UserError, match="no dataset at [^(]*$"):
         agree_on_dataset(config, World())
+
+
+def test_an_error_of_the_system_is_told_to_all(monkeypatch):
+    def stale(*words):
+        raise OSError(errno.ESTALE, "Stale file handle", "/mnt/data")
+
+    monkeypatch.setattr(obtain, "find_dataset", stale)
+    with pytest.raises(MachineError, match=r"^data.path: /mnt/data: Stale file handle \(rank 0 on"):
+        agree_on_dataset(build(RunConfig, {"data": {"path": "data"}}), Two("0" * 64))
 
 
 def test_that_counts_have_no_digest_is_said(monkeypatch):

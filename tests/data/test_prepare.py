@@ -470,8 +470,13 @@ def test_dataset_mistakes(tmp_path):
         return str(caught.value)
 
     assert f"--out {tmp_path / 'none'}`, or set data.source" in load_error(tmp_path / "none")
+    assert "where it was moved, give its --data.path" in load_error(tmp_path / "none")
     assert "has no dataset.json" in load_error(tmp_path)
     write_rows(tmp_path / "a.jsonl")
+    assert (
+        f"is a file and no prepared dataset; run `python -m trainer prepare --source {tmp_path}/a.jsonl"
+        in load_error(tmp_path / "a.jsonl")
+    )
     _, out = make(tmp_path, source=str(tmp_path / "a.jsonl"))
     file = out / "dataset.json"
     good = json.loads(file.read_text())

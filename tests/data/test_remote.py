@@ -80,7 +80,7 @@ def test_only_the_description_is_fetched_when_nothing_changed(copy, cache, monke
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json", "train/index.json", "train/shard.00000.mds"])
-@pytest.mark.parametrize("how", ["cut", "changed", "gone", "a link"])
+@pytest.mark.parametrize("how", ["cut", "changed", "gone", "a link", "a link to the same"])
 def test_a_damaged_cache_is_mended(copy, cache, tmp_path, name, how):
     good = read(copy, cache)
     (folder,) = (path for path in cache.iterdir() if (path / "train").is_dir())
@@ -92,12 +92,13 @@ def test_a_damaged_cache_is_mended(copy, cache, tmp_path, name, how):
         path.write_bytes(content[:-9] + b"?" + content[-8:])
     else:
         path.unlink()
-    if how == "a link":
-        outside.write_bytes(b"mine")
+    mine = content if how == "a link to the same" else b"mine"
+    if "link" in how:
+        outside.write_bytes(mine)
         path.symlink_to(outside)
     np.testing.assert_array_equal(read(copy, cache), good)
     assert path.read_bytes() == content and not path.is_symlink()
-    assert how != "a link" or outside.read_bytes() == b"mine"
+    assert "link" not in how or outside.read_bytes() == mine
 
 
 def test_a_folder_of_the_cache_that_is_a_link_is_refused(copy, cache, tmp_path):

@@ -77,6 +77,11 @@ class DatasetInfo:
         folder = Path(path).expanduser()
         if not present(folder):
             raise UserError(_missing(folder))
+        if folder.is_file():
+            raise UserError(
+                f"{folder}: is a file and no prepared dataset; run `python -m trainer prepare --source {folder} --out DIR` "
+                "(with --tokenizer RUN/tokenizer.json where it is for a run that exists) and give that folder"
+            )
         for name in (FILE, TOKENIZER):
             if not present(folder / name):
                 raise UserError(
@@ -111,6 +116,7 @@ class DatasetInfo:
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
             info = cls(**content)
             info._check()
+            info.tokenizer.name = printable(info.tokenizer.name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{where}: malformed ({printable(error)}); prepare or copy the dataset again") from None
         return info
@@ -159,7 +165,8 @@ def _missing(folder: Path) -> str:
     where = "" if folder.is_absolute() else f" in {Path.cwd()}"
     return (
         f"no dataset at {folder}{where}{' (its preparation did not finish)' if unfinished else ''}: "
-        f"run `python -m trainer prepare --source ... --out {folder}`, or set data.source"
+        f"run `python -m trainer prepare --source ... --out {folder}`, or set data.source; "
+        "where it was moved, give its --data.path"
     )
 
 

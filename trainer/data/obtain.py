@@ -16,7 +16,7 @@ from trainer.data.dataset import DatasetInfo, partial_folder, present
 from trainer.data.remote import Say, is_remote
 from trainer.data.stream import find_dataset
 from trainer.errors import MachineError, UserError
-from trainer.files import user_path
+from trainer.files import system_error, user_path
 from trainer.launcher import own_host
 from trainer.settings import build, merge
 
@@ -87,7 +87,7 @@ def obtain_dataset(config: RunConfig, world: World) -> None:
     from trainer.data.prepare import prepare
 
     corpus = {f.name: getattr(data, f.name) for f in dataclasses.fields(CorpusConfig)}
-    with beating(lock_of(folder)):
+    with beating(beat_of(folder)) if world.size > 1 else contextlib.nullcontext():
         prepare(PrepareConfig(**corpus, out=str(folder)), world.say)
 
 
@@ -112,26 +112,29 @@ def wait_for(folder: Path, world: World, limit: float) -> None:
 def sign_of_life(folder: Path) -> Any:
     """What changes while a dataset is being prepared for `folder`; None where nothing is."""
     found = []
-    for path in (lock_of(folder), partial_folder(folder)):
+    for path in (beat_of(folder), partial_folder(folder)):
         with contextlib.suppress(OSError):
             found.append(path.stat().st_mtime_ns)
     return found or None
 
 
-def lock_of(folder: Path) -> Path:
-    """The lock that `prepare` holds while it works for `folder`."""
-    return Path(f"{partial_folder(folder)}.lock")
+def beat_of(folder: Path) -> Path:
+    """The file whose time says that rank 0 is still preparing a dataset for `folder`, long before there is anything of it."""
+    return Path(f"{partial_folder(folder)}.beat")
 
 
 @contextlib.contextmanager
 def beating(path: Path) -> Iterator[None]:
-    """Within, the time of `path`, where it is there, is set to now every few seconds, for who waits elsewhere to see."""
+    """Within, the time of the file `path` is set to now every few seconds; it is gone afterwards."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(path)
+        while True:
+            with contextlib.suppress(OSError):  # prepare tells what is wrong with this disk
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            if done.wait(BEAT_SECONDS):
+                return
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
@@ -140,6 +143,8 @@ def beating(path: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
@@ -150,6 +155,8 @@ def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
         found = found or UserError(f"data.path: there is no dataset at {config.data.path} any more")
     except UserError as error:
         found = error
+    except OSError as error:  # told to the others, too, which would wait for this rank
+        found = system_error(error, f"data.path: {error.filename or config.data.path}")
     views = world.gather((found if isinstance(found, UserError) else found.fingerprint, own_host(os.environ)))
     for rank, (view, host) in enumerate(views):
         if isinstance(view, UserError):

@@ -103,9 +103,8 @@ class WindowOrder:
         self.order, self.sample_length = order, sample_length
         self.epoch_tokens = order.n_samples * sample_length
         groups = min(order.n_samples, -(-self.epoch_tokens // GROUP_TOKENS))
-        self._ends = (
-            order.n_samples * np.arange(1, groups + 1) // groups
-        )  # in samples; groups differ by one sample at most
+        # In samples; groups differ by one at most.
+        self._ends = order.n_samples * np.arange(1, groups + 1) // groups
         self._begins = np.concatenate([[0], self._ends[:-1]])
         self._rows = Kept(8)
         self.reused = int((self._ends - self._begins).max())

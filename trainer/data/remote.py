@@ -95,23 +95,30 @@ def keep(path: Path, content: bytes | str) -> None:
 def _holds(folder: Path, text: bytes) -> bool:
     """Whether the description of the dataset with this dataset.json is in `folder`, whole."""
     try:
-        if read_small(folder / dataset.FILE) != text:
-            return False
-        index.check_fingerprint(folder, DatasetInfo.load(folder))
+        _description(folder)
+        return read_small(folder / dataset.FILE) == text
     except UserError:
         return False  # then it is fetched again
-    return True
 
 
 def _last_seen(data: DataConfig, note: Path) -> DatasetInfo | None:
     try:
         fingerprint = dataset.hex_digits(read_json(note).get("fingerprint"), "fingerprint")
-        folder = _root(data) / fingerprint[:32]
-        info = DatasetInfo.load(folder)
-        index.check_fingerprint(folder, info)
+        info = _description(_root(data) / fingerprint[:32])
     except (UserError, ValueError):
         return None
     return info if info.fingerprint == fingerprint else None
+
+
+def _description(folder: Path) -> DatasetInfo:
+    """The dataset that `folder` of the cache describes. UserError where that is not there, damaged, or leads elsewhere."""
+    info = DatasetInfo.load(folder)
+    names = [dataset.FILE, dataset.TOKENIZER, *(f"{split}/{index.FILE}" for split in info.splits)]
+    links = [path for name in names for path in (folder / name, (folder / name).parent) if path.is_symlink()]
+    if links:
+        raise UserError(f"data.cache: {links[0]} is a link")
+    index.check_fingerprint(folder, info)
+    return info
 
 
 def fetch_shard(address: str, split: str, shard: Shard, folder: Path) -> None:
