@@ -42,7 +42,7 @@ class Coder:
     def __init__(self, library: Any, content: dict[str, Any], eot: str, name: str):
         import tokenizers
 
-        self._what = f"tokenizer {name}: cannot encode this text"
+        self._what = "the tokenizer cannot encode this text"
         self._eot_id = library.token_to_id(eot)
         self._keeps_all = keeps_all_text(content)
         encoding = encoding_only(content, eot)
