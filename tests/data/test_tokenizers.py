@@ -10,6 +10,7 @@ import tokenizers as library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from trainer.data.coder import keeps_all_text
 from trainer.data.learn import learn_bpe, learn_in_child
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.errors import MachineError, UserError
@@ -88,6 +89,7 @@ def test_gpt_neox(path):
     assert neox.encode("Hello world!").tolist() == [12092, 1533, 2]
     text = "a<|endoftext|>b   <|padding|>\n\n    x"
     ids = neox.encode(text)
+    assert keeps_all_text(json.loads((NEOX / "20B_tokenizer.json").read_bytes()))
     assert not {0, 1} & set(ids.tolist()) and neox.decode(ids) == text
 
 

@@ -33,6 +33,7 @@ def _byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
+UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # no other byte is in any text
 BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
@@ -42,7 +43,7 @@ class Coder:
     def __init__(self, library: Any, content: dict[str, Any], eot: str, name: str):
         import tokenizers
 
-        self._what = f"tokenizer {name}: cannot encode this text"
+        self._what = "the tokenizer cannot encode this text"
         self._eot_id = library.token_to_id(eot)
         self._keeps_all = keeps_all_text(content)
         encoding = encoding_only(content, eot)
@@ -53,38 +54,43 @@ class Coder:
         self._library = library
         unknown = _unknown_id(content["model"])
         self._without_text = [self._eot_id] if unknown is None else [self._eot_id, unknown]
-        # Such a model leaves characters out without a trace, not even in what it says that its ids stand for.
-        self._drops = not self._keeps_all and "merges" in content["model"] and unknown is None
-        self._kept: dict[str, bool] = {}
+        self._removes = not all(map(_keeps_characters, _steps(content)))
+        # Models that begin with characters. BPE without an unknown token leaves one out without a trace.
+        self._by_character = "merges" in content["model"] or isinstance(content["model"]["vocab"], list)
+        self._always_look = self._removes or (self._by_character and unknown is None)  # not seen in the ids
+        self._has_id: dict[str, bool] = {}
 
     def __call__(self, text: str) -> tuple[np.ndarray, str]:
         """The ids of `text`, uint32, and the characters of it that no id stands for; white space is not counted."""
         with native_errors(self._what):
-            if not self._keeps_all and not self._drops:
-                encoding = self._library.encode(text, add_special_tokens=False)  # knows what each id stands for
-                ids = np.array(encoding.ids, np.uint32)
-                return ids[ids != self._eot_id], self._not_covered(text, ids, encoding.offsets)
-            return self._ids(text), self._dropped(text) if self._drops else ""
+            if self._always_look and not self._by_character:
+                ids, lost = self._covering(text)
+            else:
+                ids = np.array(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+                lost = ""
+                if not self._keeps_all and (self._always_look or np.isin(ids, self._without_text).any()):
+                    lost = self._without_id(text) if self._by_character else self._covering(text)[1]
+        return ids[ids != self._eot_id], lost
 
-    def _ids(self, text: str) -> np.ndarray:
-        ids = np.array(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
-        return ids[ids != self._eot_id]
+    def _without_id(self, text: str) -> str:
+        """The characters of `text` that by themselves give no ids but those of a character that is in no vocabulary."""
+        characters = set(text)
+        for new in characters - self._has_id.keys():
+            ids, nothing = (self._library.encode(one, add_special_tokens=False).ids for one in (new, OUT_OF_REACH))
+            self._has_id[new] = new.isspace() or not set(ids) <= set(nothing)
+        if all(map(self._has_id.__getitem__, characters)):
+            return ""
+        return "".join(character for character in text if not self._has_id[character])
 
-    def _not_covered(self, text: str, ids: np.ndarray, offsets: list[tuple[int, int]]) -> str:
-        spans = np.array(offsets, np.int64).reshape(-1, 2)[~np.isin(ids, self._without_text)]
+    def _covering(self, text: str) -> tuple[np.ndarray, str]:
+        """The ids of `text`, and the characters that no id but the unknown one stands for."""
+        encoding = self._library.encode(text, add_special_tokens=False)  # slower, but knows what each id stands for
+        ids = np.array(encoding.ids, np.uint32)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)[~np.isin(ids, self._without_text)]
         size = len(text) + 1
         depth = np.cumsum(np.bincount(spans[:, 0], minlength=size) - np.bincount(spans[:, 1], minlength=size))
         left_out = (text[place] for place in np.flatnonzero(depth[:-1] == 0))
-        return "".join(character for character in left_out if not character.isspace())
-
-    def _dropped(self, text: str) -> str:
-        """The characters of `text` that give the same ids by themselves as one that is in no vocabulary."""
-        characters = set(text)
-        for new in characters - self._kept.keys():
-            self._kept[new] = new.isspace() or not np.array_equal(self._ids(new), self._ids(OUT_OF_REACH))
-        if all(map(self._kept.__getitem__, characters)):
-            return ""
-        return "".join(character for character in text if not self._kept[character])
+        return ids, "".join(character for character in left_out if not character.isspace())
 
 
 def _unknown_id(model: dict[str, Any]) -> int | None:
@@ -148,28 +154,38 @@ def _tokens(model: dict[str, Any]) -> set[str]:
 
 def keeps_all_text(content: dict[str, Any]) -> bool:
     """Whether each character of any text is in the ids: its bytes are in the vocabulary, and nothing is removed before."""
-    parts = [part for key in ("normalizer", "pre_tokenizer") for part in _parts(content.get(key))]
-    if not all(part["type"] in LOSSLESS or _only_replaces(part) for part in parts):
+    steps = _steps(content)
+    if not all(map(_keeps_characters, steps)):
         return False
     model = content["model"]
     vocabulary = _tokens(model)
     if model.get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    return any(part["type"] == "ByteLevel" for part in parts) and all(byte in vocabulary for byte in BYTE_CHARACTERS)
+        return all(f"<0x{byte:02X}>" in vocabulary for byte in UTF8_BYTES)
+    return any(step["type"] == "ByteLevel" for step in steps) and all(
+        BYTE_CHARACTERS[byte] in vocabulary for byte in UTF8_BYTES
+    )
 
 
-def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The members of a sequence of normalizers or pre-tokenizers, or the one that there is."""
-    if part is None:
-        return []
-    inner = part.get("normalizers") or part.get("pretokenizers") or []
-    return [single for one in inner for single in _parts(one)] if part["type"] == "Sequence" else [part]
+def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What happens to text before the model sees it: normalizers and pre-tokenizers, one by one."""
+    waiting = [content.get("normalizer"), content.get("pre_tokenizer")]
+    found = []
+    while waiting:
+        step = waiting.pop(0)
+        if step is not None and step["type"] == "Sequence":
+            waiting = [*(step.get("normalizers") or step.get("pretokenizers") or []), *waiting]
+        elif step is not None:
+            found.append(step)
+    return found
 
 
-def _only_replaces(part: dict[str, Any]) -> bool:
-    if part["type"] == "Replace":
-        return bool(part["content"])
-    return part["type"] in ("Split", "Punctuation") and part.get("behavior") not in (None, "Removed")
+def _keeps_characters(step: dict[str, Any]) -> bool:
+    """Whether each character is there in some form after a step."""
+    if step["type"] == "Replace":
+        return bool(step["content"])
+    if step["type"] in ("Split", "Punctuation"):
+        return step.get("behavior") not in (None, "Removed")
+    return step["type"] in LOSSLESS
 
 
 def pair(merge: Any) -> list[str]:

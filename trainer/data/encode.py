@@ -14,6 +14,7 @@ from trainer.data.pieces import Piece, cut
 from trainer.data.readers import BadRow, utf8_size
 from trainer.data.tokenizers import Tokenizer
 from trainer.errors import UserError
+from trainer.text import printable
 
 BATCH = 1 << 18  # characters (bytes of raw .jsonl) in one unit of work
 SPLIT = 1 << 20  # characters split into words at once
@@ -100,7 +101,9 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except Exception as error:  # whatever the tokenizer library raises, the reader wants to know where
-            raise UserError(f"{where}: cannot be tokenised ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{where}: cannot be tokenised ({type(error).__name__}: {printable(error, 200)})"
+            ) from error
 
 
 def _word_count(text: str) -> int:

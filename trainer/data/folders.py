@@ -85,9 +85,12 @@ def _of_folder(folder: Path, spec: str, text_field: str) -> tuple[list[Path], li
     found.sort(key=lambda path: path.relative_to(folder).parts)
     files = [path for path in found if path.name.lower().endswith(READ) and path.is_file()]
     _check_access(files)
-    files = [path for path in files if not path.name.lower().endswith(".json") or _holds_rows(path, text_field)]
+    json_files = [path for path in files if path.name.lower().endswith(".json")]
+    others = {path for path in json_files if not _holds_rows(path, text_field)}
+    files = [path for path in files if path not in others]
     if not files:
-        raise UserError(f"{printable(spec)}: holds no text; looked for *{', *'.join(READ)} in it and below")
+        hint = f" (a .json file counts if its first line is a JSON object with {text_field!r} in it)" if others else ""
+        raise UserError(f"{printable(spec)}: holds no text; looked for *{', *'.join(READ)} in it and below{hint}")
     counts = Counter(path.suffix or "without a suffix" for path in found if path not in set(files)).most_common()
     if not counts:
         return files, []
@@ -158,14 +161,18 @@ def _stdlib(spec: str) -> list[Path]:
 def splits_by_name(files: list[Path], folder: Path) -> tuple[dict[Path, str], bool]:
     """The split that the name of each file speaks of, if it does, and whether the folder is laid out by such names.
 
-    It is if there is training text and other text by name, and that is most of the text: among many documents a few with
-    such names are chance.
+    It is if there is training text and other text by name, and that is most of the files or of the text: among many
+    documents a few with such names are chance.
     """
     named = {path: split for path in files if (split := _split_named(path.relative_to(folder)))}
     splits = set(named.values())
-    size = sum(path.stat().st_size for path in named)
-    laid_out = "train" in splits and len(splits) > 1 and 2 * size > sum(path.stat().st_size for path in files)
+    most = 2 * len(named) > len(files) or 2 * _size(list(named)) > _size(files)
+    laid_out = "train" in splits and len(splits) > 1 and most
     return named, laid_out
+
+
+def _size(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def _split_named(path: Path) -> str | None:

@@ -29,16 +29,24 @@ class Tokenizer:
     `notes` are lines on what the user should know of it.
     """
 
-    def __init__(self, data: bytes, name: str, end: str | int | None = None):
+    def __init__(self, data: bytes, name: str, end: str | int | None = None, new: bool = False):
         """`data` is the content of a tokenizer.json. Raises UserError if it is none.
 
         end: the token (or, of a stored tokenizer, its id) that ends documents; None: the first of END_OF_TEXT that is there,
-        which is appended where there is none.
+        which is appended where there is none. new: of a new dataset, so state that would cut, pad or vary ids is not stored;
+        else `data` is known by its hash.
         """
         self.name = name
         self.notes: list[str] = []
+        library = _library(data, name)
         content, switched_off = _parsed(data, name)
-        library = _library(_json(content) if switched_off else data, name)
+        if switched_off:
+            usable = _json(content)
+            library = _library(usable, name)
+            if new:
+                data = usable
+                told = " and ".join(switched_off)
+                self.notes.append(f"tokenizer {name}: {told} in it switched off; no text is cut or padded")
         eot, appended = _end_token(library, content, name, end)
         library.add_special_tokens([eot])  # marks it as special if it is there, appends it if not
         if appended:
@@ -56,7 +64,7 @@ class Tokenizer:
         tokens = byte_level_tokens(content, eot)
         if tokens is not None:
             self._use_fast(tokens, content["model"], eot)
-            if not switched_off:
+            if new or not switched_off:
                 data = byte_level_json(content["model"]["vocab"], content["model"]["merges"], eot, self.eot_id)
         else:
             self._coder = Coder(library, content, eot, name)
@@ -129,8 +137,12 @@ def _parsed(data: bytes, name: str) -> tuple[dict[str, Any], list[str]]:
 def _library(data: bytes, name: str) -> Any:
     import tokenizers
 
-    with native_errors(f"tokenizer {name}: not a readable tokenizer.json"), silent_stderr():
-        library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    what = f"tokenizer {name}: not a readable tokenizer.json"
+    try:
+        with native_errors(what), silent_stderr():
+            library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} ({error.reason} at byte {error.start})") from None
     library.encode_special_tokens = True
     return library
 
@@ -173,29 +185,17 @@ def get_tokenizer(
     if spec.startswith("train-bpe"):
         return _train(spec, texts if texts is not None else (), end_of_text, learn)
     if spec in HUB:
-        return _from_path(Path(_download(spec)), spec, end_of_text)
+        return Tokenizer(_bytes(Path(_download(spec))), spec, end_of_text, new=True)
     path = user_path(spec, "tokenizer")
     if path.is_dir():
         return _from_folder(path, end_of_text)
     if path.is_file():
-        return _from_path(path, path.stem, end_of_text)
+        return Tokenizer(_bytes(path), path.stem, end_of_text, new=True)
     near = difflib.get_close_matches(spec, [*HUB, "bytes", "train-bpe:8192"], 1)
     raise UserError(
         f"tokenizer {spec!r}: unknown, and no such file{f'; did you mean {near[0]}?' if near else ''} "
         f"(allowed: {', '.join(HUB)}, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one)"
     )
-
-
-def _from_path(path: Path, name: str, end_of_text: str | None) -> Tokenizer:
-    """A tokenizer for a new dataset: what is stored of it has no state that would cut, pad or vary its ids."""
-    data = _bytes(path)
-    content, switched_off = _parsed(data, name)
-    tokenizer = Tokenizer(_json(content) if switched_off else data, name, end_of_text)
-    if switched_off:
-        tokenizer.notes.insert(
-            0, f"tokenizer {name}: {' and '.join(switched_off)} in it switched off; no text is cut or padded"
-        )
-    return tokenizer
 
 
 def _download(name: str) -> str:
@@ -216,7 +216,7 @@ def _from_folder(folder: Path, end_of_text: str | None) -> Tokenizer:
     name = folder.resolve().name
     found = sorted(folder.glob("*tokenizer.json"))
     if len(found) == 1:
-        return _from_path(found[0], name, end_of_text)
+        return Tokenizer(_bytes(found[0]), name, end_of_text, new=True)
     if len(found) > 1:
         raise UserError(f"tokenizer {folder}: several candidates ({', '.join(p.name for p in found)}); name one file")
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
