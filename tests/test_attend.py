@@ -1,14 +1,16 @@
 """Attention kernels against a plain fp64 reference, forward and backward, and the choice among them."""
 
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import profile
 
-from models.layers import attend
+from models.layers import attend, flex
 from models.layers.attend import KERNELS, Sight, choose_kernel, make_sight
 
 CPU = torch.device("cpu")
@@ -450,3 +452,33 @@ def test_fused_kernel_on_a_gpu(kernel, case, length):
 
 
 test_fused_kernel_on_a_gpu.pytestmark += needs_gpu
+
+
+# -- masks that are kept -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [flex.causal_blocks, lambda length, device: flex.window_blocks(length, 2, device)])
+def test_masks_are_made_once_but_not_all_are_kept(make, monkeypatch):
+    """Text may have any number of lengths; what is being recorded keeps its own."""
+
+    class Mask:
+        pass
+
+    def mask(*arguments, **options):
+        new = Mask()
+        made.append(weakref.ref(new))
+        return new
+
+    made: list = []
+    monkeypatch.setattr(flex, "create_block_mask", mask)
+    with flex.masks_read() as read:
+        first = make(1001, CPU)
+    assert make(1001, CPU) is first and len(made) == 1 and read == [first]
+    del first
+    for length in range(1002, 1002 + flex.MASKS_KEPT + 5):
+        make(length, CPU)
+    gc.collect()
+    assert made[0]() is read[0], "what has been read in a recording stays"
+    assert sum(one() is not None for one in made) == flex.MASKS_KEPT + 1
+    for maker in (flex.causal_blocks, flex.window_blocks):
+        maker.cache_clear()

@@ -251,3 +251,35 @@ def test_stdout_of_another_encoding_gets_question_marks(monkeypatch):
     g.write("caf\u00e9\n")
     out.flush()
     assert out.buffer.getvalue() == b"caf?\n"
+
+
+# -- weights in shards ------------------------------------------------------------------------------------------------------
+
+
+def test_text_gathers_shards_once_and_trains_on_as_without(monkeypatch):
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    from trainer.engine import fsdp_engine
+    from trainer.testing.strategies import engine_of, group_of_one, losses_of
+    from trainer.testing.subject import Subject
+
+    gathers = []  # one process gathers from nobody, but turns shards into whole weights as it would then
+    unshard = FSDPParamGroup._to_unsharded
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", lambda group: gathers.append(group) or unshard(group))
+    subject = Subject("gpt2", get_model("gpt2"))
+    found = {}
+    with group_of_one():
+        for free in (10**12, 0):
+            monkeypatch.setattr(fsdp_engine, "free_bytes", lambda device, local_size, free=free: free)
+            with engine_of(subject, "fsdp") as engine:
+                blocks = len(engine.model.blocks())
+                losses = losses_of(engine, subject, 0, 1)
+                gathers.clear()
+                with engine.gathered():
+                    new = g.generate(engine, [[1, 2, 3]], 10, VOCAB, temperature=0)
+                count = len(gathers)
+                gathers.clear()
+                losses += losses_of(engine, subject, 1, 2)
+                found[free] = new, losses, len(gathers)
+            assert count <= blocks + 1 if free else count > 10 * blocks
+    assert found[10**12] == found[0]

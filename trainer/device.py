@@ -140,6 +140,14 @@ def memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def free_bytes(device: torch.device, local_size: int) -> int:
+    """Memory that this process may still take: on a CPU its part of what the machine's `local_size` processes have left."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_size
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name as its driver gives it, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

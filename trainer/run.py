@@ -221,8 +221,9 @@ class Run:
         limit = self.model.max_context
         if limit is not None:  # beyond it every token would cost a whole context
             tokens = max(1, min(tokens, limit - len(tokenizer.encode(prompt))))
-        say = self.world.say
-        text = prompt + complete(self.engine, tokenizer, [prompt], tokens, [], say, seed=self.config.seed)[0]
+        with self.engine.gathered():
+            new = complete(self.engine, tokenizer, [prompt], tokens, [], self.world.say, seed=self.config.seed)
+        text = prompt + new[0]
         if self.world.leader:
             with (
                 self.world.decoration("samples.txt"),

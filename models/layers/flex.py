@@ -119,8 +119,39 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
 held_by_flex.register_autograd(_gradients, setup_context=_hold)
 
 
-# None is let go: recorded microbatches (engine.cuda_graphs) read them where they are.
-@functools.cache
+MASKS_KEPT = 16  # of each kind: more than a run has lengths and windows, while text may have any number of lengths
+
+_readers: list[list[BlockMask]] = []  # who holds on to the masks that are handed out now
+
+
+@contextlib.contextmanager
+def masks_read() -> Iterator[list[BlockMask]]:
+    """Within, all masks that are handed out are added to the list: recorded microbatches (engine.cuda_graphs), which read them
+    where they are, must keep them."""
+    masks: list[BlockMask] = []
+    _readers.append(masks)
+    try:
+        yield masks
+    finally:
+        _readers.pop()
+
+
+def kept(make: Callable[..., BlockMask]) -> Any:
+    """`make` that remembers the masks that were last asked for."""
+    remembered = functools.lru_cache(maxsize=MASKS_KEPT)(make)
+
+    @functools.wraps(make)
+    def give(*arguments: Any) -> BlockMask:
+        mask = remembered(*arguments)
+        for masks in _readers:
+            masks.append(mask)
+        return mask
+
+    give.cache_clear = remembered.cache_clear  # type: ignore[attr-defined]
+    return give
+
+
+@kept
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
     """Every token sees itself and those before it; made once per length."""
     with torch.inference_mode(False):  # made while evaluating, it must still serve in training
@@ -128,7 +159,7 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
         return make(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
 
 
-@functools.cache
+@kept
 def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
     """Every token sees itself and the window - 1 before it; made once per length and window."""
     with torch.inference_mode(False):

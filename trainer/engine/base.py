@@ -98,6 +98,10 @@ class Engine:
         """Context of every forward pass."""
         return autocast(self.device, self.precision)
 
+    def gathered(self) -> Any:
+        """Context of forward passes in a row without training between them: text, token by token."""
+        return contextlib.nullcontext()
+
     def agree(self, value: T) -> T:
         """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value

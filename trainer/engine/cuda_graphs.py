@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.layers.flex import masks_read
 from trainer.engine.compilation import first_line
 from trainer.errors import UserError
 
@@ -54,7 +55,10 @@ class CudaRecorder:
         failure: Exception | None = None
         try:
             # thread_local: threads that read data may use the device meanwhile.
-            with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+            with (
+                masks_read() as masks,
+                torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"),
+            ):
                 try:
                     result = call()
                 except Exception as error:  # the recording may not end either, and say so instead
@@ -69,9 +73,11 @@ class CudaRecorder:
         if failure is not None:
             raise failure
 
+        kept = graph, result, masks  # what a replay reads and writes stays as long as it may be made
+
         def replay() -> Tensor:
-            graph.replay()
-            return result
+            kept[0].replay()
+            return kept[1]
 
         return replay
 

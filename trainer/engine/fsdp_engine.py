@@ -4,6 +4,7 @@ ranks of one group while the groups hold copies of each other."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from trainer.device import free_bytes
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
+
+ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations need some, too
 
 
 class FsdpEngine(Engine):
@@ -60,6 +64,22 @@ class FsdpEngine(Engine):
     def autocast(self) -> Any:
         """Nothing: what is gathered has the type to compute in already."""
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within, each block is gathered once and not for every pass, where every rank has the memory for all of them."""
+        itemsize = 4 if self.precision == "fp32" else 2
+        whole = itemsize * sum(shape.numel() for shape in self.shapes.values())
+        room = min(self.world.gather(free_bytes(self.device, self.world.local_size)))
+        blocks = self.model.blocks() if self.config.engine.reshard_after_forward and whole < ROOM_SHARE * room else []
+        for block in blocks:
+            block.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.set_reshard_after_forward(True)
+                block.reshard()
 
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
