@@ -42,14 +42,18 @@ class Llama(Transformer):
 
 @register("minimal-sota")
 class MinimalSota(Transformer):
-    """Minimal-SoTA-LLM: Llama with a fourth of the key and value heads, as in Mistral 7B (arXiv 2310.06825)."""
+    """Minimal-SoTA-LLM: Llama with a fourth of the key and value heads, as in Mistral 7B (arXiv 2310.06825), but without its
+    window of 4,096 tokens and its MLP of 3.5 d_model; no weights or code of that project are public to compare with.
+    """
 
     Config = with_defaults("MinimalSotaConfig", tied=False, n_kv_heads=3)
 
 
 @register("pico")
 class Pico(Transformer):
-    """picoGPT: GPT-2's MLP, RMSNorm, rotary positions, grouped queries, one standard deviation for every matrix."""
+    """picoGPT: GPT-2's MLP, RMSNorm, rotary positions, grouped queries, one standard deviation for every matrix. Channels i and
+    i + D/2 turn together, in picoGPT 2i and 2i + 1: the same network with its channels in another order. No dropout.
+    """
 
     Config = with_defaults("PicoConfig", mlp="gelu", n_kv_heads=6, init="normal")
 
@@ -66,7 +70,9 @@ class TransformerPlusPlus(Transformer):
 
 @register("blagpt")
 class BlaGpt(Transformer):
-    """BlaGPT's default: grouped queries, QK-norm, norms on both ends of a branch, SwiGLU of 4 d_model, biases on q, k, v."""
+    """BlaGPT's default of November 2024: grouped queries, QK-norm, norms on both ends of a branch, SwiGLU of 4 d_model, biases on
+    q, k, v; rope_theta 10,000 and no z-loss, of which some of its later commits had 1e6 and 1e-4.
+    """
 
     Config = with_defaults(
         "BlaGptConfig",
@@ -81,14 +87,18 @@ class BlaGpt(Transformer):
 
 @register("blagpt-best")
 class BlaGptBest(Transformer):
-    """The best of BlaGPT's ablations (3.2993): pre-norm, biases everywhere, branches that start at zero."""
+    """The best of BlaGPT's ablations of November 2024 (it reports 3.2993): pre-norm, biases everywhere, branches that start at
+    zero. The records that it has reported since use other parts.
+    """
 
     Config = with_defaults("BlaGptBestConfig", n_kv_heads=4, qk_norm=True, zero_init=True, hidden_ratio=4.0, bias=True)
 
 
 @register("tokenformer")
 class TokenFormer(Transformer):
-    """TokenFormer (arXiv 2410.23168) in BlaGPT's block: every projection attends to parameter tokens."""
+    """TokenFormer (arXiv 2410.23168) in BlaGPT's block: every projection attends to parameter tokens. The paper's own block has
+    LayerNorms without parameters and turns a fourth of the channels.
+    """
 
     Config = with_defaults(
         "TokenFormerConfig", pattention="qkv,out,mlp", qk_norm=True, norm_placement="pre_post", init="normal"
@@ -97,7 +107,9 @@ class TokenFormer(Transformer):
 
 @register("modded")
 class Modded(Transformer):
-    """After modded-nanogpt: QK-norm, squared ReLU, value embeddings, skips from the embedding and between halves, soft-cap."""
+    """Ideas of modded-nanogpt's records of December 2024 in this decoder: QK-norm, squared ReLU, three value embeddings, skips
+    from the embedding and between halves, soft-cap. It is none of these records: models/README.md says in what it differs.
+    """
 
     Config = with_defaults(
         "ModdedConfig",

@@ -142,7 +142,7 @@ class TransformerConfig:
     )
     x0_skip: bool = _field(False, "every block's input is a learned mix of the stream and the embedding")
     unet_skips: bool = _field(False, "the second half of the blocks also gets the outputs of the first, last first")
-    value_embeddings: int = _field(0, "tables of token embeddings added to the values of the first and last layers")
+    value_embeddings: int = _field(0, "tables of token embeddings mixed into the values of the first and last layers")
     # -- embedding, head and loss
     tied: bool = _field(True, "the output projection is the embedding")
     embedding_scale: bool = _field(False, "multiply embeddings by sqrt(d_model)")

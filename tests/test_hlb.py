@@ -51,12 +51,13 @@ def test_parameter_counts(scale, count):
         assert sum(p.numel() for p in Hlb(config).parameters()) == count
 
 
-def test_initial_weights_have_the_stated_deviations():
-    config = HlbConfig(vocab_size=2048, d_model=256, n_layers=4)
+@pytest.mark.parametrize("expand", [2, 5])
+def test_initial_weights_have_the_stated_deviations(expand):
+    config = HlbConfig(vocab_size=2048, d_model=256, n_layers=4, expand_factor=expand)
     model, d = build(config), 256
     for block in model.blocks():
-        assert block.expand.weight.std().item() == pytest.approx(0.25 * d**-0.5, rel=0.02)
-        assert block.project.weight.std().item() == pytest.approx(0.5 * d**-0.5 / 4, rel=0.02)
+        assert block.expand.weight.std().item() == pytest.approx(0.5 * d**-0.5 / expand, rel=0.02)
+        assert block.project.weight.std().item() == pytest.approx(d**-0.5 / expand / 4, rel=0.02)
         assert block.position_bias.item() == 1 and (block.norm.weight == 1).all()
     assert model.embedding.weight.std().item() == pytest.approx(0.25 * d**-0.5, rel=0.02)
     assert model.head.weight.std().item() == pytest.approx(0.5 * d**-0.5, rel=0.02)

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, tiny_values
 
 from models.hlb import Hlb
-from models.presets import Gpt2
+from models.presets import Gpt2, with_defaults
 from trainer import memory
 from trainer import plan as p
 from trainer.config import PlanConfig, RunConfig
@@ -28,6 +28,14 @@ MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp 
 
 def resolved(world=None, **values):
     return p.resolve(build(RunConfig, {"device": "cpu", **values}), world=world)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a model under a name for one test."""
+    from models import base
+
+    return lambda name, model: monkeypatch.setitem(base._REGISTRY, name, model)
 
 
 @pytest.fixture
@@ -282,6 +290,23 @@ def test_a_run_that_does_not_say_its_processes_decides_anew(old_run):
     assert "strategy" not in combined_values({"run_dir": str(old_run)})[0]["engine"]
 
 
+def test_a_run_stays_what_it_was_when_its_preset_gets_a_field(old_run, monkeypatch, registered):
+    """A key that stands in config.yaml holds; one that does not means what changes nothing, not what the preset says today."""
+
+    class Today(Gpt2):
+        Config = with_defaults("TodayConfig", Gpt2.Config, z_loss=1e-4, norm_eps=1e-6)
+
+    registered("today", Today)
+    stored = load_yaml(old_run / "config.yaml")
+    stored["model"] = dataclasses.asdict(Gpt2.Config(vocab_size=320, d_model=64, n_heads=2, n_layers=1)) | {
+        "name": "today"
+    }
+    del stored["model"]["z_loss"]
+    (old_run / "config.yaml").write_text(yaml.safe_dump(stored))
+    model = combined_values({"run_dir": str(old_run)})[0]["model"]
+    assert (model["z_loss"], model["norm_eps"]) == (0.0, 1e-5)
+
+
 def test_a_plugin_that_is_not_named_is_told(old_run):
     """By the last start of the run, and without an import: there is no such module."""
     command = ["-m", "train", "c.yaml", "--plugin", "my.first", "--model.name", "mine", "--plugin=my.second"]
@@ -406,14 +431,6 @@ def test_names_of_models_are_near_whatever_their_case_and_punctuation(name, near
     line = rf"^model.name: '{re.escape(name)}' is not known \(allowed: .*\); did you mean {re.escape(near)}\?$"
     with pytest.raises(UserError, match=line):
         p.resolve(build(RunConfig, {"model": {"name": name}}))
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    """Registers a model under a name for one test."""
-    from models import base
-
-    return lambda name, model: monkeypatch.setitem(base._REGISTRY, name, model)
 
 
 class Staring(Gpt2):

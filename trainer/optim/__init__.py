@@ -1,4 +1,17 @@
-"""Parameter groups, their schedules and the optimiser step, by recipe. Schedules are functions of the step, never state."""
+"""Parameter groups, their schedules and the optimiser step, by recipe. Schedules are functions of the step, never state.
+
+The recipe `hlb` is hlb-gpt's (0.4.1) but for what follows:
+
+- Decay of the first step: 16 b^-ln(V), as if the loss was that of no knowledge. hlb-gpt's matrices decay by 16, the value its
+  optimiser is made with, at 2 % of lr: each loses a thousandth (8e-4 at model_scale 1), once.
+- The norm of a gradient counts for the size of the batch one step later (`trainer/scaling.py`): hlb-gpt waits for it.
+- Decay follows the mean loss of the step over all its microbatches and devices; hlb-gpt's that of the last microbatch.
+- Embedding gradients are divided by the counts of the whole step; hlb-gpt's by those of each microbatch
+  (optim.embedding_frequency microbatch).
+- The multiplier of the batch is bounded (batch.n_max), and its draws follow from the seed and the step.
+- Weights, moments and sums of gradients are fp32, distances exact; hlb-gpt's bf16 throughout (precision pure_bf16,
+  model.position_bias_quantised).
+"""
 
 from __future__ import annotations
 
