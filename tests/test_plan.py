@@ -1,7 +1,9 @@
 """Resolution: what is inferred, from what, and that nothing is left open."""
 
+import contextlib
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import ROOT, tiny_values
 from models.hlb import Hlb
 from trainer import memory
 from trainer import plan as p
+from trainer.__main__ import dispatch, known_errors
 from trainer.config import PlanConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.device import GPUS
@@ -388,3 +391,22 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     assert found.cost == pytest.approx(hours * 3.6 * 2)
     assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "as if speed grew" in found.rule
     assert found.rule.startswith("at least: with a multiplier of one; at 2,000 tokens/s, by at 1000.0 of runs/bench-2/")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"--data.sample_length {2**24}",
+        f"--batch.tokens_per_step {2**62} --batch.tokens_per_microbatch {2**62} --max_steps 1e9 --batch.n_max 1e308",
+        f"--data.sample_length {2**62}",
+        f"--model.vocab_size {2**62}",
+        f"--data.tokenizer train-bpe:{2**62}",
+        "--data.tokenizer train-bpe:\u00b2",
+        f"--evaluation.sequence_length {2**62}",
+    ],
+)
+def test_extreme_numbers_are_planned_or_refused_at_once(words, capsys):
+    begin = time.process_time()
+    with contextlib.suppress(UserError), known_errors():
+        dispatch(["plan", "--model.name", "llama", "--model_scale", "0.01", "--device", "cpu", *words.split()])
+    assert time.process_time() - begin < 5

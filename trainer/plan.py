@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _vocab_of(tokenizer: str) -> int:
     """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
     known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
     name, _, size = tokenizer.partition(":")
-    if name == "train-bpe" and size.isdigit():
+    if name == "train-bpe" and re.fullmatch(r"[0-9]{3,8}", size) and int(size) > 256:
         return int(size)
     if tokenizer in known:
         return known[tokenizer]
