@@ -1,8 +1,10 @@
 """Resolution: what is inferred, from what, and that nothing is left open."""
 
+import contextlib
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from models.hlb import Hlb
 from models.presets import Gpt2, with_defaults
 from trainer import memory
 from trainer import plan as p
+from trainer.__main__ import dispatch, known_errors
 from trainer.config import PlanConfig, RunConfig
 from trainer.data.stream import find_dataset
 from trainer.device import GPUS
@@ -501,3 +504,22 @@ def test_a_plan_says_what_to_think_about(tiny_dataset, tmp_path):
     assert [f"note: {line}" for line in facts["advice"]] == text.splitlines()[-len(facts["advice"]) :]
     assert any(line.startswith("the run reads its text ") for line in facts["advice"])
     assert any(line.startswith("epochs ") for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"--data.sample_length {2**24}",
+        f"--batch.tokens_per_step {2**62} --batch.tokens_per_microbatch {2**62} --max_steps 1e9 --batch.n_max 1e308",
+        f"--data.sample_length {2**62}",
+        f"--model.vocab_size {2**62}",
+        f"--data.tokenizer train-bpe:{2**62}",
+        "--data.tokenizer train-bpe:\u00b2",
+        f"--evaluation.sequence_length {2**62}",
+    ],
+)
+def test_extreme_numbers_are_planned_or_refused_at_once(words, capsys):
+    begin = time.process_time()
+    with contextlib.suppress(UserError), known_errors():
+        dispatch(["plan", "--model.name", "llama", "--model_scale", "0.01", "--device", "cpu", *words.split()])
+    assert time.process_time() - begin < 60, "it takes a second, or for ever"

@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import random
 import tempfile
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from trainer.config import (
     RunConfig,
 )
 from trainer.errors import UserError
+from trainer.run_folder import flat
 from trainer.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
 
 load_models()
@@ -260,7 +264,7 @@ def test_the_config_that_an_older_version_wrote_reads_back_to_the_same_values(tm
     assert build(RunConfig, load_yaml(tmp_path / "c.yaml")) == config
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.text(st.characters(exclude_categories=["Cs"])), st.text("01eE.+-_:~ nofyestrue\n\t'\"#&*!|>%@`\x85\u2028\ufeff")
 )
@@ -326,3 +330,74 @@ def test_missing_file_suggests_a_near_one(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("")
     with pytest.raises(UserError, match="did you mean .*quickstart.yaml"):
         load_yaml(tmp_path / "quikstart.yaml")
+
+
+VALUES = (
+    *("010", "1e3", "no", "1:30", "2026-02-30", "0x10", "1_000", ".inf", "nan", "=", "~", "auto", "9" * 5000, "1e400"),
+    *(
+        "-1",
+        "0",
+        "1e18",
+        str(2**62),
+        str(2**63),
+        "1e308",
+        "0.5",
+        "!!int abc",
+        "!!timestamp abc",
+        '"a\\0b"',
+        '"\\ud800x"',
+    ),
+    *(
+        '"\\x1b[31m"',
+        "~nosuchuser/x",
+        "[a, [b]]",
+        "{a: 1}",
+        "&x [*x]",
+        "*x",
+        "''",
+        "|\n  a",
+        "? a",
+        "- a",
+        "\u6f22",
+        "a: b",
+    ),
+)
+
+
+def changed(draw: random.Random, text: str, keys: list[str]) -> tuple[bytes, str, str]:
+    """A config with one key set otherwise, in half of the cases damaged here and there: (bytes, that key, its text)."""
+    key, value = draw.choice(keys), draw.choice(VALUES)
+    section, _, leaf = key.rpartition(".")
+    added = f"{section}:\n  {leaf}: {value}\n" if section else f"{key}: {value}\n"
+    data = bytearray((text + added).encode())
+    if draw.random() < 0.5:
+        for _ in range(draw.randrange(1, 6)):
+            at = draw.randrange(len(data))
+            data[at : at + draw.randrange(3)] = bytes(
+                draw.choice(b":[]{}&*!|>'\"%@`#,?-\n\t \0\xff\\<9") for _ in range(2)
+            )
+        value = ""
+    return bytes(data), key, value
+
+
+def test_no_config_gives_a_traceback_or_another_value(tmp_path):
+    """Some hundred changed files: each is refused in one line, or every text and whole number of it is what was written."""
+    draw, file, outcomes = random.Random(7), tmp_path / "c.yaml", Counter()
+    keys = [key for key in leaf_keys(RunConfig) if key != "model"]
+    for _ in range(250):
+        data, key, value = changed(draw, "model: {name: llama}\nmodel_scale: 0.01\n", keys)
+        file.write_bytes(data)
+        try:
+            config = build(RunConfig, load_yaml(file))
+        except UserError as error:
+            assert len(str(error)) < 3000 and str(error).isprintable(), data
+            outcomes["refused"] += 1
+            continue
+        found = dict(flat(config))[key]
+        if type(found) is int and value:
+            assert found == int(Decimal(value)), data
+        elif type(found) is str and value and value[0] not in "!\"'&*[{|?-~":
+            assert found in (value, "disabled"), data
+        assert build(RunConfig, yaml.safe_load(to_yaml(config))) == config, data
+        outcomes["read"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 25, outcomes

@@ -31,6 +31,7 @@ LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("remote process exited", "communicator was aborted"),
 )
+BEYOND_64_BITS = ("Storage size calculation overflowed", "integer multiplication overflow")  # as torch says
 VERBS = {
     "prepare": "text to MDS shards",
     "plan": "every number of a run and the rule it came from",
@@ -68,7 +69,7 @@ def main() -> None:
         if place.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
         who = f"[rank {place.rank}] " if place.rank else ""
-        print(f"error: {who}{printable(error, 20_000)}", file=sys.stderr, flush=True)
+        print(f"error: {who}{printable(error, 4000)}", file=sys.stderr, flush=True)
         leave(2)
     except KeyboardInterrupt as stop:
         if place.rank == 0:
@@ -106,6 +107,10 @@ def known_errors() -> Iterator[None]:
     except OSError as error:
         raise system_error(error, printable(error.filename or "input or output")) from None
     except (MemoryError, RuntimeError) as error:
+        if any(text in str(error) for text in BEYOND_64_BITS):
+            raise UserError(
+                "a tensor of this run would have more than 2^63 bytes: lower the sizes of model.*"
+            ) from None
         words = ("out of memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
             raise

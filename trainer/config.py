@@ -12,6 +12,7 @@ from typing import Any, Literal
 from trainer.settings import coerce, setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
+LONGEST = 2**24  # tokens of a sequence: beyond all models, and what a plan can still reckon with
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 # What a key means that a run's config.yaml does not have, because the run was started before there was the key.
@@ -46,7 +47,9 @@ class CorpusConfig:
     end_of_text: str | None = setting(
         None, "token of the tokenizer that ends documents; auto: <|endoftext|>, </s>, <eos> or <|end_of_text|>"
     )
-    sample_length: int = setting(1024, "tokens per stored sample: the longest sequence that can be trained on", low=1)
+    sample_length: int = setting(
+        1024, "tokens per stored sample: the longest sequence that can be trained on", low=1, high=LONGEST
+    )
 
 
 @dataclass
@@ -81,8 +84,12 @@ class BatchConfig:
     device_token_capacity: int | None = setting(
         None, "tokens that fit the device at model_scale 1 (G of the law of C)", low=1
     )
-    sequence_length: int | None = setting(None, "longest training sequence; divides data.sample_length", low=1)
-    sequence_start: int | None = setting(None, "first sequence length; doubled until sequence_length", low=1)
+    sequence_length: int | None = setting(
+        None, "longest training sequence; divides data.sample_length", low=1, high=LONGEST
+    )
+    sequence_start: int | None = setting(
+        None, "first sequence length; doubled until sequence_length", low=1, high=LONGEST
+    )
     sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth", low=0)
     dynamic: bool | None = setting(None, "hlb's law: multiply the batch to keep the gradient norm on its target")
     n_max: float = setting(16.0, "upper bound of hlb's batch multiplier n", low=1)
@@ -150,7 +157,9 @@ class EvaluationConfig:
         "full", "full: the split in order, every token once; hlb: 150 random windows, seeded; both"
     )
     max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split", low=0)
-    sequence_length: int | None = setting(None, "window length; auto: the longest training sequence", low=1)
+    sequence_length: int | None = setting(
+        None, "window length; auto: the longest training sequence", low=1, high=LONGEST
+    )
 
 
 @dataclass
@@ -280,7 +289,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
-    sequence_length: int | None = setting(None, "window length; auto: the run's", low=1)
+    sequence_length: int | None = setting(None, "window length; auto: the run's", low=1, high=LONGEST)
     seed: int | None = setting(None, "seed of the hlb windows; auto: the run's", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; auto: the run's")

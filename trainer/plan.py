@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
     known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
     name, _, size = tokenizer.partition(":")
-    if name == "train-bpe" and size.isdigit():
+    if name == "train-bpe" and re.fullmatch(r"[0-9]{3,8}", size) and int(size) > 256:
         return int(size)
     if tokenizer in known:
         return known[tokenizer]

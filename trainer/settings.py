@@ -212,11 +212,15 @@ def _check_range(value: Any, limits: Any, key: str) -> None:
         return
     low, above, high = (limits.get(name) for name in ("low", "above", "high"))
     if low is not None and value < low:
-        raise UserError(f"{key}: {value} is too small; at least {low:g}")
+        raise UserError(f"{key}: {value} is too small; at least {_limit(low)}")
     if above is not None and value <= above:
-        raise UserError(f"{key}: {value} is too small; it must be above {above:g}")
+        raise UserError(f"{key}: {value} is too small; it must be above {_limit(above)}")
     if high is not None and value > high:
-        raise UserError(f"{key}: {value} is too large; at most {high:g}")
+        raise UserError(f"{key}: {value} is too large; at most {_limit(high)}")
+
+
+def _limit(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def unknown_key(full: str, known: list[str]) -> str:
@@ -332,7 +336,7 @@ def _number(hint: Any, value: Any, key: str) -> Any:
     whole = int(exact) if number else 0
     if abs(whole) > LARGEST:
         raise UserError(
-            f"{key}: {shown(value)} is too {'large; at most' if whole > 0 else 'small; at least -'}{LARGEST}"
+            f"{key}: {shown(value)} is too {'large; at most ' if whole > 0 else 'small; at least -'}{LARGEST}"
         )
     return whole
 

@@ -139,7 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         chunk = _chunk_rows(len(x), len(w), x.element_size(), x.device.type != "cpu")
         buffer = x.new_empty(chunk, len(w))
-        for start in range(0, len(x), chunk):
+        starts = range(0, len(x), chunk)
+        for start in starts[:2] if _scorer.get() is score_nothing else starts:
             part = slice(start, start + chunk)
             rows = x[part]
             logits = buffer[: len(rows)]
@@ -186,6 +187,10 @@ def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         _scorer.reset(token)
+
+
+def score_nothing(*facts: Any) -> None:
+    """The scorer for tensors without storage, where only what is held counts: it holds nothing, and two chunks are as good as all."""
 
 
 def score_in_tiles(
