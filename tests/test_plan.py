@@ -300,14 +300,14 @@ def test_a_run_stays_what_it_was_when_its_preset_gets_a_field(old_run, monkeypat
         Config = with_defaults("TodayConfig", Gpt2.Config, z_loss=1e-4, norm_eps=1e-6)
 
     registered("today", Today)
-    stored = load_yaml(old_run / "config.yaml")
+    stored = yaml.safe_load((old_run / "config.yaml").read_text())
     stored["model"] = dataclasses.asdict(Gpt2.Config(vocab_size=320, d_model=64, n_heads=2, n_layers=1)) | {
         "name": "today"
     }
     del stored["model"]["z_loss"]
     (old_run / "config.yaml").write_text(yaml.safe_dump(stored))
     model = combined_values({"run_dir": str(old_run)})[0]["model"]
-    assert (model["z_loss"], model["norm_eps"]) == (0.0, 1e-5)
+    assert (model["z_loss"], float(model["norm_eps"])) == (0.0, 1e-5)
 
 
 def test_a_plugin_that_is_not_named_is_told(old_run):

@@ -25,7 +25,7 @@ from trainer.config import (
     RunConfig,
 )
 from trainer.errors import UserError
-from trainer.run_folder import flat
+from trainer.run_config import flat
 from trainer.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
 
 load_models()

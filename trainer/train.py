@@ -143,7 +143,7 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
     """Before step 0 in a folder that has rows or samples already: say so, and keep them under other names."""
     for name in ("metrics.jsonl", "samples.txt"):
         path = folder / name
-        if not path.exists() or path.stat().st_size == 0:
+        if not path.is_file() or path.stat().st_size == 0:
             continue
         number = 1
         while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
