@@ -14,9 +14,7 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.text import printable
 
-OUT_OF_REACH = (
-    "\U0010ffff"  # no character; put before a token of the model's vocabulary, it keeps text from spelling it
-)
+OUT_OF_REACH = "\U0010ffff"  # no character; before a token of the model's vocabulary, it keeps text from spelling that
 # What leaves every character of a text there in some form.
 LOSSLESS = {
     *("ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"),
@@ -119,11 +117,8 @@ def encoding_only(content: dict[str, Any], eot: str) -> dict[str, Any]:
         if "merges" in model:
             pairs = [pair(merge) for merge in model["merges"]]
             model["merges"] = [both for both in pairs if special.isdisjoint((*both, "".join(both)))]
-        added = [
-            token
-            for token in added
-            if token["content"] not in special or token["content"] not in _tokens(content["model"])
-        ]
+        renamed = special & _tokens(content["model"])
+        added = [token for token in added if token["content"] not in renamed]
     # Special tokens that are added after the model, and a trim of what an id stands for, are of no use here.
     return {**content, "post_processor": None, "model": model, "added_tokens": added}
 
