@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import MachineError, Stopped, UserError
+from trainer.files import system_error
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
+from trainer.text import printable
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
@@ -93,7 +95,7 @@ def known_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise MachineError(f"{error.filename or 'input or output'}: {error.strerror or error}") from None
+        raise system_error(error, printable(error.filename or "input or output")) from None
     except (MemoryError, RuntimeError) as error:
         words = ("out of memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
