@@ -1,5 +1,7 @@
 """What a run tells the script that started it: where it lives before it begins, and how it ended."""
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -8,6 +10,9 @@ import pytest
 import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
 
+from trainer.__main__ import known_errors
+from trainer.errors import MachineError, UserError
+from trainer.outcome import VARIABLE, tell_outcome
 from trainer.run_folder import locked
 
 
@@ -72,3 +77,19 @@ def test_a_folder_in_use_can_be_waited_for(tmp_path):
     with locked(tmp_path, patience=30):
         pass
     holder.join()
+
+
+def test_an_outcome_that_cannot_be_written_is_a_warning(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none" / "outcome"))
+    tell_outcome("finished")
+    assert capsys.readouterr().err.startswith("warning: CRESCENDO_OUTCOME: ")
+
+
+@pytest.mark.parametrize(
+    "number, kind", [(errno.ESTALE, MachineError), (errno.ENOSPC, MachineError), (errno.EACCES, UserError)]
+)
+def test_what_may_pass_is_told_apart(number, kind):
+    """The scripts start the first again, and not the second."""
+    with pytest.raises(UserError) as caught, known_errors():
+        raise OSError(number, os.strerror(number), "/shared/file")
+    assert type(caught.value) is kind and str(caught.value) == f"/shared/file: {os.strerror(number)}"

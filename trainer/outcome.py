@@ -8,6 +8,7 @@ writes nothing.
 from __future__ import annotations
 
 import os
+import sys
 
 VARIABLE = "CRESCENDO_OUTCOME"
 
@@ -15,6 +16,10 @@ VARIABLE = "CRESCENDO_OUTCOME"
 def tell_outcome(text: str) -> None:
     """Append `text` as a line to the file that CRESCENDO_OUTCOME names, if it names one; any rank may."""
     path = os.environ.get(VARIABLE)
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
+    if not path:
+        return
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(" ".join(text.split()) + "\n")
+    except OSError as error:  # the script then takes the run for one that crashed, and starts it again
+        print(f"warning: {VARIABLE}: {path} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)

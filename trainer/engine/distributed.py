@@ -21,6 +21,7 @@ import torch.distributed as dist
 from trainer import launcher
 from trainer.engine.facts import Facts, absentees, compare, find_facts
 from trainer.errors import MachineError, UserError
+from trainer.files import system_error
 from trainer.text import printable, printable_lines
 
 MEETING_SECONDS = 300.0  # they were all started together
@@ -103,7 +104,7 @@ class World:
             except UserError as error:
                 box[1] = error
             except OSError as error:
-                box[1] = MachineError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+                box[1] = system_error(error, printable(error.filename or "input or output"))
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]

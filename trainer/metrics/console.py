@@ -64,7 +64,7 @@ def format_number(value: Any, width: int = 12) -> str:
 def line_width() -> int:
     """Characters of a line of the terminal that stderr is; 100 where it is none."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 100  # 0: one that does not know
     except (OSError, ValueError):  # ValueError: a stand-in without a file
         return 100
 
