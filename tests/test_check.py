@@ -237,6 +237,13 @@ def test_fields_of_the_config_may_be_set():
         subject_of("gpt2", {"n_leyers": 3})
 
 
+def test_fields_that_are_set_excuse_from_the_dial_but_from_nothing_else():
+    options = {"n_layers": 2, "d_model": 64, "n_heads": 4, "window": 4}
+    subject = subject_of("llama", options)
+    kinds = {name: outcome(subject, CHECKS[name])[0] for name in ("count", "dial", "blocks", "flops", "decoding")}
+    assert kinds == {"count": "ok", "dial": "skipped", "blocks": "skipped", "flops": "ok", "decoding": "ok"}
+
+
 @pytest.mark.slow
 def test_the_verb_says_what_it_has_tried(plugin):
     done = trainer("check", plugin)

