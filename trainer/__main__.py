@@ -155,7 +155,7 @@ def dispatch(words: list[str]) -> None:
         raise UserError(f"unknown verb {printable(repr(verb), 100)}{hint} (verbs: {', '.join(VERBS)})")
 
     from trainer import config as schema
-    from trainer.settings import build, help_text, load_yaml, merge, parse_flags
+    from trainer.settings import build, coerce, help_text, load_yaml, merge, parse_flags
 
     classes = {
         "prepare": schema.PrepareConfig,
@@ -198,7 +198,7 @@ def dispatch(words: list[str]) -> None:
 
         print(folder_of(build(schema.RunConfig, merge(values, flags))).absolute())
         return
-    import_plugins(plugins if isinstance(plugins, list) else [plugins])
+    import_plugins(coerce(list[str], plugins, "--plugin"))
     call(verb, cls, merge(values, flags), print_config, as_json)
 
 

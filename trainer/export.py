@@ -30,10 +30,11 @@ from trainer import __version__, checkpoint
 from trainer.config import ExportConfig, RunConfig
 from trainer.engine.distributed import World
 from trainer.errors import UserError
-from trainer.files import sync_path, write_file
+from trainer.files import sync_path, user_path, write_file
 from trainer.memory import KERNEL_FIELDS
 from trainer.run_folder import CONFIG
 from trainer.settings import build, load_yaml
+from trainer.text import printable
 
 SHARD_BYTES = 2 << 30  # about what is held in memory at once; a larger tensor has a file of its own
 PREFIX = "model."
@@ -43,9 +44,9 @@ def run(config: ExportConfig) -> None:
     """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
     if config.run_dir is None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer export runs/NAME`")
-    folder = Path(config.run_dir).expanduser()
+    folder = user_path(config.run_dir, "run_dir")
     if not (folder / CONFIG).exists():
-        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG})")
+        raise UserError(f"run_dir: {printable(folder)} is not a run folder (it has no {CONFIG})")
     trained = build(RunConfig, load_yaml(folder / CONFIG))  # everything inferred is written out there
     fields = dict(trained.model)
     fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
@@ -54,9 +55,9 @@ def run(config: ExportConfig) -> None:
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
-    out = Path(config.out).expanduser() if config.out else folder / f"export-{manifest['step']}"
+    out = user_path(config.out, "out") if config.out is not None else folder / f"export-{manifest['step']}"
     about = {
-        "model": fields.pop("name"),
+        "model": fields.pop("name", "hlb"),
         "config": fields,
         "step": manifest["step"],
         "tokens": manifest["tokens"],
