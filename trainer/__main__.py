@@ -15,7 +15,7 @@ from trainer.errors import MachineError, UserError
 from trainer.files import system_error
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
-from trainer.text import printable, printable_lines
+from trainer.text import for_stream, printable, printable_lines
 
 ALONE = ("prepare", "plan", "generate", "export")  # under a launcher of several processes, rank 0 does these by itself
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
@@ -196,7 +196,7 @@ def dispatch(words: list[str]) -> None:
     if print_run_dir:
         from trainer.run_folder import folder_of
 
-        print(folder_of(build(schema.RunConfig, merge(values, flags))).absolute())
+        print(for_stream(str(folder_of(build(schema.RunConfig, merge(values, flags))).absolute()), sys.stdout))
         return
     import_plugins(coerce(list[str], plugins, "--plugin"))
     call(verb, cls, merge(values, flags), print_config, as_json)
