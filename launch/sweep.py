@@ -16,6 +16,7 @@ from pathlib import Path
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.settings import build, load_yaml, merge, parse_flags
+from trainer.text import printable
 
 
 def choices(words: list[str]) -> list[list[tuple[str, str]]]:
@@ -75,7 +76,7 @@ def main() -> None:
         commands = elements(folder, sys.argv[2:])
         write(folder / "elements", commands)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     for number, command in enumerate(commands):
         print(number, " ".join(command))

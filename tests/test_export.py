@@ -72,6 +72,16 @@ def test_a_run_of_another_device_can_be_opened(tiny_dataset, tmp_path, monkeypat
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_an_empty_path_is_no_folder_and_names_are_filled_in(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    monkeypatch.setenv("RUN", str(finished))
+    export.run(ExportConfig(run_dir="$RUN", out="$WHERE/out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    for config in (ExportConfig(run_dir=""), ExportConfig(run_dir="$RUN", out="")):
+        with pytest.raises(UserError, match="is empty; name a path"):
+            export.run(config)
+
+
 def test_a_text_file_in_place_of_a_dataset_is_told_the_way(tiny_dataset, tmp_path):
     opened = open_run(str(make_run(tiny_dataset, tmp_path / "run", "gpt2")), None, "cpu", "auto")
     (tmp_path / "a.txt").write_text("a text")

@@ -34,6 +34,7 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
 def test_the_weights_of_the_guide_give_the_same_logits(number, name, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
     monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     sizes = {
         "LLAMA": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "rope_theta": 500.0, "rms_norm_eps": 1e-3, "initializer_range": 0.2},
@@ -45,6 +46,8 @@ def test_the_weights_of_the_guide_give_the_same_logits(number, name, tmp_path, m
     model = getattr(transformers, {"LLAMA": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[name])(config)
     model.save_pretrained(tmp_path)
     code = blocks("models/README.md", "python")[number]
+    # Where transformers is imported first, this is what keeps it from a torchvision that does not fit.
+    assert code.index('sys.modules["torchvision"] = None') < code.index("from transformers")
     (tmp_path / "guide.py").write_text(code.replace(f'"{name}"', repr(str(tmp_path))))
     found = runpy.run_path(str(tmp_path / "guide.py"))
     tokens = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))

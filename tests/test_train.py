@@ -400,6 +400,16 @@ def test_a_config_of_another_model_is_named(finished, tmp_path):
         run({"run_dir": str(folder)})
 
 
+def test_a_changed_row_of_metrics_is_told(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    run({"run_dir": str(folder), "max_steps": 13})
+    assert "are not those that the run has written" not in capsys.readouterr().err
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 3, "tokens": ', '"step": 3, "tokens": 1', 1))
+    run({"run_dir": str(folder), "max_steps": 14})
+    assert "metrics.jsonl: the rows up to step 13 are not those that the run has written" in capsys.readouterr().err
+
+
 def test_a_state_of_another_version_is_named(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "r")
     path = folder / "checkpoints" / checkpoint.step_name(12) / "manifest.json"

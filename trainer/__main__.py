@@ -16,7 +16,7 @@ from trainer.errors import MachineError, Stopped, UserError
 from trainer.files import system_error
 from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
-from trainer.text import printable, printable_lines
+from trainer.text import for_stream, printable, printable_lines
 
 ALONE = (
     "prepare",
@@ -171,7 +171,7 @@ def dispatch(words: list[str]) -> None:
         raise UserError(f"unknown verb {printable(repr(verb), 100)}{hint} (verbs: {', '.join(VERBS)})")
 
     from trainer import config as schema
-    from trainer.settings import build, help_text, load_yaml, merge, parse_flags
+    from trainer.settings import build, coerce, help_text, load_yaml, merge, parse_flags
 
     classes = {
         "prepare": schema.PrepareConfig,
@@ -217,9 +217,9 @@ def dispatch(words: list[str]) -> None:
     if print_run_dir:
         from trainer.run_config import folder_of
 
-        print(folder_of(build(schema.RunConfig, merge(values, flags))).absolute())
+        print(for_stream(str(folder_of(build(schema.RunConfig, merge(values, flags))).absolute()), sys.stdout))
         return
-    import_plugins(plugins if isinstance(plugins, list) else [plugins])
+    import_plugins(coerce(list[str], plugins, "--plugin"))
     call(verb, cls, merge(values, flags), print_config, as_json)
 
 

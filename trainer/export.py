@@ -53,7 +53,7 @@ def run(config: ExportConfig) -> None:
     path, manifest = chosen
     out = user_path(config.out, "out") if config.out is not None else folder / f"export-{manifest['step']}"
     about = {
-        "model": fields.pop("name"),
+        "model": fields.pop("name", "hlb"),
         "config": fields,
         "step": manifest["step"],
         "tokens": manifest["tokens"],

@@ -86,6 +86,7 @@ class Run:
         keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)
         self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
+        self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
         self.last: Measured | None = None  # step of this process
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
@@ -234,14 +235,15 @@ class Run:
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save(self, seconds: float) -> None:
-        """Write a checkpoint of everything needed to go on."""
+    def save(self, seconds: float, rows: str = "") -> None:
+        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl."""
         self.watchdog.at(self.state.step, "saving")
         self.state.seconds, self.state.norm = seconds, self.last_norm()
         facts = {
             "tokens": self.state.tokens,
             "state": dataclasses.asdict(self.state),
             "fingerprint": self.dataset.fingerprint,
+            "metrics": rows,
             "world_size": self.world.size,
             "config": dataclasses.asdict(self.config),
             "torch": torch.__version__,
@@ -262,6 +264,7 @@ class Run:
             )
         check_trained_with(manifest.get("config"), self.config, path / checkpoint.MANIFEST)
         self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
+        self.rows = str(manifest.get("metrics", ""))
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")

@@ -122,7 +122,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
     )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
-    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds)
+    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds, this.rows)
     try:
         this.signals.begin(report.console.say)
         with collecting_by_hand():
@@ -241,8 +241,7 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             this.watchdog.at(state.step, "curves")
             report.draw_curves()
         if save:
-            report.sync()
-            this.save(report.clock.seconds)
+            this.save(report.clock.seconds, report.sync())
         report.clock.start()
     if profiler is not None:
         profiler.close()

@@ -17,7 +17,7 @@ from trainer.bench.clock import PHASES
 from trainer.bench.variants import Contender
 from trainer.config import BenchConfig
 from trainer.device import device_name, memory_bytes, peak_flops
-from trainer.files import write_file
+from trainer.files import user_path, write_file
 from trainer.memory import GIB, build_meta
 from trainer.run_folder import environment
 from trainer.text import printable, printable_lines
@@ -56,7 +56,7 @@ def bench_folder(config: BenchConfig) -> Path:
     """Where the files go; made if it is not there."""
     if config.bench_dir is None:
         config.bench_dir = str(Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S"))
-    folder = Path(config.bench_dir).expanduser()
+    folder = user_path(config.bench_dir, "bench_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

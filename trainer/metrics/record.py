@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,8 +25,10 @@ class MetricsFile:
     What cannot be written now is kept, and written with a later row: `write` and `sync` raise MachineError meanwhile.
     """
 
-    def __init__(self, path: Path, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, resume_step: int, say: Callable[[str], None], expected: str = "") -> None:
+        """expected: `digest` when the checkpoint was saved that the run goes on from; "" where nothing tells."""
         self.path, self.history = path, History()
+        self._digest = hashlib.sha256()
         self._unwritten = b""
         self._descriptor: int | None = None
         try:
@@ -34,6 +37,15 @@ class MetricsFile:
             self._open()
         except OSError as error:
             raise system_error(error, f"{printable(path)}: cannot be read or written") from None
+        if expected and expected != self.digest:
+            say(
+                f"warning: {printable(path)}: the rows up to step {resume_step:,} are not those that the run has written"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows, as a checkpoint keeps it."""
+        return self._digest.hexdigest()
 
     def _rewind(self, resume_step: int, say: Callable[[str], None]) -> None:
         """Keep the rows up to `resume_step`, byte for byte, and put aside what is none."""
@@ -45,6 +57,7 @@ class MetricsFile:
                     odd.append((number, line))
                 elif row["step"] <= resume_step:
                     file.write(line)
+                    self._digest.update(line)
                     self.history.add(row)
             file.flush()
             os.fsync(file.fileno())
@@ -61,7 +74,9 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         self.history.add(row)
-        self._unwritten += json.dumps(row).encode() + b"\n"
+        line = json.dumps(row).encode() + b"\n"
+        self._digest.update(line)
+        self._unwritten += line
         self._flush()
 
     def sync(self) -> None:

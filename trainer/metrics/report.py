@@ -66,7 +66,10 @@ class Clock:
 class Report:
     """The voice of a run."""
 
-    def __init__(self, folder: Path, plan: Any, world: Any, engine: Any, step: int, seconds: float) -> None:
+    def __init__(
+        self, folder: Path, plan: Any, world: Any, engine: Any, step: int, seconds: float, rows: str = ""
+    ) -> None:
+        """rows: the digest of metrics.jsonl that the checkpoint has which the run goes on from."""
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
         # Not of the engine's model: where its weights are cut into parts (zero3) it would count those of one part, or none.
@@ -83,7 +86,7 @@ class Report:
         self._metrics: MetricsFile | None = None
         if world.leader:
             log, settings = plan.config.log, dataclasses.asdict(plan.config)
-            self._metrics = MetricsFile(folder / "metrics.jsonl", step, world.say)
+            self._metrics = MetricsFile(folder / "metrics.jsonl", step, world.say, rows)
             with world.decoration("samples.txt"):
                 rewind_samples(folder / "samples.txt", step)
             self._wandb = Wandb(log.wandb, log.wandb_project, folder, settings, world)
@@ -209,11 +212,13 @@ class Report:
             )
         self.console.say(f"step {step}: loss or gradient is not finite; the step is skipped")
 
-    def sync(self) -> None:
-        """Rows on disk, before a checkpoint that continues from them."""
-        if self._metrics is not None:
-            with self.world.decoration("metrics.jsonl"):
-                self._metrics.sync()
+    def sync(self) -> str:
+        """Rows on disk, before a checkpoint that continues from them; their digest ("" on ranks that keep none)."""
+        if self._metrics is None:
+            return ""
+        with self.world.decoration("metrics.jsonl"):
+            self._metrics.sync()
+        return self._metrics.digest
 
     def draw_curves(self) -> None:
         """curves.png of the run so far."""
