@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ def told_of_model(model_class: Any, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         name = next((name for name in model_names() if get_model(name) is model_class), model_class.__name__)
-        file = inspect.getsourcefile(model_class) or ""
+        file = str(getattr(sys.modules.get(model_class.__module__), "__file__", ""))
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
         cause = printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 300)
