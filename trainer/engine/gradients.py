@@ -22,7 +22,11 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
     config = replace(plan.model_config, **dict.fromkeys(kernels, "auto"))
     try:
         # No numbers, so no memory, and hardly any time. The loss in tiles takes the longest of it, and scores keep nothing.
-        with FakeTensorMode(allow_non_fake_inputs=True), scored_by(lambda *facts: None):
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            scored_by(lambda *facts: None),
+            torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
+        ):
             names = unreached(
                 plan.model_class(config), plan.sequence_lengths[0], documents=plan.config.data.separate_documents
             )
