@@ -104,7 +104,7 @@ def made(check, model_class):
         ("initial weights", Forgetful, "init_weights does not set positions.weight, "),
         ("initial weights", Restless, "init_weights draws from torch's global generator"),
         ("causality", Prophetic, "token 1 changes the logits of those before it"),
-        ("documents", Mingling, "document .* among others and alone: they differ by"),
+        ("documents", Mingling, "document .* among others .* and alone: they differ by"),
         ("loss", Halved, "the loss less its parts and the cross-entropy of the logits"),
         ("ignored targets", Flat, "the sum and the mean times the targets that count"),
         ("no targets", Flat, "where every target is IGNORE, the sum is"),

@@ -189,9 +189,10 @@ def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str
     from trainer import checkpoint
 
     chosen = checkpoint.choose(folder / "checkpoints", None, say)
-    if chosen is None or chosen[1]["format"] == 1:
+    manifest = {"format": 1} if chosen is None else chosen[1]
+    if manifest["format"] == 1 or not isinstance(manifest.get("config"), dict):
         return None
-    return chosen[1]["config"], chosen[1]["crescendo"]
+    return manifest["config"], str(manifest.get("crescendo", ""))
 
 
 # -- what a command makes of it --------------------------------------------------------------------------------------------
