@@ -189,7 +189,9 @@ def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str
     from trainer import checkpoint
 
     chosen = checkpoint.choose(folder / "checkpoints", None, say)
-    manifest = {"format": 1} if chosen is None else chosen[1]
+    if chosen is None:
+        return None
+    _, manifest = chosen
     if manifest["format"] == 1 or not isinstance(manifest.get("config"), dict):
         return None
     return manifest["config"], str(manifest.get("crescendo", ""))
