@@ -18,13 +18,8 @@ from trainer.launcher import Place, find_place
 from trainer.outcome import tell_outcome
 from trainer.text import for_stream, printable, printable_lines
 
-ALONE = (
-    "prepare",
-    "plan",
-    "generate",
-    "export",
-    "check",
-)  # under a launcher of several processes, rank 0 does these by itself
+# Under a launcher of several processes, rank 0 does these by itself.
+ALONE = ("prepare", "plan", "generate", "export", "check")
 WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
 # As gloo's and NCCL's errors say.
 LOST_CONNECTION = (

@@ -23,9 +23,8 @@ from trainer.settings import build, merge
 if TYPE_CHECKING:
     from trainer.engine.distributed import World
 
-UNSEEN_SECONDS = (
-    90.0  # that a rank waits where it sees nothing being prepared: rank 0 may be later, and so may a network's news
-)
+# That a rank waits where it sees nothing being prepared: rank 0 may be later, and so may a network's news.
+UNSEEN_SECONDS = 90.0
 BEAT_SECONDS = 5.0
 
 

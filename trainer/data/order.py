@@ -18,9 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 SHUFFLE_BLOCK = 2**18  # samples shuffled together: shards are visited in random order, a few at a time
-GROUP_TOKENS = (
-    2**22
-)  # of a group of windows: 8 or 16 MiB in memory; when sequences double, half of one at most is passed over
+GROUP_TOKENS = 2**22  # of windows: 8 or 16 MiB in memory; when sequences double, half of a group at most is passed over
 
 
 class Order:
