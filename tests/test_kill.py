@@ -200,7 +200,7 @@ def save(*args, **kwargs):
             write = checkpoint.write_file
             checkpoint.write_file = lambda path, text: die() if path.name == "latest" else write(path, text)
         else:
-            checkpoint.shutil.rmtree = lambda path, *a, **k: die() if str(path).endswith("2") else None
+            checkpoint.shutil.rmtree = lambda path, *a, **k: die() if str(path).endswith("2.tmp") and path.exists() else None
     return original(*args, **kwargs)
 
 checkpoint.dcp.save = save
