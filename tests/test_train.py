@@ -192,8 +192,10 @@ def test_every_digit_of_a_config_counts(finished, tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
     text = (finished / "config.yaml").read_text()
-    start = text.index("digest") + len("digest")
-    for place in [i for i, character in enumerate(text) if character.isdigit() and i > start]:
+    start = text.index("format")  # a later format is refused as such
+    for place in [
+        i for i, character in enumerate(text) if character.isdigit() and not start < i < text.index("digest")
+    ]:
         (folder / "config.yaml").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
         with pytest.raises(Damaged):
             _read(folder)
@@ -223,14 +225,13 @@ def test_a_config_of_another_release_says_which_one_reads_it(finished, tmp_path)
     folder = shutil.copytree(finished, tmp_path / "r")
     text = (folder / "config.yaml").read_text()
     body = text[text.index("\n") + 1 :] + "novelty: 3\n"
-    from trainer.run_config import _digest
+    from trainer.run_config import _sealed
 
     for version, line in (
         (2, "crescendo-lm 9.1.0, this is .*unknown key novelty"),
         (3, "has format 3 of crescendo-lm 9.1.0"),
     ):
-        header = f"# crescendo-lm 9.1.0, config format {version}, digest {_digest(body)}\n"
-        (folder / "config.yaml").write_text(header + body)
+        (folder / "config.yaml").write_text(_sealed(body, "9.1.0", str(version)))
         with pytest.raises(UserError, match=line):
             run({"run_dir": str(folder)})
 

@@ -78,10 +78,7 @@ def folder_of(config: RunConfig) -> Path:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write config.yaml; a folder with it can be resumed."""
-    text = to_yaml(config)
-    write_file(
-        folder / CONFIG, f"# crescendo-lm {__version__}, config format {CONFIG_FORMAT}, digest {_digest(text)}\n{text}"
-    )
+    write_file(folder / CONFIG, _sealed(to_yaml(config), __version__, str(CONFIG_FORMAT)))
 
 
 def keep_changed_config(folder: Path) -> None:
@@ -93,9 +90,14 @@ def keep_changed_config(folder: Path) -> None:
         (folder / CONFIG).rename(folder / f"{CONFIG}.changed")
 
 
-def _digest(text: str) -> str:
-    """sha256 of all lines that are not comments."""
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
+def _sealed(text: str, release: str, version: str) -> str:
+    """`text` under the line that says who wrote it, and its digest."""
+    return f"# crescendo-lm {release}, config format {version}, digest {_digest(text, release, version)}\n{text}"
+
+
+def _digest(text: str, release: str, version: str) -> str:
+    """sha256 of the release, the format and all lines that are not comments."""
+    lines = [release, version, *(line for line in text.splitlines() if not line.startswith("#"))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -176,7 +178,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
         raise UserError(
             f"{path}: has format {int(header[2])} of crescendo-lm {header[1]}; this is {__version__}, which reads {CONFIG_FORMAT}"
         )
-    if header is not None and header[3] != _digest(text):
+    if header is not None and header[3] != _digest(text, header[1], header[2]):
         raise Damaged(f"{path}: its digest is not that of its content; it was changed after it was written")
     if header is None and text.startswith("# crescendo-lm "):
         raise Damaged(f"{path}: its first line is not as it was written")
