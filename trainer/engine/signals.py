@@ -17,12 +17,8 @@ from trainer.engine.distributed import World
 from trainer.engine.listener import in_child, listener, tell
 from trainer.errors import Stopped
 
-STOPPING = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-)  # where ranks heard of several, the first counts
+# Where ranks heard of several, the first of these counts.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # What must outlive its shell is started with these ignored: by nohup, and in the background of a script.
 MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 # `timeout`, and launchers on a terminal or under Slurm, deliver one request twice: to the whole group, and passed on.
@@ -82,10 +78,8 @@ class StopSignals:
 
     def _hear(self, number: int) -> None:
         """In the listener's thread, at once."""
-        now, counts = (
-            time.monotonic(),
-            number != signal.SIGUSR1,
-        )  # that is a warning, and a script sends SIGTERM after it
+        now = time.monotonic()
+        counts = number != signal.SIGUSR1  # that is a warning, and a script sends SIGTERM after it
         by_key = number == signal.SIGINT and not self._launched
         if counts and self._first is None:
             self._first = now
