@@ -1,6 +1,6 @@
 """The config of a run that is there: how it is stored, what of it may change, and what a command makes of it.
 
-    # crescendo-lm 0.1.0, config format 2, digest 5f1c...     the release that wrote it, and a digest of all but comments
+    # crescendo-lm 0.2.0, config format 2, digest 5f1c...     the release that wrote it, and a digest of all but comments
     model_scale: 1.0                                          every key, nothing left to infer
 
 A config of format 1 has no such line. A key that an older release did not know means what that release did.
