@@ -238,8 +238,12 @@ class Run:
     def save(self, seconds: float, rows: str = "") -> None:
         """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl."""
         self.watchdog.at(self.state.step, "saving")
+        self.saver.save(self.state.step, self.engine.tensors(), self.facts(seconds, rows))
+
+    def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run."""
         self.state.seconds, self.state.norm = seconds, self.last_norm()
-        facts = {
+        return {
             "tokens": self.state.tokens,
             "state": dataclasses.asdict(self.state),
             "fingerprint": self.dataset.fingerprint,
@@ -249,7 +253,6 @@ class Run:
             "torch": torch.__version__,
             "crescendo": __version__,
         }
-        self.saver.save(self.state.step, self.engine.tensors(), facts)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint; False where there is none."""
@@ -263,9 +266,13 @@ class Run:
                 "give the run its data back or choose another --run_dir"
             )
         check_trained_with(manifest.get("config"), self.config, path / checkpoint.MANIFEST)
+        self.go_on(path, manifest)
+        self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
+        return True
+
+    def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take up the state and the tensors of a checkpoint, whatever config it was made with."""
         self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
         self.rows = str(manifest.get("metrics", ""))
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
-        self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
-        return True

@@ -47,11 +47,10 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
     dataset = find_dataset(config.data)
     assert dataset is not None
     run = Run(resolve(config, dataset), world, dataset, watchdog, StopSignals(world))
-    folder = Path(config.run_dir or "")
-    if "load" in case:
-        run.folder = Path(case["load"])
-        assert run.restore()
-        run.folder = folder
+    if "load" in case:  # also under another strategy, or with moments of another type
+        chosen = checkpoint.choose(Path(case["load"]) / "checkpoints", None, world.say, world)
+        assert chosen is not None
+        run.go_on(*chosen)
     result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}
     result |= {"microbatches": [], "graphs": []}
     for _ in range(case.get("steps", 10)):
@@ -74,9 +73,9 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
     if "matrices" in case:
         result["matrices"] = matrix_updates(run)
     if "save" in case:
-        facts = {"tokens": run.state.tokens, "state": vars(run.state), "fingerprint": dataset.fingerprint}
         keep = checkpoint.retention(9, 0)
-        checkpoint.save(Path(case["save"]) / "checkpoints", run.state.step, run.engine.tensors(), facts, world, keep)
+        folder = Path(case["save"]) / "checkpoints"
+        checkpoint.save(folder, run.state.step, run.engine.tensors(), run.facts(0.0), world, keep)
     run.stream.close()
     run.engine.close()
     result["seconds"] = time.monotonic() - begin
@@ -87,7 +86,8 @@ def matrix_updates(run: Run) -> dict[str, Any]:
     """The hook of matrix optimisers on one more batch: of each update some entries, and which rank computed it."""
     length = run.plan.sequence_length(run.state.step)
     sequences = run.config.batch.tokens_per_step // length
-    for tokens, targets, last in run.microbatches(run.read(length, sequences), length, sequences):
+    rows = run.read(length, sequences)
+    for tokens, targets, last in run.microbatches(rows, length, sequences):
         run.engine.backward(tokens, targets, 1 / (sequences * length), last)
     computed = []
 
