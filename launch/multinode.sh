@@ -109,7 +109,7 @@ RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || {
 }
 job_logs=$RUN_DIR/logs/$job
 LOG_DIR=$job_logs/try-$restarts
-CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/outcome.py writes it: launchers do not hand on exit codes
+CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/runtime/exit_status.py writes it: launchers do not hand on exit codes
 mkdir -p "$LOG_DIR"
 rm -f "$CRESCENDO_OUTCOME" "$LOG_DIR/stop"
 unset NODE_RANK  # torchrun.sh's; here it is Slurm's

@@ -13,10 +13,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from trainer.config import RunConfig
-from trainer.errors import UserError
-from trainer.settings import build, load_yaml, merge, parse_flags
-from trainer.text import printable
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build, load_yaml, merge, parse_flags
+from trainer.core.text import printable
 
 
 def choices(words: list[str]) -> list[list[tuple[str, str]]]:

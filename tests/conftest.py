@@ -63,7 +63,7 @@ def words_text(seed: int, count: int) -> str:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """About 60 kB of words in 40 documents, as bytes, in samples of 64 tokens and several shards."""
-    from trainer.config import PrepareConfig
+    from trainer.core.config import PrepareConfig
     from trainer.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -93,7 +93,7 @@ def copy(tiny_dataset, tmp_path) -> Path:
 
 def open_split(folder, name="train", **data):
     """A split of the dataset in `folder` or at that address; data: further keys of `data`."""
-    from trainer.config import DataConfig
+    from trainer.core.config import DataConfig
     from trainer.data.stream import Split, find_dataset
 
     config = DataConfig(path=str(folder), **data)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.advice import advice, epochs_of
-from trainer.optim import schedule_change
+from trainer.optim.schedules import schedule_change
+from trainer.planning.advice import advice, epochs_of
 
 
 def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None):

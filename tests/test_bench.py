@@ -14,19 +14,19 @@ from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
-from trainer.bench import clock, turns
-from trainer.bench.clock import PhaseClock, covered, peak_memory
-from trainer.bench.data import rate_of
-from trainer.bench.peers import COUNTERPARTS, BareLoop, EagerPeer, counterpart
-from trainer.bench.report import MISSING, distribution, markdown_table, ratio, train_report
-from trainer.bench.variants import Contender, Record, label, leaving_out, parse_sweep, run_config, variants
-from trainer.config import BenchConfig, RunConfig
+from trainer.commands.bench import clock, turns
+from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
+from trainer.commands.bench.data import rate_of
+from trainer.commands.bench.peers import COUNTERPARTS, BareLoop, EagerPeer, counterpart
+from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
+from trainer.commands.bench.variants import Contender, Record, label, leaving_out, parse_sweep, run_config, variants
+from trainer.core.config import BenchConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.stream import find_dataset
-from trainer.device import PEAK, peak_flops
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.plan import resolve
-from trainer.settings import build
+from trainer.planning.plan import resolve
+from trainer.runtime.device import PEAK, peak_flops
+from trainer.runtime.distributed import World
 
 CPU = torch.device("cpu")
 
@@ -337,7 +337,7 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     assert "'CPU', fp32: n/a" in table and "- a note" in table
 
     # The same with a peak: 100 tokens/s x FLOPs per token over the peak.
-    monkeypatch.setattr("trainer.bench.report.peak_flops", lambda device, precision, float8: 1e12)
+    monkeypatch.setattr("trainer.commands.bench.report.peak_flops", lambda device, precision, float8: 1e12)
     body = train_report(config, pair, True, []).body
     assert body["rows"][0]["mfu"] == pytest.approx(100 * ours["flops_per_token"] / 1e12)
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from models.base import get_model
 from models.presets import Gpt2
-from trainer.check import KINDS, names_of, outcome, report, subject_of
-from trainer.config import CheckConfig
-from trainer.errors import UserError
-from trainer.plugins import import_plugin
+from trainer.commands.check import KINDS, names_of, outcome, report, subject_of
+from trainer.commands.plugins import import_plugin
+from trainer.core.config import CheckConfig
+from trainer.core.errors import UserError
 from trainer.testing import numbers, sizes, strategies
 from trainer.testing.subject import Subject
 

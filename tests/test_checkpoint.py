@@ -19,12 +19,12 @@ import torch
 from conftest import PATIENCE, ROOT
 from torch import nn
 
-from trainer import checkpoint
-from trainer.checkpoint_saver import Saver
-from trainer.engine.distributed import World
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.saver import Saver
+from trainer.core.errors import Damaged, MachineError, UserError
+from trainer.core.files import sealed
 from trainer.engine.fsdp_engine import FsdpEngine
-from trainer.errors import Damaged, MachineError, UserError
-from trainer.files import sealed
+from trainer.runtime.distributed import World
 
 WORLD = World()
 
@@ -326,9 +326,9 @@ def test_a_failed_asynchronous_save_is_raised_by_the_next_call(tmp_path, monkeyp
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from trainer import checkpoint
-from trainer.checkpoint_saver import Saver
-from trainer.engine.distributed import World
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.saver import Saver
+from trainer.runtime.distributed import World
 
 moment, folder = sys.argv[1], Path(sys.argv[2])
 saver = Saver(folder, World(), checkpoint.retention(2, 0), True)

@@ -14,11 +14,11 @@ from conftest import PATIENCE, ROOT, error_line, trainer
 
 from models.base import get_model, load_models
 from trainer.__main__ import dispatch, import_plugins, main
-from trainer.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.metrics.console import Table
-from trainer.settings import coerced, leaf_keys
+from trainer.core.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import coerced, leaf_keys
+from trainer.runs.console import Table
+from trainer.runtime.distributed import World
 
 ALL_KEYS = sorted(
     {"print_config", "json", "help"}

@@ -22,10 +22,11 @@ from torch.nn.attention.flex_attention import flex_attention
 from models.base import Cache, get_model
 from models.layers import flex
 from models.layers.linear_cross_entropy import _Form
-from trainer.device import Target
-from trainer.engine import compilation, recompute
+from trainer.commands.train import run
+from trainer.engine import activation_checkpointing as recompute
+from trainer.engine import compilation
 from trainer.engine.compilation import Compiled, choose
-from trainer.train import run
+from trainer.runtime.device import Target
 
 # Sums in another order and fused multiply-adds: some hundred eps of the loss, and of the largest entry of each gradient, as in
 # test_zoo's test_compiled_equals_eager.

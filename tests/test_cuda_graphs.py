@@ -6,14 +6,14 @@ from test_train import make, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.config import RunConfig
-from trainer.device import GPUS
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine.cuda_graphs import WARM_UP
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.memory import expected_memory
-from trainer.plan import resolve
-from trainer.settings import build
+from trainer.planning.memory import expected_memory
+from trainer.planning.plan import resolve
+from trainer.runtime.device import GPUS
+from trainer.runtime.distributed import World
 
 MODELS = {
     "hlb": {"name": "hlb"},  # counts the tokens of each step

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from trainer.config import RunConfig
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.errors import UserError
-from trainer.memory import BUCKET
-from trainer.settings import build
+from trainer.planning.memory import BUCKET
 
 
 def settings(tmp_path=None, theirs=None, strategy="zero2", precision="fp32", clip=1.0, **engine):

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from conftest import PATIENCE, ROOT
 
-from trainer.engine.distributed import World
+from trainer.runtime.distributed import World
 
 BOUNDED = """
 import sys, time
-from trainer.engine.distributed import bounded
+from trainer.runtime.distributed import bounded
 with bounded(float(sys.argv[1]), "not connected"):
     time.sleep(float(sys.argv[2]))
 time.sleep(1)

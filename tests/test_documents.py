@@ -8,17 +8,17 @@ import torch
 from conftest import tiny_values
 
 from models.base import IGNORE, cross_entropy, get_model
-from trainer import evaluate
-from trainer.bench.peers import BareLoop
-from trainer.config import RunConfig
+from trainer.commands.bench.peers import BareLoop
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, find_dataset
-from trainer.engine.distributed import World
 from trainer.engine.torch_engine import TorchEngine
-from trainer.errors import UserError
-from trainer.memory import expected_memory
-from trainer.plan import resolve
-from trainer.settings import build
+from trainer.inference import evaluation as evaluate
+from trainer.planning.memory import expected_memory
+from trainer.planning.plan import resolve
+from trainer.runtime.distributed import World
 
 WORLD = World()
 MODEL = {"name": "llama", "d_model": 64, "n_layers": 2, "n_heads": 2, "max_context": 64}

@@ -7,18 +7,19 @@ import pytest
 import torch
 from conftest import tiny_values
 
-from trainer import evaluate
-from trainer.config import PrepareConfig, RunConfig
+from trainer.commands.evaluate import render
+from trainer.core.config import PrepareConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.prepare import prepare
 from trainer.data.stream import Split, find_dataset
-from trainer.engine.distributed import World
-from trainer.engine.signals import StopSignals
 from trainer.engine.torch_engine import TorchEngine
-from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
-from trainer.plan import resolve
-from trainer.run import Run
-from trainer.settings import build
+from trainer.inference import evaluation as evaluate
+from trainer.planning.plan import resolve
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.run import Run
 
 WORLD = World()
 
@@ -124,9 +125,9 @@ def test_the_report_says_what_is_an_estimate(engine_and_split):
     whole, part = (evaluate.full(engine, split, 64, WORLD, tokens) for tokens in (0, 64))
     assert not whole["bits_per_byte_is_estimate"] and part["bits_per_byte_is_estimate"]
     report = {"run": "r\x1b[31m", "step": 3, "data": "d", "split": "validation"}
-    text = evaluate.render(report | {"full": whole | {"word_perplexity": None}})
+    text = render(report | {"full": whole | {"word_perplexity": None}})
     assert "estimate" not in text and "\x1b" not in text and "word_perplexity" not in text
     assert text.count("\n") == 1
     hlb = evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
-    text = evaluate.render(report | {"full": part, "hlb": hlb})
+    text = render(report | {"full": part, "hlb": hlb})
     assert "an estimate: the split's bytes, in proportion" in text and "bytes of the split's average token" in text

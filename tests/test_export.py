@@ -12,15 +12,17 @@ from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 from safetensors.torch import load_file
 
 import models.base
-from trainer import checkpoint, export
-from trainer.config import DataConfig, ExportConfig, RunConfig
+from trainer.checkpoint import format as checkpoint
+from trainer.commands import export
+from trainer.core.config import DataConfig, ExportConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.stream import find_dataset
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.memory import build_meta
-from trainer.plan import resolve
-from trainer.run_folder import open_run, write_start
-from trainer.settings import build
+from trainer.engine.meta import build_meta
+from trainer.planning.plan import resolve
+from trainer.runs.folder import write_start
+from trainer.runs.opening import open_run
+from trainer.runtime.distributed import World
 
 
 def make_run(dataset: Path, folder: Path, model: str, precision: str = "fp32") -> Path:
@@ -66,7 +68,7 @@ def test_a_run_of_another_device_can_be_opened(tiny_dataset, tmp_path, monkeypat
     def too_small(*_):
         raise AssertionError("asked whether training fits")
 
-    monkeypatch.setattr("trainer.strategy.Chooser.refuse_the_impossible", too_small)
+    monkeypatch.setattr("trainer.planning.strategy.Chooser.refuse_the_impossible", too_small)
     opened = open_run(str(folder), None, "cpu", "pure_bf16")
     assert opened.model(torch.zeros(1, 4, dtype=torch.long)).logits.shape[:2] == (1, 4)
     export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))
@@ -93,7 +95,7 @@ def test_a_text_file_in_place_of_a_dataset_is_told_the_way(tiny_dataset, tmp_pat
 
 
 def stranger(out: Path) -> torch.nn.Module:
-    """The lines at the top of trainer/export.py."""
+    """The lines at the top of trainer/commands/export.py."""
     about = json.loads((out / "config.json").read_text())
     models.base.load_models()
     model_class = models.base.get_model(about["model"])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import Damaged, MachineError, UserError
-from trainer.files import bare_name, digest_of, parse_json, read_json, sealed, system_error, user_path, write_file
-from trainer.text import for_stream, printable, printable_lines
+from trainer.core.errors import Damaged, MachineError, UserError
+from trainer.core.files import bare_name, digest_of, parse_json, read_json, sealed, system_error, user_path, write_file
+from trainer.core.text import for_stream, printable, printable_lines
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

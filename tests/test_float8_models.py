@@ -14,7 +14,7 @@ from torch import nn
 
 from models.base import get_model
 from models.layers.float8 import Float8Linear, convert_to_float8
-from trainer.engine import recompute
+from trainer.engine import activation_checkpointing as recompute
 
 
 class Odd(nn.Module):

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from trainer import export, generate
-from trainer.config import DataConfig, ExportConfig
-from trainer.engine.distributed import World
-from trainer.evaluate import validate
-from trainer.metrics.record import read_rows
-from trainer.run_folder import open_run
-from trainer.train import run
+from trainer.commands import export
+from trainer.commands.train import run
+from trainer.core.config import DataConfig, ExportConfig
+from trainer.inference import decoding as generate
+from trainer.inference.evaluation import validate
+from trainer.runs.metrics import read_rows
+from trainer.runs.opening import open_run
+from trainer.runtime.distributed import World
 
 FROZEN = sorted(path for path in (ROOT / "tests" / "frozen").iterdir() if (path / "expected.json").is_file())
 # Sums in another order on other processors: fp32, a step after the other.

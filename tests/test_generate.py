@@ -10,9 +10,10 @@ import torch
 
 from models.base import get_model, load_models, model_names
 from models.presets import Gpt2
-from trainer import generate as g
+from trainer.commands.generate import write
+from trainer.core.errors import UserError
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
-from trainer.errors import UserError
+from trainer.inference import decoding as g
 
 load_models()
 VOCAB = 50  # of 64 rows
@@ -248,7 +249,7 @@ def test_a_prompt_that_is_not_text_is_one_line(runner):
 def test_stdout_of_another_encoding_gets_question_marks(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
-    g.write("caf\u00e9\n")
+    write("caf\u00e9\n")
     out.flush()
     assert out.buffer.getvalue() == b"caf?\n"
 

@@ -7,7 +7,7 @@ import torch
 
 from models.layers.positions import positions_in_documents
 from models.presets import Gpt2, gpt2_config, load_openai_weights
-from trainer import scaling
+from trainer.planning import dial
 
 Gpt2Config = Gpt2.Config
 
@@ -147,7 +147,7 @@ def test_positions_restart_with_every_document():
 @pytest.mark.parametrize("vocab", [8192, 50304])
 @pytest.mark.parametrize("scale", [0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 16, 32, 64, 100, 148])
 def test_shape_at_every_scale(scale, vocab):
-    target = scaling.target_parameters(scale, vocab)
+    target = dial.target_parameters(scale, vocab)
     config = Gpt2.config_for_scale(scale, vocab, target)
     assert Gpt2.count_parameters(config) == pytest.approx(target, rel=0.03)
     assert config.d_model % 64 == 0 and config.d_model == 64 * config.n_heads

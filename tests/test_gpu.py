@@ -10,18 +10,18 @@ import torch
 import yaml
 from conftest import ROOT, error_line, tiny_values, trainer, words_text
 
-from trainer.checkpoint import step_name
-from trainer.config import PrepareConfig, RunConfig
+from trainer.checkpoint.format import step_name
+from trainer.commands.train import run
+from trainer.core.config import PrepareConfig, RunConfig
+from trainer.core.settings import build
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.engine.distributed import World
-from trainer.engine.signals import StopSignals
-from trainer.engine.watchdog import Watchdog
-from trainer.metrics.record import read_rows
-from trainer.plan import resolve
-from trainer.run import Run
-from trainer.settings import build
-from trainer.train import run
+from trainer.planning.plan import resolve
+from trainer.runs.metrics import read_rows
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.run import Run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -247,7 +247,7 @@ def test_three_billion_parameters_in_40_gigabytes(tiny_dataset, tmp_path):
     code = (
         "import sys, torch; total = torch.cuda.get_device_properties(0).total_memory; "
         "torch.cuda.set_per_process_memory_fraction(40e9 / total); "
-        "from trainer.settings import load_yaml; from trainer.train import run; run(load_yaml(sys.argv[1])); "
+        "from trainer.core.settings import load_yaml; from trainer.commands.train import run; run(load_yaml(sys.argv[1])); "
         "print(torch.cuda.max_memory_allocated() / 1e9)"
     )
     done = subprocess.run(

@@ -11,7 +11,7 @@ from models.base import Cache
 from models.hlb import Hlb, HlbConfig
 from models.layers.distance_attention import Reach, attend_dense, attend_flex
 from models.layers.flex import causal_blocks
-from trainer import scaling
+from trainer.planning import dial
 
 SMALL = HlbConfig(vocab_size=101, d_model=64, n_layers=3)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled Flex kernel trains on CUDA only")
@@ -45,7 +45,7 @@ def quantised_distances(length):
 )
 def test_parameter_counts(scale, count):
     config = HlbConfig.for_scale(scale, 50304)
-    assert (config.d_model, config.n_layers) == scaling.dimensions(scale)
+    assert (config.d_model, config.n_layers) == dial.dimensions(scale)
     assert Hlb.count_parameters(config) == count
     with torch.device("meta"):
         assert sum(p.numel() for p in Hlb(config).parameters()) == count

@@ -15,9 +15,9 @@ import torch
 import yaml
 from conftest import PATIENCE, ROOT, tiny_values
 
-from trainer import checkpoint
-from trainer.engine.distributed import World
-from trainer.metrics.record import read_rows
+from trainer.checkpoint import format as checkpoint
+from trainer.runs.metrics import read_rows
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 
@@ -175,9 +175,9 @@ def test_killed_inside_a_save(tiny_dataset, tmp_path, moment):
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from trainer import checkpoint
-from trainer.settings import load_yaml
-from trainer.train import run
+from trainer.checkpoint import format as checkpoint
+from trainer.commands.train import run
+from trainer.core.settings import load_yaml
 
 moment, config = sys.argv[1:]
 saves = 0

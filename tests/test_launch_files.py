@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from trainer.config import RunConfig
+from trainer.core.config import RunConfig
+from trainer.core.settings import build
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.engine.wishes import Wishes, read_wishes, reconcile
-from trainer.settings import build
+from trainer.planning.launcher_config import Wishes, read_wishes, reconcile
 
 YAMLS = sorted((ROOT / "launch" / "accelerate").iterdir())
 SEVERAL = [path for path in YAMLS if path.name != "single_gpu.yaml"]

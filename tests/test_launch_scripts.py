@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import PATIENCE, ROOT, tiny_values
 
-from trainer.metrics.record import read_rows
+from trainer.runs.metrics import read_rows
 
 
 def environment(**changes: str) -> dict[str, str]:

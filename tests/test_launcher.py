@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import launcher
 from trainer.__main__ import without_local_rank
-from trainer.config import RunConfig
-from trainer.engine.wishes import Wishes, read_wishes, reconcile
-from trainer.errors import UserError
-from trainer.launcher import Place, find_meeting_point, find_place, refuse_lost_processes, unused_tasks
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.planning.launcher_config import Wishes, read_wishes, reconcile
+from trainer.runtime import launcher
+from trainer.runtime.launcher import Place, find_meeting_point, find_place, refuse_lost_processes, unused_tasks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 MEETING = {"MASTER_ADDR": "head", "MASTER_PORT": "29500"}
@@ -332,7 +332,7 @@ def test_a_group_of_one(standard_names):
     import torch
     import torch.distributed as dist
 
-    from trainer.engine.distributed import World, join
+    from trainer.runtime.distributed import World, join
 
     join(World(), "cpu")
     assert not dist.is_initialized(), "one process makes no group unless it is asked to"
@@ -349,7 +349,7 @@ def test_a_group_of_one(standard_names):
 def test_peers_that_do_not_come_are_a_line(standard_names, monkeypatch):
     import socket
 
-    from trainer.engine.distributed import World, join
+    from trainer.runtime.distributed import World, join
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -364,7 +364,7 @@ def test_peers_that_do_not_come_are_a_line(standard_names, monkeypatch):
 def test_a_port_that_is_taken_is_a_line(standard_names, monkeypatch):
     import socket
 
-    from trainer.engine.distributed import World, join
+    from trainer.runtime.distributed import World, join
 
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -379,7 +379,7 @@ def test_on_one_machine_nobody_else_can_reach_the_store(monkeypatch):
     """Torch's own store listens to all networks, and whoever connects may read and change it."""
     import socket
 
-    from trainer.engine.distributed import World, _attempt_store, read_world
+    from trainer.runtime.distributed import World, _attempt_store, read_world
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -408,7 +408,7 @@ def test_on_one_machine_nobody_else_can_reach_the_store(monkeypatch):
     ],
 )
 def test_keys_are_of_one_run_and_attempt(monkeypatch, environ, prefix):
-    from trainer.engine.distributed import attempt_prefix
+    from trainer.runtime.distributed import attempt_prefix
 
     for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "CRESCENDO_RENDEZVOUS"):
         monkeypatch.delenv(name, raising=False)

@@ -10,14 +10,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.base import Unset, materialise, refuse_unset, register, with_storage
 from models.presets import Gpt2
-from trainer.config import RunConfig
+from trainer.commands.train import run
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine import build_engine
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.plan import resolve
-from trainer.run_folder import open_run
-from trainer.settings import build
-from trainer.train import run
+from trainer.planning.plan import resolve
+from trainer.runs.opening import open_run
+from trainer.runtime.distributed import World
 
 CPU = torch.device("cpu")
 

@@ -16,17 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 from models.base import Output, cross_entropy, get_model
 from models.layers import linear_cross_entropy
 from models.layers.flex import causal_blocks
-from trainer.bench.turns import start
-from trainer.bench.variants import Variant, steady
-from trainer.config import PrepareConfig, RunConfig
+from trainer.commands.bench.turns import start
+from trainer.commands.bench.variants import Variant, steady
+from trainer.core.config import PrepareConfig, RunConfig
+from trainer.core.settings import build as build_settings
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.device import GPUS, cpu_has_bf16
-from trainer.engine import compilation, recompute
-from trainer.engine.distributed import World
-from trainer.memory import BUCKET, GIB, Demand, Spread, expected_memory, kept_bytes
-from trainer.plan import resolve
-from trainer.settings import build as build_settings
+from trainer.engine import activation_checkpointing as recompute
+from trainer.engine import compilation
+from trainer.planning.memory import BUCKET, GIB, Demand, Spread, expected_memory, kept_bytes
+from trainer.planning.plan import resolve
+from trainer.runtime.device import GPUS, cpu_has_bf16
+from trainer.runtime.distributed import World
 
 CPU = torch.device("cpu")
 MODES = ("none", "every-2", "selective", "full")

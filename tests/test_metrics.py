@@ -15,21 +15,22 @@ import pytest
 import torch
 from conftest import tiny_values
 
-from trainer.config import RunConfig
-from trainer.device import HostCopy
-from trainer.engine.distributed import World
-from trainer.errors import MachineError
-from trainer.memory import build_meta
-from trainer.metrics import console, plots
-from trainer.metrics import history as history_module
-from trainer.metrics.history import History, smoothed
-from trainer.metrics.record import MetricsFile, read_rows, rewind_samples
-from trainer.metrics.report import Clock, Measured, Report
-from trainer.metrics.wandb import Wandb, chosen_mode
-from trainer.plan import resolve
-from trainer.run import Run
-from trainer.settings import build
-from trainer.train import collecting_by_hand, run
+from trainer.commands.train import run
+from trainer.core.config import RunConfig
+from trainer.core.errors import MachineError
+from trainer.core.settings import build
+from trainer.engine.meta import build_meta
+from trainer.planning.plan import resolve
+from trainer.runs import console, plots
+from trainer.runs import history as history_module
+from trainer.runs.history import History, smoothed
+from trainer.runs.metrics import MetricsFile, read_rows, rewind_samples
+from trainer.runs.report import Clock, Measured, Report
+from trainer.runs.wandb import Wandb, chosen_mode
+from trainer.runtime.device import HostCopy
+from trainer.runtime.distributed import World
+from trainer.training.loop import collecting_by_hand
+from trainer.training.run import Run
 
 ROW = {
     "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,

@@ -11,17 +11,18 @@ from conftest import tiny_values
 from models import ngpt
 from models.base import cross_entropy
 from models.ngpt import Ngpt, NgptConfig, Scale, normalise_, step_on_sphere
-from trainer.config import RunConfig
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.stream import find_dataset
 from trainer.engine import build_engine
-from trainer.engine.distributed import World
-from trainer.engine.signals import StopSignals
-from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
-from trainer.optim import Optimizer, plain_groups
-from trainer.plan import resolve
-from trainer.run import Run
-from trainer.settings import build
+from trainer.optim import Optimizer
+from trainer.planning.plan import resolve
+from trainer.recipes.plain import plain_groups
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.run import Run
 
 V, D, LAYERS, HEADS = 96, 32, 2, 4
 # The dimension of each matrix along which its vectors lie: the one of size D, where only one is.
@@ -295,7 +296,7 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = plain_groups(shapes, optim, plan.config.max_steps)
     assert all(group.schedule(0) == 1 for group in groups)
-    adamw = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, torch.device("cpu")).adamw
+    adamw = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, 0.01, torch.device("cpu")).adamw
     assert [settings["weight_decay"] for settings in adamw.param_groups] == [0.0, 0.0]
 
     asked = {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02, "optim": {"weight_decay": 0.1}}

@@ -9,18 +9,18 @@ from conftest import tiny_values
 from safetensors.torch import load_file
 
 from models.base import get_model, ties, with_storage
-from trainer import checkpoint
-from trainer.config import EvaluateConfig, ExportConfig, RunConfig
-from trainer.engine.distributed import World
+from trainer.checkpoint import format as checkpoint
+from trainer.commands.evaluate import run as evaluate
+from trainer.commands.export import run as export
+from trainer.commands.train import run
+from trainer.core.config import EvaluateConfig, ExportConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine.gradients import refuse_unreached
-from trainer.errors import UserError
-from trainer.evaluate import run as evaluate
-from trainer.export import run as export
-from trainer.memory import build_meta
-from trainer.metrics.record import read_rows
-from trainer.plan import resolve
-from trainer.settings import build
-from trainer.train import run
+from trainer.engine.meta import build_meta
+from trainer.planning.plan import resolve
+from trainer.runs.metrics import read_rows
+from trainer.runtime.distributed import World
 
 
 def values(dataset, folder, model, **changes):

@@ -8,33 +8,35 @@ from torch import nn
 
 from models.base import get_model, load_models
 from trainer import optim
-from trainer.config import OptimConfig
-from trainer.scaling import weight_decay, weight_decay_base
+from trainer.core.config import OptimConfig
+from trainer.optim import schedules
+from trainer.recipes import hlb, plain
+from trainer.recipes.hlb import weight_decay, weight_decay_base
 
 load_models()
 
 
 def test_power_decay_values():
     printed = {0: 0.02, 50: 0.51, 99: 0.9902, 100: 1.0, 101: 0.94606, 200: 0.69128, 999: 0.58031}
-    assert {step: round(optim.power_decay(step), 5) for step in printed} == printed
+    assert {step: round(hlb.power_decay(step), 5) for step in printed} == printed
 
 
 def test_output_decay_values():
     printed = {0: 1, 1: 0.87055, 99: 0.39811, 999: 0.25119}
-    assert {step: round(optim.output_decay(step), 5) for step in printed} == printed
+    assert {step: round(hlb.output_decay(step), 5) for step in printed} == printed
 
 
 def test_position_decay_values():
     printed = {100: 0.60577, 500: 0.08157, 999: 0.00669}
-    assert {step: round(optim.exponential_decay(step), 5) for step in printed} == printed
+    assert {step: round(hlb.exponential_decay(step), 5) for step in printed} == printed
 
 
 def test_warmup_cosine():
     total, warmup = 1000, 30
-    assert optim.warmup_cosine(0, warmup, total) == pytest.approx(1 / 30)
-    assert optim.warmup_cosine(29, warmup, total) == 1
-    assert optim.warmup_cosine(30 + 970 // 2, warmup, total) == pytest.approx(0.55)
-    assert optim.warmup_cosine(1000, warmup, total) == pytest.approx(0.1)
+    assert schedules.warmup_cosine(0, warmup, total) == pytest.approx(1 / 30)
+    assert schedules.warmup_cosine(29, warmup, total) == 1
+    assert schedules.warmup_cosine(30 + 970 // 2, warmup, total) == pytest.approx(0.55)
+    assert schedules.warmup_cosine(1000, warmup, total) == pytest.approx(0.1)
 
 
 def hlb_model():
@@ -48,7 +50,7 @@ def test_hlb_groups_at_scale_one():
     """Membership, learning rates, betas and decay of hlb-gpt with lr of scale 1."""
     config = OptimConfig(recipe="hlb", lr=2.52587e-3, warmup_steps=100, weight_decay=0.0, loss_driven_decay=True)
     model = hlb_model()
-    groups = {group.name: group for group in optim.hlb_groups(model, config)}
+    groups = {group.name: group for group in hlb.hlb_groups(model, config)}
     printed = {"position": 0.252587, "norm, bias, embedding": 0.0808278, "head": 5.05174e-3, "matrix": 2.52587e-3}
     assert {name: pytest.approx(group.lr, rel=1e-6) for name, group in groups.items()} == printed
     assert {name: group.betas for name, group in groups.items()} == {
@@ -66,7 +68,7 @@ def test_a_tied_matrix_learns_as_the_head_does():
     held = {}
     for tied in (True, False):
         model = cls(cls.Config(vocab_size=64, d_model=64, n_layers=1, n_heads=2, max_context=16, tied=tied))
-        groups = {group.name: group.parameters for group in optim.hlb_groups(model, config)}
+        groups = {group.name: group.parameters for group in hlb.hlb_groups(model, config)}
         assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
         held[tied] = groups["head"], "embedding.weight" in groups["norm, bias, embedding"]
         assert "positions.weight" in groups["norm, bias, embedding"]
@@ -89,7 +91,7 @@ def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     group = optim.Group("g", ["p"], lr, lambda step: 1.0, (0.9, 0.95), 1e-9, weight_decay, loss_driven)
     shapes, cpu = {"p": torch.Size([SCALE_ONE])}, torch.device("cpu")
-    return parameter, optim.Optimizer([group], shapes, {"p": parameter}, first_loss=6.0, device=cpu)
+    return parameter, optim.Optimizer([group], shapes, {"p": parameter}, first_loss=6.0, decay_base=0.01, device=cpu)
 
 
 def update(optimizer, step, loss, finite):
@@ -146,7 +148,7 @@ def test_plain_recipe_decays_matrices_only():
     model = cls(cls.config_for_scale(0.02, 257, 2_000_000))
     config = OptimConfig(recipe="plain", lr=1e-3, warmup_steps=3, weight_decay=0.1, loss_driven_decay=False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    groups = optim.plain_groups(shapes, config, 100)
+    groups = plain.plain_groups(shapes, config, 100)
     assert [group.weight_decay for group in groups] == [0.1, 0.0]
     assert all(len(shapes[name]) >= 2 for name in groups[0].parameters)
     assert all(len(shapes[name]) < 2 for name in groups[1].parameters)

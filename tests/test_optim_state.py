@@ -9,10 +9,11 @@ from conftest import tiny_values
 from test_train import losses, make, same, weights
 from torch import nn
 
-from trainer import checkpoint, optim
-from trainer.metrics.record import read_rows
+from trainer import optim
+from trainer.checkpoint import format as checkpoint
+from trainer.commands.train import run
 from trainer.optim import adamw
-from trainer.train import run
+from trainer.runs.metrics import read_rows
 
 U = (
     2**-8
@@ -24,7 +25,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def build(parameters, betas=(0.9, 0.95), weight_decay=0.0, loss_driven=False, device="cpu"):
     group = optim.Group("g", list(parameters), 0.1, lambda step: 1.0, betas, 1e-9, weight_decay, loss_driven)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return optim.Optimizer([group], shapes, parameters, first_loss=6.0, device=torch.device(device), narrow=True)
+    return optim.Optimizer(
+        [group], shapes, parameters, first_loss=6.0, decay_base=0.01, device=torch.device(device), narrow=True
+    )
 
 
 def step(optimizer, number=0, finite=ONE):

@@ -11,9 +11,9 @@ import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
 
 from trainer.__main__ import known_errors
-from trainer.errors import MachineError, UserError
-from trainer.outcome import VARIABLE, tell_outcome
-from trainer.run_folder import locked
+from trainer.core.errors import MachineError, UserError
+from trainer.runs.folder import locked
+from trainer.runtime.exit_status import VARIABLE, tell_outcome
 
 
 def outcome_of(tmp_path, values: dict, *flags, **variables: str) -> str:

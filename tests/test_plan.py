@@ -13,16 +13,18 @@ from conftest import ROOT, tiny_values
 
 from models.hlb import Hlb
 from models.presets import Gpt2, with_defaults
-from trainer import memory
-from trainer import plan as p
 from trainer.__main__ import dispatch, known_errors
-from trainer.config import PlanConfig, RunConfig
+from trainer.commands.plan import resolve_for
+from trainer.core.config import PlanConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build, load_yaml, to_yaml
 from trainer.data.stream import find_dataset
-from trainer.device import GPUS
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.run_config import combined_values, flat
-from trainer.settings import build, load_yaml, to_yaml
+from trainer.planning import memory
+from trainer.planning import plan as p
+from trainer.planning.run_config import combined_values, flat
+from trainer.planning.time import expected_time
+from trainer.runtime.device import GPUS
+from trainer.runtime.distributed import World
 
 MAY_STAY_OPEN = {"data.path", "data.source", "data.cache", "data.validation_source", "data.document_start"}
 MAY_STAY_OPEN |= {"data.end_of_text"}
@@ -46,7 +48,7 @@ def gpu(monkeypatch):
     """gpu(80): the device is a GPU of 80 GiB."""
 
     def pretend(gibibytes):
-        monkeypatch.setattr("trainer.device.memory_bytes", lambda device: int(gibibytes * memory.GIB))
+        monkeypatch.setattr("trainer.runtime.device.memory_bytes", lambda device: int(gibibytes * memory.GIB))
 
     return pretend
 
@@ -131,7 +133,7 @@ KERNELS_OF_A_GPU = [
 def test_kernels_of_a_gpu_are_planned_without_one(values):
     heads = {"n_heads": 2} if values["name"] != "hlb" else {}
     model = values | heads | {"d_model": 128, "n_layers": 2}
-    plan, _ = p.resolve_for(build(PlanConfig, {"device": "h100-80gb", "world_size": 1, "model": model}))
+    plan, _ = resolve_for(build(PlanConfig, {"device": "h100-80gb", "world_size": 1, "model": model}))
     assert plan.model_config.attention_kernel == values["attention_kernel"]  # the run's stays what was asked for
     assert memory.expected_memory(plan)["activations"] > 0
 
@@ -155,7 +157,7 @@ def test_kernels_that_cannot_train_here_are_refused(model):
 
 def test_kernels_are_asked_of_the_gpu_at_hand(gpu, monkeypatch):
     gpu(80)
-    monkeypatch.setattr("trainer.device.choose_device", lambda wanted: torch.device("cuda", 0))
+    monkeypatch.setattr("trainer.runtime.device.choose_device", lambda wanted: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("models.layers.attend._flash_version", lambda: (2, 8))
     model = {"name": "llama", "attention_kernel": "flash"}
@@ -351,7 +353,7 @@ def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):
 def test_a_device_that_is_not_here(name, device, processes, strategy):
     """The dial's far end plans on each; where one process must shard, the rest is in CPU memory."""
     config = build(PlanConfig, {"model_scale": 148, "model": {"name": name}, "device": device, "world_size": processes})
-    plan, found = p.resolve_for(config)
+    plan, found = resolve_for(config)
     precision = "bf16" if GPUS[device].is_ampere else "fp32"
     assert (plan.config.engine.strategy, plan.config.precision, plan.processes) == (strategy, precision, processes)
     assert plan.config.engine.offload == (strategy == "fsdp" and processes == 1)
@@ -364,7 +366,7 @@ def test_a_device_that_is_not_here(name, device, processes, strategy):
 
 def test_the_original_fits_the_device_it_was_made_for():
     """3 B parameters in pure bf16: 2 + 6 + 4 bytes each are 33.8 GiB in the update."""
-    plan, _ = p.resolve_for(
+    plan, _ = resolve_for(
         build(PlanConfig, {"model_scale": 148, "device": "a100-40gb", "world_size": 1, "precision": "pure_bf16"})
     )
     assert plan.config.engine.strategy == "single"
@@ -373,26 +375,26 @@ def test_the_original_fits_the_device_it_was_made_for():
 
 
 def test_an_old_gpu_has_no_bf16():
-    assert p.resolve_for(build(PlanConfig, {"device": "t4-16gb"}))[0].config.precision == "fp32"
+    assert resolve_for(build(PlanConfig, {"device": "t4-16gb"}))[0].config.precision == "fp32"
 
 
 def test_fp8_is_planned_for_gpus_that_have_it():
-    assert p.resolve_for(build(PlanConfig, {"device": "l4-24gb", "float8": True}))[0].config.float8
+    assert resolve_for(build(PlanConfig, {"device": "l4-24gb", "float8": True}))[0].config.float8
     with pytest.raises(UserError, match="^float8: NVIDIA A100-SXM4-40GB has no units for fp8; leave it out$"):
-        p.resolve_for(build(PlanConfig, {"device": "a100-40gb", "float8": True}))
+        resolve_for(build(PlanConfig, {"device": "a100-40gb", "float8": True}))
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(UserError, match="device: 'a100' is not known .*a100-40gb"):
-        p.resolve_for(build(PlanConfig, {"device": "a100"}))
+        resolve_for(build(PlanConfig, {"device": "a100"}))
 
 
 def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     """And from the row of it that is most like the run: here compiled, as is usual on a GPU."""
     monkeypatch.chdir(tmp_path)
     device = "NVIDIA A100-SXM4-40GB"
-    plan, _ = p.resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
-    unknown = p.expected_time(plan, device, 3.6)
+    plan, _ = resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
+    unknown = expected_time(plan, device, 3.6)
     assert (unknown.hours, unknown.tokens_per_second, unknown.cost) == (None, None, None)
     flops = memory.build_meta(plan.model_class, plan.model_config).flops_per_token(plan.config.batch.sequence_length)
     at_peak = p.minimum_tokens(plan) * flops / 312e12 / 2 / 3600
@@ -400,7 +402,7 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     assert unknown.row().value == f"{at_peak / 0.5:.3g} to {at_peak / 0.2:.3g}"
     assert "50% to 20% of 312 TFLOP/s" in unknown.rule and "no bench of this model" in unknown.rule
     assert f"{at_peak / 0.5 * 7.2:,.2f} to {at_peak / 0.2 * 7.2:,.2f} at 3.6 an hour and device" in unknown.rule
-    assert p.expected_time(plan, "CPU", 3.6).row().value == "unknown"
+    assert expected_time(plan, "CPU", 3.6).row().value == "unknown"
 
     def row(rate, **changes):
         config = dataclasses.asdict(plan.config)
@@ -419,7 +421,7 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
         (tmp_path / "runs" / f"bench-{date}").mkdir(parents=True)
         report = {"kind": "train", "device": name, "processes": 1, "rows": rows}
         (tmp_path / "runs" / f"bench-{date}" / "bench.json").write_text(json.dumps(report))
-    found = p.expected_time(plan, device, price=3.6)
+    found = expected_time(plan, device, price=3.6)
     hours = p.minimum_tokens(plan) / 2000 / 3600
     assert found.hours == pytest.approx(hours, abs=5e-4) and found.tokens_per_second == 2000
     assert found.cost == pytest.approx(hours * 3.6 * 2)

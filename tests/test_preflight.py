@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.engine.facts import Facts, absentees, compare, find_facts, rank_names
-from trainer.errors import UserError
-from trainer.launcher import Place, own_host, own_ranks, slurm_hosts
-from trainer.preflight import Measured, Survey, _free, check_room, judge, pairings, summary, table
+from trainer.core.errors import UserError
+from trainer.runtime.host_info import Facts, absentees, compare, find_facts, rank_names
+from trainer.runtime.launcher import Place, own_host, own_ranks, slurm_hosts
+from trainer.training.preflight import Measured, Survey, _free, check_room, judge, pairings, summary, table
 
 SOFTWARE = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
 MB, GB = 10**6, 10**9

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from trainer.errors import UserError
-from trainer.profile import Profiler, Recording, common, explain_out_of_memory, window
+from trainer.core.errors import UserError
+from trainer.training.profile import Profiler, Recording, common, explain_out_of_memory, window
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NUMBERS = itertools.count(1)

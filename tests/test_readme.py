@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, tiny_values
 
 from trainer.__main__ import import_plugins
-from trainer.metrics.record import read_rows
-from trainer.train import run
+from trainer.commands.train import run
+from trainer.runs.metrics import read_rows
 
 
 def blocks(file, language):
@@ -70,8 +70,8 @@ def test_links_and_files_exist(file):
 
 def test_commands_use_known_keys():
     """Every --key on a `python -m trainer` line of a guide is a key of that verb."""
-    from trainer.config import EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
-    from trainer.settings import leaf_keys
+    from trainer.core.config import EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
+    from trainer.core.settings import leaf_keys
 
     schemas = {"prepare": PrepareConfig, "plan": RunConfig, "train": RunConfig, "generate": GenerateConfig,
                "evaluate": EvaluateConfig}  # fmt: skip

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.base import Cache
 from models.layers import flex
-from trainer.engine import recompute
-from trainer.errors import UserError
+from trainer.core.errors import UserError
+from trainer.engine import activation_checkpointing as recompute
 
 MODES = ("full", "selective", "every-1", "every-2")
 

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from trainer import scaling
+from trainer.optim import schedules
+from trainer.planning import dial
+from trainer.recipes import hlb as hlb_laws
 
 # scale: d, L, d_qk, C, B(32), B(1024), N, lr_base, lr, b, p, K, evaluation (batch, steps)
 TABLE = """
@@ -32,16 +34,16 @@ def digits(value: float, printed: str) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_whole_table(row):
     scale = float(row[0])
-    d, n_layers = scaling.dimensions(scale)
-    tokens = scaling.tokens_per_microbatch(scale)
-    n = scaling.target_parameters(scale, 50304)
-    law = scaling.GradNormLaw.of(n)
-    batch, steps = scaling.evaluation_shape(tokens)
+    d, n_layers = dial.dimensions(scale)
+    tokens = hlb_laws.tokens_per_microbatch(scale)
+    n = dial.target_parameters(scale, 50304)
+    law = hlb_laws.GradNormLaw.of(n)
+    batch, steps = hlb_laws.evaluation_shape(tokens)
     assert [d, n_layers, d // 8, tokens, tokens // 32, tokens // 1024, n] == [int(cell) for cell in row[1:8]]
     computed = [
-        scaling.base_learning_rate(n),
-        scaling.learning_rate(n),
-        scaling.weight_decay_base(n),
+        hlb_laws.base_learning_rate(n),
+        hlb_laws.learning_rate(n),
+        hlb_laws.weight_decay_base(n),
         law.exponent,
         law.step_scale,
     ]
@@ -55,24 +57,24 @@ def test_hlb_and_the_dial_agree():
 
     for scale in (0.01, 0.05, 0.3, 0.5, 1, 2, 3.7, 8, 32, 148):
         config = HlbConfig.for_scale(scale, 50304)
-        assert (config.d_model, config.n_layers) == scaling.dimensions(scale)
+        assert (config.d_model, config.n_layers) == dial.dimensions(scale)
 
 
 def test_rounding_is_bankers():
     # 8 log2(1 + s) = 2.5 exactly: Python's round gives 2, school rounding would give 3.
-    assert scaling.dimensions(2 ** (2.5 / 8) - 1)[1] == 2
+    assert dial.dimensions(2 ** (2.5 / 8) - 1)[1] == 2
 
 
 @pytest.mark.parametrize(
     "loss, decay", [(10.82, 8.19e-9), (6, 1.13e-4), (4, 5.88e-3), (3.8, 8.73e-3), (3, 4.25e-2), (2, 0.307), (0, 16)]
 )
 def test_weight_decay_law(loss, decay):
-    base = scaling.weight_decay_base(46_009_736)
-    assert scaling.weight_decay(loss, base) == pytest.approx(decay, rel=5e-3)  # printed with three digits
+    base = hlb_laws.weight_decay_base(46_009_736)
+    assert hlb_laws.weight_decay(loss, base) == pytest.approx(decay, rel=5e-3)  # printed with three digits
 
 
 def test_grad_norm_targets():
-    law = scaling.GradNormLaw.of(46_009_736)
+    law = hlb_laws.GradNormLaw.of(46_009_736)
     totals = {0: 15.73, 5: 1.470, 50: 0.6115, 100: 0.4695, 500: 0.2542, 1000: 0.1951}
     for step, printed in totals.items():
         assert math.sqrt(46_009_736) * law.target(step) == pytest.approx(printed, rel=5e-4)
@@ -81,19 +83,19 @@ def test_grad_norm_targets():
 def test_sequence_growth_and_its_tokens():
     tokens_per_step, seen, stages = 57_236, 0, {}
     for step in range(1000):
-        t = scaling.sequence_length(step, 32, 1024, 80)
+        t = schedules.sequence_length(step, 32, 1024, 80)
         stages.setdefault(t, [step, tokens_per_step // t])
         seen += t * (tokens_per_step // t)
     assert stages == {
         32: [0, 1788], 64: [81, 894], 128: [161, 447], 256: [241, 223], 512: [321, 111], 1024: [401, 55]
     }  # fmt: skip
     assert seen == 56_638_336
-    assert scaling.sequence_lengths(32, 1024, 80) == list(stages)
+    assert schedules.sequence_lengths(32, 1024, 80) == list(stages)
 
 
 def multiplier(**kwargs):
-    law = scaling.GradNormLaw.of(1000)
-    return scaling.BatchMultiplier(law, n_parameters=1000, seed=3, n_max=kwargs.pop("n_max", 1e9), **kwargs)
+    law = hlb_laws.GradNormLaw.of(1000)
+    return hlb_laws.BatchMultiplier(law, n_parameters=1000, seed=3, n_max=kwargs.pop("n_max", 1e9), **kwargs)
 
 
 def norm_of_ratio(law, step, ratio):
@@ -151,6 +153,6 @@ def test_draws_depend_on_seed_and_step_only():
 
 
 def test_capacity_follows_the_device():
-    assert scaling.device_token_capacity(40 * 1024**3)[0] == 114_688
-    assert scaling.device_token_capacity(80 * 1024**3)[0] == 229_376
-    assert scaling.device_token_capacity(None)[0] == scaling.CPU_CAPACITY
+    assert hlb_laws.device_token_capacity(40 * 1024**3)[0] == 114_688
+    assert hlb_laws.device_token_capacity(80 * 1024**3)[0] == 229_376
+    assert hlb_laws.device_token_capacity(None)[0] == hlb_laws.CPU_CAPACITY

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.base import get_model, load_models
-from trainer.config import (
+from trainer.core.config import (
     BenchConfig,
     EvaluateConfig,
     ExportConfig,
@@ -24,9 +24,9 @@ from trainer.config import (
     PrepareConfig,
     RunConfig,
 )
-from trainer.errors import UserError
-from trainer.run_config import flat
-from trainer.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
+from trainer.core.errors import UserError
+from trainer.core.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
+from trainer.planning.run_config import flat
 
 load_models()
 

@@ -8,7 +8,7 @@ import pytest
 from models.base import get_model, load_models
 from models.layers.shapes import head_counts
 from models.presets import Gpt2
-from trainer import scaling
+from trainer.planning import dial
 
 load_models()
 
@@ -22,14 +22,14 @@ def tile(width):
 @pytest.mark.parametrize("scale", [4, 8, 16, 32, 148])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "modded", "ngpt"])
 def test_widths_are_whole_tiles(name, scale, vocab):
-    config = get_model(name).config_for_scale(scale, vocab, scaling.target_parameters(scale, vocab))
+    config = get_model(name).config_for_scale(scale, vocab, dial.target_parameters(scale, vocab))
     assert config.d_model % tile(config.d_model) == 0
 
 
 @pytest.mark.parametrize("scale, n_layers", [(1, 12), (4, 2), (4, 6), (4, 16), (8, 2), (8, 16), (32, 16)])
 def test_a_chosen_depth_gets_the_coarsest_width_that_meets_the_target(scale, n_layers):
     """Also where that depth is far from GPT-2's aspect, and where it takes parts of a tile above 1024."""
-    target = scaling.target_parameters(scale, 8192)
+    target = dial.target_parameters(scale, 8192)
 
     def meets(width):
         n_heads = width // math.gcd(width, 64)
@@ -89,7 +89,7 @@ def test_no_head_is_odd_or_narrower_than_16():
     ids=str,
 )
 def test_narrow_models_have_usable_heads_and_meet_the_target(name, vocab, scale, choices):
-    cls, target = get_model(name), scaling.target_parameters(scale, vocab)
+    cls, target = get_model(name), dial.target_parameters(scale, vocab)
     config = cls.config_for_scale(scale, vocab, target, **choices)
     assert cls.count_parameters(config) == pytest.approx(target, rel=0.03)
     assert config.d_model // config.n_heads in range(16, 129, 2)
@@ -97,13 +97,13 @@ def test_narrow_models_have_usable_heads_and_meet_the_target(name, vocab, scale,
 
 
 def test_groups_of_heads_follow_a_chosen_number_of_heads():
-    target = scaling.target_parameters(4, 8192)
+    target = dial.target_parameters(4, 8192)
     config = get_model("minimal-sota").config_for_scale(4, 8192, target, n_heads=8)
     assert (config.n_heads, config.n_kv_heads) == (8, 2)
 
 
 def test_a_chosen_width_is_kept_and_the_depth_follows():
-    target = scaling.target_parameters(8, 8192)
+    target = dial.target_parameters(8, 8192)
     for name in ("ngpt", "gpt2"):
         cls = get_model(name)
         config = cls.config_for_scale(8, 8192, target, d_model=512)
@@ -114,7 +114,7 @@ def test_a_chosen_width_is_kept_and_the_depth_follows():
 
 def test_a_target_that_the_choices_put_out_of_reach_is_refused():
     """Three tables of values and 6 layers of 64 channels, the least for 4 heads of 16, are five times too many."""
-    cls, target = get_model("modded"), scaling.target_parameters(0.1, 257)
+    cls, target = get_model("modded"), dial.target_parameters(0.1, 257)
     with pytest.raises(
         ValueError, match=rf"{target:,} .*\(d_model 64, n_layers 6\).* set d_model and n_layers"
     ) as error:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import tiny_values
 
-from trainer.metrics.report import Report
-from trainer.run import Run
-from trainer.train import run
+from trainer.commands.train import run
+from trainer.runs.report import Report
+from trainer.training.run import Run
 
 EVALUATIONS = 1000 if os.environ.get("FULL_MATRIX") else 100
 

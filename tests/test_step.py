@@ -10,12 +10,12 @@ from test_train import losses, make, same, weights
 
 import models.base
 from models.base import IGNORE, cross_entropy
-from trainer import checkpoint
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.metrics.record import read_rows
-from trainer.scaling import weight_decay, weight_decay_base
-from trainer.train import run
+from trainer.checkpoint import format as checkpoint
+from trainer.commands.train import run
+from trainer.core.errors import UserError
+from trainer.recipes.hlb import weight_decay, weight_decay_base
+from trainer.runs.metrics import read_rows
+from trainer.runtime.distributed import World
 
 
 def test_microbatches_do_not_change_the_step(tiny_dataset, tmp_path):

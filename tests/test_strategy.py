@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 from test_plan import gpu, resolved  # noqa: F401 (a fixture)
 
-from trainer import memory
-from trainer import plan as p
-from trainer.config import PlanConfig, RunConfig
-from trainer.device import GPUS, Target
-from trainer.engine.distributed import World
-from trainer.errors import UserError
-from trainer.settings import build
-from trainer.strategy import CHECKPOINTING, Chooser
+from trainer.commands.plan import resolve_for
+from trainer.core.config import PlanConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
+from trainer.planning import memory
+from trainer.planning import plan as p
+from trainer.planning.strategy import CHECKPOINTING, Chooser
+from trainer.runtime.device import GPUS, Target
+from trainer.runtime.distributed import World
 
 # -- strategy and activation checkpointing ----------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ def test_the_ways_out_are_ways_out(gpu):
     plans = [
         resolved(engine={"strategy": "fsdp", "offload": True}, **one),
         resolved(World(0, int(size), 0, 8), engine={"strategy": "fsdp"}, **one),
-        p.resolve_for(build(PlanConfig, {**one, "device": key, "engine": {"strategy": "single"}}))[0],
+        resolve_for(build(PlanConfig, {**one, "device": key, "engine": {"strategy": "single"}}))[0],
     ]
     for plan in plans:
         assert memory.expected_memory(plan)["total"] <= plan.memory
@@ -146,7 +147,7 @@ def test_the_ways_out_are_ways_out(gpu):
     for name in [other for other in GPUS if GPUS[other] in smaller]:
         config = build(PlanConfig, {**one, "device": name, "engine": {"strategy": "single"}})
         with contextlib.suppress(UserError):
-            assert memory.expected_memory(p.resolve_for(config)[0])["total"] > 0.9 * GPUS[name].gibibytes * memory.GIB
+            assert memory.expected_memory(resolve_for(config)[0])["total"] > 0.9 * GPUS[name].gibibytes * memory.GIB
 
 
 def test_nothing_helps_but_a_smaller_model():

@@ -14,21 +14,21 @@ import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
 
 import models.transformer
-from trainer import checkpoint
-from trainer.config import PrepareConfig, RunConfig
+from trainer.checkpoint import format as checkpoint
+from trainer.commands.train import run, ways_out
+from trainer.core.config import PrepareConfig, RunConfig
+from trainer.core.errors import Damaged, UserError
+from trainer.core.files import sealed
+from trainer.core.settings import build
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.engine.distributed import World
-from trainer.engine.signals import StopSignals
-from trainer.engine.watchdog import Watchdog
-from trainer.errors import Damaged, UserError
-from trainer.files import sealed
-from trainer.metrics.record import KEYS, read_rows
-from trainer.plan import resolve
-from trainer.run import Run, State
-from trainer.run_folder import open_run
-from trainer.settings import build
-from trainer.train import run, ways_out
+from trainer.planning.plan import resolve
+from trainer.runs.metrics import KEYS, read_rows
+from trainer.runs.opening import open_run
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.run import Run, State
 
 WORLD = World()
 
@@ -114,7 +114,9 @@ def test_kernels_are_told_for_what_is_computed(tiny_dataset, tmp_path, monkeypat
         "choose_kernel",
         lambda *args, **case: asked.add((case["dtype"], case["documents"])) or choose(*args, **case),
     )
-    monkeypatch.setattr("trainer.train.refuse_unreached", lambda *_: None)  # it computes in fp32, without numbers
+    monkeypatch.setattr(
+        "trainer.training.loop.refuse_unreached", lambda *_: None
+    )  # it computes in fp32, without numbers
     changes = {"precision": "bf16", "model": {"name": "llama"}, "data__separate_documents": True}
     run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, **changes))
     assert asked == {(torch.bfloat16, True)}
@@ -187,7 +189,7 @@ def test_a_changed_config_without_a_checkpoint_is_refused(finished, tmp_path):
 
 
 def test_every_digit_of_a_config_counts(finished, tmp_path):
-    from trainer.run_config import _read
+    from trainer.planning.run_config import _read
 
     folder = tmp_path / "r"
     folder.mkdir()
@@ -225,7 +227,7 @@ def test_a_config_of_another_release_says_which_one_reads_it(finished, tmp_path)
     folder = shutil.copytree(finished, tmp_path / "r")
     text = (folder / "config.yaml").read_text()
     body = text[text.index("\n") + 1 :] + "novelty: 3\n"
-    from trainer.run_config import _sealed
+    from trainer.planning.run_config import _sealed
 
     for version, line in (
         (2, "crescendo-lm 9.1.0, this is .*unknown key novelty"),
@@ -303,7 +305,7 @@ def test_a_copy_that_a_kill_cut_off_is_made_again(finished, tiny_dataset, tmp_pa
 
 
 def test_odd_lines_of_the_environment_are_told_and_left_out(finished, tmp_path, capsys):
-    from trainer.run_config import _last_start
+    from trainer.planning.run_config import _last_start
 
     folder = shutil.copytree(finished, tmp_path / "r")
     for end in ('{"time": "2026', "[1, 2]", "null"):
@@ -363,7 +365,7 @@ def test_other_data_is_refused(finished, tmp_path):
 
 
 def test_two_runs_in_one_folder(finished):
-    from trainer.run_folder import locked
+    from trainer.runs.folder import locked
 
     with locked(finished), pytest.raises(UserError, match="another process is training in"):
         run({"run_dir": str(finished), "max_steps": 30})

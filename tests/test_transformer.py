@@ -21,7 +21,7 @@ from models.layers.mlp import hidden_width
 from models.presets import BlaGpt, BlaGptBest, Gpt2, Llama, Pico, TokenFormer, TransformerPlusPlus
 from models.transformer import Transformer
 from models.transformer_config import TransformerConfig
-from trainer import scaling
+from trainer.planning import dial
 
 load_models()
 PRESETS = [
@@ -92,7 +92,7 @@ def test_gated_and_plain_mlps_cost_the_same():
     ids=str,
 )
 def test_choices_are_kept_and_the_count_meets_the_target(model, choices):
-    target = scaling.target_parameters(4, 8192)
+    target = dial.target_parameters(4, 8192)
     config = model.config_for_scale(4, 8192, target, **choices)
     assert {name: getattr(config, name) for name in choices} == choices
     assert model.count_parameters(config) == pytest.approx(target, rel=0.03)
@@ -300,7 +300,7 @@ def test_declared_flops_are_those_counted(changes):
 @pytest.mark.parametrize("name", PRESETS)
 def test_bf16_weights_give_a_loss_near_that_of_fp32(name):
     cls = get_model(name)
-    config = cls.config_for_scale(0.2, VOCAB, scaling.target_parameters(0.2, VOCAB))
+    config = cls.config_for_scale(0.2, VOCAB, dial.target_parameters(0.2, VOCAB))
     with torch.device("meta"):
         model = cls(config)
     model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))

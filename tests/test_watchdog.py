@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import PATIENCE
 
-from trainer.engine.distributed import World
-from trainer.engine.listener import listener, write_stacks
-from trainer.engine.watchdog import Post, Watchdog, catches, patience, verdict, whereabouts
+from trainer.runtime.distributed import World
+from trainer.runtime.listener import listener, write_stacks
+from trainer.runtime.watchdog import Post, Watchdog, catches, patience, verdict, whereabouts
 
 REMEDY = "; raise engine.KEY if this is slow rather than stuck"
 
@@ -122,7 +122,7 @@ def test_stacks_of_all_threads(capfd):
 
 STORM = """
 import os, signal, threading, time
-from trainer.engine.listener import stacks_on_request
+from trainer.runtime.listener import stacks_on_request
 
 def churn():  # new code and frames all the time, which are freed again
     space = {}

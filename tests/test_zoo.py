@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.base import get_model, load_models, materialise, model_names
-from trainer import scaling
+from trainer.planning import dial
 from trainer.testing import numbers, sizes
 from trainer.testing.subject import SCALE, VOCAB, Skipped, Subject, distance, gradients, train
 
@@ -72,7 +72,7 @@ def test_contract(subject, check):
 @pytest.mark.parametrize("vocab", [8192, 50304] if os.environ.get("FULL_MATRIX") else [50304])
 @pytest.mark.parametrize("scale", sizes.SCALES)
 def test_shapes_are_neither_needles_nor_pancakes(name, scale, vocab):
-    cls, target = get_model(name), scaling.target_parameters(scale, vocab)
+    cls, target = get_model(name), dial.target_parameters(scale, vocab)
     config = cls.config_for_scale(scale, vocab, target)
     assert cls.count_parameters(config) == pytest.approx(target, rel=0.03)
     assert 1 / 8 <= config.d_model / (64 * config.n_layers) <= 4
@@ -81,7 +81,7 @@ def test_shapes_are_neither_needles_nor_pancakes(name, scale, vocab):
 @pytest.mark.parametrize("vocab", [257, 8192, 50304])
 @pytest.mark.parametrize("scale", [0.02, 0.05, 0.1, 0.3])
 def test_tiny_scales_give_a_model_of_about_the_size(name, scale, vocab):
-    target = scaling.target_parameters(scale, vocab)
+    target = dial.target_parameters(scale, vocab)
     config = get_model(name).config_for_scale(scale, vocab, target)
     assert get_model(name).count_parameters(config) == pytest.approx(target, rel=0.1)
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import MachineError, Stopped, UserError
-from trainer.files import system_error
-from trainer.launcher import Place, find_place
-from trainer.outcome import tell_outcome
-from trainer.text import for_stream, printable, printable_lines
+from trainer.core.errors import MachineError, Stopped, UserError
+from trainer.core.files import system_error
+from trainer.core.text import for_stream, printable, printable_lines
+from trainer.runtime.exit_status import tell_outcome
+from trainer.runtime.launcher import Place, find_place
 
 # Under a launcher of several processes, rank 0 does these by itself.
 ALONE = ("prepare", "plan", "generate", "export", "check")
@@ -165,8 +165,8 @@ def dispatch(words: list[str]) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown verb {printable(repr(verb), 100)}{hint} (verbs: {', '.join(VERBS)})")
 
-    from trainer import config as schema
-    from trainer.settings import build, coerce, help_text, load_yaml, merge, parse_flags
+    from trainer.core import config as schema
+    from trainer.core.settings import build, coerce, help_text, load_yaml, merge, parse_flags
 
     classes = {
         "prepare": schema.PrepareConfig,
@@ -210,7 +210,7 @@ def dispatch(words: list[str]) -> None:
     if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
         return
     if print_run_dir:
-        from trainer.run_config import folder_of
+        from trainer.planning.run_config import folder_of
 
         print(for_stream(str(folder_of(build(schema.RunConfig, merge(values, flags))).absolute()), sys.stdout))
         return
@@ -220,7 +220,7 @@ def dispatch(words: list[str]) -> None:
 
 def is_config_of_run(path: str) -> bool:
     """Whether `path` is the config.yaml in the folder of a run."""
-    from trainer.run_config import CONFIG, is_run
+    from trainer.planning.run_config import CONFIG, is_run
 
     return Path(path).name == CONFIG and is_run(Path(path).parent)
 
@@ -228,40 +228,39 @@ def is_config_of_run(path: str) -> bool:
 def import_plugins(names: list[str]) -> None:
     """Import the plug-ins of `--plugin`, which register models. Only a flag can name them: no config may run code."""
     for name in names:
-        from trainer.plugins import import_plugin
+        from trainer.commands.plugins import import_plugin
 
         import_plugin(name)
 
 
 def _switch(flags: dict[str, Any], name: str) -> bool:
-    from trainer.settings import coerce
+    from trainer.core.settings import coerce
 
     return coerce(bool, flags.pop(name, False), f"--{name}")
 
 
 def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_json: bool) -> None:
     """Import the verb's module and run it."""
-    from trainer.settings import build, to_yaml
+    from trainer.core.settings import build, to_yaml
 
     if verb == "train" and print_config:
-        from trainer.run_config import combined_values
+        from trainer.planning.run_config import combined_values
 
         values, _ = combined_values(values)
     config = build(cls, values)
     if print_config and verb == "plan":
-        from trainer.plan import resolve_for
+        from trainer.commands.plan import resolve_for
 
         print(to_yaml(resolve_for(config)[0].config), end="")
     elif print_config and verb == "train":
         from trainer.data.stream import find_dataset
-        from trainer.plan import resolve
+        from trainer.planning.plan import resolve
 
         print(to_yaml(resolve(config, find_dataset(config.data)).config), end="")
     elif print_config:
         print(to_yaml(config), end="")
     else:
-        place = "data.prepare" if verb == "prepare" else verb.replace(" ", ".")
-        module = importlib.import_module(f"trainer.{place}")
+        module = importlib.import_module(f"trainer.commands.{verb.replace(' ', '.')}")
         # A run's own values are needed once more, on top of what its folder holds.
         module.run(values if verb == "train" else config, *([as_json] if verb in WITH_JSON else []))
 

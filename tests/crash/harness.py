@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import torch  # noqa: E402
 from disk import Record, crashes, lay_out, read_trace  # noqa: E402
 
-from trainer import checkpoint  # noqa: E402
-from trainer.engine.distributed import World  # noqa: E402
-from trainer.metrics.record import read_rows  # noqa: E402
+from trainer.checkpoint import format as checkpoint  # noqa: E402
+from trainer.runs.metrics import read_rows  # noqa: E402
+from trainer.runtime.distributed import World  # noqa: E402
 
 FAULTS = {"kill": 1, "torn write": 2, "EIO": 3, "disk full": 4, "disk read-only": 5}  # as in shim.c
 WORDS = (

@@ -8,13 +8,13 @@ import shutil
 import pytest
 from conftest import open_split
 
-from trainer.config import DataConfig, PrepareConfig
+from trainer.core.config import DataConfig, PrepareConfig
+from trainer.core.errors import Damaged, UserError
+from trainer.core.files import DIGEST, digest_of
 from trainer.data import dataset
 from trainer.data.dataset import DatasetInfo
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.errors import Damaged, UserError
-from trainer.files import DIGEST, digest_of
 
 SMALL_FILES = ("dataset.json", "tokenizer.json", "train/index.json", "validation/index.json")
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import tiny_values
 
-from trainer.config import RunConfig
+from trainer.core.config import RunConfig
+from trainer.core.errors import MachineError, UserError
+from trainer.core.settings import build
 from trainer.data import obtain
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset, wait_for
 from trainer.data.stream import find_dataset
-from trainer.engine.distributed import World
-from trainer.errors import MachineError, UserError
-from trainer.settings import build
+from trainer.runtime.distributed import World
 
 
 def settled(given, before=None, said=None):

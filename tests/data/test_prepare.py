@@ -25,22 +25,22 @@ from conftest import PATIENCE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import PrepareConfig
+from trainer.core.config import PrepareConfig
+from trainer.core.errors import MachineError, UserError
 from trainer.data import dataset, encode, prepare, progress, target
 from trainer.data.dataset import DatasetInfo
 from trainer.data.mds import import_streaming
 from trainer.data.pieces import Piece
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
-from trainer.errors import MachineError, UserError
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 SCRIPT = """
 import sys
-from trainer.config import PrepareConfig
+from trainer.core.config import PrepareConfig
 from trainer.data.prepare import run
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 if __name__ == "__main__":
     try:
         run(PrepareConfig(source=sys.argv[1], out=sys.argv[2], tokenizer="bytes", workers=int(sys.argv[3])))
@@ -198,7 +198,7 @@ def test_wrong_arguments(tmp_path):
     assert "unknown" in error(tmp_path, source=path, tokenizer="gtp2")
     assert "Not a directory" in error(tmp_path, source=path, out=f"{path}/x/y")
     with pytest.raises(UserError, match="out: is not set"):
-        prepare.run(PrepareConfig(source=path))
+        prepare.prepare(PrepareConfig(source=path))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -575,7 +575,7 @@ def test_a_killed_worker_or_ctrl_c_end_with_one_line(running, victim):
 def test_memory_does_not_grow_with_the_file(tmp_path):
     code = """
 import resource, sys
-from trainer.config import PrepareConfig
+from trainer.core.config import PrepareConfig
 from trainer.data.prepare import prepare
 def peak(source, out):
     prepare(PrepareConfig(source=source, out=out, tokenizer="bytes", workers=1, shard_megabytes=4), log=print)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import PATIENCE, ROOT, open_split
 
-from trainer.config import DataConfig, PrepareConfig
+from trainer.core.config import DataConfig, PrepareConfig
+from trainer.core.errors import Damaged, MachineError, UserError
 from trainer.data import remote
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.errors import Damaged, MachineError, UserError
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_fault_that_passes_is_tried_again(copy, cache, monkeypatch):
 
 READER = """
 import sys
-from trainer.config import DataConfig
+from trainer.core.config import DataConfig
 from trainer.data.stream import Split, TrainStream, find_dataset
 data = DataConfig(path=sys.argv[1], cache=sys.argv[2])
 stream = TrainStream(Split(data, find_dataset(data), "train"), seed=1, order="windows")

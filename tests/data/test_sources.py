@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import CorpusConfig
+from trainer.core.config import CorpusConfig
+from trainer.core.errors import UserError
 from trainer.data import pieces as pieces_module
 from trainer.data import readers
 from trainer.data.pieces import CHUNK, to_pieces
 from trainer.data.sources import open_source, open_sources
 from trainer.data.tokenizers import get_tokenizer
-from trainer.errors import UserError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")

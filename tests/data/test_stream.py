@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import open_split
 
+from trainer.core.errors import Damaged, MachineError, UserError
 from trainer.data.stream import TrainStream, ordered_windows
 from trainer.data.tokenizers import Tokenizer
-from trainer.errors import Damaged, MachineError, UserError
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import tokenizers as library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from trainer.core.errors import MachineError, UserError
 from trainer.data.coder import keeps_all_text
 from trainer.data.learn import learn_bpe, learn_in_child
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
-from trainer.errors import MachineError, UserError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 GPT2, NEOX = DATA / "tokenizers" / "gpt2", DATA / "tokenizers" / "gpt-neox-20b"

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import trainer.run
-import trainer.train
-from trainer import checkpoint
+import trainer.training.loop
+import trainer.training.run
+from trainer.checkpoint import format as checkpoint
 
 FAULTS = json.loads(os.environ["FAULTS"])
 HERE = {
@@ -75,7 +75,7 @@ def before(owner: Any, name: str, work: Any) -> None:
     setattr(owner, name, both)
 
 
-def build_engine(*args: Any, original: Any = trainer.run.build_engine) -> Any:
+def build_engine(*args: Any, original: Any = trainer.training.run.build_engine) -> Any:
     strike("build")
     engine = original(*args)
     engine.model.register_forward_hook(spoil_loss)
@@ -108,8 +108,8 @@ def step_of(folder: Any) -> int:
     return int(folder.name.removeprefix("step-").removesuffix(".tmp"))
 
 
-trainer.run.build_engine = build_engine
-before(trainer.run.Run, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
-before(trainer.run, "validate", lambda *_, **__: strike("validation"))
+trainer.training.run.build_engine = build_engine
+before(trainer.training.run.Run, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
+before(trainer.training.run, "validate", lambda *_, **__: strike("validation"))
 before(checkpoint, "_hash_own_files", lambda folder, *_: strike("save", step=step_of(folder)))
 before(checkpoint, "_publish", lambda folder, *_: strike("publish", step=step_of(folder)))

@@ -23,15 +23,15 @@ import torch._dynamo
 import torch._inductor.compile_fx
 
 import models.hlb  # noqa: F401
+import trainer.commands.train
 import trainer.engine.deepspeed_engine
 import trainer.engine.fsdp_engine
 import trainer.engine.torch_engine
-import trainer.metrics.plots
-import trainer.train
+import trainer.runs.plots
 from trainer.__main__ import main
 from trainer.data.mds import import_streaming
-from trainer.metrics.history import History
-from trainer.metrics.record import KEYS
+from trainer.runs.history import History
+from trainer.runs.metrics import KEYS
 
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, as torchrun has it
 
@@ -89,7 +89,7 @@ def warm_up() -> None:
         history = History()
         for value in (1, 2):
             history.add(dict.fromkeys(KEYS, value))
-        trainer.metrics.plots.draw(history, Path(folder) / "curves.png", "")
+        trainer.runs.plots.draw(history, Path(folder) / "curves.png", "")
 
 
 if __name__ == "__main__":

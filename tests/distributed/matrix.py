@@ -19,16 +19,16 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.checkpoint import format as checkpoint
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.stream import find_dataset
-from trainer.engine.distributed import World, join, read_world
-from trainer.engine.signals import StopSignals
-from trainer.engine.watchdog import Watchdog
-from trainer.errors import UserError
-from trainer.plan import resolve
-from trainer.run import Run
-from trainer.settings import build
+from trainer.planning.plan import resolve
+from trainer.runtime.distributed import World, join, read_world
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.run import Run
 
 
 def without_fp16() -> None:

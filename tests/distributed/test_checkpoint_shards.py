@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from trainer import checkpoint
-from trainer.checkpoint_saver import Saver, share_out
-from trainer.engine.distributed import World
-from trainer.errors import UserError
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.saver import Saver, share_out
+from trainer.core.errors import UserError
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cases import FULL, Ended, Forks, matrix_values, torchrun
 
-from trainer import checkpoint
-from trainer.engine.distributed import World
-from trainer.metrics.record import read_rows
+from trainer.checkpoint import format as checkpoint
+from trainer.runs.metrics import read_rows
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 

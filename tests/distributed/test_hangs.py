@@ -18,8 +18,8 @@ LONG = 3 * TIMEOUT  # elsewhere
 WORKER = """
 import contextlib, ctypes, os, signal, sys, time
 import torch
-from trainer.engine.distributed import join, read_world
-from trainer.engine.watchdog import Watchdog
+from trainer.runtime.distributed import join, read_world
+from trainer.runtime.watchdog import Watchdog
 
 trouble, hit, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 world = read_world()

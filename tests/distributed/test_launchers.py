@@ -16,7 +16,7 @@ import yaml
 from cases import FULL
 from conftest import PATIENCE, ROOT, tiny_values
 
-from trainer.metrics.record import read_rows
+from trainer.runs.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -230,7 +230,7 @@ def test_processes_that_accelerate_does_not_start(tiny_dataset, tmp_path):
 
 PRINT_WISHES = """
 import dataclasses, json, os
-from trainer.engine.wishes import read_wishes
+from trainer.planning.launcher_config import read_wishes
 if os.environ["RANK"] == "0":
     print("wishes", json.dumps(dataclasses.asdict(read_wishes(os.environ))))
 """

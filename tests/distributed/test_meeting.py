@@ -18,7 +18,7 @@ PLUGIN = """
 import dataclasses, os, sys, time
 from trainer import device, preflight
 from trainer.engine import distributed
-from trainer.errors import UserError
+from trainer.core.errors import UserError
 
 rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT")
 trouble, hit = os.environ["TEST_TROUBLE"], int(os.environ["TEST_HIT"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from cases import FULL, matrix_values, train_cases
 
-from trainer import checkpoint
-from trainer.engine.distributed import World
+from trainer.checkpoint import format as checkpoint
+from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 

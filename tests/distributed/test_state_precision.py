@@ -5,7 +5,7 @@ import torch
 from cases import matrix_values, train_cases
 from test_matrix import SAME, assert_same
 
-from trainer import checkpoint
+from trainer.checkpoint import format as checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.files import digest_of  # noqa: E402
+from trainer.core.files import digest_of  # noqa: E402
 
 WORDS = (
     "the a model learns reads writes small large word sentence of in over under light dark river stone wind and or not"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import UserError
-from trainer.text import printable
+from trainer.core.errors import UserError
+from trainer.core.text import printable
 
 OUT_OF_REACH = "\U0010ffff"  # no character; before a token of the model's vocabulary, it keeps text from spelling that
 # What leaves every character of a text there in some form.

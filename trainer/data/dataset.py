@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import Damaged, UserError
-from trainer.files import DIGEST, parse_json, read_small, sealed, system_error, write_file
-from trainer.text import printable
+from trainer.core.errors import Damaged, UserError
+from trainer.core.files import DIGEST, parse_json, read_small, sealed, system_error, write_file
+from trainer.core.text import printable
 
 FORMATS = (1, 2)
 FILE = "dataset.json"

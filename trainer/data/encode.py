@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.core.errors import UserError
+from trainer.core.text import printable
 from trainer.data.child import begin_child
 from trainer.data.coder import silent_stderr
 from trainer.data.pieces import Piece, cut
 from trainer.data.readers import BadRow, utf8_size
 from trainer.data.tokenizers import Tokenizer
-from trainer.errors import UserError
-from trainer.text import printable
 
 BATCH = 1 << 18  # characters (bytes of raw .jsonl) in one unit of work
 SPLIT = 1 << 20  # characters split into words at once

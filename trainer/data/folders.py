@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.core.errors import UserError
+from trainer.core.files import system_error, user_path
+from trainer.core.text import printable
 from trainer.data.readers import BLOCK
-from trainer.errors import UserError
-from trainer.files import system_error, user_path
-from trainer.text import printable
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".text")
 ROW_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))

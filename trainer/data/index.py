@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from trainer.core.errors import Damaged
+from trainer.core.files import bare_name, parse_json, read_small
+from trainer.core.text import printable
 from trainer.data import dataset
 from trainer.data.dataset import DatasetInfo, hex_digits, whole_number
-from trainer.errors import Damaged
-from trainer.files import bare_name, parse_json, read_small
-from trainer.text import printable
 
 FILE = "index.json"
 KEYS = {

@@ -8,9 +8,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from trainer.core.errors import MachineError, UserError
 from trainer.data.child import begin_child
 from trainer.data.coder import BYTE_CHARACTERS, native_errors, silent_stderr
-from trainer.errors import MachineError, UserError
 
 TRAINING_CHARACTERS = 64 << 20  # of the corpus' first training text; more hardly changes the merges
 Learned = tuple[dict[str, int], list[Any]]  # vocabulary and merges

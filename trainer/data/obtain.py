@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import CorpusConfig, DataConfig, PrepareConfig, RunConfig
+from trainer.core.config import CorpusConfig, DataConfig, PrepareConfig, RunConfig
+from trainer.core.errors import MachineError, UserError
+from trainer.core.files import system_error, user_path
+from trainer.core.settings import build, merge
 from trainer.data.dataset import DatasetInfo, partial_folder, present
 from trainer.data.remote import Say, is_remote
 from trainer.data.stream import find_dataset
-from trainer.errors import MachineError, UserError
-from trainer.files import system_error, user_path
-from trainer.launcher import own_host
-from trainer.settings import build, merge
+from trainer.runtime.launcher import own_host
 
 if TYPE_CHECKING:
-    from trainer.engine.distributed import World
+    from trainer.runtime.distributed import World
 
 # That a rank waits where it sees nothing being prepared: rank 0 may be later, and so may a network's news.
 UNSEEN_SECONDS = 90.0

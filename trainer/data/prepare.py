@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.config import PrepareConfig
+from trainer.core.config import PrepareConfig
+from trainer.core.errors import UserError
+from trainer.core.files import user_path
+from trainer.core.text import printable
 from trainer.data import dataset, encode
 from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo
 from trainer.data.learn import learn_in_child
@@ -25,14 +28,6 @@ from trainer.data.readers import BadRow
 from trainer.data.sources import Source, is_far, open_sources
 from trainer.data.target import fresh_folder, one_line_errors, signals_as_interrupts
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
-from trainer.errors import UserError
-from trainer.files import user_path
-from trainer.text import printable
-
-
-def run(config: PrepareConfig) -> None:
-    """The verb `prepare`. Raises UserError."""
-    prepare(config)
 
 
 def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:

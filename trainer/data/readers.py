@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.errors import MachineError, UserError
-from trainer.text import printable
+from trainer.core.errors import MachineError, UserError
+from trainer.core.text import printable
 
 BLOCK = 1 << 18  # bytes
 ROW_BYTES = 1 << 28  # of one row of JSON, which is parsed as a whole

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DataConfig
+from trainer.core.config import DataConfig
+from trainer.core.errors import Damaged, MachineError, UserError
+from trainer.core.files import may_pass, read_json, read_small, sealed, system_error, user_path, write_file
+from trainer.core.text import printable
 from trainer.data import dataset, index
 from trainer.data.dataset import DatasetInfo
 from trainer.data.index import Shard
 from trainer.data.mds import import_streaming
-from trainer.errors import Damaged, MachineError, UserError
-from trainer.files import may_pass, read_json, read_small, sealed, system_error, user_path, write_file
-from trainer.text import printable
 
 TRIES = 3
 SECONDS = 120.0  # of one download without progress

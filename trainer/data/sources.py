@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer.config import CorpusConfig
+from trainer.core.config import CorpusConfig
+from trainer.core.errors import UserError
+from trainer.core.files import user_path
+from trainer.core.text import printable
 from trainer.data import readers
 from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
 from trainer.data.pieces import Piece, lines, opens, to_pieces
 from trainer.data.readers import BadRow
-from trainer.errors import UserError
-from trainer.files import user_path
-from trainer.text import printable
 
 FAR_ABOVE = 0.1  # a share of validation text that is never right where 1 % was asked for
 BIG = 100  # a file that is at least a hundredth of the text can decide the share alone

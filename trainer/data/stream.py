@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import DataConfig
+from trainer.core.config import DataConfig
+from trainer.core.errors import Damaged, UserError
+from trainer.core.files import system_error, user_path
 from trainer.data import remote
 from trainer.data.dataset import DatasetInfo, present, xxh64_of
 from trainer.data.index import Shard, check_fingerprint, read_index
 from trainer.data.mds import open_shard, samples_in
 from trainer.data.order import ORDERS, Order
 from trainer.data.remote import Say, is_remote
-from trainer.errors import Damaged, UserError
-from trainer.files import system_error, user_path
 
 MOST_AT_ONCE = 16  # samples that a thread reads before it looks for more to do
 

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from trainer.core.errors import MachineError, UserError
+from trainer.core.files import may_pass, sync_path
+from trainer.core.text import printable
 from trainer.data.dataset import partial_folder
-from trainer.errors import MachineError, UserError
-from trainer.files import may_pass, sync_path
-from trainer.text import printable
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, or of a terminal that closes
 

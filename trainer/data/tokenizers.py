@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from trainer.core.errors import UserError
+from trainer.core.files import system_error, user_path
+from trainer.core.text import printable
 from trainer.data.coder import BYTE_CHARACTERS, BYTE_OF_CHARACTER, Coder, native_errors, pair, silent_stderr
 from trainer.data.learn import Learned, learn_bpe
 from trainer.data.readers import hub_error
-from trainer.errors import UserError
-from trainer.files import system_error, user_path
-from trainer.text import printable
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 HUB = {"gpt2": "openai-community/gpt2", "gpt-neox-20b": "EleutherAI/gpt-neox-20b"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from models.base import LanguageModel
-from trainer.engine.distributed import World
-from trainer.errors import UserError
+from trainer.core.errors import UserError
+from trainer.runtime.distributed import World
 
 
 def build_engine(plan: Any, world: World) -> Any:

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from models.base import Output, Unset, materialise
 from models.layers.float8 import convert_to_float8
+from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
-from trainer.device import choose_device, keep_freed_memory
+from trainer.engine.activation_checkpointing import apply as checkpoint_activations
 from trainer.engine.compilation import Compiled
-from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, update_copies
-from trainer.engine.recompute import apply as checkpoint_activations
-from trainer.errors import UserError
-from trainer.memory import build_meta
-from trainer.optim import Optimizer, build_optimizer
+from trainer.engine.meta import build_meta
+from trainer.optim import Optimizer
+from trainer.recipes import build_optimizer
+from trainer.runtime.device import choose_device, keep_freed_memory
+from trainer.runtime.distributed import World
 
 T = TypeVar("T")
 
@@ -197,7 +198,7 @@ class Engine:
 
     def load(self, path: Any) -> None:
         """Put back what `tensors` gave, whichever engine saved it. UserError where `path` is of another model."""
-        from trainer.checkpoint import read_into
+        from trainer.checkpoint.format import read_into
 
         read_into(path, self.tensors(), self.world)
 

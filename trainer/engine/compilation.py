@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from models.layers.linear_cross_entropy import score_at_once, score_in_tiles, scored_by
-from trainer.device import Target
+from trainer.runtime.device import Target
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from models.layers.flex import masks_read
+from trainer.core.errors import UserError
 from trainer.engine.compilation import first_line
-from trainer.errors import UserError
 
 # Microbatches of a shape that run as they are before it is recorded: kernels are compiled and tuned, tables and gradients made.
 WARM_UP = 2

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainer.errors import MachineError, UserError
-from trainer.files import parse_json, read_small, user_path
-from trainer.memory import BUCKET
-from trainer.text import printable
+from trainer.core.errors import MachineError, UserError
+from trainer.core.files import parse_json, read_small, user_path
+from trainer.core.text import printable
 
 DEEPEST = 32  # levels of a deepspeed.json; DeepSpeed's own settings have four
+BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time
 
 # What a deepspeed.json may not switch on, and what decides it here.
 DECIDED = {

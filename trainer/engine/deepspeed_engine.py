@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models.base import ties, with_storage
-from trainer.device import choose_device
+from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.engine.distributed import World
 from trainer.engine.matrices import Update, deal
+from trainer.engine.meta import build_meta
 from trainer.engine.zero3_linear import linear, plain_linear, use_linear
-from trainer.errors import UserError
-from trainer.memory import build_meta
+from trainer.runtime.device import choose_device
+from trainer.runtime.distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, which DeepSpeed holds in flat vectors as it does the weights
 
@@ -199,7 +199,7 @@ class DeepSpeedEngine(Engine):
     def load(self, path: Any) -> None:
         if self.stage == 0:
             return super().load(path)
-        from trainer.checkpoint import check_shapes, each
+        from trainer.checkpoint.format import check_shapes, each
 
         expected = {f"model.{name}": shape for name, shape in self.shapes.items()}
         expected |= {f"optimizer.{name}.{key}": shape for name, shape in self.shapes.items() for key in MOMENTS}

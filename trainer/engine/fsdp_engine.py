@@ -15,9 +15,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from trainer.device import free_bytes
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
+from trainer.runtime.device import free_bytes
 
 ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations need some, too
 

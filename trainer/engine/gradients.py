@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.layers.linear_cross_entropy import scored_by
-from trainer.errors import UserError
-from trainer.memory import KERNEL_FIELDS
-from trainer.text import printable
+from trainer.core.errors import UserError
+from trainer.core.text import printable
+from trainer.engine.meta import KERNEL_FIELDS
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.engine.distributed import World
+from trainer.runtime.distributed import World
 
 Update = Callable[[str, Tensor], Tensor]  # (name, whole gradient [m, n]) -> whole update [m, n]
 

@@ -1,17 +1,4 @@
-"""Parameter groups, their schedules and the optimiser step, by recipe. Schedules are functions of the step, never state.
-
-The recipe `hlb` is hlb-gpt's (0.4.1) but for what follows:
-
-- Decay of the first step: 16 b^-ln(V), as if the loss was that of no knowledge. hlb-gpt's matrices decay by 16, the value its
-  optimiser is made with, at 2 % of lr: each loses a thousandth (8e-4 at model_scale 1), once.
-- The norm of a gradient counts for the size of the batch one step later (`trainer/scaling.py`): hlb-gpt waits for it.
-- Decay follows the mean loss of the step over all its microbatches and devices; hlb-gpt's that of the last microbatch.
-- Embedding gradients are divided by the counts of the whole step; hlb-gpt's by those of each microbatch
-  (optim.embedding_frequency microbatch).
-- The multiplier of the batch is bounded (batch.n_max), and its draws follow from the seed and the step.
-- Weights, moments and sums of gradients are fp32, distances exact; hlb-gpt's bf16 throughout (precision pure_bf16,
-  model.position_bias_quantised).
-"""
+"""Parameter groups and the optimiser step. Which groups there are, a recipe says."""
 
 from __future__ import annotations
 
@@ -24,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.optim.adamw import GuardedAdamW
-from trainer.scaling import weight_decay_base
 
 
 @dataclass(frozen=True)
@@ -39,95 +25,6 @@ class Group:
     eps: float
     weight_decay: float = 0.0
     loss_driven_decay: bool = False
-
-
-def power_decay(step: int, warmup: int = 100) -> float:
-    """hlb's P: linear from 0.02 to 1 over `warmup` steps, then (steps since)^-0.08."""
-    return 0.02 + 0.98 * step / warmup if step < warmup else (step - warmup + 1) ** -0.08
-
-
-def output_decay(step: int) -> float:
-    """hlb's Q, for the output head: (step + 1)^-0.2, no warm-up."""
-    return (step + 1) ** -0.2
-
-
-def exponential_decay(step: int) -> float:
-    """hlb's schedule of the position bias: 0.995^step."""
-    return 0.995**step
-
-
-def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> float:
-    """Linear warm-up ((step + 1) / warmup), then a cosine from 1 down to `final` at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def schedule_change(config: Any, before: Any, step: int) -> str:
-    """What another max_steps does to the learning rate of a run that goes on after `step`; "" where it does nothing.
-
-    config: resolved; before: max_steps of the run until now.
-    """
-    optim, now = config.optim, config.max_steps
-    if optim.recipe == "hlb" or before == now or not isinstance(before, int):
-        return ""
-    old, new = (
-        optim.lr * warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction) for total in (before, now)
-    )
-    return (
-        f"max_steps: {now:,} in the place of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} is "
-        f"{new:.3g}, not {old:.3g}, and {optim.lr * optim.final_lr_fraction:.3g} at step {now:,}"
-    )
-
-
-def hlb_groups(model: Any, optim: Any) -> list[Group]:
-    """The four groups of hlb-gpt, by role.
-
-    A matrix that is both embedding and head is the head's: 32 lr is for rows that are only looked up; as a head they diverge.
-    """
-    by_role = names_by_role(model)
-    if model.tied_embedding():
-        shared = model.token_embedding().weight
-        tied = [name for name in by_role["embedding"] if model.get_parameter(name) is shared]
-        by_role["embedding"] = [name for name in by_role["embedding"] if name not in tied]
-        by_role["head"] += tied
-
-    def power(step: int) -> float:
-        return power_decay(step, optim.warmup_steps)
-
-    slow = by_role["norm"] + by_role["bias"] + by_role["embedding"]
-    groups = [
-        Group(
-            "matrix",
-            by_role["matrix"],
-            optim.lr,
-            power,
-            (0.9, 0.95),
-            1e-9,
-            weight_decay=optim.weight_decay,
-            loss_driven_decay=optim.loss_driven_decay,
-        ),
-        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, (0.9, 0.95), 1e-9),
-        Group("norm, bias, embedding", slow, 32 * optim.lr, power, (0.9, 0.95), 1e-9),
-        Group("head", by_role["head"], 2 * optim.lr, output_decay, (0.6, 0.95), 1e-9),
-    ]
-    return [group for group in groups if group.parameters]
-
-
-def plain_groups(shapes: dict[str, torch.Size], optim: Any, total: int) -> list[Group]:
-    """AdamW with warm-up and cosine; only parameters of two or more dimensions decay."""
-
-    def schedule(step: int) -> float:
-        return warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)
-
-    decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
-    rest = [name for name, shape in shapes.items() if len(shape) < 2]
-    groups = [
-        Group("decayed", decayed, optim.lr, schedule, (0.9, 0.95), 1e-8, optim.weight_decay, optim.loss_driven_decay),
-        Group("not decayed", rest, optim.lr, schedule, (0.9, 0.95), 1e-8),
-    ]
-    return [group for group in groups if group.parameters]
 
 
 def names_by_role(model: Any) -> dict[str, list[str]]:
@@ -149,12 +46,12 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
 class Optimizer:
     """GuardedAdamW over groups, with their schedules. hlb's weight decay of a step follows the loss of the step before.
 
-    narrow: hold the moments of fp32 parameters in bf16.
+    decay_base: b of the decay 16 b^-loss (see recipes/hlb.py); narrow: hold the moments of fp32 parameters in bf16.
     """
 
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
-        device: torch.device, narrow: bool = False,
+        decay_base: float, device: torch.device, narrow: bool = False,
     ) -> None:  # fmt: skip
         self.groups, self.shapes = groups, shapes
         self.adamw = GuardedAdamW(
@@ -171,8 +68,7 @@ class Optimizer:
             ],
             narrow,
         )
-        n_parameters = sum(shape.numel() for shape in shapes.values())
-        self._log_base = math.log(weight_decay_base(n_parameters))
+        self._log_base = math.log(decay_base)
         self.decay = self._decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
 
     def _decay_of(self, loss: Tensor) -> Tensor:
@@ -216,17 +112,3 @@ class Optimizer:
                 f"betas {group.betas}  eps {group.eps:g}  weight decay {decay}"
             )
         return "\n".join(lines)
-
-
-def build_optimizer(
-    plan: Any, model: Any, shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], device: torch.device
-) -> Optimizer:
-    """The optimiser of a plan's recipe. shapes: of the whole parameters; local: what this rank updates, by name."""
-    config = plan.config
-    if config.optim.recipe == "hlb":
-        groups = hlb_groups(model, config.optim)
-    else:
-        groups = plain_groups(shapes, config.optim, config.max_steps)
-    # Moments of bf16 parameters are bf16 as they are.
-    narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
-    return Optimizer(groups, shapes, local, math.log(plan.model_config.vocab_size), device, narrow)

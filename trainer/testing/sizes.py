@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, asdict, fields, replace
 
-from trainer import scaling
+from trainer.planning import dial
 from trainer.testing.subject import SCALE, Check, Skipped, Subject, require
 
 SCALES = (0.5, 1, 2, 4, 8, 16, 32, 64, 148)  # to 3 B parameters
@@ -50,7 +50,7 @@ def parameters_are_counted(subject: Subject) -> None:
 
 def parameters_follow_the_dial(subject: Subject) -> None:
     for scale in SCALES:
-        target = scaling.target_parameters(scale, DIAL_VOCAB)
+        target = dial.target_parameters(scale, DIAL_VOCAB)
         try:
             model = subject.meta_at(scale, DIAL_VOCAB)
         except ValueError as error:

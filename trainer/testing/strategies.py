@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.checkpoint import format as checkpoint
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine import build_engine
-from trainer.engine.distributed import World, join
 from trainer.engine.gradients import refuse_unreached
-from trainer.errors import UserError
-from trainer.plan import resolve
-from trainer.settings import build
+from trainer.planning.plan import resolve
+from trainer.runtime.distributed import World, join
 from trainer.testing.subject import SCALE, Check, Skipped, Subject, require, require_close
 
 SPREAD = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")

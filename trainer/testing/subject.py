@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from models.base import LanguageModel, materialise
-from trainer import scaling
-from trainer.memory import build_meta
+from trainer.engine.meta import build_meta
+from trainer.planning import dial
 
 VOCAB, SCALE = 257, 0.2  # the smallest scale at which the zoo's models have more than one block
 ROWS, LENGTH = 2, 24
@@ -48,7 +48,7 @@ class Subject:
     lacks: str = ""
 
     def config_at(self, scale: float, vocab_size: int = VOCAB) -> Any:
-        target = scaling.target_parameters(scale, vocab_size)
+        target = dial.target_parameters(scale, vocab_size)
         return self.model_class.config_for_scale(scale, vocab_size, target, **self.choices)
 
     def meta_at(self, scale: float, vocab_size: int = VOCAB) -> Any:

@@ -1,0 +1,108 @@
+"""Reads the tensors of one checkpoint directory. Nothing that is read can run code or lead to a file elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from trainer.core.errors import UserError
+from trainer.core.files import bare_name, system_error
+
+METADATA = ".metadata"
+
+
+def plain_error(problem: BaseException) -> UserError:
+    """What went wrong, in one line; a MachineError where it may pass. The library wraps it in what is no `Exception`, with a
+    traceback as its text."""
+    if isinstance(problem, CheckpointException) and problem.failures:
+        problem = next(iter(problem.failures.values()))[0]
+    if isinstance(problem, UserError):
+        return problem
+    if isinstance(problem, OSError):
+        return system_error(problem, str(problem.filename or type(problem).__name__))
+    return UserError(" ".join(f"{type(problem).__name__}: {problem}".split())[:300])
+
+
+def misfit(path: Path, name: str, there: Any, here: Any) -> str:
+    return f"checkpoint: {path} is of another model: {name} is {there} there and {here} by the run's config.yaml"
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads `.metadata`, which the library pickles, once, and by an unpickler that knows the few classes it needs."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with (path / METADATA).open("rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+            self._entries = sorted(self._metadata.state_dict_metadata.items())
+            self.files = {
+                bare_name(place.relative_path, f"checkpoint: {path / METADATA}")
+                for place in self._metadata.storage_data.values()
+            }
+        except UserError:
+            raise
+        except OSError as error:
+            raise system_error(error, f"checkpoint: {path / METADATA} cannot be read") from None
+        except Exception as problem:  # a damaged pickle can raise anything
+            cause = f"cannot be read by torch {torch.__version__}: {plain_error(problem)}"
+            raise UserError(f"checkpoint: {path / METADATA} {cause}") from None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {
+            name: (entry.size, entry.properties.dtype)
+            for name, entry in self._entries
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
+        there = self.stored()
+        for name, shape in sorted(shapes.items()):
+            if name not in there or there[name][0] != shape:
+                held = list(there[name][0]) if name in there else "missing"
+                raise UserError(misfit(Path(self.path), name, held, list(shape)))
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Read into `tensors`, in place and by this process alone; UserError where that fails."""
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            dcp.load(dict(tensors), storage_reader=self, planner=planner, no_dist=True)
+        except CheckpointException as problem:
+            error = plain_error(problem)
+            raise type(error)(f"checkpoint: {self.path} cannot be read: {error}") from None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) == ("torch", "Size") or name in self._allowed.get(module, ()):
+            return super().find_class(module, name)
+        raise UserError(f"checkpoint: .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded")

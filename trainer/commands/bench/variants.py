@@ -1,0 +1,188 @@
+"""What `bench` compares: a run's config under every combination of `--sweep`, each built as `train` builds it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.commands.bench.clock import PhaseClock
+from trainer.core.config import BenchConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build, leaf_keys, merge, unknown_key
+from trainer.planning.memory import expected_memory
+from trainer.planning.plan import Plan, resolve
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopSignals
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.profile import what_ran_out
+from trainer.training.run import Run
+
+# One process has one device, one determinism and one dataset.
+FIXED = ("device", "deterministic", "data.")
+
+
+@dataclass
+class Record:
+    """What was measured of a contender. beside: in each round, the rate of the first contender at the time."""
+
+    rates: list[float] = field(default_factory=list)  # tokens per second, one for each round
+    beside: list[float] = field(default_factory=list)
+    first_step_seconds: float | None = None
+    peak_memory_bytes: int = 0
+    recompilations: int = 0
+    phases_ms: dict[str, float | None] = field(default_factory=dict)
+
+
+class Contender:
+    """Something that trains. plan: its shape, batch and precision; details: how it differs, for the report."""
+
+    kind: str
+
+    def __init__(self, name: str, plan: Plan, dataset: Any, world: World, device: torch.device) -> None:
+        self.name, self.plan, self.dataset, self.world, self.device = name, plan, dataset, world, device
+        self.details: dict[str, str] = {}
+        self.record = Record()
+
+    def build(self) -> None:
+        """Take memory, and be ready for the first step."""
+        raise NotImplementedError
+
+    def step(self) -> int:
+        """One optimiser step; returns its tokens on all ranks. Need not wait for the device."""
+        raise NotImplementedError
+
+    def watch(self, clock: PhaseClock) -> None:
+        """Have `clock` told of the phases of every step from now on."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the memory back; `build` may follow."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def needs(self) -> dict[str, int]:
+        """Bytes it is expected to need on one device, by part (see trainer.planning.memory.expected_memory)."""
+        return expected_memory(self.plan)
+
+
+class Variant(Contender):
+    """The trainer itself, under one combination of the sweep."""
+
+    kind = "trainer"
+    run: Run
+
+    def build(self) -> None:
+        self.run = Run(self.plan, self.world, self.dataset, Watchdog(World(), 1), StopSignals(self.world))
+
+    def step(self) -> int:
+        return self.run.optimiser_step().step_tokens
+
+    def watch(self, clock: PhaseClock) -> None:
+        engine = self.run.engine
+        clock.watch(self.run, "read", "data")
+        clock.watch(engine, "backward", "backward")
+        clock.watch(engine, "step", "optimiser")
+        clock.watch_module(engine.model, "forward")
+
+    def close(self) -> None:
+        if hasattr(self, "run"):  # not where building failed
+            self.run.stream.close()
+            self.run.engine.close()
+            del self.run
+        super().close()
+
+
+def parse_sweep(sweep: list[str]) -> dict[str, list[str]]:
+    """Key -> values of `KEY=V1,V2` texts. UserError where one is not of that form or its key cannot be swept."""
+    known, swept = leaf_keys(RunConfig), {}
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UserError(f"sweep: {text!r} is not KEY=V1,V2; for example --sweep engine.compile=false,true")
+        if key not in known and not key.startswith("model."):
+            raise UserError(f"sweep: {unknown_key(key, known)}")
+        if key.startswith(FIXED):
+            raise UserError(
+                f"sweep: {key} is the same for all that one process compares; start bench once for each value"
+            )
+        if key in swept:
+            raise UserError(f"sweep: {key} stands twice; give all its values in one, {key}=V1,V2")
+        swept[key] = values.split(",")
+    return swept
+
+
+def variants(config: BenchConfig, dataset: Any, world: World, device: torch.device) -> tuple[list[Variant], list[str]]:
+    """Every combination of the sweep that can run here, resolved but not built, and a line on each other one.
+
+    The first one's values come first. UserError where that one cannot run.
+    """
+    swept = parse_sweep(config.sweep)
+    found: list[Variant] = []
+    notes: list[str] = []
+    for values in itertools.product(*swept.values()):
+        changes = dict(zip(swept, values, strict=True))
+        wanted = run_config(config, changes)  # outside: a key or value that does not exist is a mistake
+        name = label(changes) or wanted.model.get("name", "hlb")
+        with leaving_out(name, not found, notes, world):
+            variant = Variant(name, steady(resolve(wanted, dataset)), dataset, world, device)
+            variant.details = changes
+            found.append(variant)
+    return found, notes
+
+
+@contextlib.contextmanager
+def leaving_out(name: str, first: bool, notes: list[str], world: World) -> Iterator[None]:
+    """Within, that `name` cannot run here is told, and noted; UserError where it is the first, to which all are compared."""
+    try:
+        yield
+    except (
+        UserError,
+        ValueError,
+        torch.OutOfMemoryError,
+    ) as error:  # a ValueError: of the model, at its first forward pass
+        why = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            if world.size > 1:
+                raise  # the others may have had room, and wait
+            why = what_ran_out(error)
+        if first:
+            raise UserError(why) from None
+        notes.append(f"{name} left out: {why}")
+        world.say(notes[-1])
+
+
+def run_config(config: BenchConfig, changes: dict[str, str]) -> RunConfig:
+    """The run that a bench's config describes, with dotted keys changed."""
+    values = dataclasses.asdict(config)
+    for name in {f.name for f in dataclasses.fields(BenchConfig)} - {f.name for f in dataclasses.fields(RunConfig)}:
+        del values[name]
+    for key, value in changes.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}  # type: ignore[assignment]
+        values = merge(values, value)  # type: ignore[arg-type]
+    return build(RunConfig, values)
+
+
+def steady(plan: Plan) -> Plan:
+    """The plan with every step alike: the longest sequence from the start, and a batch law that changes nothing."""
+    plan.config.batch.sequence_start = plan.config.batch.sequence_length
+    plan.config.batch.sequence_double_every = 0
+    plan.config.batch.n_max = 1.0
+    return plan
+
+
+def label(changes: dict[str, str]) -> str:
+    """compile=true microbatch=4096: the last parts of the keys, whole ones where these are equal."""
+    leaves = [key.rsplit(".", 1)[-1] for key in changes]
+    return " ".join(
+        f"{leaf if leaves.count(leaf) == 1 else key}={value}"
+        for (key, value), leaf in zip(changes.items(), leaves, strict=True)
+    )

@@ -1,0 +1,101 @@
+"""`check`: whether a model keeps the contract of `models/base.py`, also a stranger's, promise by promise."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.base import Unset, get_model, load_models, model_names
+from trainer.commands.plugins import import_plugin
+from trainer.core.config import CheckConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import coerced
+from trainer.core.text import printable
+from trainer.testing import numbers, sizes, strategies
+from trainer.testing.subject import Check, Failed, Skipped, Subject
+
+KINDS = ("ok", "FAILED", "skipped")
+
+
+def run(config: CheckConfig) -> None:
+    """The verb: a line for each promise on stdout; exit code 1 where one is not kept."""
+    subjects = [subject_of(name, config.model) for name in names_of(config)]
+    torch.set_num_threads(1)  # the models are small
+    outcomes = {subject.name: report(subject, [*sizes.CHECKS, *numbers.CHECKS]) for subject in subjects}
+    with strategies.group_of_one():  # made once: DeepSpeed bears no second
+        for subject in subjects:
+            outcomes[subject.name] += report(subject, strategies.CHECKS, "in training")
+    for name, found in outcomes.items():
+        sys.stdout.write(f"{name}: " + ", ".join(f"{found.count(kind)} {kind}" for kind in KINDS) + "\n")
+    sys.stdout.flush()
+    if any("FAILED" in found for found in outcomes.values()):
+        raise SystemExit(1)
+
+
+def names_of(config: CheckConfig) -> list[str]:
+    """The models to check: that of --model.name, else those that the plug-in registers. UserError where there are none."""
+    load_models()
+    before = {name: get_model(name) for name in model_names()}
+    module = import_plugin(config.module).__name__ if config.module else ""
+    wanted = config.model.get("name")
+    if wanted is not None:
+        if wanted not in model_names():
+            raise UserError(f"model.name: {wanted!r} is not known (allowed: {', '.join(model_names())})")
+        return [str(wanted)]
+    if not module:
+        raise UserError("check: name a module or a .py file that registers models, or a model with --model.name")
+    own = [
+        name
+        for name in model_names()
+        if before.get(name) is not get_model(name) or f"{get_model(name).__module__}.".startswith(f"{module}.")
+    ]
+    if not own:
+        raise UserError(f"check: {config.module} registers no model; see `register` in models/base.py")
+    return own
+
+
+def subject_of(name: str, options: dict[str, Any]) -> Subject:
+    model_class = get_model(name)
+    choices = {key: value for key, value in options.items() if key != "name"}
+    return Subject(name, model_class, coerced(model_class.Config, choices, "model."))
+
+
+def report(subject: Subject, checks: list[Check], where: str = "") -> list[str]:
+    """Make the checks and write their lines; returns for each one of KINDS."""
+    model_class = subject.model_class
+    sys.stdout.write(f"{subject.name} {where or f'({model_class.__module__}.{model_class.__qualname__})'}\n")
+    outcomes = []
+    for check in checks:
+        kind, why = outcome(subject, check)
+        sys.stdout.write(f"  {kind:<8} {check.promise}" + (f": {printable(why)}" if why else "") + "\n")
+        sys.stdout.flush()
+        outcomes.append(kind)
+        if check.needed and kind == "FAILED":
+            subject.lacks = check.promise
+    return outcomes
+
+
+def outcome(subject: Subject, check: Check) -> tuple[str, str]:
+    """(one of KINDS, why) of a check."""
+    if subject.lacks:
+        return "skipped", f"not tried until {subject.lacks}"
+    try:
+        check.run(subject)
+    except Skipped as error:
+        return "skipped", str(error)
+    except (Failed, UserError, Unset) as error:
+        return "FAILED", str(error)
+    except Exception as error:
+        return "FAILED", f"{type(error).__name__}: {error}{place(error, subject.model_class)}"
+    return "ok", ""
+
+
+def place(error: Exception, model_class: Any) -> str:
+    """The line of the model's own file in which it failed, as " (FILE, line N)"; "" where it failed elsewhere."""
+    file = getattr(sys.modules.get(model_class.__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""

@@ -1,0 +1,125 @@
+"""`export`: a checkpoint's weights in one place, for programs that know nothing of runs.
+
+    model.safetensors   by the model's own names; past SHARD_BYTES model-00001-of-0000N.safetensors and so on, with
+                        model.safetensors.index.json (which name lies in which file), as the Hugging Face hub has it
+    config.json         model, config (the fields of its Config), step, tokens, precision, crescendo (the version)
+    tokenizer.json
+
+Where the weights were trained (devices, processes, strategy) leaves no trace in the files. To load them again:
+
+    about = json.loads(Path("export/config.json").read_text())
+    models.base.load_models()  # or import the module that registers the model
+    model_class = models.base.get_model(about["model"])
+    model = model_class(model_class.Config(**about["config"]))
+    model.init_weights()  # for what no file holds: buffers that follow from the config
+    model.load_state_dict(safetensors.torch.load_file("export/model.safetensors"))  # several files: their union
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer import __version__
+from trainer.checkpoint import format as checkpoint
+from trainer.core.config import ExportConfig
+from trainer.core.errors import UserError
+from trainer.core.files import sync_path, user_path, write_file
+from trainer.engine.meta import KERNEL_FIELDS
+from trainer.runs.opening import stored_run
+from trainer.runtime.distributed import World
+
+SHARD_BYTES = 2 << 30  # about what is held in memory at once; a larger tensor has a file of its own
+PREFIX = "model."
+
+
+def run(config: ExportConfig) -> None:
+    """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
+    if config.run_dir is None:
+        raise UserError("run_dir: name the run's folder, as in `python -m trainer export runs/NAME`")
+    say = World().say
+    folder, stored = stored_run(config.run_dir, say)
+    trained = stored.build()  # everything inferred is written out there
+    fields = dict(trained.model)
+    fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
+    chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
+    if chosen is None:
+        raise UserError(f"run_dir: {folder} has no checkpoint yet")
+    path, manifest = chosen
+    out = user_path(config.out, "out") if config.out is not None else folder / f"export-{manifest['step']}"
+    about = {
+        "model": fields.pop("name", "hlb"),
+        "config": fields,
+        "step": manifest["step"],
+        "tokens": manifest["tokens"],
+        "precision": trained.precision,
+        "crescendo": __version__,
+    }
+    with fresh_folder(out) as partial:
+        write_weights(path, partial, SHARD_BYTES)
+        write_file(partial / "config.json", json.dumps(about, indent=1) + "\n")
+        shutil.copy(folder / "tokenizer.json", partial / "tokenizer.json")
+    say(f"{out}: the weights of {path}")
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its name if the block succeeds, and is removed if not."""
+    if os.path.lexists(out):
+        raise UserError(f"out: {out} exists already; choose another folder or remove it first")
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync_path(path)
+        partial.rename(out)
+        sync_path(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_weights(path: Path, out: Path, limit: int) -> None:
+    """The tensors under PREFIX of the checkpoint at `path`, as safetensors of up to `limit` bytes each."""
+    import safetensors
+    from safetensors.torch import save_file
+
+    sizes = {
+        name.removeprefix(PREFIX): shape.numel() * dtype.itemsize
+        for name, (shape, dtype) in checkpoint.stored(path).items()
+        if name.startswith(PREFIX)
+    }
+    files = list(divide(sizes, limit))
+    tensors = checkpoint.each(path, PREFIX)  # in the order of `stored`
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        try:
+            save_file(dict(itertools.islice(tensors, len(names))), out / file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise UserError(f"out: {out / file} could not be written: {error}") from None
+        places |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index: dict[str, Any] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_file(out / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def divide(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in their order, in lists of at most `limit` bytes together; a larger one alone."""
+    names: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if names and held + size > limit:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names

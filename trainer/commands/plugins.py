@@ -1,0 +1,56 @@
+"""Plug-ins: modules and files of the user's own, which register models."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from models.base import BrokenModel, told_in_one_line
+from trainer.core.errors import UserError
+
+
+def import_plugin(given: str) -> ModuleType:
+    """Import a plug-in by its module's name, or by the path of its .py file. UserError in one line where that fails."""
+    try:
+        if given.endswith(".py") or os.sep in given:
+            return _import_file(given)
+        # `crescendo`, unlike `python -m trainer`, does not look in the current folder. Last, so that nothing there hides another.
+        _look_in(Path.cwd())
+        with told_in_one_line(given):
+            return importlib.import_module(given)
+    except BrokenModel as error:
+        raise UserError(f"plugin: {error}") from None
+
+
+def _import_file(given: str) -> ModuleType:
+    """The module of a file, under the file's name; what lies beside the file can be imported by it."""
+    path = Path(given).expanduser().resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"plugin: {given}: {'is not a .py file' if path.exists() else 'there is no such file'}")
+    name = path.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    if loaded is not None or not name.isidentifier():
+        name = "plugin_" + "".join(c if c.isalnum() else "_" for c in name)  # hides no module of that name
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _look_in(path.parent)
+    sys.modules[name] = module  # where dataclasses look up their types
+    try:
+        with told_in_one_line(given):
+            spec.loader.exec_module(module)
+    except BrokenModel:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _look_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

@@ -1,0 +1,30 @@
+"""`preflight`: what differs between the machines of a run, and which is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+from trainer.core.config import RunConfig
+from trainer.core.text import printable_lines
+from trainer.runtime.device import choose_device
+from trainer.runtime.distributed import join, read_world
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.preflight import judge, say_survey, summary, survey, table
+
+VERB_MINUTES = 5.0  # the verb: without progress for so long it ends
+
+
+def run(config: RunConfig) -> None:
+    """The verb: a table on stdout, without a run. Of the config it needs device, run_dir and engine.timeout_minutes."""
+    world = read_world()
+    minutes = min(config.engine.timeout_minutes, VERB_MINUTES)
+    join(world, config.device, 2 * minutes)
+    device = choose_device(config.device, world.local_rank)
+    with contextlib.closing(Watchdog(world, 60 * minutes)):
+        seen = survey(world, device, Path(config.run_dir or ".").expanduser())
+    if world.leader:
+        print(printable_lines(table(seen)), file=sys.stdout, flush=True)
+        say_survey(world, summary(seen), judge(seen))
+    world.stop()

@@ -1,0 +1,216 @@
+"""Text from a model: decoded incrementally with a cache where the model can, a batch of prompts at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.base import Cache
+from models.layers.float8 import E4M3, Float8Linear
+from trainer.core.errors import UserError
+from trainer.core.text import printable
+
+CHECKED_TOKENS = 8  # to find out whether a model decodes incrementally
+PROMPT_TAIL = 16  # tokens of a prompt that decide how the next one is written
+
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # what has been said of a model
+
+
+def tell(text: str) -> None:
+    """A line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def generate(
+    runner: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end: int | None = None,
+    stopped: Callable[[int, list[int]], bool] = lambda row, new: False,
+    say: Callable[[str], None] = tell,
+) -> list[list[int]]:
+    """Continue each prompt (token ids, at least one each) by up to `max_new_tokens`; returns the new tokens only.
+
+    runner: has model, device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding
+    and never sampled. end: id that ends a text (not returned). stopped(number of the prompt, new tokens): whether that text
+    ends after the last of these.
+    Prompts of different length share a batch without padding: a longer one goes on reading while a shorter one already
+    writes. Each text has its own generator, so it does not depend on the others in the batch.
+    """
+    model, device = runner.model, runner.device
+    training = model.training
+    model.eval()
+    draws = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    new: list[list[int]] = [[] for _ in prompts]
+    done = [max_new_tokens == 0 for _ in prompts]
+    at = min(len(prompt) for prompt in prompts)
+    column = torch.tensor([prompt[:at] for prompt in prompts], device=device)  # [B, at], then [B, 1]
+    reader = None
+    while not all(done):
+        reader = reader or Reader(runner, vocab_size, say)
+        logits = reader.read(column)  # [B, V]
+        following = [
+            prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], temperature, top_k, top_p, draws[i])
+            for i, prompt in enumerate(prompts)
+        ]
+        following = runner.agree(following)
+        for i, token in enumerate(following):
+            if done[i] or at < len(prompts[i]):
+                continue
+            if token == end:
+                done[i] = True
+                continue
+            new[i].append(token)
+            done[i] = len(new[i]) >= max_new_tokens or stopped(i, new[i])
+        column = torch.tensor(following, device=device)[:, None]
+        at += 1
+    model.train(training)
+    return new
+
+
+class Reader:
+    """Reads texts from left to right: only what is new where the model can do so, else all that its context holds again."""
+
+    def __init__(self, runner: Any, vocab_size: int, say: Callable[[str], None]) -> None:
+        self.runner, self.say = runner, say
+        self.limit: int | None = runner.model.max_context
+        self.context: Tensor | None = None  # [B, T] of the tokens that still count
+        # Ranks that compute together must decide alike.
+        why_not = runner.agree(why_not_incremental(runner, vocab_size))
+        self.cache = None if why_not else Cache()
+        if why_not:
+            self.say_once("cache", f"text: the whole context is computed again for every token: {why_not}")
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """The next tokens [B, T] of all texts -> logits of what follows them, fp32 [B, V] on the CPU."""
+        held = self.context
+        self.context = context = tokens if held is None else torch.cat((held, tokens), dim=1)
+        if self.limit is not None and context.shape[1] > self.limit:
+            self.context = context = context[:, -self.limit :]
+            self.cache = None  # every token's position has changed
+            self.say_once("context", f"text: longer than the model's context: the last {self.limit} tokens count")
+        with self.runner.autocast():
+            if self.cache is None:
+                logits = self.runner.model(context).logits
+            else:
+                logits = self.runner.model(tokens, cache=self.cache).logits
+        return logits[:, -1].float().cpu()
+
+    def say_once(self, topic: str, text: str) -> None:
+        """Of a model whose samples are many."""
+        topics = _told.setdefault(self.runner.model, set())
+        if topic not in topics:
+            topics.add(topic)
+            self.say(text)
+
+
+def why_not_incremental(runner: Any, vocab_size: int) -> str:
+    """Why a model cannot be fed one token after the other, found by trying on a few tokens; "" where it can.
+
+    It can where a cache gives the logits of the whole, up to half of the digits that the products have.
+    """
+    model = runner.model
+    if not model.decodes_incrementally:
+        return "the model says that it does not decode incrementally"
+    length = min(CHECKED_TOKENS, model.max_context or CHECKED_TOKENS)
+    tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(runner.device)
+    parts = [length - length // 2] + [1] * (length // 2)
+    with runner.autocast():
+        whole = model(tokens).logits.float()  # [1, T, V]
+        cache = Cache()
+        try:
+            cached = torch.cat([model(part, cache=cache).logits for part in tokens.split(parts, dim=1)], dim=1).float()
+        except Exception as error:
+            return f"with a cache the model fails ({type(error).__name__}: {printable(error, 200)})"
+    counted = whole.isfinite()  # what is masked is -inf
+    if not counted.any():
+        return ""
+    apart = (cached - whole)[counted].abs().max().item()
+    size = (whole[counted] - whole[counted].mean()).abs().max().item()
+    if apart <= math.sqrt(rounding(runner)) * size:
+        return ""
+    return f"with a cache the model's logits differ by {apart:.2g} from those of the whole"
+
+
+def rounding(runner: Any) -> float:
+    """Relative rounding of the runner's products."""
+    if any(isinstance(module, Float8Linear) for module in runner.model.modules()):
+        return torch.finfo(E4M3).eps
+    if runner.precision != "fp32":
+        return torch.finfo(torch.bfloat16).eps
+    return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 there
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator) -> int:
+    """One token from logits [V]: the likeliest at temperature 0, else among the top_k and the nucleus of top_p."""
+    if temperature < 1e-5:  # as good as 0, and logits / temperature would overflow
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays in
+        probabilities[order[outside]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=draw))
+
+
+def cut_at(text: str, stops: list[str]) -> str:
+    """`text` up to the first of the stop strings."""
+    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+
+
+def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """What the `new` tokens add to the text of the prompt. By themselves they may lack the space before the first word, which
+    some decoders leave out at the beginning of a text."""
+    tail = prompt[-PROMPT_TAIL:]
+    before, whole = tokenizer.decode(tail), tokenizer.decode(tail + new)
+    # Not simply cut off: where the prompt ends within a character, the new tokens complete it.
+    return whole[len(os.path.commonprefix([before, whole])) :]
+
+
+def complete(
+    runner: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    max_new_tokens: int,
+    stop: list[str],
+    say: Callable[[str], None] = tell,
+    **options: Any,
+) -> list[str]:
+    """Continuations of text prompts. An empty prompt starts as a document does, after an end-of-text token."""
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt: is not valid UTF-8 text") from None
+    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+
+    def stopped(row: int, new: list[int]) -> bool:
+        return bool(stop) and any(text in continuation(tokenizer, encoded[row], new) for text in stop)
+
+    new = generate(
+        runner,
+        [ids or [tokenizer.eot_id] for ids in encoded],
+        max_new_tokens,
+        tokenizer.vocab_size,
+        end=tokenizer.eot_id,
+        stopped=stopped,
+        say=say,
+        **options,
+    )
+    return [cut_at(continuation(tokenizer, *pair), stop) for pair in zip(encoded, new, strict=True)]

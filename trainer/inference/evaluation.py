@@ -1,0 +1,174 @@
+"""Validation loss, by two protocols, during training and as a verb.
+
+full: the split in order, windows that do not overlap, every token a target once: the same figure on any number of devices.
+hlb:  150 random windows as in hlb-gpt, seeded; kept to compare with its 3.80.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.base import IGNORE, cross_entropy
+from trainer.core.errors import UserError
+from trainer.core.text import printable
+from trainer.data.documents import document_numbers
+from trainer.data.stream import Split, ordered_windows
+from trainer.recipes.hlb import evaluation_shape, tokens_per_microbatch
+from trainer.runtime.distributed import World
+
+# fp32 logits held at once, by type of device: evaluation is not worth more memory than training, and a CPU is faster with less.
+LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+KNOWN_SHARE = 0.999  # of a split's tokens: where fewer count, their bytes are an estimate
+LEAST_TOKENS = {"full": 2, "hlb": 3, "both": 3}  # of a split
+ESTIMATED = {
+    "full": "the split's bytes, in proportion to the tokens that counted",
+    "hlb": "the bytes of the split's average token",
+}
+
+
+@torch.no_grad()
+def full(
+    runner: Any,
+    split: Split,
+    length: int,
+    world: World,
+    max_tokens: int = 0,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
+    """Loss over the split in order. runner: has model, plan, device, autocast() and lockstep, as an engine does; at: told the progress.
+
+    Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
+    the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
+    """
+    windows = list(ordered_windows(split, length, max_tokens))
+    rows = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
+    totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
+    for first in turns(runner, world, len(windows), rows):
+        at(f"validation window {first} of {len(windows)}")
+        chunk = windows[first : first + rows] or [(0, 0)]
+        tokens = np.zeros((len(chunk), length), dtype=np.int64)
+        targets = np.full((len(chunk), length), IGNORE, dtype=np.int64)
+        for i, (start, count) in enumerate(chunk):
+            window = split.read(start, count + 1)
+            tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
+        totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
+    nats, correct, count = world.sum(totals).tolist()
+    share = (
+        count / split.counts.tokens
+    )  # bytes and words are known for the whole split, of which the first token is no target
+    loss = nats / count
+    return {
+        "loss": loss,
+        "perplexity": safe_exp(loss),
+        "bits_per_byte": nats / math.log(2) / (split.counts.bytes * share),
+        "bits_per_byte_is_estimate": share < KNOWN_SHARE,
+        "word_perplexity": safe_exp(nats / (split.counts.words * share)) if split.counts.words else None,
+        "accuracy": correct / count,
+        "tokens": int(count),
+        "windows": len(windows),
+    }
+
+
+@torch.no_grad()
+def hlb(
+    runner: Any,
+    split: Split,
+    scale: float,
+    world: World,
+    seed: int,
+    step: int,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
+    """hlb-gpt's protocol at `scale`: random windows of 1024 tokens with replacement, drawn from (seed, step)."""
+    length = min(1024, runner.model.max_context or 1024, split.counts.tokens - 2)
+    batch, steps = evaluation_shape(tokens_per_microbatch(scale))  # as on its own A100, whatever the device here
+    draw = random.Random(f"{seed}:{step}:hlb evaluation")
+    starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
+    totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
+    for first in turns(runner, world, len(starts), batch):
+        at(f"validation window {first} of {len(starts)}")
+        chosen = starts[first : first + batch]
+        block = torch.from_numpy(np.stack([split.read(start, length + 1) for start in chosen or [0]]))
+        targets = block[:, 1:] if chosen else torch.full_like(block[:, 1:], IGNORE)
+        totals += torch.stack(score(runner, block[:, :-1], targets))
+    nats, correct, count = world.sum(totals).tolist()
+    loss = nats / count
+    return {
+        "loss": loss,
+        "perplexity": safe_exp(loss),
+        "bits_per_byte": loss / math.log(2) * split.counts.tokens / split.counts.bytes,  # bytes of an average token
+        "bits_per_byte_is_estimate": True,
+        "accuracy": correct / count,
+        "tokens": int(count),
+        "windows": len(starts),
+    }
+
+
+def check_enough(split: Split, protocol: str, key: str) -> None:
+    """UserError where the split is too short for `protocol`, the value of `key`."""
+    if split.counts.tokens < LEAST_TOKENS[protocol]:
+        raise UserError(
+            f"{key}: {protocol} needs at least {LEAST_TOKENS[protocol]} tokens, and the {split.name} split of "
+            f"{printable(split.folder)} has {split.counts.tokens}; prepare more text for it"
+        )
+
+
+def turns(runner: Any, world: World, windows: int, rows: int) -> range:
+    """First windows of this rank's chunks of `rows`, dealt out in turn. In lockstep all ranks have equally many, the last of
+    some beyond the end: empty."""
+    stride = world.size * rows
+    end = -(-windows // stride) * stride if runner.lockstep else windows
+    return range(world.rank * rows, end, stride)
+
+
+def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
+    """(sum of losses, right guesses, targets) of a batch [B, T], as fp64 scalars on the device."""
+    tokens, targets = tokens.to(runner.device), targets.to(runner.device)
+    training = runner.model.training
+    runner.model.eval()
+    with runner.autocast():
+        documents = document_numbers(tokens, runner.plan.end_of_text)
+        logits = runner.model(tokens, documents=documents).logits.float()  # [B, T, V]
+    runner.model.train(training)
+    right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
+    loss = cross_entropy(logits, targets, reduction="sum")
+    return [loss.double(), right.double(), (targets != IGNORE).sum().double()]
+
+
+def rows_at_once(vocab_size: int, length: int, device_type: str) -> int:
+    """Windows per forward pass so that fp32 logits stay within LOGIT_BYTES."""
+    return max(1, LOGIT_BYTES[device_type] // (4 * vocab_size * length))
+
+
+def safe_exp(x: float) -> float:
+    """e^x, at its largest where it would overflow."""
+    return math.exp(min(x, 700.0))
+
+
+def validate(
+    runner: Any,
+    split: Split,
+    plan: Any,
+    world: World,
+    step: int,
+    seed: int | None = None,
+    max_tokens: int = 0,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
+    """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
+    config = plan.config
+    results: dict[str, Any] = {}
+    if config.evaluation.protocol in ("full", "both"):
+        length = config.evaluation.sequence_length
+        results["full"] = full(runner, split, length, world, max_tokens, at)
+    if config.evaluation.protocol in ("hlb", "both"):
+        draw_seed = config.seed if seed is None else seed
+        results["hlb"] = hlb(runner, split, config.model_scale, world, draw_seed, step, at)
+    return results

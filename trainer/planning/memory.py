@@ -1,0 +1,408 @@
+"""Memory of a run before it is one: models without storage, what they keep for the backward pass, what fits a device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from trainer.engine.deepspeed_config import BUCKET
+from trainer.engine.meta import KERNEL_FIELDS, build_meta, told_of_model
+
+GIB = 1024**3
+
+# Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
+PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
+    "bf16": {"weights": 4, "gradients": 4, "moments": 8, "bf16 copies": 2},
+    "pure_bf16": {"weights": 2, "gradients": 6, "moments": 4},
+}
+# FSDP gathers its copies a few blocks at a time, and adds pure_bf16's gradients up in the unsharded ones.
+FSDP_PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
+    "bf16": {"weights": 4, "gradients": 4, "moments": 8},
+    "pure_bf16": {"weights": 2, "gradients": 2, "moments": 4},
+}
+# DeepSpeed's optimizer holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
+ZERO_PARTS = {
+    "fp32": {"weights": 4, "gradients": 4, "masters": 4, "moments": 8},
+    "bf16": {"weights": 2, "gradients": 6, "masters": 4, "moments": 8},
+}
+ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within so many stay gathered
+SHARDED = {
+    "zero1": {"masters", "moments"},
+    "zero2": {"masters", "moments", "gradients"},
+    "zero3": {"masters", "moments", "gradients", "weights"},
+    "fsdp": {"moments", "gradients", "weights"},
+    "hsdp": {"moments", "gradients", "weights"},
+}
+GONE_BEFORE_UPDATE = ("head gradient", "bf16 copies", "unsharded gradients")
+# What engine.offload keeps in CPU memory.
+OFFLOADED = {
+    **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
+    **dict.fromkeys(("fsdp", "hsdp"), {"moments", "gradients", "weights"}),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
+    moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
+    deterministic: by kernels that add in a fixed order alone; recorded: engine.cuda_graphs, whose recordings keep their
+    activations beside those of microbatches that run as they are, and all gradients."""
+
+    strategy: str
+    precision: str
+    processes: int = 1
+    shards: int = 1
+    offload: bool = False
+    reshard: bool = True
+    narrow: bool = False
+    on_gpu: bool = True
+    flex: bool = False
+    compiled: bool = False
+    deterministic: bool = False
+    recorded: bool = False
+
+    @classmethod
+    def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> Spread:
+        """That of a RunConfig on devices as a trainer.runtime.device.Target; strategy, shards: where engine's are not yet decided."""
+        from trainer.engine import compilation
+
+        engine = config.engine
+        if not strategy:
+            strategy, shards = engine.strategy, engine.shard_size if engine.strategy == "hsdp" else processes
+        compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
+        narrow = config.optim.state_precision == "bf16"
+        how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
+        device = target.memory is not None, target.flex, compiled, config.deterministic, engine.cuda_graphs
+        return cls(strategy, config.precision, *how, *device)
+
+    @property
+    def compute(self) -> str:
+        """fp32, autocast (fp32 weights and residual stream, bf16 products) or bf16 (all of it)."""
+        if self.precision == "fp32":
+            return "fp32"
+        return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
+
+
+class Kept(NamedTuple):
+    """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
+    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy."""
+
+    total: int
+    blocks: list[int]
+    logits: bool
+
+
+_measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model several times, and a measure takes seconds
+
+
+class Demand:
+    """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
+
+    documents: whether it is told which document each token is of.
+    """
+
+    def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
+        self.model_class, self.model_config = model_class, model_config
+        self.length, self.documents = length, documents
+        model = build_meta(model_class, model_config)
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+        self.parameters = model_class.count_parameters(model_config)
+        # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
+        self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
+        self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
+
+    def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
+        """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
+        fsdp, zero = spread.strategy in ("fsdp", "hsdp"), spread.strategy in ("zero1", "zero2", "zero3")
+        parts = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[spread.precision])
+        parts["moments"] = 4 if spread.narrow else parts["moments"]
+        sharded = SHARDED.get(spread.strategy, set())
+        away = OFFLOADED[spread.strategy] if spread.offload else set()
+        state = {
+            part: (part not in away)
+            * size
+            * (-(-self.parameters // spread.shards) if part in sharded else self.parameters)
+            for part, size in parts.items()
+        }
+        # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
+        state["head gradient"] = self.head * (4 + 2 * (spread.compute != "fp32"))
+        if fsdp or spread.strategy == "zero3":
+            kept = ZERO3_REUSE if spread.strategy == "zero3" else 0 if spread.reshard else self.parameters
+            copies = min(self.parameters, max(self.gathered, kept))
+            state["gathered"] = copies * (4 if spread.precision == "fp32" else 2)
+        if fsdp and accumulates:
+            state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
+        if spread.strategy in ("zero2", "zero3"):
+            state["buckets"] = (4 if spread.precision == "fp32" else 2) * BUCKET
+        return state
+
+    def in_cpu_memory(self, spread: Spread) -> int:
+        """Bytes that engine.offload moves from one device to the memory of its machine."""
+        here = self.state(replace(spread, offload=False))
+        return sum(here[part] for part in OFFLOADED[spread.strategy]) if spread.offload else 0
+
+    @staticmethod
+    def in_loss(state: dict[str, int], spread: Spread, accumulates: bool) -> int:
+        """Bytes of `state` that are held in the loss of a step's last microbatch, together with all activations."""
+        gradients = state["gradients"]
+        if spread.strategy in ("fsdp", "hsdp"):
+            absent = gradients  # shards of them follow in the backward pass
+        elif spread.precision == "pure_bf16":
+            absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
+        else:  # other strategies hold buffers for gradients from the beginning
+            absent = gradients if spread.strategy == "single" and not (accumulates or spread.recorded) else 0
+            absent += state["buckets"] if spread.strategy == "zero2" else 0  # made in the backward pass
+        return sum(state.values()) - absent
+
+    @staticmethod
+    def in_update(state: dict[str, int]) -> int:
+        """Bytes of `state` that are held at the end of the backward pass and in the update, when activations are gone."""
+        return sum(state.values()) - sum(state.get(part, 0) for part in GONE_BEFORE_UPDATE)
+
+    def activations(self, spread: Spread, how: str) -> int:
+        """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
+
+        how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and what biases of scores
+        (ALiBi, forget gates, hlb's slopes) hold under FlexAttention, some bytes per token and head.
+        """
+        kept, plain = self._measure(spread, how), self._measure(spread, "none")
+        block = max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
+        return self.kept(spread, how) + block
+
+    def kept(self, spread: Spread, how: str) -> int:
+        """Bytes that one sequence holds at the end of the forward pass."""
+        return (2 if spread.recorded else 1) * self._measure(spread, how).total
+
+    def loss(self, spread: Spread, how: str, tokens: float) -> float:
+        """Bytes that the loss of a microbatch of so many tokens takes for a while, when all activations are held.
+
+        A chunk of logits; of a model that holds them all already, their gradient in fp32 and in the compute type.
+        """
+        from models.layers.linear_cross_entropy import working_bytes
+
+        vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
+        if self._measure(spread, how).logits:
+            return 8 * vocab_size * tokens
+        softcap = getattr(self.model_config, "final_softcap", 0) > 0
+        return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu, softcap)
+
+    def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, accumulates: bool) -> float:
+        """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
+
+        hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+        """
+        if memory is None:
+            return float("inf")
+        one, loss = self.activations(spread, how), self.loss(spread, how, self.length)
+        most = self.loss(spread, how, float("inf"))  # what chunks keep the loss of any number of tokens to
+        state = self.state(spread, accumulates)
+        if self.in_update(state) > 0.9 * memory:
+            return 0
+        room = 0.9 * memory - self.in_loss(state, spread, accumulates)
+        return int(max(0, room / (one + loss), (room - most) / one)) * self.length
+
+    def most_held(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+        """Most bytes held at a time with microbatches of so many sequences."""
+        state = self.state(spread, accumulates)
+        return max(self.in_microbatch(spread, how, sequences, accumulates), self.in_update(state))
+
+    def in_microbatch(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+        """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
+        state, kept = self.state(spread, accumulates), self.kept(spread, how)
+        block = self.activations(spread, how) - kept
+        loss = int(self.loss(spread, how, sequences * self.length))
+        return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
+
+    def _measure(self, spread: Spread, how: str) -> Kept:
+        asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
+        key = self.model_class, repr(self.model_config), *asked, spread.deterministic
+        if key not in _measured:
+            with _determinism(spread.deterministic):
+                _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
+        return _measured[key]
+
+
+def kept_bytes(
+    model_class: Any,
+    model_config: Any,
+    length: int,
+    compute: str,
+    how: str = "none",
+    documents: bool = False,
+    flex: bool = False,
+    compiled: bool = False,
+) -> Kept:
+    """What is alive after the forward pass of one sequence.
+
+    Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
+    compute, flex, compiled: see Spread; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
+    compiled is measured as it is, and so trained.
+    """
+    import torch
+
+    from trainer.engine import compilation
+
+    asked = model_class, model_config, length, compute, how, documents, flex
+    what = "its forward pass does not run on tensors without values, by which memory is planned (no .item(), .tolist(), numpy)"
+    with told_of_model(model_class, what):
+        if not compiled:
+            return _kept_bytes(*asked)
+        try:
+            return _kept_bytes(*asked, compiled=True)
+        except Exception as error:
+            if not compilation.of_compiler(error):
+                raise
+            return _kept_bytes(*asked)
+        finally:
+            torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
+
+
+def _kept_bytes(
+    model_class: Any,
+    model_config: Any,
+    length: int,
+    compute: str,
+    how: str,
+    documents: bool,
+    flex: bool,
+    compiled: bool = False,
+) -> Kept:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from models.layers.flex import planning_for_gpu
+    from models.layers.linear_cross_entropy import score_nothing, scored_by
+    from trainer.engine import activation_checkpointing as recompute
+    from trainer.engine import compilation
+
+    gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
+    model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
+    # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
+    with FakeTensorMode(), contextlib.ExitStack() as stack:
+        with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
+            model = model_class(model_config)
+        recompute.apply(model, how)
+        if compiled:
+            compilation.hold_as_compiled(model)
+        if flex:
+            stack.enter_context(planning_for_gpu())
+        if compute == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        stack.enter_context(scored_by(score_nothing))
+        alive = stack.enter_context(_alive_tensors(model))
+        starts, added = [], []
+        for block in model.blocks():
+            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes()))
+            block.register_forward_hook(lambda *_: added.append(alive.bytes() - starts[-1]))
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        output = model(tokens, targets=tokens, documents=tokens if documents else None)
+        total = alive.bytes()
+        entries = length * model_config.vocab_size
+        logits = any(
+            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries for _, shape in alive.sizes.values()
+        )
+        del output
+    return Kept(total, added, logits)
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Any:
+    """As the run will ask for it: some kernels are refused then."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: Any) -> Any:
+    """Parameters made within are of `dtype`. (A model of fake tensors cannot be converted.)"""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _alive_tensors(model: Any) -> Any:
+    """A mode that watches the memory which operators take; `bytes()` is what of it is still held."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
+
+    class AliveTensors(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True  # else nothing would be compiled under this mode; what compiled code runs is seen all the same
+
+        def __init__(self) -> None:
+            super().__init__()
+            tensors = (*model.parameters(), *model.buffers())
+            self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+            self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
+            self.sizes: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
+
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = operator(*args, **(kwargs or {}))
+            # Matrices made of parameters alone, as copies for autocast and room for gradients, are one per run, not per sequence.
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            of_parameters = bool(given) and all(self.reference(x) in self.own | self.vectors for x in given)
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    reference = self.reference(tensor)
+                    if of_parameters:
+                        (self.own if tensor.ndim > 1 or operator in copies else self.vectors).add(reference)
+                    if reference not in self.own:
+                        self.sizes[reference] = tensor.untyped_storage().nbytes(), tensor.shape
+            return out
+
+        @staticmethod
+        def reference(tensor: torch.Tensor) -> StorageWeakRef:
+            return StorageWeakRef(tensor.untyped_storage())
+
+        def bytes(self) -> int:
+            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+            return sum(size for size, _ in self.sizes.values())
+
+    return AliveTensors()
+
+
+def expected_memory(plan: Any) -> dict[str, int]:
+    """Bytes on one device: by part, and as "total" the most that is held at a time, which may be less than their sum.
+
+    Outside the total stand, where they are, "activations without checkpointing" and what each process has "in CPU memory".
+    """
+    batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
+    spread, length = Spread.of(plan.config, plan.processes, plan.target), batch.sequence_length
+    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
+    step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
+    share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
+    parts = -(-share // max(1, batch.tokens_per_microbatch // length))
+    first, second = -(-share // parts), (share + parts - 2) // parts
+    memory = demand.state(spread, parts > 1)
+    most = max(demand.in_microbatch(spread, how, first, accumulates=False), demand.in_update(memory))
+    if parts > 1:
+        most = max(most, demand.in_microbatch(spread, how, second, accumulates=True))
+    passing = demand.activations(spread, how) * first, int(demand.loss(spread, how, first * length))
+    memory |= {"activations": passing[0], "loss": passing[1], "total": most}
+    if how != "none":
+        memory["activations without checkpointing"] = demand.activations(spread, "none") * first
+    if spread.offload:
+        memory["in CPU memory"] = demand.in_cpu_memory(spread)
+    return memory

@@ -1,0 +1,279 @@
+"""`plan`: every number of a run before the run, each with the rule it came from.
+
+`resolve` fills every `None` of a RunConfig; `train` runs on the result and `plan` prints it. Models are only built on
+the meta device, so 3 B parameters plan on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build, coerce, coerced
+from trainer.engine.meta import build_meta
+from trainer.optim import schedules
+from trainer.planning import dial
+from trainer.planning.advice import advice, epochs_of
+from trainer.planning.memory import GIB, expected_memory
+from trainer.planning.resolver import Inference, Row
+from trainer.planning.run_config import folder_of, plugins_of
+from trainer.recipes import hlb as hlb_laws
+from trainer.runtime.launcher import find_place
+
+
+@dataclass
+class Plan:
+    """A run with nothing left to infer.
+
+    config: RunConfig without `None`s; model_config: the model's Config; rows: every number with its rule
+    parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
+    """
+
+    config: Any  # a RunConfig; not typed so, since its `None`s are gone
+    model_class: Any
+    model_config: Any
+    rows: list[Row]
+    parameters: int
+    non_embedding: int
+    vocab_size: int  # ids the tokenizer uses; the model's may be padded
+    processes: int
+    target: Any  # the trainer.runtime.device.Target of every process
+    end_of_text: int | None = None  # id that ends a document, where none attends to another
+    train_tokens: int | None = None  # of the training split, where it exists already
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of one GPU; None: on CPUs."""
+        return self.target.memory
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        batch = self.config.batch
+        return schedules.sequence_lengths(batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
+
+    def sequence_length(self, step: int) -> int:
+        """Training length at 0-based `step`."""
+        batch = self.config.batch
+        return schedules.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
+
+
+def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None, training: bool = True) -> Plan:
+    """Fill every `None` and `auto` of `config` by a rule.
+
+    dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or Place, by default
+    what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand;
+    training: whether training must fit the device. On a resolved config it changes nothing.
+    """
+    config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
+    world = world or find_place(os.environ)
+    inference = Inference(config)
+    model_class, model_config, vocab_size = _resolve_model(inference, dataset)
+    if config.data.separate_documents and not model_class.masks_documents:
+        raise UserError(
+            f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
+            "leave it out"
+        )
+    inference.model(model_class, model_config)
+    inference.launcher(world)
+    inference.hardware(gpu)
+    inference.batch(dataset)
+    inference.engine(world, training)
+    inference.microbatch()
+    inference.optimiser()
+    inference.rest()
+    return Plan(
+        config=config,
+        model_class=model_class,
+        model_config=model_config,
+        rows=inference.rows,
+        parameters=inference.parameters,
+        non_embedding=inference.non_embedding,
+        vocab_size=vocab_size,
+        processes=world.size,
+        target=inference.target,
+        end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
+        train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
+    )
+
+
+def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
+    from models.base import get_model, load_models, model_names, pad_vocab
+    from models.config import check_range
+
+    config: Any = inference.config
+    load_models()
+    options = dict(config.model)
+    name = options.pop("name", "hlb")
+    if name not in model_names():
+        folder = folder_of(config)
+        plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
+        ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
+        near = _nearest_name(str(name), model_names())
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways}){hint}")
+    model_class = get_model(name)
+
+    if dataset is not None:
+        vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
+    else:
+        vocab_size, source = (
+            _vocab_of(config.data.tokenizer, config.data.end_of_text),
+            f"tokenizer {config.data.tokenizer} (data not prepared yet)",
+        )
+    padded = pad_vocab(vocab_size)
+    if "vocab_size" not in options:
+        inference.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
+    wanted_vocab = coerce(int, options.get("vocab_size", padded), "model.vocab_size")
+    if wanted_vocab < vocab_size:
+        raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
+
+    target = dial.target_parameters(config.model_scale, wanted_vocab)
+    try:
+        choices = {**coerced(model_class.Config, options, "model."), "vocab_size": wanted_vocab}
+        for field in dataclasses.fields(model_class.Config):
+            check_range(field, choices.get(field.name))  # before a shape is looked for
+        model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from None
+    unpadded = getattr(model_config, "unpadded_vocab", 0)
+    if 0 < unpadded < vocab_size:
+        raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
+    inferred: dict[str, int] = getattr(model_config, "inferred", dict)()
+    for key, value in dataclasses.asdict(model_config).items():
+        meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
+        if key in options:
+            inference.note(f"model.{key}", value, "set" + meaning)
+        elif key != "vocab_size":
+            inference.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
+    config.model = {"name": name, **dataclasses.asdict(model_config)}
+    return model_class, model_config, vocab_size
+
+
+def _nearest_name(name: str, names: list[str]) -> str:
+    """The name that is spelt most like `name`, whatever the case and without punctuation; "" where none is near."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.casefold() if c.isalnum() or c == "+")
+
+    by_spelling = {plain(known): known for known in names}
+    near = difflib.get_close_matches(plain(name), list(by_spelling), 1, 0.6)
+    return by_spelling[near[0]] if near else ""
+
+
+def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
+    """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
+    known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
+    name, _, size = tokenizer.partition(":")
+    if name == "train-bpe" and re.fullmatch(r"[0-9]{3,8}", size) and int(size) > 256:
+        return int(size)
+    if tokenizer in known:
+        return known[tokenizer]
+    from trainer.data.tokenizers import get_tokenizer  # files on this machine; no network is asked
+
+    return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
+
+
+def law_rows(plan: Plan) -> list[Row]:
+    """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
+    optim, n = plan.config.optim, plan.parameters
+    law = hlb_laws.GradNormLaw.of(n)
+    rows = []
+    if optim.loss_driven_decay:
+        rows.append(Row("decay base b", hlb_laws.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
+    if plan.config.batch.dynamic:
+        rows.append(Row("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
+        rows.append(Row("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
+    if optim.recipe == "hlb":
+        rows.append(Row("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
+        tables = "positions" if getattr(plan.model_config, "tied", False) else "embedding"
+        rows.append(Row(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
+        rows.append(Row("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
+    if plan.config.evaluation.protocol != "full":
+        batch, steps = hlb_laws.evaluation_shape(hlb_laws.tokens_per_microbatch(plan.config.model_scale))
+        rows.append(Row("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
+    return rows
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan as one flat mapping, for `--json`."""
+    config, batch = plan.config, plan.config.batch
+    model = build_meta(plan.model_class, plan.model_config)
+    return {
+        "model": config.model["name"],
+        "model_scale": config.model_scale,
+        "params": plan.parameters,
+        "params_non_embedding": plan.non_embedding,
+        **{key: value for key, value in config.model.items() if key != "name"},
+        "lr": config.optim.lr,
+        "recipe": config.optim.recipe,
+        "precision": config.precision,
+        "processes": plan.processes,
+        "strategy": config.engine.strategy,
+        "offload": config.engine.offload,
+        "compile": config.engine.compile,
+        "state_precision": config.optim.state_precision,
+        "activation_checkpointing": config.engine.activation_checkpointing,
+        "tokens_per_step": batch.tokens_per_step,
+        "tokens_per_microbatch": batch.tokens_per_microbatch,
+        "sequence_lengths": plan.sequence_lengths,
+        "max_steps": config.max_steps,
+        "tokens_at_least": minimum_tokens(plan),
+        "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
+        "advice": advice(plan, minimum_tokens(plan)),
+        "flops_per_token": model.flops_per_token(batch.sequence_length),
+        "memory_bytes": expected_memory(plan),
+        "laws": {row.key: row.value for row in law_rows(plan)},
+        "rules": {row.key: row.rule for row in plan.rows},
+    }
+
+
+def minimum_tokens(plan: Plan) -> int:
+    """Tokens of the whole run while hlb's multiplier stays at one (exact where the batch is fixed)."""
+    batch, total, done = plan.config.batch, 0, 0
+    for i, length in enumerate(plan.sequence_lengths):
+        last = length == plan.sequence_lengths[-1]
+        until = plan.config.max_steps if last else min(plan.config.max_steps, (i + 1) * batch.sequence_double_every + 1)
+        total += (until - done) * (batch.tokens_per_step // length * length)
+        done = until
+    return total
+
+
+def show_number(value: Any) -> str:
+    """A value as the plan prints it: thousands separated, floats to six digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def render(plan: Plan, more: Sequence[Row] = ()) -> str:
+    """The plan as a table: key, value, rule."""
+    facts = summary(plan)
+    epochs = facts["epochs_at_least"]
+    memory = facts["memory_bytes"]
+    parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
+    for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they stand last
+        parts = parts.replace(f", {outside}", f"; {outside}")
+    derived = [
+        Row("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
+        Row("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
+        Row("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
+        Row(
+            "tokens",
+            facts["tokens_at_least"],
+            "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
+        ),
+        *([] if epochs is None else [Row("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
+        Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
+    ]
+    rows = plan.rows + law_rows(plan) + derived + list(more)
+    keys = max(len(row.key) for row in rows)
+    values = max(len(show_number(row.value)) for row in rows)
+    lines = [f"{row.key:<{keys}}  {show_number(row.value):>{values}}  {row.rule}" for row in rows]
+    return "\n".join(lines + [f"note: {line}" for line in facts["advice"]])

@@ -1,0 +1,340 @@
+"""The config of a run that is there: how it is stored, what of it may change, and what a command makes of it.
+
+    # crescendo-lm 0.2.0, config format 2, digest 5f1c...     the release that wrote it, and a digest of all but comments
+    model_scale: 1.0                                          every key, nothing left to infer
+
+A config of format 1 has no such line. A key that an older release did not know means what that release did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from models.config import with_later_fields
+from trainer import __version__
+from trainer.core.config import ABSENT_MEANS, RunConfig
+from trainer.core.errors import Damaged, UserError
+from trainer.core.files import parse_json, read_small, user_path, write_file
+from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
+from trainer.core.text import printable
+from trainer.engine.meta import KERNEL_FIELDS
+from trainer.runtime.launcher import find_place
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.jsonl"
+CONFIG_FORMAT = 2
+HEADER = re.compile(r"# crescendo-lm (\S+), config format ([0-9]+), digest ([0-9a-f]{64})")
+
+# What may change between the parts of one run: where it computes and what it reports, not what it computes.
+CHANGEABLE = (
+    "run_dir",
+    "max_steps",
+    "device",
+    "profile",
+    "data.path",
+    "data.cache",
+    "data.threads",
+    "batch.tokens_per_microbatch",
+    "batch.device_token_capacity",
+    "optim.non_finite",
+    "optim.max_skips",
+    "engine.",
+    "evaluation.",
+    "checkpoint.",
+    "log.",
+    *(f"model.{name}" for name in KERNEL_FIELDS),
+)
+
+# What goes with a strategy and a number of processes: with others it is decided anew.
+BY_STRATEGY = (
+    "strategy",
+    "shard_size",
+    "offload",
+    "reshard_after_forward",
+    "deepspeed_config",
+    "activation_checkpointing",
+    "cuda_graphs",
+)
+
+
+def default_run_dir(config: RunConfig) -> str:
+    """runs/MODEL-SCALE"""
+    return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where the run of a config lives, whether it says so or not."""
+    return user_path(default_run_dir(config) if config.run_dir is None else config.run_dir, "run_dir")
+
+
+# -- the file --------------------------------------------------------------------------------------------------------------
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.yaml; a folder with it can be resumed."""
+    write_file(folder / CONFIG, _sealed(to_yaml(config), __version__, str(CONFIG_FORMAT)))
+
+
+def keep_changed_config(folder: Path) -> None:
+    """Before config.yaml is written again: where it is not what was written, keep it under another name."""
+    try:
+        if (folder / CONFIG).exists():
+            _read(folder)
+    except Damaged:
+        (folder / CONFIG).rename(folder / f"{CONFIG}.changed")
+
+
+def _sealed(text: str, release: str, version: str) -> str:
+    """`text` under the line that says who wrote it, and its digest."""
+    return f"# crescendo-lm {release}, config format {version}, digest {_digest(text, release, version)}\n{text}"
+
+
+def _digest(text: str, release: str, version: str) -> str:
+    """sha256 of the release, the format and all lines that are not comments."""
+    lines = [release, version, *(line for line in text.splitlines() if not line.startswith("#"))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class StoredConfig:
+    """The values of a run's config.yaml, `ABSENT_MEANS` filled in, and what is known of who wrote it.
+
+    given: the keys that stand in the file, dotted; release: of crescendo-lm, "" where nothing tells.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    given: set[str]
+    release: str
+
+    def build(self, values: dict[str, Any] | None = None) -> RunConfig:
+        """The RunConfig of these values, or of `values`; UserError names the release that knows a key that this one does not."""
+        try:
+            build(RunConfig, self.values)
+        except UserError as error:
+            if self.release in ("", __version__):
+                raise UserError(f"{self.folder / CONFIG}: {error}") from None
+            raise UserError(
+                f"{self.folder / CONFIG}: was written by crescendo-lm {self.release}, this is {__version__}: {error}; "
+                f"go on with crescendo-lm {self.release}"
+            ) from None
+        return build(RunConfig, self.values if values is None else values)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds a run: a config.yaml, and what only a run writes beside it."""
+    config = folder / CONFIG
+    if not config.is_file():
+        return False
+    beside = (folder / ENVIRONMENT).is_file() or (folder / "checkpoints").is_dir()
+    return beside or read_small(config).startswith(b"# crescendo-lm ")
+
+
+def read_config(folder: Path, say: Callable[[str], None]) -> StoredConfig:
+    """The config of the run in `folder`.
+
+    Where config.yaml is not what was written, the config that the newest good checkpoint was made with is taken instead, which
+    is said; UserError where there is none.
+    """
+    try:
+        values, release = _read(folder)
+    except Damaged as error:
+        found = _from_checkpoint(folder, say)
+        if found is None:
+            raise UserError(
+                f"{error}; put it back as it was, or remove its first line to keep the change, and give changes as flags"
+            ) from None
+        values, release = found
+        say(f"{error}; taken instead: the config of the newest good checkpoint (give changes as flags)")
+    given = set(flat(values))
+    for key, value in ABSENT_MEANS.items():
+        if key not in given:
+            _set(values, key.split("."), value)
+    values["model"] = with_later_fields(values.get("model") or {})
+    return StoredConfig(folder, values, given, release)
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    """Values and release of config.yaml. Damaged where it is not what was written."""
+    path = folder / CONFIG
+    try:
+        text = read_small(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Damaged(f"{path}: is not UTF-8 text; it was changed after it was written") from None
+    header = next(filter(None, map(HEADER.fullmatch, text.splitlines()[:1])), None)
+    if header is not None and int(header[2]) > CONFIG_FORMAT:
+        raise UserError(
+            f"{path}: has format {int(header[2])} of crescendo-lm {header[1]}; this is {__version__}, which reads {CONFIG_FORMAT}"
+        )
+    if header is not None and header[3] != _digest(text, header[1], header[2]):
+        raise Damaged(f"{path}: its digest is not that of its content; it was changed after it was written")
+    if header is None and text.startswith("# crescendo-lm "):
+        raise Damaged(f"{path}: its first line is not as it was written")
+    release = header[1] if header else _last_start(folder).get("versions", {}).get("crescendo-lm", "")
+    return load_yaml(path), release
+
+
+def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str] | None:
+    """Values and release of the config in the newest good checkpoint; None where there is none that a digest covers."""
+    from trainer.checkpoint import format as checkpoint
+
+    chosen = checkpoint.choose(folder / "checkpoints", None, say)
+    if chosen is None:
+        return None
+    _, manifest = chosen
+    if manifest["format"] == 1 or not isinstance(manifest.get("config"), dict):
+        return None
+    return manifest["config"], str(manifest.get("crescendo", ""))
+
+
+# -- what a command makes of it --------------------------------------------------------------------------------------------
+
+
+def combined_values(
+    given: dict[str, Any], say: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, Any], StoredConfig | None]:
+    """What a `train` command asks for, on top of what its run folder holds already: (values, the stored config of a run that
+    is to go on)."""
+    from trainer.checkpoint.format import found
+
+    folder = folder_of(build(RunConfig, given))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
+    if not is_run(folder):
+        if found(folder / "checkpoints"):
+            raise UserError(
+                f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
+            )
+        if (folder / CONFIG).exists():
+            raise UserError(f"run_dir: {folder} holds a {CONFIG} that no run has written; choose another --run_dir")
+        return given, None
+    stored = read_config(folder, say)
+    values = stored.values
+    engine, strategy = values.get("engine") or {}, (given.get("engine") or {}).get("strategy")
+    processes = _last_start(folder, say).get("processes")
+    if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
+        values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
+    # The folder says where the run is: it may have been moved or copied.
+    return merge(values, drop_inferred(given)) | {"run_dir": str(folder)}, stored
+
+
+def combined_config(
+    given: dict[str, Any], say: Callable[[str], None] = lambda line: None
+) -> tuple[RunConfig, StoredConfig | None]:
+    """As `combined_values`, built."""
+    values, stored = combined_values(given, say)
+    return (build(RunConfig, values) if stored is None else stored.build(values)), stored
+
+
+def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The lines that `environment` has written, one for each start; what is no such line is told and left out."""
+    try:
+        lines = read_small(folder / ENVIRONMENT).splitlines()
+    except UserError:
+        return
+    for number, line in enumerate(lines, 1):
+        try:
+            yield parse_json(line, f"{folder / ENVIRONMENT}, line {number}")
+        except Damaged as error:
+            say(f"{error}; that start is left out")
+
+
+def _last_start(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """What `environment` said of the last start in this folder; empty where that is not known."""
+    start = next(reversed([{}, *_starts(folder, say)]))
+    kinds = {"command": list, "versions": dict, "processes": int}
+    return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
+
+
+def plugins_of(folder: Path) -> list[str]:
+    """The modules that the last start in this folder named by --plugin; none of them is imported."""
+    try:
+        plugins = parse_flags([str(word) for word in _last_start(folder).get("command", [])])[1].get("plugin", [])
+    except UserError:
+        return []
+    return plugins if isinstance(plugins, list) else [plugins]
+
+
+def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the keys that say `auto`: on resumption what was inferred then holds, but for what may change."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            kept[key] = drop_inferred(value, f"{prefix}{key}.")
+        elif (value is not None and str(value).lower() != "auto") or f"{prefix}{key}".startswith(CHANGEABLE):
+            kept[key] = value
+    return kept
+
+
+def check_unchanged(
+    stored: StoredConfig, config: RunConfig, given: dict[str, Any], resolve: Callable[[RunConfig], RunConfig]
+) -> None:
+    """UserError where a command asks of an existing run something other than it was started with.
+
+    config: resolved; given: what the command says; resolve(config) -> the config with nothing left to infer, called only for
+    a key that the run's release did not know and that the command names.
+    """
+    before, after = flat(stored.build()), flat(config)
+    new = {
+        key
+        for key in after
+        if key not in stored.given and key not in ABSENT_MEANS and before.get(key) in (None, "auto")
+    }
+    if new & set(flat(drop_inferred(given))):
+        before |= {key: value for key, value in flat(resolve(stored.build())).items() if key in new}
+    else:  # what is inferred today is what the older release did
+        before |= {key: after[key] for key in new}
+    _refuse_change(
+        before,
+        after,
+        lambda key, more: (
+            f"{key}: {stored.folder} was started with {before.get(key)!r}, now it is {after[key]!r}{more}; "
+            "choose another --run_dir, or leave that key as it was"
+        ),
+    )
+
+
+def check_trained_with(before: Any, config: RunConfig, manifest: Path) -> None:
+    """UserError where the run's config is not the one that a checkpoint was made with. before: the config in its manifest."""
+    if not isinstance(before, dict):
+        raise Damaged(f"checkpoint: {manifest} does not say with which config it was made")
+    then, now = flat(before), flat(config)
+    _refuse_change(
+        {**now, **then},  # a key that the release of the checkpoint did not know
+        now,
+        lambda key, more: (
+            f"{key}: the run's {CONFIG} says {now[key]!r}, {manifest} was made with {then[key]!r}{more}; "
+            f"put {CONFIG} back as it was"
+        ),
+    )
+
+
+def _refuse_change(before: dict[str, Any], after: dict[str, Any], line: Callable[[str, str], str]) -> None:
+    differing = [key for key in after if before.get(key) != after[key] and not key.startswith(CHANGEABLE)]
+    if differing:
+        raise UserError(printable(line(differing[0], f" (and {', '.join(differing[1:])})" if differing[1:] else "")))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted key -> value, of a dataclass or of nested values."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + str(key), value
+
+    return dict(walk(config if isinstance(config, dict) else dataclasses.asdict(config), ""))

@@ -1,0 +1,190 @@
+"""Which strategy spreads the model over the processes there are, and which activations are computed twice: what fits decides."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from trainer.core.errors import UserError
+from trainer.planning.memory import GIB, Demand, Spread
+from trainer.runtime.device import GPUS, Target
+
+CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the one that holds least
+
+
+def refuse_contradictions(config: Any) -> None:
+    """UserError where settings of a decided engine section do not go together."""
+    engine, strategy = config.engine, config.engine.strategy
+    if config.precision == "pure_bf16" and strategy.startswith("zero"):
+        raise UserError(
+            f"precision: pure_bf16 with engine.strategy {strategy}, but DeepSpeed keeps fp32 masters (and zero0 would sum "
+            "gradients in bf16); use bf16, ddp or fsdp"
+        )
+    if config.float8 and config.precision == "fp32":
+        raise UserError("float8: products would be far less exact than precision fp32 promises; use bf16")
+    if not engine.reshard_after_forward and strategy not in ("fsdp", "hsdp"):
+        raise UserError(
+            f"engine.reshard_after_forward: {strategy} gathers no blocks; use fsdp or hsdp, or leave it out"
+        )
+    if engine.offload and strategy in ("single", "ddp", "zero0"):
+        raise UserError(
+            f"engine.offload: {strategy} has no shards to move to CPU memory; use fsdp, hsdp or zero1 to zero3"
+        )
+    if engine.shard_size is not None and strategy != "hsdp":
+        raise UserError(f"engine.shard_size: only hsdp has groups of shards, not {strategy}; use hsdp or leave it out")
+    if engine.deepspeed_config is not None and not strategy.startswith("zero"):
+        raise UserError(f"engine.deepspeed_config: {strategy} is not DeepSpeed's; use zero0 to zero3 or leave it out")
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"engine.strategy: {strategy} needs DeepSpeed; `pip install 'deepspeed>=0.19.8,<0.20'`, or use fsdp"
+        )
+
+
+def check_graphs(config: Any, target: Target) -> None:
+    """UserError where engine.cuda_graphs cannot be had; config: resolved."""
+    engine = config.engine
+    if not engine.cuda_graphs:
+        return
+    if target.memory is None:
+        why = "a CPU has none"
+    elif engine.strategy != "single":
+        why = f"{engine.strategy} sums gradients while they are made"
+    elif config.precision == "pure_bf16":
+        why = "pure_bf16 moves the gradients of each microbatch"
+    elif engine.activation_checkpointing != "none":
+        why = "recomputing asks for the state of random numbers"
+    elif config.model.get("kernels") == "liger":
+        why = "Liger's loss waits for the device"
+    else:
+        return
+    raise UserError(f"engine.cuda_graphs: {why}; leave it out")
+
+
+def check_shard_size(shard_size: int, processes: int) -> None:
+    """UserError unless hsdp's groups come out even."""
+    if processes % shard_size:
+        raise UserError(
+            f"engine.shard_size: {shard_size} does not divide the {processes} processes of this run; choose a divisor"
+        )
+
+
+class Means(NamedTuple):
+    """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: AdamW's moments in bf16."""
+
+    recompute: str
+    narrow: bool
+
+
+class Chooser:
+    """Decides by what fits.
+
+    config: RunConfig, its precision and sequence length decided; world: size and local_size; target: the device, as all
+    others; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
+    """
+
+    def __init__(self, demand: Demand, config: Any, world: Any, target: Target, wanted: int, step: float) -> None:
+        self.demand, self.config, self.world = demand, config, world
+        self.target, self.wanted, self.step = target, wanted, step
+        self.memory = target.memory
+        asked, state = config.engine.activation_checkpointing, config.optim.state_precision
+        recompute = CHECKPOINTING if asked == "auto" else (asked,)
+        fixed = config.precision == "pure_bf16" or state != "auto"  # there they are bf16 as the weights are
+        # What gives the same weights first, from the fastest to the one that holds least.
+        self.means = [Means(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in recompute]
+        self.room = "" if target.memory is None else f"{target.memory / GIB:.0f} GiB"
+
+    def fits(self, means: Means, spread: Spread) -> bool:
+        spread = replace(spread, narrow=means.narrow)
+        fit = self.demand.tokens_that_fit(self.memory, spread, means.recompute, self.accumulates(spread))
+        return fit >= self.wanted
+
+    def accumulates(self, spread: Spread) -> bool:
+        """Whether a step may take several microbatches of what is wanted."""
+        return self.step > self.wanted * spread.processes
+
+    def needed(self, spread: Spread, means: Means) -> int:
+        """Bytes that microbatches of what is wanted are expected to need."""
+        spread = replace(spread, narrow=means.narrow)
+        sequences = max(1, self.wanted // self.demand.length)
+        return self.demand.most_held(spread, means.recompute, sequences, self.accumulates(spread))
+
+    def spread(self, strategy: str, shards: int = 1) -> Spread:
+        return Spread.of(self.config, self.world.size, self.target, strategy, shards)
+
+    def strategy(self) -> tuple[str, bool, str]:
+        """(strategy, offload, why) where engine.strategy is auto."""
+        size, offload = self.world.size, self.config.engine.offload
+        if offload:
+            return "fsdp", True, "engine.offload needs shards"
+        if size > 1:
+            return self._several()
+        if self.memory is None:
+            return "single", False, "one process on a CPU"
+        if self.fits(self.means[-1], self.spread("single")):
+            return "single", False, f"one process; its GPU's {self.room} hold the run"
+        why = f"not one sequence fits {self.room} by any other means: weights and optimiser in CPU memory"
+        return "fsdp", True, why
+
+    def _several(self) -> tuple[str, bool, str]:
+        size, local_size = self.world.size, self.world.local_size
+        if self.memory is None:
+            return "ddp", False, f"{size} processes on CPUs"
+        if self.fits(self.means[0], self.spread("ddp")):
+            return "ddp", False, f"{size} processes; each GPU's {self.room} hold a whole copy"
+        why = f"a whole copy does not fit a GPU's {self.room}"
+        offload = not self.fits(self.means[-1], self.spread("fsdp", size))
+        why += "; with all in CPU memory" * offload
+        if size == local_size:
+            return "fsdp", offload, f"{why}: shards over the {size} processes of this machine"
+        # Between machines it is slow: rather compute activations twice than gather weights from another machine.
+        even = local_size > 1 and size % local_size == 0
+        if even and self.fits(self.means[-1], self.spread("hsdp", local_size)):
+            return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
+        return "fsdp", offload, f"{why}, nor one machine's: shards over all {size} processes"
+
+    def choose_means(self, spread: Spread) -> tuple[Means, str]:
+        """(means, why) of what is auto of engine.activation_checkpointing and optim.state_precision."""
+        if self.memory is None:
+            return self.means[0], "memory of a CPU is not what limits a batch"
+        # Of what lies in CPU memory, half as much frees nothing here.
+        means_here = [means for means in self.means if not (spread.offload and means.narrow)] or self.means
+        for means in means_here:
+            if self.fits(means, spread):
+                without = "" if means is self.means[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
+                return means, "the fastest that fits" + without
+        return means_here[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
+
+    def refuse_the_impossible(self, spread: Spread, means: Means) -> None:
+        """UserError, with what would do, where not even one sequence is expected to fit the whole memory of the GPU."""
+        needed = self.needed(spread, means)
+        if self.memory is None or needed <= self.memory:
+            return
+        engine = self.config.engine
+        how = f"{engine.strategy}{', offloaded' * spread.offload}, recomputing {means.recompute}"
+        ways = ", ".join(self.ways_out(spread)) or "a smaller model_scale"
+        raise UserError(
+            f"memory: {self.wanted:,} tokens at a time are expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "
+            f"{self.memory / GIB:.1f}; what would fit: {ways}"
+        )
+
+    def ways_out(self, spread: Spread) -> list[str]:
+        """What else would hold one sequence: offloading, more processes, another GPU, each the least that does."""
+        sharded = replace(spread, strategy="fsdp", offload=False)
+        ways, least = [], self.means[-1]
+
+        def holds(spread: Spread, memory: float) -> bool:
+            return self.needed(spread, least) <= 0.9 * memory
+
+        assert self.memory is not None
+        if not spread.offload and holds(replace(sharded, offload=True, shards=spread.processes), self.memory):
+            ways.append("--engine.offload with fsdp")
+        for size in (2**n for n in range(1, 11)):
+            if size > spread.processes and holds(replace(sharded, processes=size, shards=size), self.memory):
+                ways.append(f"fsdp on {size} such GPUs")
+                break
+        for key, gpu in sorted(GPUS.items(), key=lambda item: item[1].gibibytes):
+            if gpu.gibibytes * GIB > self.memory and holds(spread, gpu.gibibytes * GIB):
+                ways.append(f"the same on {key}")
+                break
+        return ways

@@ -1,0 +1,97 @@
+"""How long a planned run takes, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.engine.meta import build_meta
+from trainer.planning.plan import Plan, minimum_tokens
+from trainer.planning.resolver import Row
+
+MFUS = (0.5, 0.2)  # of what such models reach: large ones on one GPU, and small ones or many GPUs
+
+
+class Time(NamedTuple):
+    """What a whole run takes. hours, tokens_per_second, cost: None where they are not known; hours_range: without a bench, from
+    the device's peak at MFUS."""
+
+    rule: str
+    hours: float | None = None
+    tokens_per_second: float | None = None  # of all processes
+    cost: float | None = None
+    hours_range: tuple[float, float] | None = None
+
+    def row(self) -> Row:
+        if self.hours_range is not None:
+            return Row("hours", " to ".join(f"{hours:.3g}" for hours in self.hours_range), self.rule)
+        return Row("hours", "unknown" if self.hours is None else self.hours, self.rule)
+
+
+def find_bench(plan: Plan, device: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest bench.json in runs/ that has this model on such a device, and its row of the trainer that is most like the plan.
+
+    Like it in any case: precision, fp8 and length of sequences.
+    """
+    wanted = dataclasses.asdict(plan.config)
+    for path in sorted(Path("runs").glob("bench-*/bench.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if (report["kind"], report["device"]) != ("train", device):
+                continue
+            rows = [row for row in report["rows"] if row["kind"] == "trainer" and _same_work(row["config"], wanted)]
+            if rows:
+                row = max(rows, key=lambda row: _settings_in_common(row["config"], wanted))
+                return path, row | {"processes": report["processes"]}
+    return None
+
+
+def _same_work(config: dict[str, Any], other: dict[str, Any]) -> bool:
+    what = [(c["model"], c["precision"], c["float8"], c["batch"]["sequence_length"]) for c in (config, other)]
+    return what[0] == what[1]
+
+
+def _settings_in_common(config: dict[str, Any], other: dict[str, Any]) -> int:
+    """How many of the settings that make a step faster or slower."""
+    engine = [key for key in config["engine"] if config["engine"][key] == other["engine"].get(key)]
+    return len(engine) + (config["batch"]["tokens_per_microbatch"] == other["batch"]["tokens_per_microbatch"])
+
+
+def expected_time(plan: Plan, device: str, price: float | None) -> Time:
+    """Hours of the whole run, and money where a price per hour is given, by the newest bench of this model."""
+    found = find_bench(plan, device)
+    if found is None:
+        return _time_by_peak(plan, device, price)
+    path, row = found
+    rate = row["tokens_per_second"]["median"] * plan.processes / row["processes"]
+    hours = minimum_tokens(plan) / rate / 3600
+    rule = "at least: with a multiplier of one; " if plan.config.batch.dynamic else ""
+    rule += f"at {rate:,.0f} tokens/s, by {row['name']} of {path}"
+    if plan.processes != row["processes"]:
+        rule += f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, as if speed grew with their number"
+    cost = None if price is None else hours * price * plan.processes
+    if cost is not None:
+        rule += f"; {cost:,.2f} at {price:g} an hour and device"
+    return Time(rule, round(hours, 3), rate, cost)
+
+
+def _time_by_peak(plan: Plan, device: str, price: float | None) -> Time:
+    """What a run takes at MFUS of the device's peak, where that is known."""
+    from trainer.runtime.device import peak_of
+
+    rule = f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
+    peak = peak_of(device, plan.config.precision, plan.config.float8)
+    if peak is None:
+        return Time(f"{rule}; nor is a peak of FLOP/s known to guess by")
+    batch = plan.config.batch
+    flops = build_meta(plan.model_class, plan.model_config).flops_per_token(batch.sequence_length)
+    least, most = (minimum_tokens(plan) * flops / (peak * plan.processes * mfu) / 3600 for mfu in MFUS)
+    guess = f"a guess at {MFUS[0]:.0%} to {MFUS[1]:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    guess += ", with a multiplier of one" if batch.dynamic else ""
+    if price is not None:
+        costs = [f"{hours * price * plan.processes:,.2f}" for hours in (least, most)]
+        guess += f"; {' to '.join(costs)} at {price:g} an hour and device"
+    return Time(f"{guess}; {rule}", hours_range=(least, most))

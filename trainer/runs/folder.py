@@ -1,0 +1,96 @@
+"""A run is a folder: its resolved config, plan, environment, tokenizer, metrics, curves, samples and checkpoints."""
+
+from __future__ import annotations
+
+from trainer.runtime.environment import environment
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.core.config import DataConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.files import DIGEST, digest_of, read_small, system_error, user_path, write_file
+from trainer.runtime.launcher import find_place
+from trainer.engine.meta import KERNEL_FIELDS
+from trainer.planning.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
+from trainer.core.text import printable
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Hold the run folder for this process. A kill releases it; a second run in the same folder is refused after `patience` seconds."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=patience)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir"
+        ) from None
+    except OSError as error:
+        raise system_error(error, f"run_dir: cannot write to {folder} (or choose another --run_dir)") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_start(
+    folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path, say: Callable[[str], None]
+) -> None:
+    """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; a line of environment.jsonl."""
+    for name in ("dataset.json", "tokenizer.json"):
+        _copy(dataset_folder / name, folder / name, plan_text is not None, say)
+    if plan_text is not None:
+        write_file(folder / "plan.txt", plan_text + "\n")
+    _append_line(folder / ENVIRONMENT, environment())
+    keep_changed_config(folder)
+    write_config(folder, config)  # last: a folder with it can be resumed
+
+
+def _copy(source: Path, target: Path, new: bool, say: Callable[[str], None]) -> None:
+    """Have the content of `source` in `target`. In the folder of a new run, UserError where something else has that name."""
+    content = read_small(source)
+    held = read_small(target) if target.exists() else b""
+    if held == content:
+        return
+    # What a start that was cut off has left is a beginning of the content, or zeros that stand for what was never written.
+    if new and not content.startswith(held.rstrip(b"\0")):
+        raise UserError(f"run_dir: {target} is there and belongs to other data; choose another --run_dir")
+    if held:
+        say(f"{target} is not that of the run's data; it is written again")
+    write_file(target, content)
+
+
+def _append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a sealed JSON object to a file of lines; a last line that a kill has cut off stays a line of its own."""
+    before = read_small(path) if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_file(path, before + json.dumps({**content, DIGEST: digest_of(content)}).encode() + b"\n")
+
+
+
+
+
+
+
+
+
+
+
+
+
+

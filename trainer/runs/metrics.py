@@ -1,0 +1,164 @@
+"""metrics.jsonl: one row per optimiser step, each step once, also after a run has gone on from a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.core.errors import MachineError
+from trainer.core.files import sync_path, system_error
+from trainer.runs.history import History
+from trainer.core.text import printable
+
+KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second", "seconds")
+LINE_BYTES = 1 << 20  # no row is longer
+
+
+class MetricsFile:
+    """Rows of metrics.jsonl. A resumed run drops the rows past its checkpoint; lines that are no rows are put aside and told.
+
+    What cannot be written now is kept, and written with a later row: `write` and `sync` raise MachineError meanwhile.
+    """
+
+    def __init__(self, path: Path, resume_step: int, say: Callable[[str], None], expected: str = "") -> None:
+        """expected: `digest` when the checkpoint was saved that the run goes on from; "" where nothing tells."""
+        self.path, self.history = path, History()
+        self._digest = hashlib.sha256()
+        self._unwritten = b""
+        self._descriptor: int | None = None
+        try:
+            if path.exists():
+                self._rewind(resume_step, say)
+            self._open()
+        except OSError as error:
+            raise system_error(error, f"{printable(path)}: cannot be read or written") from None
+        if expected and expected != self.digest:
+            say(
+                f"warning: {printable(path)}: the rows up to step {resume_step:,} are not those that the run has written"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows, as a checkpoint keeps it."""
+        return self._digest.hexdigest()
+
+    def _rewind(self, resume_step: int, say: Callable[[str], None]) -> None:
+        """Keep the rows up to `resume_step`, byte for byte, and put aside what is none."""
+        odd: list[tuple[int, bytes]] = []
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            for number, line, row in _lines(self.path):
+                if row is None:
+                    odd.append((number, line))
+                elif row["step"] <= resume_step:
+                    file.write(line)
+                    self._digest.update(line)
+                    self.history.add(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if odd:
+            aside = self.path.with_name(self.path.name + ".damaged")
+            with aside.open("ab") as file:
+                file.writelines(line for _, line in odd)
+                file.flush()
+                os.fsync(file.fileno())
+            count = "1 line is no row" if len(odd) == 1 else f"{len(odd)} lines are no rows"
+            say(f"warning: {printable(self.path)}: {count} (line {odd[0][0]}); kept in {aside.name}")
+        temporary.rename(self.path)
+        sync_path(self.path.parent)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.history.add(row)
+        line = json.dumps(row).encode() + b"\n"
+        self._digest.update(line)
+        self._unwritten += line
+        self._flush()
+
+    def sync(self) -> None:
+        """On disk now: called before a checkpoint that a resumed run would continue from."""
+        self._flush()
+        try:
+            os.fsync(self._descriptor or 0)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        try:
+            self._flush()
+        finally:
+            self._close()
+
+    def _flush(self) -> None:
+        """Byte by byte, so that it is known what is written after a failure within a row."""
+        try:
+            self._open()
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._descriptor or 0, self._unwritten) :]
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> MachineError:
+        self._close()  # a handle of a network file system may stay stale for ever
+        rows = self._unwritten.count(b"\n")
+        return MachineError(
+            f"{printable(self.path)}: cannot be written: {printable(error.strerror or error)}; "
+            f"{rows} rows wait in memory for a later try"
+        )
+
+    def _open(self) -> None:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass  # what a write or fsync has not told of before
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; lines that are none are left out."""
+    return [row for _, _, row in _lines(path) if row is not None]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """(number from 1, line with its end, its row or None); a last line that a kill has cut off is left out."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LINE_BYTES):
+            number += 1
+            row = parse_row(line)
+            if row is not None or line.endswith(b"\n") or len(line) == LINE_BYTES:
+                yield number, line if line.endswith(b"\n") else line + b"\n", row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None where it is none that was written here."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not row.keys() >= set(KEYS):
+        return None
+    numbers = all(type(row[key]) in (int, float, type(None)) for key in KEYS)
+    whole = type(row["step"]) is int and type(row["tokens"]) is int and type(row["seconds"]) in (int, float)
+    return row if numbers and whole else None
+
+
+def rewind_samples(path: Path, resume_step: int) -> None:
+    """Cut the samples that were written after the checkpoint of `resume_step` off samples.txt: they will be written again."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        while line := file.readline():
+            header = re.match(rb"=== step (\d{1,18})(?:, final)?\n", line)
+            if header and int(header[1]) > resume_step:
+                file.truncate(file.tell() - len(line))
+                return

@@ -1,0 +1,138 @@
+"""Opening the folder of a run: its model with the weights of one checkpoint."""
+
+from __future__ import annotations
+import contextlib
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from trainer.core.config import DataConfig, RunConfig
+from trainer.core.errors import UserError
+from trainer.core.files import DIGEST, digest_of, read_small, system_error, user_path, write_file
+from trainer.runtime.launcher import find_place
+from trainer.engine.meta import KERNEL_FIELDS
+from trainer.planning.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
+from trainer.core.text import printable
+
+
+@dataclass
+class OpenRun:
+    """A run's model with the weights of one checkpoint, ready to evaluate or to write text."""
+
+    folder: Path
+    plan: Any
+    model: Any
+    tokenizer: Any
+    device: Any
+    step: int
+    lockstep = False  # see engine.base.Engine
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    @property
+    def precision(self) -> str:
+        return self.plan.config.precision
+
+    def autocast(self) -> Any:
+        from trainer.engine.base import autocast
+
+        return autocast(self.device, self.plan.config.precision)
+
+    def split(self, data: DataConfig, name: str) -> Any:
+        """A split of `data` (the run's own dataset where no path is given); its tokenizer must be the run's."""
+        from trainer.data.stream import Split, find_dataset
+
+        data = data if data.path is not None else self.plan.config.data
+        file = Path(data.path or "").expanduser()
+        if file.is_file():
+            raise UserError(
+                f"data.path: {printable(file)} is a file, and a dataset is a folder: run `python -m trainer prepare "
+                f"--source {file} --validation_source {file} --tokenizer {self.folder / 'tokenizer.json'} --out DIR` and give DIR"
+            )
+        info = find_dataset(data)
+        if info is None:
+            raise UserError(f"data.path: there is no dataset at {data.path}; run `python -m trainer prepare` first")
+        if info.tokenizer.sha256 != self.tokenizer.sha256:
+            raise UserError(
+                f"data.path: {data.path} was prepared with tokenizer {info.tokenizer.name}, "
+                f"the run with {self.tokenizer.name}; prepare it with --tokenizer {self.folder / 'tokenizer.json'}"
+            )
+        return Split(data, info, name)
+
+    def check_length(self, length: int) -> None:
+        limit = self.model.max_context
+        if length < 1 or (limit is not None and length > limit):
+            raise UserError(
+                f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}"
+            )
+
+
+def stored_run(run_dir: str, say: Callable[[str], None]) -> tuple[Path, StoredConfig]:
+    """The folder that the user names, and the config of the run in it; UserError where there is none."""
+    folder = user_path(run_dir, "run_dir")
+    if not is_run(folder):
+        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG}, or nothing else of a run)")
+    return folder, read_config(folder, say)
+
+
+def without_training(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's values without those that only training on its device needs: they do not bind one process that reads the run."""
+    kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
+    for section, names in {
+        "batch": ("device_token_capacity", "tokens_per_microbatch"),
+        "optim": ("state_precision",),
+    }.items():
+        kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
+    return kept
+
+
+def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
+    """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
+    import torch
+
+    from models.base import Unset, refuse_unset, with_storage
+    from trainer.checkpoint import format as checkpoint
+    from trainer.data.dataset import DatasetInfo
+    from trainer.data.tokenizers import Tokenizer
+    from trainer.runtime.device import choose_device, keep_freed_memory
+    from trainer.runtime.distributed import World
+    from trainer.engine.meta import build_meta
+    from trainer.planning.plan import resolve
+
+    if run_dir is None:
+        raise UserError("run_dir: name the run's folder, as in `python -m trainer generate runs/NAME`")
+    world = world or World()
+    folder, stored = stored_run(run_dir, world.say)
+    changes = {"device": device, "run_dir": str(folder)}  # the folder may have been moved
+    if precision != "auto":
+        changes["precision"] = precision
+    config = stored.build(without_training(stored.values | changes))
+    config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
+    dataset = DatasetInfo.load(folder)
+    plan = resolve(config, dataset, training=False)
+    place = choose_device(device, world.local_rank)
+    if place.type == "cpu":
+        keep_freed_memory()
+    chosen = world.on_leader(lambda: checkpoint.choose(folder / "checkpoints", step, world.say))
+    if chosen is None:
+        raise UserError(f"run_dir: {folder} has no checkpoint yet")
+    path, manifest = chosen
+    tensors = checkpoint.load(path, "model.", world, place)
+    model = with_storage(build_meta(plan.model_class, plan.model_config), place)
+    model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
+    checkpoint.put_into(model, tensors, path, assign=True)
+    try:
+        refuse_unset(model, given=tensors)
+    except Unset as error:
+        raise UserError(f"model {plan.config.model['name']}: {error}") from None
+    model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
+    return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])

@@ -1,0 +1,72 @@
+"""The curves of a run as a PNG: loss against tokens and time, bits per byte, learning rate, gradient norm, speed."""
+
+from __future__ import annotations
+
+import gc
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from trainer.core.files import write_file
+from trainer.runs.history import History, smoothed
+
+RAW = {"linewidth": 0.6, "alpha": 0.35, "color": "C0"}
+DOTS = {"marker": "o", "markersize": 3, "color": "C1"}
+
+
+def draw(history: History, out: Path, title: str) -> None:
+    """Write the picture; needs two steps at least, else writes nothing."""
+    steps, evaluations = history.steps(), history.evaluations()
+    if len(steps["loss"]) < 2:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font lacks
+        picture = render(steps, evaluations, title.replace("$", r"\$"))
+    write_file(out, picture)
+    gc.collect()  # a figure and its parts hold each other, 9 MB of them; a run's collector is off
+
+
+def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], title: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Margins set by hand: a run waits for the picture, which takes half as long again where the layout is worked out.
+    figure = Figure(figsize=(15, 7.5))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        2, 3, gridspec_kw={"left": 0.055, "right": 0.985, "bottom": 0.075, "top": 0.92, "wspace": 0.25, "hspace": 0.25}
+    )
+    tokens, evaluated_tokens = steps["tokens"] / 1e6, evaluations["tokens"] / 1e6
+    for axis, x, at, label in (
+        (axes[0, 0], tokens, evaluated_tokens, "tokens, millions"),
+        (axes[0, 1], steps["seconds"], evaluations["seconds"], "training time, seconds"),
+    ):
+        axis.fill_between(x, steps["loss_low"], steps["loss_high"], color="C0", alpha=0.15, linewidth=0)
+        axis.plot(x, steps["loss"], **RAW)
+        axis.plot(x, smoothed(steps["loss"]), color="C0", linewidth=1.4, label="training, smoothed")
+        if len(at):
+            axis.plot(at, evaluations["val_loss"], label="validation", **DOTS)
+        axis.set(xlabel=label, ylabel="loss, nats per token")
+        axis.legend()
+    axes[0, 2].plot(evaluated_tokens, evaluations["val_bits_per_byte"], **DOTS)
+    axes[0, 2].set(ylabel="validation, bits per byte")
+    axes[1, 0].plot(tokens, steps["lr"])
+    axes[1, 0].set(ylabel="learning rate of the matrices")
+    axes[1, 0].ticklabel_format(axis="y", scilimits=(-2, 3))
+    for axis, key, label in ((axes[1, 1], "grad_norm", "gradient norm"), (axes[1, 2], "tokens_per_second", "tokens/s")):
+        axis.plot(tokens, steps[key], **RAW)
+        axis.plot(tokens, smoothed(steps[key]), color="C0", linewidth=1.4)
+        axis.set(ylabel=label)
+    if np.nanmin(steps["grad_norm"], initial=np.inf) > 0 and np.isfinite(steps["grad_norm"]).any():
+        axes[1, 1].set_yscale("log")
+    axes[1, 2].set_ylim(bottom=0)
+    for axis in (axes[0, 2], *axes[1]):
+        axis.set_xlabel("tokens, millions")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png", pil_kwargs={"compress_level": 1})  # a third of the time
+    return picture.getvalue()

@@ -1,0 +1,148 @@
+"""What each process knows of itself before it joins the others, and what of it does not fit together.
+
+All post their facts where they meet (`distributed.meet`); `compare` ends a run whose machines differ in software or devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from trainer.runtime import launcher
+from trainer.runtime.environment import git_state, package_versions
+from trainer.runtime.launcher import Place
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one rank without the others. As JSON it goes to the store where they meet."""
+
+    rank: int
+    host: str
+    peers: tuple[int, int]  # first rank of this machine and the one after its last, as far as it is known
+    device: str = "cpu"  # or cuda
+    problem: str = ""  # why it cannot take part
+    software: dict[str, str] = field(default_factory=dict)
+    changed: bool = False  # the checkout has changes that are not committed
+    devices: int = 0  # GPUs that it sees
+    gpu: str = ""  # name and memory
+    driver: str = ""
+
+
+def find_facts(place: Place, device: torch.device | None, problem: str = "") -> Facts:
+    """This process's. device: None where it has none, which `problem` explains."""
+    software = {"python": platform.python_version(), **package_versions()}
+    # One process of a machine asks git, which reads the whole checkout, maybe over a network.
+    git = git_state() if place.local_rank == 0 else None
+    if git is not None:
+        software["git"] = git["sha"][:12]
+    on_gpu = device is not None and device.type == "cuda"
+    gpu = ""
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        software["cuda"] = str(torch.version.cuda)
+        software["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return Facts(
+        rank=place.rank,
+        host=launcher.own_host(os.environ),
+        peers=launcher.own_ranks(os.environ, place),
+        device="cuda" if on_gpu else "cpu",
+        problem=problem,
+        software=software,
+        changed=git is not None and git["dirty"],
+        devices=torch.cuda.device_count(),
+        gpu=gpu,
+        driver=_driver(),
+    )
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver; "" where there is none."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
+        return found.group() if found else ""
+    return ""
+
+
+def compare(everyone: Sequence[Facts]) -> tuple[list[str], list[str]]:
+    """(errors, warnings): who cannot take part, and what differs. The commonest value, or rank 0's, is taken to be right."""
+    first_of_machine = {one.host: one for one in reversed(everyone) if one.problem}.values()
+    errors = [f"{one.problem} ({where([one])})" for one in reversed(first_of_machine)]
+    able = [one for one in everyone if not one.problem]
+    kinds = _differing(able, "device", lambda one: one.device)
+    if kinds:
+        errors.append(f"{'; '.join(kinds)}: see nvidia-smi there and leave that machine out, or --device cpu")
+    keys = {key: None for one in able for key in one.software if key not in ("cuda", "nccl") or not kinds}
+    software = []
+    for key in keys:
+        # Only some ranks ask git; of packages all know whether they are there.
+        asked = [one for one in able if key != "git" or key in one.software]
+        software += _differing(asked, key, lambda one, key=key: one.software.get(key, "missing"))  # type: ignore[misc]
+    if software:
+        errors.append(f"preflight: {'; '.join(software)}: make them equal on all machines, or leave those out")
+    warnings = _differing(able, "GPU", lambda one: one.gpu) + _differing(able, "driver", lambda one: one.driver)
+    asked = [one for one in able if "git" in one.software]
+    warnings += _differing(asked, "checkout", lambda one: "changed" if one.changed else "as committed")
+    return errors, warnings
+
+
+def _differing(everyone: Sequence[Facts], name: str, value: Callable[[Facts], str]) -> list[str]:
+    """ "NAME is VALUE on WHERE, USUAL elsewhere" for each value but the commonest."""
+    values = [value(one) for one in everyone]
+    (usual, _), *others = Counter(values).most_common() or [("", 0)]
+    return [
+        f"{name} is {odd or 'none'} on {where(one for one in everyone if value(one) == odd)}, {usual or 'none'} elsewhere"
+        for odd, _ in others
+    ]
+
+
+def where(some: Iterable[Facts]) -> str:
+    """`node2 (ranks 8-15), node3 (rank 17)`."""
+    ranks: dict[str, list[int]] = {}
+    for one in some:
+        ranks.setdefault(one.host, []).append(one.rank)
+    return ", ".join(f"{host} ({rank_names(at)})" for host, at in ranks.items())
+
+
+def absentees(size: int, present: Sequence[Facts], hosts: Sequence[str]) -> str:
+    """`ranks 8-15 (node2) have not come`, machines being named as far as they are known; "" where all have.
+
+    hosts: names of the job's machines, or nothing. A rank whose machine no other rank knows is on one that said nothing.
+    """
+    missing = sorted(set(range(size)) - {one.rank for one in present})
+    home = {rank: one.host for one in present for rank in range(*one.peers)}
+    silent = ", ".join(host for host in hosts if host not in {one.host for one in present})
+    places: dict[str, list[int]] = {}
+    for rank in missing:
+        places.setdefault(home.get(rank, silent), []).append(rank)
+    who = ", ".join(rank_names(ranks) + (f" ({place})" if place else "") for place, ranks in places.items())
+    return who and f"{who} {'has' if len(missing) == 1 else 'have'} not come"
+
+
+def machines(everyone: Sequence[Facts]) -> dict[str, list[int]]:
+    """Host -> its ranks."""
+    found: dict[str, list[int]] = {}
+    for one in everyone:
+        found.setdefault(one.host, []).append(one.rank)
+    return found
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`."""
+    ordered = sorted(ranks)
+    runs: list[list[int]] = []
+    for rank in ordered:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1] = [runs[-1][0], rank]
+        else:
+            runs.append([rank])
+    return ("rank " if len(ordered) == 1 else "ranks ") + ", ".join("-".join(map(str, run)) for run in runs)

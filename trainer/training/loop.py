@@ -1,0 +1,176 @@
+"""`train`: from the command to the trained model. What a step is stands in run.py; here is when to look and what to keep."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.data.stream import local_folder
+from trainer.engine.base import autocast
+from trainer.optim.schedules import schedule_change
+from trainer.planning.run_config import (
+    plugins_of,
+    read_config,
+)
+from trainer.runs.folder import write_start
+from trainer.runs.report import Report
+from trainer.runtime.device import thread_line
+from trainer.runtime.signals import stopped_line
+from trainer.training.profile import Profiler
+from trainer.training.run import Run
+
+COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
+
+
+def train(this: Run, plan_text: str | None) -> signal.Signals | None:
+    """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an old one."""
+    from trainer.data.tokenizers import Tokenizer
+
+    config, world = this.config, this.world
+    if not (plan_text is None and this.restore()):
+        world.on_leader(lambda: start_anew(this.folder, world.say))
+    if this.state.step >= config.max_steps:
+        world.say(
+            f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
+        )
+        return None
+    if plan_text is None:
+        world.on_leader(lambda: tell_schedule(this))
+    described = local_folder(config.data, this.dataset)
+    world.on_leader(lambda: write_start(this.folder, config, plan_text, described, world.say))
+    tokenizer = Tokenizer.from_file(
+        this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
+    )
+    world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
+    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds, this.rows)
+    try:
+        this.signals.begin(report.console.say)
+        with collecting_by_hand():
+            asked = loop(this, report, tokenizer)
+        report.console.close()  # what follows stands below it
+        if asked is None:
+            finish(this, report, tokenizer)
+        else:
+            world.say(stopped_line(asked, this.state.step))
+    finally:
+        this.stream.close()
+        report.close()
+    this.engine.close()
+    return asked
+
+
+def start_anew(folder: Path, say: Callable[[str], None]) -> None:
+    """Before step 0 in a folder that has rows or samples already: say so, and keep them under other names."""
+    for name in ("metrics.jsonl", "samples.txt"):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            continue
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(kept)
+        say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
+
+
+def tell_schedule(this: Run) -> None:
+    """Say what another max_steps does to the learning rates of a run that goes on."""
+    before = read_config(this.folder, lambda line: None).build().max_steps  # not yet written again
+    line = schedule_change(this.config, before, this.state.step)
+    if line:
+        this.world.say(line)
+
+
+def opening(this: Run) -> str:
+    """What it is that trains, and how the batch begins and ends."""
+    lengths, tokens = this.plan.sequence_lengths, this.config.batch.tokens_per_step
+    with autocast(this.device, this.config.precision):
+        # Offloaded weights are on another device.
+        kernels = this.model.describe_kernels(this.device, this.config.data.separate_documents)
+    threads = f"\n{thread_line()}" if this.device.type == "cpu" else ""
+    return (
+        f"\nengine: {this.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
+        f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
+        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {this.config.optim.lr:.8f}"
+    )
+
+
+@contextlib.contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Within, Python's garbage collector runs only when told: by itself it would hold up one process and then another."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
+    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
+    config, state = this.config, this.state
+
+    def due(every: int) -> bool:
+        return state.step == config.max_steps or (every > 0 and state.step % every == 0)
+
+    asked = None
+    profiler = None
+    if config.profile:
+        steps = state.step, config.max_steps
+        profiler = Profiler(this.folder, this.world.rank, this.world.size, this.device, *steps, report.console.say)
+    while state.step < config.max_steps and asked is None:
+        report.step_done(this.optimiser_step())
+        if profiler is not None:
+            this.watchdog.at(state.step, "profile")
+            profiler.step_done()
+        if state.step % COLLECT_EVERY == 0:
+            gc.collect(1)
+        if report.save_failed:
+            this.watchdog.at(state.step, "saving")
+            this.saver.finish()
+        asked = report.asked if state.step < config.max_steps else None
+        save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
+        evaluate = asked is None and due(config.evaluation.every)
+        if not (evaluate or save or due(config.log.every)):
+            continue
+        report.wait()  # for the device, which may wait for other ranks: still part of the step
+        this.watchdog.at(state.step, "log row")
+        accuracy = this.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        report.stop_clock()
+        report.flush(this.validate() if evaluate else None, accuracy)
+        if evaluate and config.log.sample_tokens and state.step < config.max_steps:
+            this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
+        if evaluate:
+            this.watchdog.at(state.step, "curves")
+            report.draw_curves()
+        if save:
+            this.save(report.clock.seconds, report.sync())
+        report.clock.start()
+    if profiler is not None:
+        profiler.close()
+    this.saver.finish()
+    return asked
+
+
+def finish(this: Run, report: Report, tokenizer: Any) -> None:
+    """The closing demonstration and where everything lies."""
+    text = ""
+    if this.config.log.demo_tokens:
+        sample = this.write_sample(tokenizer, this.config.log.demo_tokens, f"step {this.state.step}, final")
+        text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
+    if not this.world.leader:
+        return
+    last = report.last
+    plugins = "".join(f" --plugin {module}" for module in plugins_of(this.folder))
+    report.console.say(
+        f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
+        f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
+        f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
+        f"`python -m trainer generate {this.folder}{plugins}` writes more"
+    )

@@ -1,0 +1,352 @@
+"""Preflight: what differs between the machines of a run, and which of them is slow, said before training begins.
+
+That the processes fit together is seen to where they meet (trainer/runtime/host_info.py). `measure` follows, in lockstep: clocks,
+free disk, a matrix product on every rank, an all-reduce, and the links between machines; `judge` names what is slow or short.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.core.errors import UserError
+from trainer.engine.base import prepare_device
+from trainer.runtime.device import choose_device
+from trainer.runtime.distributed import World
+from trainer.runtime.host_info import Facts, compare, find_facts, machines, rank_names, where
+
+SLOW = 0.7  # of the median: below it a rank or a machine is named
+CLOCK_SECONDS = 3.0  # clocks further apart are named
+TEMPORARY_BYTES = 10**9  # free space for temporary files below which there is a warning
+ROUNDS = 5  # of each measurement
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank. Rates are in FLOP/s and bytes/s."""
+
+    flops: float
+    free_run: int  # bytes at the run folder
+    free_temporary: int
+    clock: list[tuple[float, float]] = field(default_factory=list)  # own time before and after collectives
+    bus: float = 0.0  # of the all-reduce
+    links: dict[tuple[int, int], float] = field(default_factory=dict)  # by the numbers of two machines, each direction
+
+
+def measure(world: World, everyone: Sequence[Facts], device: torch.device, folder: Path) -> Measured:
+    """All ranks call this. It draws no random numbers and leaves no memory in use."""
+    clock = []
+    for _ in range(ROUNDS if world.size > 1 else 0):
+        before = time.time()
+        _line_up(world)
+        clock.append((before, time.time()))
+    measured = Measured(
+        flops=_matmul(world, device),
+        free_run=_free(folder),
+        free_temporary=_free(Path(tempfile.gettempdir())),
+        clock=clock,
+        bus=_all_reduce(world, device) if world.size > 1 else 0.0,
+        links=_exchange_along_ring(world, everyone, device),
+    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return measured
+
+
+def _line_up(world: World) -> None:
+    """No rank leaves before all have come."""
+    world.sum(torch.zeros(1))
+
+
+def _free(path: Path) -> int:
+    """Bytes that may be written at `path`, or where it will be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> list[float]:
+    """Of each of some calls, after one to warm up."""
+    taken = []
+    for _ in range(1 + ROUNDS):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - begin)
+    return taken[1:]
+
+
+def _matmul(world: World, device: torch.device) -> float:
+    """FLOP/s of the fastest of some products, while all ranks multiply. The fastest: what else runs for a moment is no fault."""
+    on_gpu = device.type == "cuda"
+    n, times = (8192, 8) if on_gpu else (256, 8)
+    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    matrix = torch.full((n, n), 1 / n, device=device, dtype=torch.bfloat16 if native else torch.float32)
+    product = torch.empty_like(matrix)
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(matrix, matrix, out=product)
+
+    _line_up(world)
+    return times * 2 * n**3 / min(_seconds(multiply, device))
+
+
+def _all_reduce(world: World, device: torch.device) -> float:
+    """Bus bandwidth, 2 (n - 1) / n * bytes / seconds: what each link of a ring carries, comparable for any number of ranks n."""
+    tensor = torch.zeros(all_reduce_bytes(device.type) // 4, device=device)
+    _line_up(world)
+    seconds = statistics.median(_seconds(lambda: dist.all_reduce(tensor), device))
+    return 2 * (world.size - 1) / world.size * 4 * tensor.numel() / seconds
+
+
+def all_reduce_bytes(device: str) -> int:
+    """Large enough for a link's full speed, and little time on a slow one."""
+    return 64 * 2**20 if device == "cuda" else 4 * 2**20
+
+
+def _exchange_along_ring(world: World, everyone: Sequence[Facts], device: torch.device) -> dict[tuple[int, int], float]:
+    """Bytes/s in each direction between this machine and its neighbours, measured by the first rank of each."""
+    firsts = [ranks[0] for ranks in machines(everyone).values()]
+    size = all_reduce_bytes(device.type) // 4
+    rates = {}
+    for pairing in pairings(len(firsts)):
+        for link in pairing:
+            ends = [firsts[number] for number in link]
+            if world.rank in ends:
+                peer = ends[1 - ends.index(world.rank)]
+                rates[link] = size / min(_seconds(_exchange(size, peer, device), device))
+        _line_up(world)
+    return rates
+
+
+def _exchange(size: int, peer: int, device: torch.device) -> Callable[[], None]:
+    """Sends `size` bytes to `peer` while as many come from it."""
+    out, into = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def work() -> None:
+        operations = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+
+    return work
+
+
+def pairings(count: int) -> list[list[tuple[int, int]]]:
+    """The links of a ring of machines in turns, in none of which a machine has two of them."""
+    if count < 3:
+        return [[(0, 1)]] if count == 2 else []
+    links = [(number, (number + 1) % count) for number in range(count)]
+    even = count - count % 2
+    return [turn for turn in (links[:even:2], links[1:even:2], links[even:]) if turn]
+
+
+# -- what it means -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts and measurements of all ranks, by rank."""
+
+    facts: list[Facts]
+    measured: list[Measured]
+
+    def clocks(self) -> dict[str, tuple[float, float]]:
+        """By machine: seconds that its clock is ahead of the first machine's, and the error of that.
+
+        No rank leaves a collective before all have entered it. So one's entry is before the other's exit, both ways round,
+        which bounds the difference of their clocks from both sides however long messages take.
+        """
+        first, found = self.measured[0].clock, {}
+        for host, ranks in machines(self.facts).items():
+            both = list(zip(self.measured[ranks[0]].clock, first, strict=True))
+            low = max((own[0] - other[1] for own, other in both), default=0.0)
+            high = min((own[1] - other[0] for own, other in both), default=0.0)
+            found[host] = ((low + high) / 2, (high - low) / 2)
+        return found
+
+    def speeds(self) -> list[float]:
+        """Of each rank's product, relative to the median."""
+        middle = statistics.median_high(one.flops for one in self.measured)
+        return [one.flops / middle for one in self.measured]
+
+    def links(self) -> dict[tuple[str, str], float]:
+        """Bytes/s of each link between two machines, as the slower end saw it."""
+        hosts = list(machines(self.facts))
+        rates: dict[tuple[str, str], float] = {}
+        for one in self.measured:
+            for (a, b), rate in one.links.items():
+                rates[hosts[a], hosts[b]] = min(rate, rates.get((hosts[a], hosts[b]), rate))
+        return rates
+
+    def free(self, value: Callable[[Measured], int]) -> tuple[int, str]:
+        """(bytes, host) of the machine with the least."""
+        return min((value(one), fact.host) for one, fact in zip(self.measured, self.facts, strict=True))
+
+
+def survey(world: World, device: torch.device, folder: Path) -> Survey:
+    """All ranks call this and have the whole of it. folder: where checkpoints go."""
+    everyone = world.gather(find_facts(world.place, device))
+    return Survey(everyone, world.gather(measure(world, everyone, device, folder)))
+
+
+def judge(seen: Survey) -> list[str]:
+    """Warnings: what differs, and whose clock, compute, links or temporary folder are not as they should be."""
+    warnings = compare(seen.facts)[1]
+    clocks = seen.clocks()
+    right = statistics.median_low(ahead for ahead, _ in clocks.values())
+    usual = next(host for host, (ahead, _) in clocks.items() if ahead == right)
+    for host, (ahead, error) in clocks.items():
+        if abs(ahead - right) - error > CLOCK_SECONDS:
+            side = "ahead of" if ahead > right else "behind"
+            warnings.append(
+                f"the clock of {host} is {abs(ahead - right):.1f} s {side} that of {usual} (+-{error:.1g} s)"
+            )
+    speeds = seen.speeds()
+    for host, ranks in machines(seen.facts).items():
+        slow = [rank for rank in ranks if speeds[rank] < SLOW]
+        if slow:
+            rate = min(speeds[rank] for rank in slow)
+            warnings.append(f"{rank_names(slow)} on {host}: a matrix product runs at {rate:.2f} of the median's speed")
+    free, host = seen.free(lambda one: one.free_temporary)
+    if free < TEMPORARY_BYTES:
+        warnings.append(f"{_size(free)} free for temporary files on {host}")
+    return warnings + _judge_links(seen.links())
+
+
+def _judge_links(links: dict[tuple[str, str], float]) -> list[str]:
+    """Machines all of whose links are slow, and slow links between machines that have a faster one."""
+    best = {host: max(rate for ends, rate in links.items() if host in ends) for host in dict.fromkeys(sum(links, ()))}
+    if len(best) < 3:
+        return []
+    usual = statistics.median_high(best.values())
+    slow = [host for host, rate in best.items() if rate < SLOW * usual]
+    pairs = [ends for ends, rate in links.items() if rate < SLOW * usual and not any(host in slow for host in ends)]
+    said = [(f"the links of {host}", best[host]) for host in slow]
+    said += [(f"the link between {a} and {b}", links[a, b]) for a, b in pairs]
+    return [f"{what}: {_rate(rate)} where {_rate(usual)} is usual" for what, rate in said]
+
+
+def check_room(seen: Survey, folder: Path, checkpoint: int, more: int) -> list[str]:
+    """Warnings about free disk; UserError where not one checkpoint fits.
+
+    checkpoint: bytes of one; more: of all that will be there at once, less those that are there.
+    """
+    free, host = seen.free(lambda one: one.free_run)
+    if free < checkpoint:
+        raise UserError(
+            f"run_dir: {_size(free)} free at {folder} on {host}, and a checkpoint takes {_size(checkpoint)}; make room or "
+            "choose another --run_dir"
+        )
+    if free < more:
+        return [
+            f"{_size(free)} free at {folder} on {host}; the checkpoints to come take {_size(more)} (checkpoint.keep)"
+        ]
+    return []
+
+
+def summary(seen: Survey) -> str:
+    """One line."""
+    hosts, first, several = machines(seen.facts), seen.facts[0], len(seen.facts) > 1
+    sizes = {len(ranks) for ranks in hosts.values()}
+    count = f" x {_count(sizes.pop(), 'process')}" if len(sizes) == 1 else f", {_count(len(seen.facts), 'process')}"
+    software = f"torch {first.software['torch']}"
+    if "git" in first.software:
+        software += f", git {first.software['git'][:7]}{' with changes' if first.changed else ''}"
+    parts = [
+        _count(len(hosts), "machine") + count + ", " + (f"equal software ({software})" if several else software),
+    ]
+    if len(hosts) > 1:
+        clocks = seen.clocks().values()
+        apart = max(ahead + error for ahead, error in clocks) - min(ahead - error for ahead, error in clocks)
+        parts.append(f"clocks within {1000 * apart:.2g} ms" if apart < 1 else f"clocks within {apart:.1f} s")
+    parts.append(f"{_size(seen.free(lambda one: one.free_run)[0])} free for runs")
+    if several:
+        mebibytes = all_reduce_bytes(first.device) // 2**20
+        parts.append(f"all-reduce of {mebibytes} MiB at {_rate(min(one.bus for one in seen.measured))}")
+        parts += [f"{a} to {b} {_rate(rate)}" for (a, b), rate in seen.links().items() if len(hosts) == 2]
+        speed, rank = min((speed, rank) for rank, speed in enumerate(seen.speeds()))
+        parts[-1] += f" (slowest matmul: {where([seen.facts[rank]])}, {speed:.2f} of the median)"
+    return "preflight: " + "; ".join(parts)
+
+
+def table(seen: Survey) -> str:
+    """A line per machine."""
+    clocks, links = seen.clocks(), seen.links()
+    rows = [("machine", "processes", "device", "free for runs", "temporary", "clock", "matmul", "links")]
+    for host, ranks in machines(seen.facts).items():
+        one, own = seen.facts[ranks[0]], [seen.measured[rank] for rank in ranks]
+        ahead, error = clocks[host]
+        rates = [_rate(rate) for ends, rate in links.items() if host in ends]
+        rows.append(
+            (
+                host,
+                f"{len(ranks)} ({rank_names(ranks)})",
+                f"{one.devices} x {one.gpu}, driver {one.driver}" if one.gpu else "CPU",
+                _size(min(of.free_run for of in own)),
+                _size(min(of.free_temporary for of in own)),
+                f"{1000 * ahead:+.1f} +-{1000 * error:.1f} ms" if len(clocks) > 1 else "-",
+                f"{min(of.flops for of in own) / 1e9:,.0f} GFLOP/s",
+                ", ".join(rates) or "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _count(number: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if number == 1 else plural}"
+
+
+def _size(count: int) -> str:
+    """Bytes in decimal units."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"
+
+
+# -- where it is called --------------------------------------------------------------------------------------------------
+
+
+def before_training(plan: Any, world: World) -> None:
+    """For several processes: the survey's line and its warnings. UserError on all ranks where no checkpoint would fit."""
+    if world.size == 1:
+        return
+    from trainer.checkpoint.format import found
+
+    config = plan.config
+    device = choose_device(config.device, world.local_rank)
+    prepare_device(device, config.deterministic)  # cuBLAS reads its settings at the first product of the process
+    folder = Path(config.run_dir).expanduser()
+    seen = survey(world, device, folder)
+    # Weights and two moments, whatever the engine; buffers and tied weights' second names are small beside them.
+    checkpoint = plan.parameters * 3 * (2 if config.precision == "pure_bf16" else 4)
+
+    def tell() -> None:
+        there = min(config.checkpoint.keep, len(found(folder / "checkpoints")))
+        warnings = check_room(seen, folder, checkpoint, (config.checkpoint.keep + 1 - there) * checkpoint)
+        say_survey(world, summary(seen), warnings + judge(seen))
+
+    world.on_leader(tell)
+
+
+def say_survey(world: World, line: str, warnings: list[str]) -> None:
+    world.say("\n".join([line, *(f"warning: preflight: {text}" for text in warnings)]))
