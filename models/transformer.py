@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.base import Cache, LanguageModel, Output, register
 from models.layers import compute_dtype, liger, normal_, truncated_normal_
-from models.layers.attend import choose_kernel, make_sight
+from models.layers.attend import choose_kernel, make_attention_mask
 from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
 from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
 from models.layers.multi_token import multi_token_loss
@@ -89,13 +89,14 @@ class Transformer(LanguageModel):
             raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
         kernel, _ = self.choose_kernel(device, start, length, documents is not None)
         # Of what is cached, layers with a window have the last w - 1 tokens.
-        sights = {
-            w: make_sight(kernel, min(start, w - 1) if w else start, length, w, documents, device) for w in self.windows
+        attention_masks = {
+            w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, documents, device)
+            for w in self.windows
         }
         positions = torch.arange(start, start + length, device=device)
         if documents is not None:
             positions = positions_in_documents(documents)
-        return Context(positions, sights, kernel)
+        return Context(positions, attention_masks, kernel)
 
     def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
         """(name, why) of what computes attention on `device`; start: tokens cached before."""
@@ -105,7 +106,7 @@ class Transformer(LanguageModel):
             head_dim=c.head_width + (latent_widths(c)[0] if c.attention == "latent" else 0),
             value_dim=2 * c.head_width if c.attention == "differential" else c.head_width,
             softcap=c.attention_softcap > 0,
-            drift=c.positions == "alibi" or c.forget_gate,
+            attention_bias=c.positions == "alibi" or c.forget_gate,
             window=any(0 < window < start + length for window in self.windows),
             documents=documents,
             cached=start > 0,

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import profile
 
 from models.layers import attend, flex
-from models.layers.attend import KERNELS, Sight, choose_kernel, make_sight
+from models.layers.attend import KERNELS, AttentionMask, choose_kernel, make_attention_mask
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -19,7 +19,7 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-def reference(q, k, v, *, scale, window=0, softcap=0.0, drift=None, documents=None):
+def reference(q, k, v, *, scale, window=0, softcap=0.0, attention_bias=None, documents=None):
     """In fp64, one query head at a time, query i of Tq standing at position Tk - Tq + i."""
     n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
     q, k, v = q.double(), k.double(), v.double()
@@ -34,8 +34,12 @@ def reference(q, k, v, *, scale, window=0, softcap=0.0, drift=None, documents=No
         scores = q[:, h] @ k[:, g].transpose(1, 2) * scale
         if softcap:
             scores = (scores / softcap).tanh() * softcap
-        if drift is not None:
-            scores = scores + drift.double()[:, h, n_keys - n_queries :, None] - drift.double()[:, h, None, :]
+        if attention_bias is not None:
+            scores = (
+                scores
+                + attention_bias.double()[:, h, n_keys - n_queries :, None]
+                - attention_bias.double()[:, h, None, :]
+            )
         heads.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, g])
     return torch.stack(heads, dim=1)
 
@@ -48,17 +52,17 @@ def draw(n_queries=37, n_keys=None, heads=4, kv_heads=4, head_dim=16, value_dim=
     return [(1.5 * torch.randn(batch, *shape, generator=generator)).to(device) for shape in shapes]
 
 
-def draw_drift(batch, heads, n_keys, device="cpu"):
+def draw_attention_bias(batch, heads, n_keys, device="cpu"):
     """A running sum of log forget gates."""
     gates = torch.randn(batch, heads, n_keys, generator=torch.Generator().manual_seed(8)) + 2
     return torch.nn.functional.logsigmoid(gates).cumsum(-1).to(device)
 
 
 def with_gradients(kernel, tensors, **options):
-    """The output and the gradients for every tensor (the last may be drift), for one random gradient of the output."""
+    """The output and the gradients for every tensor (the last may be attention_bias), for one random gradient of the output."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     q, k, v = leaves[:3]
-    out = kernel(q, k, v, drift=leaves[3] if len(leaves) > 3 else None, **options)
+    out = kernel(q, k, v, attention_bias=leaves[3] if len(leaves) > 3 else None, **options)
     towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, towards)]
 
@@ -66,7 +70,9 @@ def with_gradients(kernel, tensors, **options):
 def run_kernel(name, window=0, documents=None):
     def kernel(q, k, v, **options):
         start = k.shape[2] - q.shape[2]
-        return KERNELS[name](q, k, v, make_sight(name, start, q.shape[2], window, documents, q.device), **options)
+        return KERNELS[name](
+            q, k, v, make_attention_mask(name, start, q.shape[2], window, documents, q.device), **options
+        )
 
     return kernel
 
@@ -105,10 +111,10 @@ CASES = {
     "documents and window": {"documents": True, "window": 4},
     "softcap": {"softcap": 2.0, "kv_heads": 2},
     "softcap and window": {"softcap": 2.0, "window": 7, "value_dim": 24},
-    "drift": {"drift": 2, "kv_heads": 2},
-    "drift of all rows": {"drift": 1},
-    "drift, softcap and window": {"drift": 2, "softcap": 2.0, "window": 5},
-    "drift, softcap and documents": {"drift": 1, "softcap": 2.0, "documents": True},
+    "attention_bias": {"attention_bias": 2, "kv_heads": 2},
+    "attention bias of all rows": {"attention_bias": 1},
+    "attention bias, softcap and window": {"attention_bias": 2, "softcap": 2.0, "window": 5},
+    "attention bias, softcap and documents": {"attention_bias": 1, "softcap": 2.0, "documents": True},
 }
 
 
@@ -120,10 +126,10 @@ def test_kernel_equals_reference(flex_trains_on_cpu, kernel, case):
     if kernel == "sdpa" and options["softcap"]:
         pytest.skip("sdpa has no soft-cap")
     documents = documents_of(2, 37) if sizes.pop("documents", False) else None
-    drift_rows = sizes.pop("drift", 0)
+    attention_bias_rows = sizes.pop("attention_bias", 0)
     tensors = draw(**sizes)
-    if drift_rows:
-        tensors.append(draw_drift(drift_rows, 4, 37))
+    if attention_bias_rows:
+        tensors.append(draw_attention_bias(attention_bias_rows, 4, 37))
     assert_equal(kernel, tensors, documents=documents, scale=0.3, **options)
 
 
@@ -135,14 +141,14 @@ def test_fewer_queries_than_keys_are_the_last(kernel, n_queries, window):
     tensors = draw(n_queries, 19, kv_heads=2)
     assert_equal(kernel, tensors, window=window, scale=0.25)
     if kernel == "torch":
-        assert_equal(kernel, [*tensors, draw_drift(2, 4, 19)], window=window, scale=0.25, softcap=3.0)
+        assert_equal(kernel, [*tensors, draw_attention_bias(2, 4, 19)], window=window, scale=0.25, softcap=3.0)
 
 
 def test_sdpa_refuses_a_rectangle_without_mask_and_a_softcap():
     with pytest.raises(ValueError, match="needs a mask"):
-        KERNELS["sdpa"](*draw(3, 9), Sight(), scale=1.0, softcap=0.0, drift=None)
+        KERNELS["sdpa"](*draw(3, 9), AttentionMask(), scale=1.0, softcap=0.0, attention_bias=None)
     with pytest.raises(ValueError, match="soft-cap"):
-        KERNELS["sdpa"](*draw(9), Sight(), scale=1.0, softcap=30.0, drift=None)
+        KERNELS["sdpa"](*draw(9), AttentionMask(), scale=1.0, softcap=30.0, attention_bias=None)
 
 
 @pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
@@ -151,7 +157,7 @@ def test_gqa_equals_mha_with_tiled_keys_and_values(kernel, kv_heads):
     """Query head h reads head h // (H / G): neighbours share, not every G-th."""
     q, k, v = draw(kv_heads=kv_heads)
     tiled = [x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v)]
-    shared, full = (run_kernel(kernel)(q, *kv, scale=0.25, softcap=0.0, drift=None) for kv in ((k, v), tiled))
+    shared, full = (run_kernel(kernel)(q, *kv, scale=0.25, softcap=0.0, attention_bias=None) for kv in ((k, v), tiled))
     assert (shared - full).abs().max() <= 1e-5  # fp32, outputs below 5
 
 
@@ -160,12 +166,12 @@ def test_bf16_has_fp32_statistics(kernel):
     """Products 200 and 202, exact in bf16, become scores 60.0 and 60.6; kept in bf16, steps of 0.25, they err by 2 %."""
     q, k, v = torch.zeros(3, 1, 1, 2, 16).bfloat16()
     q[..., 0], k[..., 0], v[..., 1, :] = 1, torch.tensor([200, 202]), 1
-    out = run_kernel(kernel)(q, k, v, scale=0.3, softcap=0.0, drift=None)[0, 0, 1, 0]
+    out = run_kernel(kernel)(q, k, v, scale=0.3, softcap=0.0, attention_bias=None)[0, 0, 1, 0]
     assert out.dtype == torch.bfloat16
     assert abs(out.item() - torch.tensor(0.6).sigmoid().item()) <= 2**-8  # probability and result rounded, 2^-9 each
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"drift": True, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"attention_bias": True, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("kernel", ["torch", "sdpa", "flex"])
 def test_bf16_is_within_its_rounding(flex_trains_on_cpu, kernel, options):
     """bf16 rounds to 2^-9: scores of up to 8 move by 2^-6, so probabilities and what follows by 2^-6 of themselves.
@@ -175,8 +181,8 @@ def test_bf16_is_within_its_rounding(flex_trains_on_cpu, kernel, options):
     if kernel == "sdpa" and options:
         pytest.skip("sdpa has neither in half precision")
     tensors = [x.bfloat16() for x in draw(kv_heads=2, n_queries=100)]
-    if options.get("drift"):
-        tensors.append(draw_drift(2, 4, 100) * 20)
+    if options.get("attention_bias"):
+        tensors.append(draw_attention_bias(2, 4, 100) * 20)
     assert_equal(kernel, tensors, tolerance=2**-5, scale=0.25, softcap=options.get("softcap", 0.0))
 
 
@@ -198,7 +204,7 @@ def test_softcap_bounds_scores_before_the_mask(flex_trains_on_cpu, kernel):
 def test_softcap_is_the_identity_for_small_scores():
     """tanh(x) = x - x^3 / 3 + ...: with |score| < 10 and a cap of 1e4 it moves by less than 4e-6."""
     tensors = draw()
-    capped, plain = (run_kernel("torch")(*tensors, scale=0.25, softcap=cap, drift=None) for cap in (1e4, 0.0))
+    capped, plain = (run_kernel("torch")(*tensors, scale=0.25, softcap=cap, attention_bias=None) for cap in (1e4, 0.0))
     assert (capped - plain).abs().max() <= 1e-4
 
 
@@ -215,7 +221,7 @@ def test_a_longer_sequence_after_a_short_one(flex_trains_on_cpu, kernel):
 def test_packed_documents_equal_those_run_alone(kernel, window):
     q, k, v = draw(30, batch=1)
     documents = torch.tensor([[0] * 11 + [1] * 1 + [2] * 18])
-    options = {"scale": 0.25, "softcap": 0.0, "drift": None}
+    options = {"scale": 0.25, "softcap": 0.0, "attention_bias": None}
     packed = run_kernel(kernel, window, documents)(q, k, v, **options)
     for one in (slice(0, 11), slice(11, 12), slice(12, 30)):
         alone = run_kernel(kernel, window)(*(x[:, :, one] for x in (q, k, v)), **options)
@@ -241,40 +247,46 @@ def test_one_compilation_serves_all_lengths(kernel, window):
     counter = CompileCounterWithBackend("eager")
 
     @torch.compile(dynamic=True, fullgraph=True, backend=counter)
-    def compiled(q, k, v, sight):
-        return KERNELS[kernel](q, k, v, sight, scale=0.25, softcap=0.0, drift=None)
+    def compiled(q, k, v, attention_mask):
+        return KERNELS[kernel](q, k, v, attention_mask, scale=0.25, softcap=0.0, attention_bias=None)
 
     for length in (24, 39):
         tensors = draw(length, kv_heads=2)
-        sight = make_sight(kernel, 0, length, window, None, CPU)
+        attention_mask = make_attention_mask(kernel, 0, length, window, None, CPU)
         leaves = [x.requires_grad_() for x in tensors]
-        out = compiled(*leaves, sight)
+        out = compiled(*leaves, attention_mask)
         gradients = torch.autograd.grad(out.square().sum(), leaves)
-        eager = KERNELS[kernel](*leaves, sight, scale=0.25, softcap=0.0, drift=None)
+        eager = KERNELS[kernel](*leaves, attention_mask, scale=0.25, softcap=0.0, attention_bias=None)
         assert (out - eager).abs().max() <= 1e-5
         for a, b in zip(gradients, torch.autograd.grad(eager.square().sum(), leaves), strict=True):
             assert (a - b).abs().max() <= 1e-4  # sums of up to 39 products of size 10
     assert counter.frame_count == 1
 
 
-def test_sight_holds_only_what_its_kernel_needs():
+def test_a_mask_holds_only_what_its_kernel_needs():
     documents = documents_of(2, 40)
-    assert make_sight("sdpa", 0, 40, 0, None, CPU) == Sight()
-    assert make_sight("sdpa", 30, 1, 0, None, CPU) == Sight()  # a decoded token sees all
-    assert make_sight("sdpa", 30, 1, 31, None, CPU) == Sight()
-    assert make_sight("sdpa", 0, 40, 8, None, CPU) == Sight(window=8)
-    assert make_sight("sdpa", 30, 1, 8, None, CPU).mask.tolist() == [[False] * 23 + [True] * 8]
-    assert make_sight("sdpa", 0, 40, 0, documents, CPU).mask.shape == (2, 1, 40, 40)
-    assert make_sight("flash", 5, 40, 8, None, CPU) == Sight(window=8)
+    assert make_attention_mask("sdpa", 0, 40, 0, None, CPU) == AttentionMask()
+    assert make_attention_mask("sdpa", 30, 1, 0, None, CPU) == AttentionMask()  # a decoded token sees all
+    assert make_attention_mask("sdpa", 30, 1, 31, None, CPU) == AttentionMask()
+    assert make_attention_mask("sdpa", 0, 40, 8, None, CPU) == AttentionMask(window=8)
+    assert make_attention_mask("sdpa", 30, 1, 8, None, CPU).mask.tolist() == [[False] * 23 + [True] * 8]
+    assert make_attention_mask("sdpa", 0, 40, 0, documents, CPU).mask.shape == (2, 1, 40, 40)
+    assert make_attention_mask("flash", 5, 40, 8, None, CPU) == AttentionMask(window=8)
     for window, given in ((0, None), (8, None), (0, documents), (8, documents)):
-        sight = make_sight("flex", 0, 40, window, given, CPU)
-        assert sight.window == 0 and sight.mask is None and sight.blocks is not None
-    assert make_sight("flex", 0, 40, 8, None, CPU).blocks is make_sight("flex", 0, 40, 8, None, CPU).blocks
-    assert make_sight("flex", 0, 40, 8, None, CPU).blocks is not make_sight("flex", 0, 40, 9, None, CPU).blocks
+        attention_mask = make_attention_mask("flex", 0, 40, window, given, CPU)
+        assert attention_mask.window == 0 and attention_mask.mask is None and attention_mask.blocks is not None
+    assert (
+        make_attention_mask("flex", 0, 40, 8, None, CPU).blocks
+        is make_attention_mask("flex", 0, 40, 8, None, CPU).blocks
+    )
+    assert (
+        make_attention_mask("flex", 0, 40, 8, None, CPU).blocks
+        is not make_attention_mask("flex", 0, 40, 9, None, CPU).blocks
+    )
     with pytest.raises(ValueError, match="attention_kernel flash cannot keep documents apart"):
-        make_sight("flash", 0, 40, 0, documents, CPU)
+        make_attention_mask("flash", 0, 40, 0, documents, CPU)
     with pytest.raises(ValueError, match="attention_kernel flex cannot follow cached"):
-        make_sight("flex", 4, 40, 0, None, CPU)
+        make_attention_mask("flex", 4, 40, 0, None, CPU)
 
 
 @pytest.mark.parametrize("window", [0, 6])
@@ -291,8 +303,10 @@ def test_flash_is_called_as_it_wants(monkeypatch, n_queries, window):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     tensors = draw(n_queries, 23, kv_heads=2)
     assert_equal("flash", tensors, window=window, scale=0.25, softcap=3.0)
-    with pytest.raises(ValueError, match="drift"):
-        KERNELS["flash"](*tensors, Sight(), scale=1.0, softcap=0.0, drift=draw_drift(1, 4, 23))
+    with pytest.raises(ValueError, match="attention_bias"):
+        KERNELS["flash"](
+            *tensors, AttentionMask(), scale=1.0, softcap=0.0, attention_bias=draw_attention_bias(1, 4, 23)
+        )
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -308,7 +322,14 @@ def gpu(monkeypatch):
 
 
 def choose(wanted="auto", **changes):
-    case = {"head_dim": 64, "value_dim": 64, "softcap": 0.0, "drift": False, "window": False, "documents": False}
+    case = {
+        "head_dim": 64,
+        "value_dim": 64,
+        "softcap": 0.0,
+        "attention_bias": False,
+        "window": False,
+        "documents": False,
+    }
     case |= {"cached": False, "length": 1024, "dtype": torch.bfloat16, "device": CUDA}
     return choose_kernel(wanted, **(case | changes))
 
@@ -324,15 +345,15 @@ def choose(wanted="auto", **changes):
         ({"softcap": 30.0, "dtype": torch.float32}, "flex", "flash: it computes in fp16 and bf16, not float32"),
         ({"window": True, "value_dim": 128}, "flex", "one width"),
         ({"documents": True}, "flex", "flash: it takes no documents"),
-        ({"drift": True}, "flex", "flash: it takes no position biases"),
+        ({"attention_bias": True}, "flex", "flash: it takes no position biases"),
         ({"documents": True, "length": 127}, "sdpa", "flex: fewer than 128 tokens"),
-        ({"drift": True, "length": 127}, "torch", "flex: fewer than 128 tokens"),
-        ({"drift": True, "head_dim": 512}, "torch", "16 to 256 channels"),
-        ({"drift": True, "value_dim": 8}, "torch", "16 to 256 channels"),
-        ({"drift": True, "head_dim": 160, "value_dim": 160}, "flex", "no [T, T]"),
-        ({"drift": True, "head_dim": 160, "dtype": torch.float32}, "torch", "16 to 128 channels in fp32"),
-        ({"drift": True, "value_dim": 128}, "flex", "no [T, T]"),
-        ({"drift": True, "head_dim": 128, "value_dim": 256}, "torch", "values wider than queries"),
+        ({"attention_bias": True, "length": 127}, "torch", "flex: fewer than 128 tokens"),
+        ({"attention_bias": True, "head_dim": 512}, "torch", "16 to 256 channels"),
+        ({"attention_bias": True, "value_dim": 8}, "torch", "16 to 256 channels"),
+        ({"attention_bias": True, "head_dim": 160, "value_dim": 160}, "flex", "no [T, T]"),
+        ({"attention_bias": True, "head_dim": 160, "dtype": torch.float32}, "torch", "16 to 128 channels in fp32"),
+        ({"attention_bias": True, "value_dim": 128}, "flex", "no [T, T]"),
+        ({"attention_bias": True, "head_dim": 128, "value_dim": 256}, "torch", "values wider than queries"),
         ({"softcap": 30.0, "cached": True}, "torch", "decoding"),
         ({"window": True, "cached": True}, "sdpa", "decoding"),
     ],
@@ -357,8 +378,8 @@ def test_deterministic_mode_refuses_flex_only_where_gradients_are_added_up(gpu):
     torch.use_deterministic_algorithms(True)
     try:
         assert choose(documents=True)[0] == "flex"
-        assert choose(drift=True)[0] == "torch"
-        assert "no fixed order" in choose(drift=True)[1]
+        assert choose(attention_bias=True)[0] == "torch"
+        assert "no fixed order" in choose(attention_bias=True)[1]
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -369,7 +390,7 @@ def test_deterministic_mode_refuses_flex_only_where_gradients_are_added_up(gpu):
         ({}, "sdpa", "plain causal"),
         ({"window": True, "documents": True}, "sdpa", "no kernel that trains on cpu"),
         ({"softcap": 30.0}, "torch", "sdpa: no soft-cap"),
-        ({"drift": True}, "torch", "sdpa: no fused kernel takes a bias in fp32"),
+        ({"attention_bias": True}, "torch", "sdpa: no fused kernel takes a bias in fp32"),
     ],
     ids=str,
 )
@@ -384,11 +405,11 @@ def test_automatic_choice_on_a_cpu(changes, name, why):
     [
         ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, flex, flash, not 'fused'"),
         ("sdpa", {"softcap": 30.0}, "attention_kernel sdpa .* no soft-cap; use auto, torch or flex or flash"),
-        ("sdpa", {"drift": True}, "must not be half precision; use auto, torch or flex"),
+        ("sdpa", {"attention_bias": True}, "must not be half precision; use auto, torch or flex"),
         ("flex", {"device": CPU}, "attention_kernel flex .* trains on cpu; use auto, torch or sdpa"),
         ("flash", {"device": CPU}, "it needs CUDA"),
         ("flash", {"documents": True}, "it takes no documents; use auto, torch or sdpa or flex"),
-        ("flash", {"drift": True}, "forget gates"),
+        ("flash", {"attention_bias": True}, "forget gates"),
         ("flash", {"dtype": torch.float32}, "not float32"),
         ("flash", {"value_dim": 128}, "one width"),
     ],
@@ -402,10 +423,10 @@ def test_a_named_kernel_that_cannot_is_an_error(gpu, wanted, changes, message):
 def test_a_named_kernel_is_used_where_it_can_be(gpu):
     for name in KERNELS:
         assert choose(name) == (name, "asked for")
-    assert choose("torch", softcap=30.0, drift=True, documents=True, device=CPU)[0] == "torch"
-    assert choose("sdpa", drift=True, dtype=torch.float32)[0] == "sdpa"
+    assert choose("torch", softcap=30.0, attention_bias=True, documents=True, device=CPU)[0] == "torch"
+    assert choose("sdpa", attention_bias=True, dtype=torch.float32)[0] == "sdpa"
     assert choose("flex", length=100) == ("sdpa", "flex: fewer than 128 tokens")
-    assert choose("flex", drift=True, cached=True, length=1) == ("torch", "flex: decoding")
+    assert choose("flex", attention_bias=True, cached=True, length=1) == ("torch", "flex: decoding")
     assert choose("flash", cached=True, length=1) == ("sdpa", "flash: decoding")
     assert choose("flash", length=100)[0] == "flash"  # knows no shortest sequence
 
@@ -420,8 +441,8 @@ GPU_CASES = {
     "softcap and window": {"softcap": 3.0, "window": 100},
     "documents": {"documents": True},
     "documents and window": {"documents": True, "window": 50},
-    "drift": {"drift": True},
-    "drift, softcap and wider values": {"drift": True, "softcap": 3.0, "value_dim": 128},
+    "attention_bias": {"attention_bias": True},
+    "attention bias, softcap and wider values": {"attention_bias": True, "softcap": 3.0, "value_dim": 128},
 }
 
 
@@ -432,15 +453,24 @@ def test_fused_kernel_on_a_gpu(kernel, case, length):
     """Against fp64: a fused kernel in bf16 may be as far from it as twice `torch` in bf16, and a little."""
     sizes = dict(GPU_CASES[case])
     documents = documents_of(2, length).to(CUDA) if sizes.pop("documents", False) else None
-    drift, window, softcap = sizes.pop("drift", False), sizes.pop("window", 0), sizes.pop("softcap", 0.0)
+    attention_bias, window, softcap = (
+        sizes.pop("attention_bias", False),
+        sizes.pop("window", 0),
+        sizes.pop("softcap", 0.0),
+    )
     tensors = [x.bfloat16() for x in draw(length, kv_heads=2, head_dim=64, device=CUDA, **{"value_dim": 64} | sizes)]
-    case_of = {"softcap": softcap, "drift": drift, "window": bool(window), "documents": documents is not None}
+    case_of = {
+        "softcap": softcap,
+        "attention_bias": attention_bias,
+        "window": bool(window),
+        "documents": documents is not None,
+    }
     try:
         choose(kernel, value_dim=tensors[2].shape[-1], length=length, **case_of)
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    if drift:
-        tensors.append(draw_drift(2, 4, length, CUDA))
+    if attention_bias:
+        tensors.append(draw_attention_bias(2, 4, length, CUDA))
     options = {"scale": 0.125, "softcap": softcap}
     expected = with_gradients(reference, tensors, window=window, documents=documents, **options)
     plain, fused = (

@@ -15,11 +15,11 @@ from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
 from trainer.commands.bench import clock, turns
+from trainer.commands.bench.baselines import COUNTERPARTS, BareLoop, EagerBaseline, counterpart
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
 from trainer.commands.bench.data import rate_of
-from trainer.commands.bench.peers import COUNTERPARTS, BareLoop, EagerPeer, counterpart
 from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
-from trainer.commands.bench.variants import Contender, Record, label, leaving_out, parse_sweep, run_config, variants
+from trainer.commands.bench.variants import Candidate, Record, label, leaving_out, parse_sweep, run_config, variants
 from trainer.core.config import BenchConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
@@ -93,8 +93,8 @@ def test_in_turns_the_ratio_is_taken_round_by_round():
     assert ratio(other, base) == pytest.approx(2) and ratio(base, other) == pytest.approx(0.5)
 
 
-class Made(Contender):
-    """A contender of made-up speed on a machine that becomes slower with every visit."""
+class Made(Candidate):
+    """A candidate of made-up speed on a machine that becomes slower with every visit."""
 
     kind = "trainer"
     drift = 100.0
@@ -115,8 +115,8 @@ def test_one_by_one_drift_of_the_machine_cancels_out(monkeypatch):
     monkeypatch.setattr(turns, "start", lambda one: None)
     monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
     monkeypatch.setattr(turns, "turn", lambda one, steps: one.speed * Made.drift)
-    first, second, third = contenders = [Made("first"), Made("second", 2.0), Made("third", 0.5)]
-    turns.measure(contenders, BenchConfig(rounds=2), together=False)
+    first, second, third = candidates = [Made("first"), Made("second", 2.0), Made("third", 0.5)]
+    turns.measure(candidates, BenchConfig(rounds=2), together=False)
     assert first.record.rates == [100, 100, 80, 80, 60, 60]
     assert second.record.rates == [180, 180] and second.record.beside == [90, 90]
     # The drift is linear in the visits, so the mean of the first before and after is what it would have had in between.
@@ -129,15 +129,15 @@ def test_in_turns_all_are_warmed_up_and_none_is_always_first(monkeypatch):
     monkeypatch.setattr(turns, "start", lambda one: None)
     monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
     monkeypatch.setattr(turns, "turn", lambda one, steps: order.append(one.name) or 1.0 * len(order))
-    contenders = [Made("a"), Made("b")]
-    turns.measure(contenders, BenchConfig(rounds=2), together=True)
+    candidates = [Made("a"), Made("b")]
+    turns.measure(candidates, BenchConfig(rounds=2), together=True)
     assert order == ["a", "b", "b", "a", "a", "b"]
-    assert [one.record.rates for one in contenders] == [[4, 5], [3, 6]]
-    assert contenders[1].record.beside == [4, 5]
+    assert [one.record.rates for one in candidates] == [[4, 5], [3, 6]]
+    assert candidates[1].record.beside == [4, 5]
 
 
 class Unable(Made):
-    """A contender whose first step its machine cannot do."""
+    """A candidate whose first step its machine cannot do."""
 
     error: Exception = ValueError("kernel x cannot be used: no")
 
@@ -157,11 +157,11 @@ def test_what_cannot_run_here_is_left_out(monkeypatch, capsys, together):
     monkeypatch.setattr(turns, "start", lambda one: start(one) if isinstance(one, Unable) else None)
     monkeypatch.setattr(turns, "look_inside", lambda one, config: None)
     monkeypatch.setattr(turns, "turn", lambda one, steps: one.speed)
-    contenders = [Made("a"), Unable("b"), Made("c", 2.0)]
-    notes = turns.measure(contenders, BenchConfig(rounds=2), together)
+    candidates = [Made("a"), Unable("b"), Made("c", 2.0)]
+    notes = turns.measure(candidates, BenchConfig(rounds=2), together)
     assert notes == ["b left out: kernel x cannot be used: no"] and notes[0] in capsys.readouterr().err
-    assert [bool(one.record.rates) for one in contenders] == [True, False, True]
-    assert contenders[2].record.beside[:2] == [1, 1] and not contenders[1].built
+    assert [bool(one.record.rates) for one in candidates] == [True, False, True]
+    assert candidates[2].record.beside[:2] == [1, 1] and not candidates[1].built
     with pytest.raises(UserError, match="^kernel x cannot be used: no$"):
         turns.measure([Unable("b"), Made("c")], BenchConfig(rounds=2), together)
 
@@ -299,7 +299,7 @@ def test_peaks_are_known_by_exact_name_and_type_or_not_at_all(monkeypatch):
     assert all(peaks["bf16"] > peaks["tf32"] for peaks in PEAK.values())
 
 
-def made_contender(name, kind, rates):
+def made_candidate(name, kind, rates):
     config = build(
         RunConfig,
         {
@@ -318,7 +318,7 @@ def made_contender(name, kind, rates):
 
 def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     config = BenchConfig(bench_dir=str(tmp_path / "new" / "folder"), rounds=2)
-    pair = [made_contender("gpt2", "trainer", [100.0, 100.0]), made_contender("bare loop", "peer", [50.0, 50.0])]
+    pair = [made_candidate("gpt2", "trainer", [100.0, 100.0]), made_candidate("bare loop", "baseline", [50.0, 50.0])]
     report = train_report(config, pair, True, ["a note"])
     report.publish(as_json=True)
     body = json.loads(capsys.readouterr().out)
@@ -326,7 +326,7 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     assert (body["format"], body["kind"], body["order"], body["notes"]) == (1, "train", "in turns", ["a note"])
     assert ours["ratio"] == {"bare loop": 2.0} and ours["mfu"] is None and ours["peak_flops"] is None
     assert ours["expected_memory_bytes"]["total"] == 3 * 2**28 and bare["expected_memory_bytes"] is None
-    assert ours["config"]["model"]["d_model"] == 64 and bare["kind"] == "peer"
+    assert ours["config"]["model"]["d_model"] == 64 and bare["kind"] == "baseline"
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     assert json.loads((folder / "bench.json").read_text()) == body
@@ -390,7 +390,7 @@ def test_bench_compares_every_combination_and_the_bare_loop(tiny_config, tmp_pat
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     assert not (tmp_path / "run").exists()
     assert "engine.strategy" in error_line(trainer("bench", tiny_config, "--sweep", "engine.strategy=hsdp"))
-    assert "no counterpart of hlb" in error_line(trainer("bench", tiny_config, "--peers", "transformers"))
+    assert "no counterpart of hlb" in error_line(trainer("bench", tiny_config, "--baselines", "transformers"))
 
 
 @pytest.mark.slow
@@ -398,7 +398,14 @@ def test_bench_compares_every_combination_and_the_bare_loop(tiny_config, tmp_pat
 def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path):
     gpt2 = {"name": "gpt2", "d_model": 32, "n_layers": 1, "n_heads": 2, "max_context": 64}
     words = [word for key, value in gpt2.items() for word in (f"--model.{key}", str(value))]
-    sweep = ["--engine.compile", "true", "--peers", "transformers", "--sweep", "batch.tokens_per_microbatch=128,256"]
+    sweep = [
+        "--engine.compile",
+        "true",
+        "--baselines",
+        "transformers",
+        "--sweep",
+        "batch.tokens_per_microbatch=128,256",
+    ]
     body = bench(tiny_config, *words, *sweep, "--bench_dir", tmp_path / "bench")
     assert body["order"] == "one by one"
     first, second, theirs = body["rows"]
@@ -458,18 +465,18 @@ def test_what_has_no_counterpart_is_left_out(name, changes, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hlb", "gpt2"])
-def test_the_eager_peer_computes_the_same_loss(name, tiny_dataset, tmp_path):
+def test_the_eager_baseline_computes_the_same_loss(name, tiny_dataset, tmp_path):
     """From whole logits, where our own loop has none."""
     model = {"name": name, "d_model": 32, "n_layers": 1} | ({"n_heads": 2, "max_context": 64} if name == "gpt2" else {})
     config = build(RunConfig, tiny_values(tiny_dataset, tmp_path / "run", model=model, precision="fp32"))
     dataset = find_dataset(config.data)
     losses = []
-    for kind in (BareLoop, EagerPeer):
-        peer = kind("peer", resolve(config, dataset), dataset, World(), torch.device("cpu"))
-        peer.build()
-        losses.append(peer.forward(peer.read()[:2]).item())
-        assert peer.needs()["total"] > 0
-        peer.close()
+    for kind in (BareLoop, EagerBaseline):
+        baseline = kind("baseline", resolve(config, dataset), dataset, World(), torch.device("cpu"))
+        baseline.build()
+        losses.append(baseline.forward(baseline.read()[:2]).item())
+        assert baseline.needs()["total"] > 0
+        baseline.close()
     # fp32 sums of some hundred terms in another order.
     assert losses[1] == pytest.approx(losses[0], rel=3e-5) and losses[0] > 0
 

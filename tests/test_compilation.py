@@ -23,8 +23,7 @@ from models.base import Cache, get_model
 from models.layers import flex
 from models.layers.linear_cross_entropy import _Form
 from trainer.commands.train import run
-from trainer.engine import activation_checkpointing as recompute
-from trainer.engine import compilation
+from trainer.engine import activation_checkpointing, compilation
 from trainer.engine.compilation import Compiled, choose
 from trainer.runtime.device import Target
 
@@ -240,7 +239,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(real, how):
     """And compile nothing anew for longer sequences and other microbatches, but for those of one sequence. The CPU's code
     for sums of more than 4096 terms is another: sequences stay below its square root, 64."""
     eager = copy.deepcopy(real)
-    recompute.apply(real, how)
+    activation_checkpointing.apply(real, how)
     Compiled(real, pytest.fail)
     for rows, length in ((2, 24), (3, 48), (5, 17), (2, 64)):
         tokens, targets = batch(rows, length)
@@ -322,7 +321,7 @@ def test_blocks_with_flex_are_one_graph(monkeypatch, name, how):
     changes = {"attention_softcap": 30.0} if name == "llama" else {}
     model = get_model(name)(replace(build(name).config, n_layers=1, **changes))
     model.init_weights()
-    recompute.apply(model, how)
+    activation_checkpointing.apply(model, how)
     (block,) = model.blocks()
     seen = []
 

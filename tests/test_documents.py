@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_values
+from trainer.commands.bench.baselines import BareLoop
 
 from models.base import IGNORE, cross_entropy, get_model
-from trainer.commands.bench.peers import BareLoop
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
@@ -83,12 +83,12 @@ def test_the_bare_loop_has_the_loss_of_the_engine(planned):
     dataset, plans = planned
     losses = []
     for plan in plans.values():
-        peer = BareLoop("peer", plan, dataset, WORLD, torch.device("cpu"))
-        peer.build()
-        rows = peer.read()[:2]
+        baseline = BareLoop("peer", plan, dataset, WORLD, torch.device("cpu"))
+        baseline.build()
+        rows = baseline.read()[:2]
         rows[:, 20] = dataset.tokenizer.eot_id
-        losses.append(peer.forward(rows).item())
-        peer.close()
+        losses.append(baseline.forward(rows).item())
+        baseline.close()
         assert losses[-1] == TorchEngine(plan, WORLD).backward(rows[:, :-1], rows[:, 1:], 1.0, True)[0]
     assert losses[0] != losses[1]
 

@@ -68,7 +68,7 @@ def test_a_run_of_another_device_can_be_opened(tiny_dataset, tmp_path, monkeypat
     def too_small(*_):
         raise AssertionError("asked whether training fits")
 
-    monkeypatch.setattr("trainer.planning.strategy.Chooser.refuse_the_impossible", too_small)
+    monkeypatch.setattr("trainer.planning.strategy.StrategySelector.refuse_the_impossible", too_small)
     opened = open_run(str(folder), None, "cpu", "pure_bf16")
     assert opened.model(torch.zeros(1, 4, dtype=torch.long)).logits.shape[:2] == (1, 4)
     export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))

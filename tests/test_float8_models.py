@@ -14,7 +14,7 @@ from torch import nn
 
 from models.base import get_model
 from models.layers.float8 import Float8Linear, convert_to_float8
-from trainer.engine import activation_checkpointing as recompute
+from trainer.engine import activation_checkpointing
 
 
 class Odd(nn.Module):
@@ -102,7 +102,7 @@ def test_training_follows_bf16(name, tokens, targets):  # noqa: F811
 def test_recomputed_gradients_are_those_without(name, how, tokens, targets):  # noqa: F811
     model = converted(small(name))
     twin = copy.deepcopy(model)
-    recompute.apply(twin, how)
+    activation_checkpointing.apply(twin, how)
     counted = []
     for one in (model, twin):
         with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +133,7 @@ def test_compiled_blocks(name, how, tokens, targets):  # noqa: F811
     model = small(name)
     for form in ("bf16", "eager", "compiled"):
         twin = copy.deepcopy(model) if form == "bf16" else converted(copy.deepcopy(model))
-        recompute.apply(twin, how)
+        activation_checkpointing.apply(twin, how)
         if form == "compiled":
             torch._dynamo.reset()
             for block in twin.blocks():
@@ -151,7 +151,7 @@ sys.path.insert(0, "tests")
 import torch, torch.distributed as dist
 from test_float8_models import converted, small
 from test_zoo import VOCAB
-from trainer.engine import recompute
+from trainer.engine import activation_checkpointing
 
 around, precision, compiled = sys.argv[1], sys.argv[2], sys.argv[3] == "compiled"
 dist.init_process_group("gloo")
@@ -167,7 +167,7 @@ for gradient in expected.values():
     gradient /= 2
 
 model = converted(small("hlb"))
-recompute.apply(model, "selective")
+activation_checkpointing.apply(model, "selective")
 if compiled:
     for block in model.blocks():
         block.compile()

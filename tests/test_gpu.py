@@ -102,7 +102,7 @@ def test_a_bench_of_a_gpu(long_dataset, tmp_path, model):
     values["batch"] = {"sequence_length": 256, "tokens_per_step": 8192, "tokens_per_microbatch": 8192}
     config.write_text(yaml.safe_dump(values))
     words = [
-        "--peers",
+        "--baselines",
         "bare",
         "--sweep",
         "engine.compile=true,false",

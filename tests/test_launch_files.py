@@ -12,13 +12,13 @@ from conftest import ROOT
 from trainer.core.config import RunConfig
 from trainer.core.settings import build
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.planning.launcher_config import Wishes, read_wishes, reconcile
+from trainer.planning.launcher_config import LauncherConfig, read_launcher_config, reconcile
 
 YAMLS = sorted((ROOT / "launch" / "accelerate").iterdir())
 SEVERAL = [path for path in YAMLS if path.name != "single_gpu.yaml"]
 JSONS = sorted((ROOT / "launch" / "deepspeed").iterdir())
 # What each YAML asks of the engine.
-WISHES: dict[str, dict[str, str]] = {
+LAUNCHER_CONFIGS: dict[str, dict[str, str]] = {
     "single_gpu.yaml": {},
     "ddp.yaml": {},
     "fsdp2.yaml": {"strategy": "fsdp"},
@@ -59,7 +59,7 @@ def header_command(path: Path, **changes: str) -> list[str]:
 
 def test_every_file_is_known_here():
     """A new file gets an entry above, and with it the tests below and those that start it."""
-    assert {path.name for path in YAMLS} == set(WISHES)
+    assert {path.name for path in YAMLS} == set(LAUNCHER_CONFIGS)
     assert {path.name for path in JSONS} == set(SETTINGS)
 
 
@@ -107,7 +107,7 @@ def handed_on(words: list[str], parser: argparse.ArgumentParser) -> tuple[argpar
 def test_what_a_file_asks_of_the_engine(path, parser, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, environ = handed_on(header_command(path), parser)
-    assert read_wishes(environ) == Wishes(launcher="accelerate", **WISHES[path.name])
+    assert read_launcher_config(environ) == LauncherConfig(launcher="accelerate", **LAUNCHER_CONFIGS[path.name])
 
 
 @pytest.mark.parametrize("path", SEVERAL, ids=name)
@@ -118,7 +118,7 @@ def test_a_file_goes_on_several_machines(path, parser, monkeypatch):
     args, environ = handed_on(words, parser)
     assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("2", 1, "8")
     assert args.rdzv_endpoint == "HEAD:29500"
-    assert read_wishes(environ) == Wishes(launcher="accelerate", **WISHES[path.name])
+    assert read_launcher_config(environ) == LauncherConfig(launcher="accelerate", **LAUNCHER_CONFIGS[path.name])
 
 
 @pytest.mark.parametrize("path", SEVERAL, ids=name)
@@ -160,7 +160,7 @@ def test_deepspeed_refuses_a_misspelt_setting():
 def test_what_a_deepspeed_file_asks_of_the_engine(path, precision):
     values = {"precision": precision, "optim": {"clip_norm": 1.0}, "engine": {"deepspeed_config": str(path)}}
     config = build(RunConfig, values)
-    reconcile(config, Wishes(launcher="torchrun"), 2)
+    reconcile(config, LauncherConfig(launcher="torchrun"), 2)
     assert (config.engine.strategy, config.engine.offload) == SETTINGS[path.name]
     settings = deepspeed_settings(config)["zero_optimization"]
     assert settings.items() >= json.loads(path.read_text())["zero_optimization"].items()

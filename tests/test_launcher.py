@@ -10,9 +10,9 @@ import pytest
 from trainer.__main__ import without_local_rank
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.planning.launcher_config import Wishes, read_wishes, reconcile
+from trainer.planning.launcher_config import LauncherConfig, read_launcher_config, reconcile
 from trainer.runtime import launcher
-from trainer.runtime.launcher import Place, find_meeting_point, find_place, refuse_lost_processes, unused_tasks
+from trainer.runtime.launcher import RankInfo, find_meeting_point, find_rank_info, refuse_lost_processes, unused_tasks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 MEETING = {"MASTER_ADDR": "head", "MASTER_PORT": "29500"}
@@ -31,21 +31,21 @@ def without(environ, *names):
 @pytest.mark.parametrize(
     "environ, place",
     [
-        ({}, Place(0, 1, 0, 1)),
-        ({"WORLD_SIZE": "1"}, Place(0, 1, 0, 1)),
-        (TORCHRUN, Place(5, 8, 1, 4)),
-        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"LOCAL_SIZE": "4", "CROSS_SIZE": "2"}, Place(5, 8, 1, 4)),
-        (TASK, Place(4, 5, 0, 1)),
-        (TASK | {"SLURM_PROCID": "3", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}, Place(3, 5, 1, 2)),
-        (TASK | TORCHRUN, Place(5, 8, 1, 4)),  # torchrun as the task of each node
-        (TASK | {"WORLD_SIZE": "5", "RANK": "4"}, Place(4, 5, 0, 1)),  # exported by hand, and true
-        (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, Place(0, 1, 0, 1)),  # a shell of srun --pty
-        (BATCH_SCRIPT, Place(0, 1, 0, 1)),
-        (BATCH_SCRIPT | TORCHRUN, Place(5, 8, 1, 4)),
+        ({}, RankInfo(0, 1, 0, 1)),
+        ({"WORLD_SIZE": "1"}, RankInfo(0, 1, 0, 1)),
+        (TORCHRUN, RankInfo(5, 8, 1, 4)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"LOCAL_SIZE": "4", "CROSS_SIZE": "2"}, RankInfo(5, 8, 1, 4)),
+        (TASK, RankInfo(4, 5, 0, 1)),
+        (TASK | {"SLURM_PROCID": "3", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}, RankInfo(3, 5, 1, 2)),
+        (TASK | TORCHRUN, RankInfo(5, 8, 1, 4)),  # torchrun as the task of each node
+        (TASK | {"WORLD_SIZE": "5", "RANK": "4"}, RankInfo(4, 5, 0, 1)),  # exported by hand, and true
+        (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, RankInfo(0, 1, 0, 1)),  # a shell of srun --pty
+        (BATCH_SCRIPT, RankInfo(0, 1, 0, 1)),
+        (BATCH_SCRIPT | TORCHRUN, RankInfo(5, 8, 1, 4)),
     ],
 )
-def test_place(environ, place):
-    assert find_place(environ) == place
+def test_place(environ, rank_info):
+    assert find_rank_info(environ) == rank_info
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_place(environ, place):
 )
 def test_a_place_that_cannot_be_is_a_line(environ, words):
     with pytest.raises(UserError) as caught:
-        find_place(environ)
+        find_rank_info(environ)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -134,11 +134,11 @@ def test_processes_that_accelerate_did_not_start(monkeypatch, tmp_path):
 
 
 def test_local_rank_on_the_command_line():
-    place = Place(5, 8, 1, 4)
+    rank_info = RankInfo(5, 8, 1, 4)
     for option in ("--local_rank=1", "--local-rank=1"):
-        assert without_local_rank([option, "train", "--seed", "1"], place) == ["train", "--seed", "1"]
+        assert without_local_rank([option, "train", "--seed", "1"], rank_info) == ["train", "--seed", "1"]
     with pytest.raises(UserError, match="--local_rank=2: LOCAL_RANK is 1"):
-        without_local_rank(["train", "--local_rank=2"], place)
+        without_local_rank(["train", "--local_rank=2"], rank_info)
 
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
@@ -151,7 +151,7 @@ DEEPSPEED = ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIE
 
 
 @pytest.mark.parametrize(
-    "environ, wishes",
+    "environ, launcher_config",
     [
         ({}, {}),
         (ACCELERATE, {"launcher": "accelerate"}),
@@ -194,9 +194,11 @@ DEEPSPEED = ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIE
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {"deepspeed_config": "ds.json"}),
     ],
 )
-def test_wishes(environ, wishes):
+def test_launcher_config(environ, launcher_config):
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ
-    assert read_wishes(environ) == Wishes(**{"launcher": "accelerate" if by_accelerate else "python"} | wishes)
+    assert read_launcher_config(environ) == LauncherConfig(
+        **{"launcher": "accelerate" if by_accelerate else "python"} | launcher_config
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_wishes(environ, wishes):
 )
 def test_what_accelerate_has_and_we_do_not_is_a_line(environ, words):
     with pytest.raises(UserError) as caught:
-        read_wishes(environ)
+        read_launcher_config(environ)
     assert words in str(caught.value) and str(caught.value).startswith("accelerate's ")
 
 
@@ -232,17 +234,17 @@ def config_with(**engine) -> RunConfig:
 @pytest.mark.parametrize("size", [1, 2])
 def test_reconcile_with_nothing_asked_for(size):
     config = RunConfig()
-    assert reconcile(config, Wishes("python"), size) == []
+    assert reconcile(config, LauncherConfig("python"), size) == []
     assert config == RunConfig()
 
 
 def test_reconcile_fills_what_is_open():
     config = RunConfig()
-    wishes = Wishes(
+    launcher_config = LauncherConfig(
         "accelerate", strategy="hsdp", shard_size=2, reshard_after_forward=False, offload=True,
         activation_checkpointing="full", compile=True, clip_norm=0.5, mixed_precision="bf16",
     )  # fmt: skip
-    filled = reconcile(config, wishes, 4)
+    filled = reconcile(config, launcher_config, 4)
     assert {key: value for key, value, _ in filled} == {
         "engine.strategy": "hsdp", "engine.shard_size": 2, "engine.reshard_after_forward": False,
         "engine.offload": True, "engine.activation_checkpointing": "full", "engine.compile": True,
@@ -250,11 +252,11 @@ def test_reconcile_fills_what_is_open():
     }  # fmt: skip
     assert {rule for *_, rule in filled} == {"accelerate's config"}
     assert (config.engine.strategy, config.engine.shard_size, config.optim.clip_norm) == ("hsdp", 2, 0.5)
-    assert reconcile(config, wishes, 4) == [], "what is already so is no contradiction"
+    assert reconcile(config, launcher_config, 4) == [], "what is already so is no contradiction"
 
 
 @pytest.mark.parametrize(
-    "engine, wishes, size, words",
+    "engine, launcher_config, size, words",
     [
         ({"strategy": "ddp"}, {"strategy": "fsdp"}, 2, "engine.strategy: ddp, but accelerate's config asks for fsdp"),
         ({"shard_size": 4}, {"shard_size": 2}, 4, "engine.shard_size: 4, but"),
@@ -272,32 +274,32 @@ def test_reconcile_fills_what_is_open():
         ({}, {"strategy": "hsdp"}, 1, "hsdp needs several processes"),
     ],
 )
-def test_reconcile_refuses(engine, wishes, size, words):
+def test_reconcile_refuses(engine, launcher_config, size, words):
     with pytest.raises(UserError) as caught:
-        reconcile(config_with(**engine), Wishes("accelerate", **wishes), size)
+        reconcile(config_with(**engine), LauncherConfig("accelerate", **launcher_config), size)
     assert words in str(caught.value)
 
 
 def test_reconcile_precision():
     for precision, fits in (("auto", True), ("bf16", True), ("fp32", False), ("pure_bf16", False)):
-        config, wishes = RunConfig(), Wishes("accelerate", mixed_precision="bf16")
+        config, launcher_config = RunConfig(), LauncherConfig("accelerate", mixed_precision="bf16")
         config.precision = precision
         if fits:
-            reconcile(config, wishes, 1)
+            reconcile(config, launcher_config, 1)
             assert config.precision == precision
         else:
             with pytest.raises(UserError, match=f"precision: {precision}, but accelerate's mixed_precision is bf16"):
-                reconcile(config, wishes, 1)
+                reconcile(config, launcher_config, 1)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
 def test_one_process_may_shard(strategy):
-    assert reconcile(config_with(strategy=strategy), Wishes("python"), 1) == []
+    assert reconcile(config_with(strategy=strategy), LauncherConfig("python"), 1) == []
 
 
 def test_finer_checkpointing_than_accelerate_can_say_stays():
     config = config_with(activation_checkpointing="selective")
-    reconcile(config, Wishes("accelerate", activation_checkpointing="full"), 1)
+    reconcile(config, LauncherConfig("accelerate", activation_checkpointing="full"), 1)
     assert config.engine.activation_checkpointing == "selective"
 
 
@@ -306,19 +308,19 @@ def test_a_deepspeed_config_says_the_strategy(tmp_path):
     path.write_text(
         '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "gradient_clipping": 1.0}'
     )
-    for config, wishes in (
-        (RunConfig(), Wishes("accelerate", deepspeed_config=str(path))),
-        (config_with(deepspeed_config=str(path)), Wishes("python")),
+    for config, launcher_config in (
+        (RunConfig(), LauncherConfig("accelerate", deepspeed_config=str(path))),
+        (config_with(deepspeed_config=str(path)), LauncherConfig("python")),
     ):
-        reconcile(config, wishes, 2)
+        reconcile(config, launcher_config, 2)
         assert (config.engine.strategy, config.engine.offload, config.optim.clip_norm) == ("zero3", True, 1.0)
     with pytest.raises(UserError, match=r"engine.strategy: ddp, but .*ds\.json asks for zero3"):
-        reconcile(config_with(strategy="ddp", deepspeed_config=str(path)), Wishes("python"), 2)
+        reconcile(config_with(strategy="ddp", deepspeed_config=str(path)), LauncherConfig("python"), 2)
     path.write_text('{"zero_optimization": {"stage": "auto"}, "gradient_clipping": "auto"}')
     config = config_with(strategy="zero2", deepspeed_config=str(path))
-    assert reconcile(config, Wishes("python"), 2) == []
+    assert reconcile(config, LauncherConfig("python"), 2) == []
     with pytest.raises(UserError, match="names no zero_optimization.stage; set engine.strategy"):
-        reconcile(config_with(deepspeed_config=str(path)), Wishes("python"), 2)
+        reconcile(config_with(deepspeed_config=str(path)), LauncherConfig("python"), 2)
 
 
 @pytest.fixture
@@ -420,12 +422,12 @@ def test_keys_are_of_one_run_and_attempt(monkeypatch, environ, prefix):
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "\u00b2", "9" * 5000, " "])
 def test_variables_that_are_no_numbers_are_a_line(text):
     for read, environ in (
-        (find_place, TORCHRUN | {"RANK": text}),
-        (find_place, TASK | {"SLURM_PROCID": text}),
+        (find_rank_info, TORCHRUN | {"RANK": text}),
+        (find_rank_info, TASK | {"SLURM_PROCID": text}),
         (find_meeting_point, TASK | {"SLURM_RESTART_COUNT": text}),
         (find_meeting_point, TORCHRUN | MEETING | {"MASTER_PORT": text}),
-        (read_wishes, PARALLEL | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": text}),
-        (read_wishes, FSDP | {"FSDP_SHARDING_STRATEGY": text}),
+        (read_launcher_config, PARALLEL | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": text}),
+        (read_launcher_config, FSDP | {"FSDP_SHARDING_STRATEGY": text}),
     ):
         with pytest.raises(UserError) as caught:
             read(environ)
@@ -434,4 +436,4 @@ def test_variables_that_are_no_numbers_are_a_line(text):
 
 def test_odd_tasks_per_node_take_no_memory():
     with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE: tells nothing of node 2"):
-        find_place(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x9999999999999)"})
+        find_rank_info(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x9999999999999)"})

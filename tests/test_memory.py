@@ -22,9 +22,8 @@ from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.settings import build as build_settings
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
-from trainer.engine import activation_checkpointing as recompute
-from trainer.engine import compilation
-from trainer.planning.memory import BUCKET, GIB, Demand, Spread, expected_memory, kept_bytes
+from trainer.engine import activation_checkpointing, compilation
+from trainer.planning.memory import BUCKET, GIB, MemoryEstimate, ParallelLayout, expected_memory, saved_activations
 from trainer.planning.plan import resolve
 from trainer.runtime.device import GPUS, cpu_has_bf16
 from trainer.runtime.distributed import World
@@ -61,12 +60,12 @@ def really_kept(model):
 def test_kept_is_what_the_allocator_says(model, how, compute):
     """To a few hundred bytes (token numbers, scalars), copies of vectors (scales, biases), the state of the random generator
     that each block remembers, and the gradient of the head, which the loss has made."""
-    expected = kept_bytes(type(model), model.config, T, compute, how).total
+    expected = saved_activations(type(model), model.config, T, compute, how).total
     expected += 4 * model.token_embedding().weight.numel()
-    every = recompute.parse(how)[0]
+    every = activation_checkpointing.parse(how)[0]
     remembered = len(model.blocks()[every - 1 :: every]) * torch.get_rng_state().nbytes if every else 0
     model = model.bfloat16() if compute == "bf16" else model
-    recompute.apply(model, how)
+    activation_checkpointing.apply(model, how)
     vectors = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert really_kept(model) == pytest.approx(expected + remembered, abs=1024 + vectors)
 
@@ -74,20 +73,20 @@ def test_kept_is_what_the_allocator_says(model, how, compute):
 def test_autocast_keeps_fp32_residuals_and_bf16_products(model):
     """Less than fp32, more than bf16; the copies of the weights are not an activation."""
     fp32, autocast, bf16 = (
-        kept_bytes(type(model), model.config, T, compute).total for compute in ("fp32", "autocast", "bf16")
+        saved_activations(type(model), model.config, T, compute).total for compute in ("fp32", "autocast", "bf16")
     )
     assert bf16 < autocast < fp32
-    twice = kept_bytes(type(model), model.config, 2 * T, "autocast").total
+    twice = saved_activations(type(model), model.config, 2 * T, "autocast").total
     assert twice > 1.99 * autocast  # nothing that does not grow with the sequence
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp"])
 def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
-    demand, spread = Demand(type(model), model.config, T), Spread(strategy, "bf16")
-    none, selective, full = (demand.activations(spread, how) for how in ("none", "selective", "full"))
+    estimate, layout = MemoryEstimate(type(model), model.config, T), ParallelLayout(strategy, "bf16")
+    none, selective, full = (estimate.activations(layout, how) for how in ("none", "selective", "full"))
     assert full < selective < none
-    total, plain, _ = kept_bytes(type(model), model.config, T, spread.compute)
-    kept, left, _ = kept_bytes(type(model), model.config, T, spread.compute, "full")
+    total, plain, _ = saved_activations(type(model), model.config, T, layout.compute)
+    kept, left, _ = saved_activations(type(model), model.config, T, layout.compute, "full")
     assert none == total
     assert len(plain) == len(model.blocks()) and sum(plain) < 1.05 * total  # outputs may go again
     # A block that recomputes leaves its output, which is the next one's input.
@@ -96,7 +95,7 @@ def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
 
 
 def test_measuring_leaves_the_default_type(model):
-    kept_bytes(type(model), model.config, T, "bf16")
+    saved_activations(type(model), model.config, T, "bf16")
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -107,14 +106,14 @@ def test_measuring_leaves_the_default_type(model):
 )
 def test_compiled_blocks_keep_what_was_planned(model, compute, how):
     """The compiler computes cheap things again, and keeps less (torch 2.13, of blocks that recompute, the generator's state)."""
-    expected = kept_bytes(type(model), model.config, T, compute, how, compiled=True).total
-    plain = kept_bytes(type(model), model.config, T, compute, how).total
+    expected = saved_activations(type(model), model.config, T, compute, how, compiled=True).total
+    plain = saved_activations(type(model), model.config, T, compute, how).total
     if how == "full":
         assert 0 <= expected - plain <= len(model.blocks()) * torch.get_rng_state().nbytes
     else:
         assert expected < 0.95 * plain
     model = model.bfloat16() if compute == "bf16" else model
-    recompute.apply(model, how)
+    activation_checkpointing.apply(model, how)
     compilation.Compiled(model, pytest.fail)
     tokens = torch.zeros(1, T, dtype=torch.long)
     model(tokens, targets=tokens).loss.backward()  # compiles
@@ -128,8 +127,8 @@ def test_compiled_blocks_keep_what_was_planned(model, compute, how):
 def test_every_block_is_planned_as_compiled():
     """Also where layers have a number of their own (differential attention's lambda): torch has a limit of versions."""
     config = replace(build("transformer", scale=0.4).config, attention="differential", n_layers=3)
-    blocks = kept_bytes(get_model("transformer"), config, T, "fp32", compiled=True).blocks
-    eager = kept_bytes(get_model("transformer"), config, T, "fp32").blocks
+    blocks = saved_activations(get_model("transformer"), config, T, "fp32", compiled=True).blocks
+    eager = saved_activations(get_model("transformer"), config, T, "fp32").blocks
     assert len(blocks) == 3 and max(blocks) < 0.95 * min(eager)
 
 
@@ -137,9 +136,9 @@ def test_what_cannot_be_compiled_is_planned_as_it_is(model, monkeypatch):
     def fail(model):
         raise TorchDynamoException("no")
 
-    plain = kept_bytes(type(model), model.config, T, "fp32")
+    plain = saved_activations(type(model), model.config, T, "fp32")
     monkeypatch.setattr(compilation, "hold_as_compiled", fail)
-    assert kept_bytes(type(model), model.config, T, "fp32", compiled=True) == plain
+    assert saved_activations(type(model), model.config, T, "fp32", compiled=True) == plain
 
 
 # -- FlexAttention -----------------------------------------------------------------------------------------------------
@@ -150,21 +149,26 @@ def test_what_cannot_be_compiled_is_planned_as_it_is(model, monkeypatch):
 def test_flex_keeps_what_fused_causal_attention_keeps(changes, how):
     """Queries, keys, values, output and the logarithms of its sums, and no [T, T]: a CPU's kernels keep more."""
     model, length = build("llama", scale=0.4), 512
-    plain = kept_bytes(type(model), model.config, length, "autocast", how)
+    plain = saved_activations(type(model), model.config, length, "autocast", how)
     documents = {"documents": True} == changes
     config = model.config if documents else replace(model.config, **changes)
-    flex = kept_bytes(type(model), config, length, "autocast", how, documents, flex=True)
+    flex = saved_activations(type(model), config, length, "autocast", how, documents, flex=True)
     assert flex.blocks == plain.blocks
     masks = 4096 + 8 * length  # that of its blocks, and the number of each token's document
     assert flex.total == pytest.approx(plain.total, abs=masks)
-    assert how == "selective" or kept_bytes(type(model), config, length, "autocast", how, documents).total > plain.total
+    assert (
+        how == "selective"
+        or saved_activations(type(model), config, length, "autocast", how, documents).total > plain.total
+    )
 
 
 def test_hlb_under_flex_keeps_nothing_that_grows_with_the_square():
     model = build("hlb", scale=0.4)
-    short, long = (kept_bytes(type(model), model.config, length, "fp32", flex=True).total for length in (256, 1024))
+    short, long = (
+        saved_activations(type(model), model.config, length, "fp32", flex=True).total for length in (256, 1024)
+    )
     assert long == pytest.approx(4 * short, rel=1e-3)
-    assert kept_bytes(type(model), model.config, 1024, "fp32").total > long + len(model.blocks()) * 4 * 1024**2
+    assert saved_activations(type(model), model.config, 1024, "fp32").total > long + len(model.blocks()) * 4 * 1024**2
     assert type(causal_blocks(256, CPU).kv_indices) is torch.Tensor  # what was made without storage is gone
 
 
@@ -179,9 +183,9 @@ def test_a_plan_counts_on_the_kernels_of_its_device():
 def test_a_deterministic_run_is_planned_with_the_kernels_it_may_use():
     """hlb's slopes are added up in no fixed order by FlexAttention; nothing is left switched on."""
     model = build("hlb", scale=0.4)
-    demand = Demand(type(model), model.config, 256)
+    estimate = MemoryEstimate(type(model), model.config, 256)
     dense, fused, fixed = (
-        demand.activations(Spread("single", "fp32", flex=flex, deterministic=deterministic), "none")
+        estimate.activations(ParallelLayout("single", "fp32", flex=flex, deterministic=deterministic), "none")
         for flex, deterministic in ((False, False), (True, False), (True, True))
     )
     assert fused < dense == fixed
@@ -196,7 +200,7 @@ def test_kept_on_a_gpu(name, changes):
     length, config = 1024, replace(build(name, scale=0.4).config, **changes)
     model = get_model(name)(config)
     model.init_weights()
-    expected = kept_bytes(type(model), model.config, length, "bf16", flex=True).total
+    expected = saved_activations(type(model), model.config, length, "bf16", flex=True).total
     model = model.bfloat16().cuda()
     tokens = torch.zeros(1, length, dtype=torch.long, device="cuda")
     model(tokens, targets=tokens).loss.backward()  # compiled kernels, masks of blocks and workspaces are made once
@@ -212,68 +216,71 @@ def test_kept_on_a_gpu(name, changes):
 
 
 @pytest.fixture
-def demand(model):
-    return Demand(type(model), model.config, T)
+def estimate(model):
+    return MemoryEstimate(type(model), model.config, T)
 
 
-def state(demand, strategy, precision="bf16", **spread):
+def state(estimate, strategy, precision="bf16", **layout):
     """Bytes per parameter by part, of 4 shards; without the head's gradient."""
-    parts = demand.state(Spread(strategy, precision, 8, 4, **spread))
+    parts = estimate.state(ParallelLayout(strategy, precision, 8, 4, **layout))
     del parts["head gradient"]
-    return {part: round(size / demand.parameters, 2) for part, size in parts.items()}
+    return {part: round(size / estimate.parameters, 2) for part, size in parts.items()}
 
 
-def test_every_rank_holds_all_of_a_copy(demand):
+def test_every_rank_holds_all_of_a_copy(estimate):
     expected = {"weights": 4, "gradients": 4, "moments": 8, "bf16 copies": 2}
-    assert all(state(demand, strategy) == expected for strategy in ("single", "ddp", "zero0"))
-    assert state(demand, "single", narrow=True) == expected | {"moments": 4}
-    assert state(demand, "ddp", "pure_bf16") == {"weights": 2, "gradients": 6, "moments": 4}
+    assert all(state(estimate, strategy) == expected for strategy in ("single", "ddp", "zero0"))
+    assert state(estimate, "single", narrow=True) == expected | {"moments": 4}
+    assert state(estimate, "ddp", "pure_bf16") == {"weights": 2, "gradients": 6, "moments": 4}
 
 
-def test_zero_shards_stage_by_stage(demand):
+def test_zero_shards_stage_by_stage(estimate):
     masters = {"masters": 1, "moments": 2}
-    buckets = round(2 * BUCKET / demand.parameters, 2)
-    assert state(demand, "zero1") == {"weights": 2, "gradients": 6} | masters
-    assert state(demand, "zero2") == {"weights": 2, "gradients": 1.5, "buckets": buckets} | masters
+    buckets = round(2 * BUCKET / estimate.parameters, 2)
+    assert state(estimate, "zero1") == {"weights": 2, "gradients": 6} | masters
+    assert state(estimate, "zero2") == {"weights": 2, "gradients": 1.5, "buckets": buckets} | masters
     gathered = {"gathered": 2}  # all: they are few
-    assert state(demand, "zero3") == {"weights": 0.5, "gradients": 1.5, "buckets": buckets} | gathered | masters
-    assert state(demand, "zero1", narrow=True)["moments"] == 1
+    assert state(estimate, "zero3") == {"weights": 0.5, "gradients": 1.5, "buckets": buckets} | gathered | masters
+    assert state(estimate, "zero1", narrow=True)["moments"] == 1
     away = {"gradients": 0, "masters": 0, "moments": 0}
-    assert state(demand, "zero2", offload=True) == {"weights": 2, "buckets": buckets} | away
+    assert state(estimate, "zero2", offload=True) == {"weights": 2, "buckets": buckets} | away
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
-def test_what_is_offloaded_is_in_cpu_memory(demand, strategy):
-    there, here = (Spread(strategy, "bf16", 4, 4, offload=offload) for offload in (True, False))
-    gone = sum(demand.state(here).values()) - sum(demand.state(there).values())
-    assert demand.in_cpu_memory(there) == gone > 2 * demand.parameters
-    assert demand.in_cpu_memory(here) == 0
+def test_what_is_offloaded_is_in_cpu_memory(estimate, strategy):
+    there, here = (ParallelLayout(strategy, "bf16", 4, 4, offload=offload) for offload in (True, False))
+    gone = sum(estimate.state(here).values()) - sum(estimate.state(there).values())
+    assert estimate.in_cpu_memory(there) == gone > 2 * estimate.parameters
+    assert estimate.in_cpu_memory(here) == 0
 
 
 def test_zero3_lets_go_of_what_it_does_not_need_soon():
     config = get_model("hlb").config_for_scale(148, 50304, 0)
-    demand = Demand(get_model("hlb"), config, 1024)
-    assert demand.parameters > 3e9
-    assert demand.state(Spread("zero3", "bf16", 8, 8))["gathered"] == 2e9
-    assert demand.state(Spread("fsdp", "bf16", 8, 8))["gathered"] == 2 * demand.gathered < 1e9
+    estimate = MemoryEstimate(get_model("hlb"), config, 1024)
+    assert estimate.parameters > 3e9
+    assert estimate.state(ParallelLayout("zero3", "bf16", 8, 8))["gathered"] == 2e9
+    assert estimate.state(ParallelLayout("fsdp", "bf16", 8, 8))["gathered"] == 2 * estimate.gathered < 1e9
 
 
-def test_fsdp_shards_all_but_what_it_gathers(demand):
-    gathered = round(2 * demand.gathered / demand.parameters, 2)
+def test_fsdp_shards_all_but_what_it_gathers(estimate):
+    gathered = round(2 * estimate.gathered / estimate.parameters, 2)
     expected = {"weights": 1, "gradients": 1, "moments": 2, "gathered": gathered}
-    assert state(demand, "fsdp") == state(demand, "hsdp") == expected
-    assert state(demand, "fsdp", reshard=False)["gathered"] == 2
-    assert state(demand, "fsdp", "fp32", reshard=False)["gathered"] == 4
-    assert state(demand, "fsdp", offload=True) == {"weights": 0, "gradients": 0, "moments": 0, "gathered": gathered}
-    accumulating = demand.state(Spread("fsdp", "bf16", 4, 4), accumulates=True)
-    assert accumulating["unsharded gradients"] == 4 * demand.parameters
+    assert state(estimate, "fsdp") == state(estimate, "hsdp") == expected
+    assert state(estimate, "fsdp", reshard=False)["gathered"] == 2
+    assert state(estimate, "fsdp", "fp32", reshard=False)["gathered"] == 4
+    assert state(estimate, "fsdp", offload=True) == {"weights": 0, "gradients": 0, "moments": 0, "gathered": gathered}
+    accumulating = estimate.state(ParallelLayout("fsdp", "bf16", 4, 4), accumulates=True)
+    assert accumulating["unsharded gradients"] == 4 * estimate.parameters
 
 
-def test_the_heads_gradient_is_whole(demand):
+def test_the_heads_gradient_is_whole(estimate):
     """4 bytes a number on every rank, and 2 for the bf16 product that is added to it."""
-    head, parts = demand.head, [Spread("single", "fp32"), Spread("ddp", "bf16", 2), Spread("fsdp", "fp32", 2, 2)]
-    assert [demand.state(spread)["head gradient"] for spread in parts] == [4 * head, 6 * head, 4 * head]
-    assert [demand.state(spread, True)["head gradient"] for spread in parts] == [4 * head, 6 * head, 4 * head]
+    head, parts = (
+        estimate.head,
+        [ParallelLayout("single", "fp32"), ParallelLayout("ddp", "bf16", 2), ParallelLayout("fsdp", "fp32", 2, 2)],
+    )
+    assert [estimate.state(layout)["head gradient"] for layout in parts] == [4 * head, 6 * head, 4 * head]
+    assert [estimate.state(layout, True)["head gradient"] for layout in parts] == [4 * head, 6 * head, 4 * head]
 
 
 # -- what is held at a time --------------------------------------------------------------------------------------------
@@ -291,64 +298,64 @@ IN_LOSS = {
 
 
 @pytest.mark.parametrize("strategy, precision", IN_LOSS)
-def test_gradients_come_in_the_backward_pass_and_activations_go(demand, strategy, precision):
-    spread = Spread(strategy, precision, 4, 4)
+def test_gradients_come_in_the_backward_pass_and_activations_go(estimate, strategy, precision):
+    layout = ParallelLayout(strategy, precision, 4, 4)
     for accumulates, expected in zip((False, True), IN_LOSS[strategy, precision], strict=True):
-        state = demand.state(spread, accumulates)
+        state = estimate.state(layout, accumulates)
         passing = state["head gradient"] + state.get("gathered", 0)
-        held = demand.in_loss(state, spread, accumulates) - passing
-        assert held / demand.parameters == pytest.approx(expected, abs=0.01)
+        held = estimate.in_loss(state, layout, accumulates) - passing
+        assert held / estimate.parameters == pytest.approx(expected, abs=0.01)
         gone = sum(state.get(part, 0) for part in ("head gradient", "bf16 copies", "unsharded gradients"))
-        assert demand.in_update(state) == sum(state.values()) - gone
+        assert estimate.in_update(state) == sum(state.values()) - gone
 
 
-def test_the_least_is_of_one_sequence(demand):
+def test_the_least_is_of_one_sequence(estimate):
     """Its peak is in the loss, or, where activations are few, in the update."""
-    spread = Spread("single", "fp32")
-    most = 12 * demand.parameters + 4 * demand.head
-    most += demand.activations(spread, "none") + demand.loss(spread, "none", T)
-    assert demand.most_held(spread, "none", 1, False) == max(most, 16 * demand.parameters)
-    assert demand.most_held(spread, "none", 1, True) == most + 4 * demand.parameters
-    few = Spread("fsdp", "fp32", 64, 64, offload=True)
-    several, one = (demand.most_held(few, "full", 1, accumulates) for accumulates in (True, False))
-    assert several - one == 4 * demand.parameters  # unsharded gradients
+    layout = ParallelLayout("single", "fp32")
+    most = 12 * estimate.parameters + 4 * estimate.head
+    most += estimate.activations(layout, "none") + estimate.loss(layout, "none", T)
+    assert estimate.most_held(layout, "none", 1, False) == max(most, 16 * estimate.parameters)
+    assert estimate.most_held(layout, "none", 1, True) == most + 4 * estimate.parameters
+    few = ParallelLayout("fsdp", "fp32", 64, 64, offload=True)
+    several, one = (estimate.most_held(few, "full", 1, accumulates) for accumulates in (True, False))
+    assert several - one == 4 * estimate.parameters  # unsharded gradients
 
 
-def test_gathered_are_two_blocks_and_the_rest(model, demand):
+def test_gathered_are_two_blocks_and_the_rest(model, estimate):
     inside = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
-    assert demand.gathered == demand.parameters - sum(inside) + 2 * max(inside) < demand.parameters
+    assert estimate.gathered == estimate.parameters - sum(inside) + 2 * max(inside) < estimate.parameters
 
 
-def test_tokens_that_fit(demand):
-    spread = Spread("single", "fp32")
-    one = demand.activations(spread, "none") + demand.loss(spread, "none", T)
-    alone = 12 * demand.parameters + 4 * demand.head  # without gradients, which come as activations go
+def test_tokens_that_fit(estimate):
+    layout = ParallelLayout("single", "fp32")
+    one = estimate.activations(layout, "none") + estimate.loss(layout, "none", T)
+    alone = 12 * estimate.parameters + 4 * estimate.head  # without gradients, which come as activations go
     room = alone + 100.5 * one
-    assert room > 16 * demand.parameters
-    assert demand.tokens_that_fit(int(room / 0.9), spread, "none", False) == 100 * T
-    room += 4 * demand.parameters
-    assert demand.tokens_that_fit(int(room / 0.9), spread, "none", True) == 100 * T
-    assert demand.tokens_that_fit(1024, spread, "none", False) == 0
-    assert demand.tokens_that_fit(None, spread, "none", False) == float("inf")
+    assert room > 16 * estimate.parameters
+    assert estimate.tokens_that_fit(int(room / 0.9), layout, "none", False) == 100 * T
+    room += 4 * estimate.parameters
+    assert estimate.tokens_that_fit(int(room / 0.9), layout, "none", True) == 100 * T
+    assert estimate.tokens_that_fit(1024, layout, "none", False) == 0
+    assert estimate.tokens_that_fit(None, layout, "none", False) == float("inf")
 
 
-def test_what_cannot_be_updated_does_not_fit(demand):
+def test_what_cannot_be_updated_does_not_fit(estimate):
     """The update holds 16 bytes a parameter; without those gradients, the weights and moments have room in the loss."""
-    spread = Spread("fsdp", "fp32", 1, 1)
-    held = demand.in_update(demand.state(spread))
-    assert held == 16 * demand.parameters + demand.state(spread)["gathered"]
-    step = demand.tokens_that_fit(int(held / 0.9) + 1, spread, "full", False)
+    layout = ParallelLayout("fsdp", "fp32", 1, 1)
+    held = estimate.in_update(estimate.state(layout))
+    assert held == 16 * estimate.parameters + estimate.state(layout)["gathered"]
+    step = estimate.tokens_that_fit(int(held / 0.9) + 1, layout, "full", False)
     assert step > 0
-    assert demand.tokens_that_fit(int(held / 0.9) - 2, spread, "full", False) == 0
+    assert estimate.tokens_that_fit(int(held / 0.9) - 2, layout, "full", False) == 0
 
 
-def test_gradients_that_wait_for_the_last_microbatch_take_room(demand):
+def test_gradients_that_wait_for_the_last_microbatch_take_room(estimate):
     """Where one microbatch takes the whole step, fsdp holds no unsharded gradients."""
-    spread, memory = Spread("fsdp", "bf16", 2, 2), GIB // 4
-    alone = demand.tokens_that_fit(memory, spread, "none", False)
-    several = demand.tokens_that_fit(memory, spread, "none", True)
-    one = demand.activations(spread, "none") + demand.loss(spread, "none", T)
-    assert (alone - several) / T == pytest.approx(4 * demand.parameters / one, abs=1)
+    layout, memory = ParallelLayout("fsdp", "bf16", 2, 2), GIB // 4
+    alone = estimate.tokens_that_fit(memory, layout, "none", False)
+    several = estimate.tokens_that_fit(memory, layout, "none", True)
+    one = estimate.activations(layout, "none") + estimate.loss(layout, "none", T)
+    assert (alone - several) / T == pytest.approx(4 * estimate.parameters / one, abs=1)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -363,14 +370,17 @@ def test_the_loss_takes_what_is_expected(name, compute, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(linear_cross_entropy, "TILE_BYTES_PER_CORE", linear_cross_entropy.TILE_BYTES)
     length, model = 256, build(name, vocab=8192)
-    demand = Demand(type(model), model.config, length)
-    spread = Spread("fsdp", "pure_bf16" if compute == "bf16" else "fp32")
-    expected, loss = kept_bytes(type(model), model.config, length, compute).total, demand.loss(spread, "none", length)
-    expected += demand.state(spread)["head gradient"] + loss
-    expected += (4 if compute == "fp32" else 2) * demand.head * (name == "ngpt")  # its scaled head, for a while
+    estimate = MemoryEstimate(type(model), model.config, length)
+    layout = ParallelLayout("fsdp", "pure_bf16" if compute == "bf16" else "fp32")
+    expected, loss = (
+        saved_activations(type(model), model.config, length, compute).total,
+        estimate.loss(layout, "none", length),
+    )
+    expected += estimate.state(layout)["head gradient"] + loss
+    expected += (4 if compute == "fp32" else 2) * estimate.head * (name == "ngpt")  # its scaled head, for a while
     model = model.bfloat16() if compute == "bf16" else model
     held = most_held(model, length, tmp_path / "trace.json")
-    product = 2 * demand.head if compute == "bf16" else 0
+    product = 2 * estimate.head if compute == "bf16" else 0
     assert loss > 0.3 * expected
     assert 0.98 * (expected - product) < held < 1.02 * expected
 
@@ -394,24 +404,27 @@ def test_logits_that_are_held_have_gradients(name):
         def forward(self, tokens, targets=None, **more):
             return Output(loss=cross_entropy(super().forward(tokens, **more).logits, targets))
 
-    config, spread = build(name).config, Spread("single", "bf16")
-    chunked, holding = (Demand(model_class, config, T) for model_class in (get_model(name), Holding))
-    more = holding.activations(spread, "none") - chunked.activations(spread, "none")
+    config, layout = build(name).config, ParallelLayout("single", "bf16")
+    chunked, holding = (MemoryEstimate(model_class, config, T) for model_class in (get_model(name), Holding))
+    more = holding.activations(layout, "none") - chunked.activations(layout, "none")
     assert more >= 4 * config.vocab_size * T
     for sequences in (1, 1000):
-        assert holding.loss(spread, "none", sequences * T) == 8 * config.vocab_size * T * sequences
-    assert chunked.loss(spread, "none", float("inf")) < 2**30
+        assert holding.loss(layout, "none", sequences * T) == 8 * config.vocab_size * T * sequences
+    assert chunked.loss(layout, "none", float("inf")) < 2**30
 
 
 def test_chunks_leave_room_for_more(name):
     """The loss of many tokens takes no more than that of one chunk."""
     model_class = get_model(name)
     config = model_class.config_for_scale(1, 50304, 46_009_736)
-    demand, spread = Demand(model_class, config, 1024), Spread("single", "bf16")
-    most = demand.loss(spread, "none", float("inf"))
-    assert most == demand.loss(spread, "none", 8192) < 2 * demand.loss(spread, "none", 2048)
-    one, held = demand.activations(spread, "none"), demand.in_loss(demand.state(spread), spread, accumulates=False)
-    assert demand.tokens_that_fit(int((held + most + 20.5 * one) / 0.9), spread, "none", False) == 20 * 1024
+    estimate, layout = MemoryEstimate(model_class, config, 1024), ParallelLayout("single", "bf16")
+    most = estimate.loss(layout, "none", float("inf"))
+    assert most == estimate.loss(layout, "none", 8192) < 2 * estimate.loss(layout, "none", 2048)
+    one, held = (
+        estimate.activations(layout, "none"),
+        estimate.in_loss(estimate.state(layout), layout, accumulates=False),
+    )
+    assert estimate.tokens_that_fit(int((held + most + 20.5 * one) / 0.9), layout, "none", False) == 20 * 1024
 
 
 # -- the whole run -----------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     plan = resolve(build(RunConfig, {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02}))
     optim = plan.config.optim
     assert (optim.recipe, optim.weight_decay, optim.warmup_steps) == ("plain", 0.0, 0)
-    assert {row.key: row.rule for row in plan.rows}["optim.weight_decay"] == "what ngpt is made for"
+    assert {row.key: row.rule for row in plan.entries}["optim.weight_decay"] == "what ngpt is made for"
     model = Ngpt(plan.model_config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = plain_groups(shapes, optim, plan.config.max_steps)
@@ -302,7 +302,7 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     asked = {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02, "optim": {"weight_decay": 0.1}}
     plan = resolve(build(RunConfig, asked))
     assert (plan.config.optim.weight_decay, plan.config.optim.warmup_steps) == (0.1, 0)
-    assert {row.key: row.rule for row in plan.rows}["optim.weight_decay"] == "set"
+    assert {row.key: row.rule for row in plan.entries}["optim.weight_decay"] == "set"
     assert resolve(build(RunConfig, {"device": "cpu", "model": {"name": "gpt2"}})).config.optim.weight_decay == 0.1
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT, error_line, tiny_values, trainer
 from trainer.__main__ import known_errors
 from trainer.core.errors import MachineError, UserError
 from trainer.runs.folder import locked
-from trainer.runtime.exit_status import VARIABLE, tell_outcome
+from trainer.runtime.exit_status import VARIABLE, write_exit_status
 
 
 def outcome_of(tmp_path, values: dict, *flags, **variables: str) -> str:
@@ -81,7 +81,7 @@ def test_a_folder_in_use_can_be_waited_for(tmp_path):
 
 def test_an_outcome_that_cannot_be_written_is_a_warning(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "none" / "outcome"))
-    tell_outcome("finished")
+    write_exit_status("finished")
     assert capsys.readouterr().err.startswith("warning: CRESCENDO_OUTCOME: ")
 
 

@@ -83,7 +83,9 @@ def test_nothing_is_left_open(name):
 
 
 def test_what_zero_stands_for_is_said():
-    rows = {row.key: row for row in resolved(model={"name": "llama", "d_model": 64, "n_layers": 1, "n_heads": 2}).rows}
+    rows = {
+        row.key: row for row in resolved(model={"name": "llama", "d_model": 64, "n_layers": 1, "n_heads": 2}).entries
+    }
     assert rows["model.d_hidden"].value == 0  # so that another width finds its own
     assert rows["model.d_hidden"].rule.endswith("; here 256") and rows["model.head_dim"].rule.endswith("; here 32")
     assert "here" not in rows["model.kv_rank"].rule  # of latent attention
@@ -96,11 +98,11 @@ def test_resolving_again_changes_nothing():
 
 def test_every_row_has_a_rule_and_says_what_was_set():
     plan = resolved(optim={"lr": 1.0}, model={"name": "hlb", "d_model": 128})
-    rules = {row.key: row.rule for row in plan.rows}
+    rules = {row.key: row.rule for row in plan.entries}
     assert all(rules.values())
     assert rules["optim.lr"] == "set"
     assert rules["model.d_model"] == "set"
-    assert "ln N" in {row.key: row.rule for row in resolved().rows}["optim.lr"]
+    assert "ln N" in {row.key: row.rule for row in resolved().entries}["optim.lr"]
 
 
 def test_the_batch_does_not_depend_on_the_device():
@@ -399,10 +401,10 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     flops = memory.build_meta(plan.model_class, plan.model_config).flops_per_token(plan.config.batch.sequence_length)
     at_peak = p.minimum_tokens(plan) * flops / 312e12 / 2 / 3600
     assert unknown.hours_range == pytest.approx((at_peak / 0.5, at_peak / 0.2))
-    assert unknown.row().value == f"{at_peak / 0.5:.3g} to {at_peak / 0.2:.3g}"
+    assert unknown.entry().value == f"{at_peak / 0.5:.3g} to {at_peak / 0.2:.3g}"
     assert "50% to 20% of 312 TFLOP/s" in unknown.rule and "no bench of this model" in unknown.rule
     assert f"{at_peak / 0.5 * 7.2:,.2f} to {at_peak / 0.2 * 7.2:,.2f} at 3.6 an hour and device" in unknown.rule
-    assert expected_time(plan, "CPU", 3.6).row().value == "unknown"
+    assert expected_time(plan, "CPU", 3.6).entry().value == "unknown"
 
     def row(rate, **changes):
         config = dataclasses.asdict(plan.config)

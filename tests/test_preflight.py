@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 
 from trainer.core.errors import UserError
-from trainer.runtime.host_info import Facts, absentees, compare, find_facts, rank_names
-from trainer.runtime.launcher import Place, own_host, own_ranks, slurm_hosts
+from trainer.runtime.host_info import HostInfo, absentees, compare, find_host_info, rank_names
+from trainer.runtime.launcher import RankInfo, own_host, own_ranks, slurm_hosts
 from trainer.training.preflight import Measured, Survey, _free, check_room, judge, pairings, summary, table
 
 SOFTWARE = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
 MB, GB = 10**6, 10**9
 
 
-def ranks(machines: int = 3, each: int = 2) -> list[Facts]:
+def ranks(machines: int = 3, each: int = 2) -> list[HostInfo]:
     """Of equal machines; the first rank of each has asked git."""
     return [
-        Facts(
+        HostInfo(
             rank=rank,
             host=f"node{rank // each + 1}",
             peers=(rank // each * each, rank // each * each + each),
@@ -30,17 +30,17 @@ def ranks(machines: int = 3, each: int = 2) -> list[Facts]:
     ]
 
 
-def change(everyone: list[Facts], *which: int, **changes) -> list[Facts]:
+def change(everyone: list[HostInfo], *which: int, **changes) -> list[HostInfo]:
     return [dataclasses.replace(one, **changes) if one.rank in which else one for one in everyone]
 
 
-def with_software(everyone: list[Facts], *which: int, **versions) -> list[Facts]:
+def with_software(everyone: list[HostInfo], *which: int, **versions) -> list[HostInfo]:
     return [
         dataclasses.replace(one, software=one.software | versions) if one.rank in which else one for one in everyone
     ]
 
 
-# -- facts ---------------------------------------------------------------------------------------------------------------
+# -- hosts ---------------------------------------------------------------------------------------------------------------
 
 
 def test_equal_machines_are_fine():
@@ -108,10 +108,10 @@ def test_other_gpus_and_drivers_are_warnings():
 
 def test_own_facts(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
-    own = find_facts(Place(2, 4, 0, 2), None, "broken")
+    own = find_host_info(RankInfo(2, 4, 0, 2), None, "broken")
     assert (own.rank, own.host, own.peers, own.problem) == (2, "node7", (2, 4), "broken")
     assert {"python", "torch", "numpy", "deepspeed"} <= own.software.keys()
-    assert "git" not in find_facts(Place(3, 4, 1, 2), None).software, "one rank of a machine asks git"
+    assert "git" not in find_host_info(RankInfo(3, 4, 1, 2), None).software, "one rank of a machine asks git"
 
 
 # -- who does not come ---------------------------------------------------------------------------------------------------
@@ -138,9 +138,9 @@ def test_ranks_that_srun_dealt_out_in_turn():
 def test_own_ranks_and_host(monkeypatch):
     task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "0"}
     task |= {"SLURM_PROCID": "2", "SLURM_LOCALID": "1"}
-    assert own_ranks(task, Place(2, 4, 1, 2)) == (2, 3), "srun may deal ranks out in turn"
-    assert own_ranks(task, Place(9, 16, 1, 8)) == (8, 16), "torchrun as the task of each node"
-    assert own_ranks({}, Place(9, 16, 1, 8)) == (8, 16)
+    assert own_ranks(task, RankInfo(2, 4, 1, 2)) == (2, 3), "srun may deal ranks out in turn"
+    assert own_ranks(task, RankInfo(9, 16, 1, 8)) == (8, 16), "torchrun as the task of each node"
+    assert own_ranks({}, RankInfo(9, 16, 1, 8)) == (8, 16)
     assert own_host({"SLURMD_NODENAME": "node2"}) == "node2"
     assert own_host({})
 
@@ -175,7 +175,7 @@ def clocks_of(ahead: list[float], delays: random.Random, rounds: int = 5) -> lis
     return shown
 
 
-def seen(everyone: list[Facts], ahead: dict[int, float] | None = None, **changes) -> Survey:
+def seen(everyone: list[HostInfo], ahead: dict[int, float] | None = None, **changes) -> Survey:
     """Ranks that all measure the same, but for `changes`: name -> value by rank."""
     shown = clocks_of([(ahead or {}).get(rank, 0.0) for rank in range(len(everyone))], random.Random(1))
     usual = {"flops": 1e12, "free_run": 900 * GB, "free_temporary": 90 * GB, "bus": 38 * GB, "links": {}}

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.base import Cache
 from models.layers import flex
 from trainer.core.errors import UserError
-from trainer.engine import activation_checkpointing as recompute
+from trainer.engine import activation_checkpointing
 
 MODES = ("full", "selective", "every-1", "every-2")
 
@@ -34,7 +34,7 @@ def model(name):
 
 def checkpointed(model, how):
     twin = copy.deepcopy(model)
-    recompute.apply(twin, how)
+    activation_checkpointing.apply(twin, how)
     return twin
 
 
@@ -56,19 +56,19 @@ def count_blocks(model):
 
 @pytest.mark.parametrize("how, expected", [("none", (0, False)), ("full", (1, False)), ("every-12", (12, False))])
 def test_words(how, expected):
-    assert recompute.parse(how) == expected
+    assert activation_checkpointing.parse(how) == expected
 
 
 @pytest.mark.parametrize("how", ["", "auto", "every", "every-0", "every--1", "every-x", "Full", "every-1.5", "every-²"])
 def test_other_words_are_refused(how):
     with pytest.raises(UserError, match="^engine.activation_checkpointing: .*; use none, selective, full or every-N"):
-        recompute.parse(how)
+        activation_checkpointing.parse(how)
 
 
 @pytest.mark.parametrize("how, times", [("none", [1, 1, 1]), ("full", [2, 2, 2]), ("every-2", [1, 2, 1])])
 def test_the_blocks_named_recompute(model, tokens, targets, how, times):  # noqa: F811
     counts = count_blocks(model)
-    recompute.apply(model, how)
+    activation_checkpointing.apply(model, how)
     gradients(model, tokens, targets)
     assert counts[:3] == times
 
@@ -97,7 +97,7 @@ def test_names_blocks_and_classes_stay(model, how):
 
 
 def test_a_copy_computes_with_its_own_weights(model, tokens):  # noqa: F811
-    recompute.apply(model, "full")
+    activation_checkpointing.apply(model, "full")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -110,8 +110,10 @@ def test_a_copy_computes_with_its_own_weights(model, tokens):  # noqa: F811
 def test_evaluation_and_decoding_go_straight_through(model, tokens, how, monkeypatch):  # noqa: F811
     with torch.no_grad():
         expected = model(tokens).logits
-        monkeypatch.setattr(recompute, "checkpoint", lambda *args, **kwargs: pytest.fail("recomputes for nothing"))
-        recompute.apply(model, how)
+        monkeypatch.setattr(
+            activation_checkpointing, "checkpoint", lambda *args, **kwargs: pytest.fail("recomputes for nothing")
+        )
+        activation_checkpointing.apply(model, how)
         assert torch.equal(model(tokens).logits, expected)
         cache, steps = Cache(), []
         for part in tokens.split(8, dim=1):
@@ -202,9 +204,9 @@ def test_selective_repeats_products_of_activations_but_not_of_weights_nor_fused_
 
 
 def test_selective_keeps_flex_attention():
-    assert torch.ops.higher_order.flex_attention in recompute.kept_operators()
-    assert torch.ops.aten.mm.default in recompute.kept_operators()
-    assert torch.ops.aten.bmm.default not in recompute.kept_operators()
+    assert torch.ops.higher_order.flex_attention in activation_checkpointing.kept_operators()
+    assert torch.ops.aten.mm.default in activation_checkpointing.kept_operators()
+    assert torch.ops.aten.bmm.default not in activation_checkpointing.kept_operators()
 
 
 @pytest.mark.slow
@@ -226,7 +228,7 @@ def test_selective_keeps_what_a_kernel_of_its_own_gives(how):
             return flex.compiled(counted)(x).sin()
 
     block = Block()
-    recompute.apply(SimpleNamespace(blocks=lambda: [block]), how)
+    activation_checkpointing.apply(SimpleNamespace(blocks=lambda: [block]), how)
     x = torch.ones(4, requires_grad=True)
     block(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(4).cos())
@@ -242,7 +244,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, "tests")
 import torch, torch.distributed as dist
 from test_zoo import VOCAB, build
-from trainer.engine import recompute
+from trainer.engine import activation_checkpointing
 
 how, around, name = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -263,7 +265,7 @@ def count(*_):
 for module in model.modules():
     if type(module) is torch.nn.Linear:
         module.register_forward_hook(count)
-recompute.apply(model, how)
+activation_checkpointing.apply(model, how)
 if around == "ddp":
     from torch.nn.parallel import DistributedDataParallel
     wrapped = DistributedDataParallel(model)

@@ -16,7 +16,7 @@ from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.planning import memory
 from trainer.planning import plan as p
-from trainer.planning.strategy import CHECKPOINTING, Chooser
+from trainer.planning.strategy import CHECKPOINTING, StrategySelector
 from trainer.runtime.device import GPUS, Target
 from trainer.runtime.distributed import World
 
@@ -50,50 +50,52 @@ def test_strategy_follows_processes_and_memory(gpu, gibibytes, size, local_size,
         gpu(gibibytes)
     plan = resolved(World(0, size, 0, local_size), model_scale=148, precision="bf16")
     assert engine_of(plan) == expected
-    rules = {row.key: row.rule for row in plan.rows}
+    rules = {row.key: row.rule for row in plan.entries}
     assert ("GiB" in rules["engine.strategy"]) == (gibibytes is not None)
     assert rules["engine.activation_checkpointing"]
 
 
-def chooser(room, strategy="fsdp", **values):
-    """(Chooser of 8 processes of `room` GiB, their Spread) at model_scale 8."""
+def selector(room, strategy="fsdp", **values):
+    """(StrategySelector of 8 processes of `room` GiB, their ParallelLayout) at model_scale 8."""
     config = build(RunConfig, {"precision": "bf16", **values})
     plan = resolved(model_scale=8)
-    demand = memory.Demand(plan.model_class, plan.model_config, 1024)
-    spread = memory.Spread(strategy, config.precision, 8, 8)
-    return Chooser(demand, config, World(0, 8, 0, 8), Target(int(room * memory.GIB)), wanted=1024, step=1 << 20), spread
+    estimate = memory.MemoryEstimate(plan.model_class, plan.model_config, 1024)
+    layout = memory.ParallelLayout(strategy, config.precision, 8, 8)
+    return StrategySelector(
+        estimate, config, World(0, 8, 0, 8), Target(int(room * memory.GIB)), wanted=1024, step=1 << 20
+    ), layout
 
 
 def test_means_are_the_first_that_fit():
     """The less room, the more means: what gives the same weights first, then bf16 moments with the fastest again."""
-    judge, spread = chooser(8)
+    judge, layout = selector(8)
     order = [(how, narrow) for narrow in (False, True) for how in CHECKPOINTING]
-    assert judge.means == order
+    assert judge.options == order
     chosen = []
     for hundredths in range(700, 250, -4):
         judge.memory = int(hundredths / 100 * memory.GIB)
-        means, why = judge.choose_means(spread)
-        chosen.append(means)
-        assert not any(judge.fits(earlier, spread) for earlier in judge.means[: order.index(means)])
-        assert why.startswith("the fastest that fits" if judge.fits(means, spread) else "the least there is")
+        options, why = judge.choose_options(layout)
+        chosen.append(options)
+        assert not any(judge.fits(earlier, layout) for earlier in judge.options[: order.index(options)])
+        assert why.startswith("the fastest that fits" if judge.fits(options, layout) else "the least there is")
     met = list(dict.fromkeys(chosen))
     # Moments of 353 M parameters in 8 shards: bf16 saves 0.2 GiB, less than either way of recomputing does.
     assert met == [("none", False), ("selective", False), ("full", False), ("full", True)]
 
 
 def test_what_was_set_of_the_means_is_kept():
-    kept = chooser(8, engine={"activation_checkpointing": "every-2"})[0].means
+    kept = selector(8, engine={"activation_checkpointing": "every-2"})[0].options
     assert kept == [("every-2", False), ("every-2", True)]
-    wide, narrow = (chooser(8, optim={"state_precision": state})[0].means for state in ("fp32", "bf16"))
+    wide, narrow = (selector(8, optim={"state_precision": state})[0].options for state in ("fp32", "bf16"))
     assert wide == [(how, False) for how in CHECKPOINTING]
     assert narrow == [(how, True) for how in CHECKPOINTING]
 
 
 def test_offloaded_moments_stay_as_they_are():
     """In CPU memory half as much frees nothing on the GPU."""
-    judge, spread = chooser(0.5)
-    assert judge.choose_means(spread)[0] == ("full", True)
-    assert judge.choose_means(dataclasses.replace(spread, offload=True))[0] == ("full", False)
+    judge, layout = selector(0.5)
+    assert judge.choose_options(layout)[0] == ("full", True)
+    assert judge.choose_options(dataclasses.replace(layout, offload=True))[0] == ("full", False)
 
 
 def test_moments_of_pure_bf16_are_bf16():
@@ -151,16 +153,16 @@ def test_the_ways_out_are_ways_out(gpu):
 
 
 def test_nothing_helps_but_a_smaller_model():
-    judge, spread = chooser(20)
-    judge.demand = SimpleNamespace(length=1024, most_held=lambda *_: 1 << 50)
+    judge, layout = selector(20)
+    judge.estimate = SimpleNamespace(length=1024, most_held=lambda *_: 1 << 50)
     with pytest.raises(UserError, match="to need 1048576.0 GiB .* has 20.0; what would fit: a smaller model_scale$"):
-        judge.refuse_the_impossible(spread, judge.means[-1])
+        judge.refuse_the_impossible(layout, judge.options[-1])
 
 
 def test_a_cpu_is_refused_nothing():
     plan = resolved(model_scale=148, precision="fp32", engine={"strategy": "single"})
     assert memory.expected_memory(plan)["total"] > 40 * memory.GIB
-    assert {row.key: row.rule for row in plan.rows}["engine.activation_checkpointing"].startswith("memory of a CPU")
+    assert {row.key: row.rule for row in plan.entries}["engine.activation_checkpointing"].startswith("memory of a CPU")
 
 
 def test_a_set_microbatch_is_what_must_fit(gpu):
@@ -177,7 +179,7 @@ def test_what_was_set_holds(gpu):
     plan = resolved(World(0, 8, 0, 8), engine=engine)
     assert engine_of(plan) == ("hsdp", "every-3", False, 2)
     assert engine_of(p.resolve(plan.config, world=World(0, 8, 0, 8))) == engine_of(plan)
-    assert {row.key: row.rule for row in plan.rows}["engine.activation_checkpointing"] == "set"
+    assert {row.key: row.rule for row in plan.entries}["engine.activation_checkpointing"] == "set"
 
 
 def test_offload_asks_for_shards(gpu):

@@ -15,8 +15,8 @@ from typing import Any
 from trainer.core.errors import MachineError, Stopped, UserError
 from trainer.core.files import system_error
 from trainer.core.text import for_stream, printable, printable_lines
-from trainer.runtime.exit_status import tell_outcome
-from trainer.runtime.launcher import Place, find_place
+from trainer.runtime.exit_status import write_exit_status
+from trainer.runtime.launcher import RankInfo, find_rank_info
 
 # Under a launcher of several processes, rank 0 does these by itself.
 ALONE = ("prepare", "plan", "generate", "export", "check")
@@ -53,21 +53,21 @@ folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout
 
 def main() -> None:
     """Run a verb; a UserError becomes one line and exit code 2."""
-    place = Place()
+    rank_info = RankInfo()
     try:
-        place = find_place(os.environ)
+        rank_info = find_rank_info(os.environ)
         with known_errors():
-            dispatch(without_local_rank(sys.argv[1:], place))
+            dispatch(without_local_rank(sys.argv[1:], rank_info))
     except UserError as error:
         if not isinstance(error, MachineError):
-            tell_outcome(f"refused: {printable(error)}")
-        if place.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
+            write_exit_status(f"refused: {printable(error)}")
+        if rank_info.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
             time.sleep(3)
-        who = f"[rank {place.rank}] " if place.rank else ""
+        who = f"[rank {rank_info.rank}] " if rank_info.rank else ""
         print(f"error: {who}{printable(error, 4000)}", file=sys.stderr, flush=True)
         leave(2)
     except KeyboardInterrupt as stop:
-        if place.rank == 0:
+        if rank_info.rank == 0:
             print(interrupted_line(stop), file=sys.stderr, flush=True)
         leave(128 + stop.number if isinstance(stop, Stopped) else 130)
     except BrokenPipeError:  # the reader of our output (head, less) has left
@@ -77,14 +77,14 @@ def main() -> None:
         if is_broken_model(error):
             print(f"error: {printable(error)}", file=sys.stderr, flush=True)
             leave(1)
-        if place.size == 1:
+        if rank_info.size == 1:
             raise
-        text = f"[rank {place.rank}] {traceback.format_exc()}"
+        text = f"[rank {rank_info.rank}] {traceback.format_exc()}"
         lost = next((words for words in LOST_CONNECTION if words in str(error)), None)
         if lost is not None:
             time.sleep(3)  # so that the launcher sees first the rank that failed; it ends this process meanwhile
             text = (
-                f"error: [rank {place.rank}] lost another rank ({lost}): see what that one printed, then start the same "
+                f"error: [rank {rank_info.rank}] lost another rank ({lost}): see what that one printed, then start the same "
                 "command again; training goes on from the last checkpoint"
             )
         # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
@@ -138,15 +138,15 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def without_local_rank(words: list[str], place: Place) -> list[str]:
+def without_local_rank(words: list[str], rank_info: RankInfo) -> list[str]:
     """The command line without the --local_rank=N that the deepspeed launcher puts into it beside LOCAL_RANK."""
     kept = []
     for word in words:
         name, _, value = word.partition("=")
         if name not in ("--local_rank", "--local-rank"):
             kept.append(word)
-        elif value != str(place.local_rank):
-            raise UserError(f"{word}: LOCAL_RANK is {place.local_rank}; leave the option to the launcher")
+        elif value != str(rank_info.local_rank):
+            raise UserError(f"{word}: LOCAL_RANK is {rank_info.local_rank}; leave the option to the launcher")
     return kept
 
 
@@ -207,7 +207,7 @@ def dispatch(words: list[str]) -> None:
         values = {"module": positional[0]}
     elif positional:
         values = load_yaml(positional[0])
-    if find_place(os.environ).rank != 0 and (verb in ALONE or print_config):
+    if find_rank_info(os.environ).rank != 0 and (verb in ALONE or print_config):
         return
     if print_run_dir:
         from trainer.planning.run_config import folder_of

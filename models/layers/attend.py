@@ -1,13 +1,13 @@
 """Causal attention over heads, computed by one of several kernels, and the choice among them.
 
-All compute softmax_j( cap(scale q_i k_j) + drift_i - drift_j ) v_j over the keys j that query i sees, softmax in fp32:
+All compute softmax_j( cap(scale q_i k_j) + bias_i - bias_j ) v_j over the keys j that query i sees, softmax in fp32:
 
     q [B, H, Tq, D], k [B, G, Tk, D], v [B, G, Tk, Dv] -> [B, H, Tq, Dv] in the type of v
 
 - Query head h reads key head h // (H / G): grouped-query attention (arXiv 2305.13245).
 - The queries are the last Tq of the Tk positions, so causality is aligned to the bottom right.
 - cap(s) = softcap tanh(s / softcap), before the mask (Gemma 2, arXiv 2408.00118); softcap 0: none.
-- drift: None, or fp32 [1 or B, H, Tk]. -slope j makes ALiBi (arXiv 2108.12409), the running sum of the log forget
+- attention_bias: None, or fp32 [1 or B, H, Tk]. -slope j makes ALiBi (arXiv 2108.12409), the running sum of the log forget
   gates makes forgetting attention (arXiv 2503.02130); gradients flow into it.
 """
 
@@ -30,7 +30,7 @@ FLASH_MAX_WIDTH = 256
 FLASH_MIN_VERSION = (2, 6)  # the first with a soft-cap
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """What each query sees, at most one of the three: all up to itself with none, the last `window` of it with that."""
 
     window: int = 0
@@ -38,44 +38,46 @@ class Sight(NamedTuple):
     blocks: BlockMask | None = None
 
 
-def make_sight(
+def make_attention_mask(
     kernel: str, start: int, length: int, window: int, documents: Tensor | None, device: torch.device
-) -> Sight:
-    """The Sight of `length` queries after `start` cached tokens; make one per forward pass and distinct window.
+) -> AttentionMask:
+    """The mask of `length` queries after `start` cached tokens; make one per forward pass and distinct window.
 
     window: a query sees itself and the window - 1 tokens before it; 0: all of them.
     documents: [B, length] or None; must be None where start > 0.
     """
     if window >= start + length:
         window = 0
-    makers = {"torch": _dense_sight, "sdpa": _dense_sight, "flex": _flex_sight, "flash": _flash_sight}
+    makers = {"torch": _dense_mask, "sdpa": _dense_mask, "flex": _flex_mask, "flash": _flash_mask}
     return makers[kernel](start, length, window, documents, device)
 
 
-def _dense_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+def _dense_mask(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> AttentionMask:
     """For torch and sdpa: a mask only where neither plain causality nor blocks of the window's size do."""
     in_blocks = start == 0 and length > 2 * window > 0
     sees_all = window == 0 and (start == 0 or length == 1)
     if documents is None and (in_blocks or sees_all):
-        return Sight(window)
+        return AttentionMask(window)
     visible = _band(length, start + length, window, device)
     if documents is not None:
         visible = (visible & (documents[:, :, None] == documents[:, None, :]))[:, None]
-    return Sight(mask=visible)
+    return AttentionMask(mask=visible)
 
 
-def _flex_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+def _flex_mask(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> AttentionMask:
     if start > 0:
         raise ValueError("attention_kernel flex cannot follow cached tokens; use torch or sdpa")
     if documents is not None:
-        return Sight(blocks=flex.document_blocks(documents, window))
-    return Sight(blocks=flex.window_blocks(length, window, device) if window else flex.causal_blocks(length, device))
+        return AttentionMask(blocks=flex.document_blocks(documents, window))
+    return AttentionMask(
+        blocks=flex.window_blocks(length, window, device) if window else flex.causal_blocks(length, device)
+    )
 
 
-def _flash_sight(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> Sight:
+def _flash_mask(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> AttentionMask:
     if documents is not None:
         raise ValueError("attention_kernel flash cannot keep documents apart; use flex, sdpa or torch")
-    return Sight(window)
+    return AttentionMask(window)
 
 
 def _band(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
@@ -89,20 +91,29 @@ def _band(n_queries: int, n_keys: int, window: int, device: torch.device) -> Ten
 
 
 def attend_torch(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
 ) -> Tensor:
     """The reference, which can do everything: plain products in the type of q, k and v, all between them in fp32."""
-    if sight.window:
-        return _attend_in_blocks(attend_torch, q, k, v, sight.window, scale=scale, softcap=softcap, drift=drift)
+    if attention_mask.window:
+        return _attend_in_blocks(
+            attend_torch, q, k, v, attention_mask.window, scale=scale, softcap=softcap, attention_bias=attention_bias
+        )
     n_queries, n_keys = q.shape[2], k.shape[2]
     # The query heads that share a key head stand below each other as rows, so keys and values are not repeated.
     scores = _rows_by_key_head(q, k) @ k.mT  # [B, G, H/G Tq, Tk]
     scores = scores.view(*q.shape[:3], n_keys).float() * scale  # [B, H, Tq, Tk]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if drift is not None:
-        scores = scores + _drift_bias(drift, n_queries)
-    visible = _band(n_queries, n_keys, 0, q.device) if sight.mask is None else sight.mask
+    if attention_bias is not None:
+        scores = scores + _pairwise_bias(attention_bias, n_queries)
+    visible = _band(n_queries, n_keys, 0, q.device) if attention_mask.mask is None else attention_mask.mask
     weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1).to(v.dtype)  # [B, H, Tq, Tk]
     return (_rows_by_key_head(weights, v) @ v).view(*q.shape[:3], v.shape[-1])
 
@@ -113,34 +124,43 @@ def _rows_by_key_head(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(batch_size, k.shape[1], n_heads // k.shape[1] * n_queries, width)
 
 
-def _drift_bias(drift: Tensor, n_queries: int) -> Tensor:
-    """drift_i - drift_j, [1 or B, H, Tq, Tk] fp32.
+def _pairwise_bias(attention_bias: Tensor, n_queries: int) -> Tensor:
+    """bias_i - bias_j, [1 or B, H, Tq, Tk] fp32.
 
-    The softmax over j does not see drift_i, whose gradient is exactly 0; it stays in for small, precise numbers.
+    The softmax over j does not see bias_i, whose gradient is exactly 0; it stays in for small, precise numbers.
     """
-    own = drift.detach()[..., drift.shape[-1] - n_queries :]
-    return own[..., :, None] - drift[..., None, :]
+    own = attention_bias.detach()[..., attention_bias.shape[-1] - n_queries :]
+    return own[..., :, None] - attention_bias[..., None, :]
 
 
 def attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention. ValueError for a soft-cap, which it has not.
 
-    drift becomes a [Tq, Tk] bias per head in the type of q, with which no fused kernel trains: only for tests in fp32.
+    attention_bias becomes a [Tq, Tk] bias per head in the type of q, with which no fused kernel trains: only for tests in fp32.
     """
     if softcap:
         raise ValueError("attention_kernel sdpa has no soft-cap; use torch, flex or flash")
-    if sight.window:
-        return _attend_in_blocks(attend_sdpa, q, k, v, sight.window, scale=scale, drift=drift)
+    if attention_mask.window:
+        return _attend_in_blocks(
+            attend_sdpa, q, k, v, attention_mask.window, scale=scale, attention_bias=attention_bias
+        )
     n_queries, n_keys, value_dim = q.shape[2], k.shape[2], v.shape[-1]
-    mask = sight.mask
+    mask = attention_mask.mask
     if mask is None and n_queries not in (1, n_keys):  # is_causal would be aligned to the top left
         raise ValueError(f"attention_kernel sdpa needs a mask for {n_queries} queries of {n_keys} keys")
     is_causal = mask is None and _holds(n_queries > 1)
-    if drift is not None:
+    if attention_bias is not None:
         visible = _band(n_queries, n_keys, 0, q.device) if mask is None else mask
-        mask = _drift_bias(drift, n_queries).masked_fill(~visible, -math.inf).to(q.dtype)
+        mask = _pairwise_bias(attention_bias, n_queries).masked_fill(~visible, -math.inf).to(q.dtype)
         is_causal = False
     width = max(q.shape[-1], value_dim)  # flash wants one width; channels of zeros change no score
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -169,7 +189,14 @@ def _repeat_unless_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 
 
 def _attend_in_blocks(
-    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, window: int, *, drift: Tensor | None, **options
+    kernel: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    attention_bias: Tensor | None,
+    **options,
 ) -> Tensor:
     """Attention within a window in O(T window), Tq = Tk = T: blocks of `window` queries see their own and the last.
 
@@ -177,16 +204,23 @@ def _attend_in_blocks(
     """
     batch_size, _, length, _ = q.shape
     head = slice(None), slice(None), slice(window)
-    first = kernel(q[head], k[head], v[head], Sight(), drift=None if drift is None else drift[head], **options)
+    first = kernel(
+        q[head],
+        k[head],
+        v[head],
+        AttentionMask(),
+        attention_bias=None if attention_bias is None else attention_bias[head],
+        **options,
+    )
     padding = -length % window  # padded queries see themselves, and no other query sees padded keys
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
     k, v = (_batch_of_blocks(x, 2 * window, window) for x in (k, v))
     q = _batch_of_blocks(q[:, :, window:], window, window)
-    if drift is not None:
-        drift = F.pad(drift, (0, padding)).expand(batch_size, -1, -1).unsqueeze(-1)
-        drift = _batch_of_blocks(drift, 2 * window, window).squeeze(-1)
-    sight = Sight(mask=_band(window, 2 * window, window, q.device))
-    rest = kernel(q, k, v, sight, drift=drift, **options)  # [B n, H, window, Dv]
+    if attention_bias is not None:
+        attention_bias = F.pad(attention_bias, (0, padding)).expand(batch_size, -1, -1).unsqueeze(-1)
+        attention_bias = _batch_of_blocks(attention_bias, 2 * window, window).squeeze(-1)
+    attention_mask = AttentionMask(mask=_band(window, 2 * window, window, q.device))
+    rest = kernel(q, k, v, attention_mask, attention_bias=attention_bias, **options)  # [B n, H, window, Dv]
     rest = rest.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)  # [B, H, n window, Dv]
     return torch.cat((first, rest[:, :, : length - window]), dim=2)
 
@@ -197,39 +231,55 @@ def _batch_of_blocks(x: Tensor, size: int, step: int) -> Tensor:
 
 
 def attend_flex(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
 ) -> Tensor:
     """FlexAttention, one compiled kernel on CUDA (elsewhere eager, for tests); as many queries as keys."""
-    if drift is not None:
+    if attention_bias is not None:
         # One copy for each row: the kernel adds up the gradient by atomics, slow if rows shared an address.
-        drift = drift.expand(q.shape[0], -1, -1).contiguous()
-        own = drift.detach()  # see _drift_bias
+        attention_bias = attention_bias.expand(q.shape[0], -1, -1).contiguous()
+        own = attention_bias.detach()  # see _pairwise_bias
 
     cap = torch.full((), softcap, device=q.device) if softcap else None  # a second float would break the compiler
 
     def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
             score = cap * torch.tanh(score / cap)
-        return score if drift is None else score + (own[batch, head, i] - drift[batch, head, j])
+        return score if attention_bias is None else score + (own[batch, head, i] - attention_bias[batch, head, j])
 
-    score_mod = change if softcap or drift is not None else None
+    score_mod = change if softcap or attention_bias is not None else None
     shared = _holds(q.shape[1] != k.shape[1])
-    return flex.attention(q, k, v, score_mod=score_mod, block_mask=sight.blocks, scale=scale, enable_gqa=shared)
+    return flex.attention(
+        q, k, v, score_mod=score_mod, block_mask=attention_mask.blocks, scale=scale, enable_gqa=shared
+    )
 
 
 def attend_flash(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, *, scale: float, softcap: float = 0.0, drift: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """flash-attn (arXiv 2307.08691), whose causality is aligned to the bottom right. ValueError for drift."""
-    if drift is not None:
-        raise ValueError("attention_kernel flash takes no drift; use flex or torch")
+    """flash-attn (arXiv 2307.08691), whose causality is aligned to the bottom right. ValueError for an attention_bias."""
+    if attention_bias is not None:
+        raise ValueError("attention_kernel flash takes no attention bias; use flex or torch")
     from flash_attn import flash_attn_func
 
     out = flash_attn_func(
         *(x.transpose(1, 2) for x in (q, k, v)),  # [B, T, heads, D]
         softmax_scale=scale,
         causal=True,
-        window_size=(sight.window - 1, 0) if sight.window else (-1, -1),
+        window_size=(attention_mask.window - 1, 0) if attention_mask.window else (-1, -1),
         softcap=softcap,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -251,7 +301,7 @@ class _Case(NamedTuple):
     head_dim: int
     value_dim: int
     softcap: float
-    drift: bool
+    attention_bias: bool
     window: bool
     documents: bool
     cached: bool
@@ -266,7 +316,7 @@ def choose_kernel(
     head_dim: int,
     value_dim: int,
     softcap: float,
-    drift: bool,
+    attention_bias: bool,
     window: bool,
     documents: bool,
     cached: bool,
@@ -280,7 +330,7 @@ def choose_kernel(
     length: queries. dtype: of q, k and v. A named flex or flash gives way to sdpa or torch when decoding, and flex for
     short sequences. ValueError for an unknown name and for a kernel that can never do what is asked.
     """
-    case = _Case(head_dim, value_dim, softcap, drift, window, documents, cached, length, dtype, device)
+    case = _Case(head_dim, value_dim, softcap, attention_bias, window, documents, cached, length, dtype, device)
     if wanted == "auto":
         return _fastest(case)
     if wanted not in KERNELS:
@@ -294,7 +344,7 @@ def choose_kernel(
 
 
 def _fastest(case: _Case) -> tuple[str, str]:
-    if not (case.softcap or case.drift or case.window or case.documents):
+    if not (case.softcap or case.attention_bias or case.window or case.documents):
         return "sdpa", "plain causal attention"
     refusals: list[str] = []
     for name in ("flash", "flex"):
@@ -302,19 +352,19 @@ def _fastest(case: _Case) -> tuple[str, str]:
         if refusal is None:
             return name, "; ".join([*refusals, "no [T, T] tensors"])
         refusals.append(f"{name}: {refusal}")
-    if case.softcap or case.drift:
+    if case.softcap or case.attention_bias:
         refusals.append("sdpa: " + ("no soft-cap" if case.softcap else "no fused kernel takes a bias in fp32"))
     return _unfused(case), "; ".join(refusals)
 
 
 def _unfused(case: _Case) -> str:
-    return "torch" if case.softcap or case.drift else "sdpa"
+    return "torch" if case.softcap or case.attention_bias else "sdpa"
 
 
 def _sdpa_refusal(case: _Case) -> str | None:
     if case.softcap:
         return "it has no soft-cap"
-    if case.drift and case.dtype.itemsize < 4:
+    if case.attention_bias and case.dtype.itemsize < 4:
         return "it takes position biases and forget gates in the type of the queries, which must not be half precision"
     return None
 
@@ -324,7 +374,7 @@ def _flex_refusal(case: _Case) -> str | None:
         return refusal
     if refusal := flex.width_refusal(case.head_dim, case.value_dim, case.dtype):
         return refusal
-    if case.drift and torch.are_deterministic_algorithms_enabled():
+    if case.attention_bias and torch.are_deterministic_algorithms_enabled():
         return "it adds up the gradients of forget gates in no fixed order"
     return None
 
@@ -336,8 +386,8 @@ def _flash_refusal(case: _Case) -> str | None:
         return "it needs flash-attn >= 2.6 installed and compute capability 8.0"
     if case.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in fp16 and bf16, not {str(case.dtype).removeprefix('torch.')}"
-    if case.drift or case.documents:
-        return "it takes no " + ("position biases or forget gates" if case.drift else "documents")
+    if case.attention_bias or case.documents:
+        return "it takes no " + ("position biases or forget gates" if case.attention_bias else "documents")
     if case.head_dim != case.value_dim or case.head_dim > FLASH_MAX_WIDTH:
         return f"keys and values must be of one width, at most {FLASH_MAX_WIDTH}"
     return None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.base import Cache
 from models.layers import fill_, normal_
-from models.layers.attend import KERNELS, Sight
+from models.layers.attend import KERNELS, AttentionMask
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
 from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
@@ -28,11 +28,11 @@ from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
 class Context(NamedTuple):
     """What all blocks know of the tokens. Integers and masks only: mixed-precision wrappers would round other numbers.
 
-    positions: [T] or [B, T] of each token in its document. sights: what queries see, by window.
+    positions: [T] or [B, T] of each token in its document. attention_masks: what queries see, by window.
     """
 
     positions: Tensor
-    sights: dict[int, Sight]
+    attention_masks: dict[int, AttentionMask]
     kernel: str
 
 
@@ -123,22 +123,26 @@ class SoftmaxHeads(nn.Module):
             q, k = self.rotary.rotate_query(q, context.positions), self.rotary.rotate_key(k, context.positions)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, dim=2, window=self.window)
-        attended = self.attend(q, k, v, context, self.drift(x, k, cache)).transpose(1, 2)  # [B, T, H, head_dim]
+        attended = self.attend(q, k, v, context, self.attention_bias(x, k, cache)).transpose(
+            1, 2
+        )  # [B, T, H, head_dim]
         if self.gate is not None:
             attended = attended * self.gate(x).sigmoid().unflatten(-1, (attended.shape[2], -1))
         return attended.flatten(2), values
 
-    def drift(self, x: Tensor, k: Tensor, cache: Cache | None) -> Tensor | None:
+    def attention_bias(self, x: Tensor, k: Tensor, cache: Cache | None) -> Tensor | None:
         """What scores gain from key to query, see attend.py: fp32 [1 or B, H, T_k], or None."""
-        drift = None if self.slopes is None else self.slopes(k.shape[2])
+        attention_bias = None if self.slopes is None else self.slopes(k.shape[2])
         if self.forget is None:
-            return drift
+            return attention_bias
         gates = self.forget(x, cache)
-        return gates if drift is None else gates + drift
+        return gates if attention_bias is None else gates + attention_bias
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, drift: Tensor | None) -> Tensor:
-        sight = context.sights[self.window]
-        return KERNELS[context.kernel](q, k, v, sight, scale=self.scale, softcap=self.softcap, drift=drift)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, attention_bias: Tensor | None) -> Tensor:
+        attention_mask = context.attention_masks[self.window]
+        return KERNELS[context.kernel](
+            q, k, v, attention_mask, scale=self.scale, softcap=self.softcap, attention_bias=attention_bias
+        )
 
     @property
     def score_width(self) -> int:
@@ -162,13 +166,13 @@ class DifferentialHeads(SoftmaxHeads):
         self.lambdas = nn.Parameter(torch.empty(4 * self.head_dim))  # q1, k1, q2, k2
         self.head_norm = RMSNorm(2 * self.head_dim, config.norm_eps)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, drift: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, attention_bias: Tensor | None) -> Tensor:
         q1, k1, q2, k2 = self.lambdas.float().chunk(4)
         weight = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
         v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)  # [B, G / 2, T, 2 head_dim]
         first, second = (
             super(DifferentialHeads, self).attend(
-                q[:, i::2], k[:, i::2], v, context, None if drift is None else drift[:, i::2]
+                q[:, i::2], k[:, i::2], v, context, None if attention_bias is None else attention_bias[:, i::2]
             )
             for i in (0, 1)
         )
@@ -242,8 +246,10 @@ class LatentAttention(nn.Module):
         return read @ of_values.to(read.dtype).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        sight = context.sights[self.window]
-        return KERNELS[context.kernel](q, k, v, sight, scale=self.scale, softcap=self.softcap, drift=None)
+        attention_mask = context.attention_masks[self.window]
+        return KERNELS[context.kernel](
+            q, k, v, attention_mask, scale=self.scale, softcap=self.softcap, attention_bias=None
+        )
 
     @property
     def score_width(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from cases import FULL, train_cases
 from conftest import PATIENCE, ROOT, tiny_values
-from test_launch_files import JSONS, SETTINGS, WISHES, YAMLS, header_command
+from test_launch_files import JSONS, LAUNCHER_CONFIGS, SETTINGS, YAMLS, header_command
 from test_launchers import STEPS, assert_equal_losses, free_port, rows
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def single(tiny_dataset, tmp_path_factory) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("file", sorted(WISHES.keys() - {"single_gpu.yaml"})[:: 1 if FULL else 2])
+@pytest.mark.parametrize("file", sorted(LAUNCHER_CONFIGS.keys() - {"single_gpu.yaml"})[:: 1 if FULL else 2])
 def test_an_accelerate_file(single, tiny_dataset, tmp_path, file):
     """Two processes; of multi_node.yaml each on a machine of its own, as far as their launchers know."""
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
@@ -56,7 +56,7 @@ def test_an_accelerate_file(single, tiny_dataset, tmp_path, file):
         common |= {"main_process_ip": "127.0.0.1", "main_process_port": free_port()}
         machines = [{"machine_rank": "0"}, {"machine_rank": "1"}]
     said = run(FILES[file], values, tmp_path, *(common | machine for machine in machines))
-    assert f"engine: {WISHES[file].get('strategy', 'ddp')} on 2 x CPU" in said[0]
+    assert f"engine: {LAUNCHER_CONFIGS[file].get('strategy', 'ddp')} on 2 x CPU" in said[0]
     assert_equal_losses(tmp_path / "run", single)
 
 

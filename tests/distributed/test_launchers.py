@@ -228,16 +228,16 @@ def test_processes_that_accelerate_does_not_start(tiny_dataset, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-PRINT_WISHES = """
+PRINT_LAUNCHER_CONFIG = """
 import dataclasses, json, os
-from trainer.planning.launcher_config import read_wishes
+from trainer.planning.launcher_config import read_launcher_config
 if os.environ["RANK"] == "0":
-    print("wishes", json.dumps(dataclasses.asdict(read_wishes(os.environ))))
+    print("launcher config", json.dumps(dataclasses.asdict(read_launcher_config(os.environ))))
 """
 
 
 @pytest.mark.parametrize(
-    "config, wishes",
+    "config, launcher_config",
     [
         (
             {
@@ -274,17 +274,19 @@ if os.environ["RANK"] == "0":
         ),
     ],
 )
-def test_what_accelerate_really_hands_on(tmp_path, config, wishes):
-    (tmp_path / "print_wishes.py").write_text(PRINT_WISHES)
-    words = [*accelerate_launch(tmp_path, **config), str(tmp_path / "print_wishes.py")]
+def test_what_accelerate_really_hands_on(tmp_path, config, launcher_config):
+    (tmp_path / "print_launcher_config.py").write_text(PRINT_LAUNCHER_CONFIG)
+    words = [*accelerate_launch(tmp_path, **config), str(tmp_path / "print_launcher_config.py")]
     done = subprocess.run(
         [sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("wishes ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("launcher config ")]
     assert len(lines) == 1, done.stderr
-    said = {key: value for key, value in json.loads(lines[0].removeprefix("wishes ")).items() if value is not None}
-    assert said == {"launcher": "accelerate"} | wishes
+    said = {
+        key: value for key, value in json.loads(lines[0].removeprefix("launcher config ")).items() if value is not None
+    }
+    assert said == {"launcher": "accelerate"} | launcher_config
 
 
 def test_deepspeed_launcher(single, tiny_dataset, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable_lines
 from trainer.planning.plan import Plan, render, resolve, summary
 from trainer.planning.time import expected_time
-from trainer.runtime.launcher import Place
+from trainer.runtime.launcher import RankInfo
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -23,7 +23,7 @@ def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
     if gpu is None and config.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: {config.device!r} is not known (allowed: auto, cpu, cuda, {', '.join(GPUS)})")
     size = config.world_size
-    world = None if size is None else Place(0, size, 0, min(size, config.processes_per_machine))
+    world = None if size is None else RankInfo(0, size, 0, min(size, config.processes_per_machine))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
     if gpu is not None:
         values["device"] = "auto"
@@ -39,5 +39,5 @@ def run(config: PlanConfig, as_json: bool = False) -> None:
         times = {key: value for key, value in time._asdict().items() if key != "rule"}
         text = json.dumps(summary(plan) | times | {"hours_rule": time.rule})
     else:
-        text = printable_lines(render(plan, [time.row()]))
+        text = printable_lines(render(plan, [time.entry()]))
     sys.stdout.write(text + "\n")

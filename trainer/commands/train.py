@@ -14,7 +14,7 @@ from trainer.core.errors import Stopped
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset
 from trainer.engine.gradients import refuse_unreached
-from trainer.planning.launcher_config import read_wishes
+from trainer.planning.launcher_config import read_launcher_config
 from trainer.planning.plan import render, resolve
 from trainer.planning.run_config import (
     check_unchanged,
@@ -25,7 +25,7 @@ from trainer.planning.run_config import (
 from trainer.runs.folder import locked
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
-from trainer.runtime.exit_status import tell_outcome
+from trainer.runtime.exit_status import write_exit_status
 from trainer.runtime.launcher import restarts
 from trainer.runtime.signals import StopSignals, exit_code, follow_launcher, not_begun_line
 from trainer.runtime.watchdog import Watchdog
@@ -42,7 +42,7 @@ def run(given: dict[str, Any]) -> None:
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config, _ = combined_config(given)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
-    launched = read_wishes(os.environ).launcher not in ("python", "srun")
+    launched = read_launcher_config(os.environ).launcher not in ("python", "srun")
     with StopSignals(world, launched) as signals:
         if launched:
             follow_launcher()
@@ -58,7 +58,7 @@ def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
     """`stop` with the line that says what there is; the script that started us may start us again."""
     number = signal.Signals(stop.number)
     if world.leader:
-        tell_outcome(f"stopped by {number.name} before training began")
+        write_exit_status(f"stopped by {number.name} before training began")
     saved = checkpoint.found(folder / "checkpoints")
     return Stopped(number, not_begun_line(number, saved[-1][0] if saved else None))
 
@@ -85,7 +85,7 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
             asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
     if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
-        tell_outcome("finished" if asked is None else f"stopped by {asked.name}")
+        write_exit_status("finished" if asked is None else f"stopped by {asked.name}")
     world.stop()
     return asked
 

@@ -236,7 +236,7 @@ class BenchConfig(RunConfig):
     """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
 
     sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
-    peers: list[Literal["bare", "eager", "transformers"]] | None = setting(
+    baselines: list[Literal["bare", "eager", "transformers"]] | None = setting(
         None,
         "bench: bare (a plain PyTorch loop), transformers (the same shape there), eager (whole logits, dense attention, "
         "nothing compiled); auto: the first two, where they are",

@@ -30,7 +30,7 @@ class Order:
         # Only full samples are trained on; a shorter one can only be the very last.
         self._sizes[-1] -= int(self._sizes.sum()) - n_samples
         self._firsts = np.cumsum(self._sizes) - self._sizes
-        self._blocks = Kept(2)  # a step may straddle two blocks
+        self._blocks = LruCache(2)  # a step may straddle two blocks
 
     def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """The samples that stand at `places` of `epoch`: [n] -> [n]."""
@@ -51,7 +51,7 @@ class Order:
         return np.random.Generator(np.random.PCG64([self.seed, epoch, block])).permutation(samples)
 
 
-class Kept:
+class LruCache:
     """The results for the last few keys."""
 
     def __init__(self, limit: int) -> None:
@@ -104,7 +104,7 @@ class WindowOrder:
         # In samples; groups differ by one at most.
         self._ends = order.n_samples * np.arange(1, groups + 1) // groups
         self._begins = np.concatenate([[0], self._ends[:-1]])
-        self._rows = Kept(8)
+        self._rows = LruCache(8)
         self.reused = int((self._ends - self._begins).max())
 
     def start(self, position: int, length: int, before: int) -> int:

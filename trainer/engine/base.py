@@ -47,10 +47,10 @@ class Engine:
         meta = build_meta(plan.model_class, plan.model_config)
         meta = meta.to(torch.bfloat16) if self.precision == "pure_bf16" else meta
         self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
-        self.model: Any = self.spread(meta)
+        self.model: Any = self.parallelize(meta)
         self.optimizer: Optimizer = build_optimizer(plan, self.model, self.shapes, self.local, self.device)
 
-    def spread(self, meta: Any) -> Any:
+    def parallelize(self, meta: Any) -> Any:
         """The model on its devices with initial weights, from one without storage; sets `local`."""
         raise NotImplementedError
 

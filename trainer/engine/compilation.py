@@ -1,6 +1,6 @@
 """torch.compile, block by block: the forward and backward of training run compiled code; evaluation and decoding do not.
 
-As recompute.py does, this changes the `forward` of a block alone, so hooks on it (FSDP2's, DeepSpeed's) stand outside of what is
+As activation_checkpointing.py does, this changes the `forward` of a block alone, so hooks on it (FSDP2's, DeepSpeed's) stand outside of what is
 compiled. All blocks of a kind share one compiled code. It is made for any sequence length and microbatch from the beginning, so that
 growing sequences do not compile anew each time (on a CPU once or twice more, where a sum first has more than 4,096 terms), and
 a resumed run computes as one that has seen the shorter ones before.

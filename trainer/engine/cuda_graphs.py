@@ -23,7 +23,7 @@ WARM_UP = 2
 Call = Callable[[], Tensor]
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """run: make a call now, as it must be made before it is recorded. record: into one that replays it, without making it.
     forget: the memory of all recordings, of which none will be replayed."""
 
@@ -34,7 +34,7 @@ class Recorder(Protocol):
     def forget(self) -> None: ...
 
 
-class CudaRecorder:
+class CudaGraphRecorder:
     """Records on the GPU at hand. All recordings share memory for activations, as no two of them run at a time."""
 
     def __init__(self) -> None:
@@ -86,14 +86,14 @@ class CudaRecorder:
         self._memory = torch.cuda.graph_pool_handle()  # one whose recordings are gone cannot be used again
 
 
-class Recorded:
+class CudaGraphRunner:
     """microbatch(tokens [B, T], targets [B, T], scale []) -> losses [1 + parts], recorded once for each shape of tokens.
 
     It adds to gradients, which must stay where they are from one step to the next. Recordings are of one length T: at another,
     or with more sequences than any has, all are made anew, as memory that they share does not grow with its contents.
     """
 
-    def __init__(self, microbatch: Callable[[Tensor, Tensor, Tensor], Tensor], recorder: Recorder) -> None:
+    def __init__(self, microbatch: Callable[[Tensor, Tensor, Tensor], Tensor], recorder: GraphRecorder) -> None:
         self._microbatch, self._recorder = microbatch, recorder
         self._met: dict[torch.Size, int] = {}
         self._recordings: dict[torch.Size, tuple[tuple[Tensor, ...], Call]] = {}

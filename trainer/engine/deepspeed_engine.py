@@ -77,7 +77,7 @@ class DeepSpeedEngine(Engine):
             self._make_moments()
             self._set_initial_weights()
 
-    def spread(self, meta: Any) -> Any:
+    def parallelize(self, meta: Any) -> Any:
         if self.stage == 0:
             model = self.initialise(meta, self.device)
         elif self.stage < 3:

@@ -32,7 +32,7 @@ class FsdpEngine(Engine):
 
     lockstep = True
 
-    def spread(self, meta: Any) -> Any:
+    def parallelize(self, meta: Any) -> Any:
         engine = self.config.engine
         self.mesh = device_mesh(self.device, self.world.size, engine.shard_size if self.strategy == "hsdp" else None)
         self._shard_group = self.mesh.get_group("shard")

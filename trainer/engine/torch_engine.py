@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.engine.base import Engine
-from trainer.engine.cuda_graphs import CudaRecorder, Recorded, Recorder
+from trainer.engine.cuda_graphs import CudaGraphRecorder, CudaGraphRunner, GraphRecorder
 
 
 class TorchEngine(Engine):
@@ -20,7 +20,7 @@ class TorchEngine(Engine):
     state; gradients still add up in fp32 over the microbatches and ranks of a step.
     """
 
-    def spread(self, meta: Any) -> Any:
+    def parallelize(self, meta: Any) -> Any:
         self._fp32_gradients: dict[nn.Parameter, Tensor] = {}
         model = self.initialise(meta, self.device)
         self.prepare_blocks(model)
@@ -31,18 +31,18 @@ class TorchEngine(Engine):
         if self._wrapped:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        self._recorded: Recorded | None = None
+        self._graph_runner: CudaGraphRunner | None = None
         if self.config.engine.cuda_graphs:
-            self.replay_microbatches(CudaRecorder())
+            self.replay_microbatches(CudaGraphRecorder())
         return model
 
-    def replay_microbatches(self, recorder: Recorder) -> None:
+    def replay_microbatches(self, recorder: GraphRecorder) -> None:
         """From now on forward and backward of microbatches are recorded by `recorder` and replayed."""
-        self._recorded = Recorded(self._forward_and_backward, recorder)
+        self._graph_runner = CudaGraphRunner(self._forward_and_backward, recorder)
 
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        if self._recorded is not None:
-            return self._recorded(tokens, targets, torch.full((), scale, device=self.device))
+        if self._graph_runner is not None:
+            return self._graph_runner(tokens, targets, torch.full((), scale, device=self.device))
         quiet = self._wrapped and not last
         with self._module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             # DDP averages over ranks; we want the sum.
@@ -60,7 +60,7 @@ class TorchEngine(Engine):
     def clear_gradients(self) -> None:
         # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.
         # Recorded microbatches add to what was there when they were recorded.
-        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped and self._recorded is None)
+        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped and self._graph_runner is None)
 
     def _add_up(self, last: bool) -> None:
         """pure_bf16: move the microbatch's gradients into fp32 sums, and back to bf16 once they are complete."""

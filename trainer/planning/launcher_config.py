@@ -13,11 +13,11 @@ from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.engine.deepspeed_config import leaves, read_settings
-from trainer.runtime.launcher import Environment, count, find_place, slurm_task
+from trainer.runtime.launcher import Environment, count, find_rank_info, slurm_task
 
 
 @dataclass(frozen=True)
-class Wishes:
+class LauncherConfig:
     """What the launcher's own config asks for; None where it says nothing, or no more than its default."""
 
     launcher: str
@@ -42,28 +42,28 @@ SHARDING = {  # FSDP_SHARDING_STRATEGY, which may also be a number from 1: strat
 }
 
 
-def read_wishes(environ: Environment) -> Wishes:
+def read_launcher_config(environ: Environment) -> LauncherConfig:
     """What `accelerate launch` and its config ask for. UserError for what would change the run and is not there."""
     if _is_true(environ, "ACCELERATE_USE_MEGATRON_LM"):
         raise _unsupported("distributed_type MEGATRON_LM", "choose FSDP or DEEPSPEED")
-    wishes: dict[str, Any] = {}
+    launcher_config: dict[str, Any] = {}
     if _is_true(environ, "ACCELERATE_USE_FSDP"):
-        wishes |= _fsdp(environ)
+        launcher_config |= _fsdp(environ)
     if _is_true(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        wishes |= _parallelism(environ)
+        launcher_config |= _parallelism(environ)
     if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
-        wishes |= _deepspeed(environ)
+        launcher_config |= _deepspeed(environ)
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("no", "inductor"):
         raise _unsupported(f"dynamo_backend {backend}", "use inductor or no")
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         raise _unsupported(f"mixed_precision {precision}", "use bf16 or no")
-    return Wishes(
+    return LauncherConfig(
         launcher=_launcher(environ),
         compile=True if backend == "inductor" else None,
         mixed_precision=None if precision == "no" else precision,
-        **wishes,
+        **launcher_config,
     )
 
 
@@ -86,7 +86,7 @@ def _unsupported(what: str, remedy: str) -> UserError:
 
 
 def _fsdp(environ: Environment) -> dict[str, Any]:
-    """Version 1 has named strategies, version 2 a switch. Its false and FULL_SHARD are defaults, no wishes."""
+    """Version 1 has named strategies, version 2 a switch. Its false and FULL_SHARD are defaults, and ask for nothing."""
     named = environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
     if named in ("1", "2", "3", "4", "5"):
         named = dict(enumerate(SHARDING, start=1)).get(int(named), named)
@@ -116,7 +116,7 @@ def _parallelism(environ: Environment) -> dict[str, Any]:
     shards = count(environ, "PARALLELISM_CONFIG_DP_SHARD_SIZE", 1, REMEDY)
     if copies == shards == 1:
         return {}
-    if copies * shards != find_place(environ).size:
+    if copies * shards != find_rank_info(environ).size:
         raise UserError(
             f"accelerate's parallelism_config: dp_replicate_size {copies} times dp_shard_size {shards} is not the "
             "number of processes; set num_processes to their product"
@@ -143,7 +143,7 @@ def _deepspeed(environ: Environment) -> dict[str, Any]:
     }
 
 
-def reconcile(config: RunConfig, wishes: Wishes, size: int) -> list[tuple[str, Any, str]]:
+def reconcile(config: RunConfig, launcher_config: LauncherConfig, size: int) -> list[tuple[str, Any, str]]:
     """Fill in place what `config` leaves open and the launcher, or a deepspeed.json, asks for.
 
     Returns (key, value, rule) of each key filled. UserError where the config and the launcher want different things, or
@@ -166,13 +166,13 @@ def reconcile(config: RunConfig, wishes: Wishes, size: int) -> list[tuple[str, A
         ("strategy", "auto"), ("shard_size", None), ("reshard_after_forward", True), ("offload", False),
         ("deepspeed_config", None), ("compile", None),
     ):  # fmt: skip
-        fill("engine", name, getattr(wishes, name), left_open, source)
+        fill("engine", name, getattr(launcher_config, name), left_open, source)
     if engine.activation_checkpointing in ("auto", "none"):  # every-N and selective say more than accelerate can
-        fill("engine", "activation_checkpointing", wishes.activation_checkpointing, "auto", source)
-    fill("optim", "clip_norm", wishes.clip_norm, None, source)
-    if wishes.mixed_precision and config.precision not in ("auto", wishes.mixed_precision):
+        fill("engine", "activation_checkpointing", launcher_config.activation_checkpointing, "auto", source)
+    fill("optim", "clip_norm", launcher_config.clip_norm, None, source)
+    if launcher_config.mixed_precision and config.precision not in ("auto", launcher_config.mixed_precision):
         raise UserError(
-            f"precision: {config.precision}, but accelerate's mixed_precision is {wishes.mixed_precision}; "
+            f"precision: {config.precision}, but accelerate's mixed_precision is {launcher_config.mixed_precision}; "
             "change one of them"
         )
     if engine.deepspeed_config:

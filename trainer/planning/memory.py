@@ -46,7 +46,7 @@ OFFLOADED = {
 
 
 @dataclass(frozen=True)
-class Spread:
+class ParallelLayout:
     """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
     moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
     deterministic: by kernels that add in a fixed order alone; recorded: engine.cuda_graphs, whose recordings keep their
@@ -66,7 +66,7 @@ class Spread:
     recorded: bool = False
 
     @classmethod
-    def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> Spread:
+    def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
         """That of a RunConfig on devices as a trainer.runtime.device.Target; strategy, shards: where engine's are not yet decided."""
         from trainer.engine import compilation
 
@@ -87,7 +87,7 @@ class Spread:
         return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
 
 
-class Kept(NamedTuple):
+class SavedActivations(NamedTuple):
     """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
     tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy."""
 
@@ -96,10 +96,12 @@ class Kept(NamedTuple):
     logits: bool
 
 
-_measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model several times, and a measure takes seconds
+_measured: dict[
+    tuple[Any, ...], SavedActivations
+] = {}  # a process plans the same model several times, and a measure takes seconds
 
 
-class Demand:
+class MemoryEstimate:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
 
     documents: whether it is told which document each token is of.
@@ -115,47 +117,47 @@ class Demand:
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
         self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
 
-    def state(self, spread: Spread, accumulates: bool = False) -> dict[str, int]:
+    def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
         """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
-        fsdp, zero = spread.strategy in ("fsdp", "hsdp"), spread.strategy in ("zero1", "zero2", "zero3")
-        parts = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[spread.precision])
-        parts["moments"] = 4 if spread.narrow else parts["moments"]
-        sharded = SHARDED.get(spread.strategy, set())
-        away = OFFLOADED[spread.strategy] if spread.offload else set()
+        fsdp, zero = layout.strategy in ("fsdp", "hsdp"), layout.strategy in ("zero1", "zero2", "zero3")
+        parts = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
+        parts["moments"] = 4 if layout.narrow else parts["moments"]
+        sharded = SHARDED.get(layout.strategy, set())
+        away = OFFLOADED[layout.strategy] if layout.offload else set()
         state = {
             part: (part not in away)
             * size
-            * (-(-self.parameters // spread.shards) if part in sharded else self.parameters)
+            * (-(-self.parameters // layout.shards) if part in sharded else self.parameters)
             for part, size in parts.items()
         }
         # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
-        state["head gradient"] = self.head * (4 + 2 * (spread.compute != "fp32"))
-        if fsdp or spread.strategy == "zero3":
-            kept = ZERO3_REUSE if spread.strategy == "zero3" else 0 if spread.reshard else self.parameters
+        state["head gradient"] = self.head * (4 + 2 * (layout.compute != "fp32"))
+        if fsdp or layout.strategy == "zero3":
+            kept = ZERO3_REUSE if layout.strategy == "zero3" else 0 if layout.reshard else self.parameters
             copies = min(self.parameters, max(self.gathered, kept))
-            state["gathered"] = copies * (4 if spread.precision == "fp32" else 2)
+            state["gathered"] = copies * (4 if layout.precision == "fp32" else 2)
         if fsdp and accumulates:
             state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
-        if spread.strategy in ("zero2", "zero3"):
-            state["buckets"] = (4 if spread.precision == "fp32" else 2) * BUCKET
+        if layout.strategy in ("zero2", "zero3"):
+            state["buckets"] = (4 if layout.precision == "fp32" else 2) * BUCKET
         return state
 
-    def in_cpu_memory(self, spread: Spread) -> int:
+    def in_cpu_memory(self, layout: ParallelLayout) -> int:
         """Bytes that engine.offload moves from one device to the memory of its machine."""
-        here = self.state(replace(spread, offload=False))
-        return sum(here[part] for part in OFFLOADED[spread.strategy]) if spread.offload else 0
+        here = self.state(replace(layout, offload=False))
+        return sum(here[part] for part in OFFLOADED[layout.strategy]) if layout.offload else 0
 
     @staticmethod
-    def in_loss(state: dict[str, int], spread: Spread, accumulates: bool) -> int:
+    def in_loss(state: dict[str, int], layout: ParallelLayout, accumulates: bool) -> int:
         """Bytes of `state` that are held in the loss of a step's last microbatch, together with all activations."""
         gradients = state["gradients"]
-        if spread.strategy in ("fsdp", "hsdp"):
+        if layout.strategy in ("fsdp", "hsdp"):
             absent = gradients  # shards of them follow in the backward pass
-        elif spread.precision == "pure_bf16":
+        elif layout.precision == "pure_bf16":
             absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
         else:  # other strategies hold buffers for gradients from the beginning
-            absent = gradients if spread.strategy == "single" and not (accumulates or spread.recorded) else 0
-            absent += state["buckets"] if spread.strategy == "zero2" else 0  # made in the backward pass
+            absent = gradients if layout.strategy == "single" and not (accumulates or layout.recorded) else 0
+            absent += state["buckets"] if layout.strategy == "zero2" else 0  # made in the backward pass
         return sum(state.values()) - absent
 
     @staticmethod
@@ -163,70 +165,70 @@ class Demand:
         """Bytes of `state` that are held at the end of the backward pass and in the update, when activations are gone."""
         return sum(state.values()) - sum(state.get(part, 0) for part in GONE_BEFORE_UPDATE)
 
-    def activations(self, spread: Spread, how: str) -> int:
+    def activations(self, layout: ParallelLayout, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
 
         how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and what biases of scores
         (ALiBi, forget gates, hlb's slopes) hold under FlexAttention, some bytes per token and head.
         """
-        kept, plain = self._measure(spread, how), self._measure(spread, "none")
+        kept, plain = self._measure(layout, how), self._measure(layout, "none")
         block = max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
-        return self.kept(spread, how) + block
+        return self.kept(layout, how) + block
 
-    def kept(self, spread: Spread, how: str) -> int:
+    def kept(self, layout: ParallelLayout, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass."""
-        return (2 if spread.recorded else 1) * self._measure(spread, how).total
+        return (2 if layout.recorded else 1) * self._measure(layout, how).total
 
-    def loss(self, spread: Spread, how: str, tokens: float) -> float:
+    def loss(self, layout: ParallelLayout, how: str, tokens: float) -> float:
         """Bytes that the loss of a microbatch of so many tokens takes for a while, when all activations are held.
 
         A chunk of logits; of a model that holds them all already, their gradient in fp32 and in the compute type.
         """
         from models.layers.linear_cross_entropy import working_bytes
 
-        vocab_size, itemsize = self.model_config.vocab_size, 4 if spread.compute == "fp32" else 2
-        if self._measure(spread, how).logits:
+        vocab_size, itemsize = self.model_config.vocab_size, 4 if layout.compute == "fp32" else 2
+        if self._measure(layout, how).logits:
             return 8 * vocab_size * tokens
         softcap = getattr(self.model_config, "final_softcap", 0) > 0
-        return working_bytes(tokens, vocab_size, itemsize, spread.on_gpu, softcap)
+        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, softcap)
 
-    def tokens_that_fit(self, memory: int | None, spread: Spread, how: str, accumulates: bool) -> float:
+    def tokens_that_fit(self, memory: int | None, layout: ParallelLayout, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
 
         hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
         """
         if memory is None:
             return float("inf")
-        one, loss = self.activations(spread, how), self.loss(spread, how, self.length)
-        most = self.loss(spread, how, float("inf"))  # what chunks keep the loss of any number of tokens to
-        state = self.state(spread, accumulates)
+        one, loss = self.activations(layout, how), self.loss(layout, how, self.length)
+        most = self.loss(layout, how, float("inf"))  # what chunks keep the loss of any number of tokens to
+        state = self.state(layout, accumulates)
         if self.in_update(state) > 0.9 * memory:
             return 0
-        room = 0.9 * memory - self.in_loss(state, spread, accumulates)
+        room = 0.9 * memory - self.in_loss(state, layout, accumulates)
         return int(max(0, room / (one + loss), (room - most) / one)) * self.length
 
-    def most_held(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+    def most_held(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
         """Most bytes held at a time with microbatches of so many sequences."""
-        state = self.state(spread, accumulates)
-        return max(self.in_microbatch(spread, how, sequences, accumulates), self.in_update(state))
+        state = self.state(layout, accumulates)
+        return max(self.in_microbatch(layout, how, sequences, accumulates), self.in_update(state))
 
-    def in_microbatch(self, spread: Spread, how: str, sequences: int, accumulates: bool) -> int:
+    def in_microbatch(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
         """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
-        state, kept = self.state(spread, accumulates), self.kept(spread, how)
-        block = self.activations(spread, how) - kept
-        loss = int(self.loss(spread, how, sequences * self.length))
-        return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
+        state, kept = self.state(layout, accumulates), self.kept(layout, how)
+        block = self.activations(layout, how) - kept
+        loss = int(self.loss(layout, how, sequences * self.length))
+        return self.in_loss(state, layout, accumulates) + sequences * kept + max(sequences * block, loss)
 
-    def _measure(self, spread: Spread, how: str) -> Kept:
-        asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
-        key = self.model_class, repr(self.model_config), *asked, spread.deterministic
+    def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
+        asked = self.length, layout.compute, how, self.documents, layout.flex, layout.compiled
+        key = self.model_class, repr(self.model_config), *asked, layout.deterministic
         if key not in _measured:
-            with _determinism(spread.deterministic):
-                _measured[key] = kept_bytes(self.model_class, self.model_config, *asked)
+            with _determinism(layout.deterministic):
+                _measured[key] = saved_activations(self.model_class, self.model_config, *asked)
         return _measured[key]
 
 
-def kept_bytes(
+def saved_activations(
     model_class: Any,
     model_config: Any,
     length: int,
@@ -235,11 +237,11 @@ def kept_bytes(
     documents: bool = False,
     flex: bool = False,
     compiled: bool = False,
-) -> Kept:
+) -> SavedActivations:
     """What is alive after the forward pass of one sequence.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute, flex, compiled: see Spread; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
+    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
     compiled is measured as it is, and so trained.
     """
     import torch
@@ -250,18 +252,18 @@ def kept_bytes(
     what = "its forward pass does not run on tensors without values, by which memory is planned (no .item(), .tolist(), numpy)"
     with told_of_model(model_class, what):
         if not compiled:
-            return _kept_bytes(*asked)
+            return _saved_activations(*asked)
         try:
-            return _kept_bytes(*asked, compiled=True)
+            return _saved_activations(*asked, compiled=True)
         except Exception as error:
             if not compilation.of_compiler(error):
                 raise
-            return _kept_bytes(*asked)
+            return _saved_activations(*asked)
         finally:
             torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
 
 
-def _kept_bytes(
+def _saved_activations(
     model_class: Any,
     model_config: Any,
     length: int,
@@ -270,14 +272,13 @@ def _kept_bytes(
     documents: bool,
     flex: bool,
     compiled: bool = False,
-) -> Kept:
+) -> SavedActivations:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
-    from trainer.engine import activation_checkpointing as recompute
-    from trainer.engine import compilation
+    from trainer.engine import activation_checkpointing, compilation
 
     gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
     model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
@@ -285,7 +286,7 @@ def _kept_bytes(
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
-        recompute.apply(model, how)
+        activation_checkpointing.apply(model, how)
         if compiled:
             compilation.hold_as_compiled(model)
         if flex:
@@ -306,7 +307,7 @@ def _kept_bytes(
             shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries for _, shape in alive.sizes.values()
         )
         del output
-    return Kept(total, added, logits)
+    return SavedActivations(total, added, logits)
 
 
 @contextlib.contextmanager
@@ -389,20 +390,20 @@ def expected_memory(plan: Any) -> dict[str, int]:
     Outside the total stand, where they are, "activations without checkpointing" and what each process has "in CPU memory".
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
-    spread, length = Spread.of(plan.config, plan.processes, plan.target), batch.sequence_length
-    demand = Demand(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
+    layout, length = ParallelLayout.of(plan.config, plan.processes, plan.target), batch.sequence_length
+    estimate = MemoryEstimate(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))
     first, second = -(-share // parts), (share + parts - 2) // parts
-    memory = demand.state(spread, parts > 1)
-    most = max(demand.in_microbatch(spread, how, first, accumulates=False), demand.in_update(memory))
+    memory = estimate.state(layout, parts > 1)
+    most = max(estimate.in_microbatch(layout, how, first, accumulates=False), estimate.in_update(memory))
     if parts > 1:
-        most = max(most, demand.in_microbatch(spread, how, second, accumulates=True))
-    passing = demand.activations(spread, how) * first, int(demand.loss(spread, how, first * length))
+        most = max(most, estimate.in_microbatch(layout, how, second, accumulates=True))
+    passing = estimate.activations(layout, how) * first, int(estimate.loss(layout, how, first * length))
     memory |= {"activations": passing[0], "loss": passing[1], "total": most}
     if how != "none":
-        memory["activations without checkpointing"] = demand.activations(spread, "none") * first
-    if spread.offload:
-        memory["in CPU memory"] = demand.in_cpu_memory(spread)
+        memory["activations without checkpointing"] = estimate.activations(layout, "none") * first
+    if layout.offload:
+        memory["in CPU memory"] = estimate.in_cpu_memory(layout)
     return memory

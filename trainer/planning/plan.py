@@ -22,10 +22,10 @@ from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
 from trainer.planning.memory import GIB, expected_memory
-from trainer.planning.resolver import Inference, Row
+from trainer.planning.resolver import PlanEntry, Resolver
 from trainer.planning.run_config import folder_of, plugins_of
 from trainer.recipes import hlb as hlb_laws
-from trainer.runtime.launcher import find_place
+from trainer.runtime.launcher import find_rank_info
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Plan:
     config: Any  # a RunConfig; not typed so, since its `None`s are gone
     model_class: Any
     model_config: Any
-    rows: list[Row]
+    entries: list[PlanEntry]
     parameters: int
     non_embedding: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
@@ -67,47 +67,47 @@ class Plan:
 def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None, training: bool = True) -> Plan:
     """Fill every `None` and `auto` of `config` by a rule.
 
-    dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or Place, by default
+    dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or RankInfo, by default
     what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand;
     training: whether training must fit the device. On a resolved config it changes nothing.
     """
     config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
-    world = world or find_place(os.environ)
-    inference = Inference(config)
-    model_class, model_config, vocab_size = _resolve_model(inference, dataset)
+    world = world or find_rank_info(os.environ)
+    resolver = Resolver(config)
+    model_class, model_config, vocab_size = _resolve_model(resolver, dataset)
     if config.data.separate_documents and not model_class.masks_documents:
         raise UserError(
             f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
             "leave it out"
         )
-    inference.model(model_class, model_config)
-    inference.launcher(world)
-    inference.hardware(gpu)
-    inference.batch(dataset)
-    inference.engine(world, training)
-    inference.microbatch()
-    inference.optimiser()
-    inference.rest()
+    resolver.model(model_class, model_config)
+    resolver.launcher(world)
+    resolver.hardware(gpu)
+    resolver.batch(dataset)
+    resolver.engine(world, training)
+    resolver.microbatch()
+    resolver.optimiser()
+    resolver.rest()
     return Plan(
         config=config,
         model_class=model_class,
         model_config=model_config,
-        rows=inference.rows,
-        parameters=inference.parameters,
-        non_embedding=inference.non_embedding,
+        entries=resolver.entries,
+        parameters=resolver.parameters,
+        non_embedding=resolver.non_embedding,
         vocab_size=vocab_size,
         processes=world.size,
-        target=inference.target,
+        target=resolver.target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
     )
 
 
-def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
+def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
     from models.base import get_model, load_models, model_names, pad_vocab
     from models.config import check_range
 
-    config: Any = inference.config
+    config: Any = resolver.config
     load_models()
     options = dict(config.model)
     name = options.pop("name", "hlb")
@@ -129,7 +129,7 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
         )
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
-        inference.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
+        resolver.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
     wanted_vocab = coerce(int, options.get("vocab_size", padded), "model.vocab_size")
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
@@ -149,9 +149,9 @@ def _resolve_model(inference: Inference, dataset: Any) -> tuple[Any, Any, int]:
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
-            inference.note(f"model.{key}", value, "set" + meaning)
+            resolver.note(f"model.{key}", value, "set" + meaning)
         elif key != "vocab_size":
-            inference.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
+            resolver.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     config.model = {"name": name, **dataclasses.asdict(model_config)}
     return model_class, model_config, vocab_size
 
@@ -180,25 +180,27 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 
-def law_rows(plan: Plan) -> list[Row]:
+def law_entries(plan: Plan) -> list[PlanEntry]:
     """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
     optim, n = plan.config.optim, plan.parameters
     law = hlb_laws.GradNormLaw.of(n)
-    rows = []
+    entries = []
     if optim.loss_driven_decay:
-        rows.append(Row("decay base b", hlb_laws.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
+        entries.append(PlanEntry("decay base b", hlb_laws.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
     if plan.config.batch.dynamic:
-        rows.append(Row("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
-        rows.append(Row("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
+        entries.append(PlanEntry("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
+        entries.append(PlanEntry("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
     if optim.recipe == "hlb":
-        rows.append(Row("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
+        entries.append(PlanEntry("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
         tables = "positions" if getattr(plan.model_config, "tied", False) else "embedding"
-        rows.append(Row(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08"))
-        rows.append(Row("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
+        entries.append(
+            PlanEntry(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08")
+        )
+        entries.append(PlanEntry("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
     if plan.config.evaluation.protocol != "full":
         batch, steps = hlb_laws.evaluation_shape(hlb_laws.tokens_per_microbatch(plan.config.model_scale))
-        rows.append(Row("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
-    return rows
+        entries.append(PlanEntry("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
+    return entries
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -229,8 +231,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": model.flops_per_token(batch.sequence_length),
         "memory_bytes": expected_memory(plan),
-        "laws": {row.key: row.value for row in law_rows(plan)},
-        "rules": {row.key: row.rule for row in plan.rows},
+        "laws": {entry.key: entry.value for entry in law_entries(plan)},
+        "rules": {entry.key: entry.rule for entry in plan.entries},
     }
 
 
@@ -252,7 +254,7 @@ def show_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def render(plan: Plan, more: Sequence[Row] = ()) -> str:
+def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
     """The plan as a table: key, value, rule."""
     facts = summary(plan)
     epochs = facts["epochs_at_least"]
@@ -261,19 +263,19 @@ def render(plan: Plan, more: Sequence[Row] = ()) -> str:
     for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they stand last
         parts = parts.replace(f", {outside}", f"; {outside}")
     derived = [
-        Row("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
-        Row("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
-        Row("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
-        Row(
+        PlanEntry("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
+        PlanEntry("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
+        PlanEntry("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
+        PlanEntry(
             "tokens",
             facts["tokens_at_least"],
             "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
         ),
-        *([] if epochs is None else [Row("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
-        Row("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
+        *([] if epochs is None else [PlanEntry("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
+        PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    rows = plan.rows + law_rows(plan) + derived + list(more)
-    keys = max(len(row.key) for row in rows)
-    values = max(len(show_number(row.value)) for row in rows)
-    lines = [f"{row.key:<{keys}}  {show_number(row.value):>{values}}  {row.rule}" for row in rows]
+    entries = plan.entries + law_entries(plan) + derived + list(more)
+    keys = max(len(entry.key) for entry in entries)
+    values = max(len(show_number(entry.value)) for entry in entries)
+    lines = [f"{entry.key:<{keys}}  {show_number(entry.value):>{values}}  {entry.rule}" for entry in entries]
     return "\n".join(lines + [f"note: {line}" for line in facts["advice"]])

@@ -10,9 +10,15 @@ from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta, told_of_model
 from trainer.optim import schedules
-from trainer.planning.memory import GIB, Demand, Spread
+from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
-from trainer.planning.strategy import Chooser, Means, check_graphs, check_shard_size, refuse_contradictions
+from trainer.planning.strategy import (
+    MemoryOptions,
+    StrategySelector,
+    check_graphs,
+    check_shard_size,
+    refuse_contradictions,
+)
 from trainer.recipes import hlb as hlb_laws
 from trainer.recipes import plain
 
@@ -20,7 +26,7 @@ MOST_PARAMETERS = 10**13
 
 
 @dataclass
-class Row:
+class PlanEntry:
     """One number of the plan: its key, its value, and the rule it came from."""
 
     key: str
@@ -28,16 +34,16 @@ class Row:
     rule: str
 
 
-class Inference:
+class Resolver:
     """Fills a RunConfig section by section, noting each value with its rule."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config: Any = config
-        self.rows: list[Row] = []
+        self.entries: list[PlanEntry] = []
         self.parameters = self.non_embedding = 0
 
     def note(self, key: str, value: Any, rule: str) -> None:
-        self.rows.append(Row(key, value, rule))
+        self.entries.append(PlanEntry(key, value, rule))
 
     def fill(self, section: str, key: str, value: Any, rule: str) -> Any:
         """Set SECTION.KEY unless the user or the launcher has; returns what holds."""
@@ -47,7 +53,7 @@ class Inference:
         else:
             rule = "set"
         held, name = getattr(target, key), f"{section}.{key}".lstrip(".")
-        if name not in {row.key for row in self.rows}:
+        if name not in {entry.key for entry in self.entries}:
             self.note(name, held, rule)
         return held
 
@@ -72,9 +78,9 @@ class Inference:
         self.max_context = meta.max_context
 
     def launcher(self, world: Any) -> None:
-        from trainer.planning.launcher_config import read_wishes, reconcile
+        from trainer.planning.launcher_config import read_launcher_config, reconcile
 
-        for key, value, rule in reconcile(self.config, read_wishes(os.environ), world.size):
+        for key, value, rule in reconcile(self.config, read_launcher_config(os.environ), world.size):
             self.note(key, value, rule)
 
     def hardware(self, gpu: Any) -> None:
@@ -145,17 +151,16 @@ class Inference:
 
         training: UserError where the device is too small to train.
         """
-        from trainer.engine import activation_checkpointing as recompute
-        from trainer.engine import compilation
+        from trainer.engine import activation_checkpointing, compilation
 
         config, batch, engine = self.config, self.config.batch, self.config.engine
         documents = self.config.data.separate_documents
-        self.demand = Demand(self.model_class, self.model_config, batch.sequence_length, documents)
+        self.estimate = MemoryEstimate(self.model_class, self.model_config, batch.sequence_length, documents)
         self.step: float = batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
         wanted = batch.tokens_per_microbatch or batch.sequence_length
-        chooser = Chooser(self.demand, config, world, self.target, wanted, self.step)
+        selector = StrategySelector(self.estimate, config, world, self.target, wanted, self.step)
         decided = engine.strategy != "auto"
-        strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else chooser.strategy()
+        strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else selector.strategy()
         self.fill("engine", "strategy", strategy, rule)
         if offload and not engine.offload:
             engine.offload = True
@@ -164,29 +169,29 @@ class Inference:
         if engine.strategy == "hsdp":
             shard_size = self.fill("engine", "shard_size", world.local_size, "processes of one machine")
             check_shard_size(shard_size, world.size)
-        self.spread = Spread.of(config, world.size, self.target)
+        self.layout = ParallelLayout.of(config, world.size, self.target)
         if engine.activation_checkpointing != "auto":
-            recompute.parse(engine.activation_checkpointing)
-        means, rule = chooser.choose_means(self.spread)
-        self.fill("engine", "activation_checkpointing", means.recompute, rule)
-        self._state_precision(means, rule)
+            activation_checkpointing.parse(engine.activation_checkpointing)
+        options, rule = selector.choose_options(self.layout)
+        self.fill("engine", "activation_checkpointing", options.checkpointing, rule)
+        self._state_precision(options, rule)
         if training:
-            chooser.refuse_the_impossible(self.spread, means)
+            selector.refuse_the_impossible(self.layout, options)
         self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
         check_graphs(config, self.target)
 
-    def _state_precision(self, means: Means, rule: str) -> None:
+    def _state_precision(self, options: MemoryOptions, rule: str) -> None:
         config = self.config
         if config.precision == "pure_bf16":
             if config.optim.state_precision == "fp32":
                 raise UserError(
                     "optim.state_precision: fp32, but with precision pure_bf16 moments are bf16 as the weights"
                 )
-            means, rule = means._replace(narrow=True), "that of the weights"
-        elif not means.narrow:
+            options, rule = options._replace(narrow=True), "that of the weights"
+        elif not options.narrow:
             rule = "AdamW's moments as the weights"
-        self.fill("optim", "state_precision", "bf16" if means.narrow else "fp32", rule)
-        self.spread = Spread.of(config, self.spread.processes, self.target)
+        self.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
+        self.layout = ParallelLayout.of(config, self.layout.processes, self.target)
 
     def microbatch(self) -> None:
         config, batch = self.config, self.config.batch
@@ -194,7 +199,7 @@ class Inference:
         capacity: float = hlb_laws.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
         rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
         memory: Any = self.target.memory
-        fits = self.demand.tokens_that_fit(memory, self.spread, how, self.step > longest * self.spread.processes)
+        fits = self.estimate.tokens_that_fit(memory, self.layout, how, self.step > longest * self.layout.processes)
         if fits < capacity:
             capacity, rule = fits, rule + f"; lowered to what {memory / GIB:.0f} GiB hold"
         if capacity < longest:

@@ -24,7 +24,7 @@ from trainer.core.files import parse_json, read_small, user_path, write_file
 from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
 from trainer.core.text import printable
 from trainer.engine.meta import KERNEL_FIELDS
-from trainer.runtime.launcher import find_place
+from trainer.runtime.launcher import find_rank_info
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.jsonl"
@@ -224,7 +224,7 @@ def combined_values(
     values = stored.values
     engine, strategy = values.get("engine") or {}, (given.get("engine") or {}).get("strategy")
     processes = _last_start(folder, say).get("processes")
-    if processes != find_place(os.environ).size or strategy not in (None, engine.get("strategy")):
+    if processes != find_rank_info(os.environ).size or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
     # The folder says where the run is: it may have been moved or copied.
     return merge(values, drop_inferred(given)) | {"run_dir": str(folder)}, stored

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trainer.core.errors import UserError
-from trainer.planning.memory import GIB, Demand, Spread
+from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.runtime.device import GPUS, Target
 
 CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the one that holds least
@@ -69,48 +69,52 @@ def check_shard_size(shard_size: int, processes: int) -> None:
         )
 
 
-class Means(NamedTuple):
+class MemoryOptions(NamedTuple):
     """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: AdamW's moments in bf16."""
 
-    recompute: str
+    checkpointing: str
     narrow: bool
 
 
-class Chooser:
+class StrategySelector:
     """Decides by what fits.
 
     config: RunConfig, its precision and sequence length decided; world: size and local_size; target: the device, as all
     others; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
     """
 
-    def __init__(self, demand: Demand, config: Any, world: Any, target: Target, wanted: int, step: float) -> None:
-        self.demand, self.config, self.world = demand, config, world
+    def __init__(
+        self, estimate: MemoryEstimate, config: Any, world: Any, target: Target, wanted: int, step: float
+    ) -> None:
+        self.estimate, self.config, self.world = estimate, config, world
         self.target, self.wanted, self.step = target, wanted, step
         self.memory = target.memory
         asked, state = config.engine.activation_checkpointing, config.optim.state_precision
-        recompute = CHECKPOINTING if asked == "auto" else (asked,)
+        checkpointing = CHECKPOINTING if asked == "auto" else (asked,)
         fixed = config.precision == "pure_bf16" or state != "auto"  # there they are bf16 as the weights are
         # What gives the same weights first, from the fastest to the one that holds least.
-        self.means = [Means(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in recompute]
+        self.options = [
+            MemoryOptions(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in checkpointing
+        ]
         self.room = "" if target.memory is None else f"{target.memory / GIB:.0f} GiB"
 
-    def fits(self, means: Means, spread: Spread) -> bool:
-        spread = replace(spread, narrow=means.narrow)
-        fit = self.demand.tokens_that_fit(self.memory, spread, means.recompute, self.accumulates(spread))
+    def fits(self, options: MemoryOptions, layout: ParallelLayout) -> bool:
+        layout = replace(layout, narrow=options.narrow)
+        fit = self.estimate.tokens_that_fit(self.memory, layout, options.checkpointing, self.accumulates(layout))
         return fit >= self.wanted
 
-    def accumulates(self, spread: Spread) -> bool:
+    def accumulates(self, layout: ParallelLayout) -> bool:
         """Whether a step may take several microbatches of what is wanted."""
-        return self.step > self.wanted * spread.processes
+        return self.step > self.wanted * layout.processes
 
-    def needed(self, spread: Spread, means: Means) -> int:
+    def needed(self, layout: ParallelLayout, options: MemoryOptions) -> int:
         """Bytes that microbatches of what is wanted are expected to need."""
-        spread = replace(spread, narrow=means.narrow)
-        sequences = max(1, self.wanted // self.demand.length)
-        return self.demand.most_held(spread, means.recompute, sequences, self.accumulates(spread))
+        layout = replace(layout, narrow=options.narrow)
+        sequences = max(1, self.wanted // self.estimate.length)
+        return self.estimate.most_held(layout, options.checkpointing, sequences, self.accumulates(layout))
 
-    def spread(self, strategy: str, shards: int = 1) -> Spread:
-        return Spread.of(self.config, self.world.size, self.target, strategy, shards)
+    def layout(self, strategy: str, shards: int = 1) -> ParallelLayout:
+        return ParallelLayout.of(self.config, self.world.size, self.target, strategy, shards)
 
     def strategy(self) -> tuple[str, bool, str]:
         """(strategy, offload, why) where engine.strategy is auto."""
@@ -121,7 +125,7 @@ class Chooser:
             return self._several()
         if self.memory is None:
             return "single", False, "one process on a CPU"
-        if self.fits(self.means[-1], self.spread("single")):
+        if self.fits(self.options[-1], self.layout("single")):
             return "single", False, f"one process; its GPU's {self.room} hold the run"
         why = f"not one sequence fits {self.room} by any other means: weights and optimiser in CPU memory"
         return "fsdp", True, why
@@ -130,61 +134,63 @@ class Chooser:
         size, local_size = self.world.size, self.world.local_size
         if self.memory is None:
             return "ddp", False, f"{size} processes on CPUs"
-        if self.fits(self.means[0], self.spread("ddp")):
+        if self.fits(self.options[0], self.layout("ddp")):
             return "ddp", False, f"{size} processes; each GPU's {self.room} hold a whole copy"
         why = f"a whole copy does not fit a GPU's {self.room}"
-        offload = not self.fits(self.means[-1], self.spread("fsdp", size))
+        offload = not self.fits(self.options[-1], self.layout("fsdp", size))
         why += "; with all in CPU memory" * offload
         if size == local_size:
             return "fsdp", offload, f"{why}: shards over the {size} processes of this machine"
         # Between machines it is slow: rather compute activations twice than gather weights from another machine.
         even = local_size > 1 and size % local_size == 0
-        if even and self.fits(self.means[-1], self.spread("hsdp", local_size)):
+        if even and self.fits(self.options[-1], self.layout("hsdp", local_size)):
             return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
         return "fsdp", offload, f"{why}, nor one machine's: shards over all {size} processes"
 
-    def choose_means(self, spread: Spread) -> tuple[Means, str]:
+    def choose_options(self, layout: ParallelLayout) -> tuple[MemoryOptions, str]:
         """(means, why) of what is auto of engine.activation_checkpointing and optim.state_precision."""
         if self.memory is None:
-            return self.means[0], "memory of a CPU is not what limits a batch"
+            return self.options[0], "memory of a CPU is not what limits a batch"
         # Of what lies in CPU memory, half as much frees nothing here.
-        means_here = [means for means in self.means if not (spread.offload and means.narrow)] or self.means
-        for means in means_here:
-            if self.fits(means, spread):
-                without = "" if means is self.means[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
-                return means, "the fastest that fits" + without
-        return means_here[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
+        options_here = [options for options in self.options if not (layout.offload and options.narrow)] or self.options
+        for options in options_here:
+            if self.fits(options, layout):
+                without = (
+                    "" if options is self.options[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
+                )
+                return options, "the fastest that fits" + without
+        return options_here[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
 
-    def refuse_the_impossible(self, spread: Spread, means: Means) -> None:
+    def refuse_the_impossible(self, layout: ParallelLayout, options: MemoryOptions) -> None:
         """UserError, with what would do, where not even one sequence is expected to fit the whole memory of the GPU."""
-        needed = self.needed(spread, means)
+        needed = self.needed(layout, options)
         if self.memory is None or needed <= self.memory:
             return
         engine = self.config.engine
-        how = f"{engine.strategy}{', offloaded' * spread.offload}, recomputing {means.recompute}"
-        ways = ", ".join(self.ways_out(spread)) or "a smaller model_scale"
+        how = f"{engine.strategy}{', offloaded' * layout.offload}, recomputing {options.checkpointing}"
+        ways = ", ".join(self.ways_out(layout)) or "a smaller model_scale"
         raise UserError(
             f"memory: {self.wanted:,} tokens at a time are expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "
             f"{self.memory / GIB:.1f}; what would fit: {ways}"
         )
 
-    def ways_out(self, spread: Spread) -> list[str]:
+    def ways_out(self, layout: ParallelLayout) -> list[str]:
         """What else would hold one sequence: offloading, more processes, another GPU, each the least that does."""
-        sharded = replace(spread, strategy="fsdp", offload=False)
-        ways, least = [], self.means[-1]
+        sharded = replace(layout, strategy="fsdp", offload=False)
+        ways, least = [], self.options[-1]
 
-        def holds(spread: Spread, memory: float) -> bool:
-            return self.needed(spread, least) <= 0.9 * memory
+        def holds(layout: ParallelLayout, memory: float) -> bool:
+            return self.needed(layout, least) <= 0.9 * memory
 
         assert self.memory is not None
-        if not spread.offload and holds(replace(sharded, offload=True, shards=spread.processes), self.memory):
+        if not layout.offload and holds(replace(sharded, offload=True, shards=layout.processes), self.memory):
             ways.append("--engine.offload with fsdp")
         for size in (2**n for n in range(1, 11)):
-            if size > spread.processes and holds(replace(sharded, processes=size, shards=size), self.memory):
+            if size > layout.processes and holds(replace(sharded, processes=size, shards=size), self.memory):
                 ways.append(f"fsdp on {size} such GPUs")
                 break
         for key, gpu in sorted(GPUS.items(), key=lambda item: item[1].gibibytes):
-            if gpu.gibibytes * GIB > self.memory and holds(spread, gpu.gibibytes * GIB):
+            if gpu.gibibytes * GIB > self.memory and holds(layout, gpu.gibibytes * GIB):
                 ways.append(f"the same on {key}")
                 break
         return ways

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.engine.meta import build_meta
 from trainer.planning.plan import Plan, minimum_tokens
-from trainer.planning.resolver import Row
+from trainer.planning.resolver import PlanEntry
 
 MFUS = (0.5, 0.2)  # of what such models reach: large ones on one GPU, and small ones or many GPUs
 
@@ -25,10 +25,10 @@ class Time(NamedTuple):
     cost: float | None = None
     hours_range: tuple[float, float] | None = None
 
-    def row(self) -> Row:
+    def entry(self) -> PlanEntry:
         if self.hours_range is not None:
-            return Row("hours", " to ".join(f"{hours:.3g}" for hours in self.hours_range), self.rule)
-        return Row("hours", "unknown" if self.hours is None else self.hours, self.rule)
+            return PlanEntry("hours", " to ".join(f"{hours:.3g}" for hours in self.hours_range), self.rule)
+        return PlanEntry("hours", "unknown" if self.hours is None else self.hours, self.rule)
 
 
 def find_bench(plan: Plan, device: str) -> tuple[Path, dict[str, Any]] | None:

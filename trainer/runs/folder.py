@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from trainer.runtime.environment import environment
-
 import contextlib
-import functools
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core.config import DataConfig, RunConfig
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.files import DIGEST, digest_of, read_small, system_error, user_path, write_file
-from trainer.runtime.launcher import find_place
-from trainer.engine.meta import KERNEL_FIELDS
-from trainer.planning.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
-from trainer.core.text import printable
+from trainer.core.files import DIGEST, digest_of, read_small, system_error, write_file
+from trainer.planning.run_config import (
+    ENVIRONMENT,
+    keep_changed_config,
+    write_config,
+)
+from trainer.runtime.environment import environment
 
 
 @contextlib.contextmanager
@@ -80,17 +73,3 @@ def _append_line(path: Path, content: dict[str, Any]) -> None:
     if before and not before.endswith(b"\n"):
         before += b"\n"
     write_file(path, before + json.dumps({**content, DIGEST: digest_of(content)}).encode() + b"\n")
-
-
-
-
-
-
-
-
-
-
-
-
-
-

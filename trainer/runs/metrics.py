@@ -12,8 +12,8 @@ from typing import Any
 
 from trainer.core.errors import MachineError
 from trainer.core.files import sync_path, system_error
-from trainer.runs.history import History
 from trainer.core.text import printable
+from trainer.runs.history import History
 
 KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second", "seconds")
 LINE_BYTES = 1 << 20  # no row is longer

@@ -1,25 +1,23 @@
 """Opening the folder of a run: its model with the weights of one checkpoint."""
 
 from __future__ import annotations
-import contextlib
-import functools
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from trainer.core.config import DataConfig, RunConfig
+
+from trainer.core.config import DataConfig
 from trainer.core.errors import UserError
-from trainer.core.files import DIGEST, digest_of, read_small, system_error, user_path, write_file
-from trainer.runtime.launcher import find_place
-from trainer.engine.meta import KERNEL_FIELDS
-from trainer.planning.run_config import CONFIG, ENVIRONMENT, StoredConfig, is_run, keep_changed_config, read_config, write_config
+from trainer.core.files import user_path
 from trainer.core.text import printable
+from trainer.engine.meta import KERNEL_FIELDS
+from trainer.planning.run_config import (
+    CONFIG,
+    StoredConfig,
+    is_run,
+    read_config,
+)
 
 
 @dataclass
@@ -102,10 +100,10 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     from trainer.checkpoint import format as checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
-    from trainer.runtime.device import choose_device, keep_freed_memory
-    from trainer.runtime.distributed import World
     from trainer.engine.meta import build_meta
     from trainer.planning.plan import resolve
+    from trainer.runtime.device import choose_device, keep_freed_memory
+    from trainer.runtime.distributed import World
 
     if run_dir is None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer generate runs/NAME`")

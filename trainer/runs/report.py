@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.runtime.device import HostCopy, peak_flops, peak_memory_bytes
-from trainer.runtime.signals import STOPPING
 from trainer.core.errors import UserError
-from trainer.inference.evaluation import safe_exp
 from trainer.engine.meta import build_meta
+from trainer.inference.evaluation import safe_exp
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.wandb import Wandb
+from trainer.runtime.device import HostCopy, peak_flops, peak_memory_bytes
+from trainer.runtime.signals import STOPPING
 
 
 @dataclass

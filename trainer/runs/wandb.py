@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.runtime.distributed import World
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.runtime.distributed import World
 
 INIT_SECONDS = 20
 FINISH_SECONDS = 60.0

@@ -22,7 +22,7 @@ from trainer.core.errors import MachineError, UserError
 from trainer.core.files import system_error
 from trainer.core.text import printable, printable_lines
 from trainer.runtime import launcher
-from trainer.runtime.host_info import Facts, absentees, compare, find_facts
+from trainer.runtime.host_info import HostInfo, absentees, compare, find_host_info
 
 MEETING_SECONDS = 300.0  # they were all started together
 LOOPBACK = "127.0.0.1"
@@ -51,8 +51,8 @@ class World:
         return self.local_size == self.size
 
     @property
-    def place(self) -> launcher.Place:
-        return launcher.Place(self.rank, self.size, self.local_rank, self.local_size)
+    def rank_info(self) -> launcher.RankInfo:
+        return launcher.RankInfo(self.rank, self.size, self.local_rank, self.local_size)
 
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 alone. Also where nobody reads any more, as after a terminal was closed."""
@@ -150,7 +150,7 @@ def read_world() -> World:
 
     UserError where the environment is incomplete, or accelerate started fewer processes than it was asked for.
     """
-    world = World(*launcher.find_place(os.environ))
+    world = World(*launcher.find_rank_info(os.environ))
     if world.size > 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launcher.find_meeting_point(os.environ)
         if world.on_one_machine and not _launcher_holds_store():
@@ -176,7 +176,7 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     # FSDP and DeepSpeed call functions that torch has renamed since; it is not for a user to hear of on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Libraries ask the environment, which srun sets otherwise and a single process not at all.
-    os.environ.update(zip(launcher.NAMES, map(str, world.place), strict=True))
+    os.environ.update(zip(launcher.NAMES, map(str, world.rank_info), strict=True))
     if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach us
     world.timeout = timedelta(minutes=timeout_minutes)
@@ -220,7 +220,7 @@ def meet(world: World, wanted_device: str) -> dist.Store:
         device = choose_device(wanted_device, world.local_rank)
     except UserError as error:
         problem = str(error)  # the others are to end too, and to hear of it
-    own = find_facts(world.place, device, problem)
+    own = find_host_info(world.rank_info, device, problem)
     patience = min(timedelta(seconds=MEETING_SECONDS), world.timeout)
     store = _attempt_store(world, patience)
     try:
@@ -255,9 +255,9 @@ def _await_outcome(store: dist.Store, world: World, patience: timedelta) -> byte
     return store.get("outcome")
 
 
-def _posted(store: dist.Store, ranks: Iterable[int]) -> list[Facts]:
+def _posted(store: dist.Store, ranks: Iterable[int]) -> list[HostInfo]:
     posts = store.multi_get([f"facts/{rank}" for rank in ranks])
-    return [Facts(**json.loads(post)) for post in posts]
+    return [HostInfo(**json.loads(post)) for post in posts]
 
 
 def _attempt_store(world: World, patience: timedelta) -> dist.Store:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.runtime.launcher import find_place
+from trainer.runtime.launcher import find_rank_info
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "versions": package_versions(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
-        "processes": find_place(os.environ).size,
+        "processes": find_rank_info(os.environ).size,
         "git": git_state(),
     }
 

@@ -13,7 +13,7 @@ import sys
 VARIABLE = "CRESCENDO_OUTCOME"
 
 
-def tell_outcome(text: str) -> None:
+def write_exit_status(text: str) -> None:
     """Append `text` as a line to the file that CRESCENDO_OUTCOME names, if it names one; any rank may."""
     path = os.environ.get(VARIABLE)
     if not path:

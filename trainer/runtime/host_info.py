@@ -18,11 +18,11 @@ import torch
 
 from trainer.runtime import launcher
 from trainer.runtime.environment import git_state, package_versions
-from trainer.runtime.launcher import Place
+from trainer.runtime.launcher import RankInfo
 
 
 @dataclass(frozen=True)
-class Facts:
+class HostInfo:
     """What is known of one rank without the others. As JSON it goes to the store where they meet."""
 
     rank: int
@@ -37,11 +37,11 @@ class Facts:
     driver: str = ""
 
 
-def find_facts(place: Place, device: torch.device | None, problem: str = "") -> Facts:
+def find_host_info(rank_info: RankInfo, device: torch.device | None, problem: str = "") -> HostInfo:
     """This process's. device: None where it has none, which `problem` explains."""
     software = {"python": platform.python_version(), **package_versions()}
     # One process of a machine asks git, which reads the whole checkout, maybe over a network.
-    git = git_state() if place.local_rank == 0 else None
+    git = git_state() if rank_info.local_rank == 0 else None
     if git is not None:
         software["git"] = git["sha"][:12]
     on_gpu = device is not None and device.type == "cuda"
@@ -51,10 +51,10 @@ def find_facts(place: Place, device: torch.device | None, problem: str = "") -> 
         gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         software["cuda"] = str(torch.version.cuda)
         software["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return Facts(
-        rank=place.rank,
+    return HostInfo(
+        rank=rank_info.rank,
         host=launcher.own_host(os.environ),
-        peers=launcher.own_ranks(os.environ, place),
+        peers=launcher.own_ranks(os.environ, rank_info),
         device="cuda" if on_gpu else "cpu",
         problem=problem,
         software=software,
@@ -73,7 +73,7 @@ def _driver() -> str:
     return ""
 
 
-def compare(everyone: Sequence[Facts]) -> tuple[list[str], list[str]]:
+def compare(everyone: Sequence[HostInfo]) -> tuple[list[str], list[str]]:
     """(errors, warnings): who cannot take part, and what differs. The commonest value, or rank 0's, is taken to be right."""
     first_of_machine = {one.host: one for one in reversed(everyone) if one.problem}.values()
     errors = [f"{one.problem} ({where([one])})" for one in reversed(first_of_machine)]
@@ -95,7 +95,7 @@ def compare(everyone: Sequence[Facts]) -> tuple[list[str], list[str]]:
     return errors, warnings
 
 
-def _differing(everyone: Sequence[Facts], name: str, value: Callable[[Facts], str]) -> list[str]:
+def _differing(everyone: Sequence[HostInfo], name: str, value: Callable[[HostInfo], str]) -> list[str]:
     """ "NAME is VALUE on WHERE, USUAL elsewhere" for each value but the commonest."""
     values = [value(one) for one in everyone]
     (usual, _), *others = Counter(values).most_common() or [("", 0)]
@@ -105,7 +105,7 @@ def _differing(everyone: Sequence[Facts], name: str, value: Callable[[Facts], st
     ]
 
 
-def where(some: Iterable[Facts]) -> str:
+def where(some: Iterable[HostInfo]) -> str:
     """`node2 (ranks 8-15), node3 (rank 17)`."""
     ranks: dict[str, list[int]] = {}
     for one in some:
@@ -113,7 +113,7 @@ def where(some: Iterable[Facts]) -> str:
     return ", ".join(f"{host} ({rank_names(at)})" for host, at in ranks.items())
 
 
-def absentees(size: int, present: Sequence[Facts], hosts: Sequence[str]) -> str:
+def absentees(size: int, present: Sequence[HostInfo], hosts: Sequence[str]) -> str:
     """`ranks 8-15 (node2) have not come`, machines being named as far as they are known; "" where all have.
 
     hosts: names of the job's machines, or nothing. A rank whose machine no other rank knows is on one that said nothing.
@@ -124,11 +124,11 @@ def absentees(size: int, present: Sequence[Facts], hosts: Sequence[str]) -> str:
     places: dict[str, list[int]] = {}
     for rank in missing:
         places.setdefault(home.get(rank, silent), []).append(rank)
-    who = ", ".join(rank_names(ranks) + (f" ({place})" if place else "") for place, ranks in places.items())
+    who = ", ".join(rank_names(ranks) + (f" ({rank_info})" if rank_info else "") for rank_info, ranks in places.items())
     return who and f"{who} {'has' if len(missing) == 1 else 'have'} not come"
 
 
-def machines(everyone: Sequence[Facts]) -> dict[str, list[int]]:
+def machines(everyone: Sequence[HostInfo]) -> dict[str, list[int]]:
     """Host -> its ranks."""
     found: dict[str, list[int]] = {}
     for one in everyone:

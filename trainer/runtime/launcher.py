@@ -20,7 +20,7 @@ from trainer.core.text import printable
 Environment = Mapping[str, str]
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Which of the run's processes this is. local: among those on this machine."""
 
     rank: int = 0
@@ -29,11 +29,11 @@ class Place(NamedTuple):
     local_size: int = 1
 
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # of a Place's fields, as torchrun has them
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # of a RankInfo's fields, as torchrun has them
 REMEDY = "start with torchrun, accelerate launch, deepspeed or srun"
 
 
-def find_place(environ: Environment) -> Place:
+def find_rank_info(environ: Environment) -> RankInfo:
     """This process's place. UserError where the environment says several processes but not which of them this is."""
     stated = {name: count(environ, name) for name in NAMES if environ.get(name)}
     if "RANK" in stated and "LOCAL_WORLD_SIZE" not in stated and environ.get("LOCAL_SIZE"):
@@ -47,7 +47,7 @@ def find_place(environ: Environment) -> Place:
     return task
 
 
-def _checked(stated: dict[str, int], environ: Environment) -> Place:
+def _checked(stated: dict[str, int], environ: Environment) -> RankInfo:
     """The place that the standard names state, once it is sure that they are all there and fit together."""
     if not stated:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -56,14 +56,14 @@ def _checked(stated: dict[str, int], environ: Environment) -> Place:
     if stated and "WORLD_SIZE" not in stated:
         raise UserError(f"WORLD_SIZE: not set, although {next(iter(stated))} is; {REMEDY}")
     if stated.get("WORLD_SIZE", 1) == 1:
-        stated = dict(zip(NAMES, Place(), strict=True)) | stated
+        stated = dict(zip(NAMES, RankInfo(), strict=True)) | stated
     for name in NAMES:
         if name not in stated:
             raise UserError(f"{name}: not set, although WORLD_SIZE is {stated['WORLD_SIZE']}; {REMEDY}")
     for lesser, greater in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if stated[lesser] >= stated[greater]:
             raise UserError(f"{lesser}: {stated[lesser]} is not below {greater}, {stated[greater]}; {REMEDY}")
-    return Place(*(stated[name] for name in NAMES))
+    return RankInfo(*(stated[name] for name in NAMES))
 
 
 def count(environ: Environment, name: str, default: int | None = None, remedy: str = REMEDY) -> int:
@@ -81,7 +81,7 @@ def restarts(environ: Environment) -> int:
     return count(environ, "SLURM_RESTART_COUNT", 0, "unset it; Slurm sets it for a job that it starts again")
 
 
-def slurm_task(environ: Environment) -> Place | None:
+def slurm_task(environ: Environment) -> RankInfo | None:
     """Our place among the tasks that one srun started; None outside of srun, and in a task that is alone.
 
     A batch script is one process although it has SLURM_PROCID and SLURM_NTASKS; SLURM_STEP_ID is set by srun alone.
@@ -101,7 +101,7 @@ def slurm_task(environ: Environment) -> Place | None:
         raise UserError(
             f"SLURM_STEP_TASKS_PER_NODE: tells nothing of node {node}; start with srun, or torchrun on each node"
         )
-    return Place(count(environ, "SLURM_PROCID"), size, count(environ, "SLURM_LOCALID"), per_node[node])
+    return RankInfo(count(environ, "SLURM_PROCID"), size, count(environ, "SLURM_LOCALID"), per_node[node])
 
 
 def find_meeting_point(environ: Environment) -> tuple[str, str]:
@@ -155,13 +155,13 @@ def own_host(environ: Environment) -> str:
     return environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def own_ranks(environ: Environment, place: Place) -> tuple[int, int]:
+def own_ranks(environ: Environment, rank_info: RankInfo) -> tuple[int, int]:
     """First rank of this machine and the one after its last. Launchers number machine by machine; srun may deal ranks out
     in another way, so that under it only our own is known."""
-    if slurm_task(environ) == place:
-        return place.rank, place.rank + 1
-    first = place.rank - place.local_rank
-    return first, first + place.local_size
+    if slurm_task(environ) == rank_info:
+        return rank_info.rank, rank_info.rank + 1
+    first = rank_info.rank - rank_info.local_rank
+    return first, first + rank_info.local_size
 
 
 def refuse_lost_processes(environ: Environment) -> None:

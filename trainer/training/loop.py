@@ -27,40 +27,40 @@ from trainer.training.run import Run
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
 
-def train(this: Run, plan_text: str | None) -> signal.Signals | None:
+def train(run: Run, plan_text: str | None) -> signal.Signals | None:
     """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an old one."""
     from trainer.data.tokenizers import Tokenizer
 
-    config, world = this.config, this.world
-    if not (plan_text is None and this.restore()):
-        world.on_leader(lambda: start_anew(this.folder, world.say))
-    if this.state.step >= config.max_steps:
+    config, world = run.config, run.world
+    if not (plan_text is None and run.restore()):
+        world.on_leader(lambda: start_anew(run.folder, world.say))
+    if run.state.step >= config.max_steps:
         world.say(
-            f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
+            f"{run.folder} is finished ({run.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
     if plan_text is None:
-        world.on_leader(lambda: tell_schedule(this))
-    described = local_folder(config.data, this.dataset)
-    world.on_leader(lambda: write_start(this.folder, config, plan_text, described, world.say))
+        world.on_leader(lambda: tell_schedule(run))
+    described = local_folder(config.data, run.dataset)
+    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say))
     tokenizer = Tokenizer.from_file(
-        this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
+        run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )
-    world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
-    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds, this.rows)
+    world.say(f"{plan_text or ''}\n\noptimiser groups\n{run.engine.optimizer.table()}".lstrip() + "\n" + opening(run))
+    report = Report(run.folder, run.plan, world, run.engine, run.state.step, run.state.seconds, run.rows)
     try:
-        this.signals.begin(report.console.say)
+        run.signals.begin(report.console.say)
         with collecting_by_hand():
-            asked = loop(this, report, tokenizer)
+            asked = loop(run, report, tokenizer)
         report.console.close()  # what follows stands below it
         if asked is None:
-            finish(this, report, tokenizer)
+            finish(run, report, tokenizer)
         else:
-            world.say(stopped_line(asked, this.state.step))
+            world.say(stopped_line(asked, run.state.step))
     finally:
-        this.stream.close()
+        run.stream.close()
         report.close()
-    this.engine.close()
+    run.engine.close()
     return asked
 
 
@@ -77,25 +77,25 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
         say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
 
 
-def tell_schedule(this: Run) -> None:
+def tell_schedule(run: Run) -> None:
     """Say what another max_steps does to the learning rates of a run that goes on."""
-    before = read_config(this.folder, lambda line: None).build().max_steps  # not yet written again
-    line = schedule_change(this.config, before, this.state.step)
+    before = read_config(run.folder, lambda line: None).build().max_steps  # not yet written again
+    line = schedule_change(run.config, before, run.state.step)
     if line:
-        this.world.say(line)
+        run.world.say(line)
 
 
-def opening(this: Run) -> str:
+def opening(run: Run) -> str:
     """What it is that trains, and how the batch begins and ends."""
-    lengths, tokens = this.plan.sequence_lengths, this.config.batch.tokens_per_step
-    with autocast(this.device, this.config.precision):
+    lengths, tokens = run.plan.sequence_lengths, run.config.batch.tokens_per_step
+    with autocast(run.device, run.config.precision):
         # Offloaded weights are on another device.
-        kernels = this.model.describe_kernels(this.device, this.config.data.separate_documents)
-    threads = f"\n{thread_line()}" if this.device.type == "cpu" else ""
+        kernels = run.model.describe_kernels(run.device, run.config.data.separate_documents)
+    threads = f"\n{thread_line()}" if run.device.type == "cpu" else ""
     return (
-        f"\nengine: {this.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
-        f"{this.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
-        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {this.config.optim.lr:.8f}"
+        f"\nengine: {run.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
+        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
+        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {run.config.optim.lr:.8f}"
     )
 
 
@@ -112,9 +112,9 @@ def collecting_by_hand() -> Iterator[None]:
         gc.unfreeze()
 
 
-def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
+def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
-    config, state = this.config, this.state
+    config, state = run.config, run.state
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
@@ -123,54 +123,54 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     profiler = None
     if config.profile:
         steps = state.step, config.max_steps
-        profiler = Profiler(this.folder, this.world.rank, this.world.size, this.device, *steps, report.console.say)
+        profiler = Profiler(run.folder, run.world.rank, run.world.size, run.device, *steps, report.console.say)
     while state.step < config.max_steps and asked is None:
-        report.step_done(this.optimiser_step())
+        report.step_done(run.optimiser_step())
         if profiler is not None:
-            this.watchdog.at(state.step, "profile")
+            run.watchdog.at(state.step, "profile")
             profiler.step_done()
         if state.step % COLLECT_EVERY == 0:
             gc.collect(1)
         if report.save_failed:
-            this.watchdog.at(state.step, "saving")
-            this.saver.finish()
+            run.watchdog.at(state.step, "saving")
+            run.saver.finish()
         asked = report.asked if state.step < config.max_steps else None
         save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
         evaluate = asked is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
         report.wait()  # for the device, which may wait for other ranks: still part of the step
-        this.watchdog.at(state.step, "log row")
-        accuracy = this.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        run.watchdog.at(state.step, "log row")
+        accuracy = run.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        report.flush(this.validate() if evaluate else None, accuracy)
+        report.flush(run.validate() if evaluate else None, accuracy)
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
-            this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
+            run.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
-            this.watchdog.at(state.step, "curves")
+            run.watchdog.at(state.step, "curves")
             report.draw_curves()
         if save:
-            this.save(report.clock.seconds, report.sync())
+            run.save(report.clock.seconds, report.sync())
         report.clock.start()
     if profiler is not None:
         profiler.close()
-    this.saver.finish()
+    run.saver.finish()
     return asked
 
 
-def finish(this: Run, report: Report, tokenizer: Any) -> None:
+def finish(run: Run, report: Report, tokenizer: Any) -> None:
     """The closing demonstration and where everything lies."""
     text = ""
-    if this.config.log.demo_tokens:
-        sample = this.write_sample(tokenizer, this.config.log.demo_tokens, f"step {this.state.step}, final")
+    if run.config.log.demo_tokens:
+        sample = run.write_sample(tokenizer, run.config.log.demo_tokens, f"step {run.state.step}, final")
         text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
-    if not this.world.leader:
+    if not run.world.leader:
         return
     last = report.last
-    plugins = "".join(f" --plugin {module}" for module in plugins_of(this.folder))
+    plugins = "".join(f" --plugin {module}" for module in plugins_of(run.folder))
     report.console.say(
-        f"\n{text}{this.state.step:,} steps, {this.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
+        f"\n{text}{run.state.step:,} steps, {run.state.tokens:,} tokens in {last['seconds']:.1f} s of training: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
-        f"{this.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
-        f"`python -m trainer generate {this.folder}{plugins}` writes more"
+        f"{run.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
+        f"`python -m trainer generate {run.folder}{plugins}` writes more"
     )

@@ -22,7 +22,7 @@ from trainer.core.errors import UserError
 from trainer.engine.base import prepare_device
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
-from trainer.runtime.host_info import Facts, compare, find_facts, machines, rank_names, where
+from trainer.runtime.host_info import HostInfo, compare, find_host_info, machines, rank_names, where
 
 SLOW = 0.7  # of the median: below it a rank or a machine is named
 CLOCK_SECONDS = 3.0  # clocks further apart are named
@@ -42,7 +42,7 @@ class Measured:
     links: dict[tuple[int, int], float] = field(default_factory=dict)  # by the numbers of two machines, each direction
 
 
-def measure(world: World, everyone: Sequence[Facts], device: torch.device, folder: Path) -> Measured:
+def measure(world: World, everyone: Sequence[HostInfo], device: torch.device, folder: Path) -> Measured:
     """All ranks call this. It draws no random numbers and leaves no memory in use."""
     clock = []
     for _ in range(ROUNDS if world.size > 1 else 0):
@@ -117,7 +117,9 @@ def all_reduce_bytes(device: str) -> int:
     return 64 * 2**20 if device == "cuda" else 4 * 2**20
 
 
-def _exchange_along_ring(world: World, everyone: Sequence[Facts], device: torch.device) -> dict[tuple[int, int], float]:
+def _exchange_along_ring(
+    world: World, everyone: Sequence[HostInfo], device: torch.device
+) -> dict[tuple[int, int], float]:
     """Bytes/s in each direction between this machine and its neighbours, measured by the first rank of each."""
     firsts = [ranks[0] for ranks in machines(everyone).values()]
     size = all_reduce_bytes(device.type) // 4
@@ -158,9 +160,9 @@ def pairings(count: int) -> list[list[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts and measurements of all ranks, by rank."""
+    """Hosts and measurements of all ranks, by rank."""
 
-    facts: list[Facts]
+    host_infos: list[HostInfo]
     measured: list[Measured]
 
     def clocks(self) -> dict[str, tuple[float, float]]:
@@ -170,7 +172,7 @@ class Survey:
         which bounds the difference of their clocks from both sides however long messages take.
         """
         first, found = self.measured[0].clock, {}
-        for host, ranks in machines(self.facts).items():
+        for host, ranks in machines(self.host_infos).items():
             both = list(zip(self.measured[ranks[0]].clock, first, strict=True))
             low = max((own[0] - other[1] for own, other in both), default=0.0)
             high = min((own[1] - other[0] for own, other in both), default=0.0)
@@ -184,7 +186,7 @@ class Survey:
 
     def links(self) -> dict[tuple[str, str], float]:
         """Bytes/s of each link between two machines, as the slower end saw it."""
-        hosts = list(machines(self.facts))
+        hosts = list(machines(self.host_infos))
         rates: dict[tuple[str, str], float] = {}
         for one in self.measured:
             for (a, b), rate in one.links.items():
@@ -193,18 +195,18 @@ class Survey:
 
     def free(self, value: Callable[[Measured], int]) -> tuple[int, str]:
         """(bytes, host) of the machine with the least."""
-        return min((value(one), fact.host) for one, fact in zip(self.measured, self.facts, strict=True))
+        return min((value(one), host_info.host) for one, host_info in zip(self.measured, self.host_infos, strict=True))
 
 
 def survey(world: World, device: torch.device, folder: Path) -> Survey:
     """All ranks call this and have the whole of it. folder: where checkpoints go."""
-    everyone = world.gather(find_facts(world.place, device))
+    everyone = world.gather(find_host_info(world.rank_info, device))
     return Survey(everyone, world.gather(measure(world, everyone, device, folder)))
 
 
 def judge(seen: Survey) -> list[str]:
     """Warnings: what differs, and whose clock, compute, links or temporary folder are not as they should be."""
-    warnings = compare(seen.facts)[1]
+    warnings = compare(seen.host_infos)[1]
     clocks = seen.clocks()
     right = statistics.median_low(ahead for ahead, _ in clocks.values())
     usual = next(host for host, (ahead, _) in clocks.items() if ahead == right)
@@ -215,7 +217,7 @@ def judge(seen: Survey) -> list[str]:
                 f"the clock of {host} is {abs(ahead - right):.1f} s {side} that of {usual} (+-{error:.1g} s)"
             )
     speeds = seen.speeds()
-    for host, ranks in machines(seen.facts).items():
+    for host, ranks in machines(seen.host_infos).items():
         slow = [rank for rank in ranks if speeds[rank] < SLOW]
         if slow:
             rate = min(speeds[rank] for rank in slow)
@@ -259,9 +261,11 @@ def check_room(seen: Survey, folder: Path, checkpoint: int, more: int) -> list[s
 
 def summary(seen: Survey) -> str:
     """One line."""
-    hosts, first, several = machines(seen.facts), seen.facts[0], len(seen.facts) > 1
+    hosts, first, several = machines(seen.host_infos), seen.host_infos[0], len(seen.host_infos) > 1
     sizes = {len(ranks) for ranks in hosts.values()}
-    count = f" x {_count(sizes.pop(), 'process')}" if len(sizes) == 1 else f", {_count(len(seen.facts), 'process')}"
+    count = (
+        f" x {_count(sizes.pop(), 'process')}" if len(sizes) == 1 else f", {_count(len(seen.host_infos), 'process')}"
+    )
     software = f"torch {first.software['torch']}"
     if "git" in first.software:
         software += f", git {first.software['git'][:7]}{' with changes' if first.changed else ''}"
@@ -278,7 +282,7 @@ def summary(seen: Survey) -> str:
         parts.append(f"all-reduce of {mebibytes} MiB at {_rate(min(one.bus for one in seen.measured))}")
         parts += [f"{a} to {b} {_rate(rate)}" for (a, b), rate in seen.links().items() if len(hosts) == 2]
         speed, rank = min((speed, rank) for rank, speed in enumerate(seen.speeds()))
-        parts[-1] += f" (slowest matmul: {where([seen.facts[rank]])}, {speed:.2f} of the median)"
+        parts[-1] += f" (slowest matmul: {where([seen.host_infos[rank]])}, {speed:.2f} of the median)"
     return "preflight: " + "; ".join(parts)
 
 
@@ -286,8 +290,8 @@ def table(seen: Survey) -> str:
     """A line per machine."""
     clocks, links = seen.clocks(), seen.links()
     rows = [("machine", "processes", "device", "free for runs", "temporary", "clock", "matmul", "links")]
-    for host, ranks in machines(seen.facts).items():
-        one, own = seen.facts[ranks[0]], [seen.measured[rank] for rank in ranks]
+    for host, ranks in machines(seen.host_infos).items():
+        one, own = seen.host_infos[ranks[0]], [seen.measured[rank] for rank in ranks]
         ahead, error = clocks[host]
         rates = [_rate(rate) for ends, rate in links.items() if host in ends]
         rows.append(

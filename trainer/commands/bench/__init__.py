@@ -1,6 +1,6 @@
-"""`bench`: what a training step costs, for every combination of a sweep and beside its peers, measured in one process.
+"""`bench`: what a training step costs, for every combination of a sweep and beside its baselines, measured in one process.
 
-variants.py: what is compared; peers.py: what it is compared with; turns.py and clock.py: how it is measured; report.py:
+variants.py: what is compared; baselines.py: what it is compared with; turns.py and clock.py: how it is measured; report.py:
 table, JSON and plot; data.py, checkpoint.py: the verbs `bench data`, `bench checkpoint`. README.md: the JSON's fields.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from trainer.commands.bench.peers import peers
+from trainer.commands.bench.baselines import baselines
 from trainer.commands.bench.report import train_report
 from trainer.commands.bench.turns import ROOM, fit_together, measure, memory_of_process, share_compiled_code
-from trainer.commands.bench.variants import Contender, Variant, variants
+from trainer.commands.bench.variants import Candidate, Variant, variants
 from trainer.core.config import BenchConfig
 from trainer.core.errors import UserError
 from trainer.data.obtain import agree_on_dataset, obtain_dataset
@@ -26,17 +26,17 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
     """The verb: writes bench.json, bench.md and bench.png, and prints the table or the JSON to stdout."""
     world, found, notes, _ = enter(config)
     first, memory = found[0], memory_of_process(found[0].device, world)
-    contenders: list[Contender] = [*found]
-    for peer in peers(config, first):
-        need = peer.needs()["total"]
+    candidates: list[Candidate] = [*found]
+    for baseline in baselines(config, first):
+        need = baseline.needs()["total"]
         if need > ROOM * memory:
-            notes.append(f"{peer.name} left out: expected to need {need / GIB:.1f} of {memory / GIB:.1f} GiB")
+            notes.append(f"{baseline.name} left out: expected to need {need / GIB:.1f} of {memory / GIB:.1f} GiB")
         else:
-            contenders.append(peer)
-    together = world.on_leader(lambda: fit_together(contenders, memory)) and not share_compiled_code(contenders)
-    notes += measure(contenders, config, together)
+            candidates.append(baseline)
+    together = world.on_leader(lambda: fit_together(candidates, memory)) and not share_compiled_code(candidates)
+    notes += measure(candidates, config, together)
     if world.leader:
-        measured = [one for one in contenders if one.record.rates]
+        measured = [one for one in candidates if one.record.rates]
         train_report(config, measured, together, notes).publish(as_json)
     world.stop()
 

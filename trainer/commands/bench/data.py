@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.bench import enter
-from trainer.commands.bench.peers import Reader
+from trainer.commands.bench.baselines import Reader
 from trainer.commands.bench.report import Report, device_facts, distribution, show, title
 from trainer.commands.bench.turns import in_turns
 from trainer.commands.bench.variants import Variant

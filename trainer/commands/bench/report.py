@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainer.commands.bench.clock import PHASES
-from trainer.commands.bench.variants import Contender
+from trainer.commands.bench.variants import Candidate
 from trainer.core.config import BenchConfig
 from trainer.core.files import user_path, write_file
 from trainer.core.text import printable, printable_lines
@@ -62,12 +62,12 @@ def bench_folder(config: BenchConfig) -> Path:
     return folder
 
 
-def train_report(config: BenchConfig, contenders: list[Contender], together: bool, notes: list[str]) -> Report:
-    """That of `bench`: a row for each contender, with ratios to the peers and to the first variant."""
-    first = contenders[0]
-    variants = [one for one in contenders if one.kind == "trainer"]
-    references = [one for one in contenders if one.kind == "peer"] + ([first] if len(variants) > 1 else [])
-    rows = [row(one, references) for one in contenders]
+def train_report(config: BenchConfig, candidates: list[Candidate], together: bool, notes: list[str]) -> Report:
+    """That of `bench`: a row for each candidate, with ratios to the baselines and to the first variant."""
+    first = candidates[0]
+    variants = [one for one in candidates if one.kind == "trainer"]
+    references = [one for one in candidates if one.kind == "baseline"] + ([first] if len(variants) > 1 else [])
+    rows = [row(one, references) for one in candidates]
     order = "in turns" if together else "one by one"
     body = device_facts(first) | {
         "order": order,
@@ -88,11 +88,11 @@ def train_report(config: BenchConfig, contenders: list[Contender], together: boo
     table = [header, *(cells(entry, [one.name for one in references]) for entry in rows)]
     lines = [*reading(first, rows, order, config), *notes]
     return Report(
-        config, "train", title(first), body, table, lines, {one.name: one.record.rates for one in reversed(contenders)}
+        config, "train", title(first), body, table, lines, {one.name: one.record.rates for one in reversed(candidates)}
     )
 
 
-def device_facts(one: Contender) -> dict[str, Any]:
+def device_facts(one: Candidate) -> dict[str, Any]:
     """Where it was measured, for the JSON."""
     return {
         "device": device_name(one.device),
@@ -103,15 +103,15 @@ def device_facts(one: Contender) -> dict[str, Any]:
     }
 
 
-def title(one: Contender) -> str:
+def title(one: Candidate) -> str:
     plan = one.plan
     threads = f", {torch.get_num_threads()} threads" if one.device.type == "cpu" else ""
     where = f"{one.world.size} x {device_name(one.device)}{threads}"
     return f"{plan.config.model['name']}, {plan.parameters:,} parameters, {where}, torch {torch.__version__}"
 
 
-def row(one: Contender, references: list[Contender]) -> dict[str, Any]:
-    """All that is known of a contender, for the JSON."""
+def row(one: Candidate, references: list[Candidate]) -> dict[str, Any]:
+    """All that is known of a candidate, for the JSON."""
     config, record = one.plan.config, one.record
     length = config.batch.sequence_length
     flops = build_meta(one.plan.model_class, one.plan.model_config).flops_per_token(length)
@@ -145,7 +145,7 @@ def distribution(samples: list[float]) -> dict[str, Any]:
 
 
 def ratio(one: Any, other: Any) -> float:
-    """Median over the rounds of one's rate over the other's, each taken relative to the first contender beside it."""
+    """Median over the rounds of one's rate over the other's, each taken relative to the first candidate beside it."""
     pairs = zip(one.rates, one.beside, other.rates, other.beside, strict=False)
     return statistics.median((rate / beside) / (rate2 / beside2) for rate, beside, rate2, beside2 in pairs)
 
@@ -171,7 +171,7 @@ def show(value: float | None, form: str) -> str:
     return MISSING if value is None else format(value, form)
 
 
-def reading(first: Contender, rows: list[dict[str, Any]], order: str, config: BenchConfig) -> list[str]:
+def reading(first: Candidate, rows: list[dict[str, Any]], order: str, config: BenchConfig) -> list[str]:
     """How the table is to be read."""
     counted = "CUDA's allocator" if first.device.type == "cuda" else "torch's CPU allocator (by its profiler)"
     how = {

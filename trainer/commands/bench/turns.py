@@ -1,4 +1,4 @@
-"""How contenders are measured: all built and then in turns, so that what else the machine does falls on all alike;
+"""How candidates are measured: all built and then in turns, so that what else the machine does falls on all alike;
 where they would not fit the device, or share compiled code, one by one, the first again after each."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.commands.bench.clock import PhaseClock, communication_ms, compilations, peak_memory, synchronise
-from trainer.commands.bench.variants import Contender, leaving_out
+from trainer.commands.bench.variants import Candidate, leaving_out
 from trainer.core.config import BenchConfig
 from trainer.runtime.device import memory_bytes
 from trainer.runtime.distributed import World
@@ -21,19 +21,19 @@ FIRST_STEPS = 2
 ROOM = 0.9  # of the memory may be expected to be taken
 
 
-def measure(contenders: list[Contender], config: BenchConfig, together: bool) -> list[str]:
-    """Fill the record of each contender that can run here; returns a line on each other one, which has no rates.
+def measure(candidates: list[Candidate], config: BenchConfig, together: bool) -> list[str]:
+    """Fill the record of each candidate that can run here; returns a line on each other one, which has no rates.
 
     UserError where the first cannot run.
     """
-    return (in_turns if together else one_by_one)(contenders, config)
+    return (in_turns if together else one_by_one)(candidates, config)
 
 
-def in_turns(contenders: list[Contender], config: BenchConfig) -> list[str]:
+def in_turns(candidates: list[Candidate], config: BenchConfig) -> list[str]:
     """All are built; in each round each takes its turn, none always first. One round warms up."""
-    able: list[Contender] = []
+    able: list[Candidate] = []
     notes: list[str] = []
-    for one in contenders:
+    for one in candidates:
         with leaving_out(one.name, not able, notes, one.world):
             start(one)
             able.append(one)
@@ -51,9 +51,9 @@ def in_turns(contenders: list[Contender], config: BenchConfig) -> list[str]:
     return notes
 
 
-def one_by_one(contenders: list[Contender], config: BenchConfig) -> list[str]:
+def one_by_one(candidates: list[Candidate], config: BenchConfig) -> list[str]:
     """First, second, first, third, first ...: of each, the mean of the first before and after stands beside."""
-    first, *others = contenders
+    first, *others = candidates
     notes: list[str] = []
     with leaving_out(first.name, True, notes, first.world):
         before = visit(first, config)
@@ -70,7 +70,7 @@ def one_by_one(contenders: list[Contender], config: BenchConfig) -> list[str]:
     return notes
 
 
-def visit(one: Contender, config: BenchConfig) -> float:
+def visit(one: Candidate, config: BenchConfig) -> float:
     """Build, warm up, measure all rounds and close; returns the median rate."""
     torch.compiler.reset()  # what was compiled for another shape must not make this one's code dynamic
     start(one)
@@ -82,7 +82,7 @@ def visit(one: Contender, config: BenchConfig) -> float:
     return statistics.median(rates)
 
 
-def start(one: Contender) -> None:
+def start(one: Candidate) -> None:
     """Build and take the first steps: time to the first, and peak memory. A later visit finds kernels on disk."""
     with peak_memory(one.device) as peak:
         begin = time.perf_counter()
@@ -100,7 +100,7 @@ def start(one: Contender) -> None:
         one.world.say(f"{one.name}: first step after {seconds:.1f} s")
 
 
-def turn(one: Contender, steps: int) -> float:
+def turn(one: Candidate, steps: int) -> float:
     """Tokens per second over `steps` steps, from an idle device to an idle one; counts what is compiled meanwhile."""
     compiled = compilations()
     synchronise(one.device)
@@ -112,7 +112,7 @@ def turn(one: Contender, steps: int) -> float:
     return tokens / seconds
 
 
-def look_inside(one: Contender, config: BenchConfig) -> None:
+def look_inside(one: Candidate, config: BenchConfig) -> None:
     """Phases, in steps of their own; after this `one` is not timed any more."""
     alone = one.world.size == 1
     communication = 0.0 if alone else communication_ms(one.step, config.steps_per_round, one.device)
@@ -126,19 +126,19 @@ def rotated(items: list[Any], by: int) -> list[Any]:
     return items[by % len(items) :] + items[: by % len(items)]
 
 
-def share_compiled_code(contenders: list[Contender]) -> bool:
+def share_compiled_code(candidates: list[Candidate]) -> bool:
     """Whether torch.compile, which keeps code by function, would take several shapes for one that changes.
 
     On a GPU some attention kernels are compiled whatever the config says.
     """
-    configs = [one.plan.config for one in contenders]
+    configs = [one.plan.config for one in candidates]
     shapes = {(str(c.model), c.batch.sequence_length, c.batch.tokens_per_microbatch) for c in configs}
-    return len(shapes) > 1 and (contenders[0].device.type == "cuda" or any(c.engine.compile for c in configs))
+    return len(shapes) > 1 and (candidates[0].device.type == "cuda" or any(c.engine.compile for c in configs))
 
 
-def fit_together(contenders: list[Contender], memory: float) -> bool:
+def fit_together(candidates: list[Candidate], memory: float) -> bool:
     """Whether what all hold, and the activations of one at a time, are expected to fit into `memory` bytes."""
-    needs = [one.needs() for one in contenders]
+    needs = [one.needs() for one in candidates]
     held = sum(need["total"] - need["activations"] for need in needs)
     return held + max(need["activations"] for need in needs) <= ROOM * memory
 

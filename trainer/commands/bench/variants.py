@@ -30,7 +30,7 @@ FIXED = ("device", "deterministic", "data.")
 
 @dataclass
 class Record:
-    """What was measured of a contender. beside: in each round, the rate of the first contender at the time."""
+    """What was measured of a candidate. beside: in each round, the rate of the first candidate at the time."""
 
     rates: list[float] = field(default_factory=list)  # tokens per second, one for each round
     beside: list[float] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Record:
     phases_ms: dict[str, float | None] = field(default_factory=dict)
 
 
-class Contender:
+class Candidate:
     """Something that trains. plan: its shape, batch and precision; details: how it differs, for the report."""
 
     kind: str
@@ -73,7 +73,7 @@ class Contender:
         return expected_memory(self.plan)
 
 
-class Variant(Contender):
+class Variant(Candidate):
     """The trainer itself, under one combination of the sweep."""
 
     kind = "trainer"

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.base import cross_entropy, get_model, materialise
 from trainer.commands.bench.clock import PhaseClock
-from trainer.commands.bench.variants import Contender
+from trainer.commands.bench.variants import Candidate
 from trainer.core.config import BenchConfig
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
@@ -53,10 +53,10 @@ class Reader:
         return self.read()[:, 1:].numel()
 
 
-class Peer(Contender):
+class Baseline(Candidate):
     """The loop everyone writes first: autocast, fused AdamW, clipping, DDP where there are several processes."""
 
-    kind = "peer"
+    kind = "baseline"
 
     def make_model(self) -> Any:
         """The model on the device, with initial weights."""
@@ -128,7 +128,7 @@ class Peer(Contender):
         return self.plan.model_config
 
 
-class BareLoop(Peer):
+class BareLoop(Baseline):
     """Our own model, with the kernels, recomputation and compilation of the first variant."""
 
     def make_model(self) -> Any:
@@ -142,7 +142,7 @@ class BareLoop(Peer):
         return self.model(tokens, targets=targets, documents=documents, reduction="sum").loss
 
 
-class EagerPeer(Peer):
+class EagerBaseline(Baseline):
     """Our own model in its straightforward form: whole logits, dense attention, nothing compiled or recomputed."""
 
     def model_config(self) -> Any:
@@ -165,7 +165,7 @@ class EagerPeer(Peer):
         return needs | {"total": needs["total"] + 12 * logits}  # as they are, in fp32, and the gradient of that
 
 
-class TransformersPeer(Peer):
+class TransformersBaseline(Baseline):
     """The same shape in `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
 
     def make_model(self) -> Any:
@@ -258,19 +258,19 @@ OF_SHAPE |= {"d_hidden", "hidden_ratio", "hidden_multiple"}  # all of them show 
 OF_THE_OUTSET = {"attention_kernel", "kernels", "init", "init_std", "zero_init"}  # how, and from which weights
 
 
-def peers(config: BenchConfig, like: Contender) -> list[Peer]:
-    """The peers that `peers` names, of the shape and batch of `like`; by default those that there are."""
+def baselines(config: BenchConfig, like: Candidate) -> list[Baseline]:
+    """The baselines that `baselines` names, of the shape and batch of `like`; by default those that there are."""
     model = like.plan.config.model["name"]
     installed = importlib.util.find_spec("transformers") is not None
-    wanted = config.peers
+    wanted = config.baselines
     if wanted is None:
         wanted = ["bare", "transformers"] if installed and model in COUNTERPARTS else ["bare"]
     if "transformers" in wanted and not installed:
-        raise UserError("peers: transformers is not installed; `pip install transformers`, or --peers bare")
+        raise UserError("baselines: transformers is not installed; `pip install transformers`, or --baselines bare")
     if "transformers" in wanted and model not in COUNTERPARTS:
         raise UserError(
-            f"peers: transformers has no counterpart of {model} here (there is one of {', '.join(COUNTERPARTS)}); --peers bare"
+            f"baselines: transformers has no counterpart of {model} here (there is one of {', '.join(COUNTERPARTS)}); --baselines bare"
         )
-    kinds: dict[str, type[Peer]] = {"bare": BareLoop, "eager": EagerPeer, "transformers": TransformersPeer}
+    kinds: dict[str, type[Baseline]] = {"bare": BareLoop, "eager": EagerBaseline, "transformers": TransformersBaseline}
     names = {"bare": "bare loop", "eager": "eager", "transformers": "transformers"}
     return [kinds[kind](names[kind], like.plan, like.dataset, like.world, like.device) for kind in wanted]
