@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 from conftest import tiny_values
-from trainer.commands.bench.baselines import BareLoop
 
 from models.base import IGNORE, cross_entropy, get_model
+from trainer.commands.bench.baselines import BareLoop
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build

@@ -208,7 +208,7 @@ def test_nothing_half_done_stays(finished, tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from trainer import export
+from trainer.commands import export
 import safetensors.torch
 source, out, limit = sys.argv[1:]
 def peak():

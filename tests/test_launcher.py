@@ -29,7 +29,7 @@ def without(environ, *names):
 
 
 @pytest.mark.parametrize(
-    "environ, place",
+    "environ, rank_info",
     [
         ({}, RankInfo(0, 1, 0, 1)),
         ({"WORLD_SIZE": "1"}, RankInfo(0, 1, 0, 1)),

@@ -91,7 +91,9 @@ def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
     group = optim.Group("g", ["p"], lr, lambda step: 1.0, (0.9, 0.95), 1e-9, weight_decay, loss_driven)
     shapes, cpu = {"p": torch.Size([SCALE_ONE])}, torch.device("cpu")
-    return parameter, optim.Optimizer([group], shapes, {"p": parameter}, first_loss=6.0, decay_base=0.01, device=cpu)
+    return parameter, optim.Optimizer(
+        [group], shapes, {"p": parameter}, first_loss=6.0, decay_base=weight_decay_base(SCALE_ONE), device=cpu
+    )
 
 
 def update(optimizer, step, loss, finite):

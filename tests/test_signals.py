@@ -132,7 +132,7 @@ def test_a_forked_process_can_be_ended():
 
 SECOND = """
 import ctypes, os, signal, sys, threading
-from trainer.engine import signals
+from trainer.runtime import signals
 from trainer.runtime.distributed import World
 
 signals.SAME_REQUEST_SECONDS = signals.SAME_KEY_SECONDS = 0.05

@@ -115,7 +115,7 @@ def test_kernels_are_told_for_what_is_computed(tiny_dataset, tmp_path, monkeypat
         lambda *args, **case: asked.add((case["dtype"], case["documents"])) or choose(*args, **case),
     )
     monkeypatch.setattr(
-        "trainer.training.loop.refuse_unreached", lambda *_: None
+        "trainer.commands.train.refuse_unreached", lambda *_: None
     )  # it computes in fp32, without numbers
     changes = {"precision": "bf16", "model": {"name": "llama"}, "data__separate_documents": True}
     run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, **changes))

@@ -39,7 +39,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data"
 SCRIPT = """
 import sys
 from trainer.core.config import PrepareConfig
-from trainer.data.prepare import run
+from trainer.commands.prepare import run
 from trainer.core.errors import UserError
 if __name__ == "__main__":
     try:

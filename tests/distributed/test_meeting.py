@@ -13,32 +13,33 @@ from conftest import PATIENCE, ROOT, tiny_values
 
 pytestmark = pytest.mark.slow
 
-# Each strikes one rank. Facts are found by `distributed`, before the meeting, and by `preflight`, for its table.
+# Each strikes one rank. Host infos are found by `distributed`, before the meeting, and by `preflight`, for its table.
 PLUGIN = """
 import dataclasses, os, sys, time
-from trainer import device, preflight
-from trainer.engine import distributed
+from trainer.runtime import device
+from trainer.training import preflight
+from trainer.runtime import distributed
 from trainer.core.errors import UserError
 
 rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT")
 trouble, hit = os.environ["TEST_TROUBLE"], int(os.environ["TEST_HIT"])
 distributed.MEETING_SECONDS = 4.0
 
-def change_facts(**changes):
-    original = distributed.find_facts
+def change_host_info(**changes):
+    original = distributed.find_host_info
     def changed(*words):
         own = original(*words)
         software = own.software | changes.get("software", {})
         return dataclasses.replace(own, **changes | {"software": software})
-    distributed.find_facts = preflight.find_facts = changed
+    distributed.find_host_info = preflight.find_host_info = changed
 
 if trouble == "machines":
-    change_facts(host=f"node{rank}", peers=(rank, rank + 1))
+    change_host_info(host=f"node{rank}", peers=(rank, rank + 1))
 if trouble == "machines" and rank == hit:
     matmul = preflight._matmul
     preflight._matmul = lambda *words: matmul(*words) / 10
 if trouble == "torch" and rank == hit:
-    change_facts(host="node2", software={"torch": "2.0.0"})
+    change_host_info(host="node2", software={"torch": "2.0.0"})
 if trouble == "no device" and rank == hit:
     def choose_device(*_):
         raise UserError("device: this GPU is broken")

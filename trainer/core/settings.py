@@ -21,7 +21,7 @@ from trainer.core.text import printable
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
-ROOT = Path(__file__).parent.parent  # holds configs/, in a checkout and where a wheel is installed
+ROOT = Path(__file__).parents[2]  # holds configs/, in a checkout and where a wheel is installed
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 LARGEST = 2**63 - 1  # torch and the files of a run hold integers of 64 bits
 WORDS_OF_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
