@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import traceback
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,11 +123,13 @@ class Spread:
 
 class Kept(NamedTuple):
     """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
-    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy."""
+    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy; unreached: parameters that get
+    no gradient, None where the graph does not tell (see engine/gradients.py)."""
 
     total: int
     blocks: list[int]
     logits: bool
+    unreached: list[str] | None
 
 
 _measured: dict[tuple[Any, ...], Kept] = {}  # a process plans the same model several times, and a measure takes seconds
@@ -250,6 +253,10 @@ class Demand:
         loss = int(self.loss(spread, how, sequences * self.length))
         return self.in_loss(state, spread, accumulates) + sequences * kept + max(sequences * block, loss)
 
+    def unreached(self, spread: Spread, how: str) -> list[str] | None:
+        """Names of the parameters that get no gradient, as far as the forward pass tells; measured already where a run was planned."""
+        return self._measure(spread, how).unreached
+
     def _measure(self, spread: Spread, how: str) -> Kept:
         asked = self.length, spread.compute, how, self.documents, spread.flex, spread.compiled
         key = self.model_class, repr(self.model_config), *asked, spread.deterministic
@@ -309,7 +316,7 @@ def _kept_bytes(
 
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
-    from trainer.engine import compilation, recompute
+    from trainer.engine import compilation, gradients, recompute
 
     gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
     model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
@@ -328,17 +335,19 @@ def _kept_bytes(
         alive = stack.enter_context(_alive_tensors(model))
         starts, added = [], []
         for block in model.blocks():
-            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes()))
-            block.register_forward_hook(lambda *_: added.append(alive.bytes() - starts[-1]))
+            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes))
+            block.register_forward_hook(lambda *_: added.append(alive.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
         output = model(tokens, targets=tokens, documents=tokens if documents else None)
-        total = alive.bytes()
+        total = alive.bytes
         entries = length * model_config.vocab_size
         logits = any(
-            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries for _, shape in alive.sizes.values()
+            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries
+            for _, shape, _ in alive.storages.values()
         )
+        unreached = None if output.loss is None else gradients.unreached(model, output.loss)
         del output
-    return Kept(total, added, logits)
+    return Kept(total, added, logits, unreached)
 
 
 @contextlib.contextmanager
@@ -368,7 +377,7 @@ def _default_dtype(dtype: Any) -> Any:
 
 
 def _alive_tensors(model: Any) -> Any:
-    """A mode that watches the memory which operators take; `bytes()` is what of it is still held."""
+    """A mode that watches the memory which operators take; `bytes` is what of it is still held."""
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -388,29 +397,38 @@ def _alive_tensors(model: Any) -> Any:
             tensors = (*model.parameters(), *model.buffers())
             self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
             self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
-            self.sizes: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
+            # Bytes, shape of the last tensor, and what takes the bytes off when the storage goes: no call looks at all of them.
+            self.storages: dict[StorageWeakRef, tuple[int, torch.Size, weakref.ref[Any]]] = {}
+            self.bytes = 0
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
             # Matrices made of parameters alone, as copies for autocast and room for gradients, are one per run, not per sequence.
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            of_parameters = bool(given) and all(self.reference(x) in self.own | self.vectors for x in given)
+            given = [self.reference(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            of_parameters = bool(given) and all(x in self.own or x in self.vectors for x in given)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     reference = self.reference(tensor)
                     if of_parameters:
                         (self.own if tensor.ndim > 1 or operator in copies else self.vectors).add(reference)
                     if reference not in self.own:
-                        self.sizes[reference] = tensor.untyped_storage().nbytes(), tensor.shape
+                        self.hold(reference, tensor)
             return out
 
         @staticmethod
         def reference(tensor: torch.Tensor) -> StorageWeakRef:
             return StorageWeakRef(tensor.untyped_storage())
 
-        def bytes(self) -> int:
-            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-            return sum(size for size, _ in self.sizes.values())
+        def hold(self, reference: StorageWeakRef, tensor: torch.Tensor) -> None:
+            self.let_go(reference)  # it may have another size by now
+            storage = tensor.untyped_storage()
+            gone = weakref.ref(storage, lambda _: self.let_go(reference))
+            self.storages[reference] = storage.nbytes(), tensor.shape, gone
+            self.bytes += storage.nbytes()
+
+        def let_go(self, reference: StorageWeakRef) -> None:
+            if reference in self.storages:
+                self.bytes -= self.storages.pop(reference)[0]
 
     return AliveTensors()
 
