@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import BackwardCFunction
 
 from models.layers.linear_cross_entropy import score_nothing, scored_by
 from trainer.errors import UserError
@@ -66,7 +65,8 @@ def unreached(model: Any, loss: torch.Tensor) -> list[str] | None:
     reached: set[Any] = set()
     while waiting:
         node: Any = waiting.pop()
-        if isinstance(node, BackwardCFunction) and not getattr(node._forward_cls, "gives_every_gradient", False):
+        function = getattr(node, "_forward_cls", None)  # the autograd.Function whose node it is
+        if function is not None and not getattr(function, "gives_every_gradient", False):
             return None
         reached.add(getattr(node, "variable", None))  # of the nodes that add up the gradient of a parameter
         following = {after for after, _ in node.next_functions} - met
