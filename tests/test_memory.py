@@ -11,6 +11,7 @@ import torch
 from conftest import words_text
 from test_zoo import ZOO, build
 from torch._dynamo.exc import TorchDynamoException
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from models.base import Output, cross_entropy, get_model
@@ -85,8 +86,8 @@ def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
     estimate, layout = MemoryEstimate(type(model), model.config, T), ParallelLayout(strategy, "bf16")
     none, selective, full = (estimate.activations(layout, how) for how in ("none", "selective", "full"))
     assert full < selective < none
-    total, plain, _ = saved_activations(type(model), model.config, T, layout.compute)
-    kept, left, _ = saved_activations(type(model), model.config, T, layout.compute, "full")
+    total, plain, *_ = saved_activations(type(model), model.config, T, layout.compute)
+    kept, left, *_ = saved_activations(type(model), model.config, T, layout.compute, "full")
     assert none == total
     assert len(plain) == len(model.blocks()) and sum(plain) < 1.05 * total  # outputs may go again
     # A block that recomputes leaves its output, which is the next one's input.
@@ -97,6 +98,38 @@ def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
 def test_measuring_leaves_the_default_type(model):
     saved_activations(type(model), model.config, T, "bf16")
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_looking_takes_time_in_proportion_to_the_layers(monkeypatch):
+    """Twice the layers, twice the storages that are asked for anything (no more than once for what an operator gets or makes)."""
+    asked = 0
+
+    class Counted(StorageWeakRef):
+        def count(self):
+            nonlocal asked
+            asked += 1
+
+        def __init__(self, storage):
+            self.count()
+            super().__init__(storage)
+
+        def __hash__(self):
+            self.count()
+            return super().__hash__()
+
+        def expired(self):
+            self.count()
+            return super().expired()
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.StorageWeakRef", Counted)
+    counts = []
+    for layers in (4, 8, 16):
+        asked = 0
+        saved_activations(
+            get_model("gpt2"), get_model("gpt2").Config(64, d_model=32, n_layers=layers, n_heads=2), T, "fp32"
+        )
+        counts.append(asked)
+    assert counts[2] - counts[1] == pytest.approx(2 * (counts[1] - counts[0]), rel=0.05)
 
 
 @pytest.mark.slow

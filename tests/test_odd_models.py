@@ -1,12 +1,14 @@
 """Models that are less simple than the zoo's train, save, go on, and give the same losses when read again."""
 
 import json
+from dataclasses import replace
 
 import odd_model
 import pytest
 import torch
 from conftest import tiny_values
 from safetensors.torch import load_file
+from test_zoo import build as zoo_model
 
 from models.base import get_model, ties, with_storage
 from trainer.checkpoint import format as checkpoint
@@ -16,7 +18,7 @@ from trainer.commands.train import run
 from trainer.core.config import EvaluateConfig, ExportConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
-from trainer.engine.gradients import refuse_unreached
+from trainer.engine.gradients import refuse_unreached, unreached
 from trainer.engine.meta import build_meta
 from trainer.planning.plan import resolve
 from trainer.runs.metrics import read_rows
@@ -57,6 +59,7 @@ def test_a_frozen_parameter_is_one_without_gradient(monkeypatch):
         self.idle.requires_grad_(False)
 
     refuse_unreached(plan_of("steady"), print)  # nothing to refuse
+    monkeypatch.setattr("trainer.planning.memory._measured", {})
     monkeypatch.setattr(odd_model.Steady, "__init__", freeze)
     with pytest.raises(UserError, match="gives no gradient to idle; "):
         refuse_unreached(plan_of("steady"), print)
@@ -66,10 +69,36 @@ def test_where_that_cannot_be_found_out_it_is_said(monkeypatch):
     def nowhere(self, *args, **kwargs):
         raise RuntimeError("needs a GPU")
 
-    plan, said = plan_of("steady"), []
+    plan, said = replace(plan_of("steady"), unreached=None), []
     monkeypatch.setattr(odd_model.Steady, "forward", nowhere)
     refuse_unreached(plan, said.append)
     assert len(said) == 1 and "RuntimeError: needs a GPU" in said[0]
+
+
+def test_a_gradient_that_a_function_keeps_back_is_missed(monkeypatch):
+    """The graph leads to the parameter, and yet no gradient comes: only a backward pass shows it."""
+
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x + weight.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, None
+
+    original = odd_model.Idle.forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        return output._replace(loss=Forgetful.apply(output.loss, self.idle))
+
+    monkeypatch.setattr("trainer.planning.memory._measured", {})
+    monkeypatch.setattr(odd_model.Idle, "forward", forward)
+    plan = plan_of("idle")
+    assert plan.unreached is None
+    with pytest.raises(UserError, match="gives no gradient to idle; "):
+        refuse_unreached(plan, print)
 
 
 def test_a_tie_by_assignment_stays(tiny_dataset, tmp_path):
@@ -93,3 +122,14 @@ def test_what_no_checkpoint_holds_is_made_anew(tiny_dataset, tmp_path, capsys):
     model.init_weights()
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     assert torch.equal(model.table, torch.linspace(1, 2, 64)) and (model.scale == 0.5).all()
+
+
+@pytest.mark.parametrize("name", ["hlb", "gpt2", "modded", "ngpt"])
+def test_the_graph_tells_what_a_backward_pass_does(name):
+    model = zoo_model(name, scale=0.2)
+    model.idle = torch.nn.Parameter(torch.zeros(2))
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    loss = model(tokens, targets=tokens).loss
+    told = unreached(model, loss)
+    loss.backward()
+    assert told == [key for key, parameter in model.named_parameters() if parameter.grad is None] == ["idle"]

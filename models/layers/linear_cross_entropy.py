@@ -110,6 +110,8 @@ def divisor(targets: Tensor, reduction: str) -> Tensor | None:
 class _LinearCrossEntropy(torch.autograd.Function):
     """x [N, D], targets [N] -> scalar, [N], [N]. Makes the gradients of x, weight and bias in the forward pass."""
 
+    gives_every_gradient = True  # to what needs one (see trainer/engine/gradients.py)
+
     @staticmethod
     def forward(
         ctx: Any,

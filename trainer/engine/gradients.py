@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.layers.linear_cross_entropy import scored_by
+from models.layers.linear_cross_entropy import score_nothing, scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.engine.meta import KERNEL_FIELDS
@@ -18,24 +18,16 @@ from trainer.engine.meta import KERNEL_FIELDS
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
     """UserError names the parameters that one backward pass leaves without a gradient. say: where that cannot be found out."""
-    kernels = [name for name in KERNEL_FIELDS if hasattr(plan.model_config, name)]  # those of the CPU reach the same
-    config = replace(plan.model_config, **dict.fromkeys(kernels, "auto"))
-    try:
-        # No numbers, so no memory, and hardly any time. The loss in tiles takes the longest of it, and scores keep nothing.
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            scored_by(lambda *facts: None),
-            torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
-        ):
-            names = unreached(
-                plan.model_class(config), plan.sequence_lengths[0], documents=plan.config.data.separate_documents
+    names = plan.unreached
+    if names is None:
+        try:
+            names = unreached_in_training(plan)
+        except Exception as error:
+            cause = printable(f"{type(error).__name__}: {error}", 200)
+            say(
+                f"warning: whether every parameter gets a gradient is not known: tensors without numbers cannot tell ({cause})"
             )
-    except Exception as error:
-        cause = printable(f"{type(error).__name__}: {error}", 200)
-        say(
-            f"warning: whether every parameter gets a gradient is not known: tensors without numbers cannot tell ({cause})"
-        )
-        return
+            return
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise UserError(
@@ -45,8 +37,39 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
         )
 
 
-def unreached(model: Any, length: int, documents: bool = False) -> list[str]:
-    """Names of the parameters that have no gradient after one backward pass, as in training, through `length` tokens."""
-    tokens = torch.zeros(1, length, dtype=torch.long)
-    model(tokens, targets=tokens, documents=tokens if documents else None, reduction="sum").loss.backward()
-    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+def unreached_in_training(plan: Any) -> list[str]:
+    """Names of the parameters without a gradient after a forward pass as in training and, where its graph does not tell, a
+    backward pass. Without numbers, so it takes no memory and hardly any time."""
+    kernels = [name for name in KERNEL_FIELDS if hasattr(plan.model_config, name)]  # those of the CPU reach the same
+    config = replace(plan.model_config, **dict.fromkeys(kernels, "auto"))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        scored_by(score_nothing),
+        torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
+    ):
+        model = plan.model_class(config)
+        tokens = torch.zeros(1, plan.sequence_lengths[0], dtype=torch.long)  # [B, T]
+        documents = tokens if plan.config.data.separate_documents else None
+        loss = model(tokens, targets=tokens, documents=documents, reduction="sum").loss
+        names = unreached(model, loss)
+        if names is None:
+            loss.backward()
+            names = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    return names
+
+
+def unreached(model: Any, loss: torch.Tensor) -> list[str] | None:
+    """Names of the parameters that the graph of `loss` does not lead to. None: only a backward pass can tell, since an
+    autograd.Function in the graph may return None for one of its inputs."""
+    met, waiting = {loss.grad_fn, None}, [loss.grad_fn]
+    reached: set[Any] = set()
+    while waiting:
+        node: Any = waiting.pop()
+        function = getattr(node, "_forward_cls", None)  # the autograd.Function whose node it is
+        if function is not None and not getattr(function, "gives_every_gradient", False):
+            return None
+        reached.add(getattr(node, "variable", None))  # of the nodes that add up the gradient of a parameter
+        following = {after for after, _ in node.next_functions} - met
+        met |= following
+        waiting += following
+    return [name for name, parameter in model.named_parameters() if parameter not in reached]

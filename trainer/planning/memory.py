@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,11 +90,13 @@ class ParallelLayout:
 
 class SavedActivations(NamedTuple):
     """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
-    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy."""
+    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy; unreached: parameters that get
+    no gradient, None where the graph does not tell (see engine/gradients.py)."""
 
     total: int
     blocks: list[int]
     logits: bool
+    unreached: list[str] | None
 
 
 _measured: dict[
@@ -219,6 +222,10 @@ class MemoryEstimate:
         loss = int(self.loss(layout, how, sequences * self.length))
         return self.in_loss(state, layout, accumulates) + sequences * kept + max(sequences * block, loss)
 
+    def unreached(self, layout: ParallelLayout, how: str) -> list[str] | None:
+        """Names of the parameters that get no gradient, as far as the forward pass tells; measured already where a run was planned."""
+        return self._measure(layout, how).unreached
+
     def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
         asked = self.length, layout.compute, how, self.documents, layout.flex, layout.compiled
         key = self.model_class, repr(self.model_config), *asked, layout.deterministic
@@ -241,7 +248,7 @@ def saved_activations(
     """What is alive after the forward pass of one sequence.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
+    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see MemoryEstimate. A model that cannot be
     compiled is measured as it is, and so trained.
     """
     import torch
@@ -278,7 +285,7 @@ def _saved_activations(
 
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
-    from trainer.engine import activation_checkpointing, compilation
+    from trainer.engine import activation_checkpointing, compilation, gradients
 
     gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
     model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
@@ -297,17 +304,19 @@ def _saved_activations(
         alive = stack.enter_context(_alive_tensors(model))
         starts, added = [], []
         for block in model.blocks():
-            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes()))
-            block.register_forward_hook(lambda *_: added.append(alive.bytes() - starts[-1]))
+            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes))
+            block.register_forward_hook(lambda *_: added.append(alive.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
         output = model(tokens, targets=tokens, documents=tokens if documents else None)
-        total = alive.bytes()
+        total = alive.bytes
         entries = length * model_config.vocab_size
         logits = any(
-            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries for _, shape in alive.sizes.values()
+            shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries
+            for _, shape, _ in alive.storages.values()
         )
+        unreached = None if output.loss is None else gradients.unreached(model, output.loss)
         del output
-    return SavedActivations(total, added, logits)
+    return SavedActivations(total, added, logits, unreached)
 
 
 @contextlib.contextmanager
@@ -337,7 +346,7 @@ def _default_dtype(dtype: Any) -> Any:
 
 
 def _alive_tensors(model: Any) -> Any:
-    """A mode that watches the memory which operators take; `bytes()` is what of it is still held."""
+    """A mode that watches the memory which operators take; `bytes` is what of it is still held."""
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -357,29 +366,38 @@ def _alive_tensors(model: Any) -> Any:
             tensors = (*model.parameters(), *model.buffers())
             self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
             self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
-            self.sizes: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
+            # Bytes, shape of the last tensor, and what takes the bytes off when the storage goes: no call looks at all of them.
+            self.storages: dict[StorageWeakRef, tuple[int, torch.Size, weakref.ref[Any]]] = {}
+            self.bytes = 0
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
             # Matrices made of parameters alone, as copies for autocast and room for gradients, are one per run, not per sequence.
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            of_parameters = bool(given) and all(self.reference(x) in self.own | self.vectors for x in given)
+            given = [self.reference(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            of_parameters = bool(given) and all(x in self.own or x in self.vectors for x in given)
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     reference = self.reference(tensor)
                     if of_parameters:
                         (self.own if tensor.ndim > 1 or operator in copies else self.vectors).add(reference)
                     if reference not in self.own:
-                        self.sizes[reference] = tensor.untyped_storage().nbytes(), tensor.shape
+                        self.hold(reference, tensor)
             return out
 
         @staticmethod
         def reference(tensor: torch.Tensor) -> StorageWeakRef:
             return StorageWeakRef(tensor.untyped_storage())
 
-        def bytes(self) -> int:
-            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-            return sum(size for size, _ in self.sizes.values())
+        def hold(self, reference: StorageWeakRef, tensor: torch.Tensor) -> None:
+            self.let_go(reference)  # it may have another size by now
+            storage = tensor.untyped_storage()
+            gone = weakref.ref(storage, lambda _: self.let_go(reference))
+            self.storages[reference] = storage.nbytes(), tensor.shape, gone
+            self.bytes += storage.nbytes()
+
+        def let_go(self, reference: StorageWeakRef) -> None:
+            if reference in self.storages:
+                self.bytes -= self.storages.pop(reference)[0]
 
     return AliveTensors()
 

@@ -47,6 +47,7 @@ class Plan:
     target: Any  # the trainer.runtime.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, where none attends to another
     train_tokens: int | None = None  # of the training split, where it exists already
+    unreached: list[str] | None = None  # parameters that get no gradient; None: the measure of memory does not tell
 
     @property
     def memory(self) -> int | None:
@@ -100,6 +101,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         target=resolver.target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
+        unreached=resolver.unreached() if training else None,
     )
 
 

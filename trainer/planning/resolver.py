@@ -180,6 +180,10 @@ class Resolver:
         self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
         check_graphs(config, self.target)
 
+    def unreached(self) -> list[str] | None:
+        """Parameters that get no gradient, as `engine` has found beside the memory that is needed."""
+        return self.estimate.unreached(self.layout, self.config.engine.activation_checkpointing)
+
     def _state_precision(self, options: MemoryOptions, rule: str) -> None:
         config = self.config
         if config.precision == "pure_bf16":
