@@ -20,17 +20,19 @@ from trainer.data.stream import Split, TrainStream
 from trainer.device import HostCopy
 from trainer.engine import build_engine
 from trainer.engine.distributed import World
-from trainer.engine.signals import STOPPING, StopSignals
+from trainer.engine.signals import STOPPING, StopCheck, StopSignals
 from trainer.engine.watchdog import Watchdog
-from trainer.errors import Damaged, UserError
+from trainer.errors import Damaged, Stopped, UserError
 from trainer.evaluate import check_enough, score, validate
 from trainer.generate import complete
+from trainer.metrics.record import checked_row
 from trainer.metrics.report import Measured
 from trainer.optim.frequency import FrequencyScaling
 from trainer.plan import Plan
 from trainer.run_config import check_trained_with, folder_of
 from trainer.scaling import BatchMultiplier, GradNormLaw
 
+OWED = "row"  # key of a manifest: the row of its step in metrics.jsonl, where the evaluation that belongs there was not made
 ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
 
 
@@ -87,6 +89,9 @@ class Run:
         self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
         self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
+        self.owed: dict[str, Any] | None = (
+            None  # row of the checkpoint's step, where its evaluation is still to be made
+        )
         self.last: Measured | None = None  # step of this process
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
@@ -198,9 +203,20 @@ class Run:
         return (right / count).item()
 
     def validate(self) -> dict[str, Any]:
-        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it."""
+        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it.
+
+        Stopped, on all ranks, where one was asked to stop meanwhile: it may take longer than a cluster waits.
+        """
         step = self.state.step
         self.watchdog.at(step, "validation")
+        check = StopCheck(self.flags, self.world)
+
+        def at(place: str) -> None:
+            self.watchdog.at(step, place)
+            asked = check.heard()
+            if asked is not None:
+                raise Stopped(asked)
+
         final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
         return validate(
@@ -210,7 +226,7 @@ class Run:
             self.world,
             step,
             max_tokens=limit,
-            at=lambda place: self.watchdog.at(step, place),
+            at=at,
         )
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
@@ -235,10 +251,18 @@ class Run:
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save(self, seconds: float, rows: str = "") -> None:
-        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl."""
+    def save(self, seconds: float, rows: str = "", owed: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl; owed: the step's row, which is not
+        in there yet, as its evaluation is still to be made."""
         self.watchdog.at(self.state.step, "saving")
-        self.saver.save(self.state.step, self.engine.tensors(), self.facts(seconds, rows))
+        facts = self.facts(seconds, rows) | ({} if owed is None else {OWED: owed})
+        self.saver.save(self.state.step, self.engine.tensors(), facts)
+
+    def settle(self, rows: str) -> None:
+        """What the checkpoint that the run goes on from owed is made up for. rows: the digest of metrics.jsonl, with its row."""
+        path = self.saver.folder / checkpoint.step_name(self.state.step)
+        self.world.on_leader(lambda: checkpoint.amend(path, {"metrics": rows, OWED: None}))
+        self.owed = None
 
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
         """What a checkpoint's manifest says of the run."""
@@ -274,5 +298,8 @@ class Run:
         """Take up the state and the tensors of a checkpoint, whatever config it was made with."""
         self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
         self.rows = str(manifest.get("metrics", ""))
+        self.owed = manifest.get(OWED)
+        if self.owed is not None and (checked_row(self.owed) is None or self.owed["step"] != self.state.step):
+            raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is no row of step {self.state.step}")
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k

@@ -109,7 +109,7 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
     config, world = this.config, this.world
     if not (plan_text is None and this.restore()):
         world.on_leader(lambda: start_anew(this.folder, world.say))
-    if this.state.step >= config.max_steps:
+    if this.state.step >= config.max_steps and this.owed is None:
         world.say(
             f"{this.folder} is finished ({this.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
@@ -122,7 +122,8 @@ def train(this: Run, plan_text: str | None) -> signal.Signals | None:
         this.folder / "tokenizer.json", this.dataset.tokenizer.name, this.dataset.tokenizer.eot_id
     )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{this.engine.optimizer.table()}".lstrip() + "\n" + opening(this))
-    report = Report(this.folder, this.plan, world, this.engine, this.state.step, this.state.seconds, this.rows)
+    told = this.state.step - (this.owed is not None)  # the last step of which rows and samples are kept
+    report = Report(this.folder, this.plan, world, this.engine, told, this.state.seconds, this.rows)
     try:
         this.signals.begin(report.console.say)
         with collecting_by_hand():
@@ -204,15 +205,16 @@ def ways_out(config: Any) -> str:
 
 
 def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
+    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step, or before
+    the evaluation of the last step was made."""
     config, state = this.config, this.state
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
-    asked = None
+    asked = None if this.owed is None else make_up(this, this.owed, report, tokenizer)
     profiler = None
-    if config.profile:
+    if config.profile and state.step < config.max_steps:
         steps = state.step, config.max_steps
         profiler = Profiler(this.folder, this.world.rank, this.world.size, this.device, *steps, report.console.say)
     while state.step < config.max_steps and asked is None:
@@ -226,26 +228,54 @@ def loop(this: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             this.watchdog.at(state.step, "saving")
             this.saver.finish()
         asked = report.asked if state.step < config.max_steps else None
-        save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
-        evaluate = asked is None and due(config.evaluation.every)
-        if not (evaluate or save or due(config.log.every)):
+        save, evaluation = (
+            due(config.checkpoint.every) or due(config.checkpoint.keep_every),
+            due(config.evaluation.every),
+        )
+        if not (asked is not None or evaluation or save or due(config.log.every)):
             continue
         report.wait()  # for the device, which may wait for other ranks: still part of the step
         this.watchdog.at(state.step, "log row")
         accuracy = this.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        report.flush(this.validate() if evaluate else None, accuracy)
-        if evaluate and config.log.sample_tokens and state.step < config.max_steps:
-            this.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
-        if evaluate:
-            this.watchdog.at(state.step, "curves")
-            report.draw_curves()
-        if save:
-            this.save(report.clock.seconds, report.sync())
+        if not evaluation:
+            report.flush(None, accuracy)
+        elif asked is None:
+            asked = evaluate(this, report, tokenizer, accuracy)
+        if save or asked is not None:
+            owed = report.withhold() if evaluation and asked is not None else None
+            this.save(report.clock.seconds, report.sync(), owed)
         report.clock.start()
     if profiler is not None:
         profiler.close()
     this.saver.finish()
+    return asked
+
+
+def evaluate(this: Run, report: Report, tokenizer: Any, accuracy: float | None) -> signal.Signals | None:
+    """Validation, the row of the step with it, a text sample and the curves. Returns the signal that broke validation off; nothing
+    is told then."""
+    config, step = this.config, this.state.step
+    try:
+        validation = this.validate()
+    except Stopped as stop:
+        return signal.Signals(stop.number)
+    report.flush(validation, accuracy)
+    if config.log.sample_tokens and step < config.max_steps:
+        this.write_sample(tokenizer, config.log.sample_tokens, f"step {step}")
+    this.watchdog.at(step, "curves")
+    report.draw_curves()
+    return None
+
+
+def make_up(this: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> signal.Signals | None:
+    """The evaluation that the checkpoint owes which the run goes on from, and its `row`. Returns the signal that broke it off."""
+    report.stop_clock()
+    report.take_up(row)
+    asked = evaluate(this, report, tokenizer, this.train_accuracy())
+    if asked is None:
+        this.settle(report.sync())
+    report.clock.start()
     return asked
 
 
