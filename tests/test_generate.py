@@ -257,30 +257,63 @@ def test_stdout_of_another_encoding_gets_question_marks(monkeypatch):
 # -- weights in shards ------------------------------------------------------------------------------------------------------
 
 
-def test_text_gathers_shards_once_and_trains_on_as_without(monkeypatch):
+# By these DeepSpeed leaves weights whole that are as few as here.
+ZERO3_KEEPS = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+
+
+def counted_by_fsdp(monkeypatch) -> list:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    from trainer.engine import fsdp_engine
+    gathers: list = []
+    unshard = FSDPParamGroup._to_unsharded
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", lambda group: gathers.append(group) or unshard(group))
+    return gathers
+
+
+def counted_by_zero3(monkeypatch) -> list:
+    from deepspeed.runtime.zero import partition_parameters
+
+    gathers: list = []
+    gather = partition_parameters._no_gather_coalesced
+    monkeypatch.setattr(
+        partition_parameters, "_no_gather_coalesced", lambda weights: gathers.append(weights) or gather(weights)
+    )
+    return gathers
+
+
+@pytest.mark.parametrize("strategy, counted", [("fsdp", counted_by_fsdp), ("zero3", counted_by_zero3)])
+def test_text_gathers_shards_once_and_trains_on_as_without(monkeypatch, tmp_path, strategy, counted, capsys):
+    from trainer.engine import base
     from trainer.testing.strategies import engine_of, group_of_one, losses_of
     from trainer.testing.subject import Subject
 
-    gathers = []  # one process gathers from nobody, but turns shards into whole weights as it would then
-    unshard = FSDPParamGroup._to_unsharded
-    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", lambda group: gathers.append(group) or unshard(group))
     subject = Subject("gpt2", get_model("gpt2"))
+    settings = {"strategy": strategy}
+    if strategy == "zero3":
+        (tmp_path / "zero3.json").write_text(
+            json.dumps({"zero_optimization": {f"stage3_{key}": 0 for key in ZERO3_KEEPS}})
+        )
+        settings["deepspeed_config"] = str(tmp_path / "zero3.json")
     found = {}
     with group_of_one():
+        gathers = counted(monkeypatch)  # one process gathers from nobody, but makes shards whole as it would then
         for free in (10**12, 0):
-            monkeypatch.setattr(fsdp_engine, "free_bytes", lambda device, local_size, free=free: free)
-            with engine_of(subject, "fsdp") as engine:
+            monkeypatch.setattr(base, "free_bytes", lambda device, local_size, free=free: free)
+            with engine_of(subject, strategy, engine=settings) as engine:
                 blocks = len(engine.model.blocks())
                 losses = losses_of(engine, subject, 0, 1)
+                counts = []
+                for tokens in (10, 20):
+                    gathers.clear()
+                    with engine.gathered():
+                        new = g.generate(engine, [[1, 2, 3]], tokens, VOCAB, temperature=0)
+                    counts.append(len(gathers))
                 gathers.clear()
-                with engine.gathered():
-                    new = g.generate(engine, [[1, 2, 3]], 10, VOCAB, temperature=0)
-                count = len(gathers)
-                gathers.clear()
-                losses += losses_of(engine, subject, 1, 2)
+                losses += losses_of(engine, subject, 1, 3)
                 found[free] = new, losses, len(gathers)
-            assert count <= blocks + 1 if free else count > 10 * blocks
+            if free:
+                assert max(counts) <= blocks + 1
+            else:
+                assert counts[0] > 10 * blocks and counts[1] > counts[0] + 9 * blocks
     assert found[10**12] == found[0]
+    assert capsys.readouterr().err.count("text: weights are gathered again for every token") == 1

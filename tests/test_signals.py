@@ -1,5 +1,6 @@
 """Signals to a run in real processes: before training begins they end it, then they are noted; a second request ends at once."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,16 +9,22 @@ import threading
 import time
 
 import pytest
+import torch
 from conftest import PATIENCE, tiny_values
 
 from trainer.__main__ import interrupted_line
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import saver as checkpoint_saver
 from trainer.commands import train as train_command
-from trainer.core.errors import Stopped
+from trainer.core.errors import Damaged, Stopped
+from trainer.core.files import read_json
+from trainer.inference import evaluation as evaluate
+from trainer.runs.metrics import read_rows
+from trainer.runs.report import Report
 from trainer.runtime import signals
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals, exit_code, not_begun_line, stopped_line, will_stop_line
+from trainer.training.run import Run
 
 
 def begun(world: World | None = None) -> tuple[StopSignals, list[str]]:
@@ -218,3 +225,133 @@ def test_control_c_while_a_run_saves(tiny_dataset, tmp_path, strike, capsys):
     strike(train_command, "Run")
     with pytest.raises(Stopped, match=f"goes on from the checkpoint of step {steps[-1]}"):
         train_command.run(tiny_values(tiny_dataset, tmp_path / "run", max_steps=8))
+
+
+# -- while a run evaluates ---------------------------------------------------------------------------------------------
+
+
+class Pair(World):
+    """Of two ranks the one that is here; the other has the same flags and seconds."""
+
+    def sum(self, tensor):
+        return tensor * 2
+
+
+def test_ranks_ask_each_other_more_seldom_where_turns_are_short(monkeypatch):
+    now, asked, questions = [0.0], torch.zeros(len(signals.STOPPING) + 1), []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    check = signals.StopCheck(lambda: questions.append(now[0]) or asked, Pair(size=2, local_size=2))
+    for _ in range(100):
+        assert check.heard() is None
+        now[0] += 0.125
+    gaps = [later - sooner for sooner, later in itertools.pairwise(questions)]
+    assert gaps[:2] == [0.125, 0.125] and gaps == sorted(gaps)
+    assert 1.0 <= gaps[-1] <= 4.0
+    asked = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    turns = next(turn for turn in range(1000) if check.heard() is not None)
+    assert turns * 0.125 <= 2 * gaps[-1]
+    assert signals.first_of(asked.tolist()) == signal.SIGINT
+
+
+def test_a_long_turn_is_the_last_but_one(monkeypatch):
+    now, flags = [0.0], [torch.zeros(5)]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    check = signals.StopCheck(lambda: flags[0], World())
+    for _ in range(5):
+        assert check.heard() is None
+        now[0] += 60
+    flags[0] = torch.tensor([1.0, 0, 0, 0, 0])
+    assert [check.heard(), check.heard()] == [None, signal.SIGTERM]
+
+
+STEPS_EVALUATED = (4, 8, 10)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_dataset):
+    """evaluated(folder, step, stage) -> exit code of a run of six steps; a SIGTERM comes in this step or at the second window of
+    its evaluation."""
+    score, validate, step_done = evaluate.score, Run.validate, Run.optimiser_step
+    windows: list[int] = []  # the step of the evaluation, for each
+    here = {"step": 0, "at": None}
+
+    def strike(*place):
+        if place == here["at"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def optimiser_step(run):
+        strike(run.state.step + 1, "step")
+        return step_done(run)
+
+    def validated(run):
+        windows.clear()
+        here["step"] = run.state.step
+        return validate(run)
+
+    def scored(*words):
+        windows.append(here["step"])
+        strike(here["step"], f"window {len(windows)}")
+        return score(*words)
+
+    def run(folder, *at):
+        here["at"] = at
+        values = {"evaluation__every": 3, "max_steps": 6, "evaluation__protocol": "full", "log__sample_tokens": 4}
+        try:
+            train_command.run(tiny_values(tiny_dataset, folder, **values))
+        except SystemExit as end:
+            assert at[1] == "step" or len(windows) <= 4, "the evaluation goes on"
+            return end.code
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "rows_at_once", lambda *_: 1)
+        patch.setattr(evaluate, "score", scored)
+        patch.setattr(Run, "validate", validated)
+        patch.setattr(Run, "optimiser_step", optimiser_step)
+        patch.setattr(Report, "draw_curves", lambda report: None)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def calm(evaluated, tmp_path_factory):
+    """Folder of such a run that no signal came to."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    assert evaluated(folder) == 0
+    return folder
+
+
+def rows_of(folder):
+    """Without what a clock says."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "mfu")} for row in rows]
+
+
+def test_a_signal_breaks_evaluations_off_and_the_run_makes_up_for_them(evaluated, calm, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for at in (3, 3, 6, 6):  # also the one that makes up for it
+        assert evaluated(folder, at, "window 2") == 143
+        assert stopped_line(signal.SIGTERM, at) in capsys.readouterr().err
+        assert rows_of(folder) == rows_of(calm)[: at - 1]
+        assert [step for step, _ in checkpoint.found(folder / "checkpoints")][-1] == at
+    assert evaluated(folder) == 0
+    assert rows_of(folder) == rows_of(calm) and rows_of(calm)[2]["val_loss"] != rows_of(calm)[5]["val_loss"]
+    assert (folder / "samples.txt").read_text() == (calm / "samples.txt").read_text()
+    assert evaluated(folder) == 0
+    said = capsys.readouterr().err
+    assert "is finished (6 steps)" in said and "warning" not in said
+
+
+def test_an_evaluation_is_left_to_the_next_process_where_all_have_heard_before_it(evaluated, calm, tmp_path):
+    folder = tmp_path / "run"
+    assert evaluated(folder, 2, "step") == 143
+    assert rows_of(folder) == rows_of(calm)[:2]
+    [(step, path)] = checkpoint.found(folder / "checkpoints")
+    manifest = read_json(path / checkpoint.MANIFEST)
+    assert step == 3 and manifest["row"].keys() >= rows_of(calm)[2].keys()
+    for row in ({"step": 3}, manifest["row"] | {"step": 4}, 7):
+        checkpoint.amend(path, {"row": row})
+        with pytest.raises(Damaged, match="no row of step 3"):
+            evaluated(folder)
+    checkpoint.amend(path, {"row": manifest["row"]})
+    assert evaluated(folder) == 0
+    assert rows_of(folder) == rows_of(calm)

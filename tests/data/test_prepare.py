@@ -628,3 +628,39 @@ def test_token_counts_of_real_text(tmp_path):
     info, _ = make(tmp_path, source=valid, validation_source=valid, tokenizer=gpt2, out=str(tmp_path / "valid"))
     assert info.splits["validation"].tokens == 249_887 + 1
     assert info.splits["train"].bytes == 1_146_846
+
+
+# -- document_start that searches for ever -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupts", [False, True])
+def test_an_endless_search_is_told_and_control_c_ends_it(tmp_path, monkeypatch, interrupts):
+    """Each further a doubles the work: some seconds where nothing interrupts it, and a tenth of one."""
+    monkeypatch.setattr(progress, "STILL_SECONDS", 0.01)
+    (tmp_path / "text.txt").write_text("b\n" + "a" * (23 if interrupts else 19) + "b\n" + "text\n" * 100)
+    said = []
+
+    def log(line):
+        if "one line" in line:
+            said.append(line)
+            if interrupts:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    wanted = PrepareConfig(
+        source=str(tmp_path / "text.txt"),
+        tokenizer="bytes",
+        document_start="(a+)+$",
+        sample_length=16,
+        out=str(tmp_path / "data"),
+        workers=1,
+    )
+    before = signal.getsignal(signal.SIGALRM)
+    if interrupts:
+        with pytest.raises(MachineError, match="was interrupted"):
+            prepare.prepare(wanted, log)
+        assert not (tmp_path / "data").exists()
+    else:
+        with pytest.raises(UserError, match="no text for the validation split"):
+            prepare.prepare(wanted, log)
+    assert len(said) == 1 and said[0].startswith("document_start: has been looked for in one line of ")
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -1,8 +1,9 @@
 """Plugin of the fault tests: `--plugin faults` does to a run what the environment variable FAULTS says.
 
 FAULTS is a JSON list of {"do": an action below, "moment", "rank", "step" (the first is 1), "attempt" (of torchrun),
-"try" (of a Slurm job), "element" (of a job array)}; what is left out matches all. Moments: build (of the model), forward, update (after backward), validation, save and publish (once the
-tensors of a checkpoint are written, and before it gets its name).
+"try" (of a Slurm job), "element" (of a job array)}; what is left out matches all. Moments: build (of the model), forward,
+update (after backward), validation, window (each forward pass of one), save and publish (once the tensors of a checkpoint are
+written, and before it gets its name).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import trainer.training.loop
 import trainer.training.run
 from trainer.checkpoint import format as checkpoint
+from trainer.inference import evaluation as evaluate
 
 FAULTS = json.loads(os.environ["FAULTS"])
 HERE = {
@@ -38,6 +40,7 @@ ACTIONS: dict[str, Any] = {
     "sleep": lambda: time.sleep(1000),
     "slow": lambda: time.sleep(0.2),
     "crash": lambda: os._exit(3),
+    "validate window by window": lambda: setattr(evaluate, "rows_at_once", lambda *_: 1),
     "Slurm warning": lambda: slurm(
         "scancel", "--batch", "--signal=USR1"
     ),  # as of --signal=B:USR1 before the time limit
@@ -111,5 +114,6 @@ def step_of(folder: Any) -> int:
 trainer.training.run.build_engine = build_engine
 before(trainer.training.run.Run, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
 before(trainer.training.run, "validate", lambda *_, **__: strike("validation"))
+before(evaluate, "score", lambda *_: strike("window"))
 before(checkpoint, "_hash_own_files", lambda folder, *_: strike("save", step=step_of(folder)))
 before(checkpoint, "_publish", lambda folder, *_: strike("publish", step=step_of(folder)))

@@ -1,7 +1,8 @@
 """Worker of the matrix tests: trains the cases of a JSON file one after the other in the processes it is started with.
 
 A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
-to write one to, at the end), "steps" (how many, 10), "matrices" (try the hook for matrix optimisers afterwards). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
+to write one to, at the end), "steps" (how many, 10), "texts" (after the second step write texts of so many tokens, the likeliest ones),
+"matrices" (try the hook for matrix optimisers afterwards). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import odd_model  # noqa: F401  # registers it
 import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
+from trainer.inference.decoding import generate
 from trainer.planning.plan import resolve
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.signals import StopSignals
@@ -54,6 +57,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
     result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}
     result |= {"microbatches": [], "graphs": []}
     for _ in range(case.get("steps", 10)):
+        if run.state.step == 2 and "texts" in case:
+            result["texts"], result["gathers"] = zip(*[write_text(run, count) for count in case["texts"]], strict=True)
         count = 0
 
         def counting(*arguments: Any, backward: Any = run.engine.backward) -> Any:
@@ -80,6 +85,23 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
     run.engine.close()
     result["seconds"] = time.monotonic() - begin
     return result
+
+
+def write_text(run: Run, tokens: int) -> tuple[list[int], int]:
+    """(the likeliest tokens after the first three bytes, how often weights were gathered for them)."""
+    with Gathers() as gathers, run.engine.gathered():
+        [text] = generate(run.engine, [[1, 2, 3]], tokens, 256, temperature=0)
+    return text, gathers.count
+
+
+class Gathers(TorchDispatchMode):
+    """Counts all-gathers within."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(function)
+        return function(*args, **kwargs or {})
 
 
 def matrix_updates(run: Run) -> dict[str, Any]:

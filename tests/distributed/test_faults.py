@@ -198,13 +198,22 @@ def test_sigterm_to_torchrun(forks, calm, values):
     assert_goes_on(forks, given, calm("fsdp"), 2)
 
 
-def test_sigterm_in_validation(forks, calm, values):
-    given = values("fsdp", evaluation__every=4)
-    ended = forks.run(given, 2, [{"do": "SIGTERM", "moment": "validation", "step": 4}])
-    assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in (5, 6)
-    ended = forks.run(given, 2)
+@pytest.mark.parametrize("strategy, rank", [("fsdp", None), ("ddp", 1)])
+def test_sigterm_in_validation(forks, values, strategy, rank):
+    """All break it off, at the same window, and make it when the run goes on."""
+    narrow = {"do": "validate window by window", "moment": "build"}
+    settings = {"evaluation__every": 4, "evaluation__protocol": "full", "evaluation__max_tokens": 2048}
+    calm, given = values(strategy, "calm", **settings), values(strategy, **settings)
+    ended = forks.run(calm, 2, [narrow])
     assert ended.codes == [0, 0], ended.said
-    assert [row[:3] for row in history(Path(given["run_dir"]))] == [row[:3] for row in history(calm("fsdp"))]
+    fault = {"do": "SIGTERM", "moment": "window", "step": 4} | ({} if rank is None else {"rank": rank})
+    ended = forks.run(given, 2, [narrow, fault])
+    folder = Path(given["run_dir"])
+    assert assert_stopped(ended, folder, "SIGTERM", 143, told=rank is None) == 4
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3]
+    ended = forks.run(given, 2, [narrow])
+    assert ended.codes == [0, 0], ended.said
+    assert_same_run(folder, Path(calm["run_dir"]))
 
 
 @pytest.mark.parametrize("rank", [None, 1])

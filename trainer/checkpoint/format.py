@@ -151,6 +151,12 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_file(final.parent / LATEST, final.name)
 
 
+def amend(path: Path, facts: dict[str, Any]) -> None:
+    """Change what the manifest of a finished checkpoint says of the run; a fact that is None is taken out."""
+    manifest = _read_manifest(path) | facts
+    write_file(path / MANIFEST, sealed({key: value for key, value in manifest.items() if value is not None}))
+
+
 def _set_aside(path: Path) -> Path:
     """Give a checkpoint that is of no use a name under which it is no longer found; nothing of it is removed."""
     aside = path.with_name(path.name + ".damaged")

@@ -23,7 +23,7 @@ from trainer.data import dataset, encode
 from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo
 from trainer.data.learn import learn_in_child
 from trainer.data.mds import SplitWriter
-from trainer.data.progress import Log, Progress, say
+from trainer.data.progress import Log, Progress, say, telling_of_endless_search
 from trainer.data.readers import BadRow
 from trainer.data.sources import Source, is_far, open_sources
 from trainer.data.target import fresh_folder, one_line_errors, signals_as_interrupts
@@ -40,7 +40,7 @@ def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
         sources = open_sources(config)
         for line in (line for source in sources for line in source.notes):
             log(line)
-        with fresh_folder(out) as folder:
+        with fresh_folder(out) as folder, telling_of_endless_search(log):
             info = _write(config, sources, folder, log)
     log(f"prepared {out} (fingerprint {info.fingerprint[:12]})")
     return info

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import FrameType
 
+from trainer.core.text import printable
+from trainer.data.pieces import opens
 from trainer.data.sources import Source
 
 Log = Callable[[str], None]
+STILL_SECONDS = 30.0  # in which one line is searched, until that is told
 
 
 def say(line: str) -> None:
@@ -52,3 +59,39 @@ class Progress:
         total = max(read, sum(size or 0 for size in sizes))
         left = timedelta(seconds=round(seconds * (total - read) / read))
         return f"{line}, {read / total:.0%} read, {left} left"
+
+
+@contextlib.contextmanager
+def telling_of_endless_search(log: Log) -> Iterator[None]:
+    """Within, say it where document_start has been looked for in one and the same line for long: some patterns take for ever.
+
+    By an alarm: `re` lets no other thread run meanwhile, but heeds signals. Outside the main thread nothing is told.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        yield
+        return
+    seen: str | None = None  # the line that was searched at the alarm before
+    told = False  # of that one
+
+    def look(number: int, frame: FrameType | None) -> None:
+        nonlocal seen, told
+        line: str | None = None
+        if frame is not None and frame.f_code is opens.__code__:
+            line = frame.f_locals["line"]
+        told = told and line is seen
+        if line is not None and line is seen and not told:
+            told = True
+            log(
+                f"document_start: has been looked for in one line of {len(line):,} characters for {STILL_SECONDS:g} s "
+                f"({printable(line, 60)}); a repetition within a repetition, as in (a+)+, may take for ever: Ctrl-C ends "
+                "prepare, and a plainer pattern is quick"
+            )
+        seen = line
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS, STILL_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)

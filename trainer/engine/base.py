@@ -19,10 +19,12 @@ from trainer.engine.matrices import Update, update_copies
 from trainer.engine.meta import build_meta
 from trainer.optim import Optimizer
 from trainer.recipes import build_optimizer
-from trainer.runtime.device import choose_device, keep_freed_memory
+from trainer.runtime.device import choose_device, free_bytes, keep_freed_memory
 from trainer.runtime.distributed import World
 
 T = TypeVar("T")
+
+ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations need some, too
 
 
 class Engine:
@@ -37,6 +39,7 @@ class Engine:
 
     lockstep = False
     part_names: tuple[str, ...] = ()
+    _told_of_room = False  # that whole weights do not fit
     local: dict[str, nn.Parameter]
 
     def __init__(self, plan: Any, world: World) -> None:
@@ -102,6 +105,17 @@ class Engine:
     def gathered(self) -> Any:
         """Context of forward passes in a row without training between them: text, token by token."""
         return contextlib.nullcontext()
+
+    def whole_weights_fit(self) -> bool:
+        """Whether every rank has the memory for all weights in the type to compute in; said once where not. All ranks call this."""
+        whole = (4 if self.precision == "fp32" else 2) * sum(shape.numel() for shape in self.shapes.values())
+        fits = whole < ROOM_SHARE * min(self.world.gather(free_bytes(self.device, self.world.local_size)))
+        if not (fits or self._told_of_room):
+            self._told_of_room = True
+            self.world.say(
+                f"text: weights are gathered again for every token: all of them take {whole / 1024**3:.2f} GiB, more than is free"
+            )
+        return fits
 
     def agree(self, value: T) -> T:
         """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""

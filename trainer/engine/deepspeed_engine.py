@@ -26,6 +26,7 @@ from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
 from trainer.engine.matrices import Update, deal
 from trainer.engine.meta import build_meta
+from trainer.engine.zero3_coordinator import RestingCoordinator
 from trainer.engine.zero3_linear import linear, plain_linear, use_linear
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
@@ -103,13 +104,15 @@ class DeepSpeedEngine(Engine):
             self._zero.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_initial_weights(self) -> None:
-        """Initial weights in fp32 (DeepSpeed would round them to bf16 first), drawn into shards in CPU memory, put parameter by parameter."""
+        """Initial weights in fp32 (DeepSpeed would round them to bf16 first), drawn into shards in CPU memory, gathered and put
+        parameter by parameter: over the devices' own links, which are the fastest there are."""
         drawn = fully_shard(
-            build_meta(self.plan.model_class, self.plan.model_config), mesh=init_device_mesh("cpu", (self.world.size,))
+            build_meta(self.plan.model_class, self.plan.model_config),
+            mesh=init_device_mesh(self.device.type, (self.world.size,)),
         )
         self.initialise(drawn, torch.device("cpu"))
         for name, shard in drawn.named_parameters():
-            self._put_weight(name, shard.detach().full_tensor())
+            self._put_weight(name, shard.detach().to(self.device).full_tensor())
         for name, buffer in drawn.named_buffers():
             self.model.get_buffer(name).copy_(buffer)
 
@@ -119,6 +122,22 @@ class DeepSpeedEngine(Engine):
     def autocast(self) -> Any:
         """At stages 1 to 3 the weights have the type to compute in already."""
         return super().autocast() if self.stage == 0 else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """At stage 3 all weights are gathered once within, and not for every pass, where every rank has the memory for them."""
+        if self.stage < 3 or not self.whole_weights_fit():
+            yield
+            return
+        self._zero.empty_partition_cache()  # also waits for what is on its way to a pass that does not come
+        offload = self._zero.optimizer.parameter_offload
+        coordinator = offload.param_coordinator
+        with self._deepspeed.zero.GatheredParameters(list(self.local.values())):
+            offload.param_coordinator = RestingCoordinator()
+            try:
+                yield
+            finally:
+                offload.param_coordinator = coordinator
 
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self._zero.set_gradient_accumulation_boundary(last)

@@ -17,9 +17,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
-from trainer.runtime.device import free_bytes
-
-ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations need some, too
 
 
 class FsdpEngine(Engine):
@@ -68,10 +65,8 @@ class FsdpEngine(Engine):
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Within, each block is gathered once and not for every pass, where every rank has the memory for all of them."""
-        itemsize = 4 if self.precision == "fp32" else 2
-        whole = itemsize * sum(shape.numel() for shape in self.shapes.values())
-        room = min(self.world.gather(free_bytes(self.device, self.world.local_size)))
-        blocks = self.model.blocks() if self.config.engine.reshard_after_forward and whole < ROOM_SHARE * room else []
+        releases = self.config.engine.reshard_after_forward
+        blocks = self.model.blocks() if releases and self.whole_weights_fit() else []
         for block in blocks:
             block.set_reshard_after_forward(False)
         try:

@@ -42,7 +42,8 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, plan, device, autocast() and lockstep, as an engine does; at: told the progress.
+    """Loss over the split in order. runner: has model, plan, device and autocast(), as an engine does; at: told the progress, on
+    all ranks equally often, and may raise to break it off.
 
     Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
     the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
@@ -50,7 +51,7 @@ def full(
     windows = list(ordered_windows(split, length, max_tokens))
     rows = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
-    for first in turns(runner, world, len(windows), rows):
+    for first in turns(world, len(windows), rows):
         at(f"validation window {first} of {len(windows)}")
         chunk = windows[first : first + rows] or [(0, 0)]
         tokens = np.zeros((len(chunk), length), dtype=np.int64)
@@ -92,7 +93,7 @@ def hlb(
     draw = random.Random(f"{seed}:{step}:hlb evaluation")
     starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
-    for first in turns(runner, world, len(starts), batch):
+    for first in turns(world, len(starts), batch):
         at(f"validation window {first} of {len(starts)}")
         chosen = starts[first : first + batch]
         block = torch.from_numpy(np.stack([split.read(start, length + 1) for start in chosen or [0]]))
@@ -120,12 +121,11 @@ def check_enough(split: Split, protocol: str, key: str) -> None:
         )
 
 
-def turns(runner: Any, world: World, windows: int, rows: int) -> range:
-    """First windows of this rank's chunks of `rows`, dealt out in turn. In lockstep all ranks have equally many, the last of
-    some beyond the end: empty."""
+def turns(world: World, windows: int, rows: int) -> range:
+    """First windows of this rank's chunks of `rows`, dealt out in turn. All ranks have equally many, the last of some beyond
+    the end: empty. So they can agree on something in each, and take part in collectives of the forward pass."""
     stride = world.size * rows
-    end = -(-windows // stride) * stride if runner.lockstep else windows
-    return range(world.rank * rows, end, stride)
+    return range(world.rank * rows, -(-windows // stride) * stride, stride)
 
 
 def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:

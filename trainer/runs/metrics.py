@@ -145,6 +145,11 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    return checked_row(row)
+
+
+def checked_row(row: Any) -> dict[str, Any] | None:
+    """`row`, where it is one that was written here."""
     if not isinstance(row, dict) or not row.keys() >= set(KEYS):
         return None
     numbers = all(type(row[key]) in (int, float, type(None)) for key in KEYS)

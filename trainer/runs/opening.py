@@ -30,7 +30,6 @@ class OpenRun:
     tokenizer: Any
     device: Any
     step: int
-    lockstep = False  # see engine.base.Engine
 
     def agree(self, value: Any) -> Any:
         return value

@@ -19,7 +19,7 @@ from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.wandb import Wandb
 from trainer.runtime.device import HostCopy, peak_flops, peak_memory_bytes
-from trainer.runtime.signals import STOPPING
+from trainer.runtime.signals import STOPPING, first_of
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Report:
         self._flops = {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._waiting: Measured | None = None
+        self._row: dict[str, Any] | None = None  # that waits instead, of a step before a restart
         self._first = True
         self._seconds_then = seconds
         self._skips = 0
@@ -122,32 +123,11 @@ class Report:
 
     def flush(self, validation: dict[str, Any] | None = None, train_accuracy: float | None = None) -> None:
         """Tell the step that is waiting, with the results of an evaluation made after it. Raises at a non-finite step."""
-        if self._waiting is None:
+        row = self._take()
+        if row is None:
             return
-        m, self._waiting = self._waiting, None
-        loss, grad_norm, finite, *others = m.numbers.read()
-        stops, failed, parts = others[: len(STOPPING)], others[len(STOPPING)], others[len(STOPPING) + 1 :]
-        self.save_failed = failed > 0
-        self.asked = next((number for number, count in zip(STOPPING, stops, strict=True) if count), self.asked)
-        rate = m.step_tokens / max(m.elapsed, 1e-9)
-        mfu = rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
-        row = {
-            "step": m.step,
-            "tokens": m.tokens,
-            "loss": loss if finite else None,
-            "grad_norm": grad_norm if finite else None,
-            "lr": m.lr,
-            "val_loss": best.get("loss"),
-            "val_bits_per_byte": best.get("bits_per_byte"),
-            "tokens_per_second": rate,
-            "mfu": mfu,
-            "sequence_length": m.length,
-            "microbatch_steps": m.multiplier,
-            "epoch": m.epoch,
-            "seconds": m.seconds,
-        }
-        row |= {f"loss_{name}": part if finite else None for name, part in zip(m.parts, parts, strict=True)}
+        row |= {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
         if validation and "full" in validation and "hlb" in validation:
             row["val_loss_hlb"] = validation["hlb"]["loss"]
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
@@ -155,12 +135,52 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.write(row)
             self._wandb.write(row)
+        self._show(row, best, train_accuracy)
+        self._guard(row)
+
+    def withhold(self) -> dict[str, Any] | None:
+        """The row of the step that is waiting, untold: its evaluation is to be made by the process that goes on, which gives it to
+        `take_up`. Raises at a non-finite step."""
+        row = self._take()
+        if row is not None:
+            self._guard(row)
+        return row
+
+    def take_up(self, row: dict[str, Any]) -> None:
+        """Have the next `flush` tell what another process withheld."""
+        self._row = row
+
+    def _take(self) -> dict[str, Any] | None:
+        """The row of the step that is waiting, as yet without an evaluation; from now on none waits."""
+        m, row = self._waiting, self._row
+        self._waiting = self._row = None
+        if m is None:
+            return row
+        loss, grad_norm, finite, *others = m.numbers.read()
+        stops, failed, parts = others[: len(STOPPING)], others[len(STOPPING)], others[len(STOPPING) + 1 :]
+        self.save_failed = failed > 0
+        self.asked = first_of(stops) or self.asked
         if self._first:
             self._first = False
             how = ", compilation included" if self.config.engine.compile else ""
             self.console.say(f"first step: {m.elapsed:.1f} s{how}")
-        self._show(row, best, train_accuracy)
-        self._guard(m.step, bool(finite))
+        rate = m.step_tokens / max(m.elapsed, 1e-9)
+        row = {
+            "step": m.step,
+            "tokens": m.tokens,
+            "loss": loss if finite else None,
+            "grad_norm": grad_norm if finite else None,
+            "lr": m.lr,
+            "val_loss": None,
+            "val_bits_per_byte": None,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None,
+            "sequence_length": m.length,
+            "microbatch_steps": m.multiplier,
+            "epoch": m.epoch,
+            "seconds": m.seconds,
+        }
+        return row | {f"loss_{name}": part if finite else None for name, part in zip(m.parts, parts, strict=True)}
 
     def _show(self, row: dict[str, Any], best: dict[str, Any], train_accuracy: float | None) -> None:
         facts = self._facts(row)
@@ -200,7 +220,8 @@ class Report:
             "ETA": f"{int(left // 60)} min {int(left % 60):02d} s",
         }
 
-    def _guard(self, step: int, finite: bool) -> None:
+    def _guard(self, row: dict[str, Any]) -> None:
+        step, finite = row["step"], row["loss"] is not None
         self._skips = 0 if finite else self._skips + 1
         if finite:
             return

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer.core.errors import Stopped
+from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
 from trainer.runtime.listener import in_child, listener, tell
 
@@ -24,6 +29,7 @@ MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 # `timeout`, and launchers on a terminal or under Slurm, deliver one request twice: to the whole group, and passed on.
 SAME_REQUEST_SECONDS = 5.0
 SAME_KEY_SECONDS = 0.25  # the same of a Ctrl-C without a launcher: a finger is slower, `timeout` is faster
+CHECK_SECONDS = 1.0  # at least, between two questions of `StopCheck`, where turns are shorter
 
 
 class StopSignals:
@@ -97,6 +103,43 @@ class StopSignals:
             cursor = "\x1b[?25h\r\n" if sys.stderr.isatty() else ""  # the live view hides it
             tell(f"{cursor}{number.name} once more: ends at once, without another checkpoint\n".encode())
         os._exit(exit_code(number))
+
+
+class StopCheck:
+    """Whether any rank was asked to stop, for a loop whose turns all ranks take equally often.
+
+    flags: those of this rank, on its device, one for each of STOPPING and perhaps more after them. The ranks ask each other
+    every few turns, and read the answer when they ask again: nobody waits for the device, and all hear in the same turn.
+    """
+
+    def __init__(self, flags: Callable[[], Tensor], world: World) -> None:
+        self._flags, self._world = flags, world
+        self._turns, self._next, self._interval = 0, 1, 1  # counted in turns
+        self._asked_at = -math.inf
+        self._answer: HostCopy | None = None  # flags, and the seconds since the question before, summed over ranks
+
+    def heard(self) -> signal.Signals | None:
+        """The signal to stop by. Call it in each turn, on all ranks."""
+        self._turns += 1
+        if self._turns < self._next:
+            return None
+        asked = None
+        if self._answer is not None:
+            *flags, seconds = self._answer.read()
+            asked = first_of(flags)
+            if seconds < CHECK_SECONDS * self._world.size:
+                self._interval *= 2
+        now = time.monotonic()
+        flags_here = self._flags()
+        question = torch.cat([flags_here, flags_here.new_tensor([now - self._asked_at])])
+        self._answer = HostCopy(self._world.sum(question))
+        self._asked_at, self._next = now, self._turns + self._interval
+        return asked
+
+
+def first_of(counts: Sequence[float]) -> signal.Signals | None:
+    """Of signals that some ranks have heard, in the order of STOPPING, the one that counts; what stands after them does not."""
+    return next((number for number, count in zip(STOPPING, counts, strict=False) if count), None)
 
 
 def follow_launcher() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.core.errors import Stopped
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
 from trainer.optim.schedules import schedule_change
@@ -34,7 +35,7 @@ def train(run: Run, plan_text: str | None) -> signal.Signals | None:
     config, world = run.config, run.world
     if not (plan_text is None and run.restore()):
         world.on_leader(lambda: start_anew(run.folder, world.say))
-    if run.state.step >= config.max_steps:
+    if run.state.step >= config.max_steps and run.owed is None:
         world.say(
             f"{run.folder} is finished ({run.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
@@ -47,7 +48,8 @@ def train(run: Run, plan_text: str | None) -> signal.Signals | None:
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{run.engine.optimizer.table()}".lstrip() + "\n" + opening(run))
-    report = Report(run.folder, run.plan, world, run.engine, run.state.step, run.state.seconds, run.rows)
+    told = run.state.step - (run.owed is not None)  # the last step of which rows and samples are kept
+    report = Report(run.folder, run.plan, world, run.engine, told, run.state.seconds, run.rows)
     try:
         run.signals.begin(report.console.say)
         with collecting_by_hand():
@@ -113,15 +115,16 @@ def collecting_by_hand() -> Iterator[None]:
 
 
 def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
+    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step, or before
+    the evaluation of the last step was made."""
     config, state = run.config, run.state
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
-    asked = None
+    asked = None if run.owed is None else make_up(run, run.owed, report, tokenizer)
     profiler = None
-    if config.profile:
+    if config.profile and state.step < config.max_steps:
         steps = state.step, config.max_steps
         profiler = Profiler(run.folder, run.world.rank, run.world.size, run.device, *steps, report.console.say)
     while state.step < config.max_steps and asked is None:
@@ -135,26 +138,54 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             run.watchdog.at(state.step, "saving")
             run.saver.finish()
         asked = report.asked if state.step < config.max_steps else None
-        save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
-        evaluate = asked is None and due(config.evaluation.every)
-        if not (evaluate or save or due(config.log.every)):
+        save, evaluation = (
+            due(config.checkpoint.every) or due(config.checkpoint.keep_every),
+            due(config.evaluation.every),
+        )
+        if not (asked is not None or evaluation or save or due(config.log.every)):
             continue
         report.wait()  # for the device, which may wait for other ranks: still part of the step
         run.watchdog.at(state.step, "log row")
         accuracy = run.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        report.flush(run.validate() if evaluate else None, accuracy)
-        if evaluate and config.log.sample_tokens and state.step < config.max_steps:
-            run.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
-        if evaluate:
-            run.watchdog.at(state.step, "curves")
-            report.draw_curves()
-        if save:
-            run.save(report.clock.seconds, report.sync())
+        if not evaluation:
+            report.flush(None, accuracy)
+        elif asked is None:
+            asked = evaluate(run, report, tokenizer, accuracy)
+        if save or asked is not None:
+            owed = report.withhold() if evaluation and asked is not None else None
+            run.save(report.clock.seconds, report.sync(), owed)
         report.clock.start()
     if profiler is not None:
         profiler.close()
     run.saver.finish()
+    return asked
+
+
+def evaluate(run: Run, report: Report, tokenizer: Any, accuracy: float | None) -> signal.Signals | None:
+    """Validation, the row of the step with it, a text sample and the curves. Returns the signal that broke validation off; nothing
+    is told then."""
+    config, step = run.config, run.state.step
+    try:
+        validation = run.validate()
+    except Stopped as stop:
+        return signal.Signals(stop.number)
+    report.flush(validation, accuracy)
+    if config.log.sample_tokens and step < config.max_steps:
+        run.write_sample(tokenizer, config.log.sample_tokens, f"step {step}")
+    run.watchdog.at(step, "curves")
+    report.draw_curves()
+    return None
+
+
+def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> signal.Signals | None:
+    """The evaluation that the checkpoint owes which the run goes on from, and its `row`. Returns the signal that broke it off."""
+    report.stop_clock()
+    report.take_up(row)
+    asked = evaluate(run, report, tokenizer, run.train_accuracy())
+    if asked is None:
+        run.settle(report.sync())
+    report.clock.start()
     return asked
 
 

@@ -16,7 +16,7 @@ from models.base import IGNORE
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
-from trainer.core.errors import Damaged, UserError
+from trainer.core.errors import Damaged, Stopped, UserError
 from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream
 from trainer.engine import build_engine
@@ -26,12 +26,14 @@ from trainer.optim.frequency import FrequencyScaling
 from trainer.planning.plan import Plan
 from trainer.planning.run_config import check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
+from trainer.runs.metrics import checked_row
 from trainer.runs.report import Measured
 from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
-from trainer.runtime.signals import STOPPING, StopSignals
+from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
 
+OWED = "row"  # key of a manifest: the row of its step in metrics.jsonl, where the evaluation that belongs there was not made
 ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
 
 
@@ -88,6 +90,9 @@ class Run:
         self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
         self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
+        self.owed: dict[str, Any] | None = (
+            None  # row of the checkpoint's step, where its evaluation is still to be made
+        )
         self.last: Measured | None = None  # step of this process
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
@@ -199,9 +204,20 @@ class Run:
         return (right / count).item()
 
     def validate(self) -> dict[str, Any]:
-        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it."""
+        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it.
+
+        Stopped, on all ranks, where one was asked to stop meanwhile: it may take longer than a cluster waits.
+        """
         step = self.state.step
         self.watchdog.at(step, "validation")
+        check = StopCheck(self.flags, self.world)
+
+        def at(place: str) -> None:
+            self.watchdog.at(step, place)
+            asked = check.heard()
+            if asked is not None:
+                raise Stopped(asked)
+
         final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
         return validate(
@@ -211,7 +227,7 @@ class Run:
             self.world,
             step,
             max_tokens=limit,
-            at=lambda place: self.watchdog.at(step, place),
+            at=at,
         )
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
@@ -236,10 +252,18 @@ class Run:
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save(self, seconds: float, rows: str = "") -> None:
-        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl."""
+    def save(self, seconds: float, rows: str = "", owed: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl; owed: the step's row, which is not
+        in there yet, as its evaluation is still to be made."""
         self.watchdog.at(self.state.step, "saving")
-        self.saver.save(self.state.step, self.engine.tensors(), self.facts(seconds, rows))
+        facts = self.facts(seconds, rows) | ({} if owed is None else {OWED: owed})
+        self.saver.save(self.state.step, self.engine.tensors(), facts)
+
+    def settle(self, rows: str) -> None:
+        """What the checkpoint that the run goes on from owed is made up for. rows: the digest of metrics.jsonl, with its row."""
+        path = self.saver.folder / checkpoint.step_name(self.state.step)
+        self.world.on_leader(lambda: checkpoint.amend(path, {"metrics": rows, OWED: None}))
+        self.owed = None
 
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
         """What a checkpoint's manifest says of the run."""
@@ -275,5 +299,8 @@ class Run:
         """Take up the state and the tensors of a checkpoint, whatever config it was made with."""
         self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
         self.rows = str(manifest.get("metrics", ""))
+        self.owed = manifest.get(OWED)
+        if self.owed is not None and (checked_row(self.owed) is None or self.owed["step"] != self.state.step):
+            raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is no row of step {self.state.step}")
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
