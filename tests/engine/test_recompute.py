@@ -241,7 +241,7 @@ def test_selective_keeps_what_a_kernel_of_its_own_gives(how):
 RANK = """
 import copy, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/models"]
 import torch, torch.distributed as dist
 from test_zoo import VOCAB, build
 from trainer.engine import activation_checkpointing
