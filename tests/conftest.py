@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,33 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 # Seconds: what a test starts and does not end by then is stuck, not slow (the longest test took 135 beside CI's other lane on
 # two slow cores). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.
 PATIENCE = 240
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also the slow tests")
+    parser.addoption("--nightly", action="store_true", help="also the slow tests and every case of the large matrices")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick tests alone, unless --all, --nightly or a marker named in -m asks for more."""
+    named = config.getoption("markexpr")
+    nightly = config.getoption("nightly") or "nightly" in named
+    left_out = set() if nightly else {"nightly"}
+    if not (nightly or config.getoption("all") or "slow" in named):
+        left_out.add("slow")
+    waiting = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if waiting:
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in set(waiting)]
+
+
+def beyond(sample: Collection, values: Iterable) -> list:
+    """Parameters of a test: all `values`; those that `sample` does not hold run with --nightly alone."""
+    return [value if value in sample else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+
+
+# For tests whose cases depend on each other or share one start: a part of the cases, and all of them.
+WHOLE = [pytest.param(False, id="sample"), pytest.param(True, id="all", marks=pytest.mark.nightly)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """kill -9 at random moments of one run, of one process or of two, and during saves: the same weights as the run nobody touched.
 
-With FULL_MATRIX=1 many more kills."""
+With --nightly many more kills."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PATIENCE, ROOT, tiny_values
+from conftest import PATIENCE, ROOT, beyond, tiny_values
 
 from trainer.checkpoint import format as checkpoint
 from trainer.runs.metrics import read_rows
@@ -21,9 +21,6 @@ from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 
-FULL = bool(os.environ.get("FULL_MATRIX"))
-KILLS = 50 if FULL else 4
-KILLS_OF_RANKS = 20 if FULL else 2
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "100", "-m")
 
 
@@ -83,16 +80,17 @@ def assert_same_run(hunted: Path, calm: Path) -> None:
     assert not [name for name in left if name.endswith(".tmp")]
 
 
-def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys):
-    calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run", KILLS))
+@pytest.mark.parametrize("kills", beyond([4], [4, 50]))
+def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys, kills):
+    calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run", kills))
     begin = time.monotonic()
     assert start(calm).wait(timeout=600) == 0
     whole = time.monotonic() - begin
 
-    hunted = write(tmp_path / "hunted", values(tiny_dataset, tmp_path / "hunted" / "run", KILLS))
+    hunted = write(tmp_path / "hunted", values(tiny_dataset, tmp_path / "hunted" / "run", kills))
     draw, reached = random.Random(0), []
     begin = time.monotonic()
-    while len(reached) < KILLS:
+    while len(reached) < kills:
         process = start(hunted)
         reached.append(wait_for_rows(process, tmp_path / "hunted" / "run" / "metrics.jsonl", draw))
         process.kill()
@@ -102,7 +100,7 @@ def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys):
     assert_same_run(tmp_path / "hunted" / "run", tmp_path / "calm" / "run")
     took = time.monotonic() - begin
     with capsys.disabled():
-        print(f"\n{KILLS} kills at rows {reached}; the calm run took {whole:.0f} s, the hunted one {took:.0f} s")
+        print(f"\n{kills} kills at rows {reached}; the calm run took {whole:.0f} s, the hunted one {took:.0f} s")
 
 
 def workers(process: subprocess.Popen) -> list[int]:
@@ -112,11 +110,12 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid, parent, args in fields if parent == str(process.pid) and "-m trainer" in args]
 
 
-def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys):
+@pytest.mark.parametrize("kills", beyond([2], [2, 20]))
+def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys, kills):
     """FSDP on two ranks with asynchronous checkpoints. torchrun restarts a run that has lost one; with all, it goes too."""
     configs = {}
     for name in ("calm", "hunted"):
-        chosen = values(tiny_dataset, tmp_path / name / "run", KILLS_OF_RANKS)
+        chosen = values(tiny_dataset, tmp_path / name / "run", kills)
         chosen["engine"] = {"strategy": "fsdp"}
         chosen["checkpoint"]["asynchronous"] = True
         configs[name] = write(tmp_path / name, chosen)
@@ -126,7 +125,7 @@ def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys):
     draw, hits = random.Random(1), []
     process = start(configs["hunted"], TORCHRUN)
     try:
-        while len(hits) < KILLS_OF_RANKS:
+        while len(hits) < kills:
             row = wait_for_rows(process, metrics, draw)
             ranks = workers(process)
             victims = [process.pid, *ranks] if len(hits) % 3 == 1 else [draw.choice(ranks)]

@@ -1,4 +1,4 @@
-"""A long run takes no more memory, files, threads or time per evaluation at its end than in its middle. FULL_MATRIX=1: ten times as long."""
+"""A long run takes no more memory, files, threads or time per evaluation at its end than in its middle."""
 
 import os
 import threading
@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_values
+from conftest import beyond, tiny_values
 
 from trainer.commands.train import run
 from trainer.runs.report import Report
 from trainer.training.run import Run
-
-EVALUATIONS = 1000 if os.environ.get("FULL_MATRIX") else 100
 
 
 @dataclass
@@ -34,7 +32,8 @@ def look(began: float) -> Sample:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
-def test_a_long_run_stays_as_it_is(tiny_dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("evaluations", beyond([100], [100, 1000]))
+def test_a_long_run_stays_as_it_is(tiny_dataset, tmp_path, monkeypatch, evaluations):
     """With a sample at each evaluation, every fourth picture (most of the time goes there) and an asynchronous save at every fifth."""
     samples: list[Sample] = []
     began = [0.0]
@@ -53,14 +52,14 @@ def test_a_long_run_stays_as_it_is(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Report, "draw_curves", end)
     model = {"name": "llama", "d_model": 16, "n_layers": 1, "n_heads": 1}
     changes = {"evaluation__every": 5, "checkpoint__every": 25, "checkpoint__asynchronous": True}
-    changes |= {"evaluation__max_tokens": 64, "log__sample_tokens": 1, "log__every": 50, "max_steps": 5 * EVALUATIONS}
+    changes |= {"evaluation__max_tokens": 64, "log__sample_tokens": 1, "log__every": 50, "max_steps": 5 * evaluations}
     values = tiny_values(tiny_dataset, tmp_path / "run", model=model, **changes)
     values["batch"] |= {"tokens_per_step": 64, "tokens_per_microbatch": 64, "sequence_start": 64}
     run(values)
 
-    assert len(samples) == EVALUATIONS
+    assert len(samples) == evaluations
     # What comes before warms up: allocators, fonts, caches of kernels. The last evaluation is of the whole split.
-    later = samples[EVALUATIONS // 3 : -1]
+    later = samples[evaluations // 3 : -1]
     grows = [
         np.polyfit(range(len(later)), [getattr(one, key) for one in later], 1)[0]
         for key in ("resident", "files", "threads")

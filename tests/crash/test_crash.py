@@ -1,6 +1,6 @@
 """A run survives a crash and a fault at any of its file operations, and one wrong digit in its files is never silent.
 
-A sample; FULL_MATRIX=1 tries all of them (hours). Needs Linux and gcc.
+A sample; --nightly tries all of them (hours). Needs Linux and gcc.
 """
 
 import os
@@ -9,11 +9,11 @@ import shutil
 import sys
 
 import pytest
+from conftest import WHOLE, beyond
 from disk import Disk, Record, crashes
 from flips import FlipLab
 from harness import Lab
 
-FULL = bool(os.environ.get("FULL_MATRIX"))
 TRIALS, FLIPS = 24, 16
 
 
@@ -27,17 +27,19 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_faults_and_crashes(lab):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_faults_and_crashes(lab, whole):
     trials = lab.trials()
-    chosen = trials if FULL else random.Random(1).sample(trials, TRIALS)
+    chosen = trials if whole else random.Random(1).sample(trials, TRIALS)
     wrong = {trial.name: found for trial in chosen if (found := lab.attempt(trial))}
     assert not wrong, f"{len(wrong)} of {len(chosen)} trials: {wrong}"
 
 
 @pytest.mark.slow
-def test_flipped_digits(lab):
+@pytest.mark.parametrize("count", beyond([FLIPS], [FLIPS, 3000]))
+def test_flipped_digits(lab, count):
     flips = FlipLab(lab)
-    ends = {str(flip): flips.attempt(flip) for flip in flips.draw(3000 if FULL else FLIPS, 1)}
+    ends = {str(flip): flips.attempt(flip) for flip in flips.draw(count, 1)}
     wrong = {name: end for name, end in ends.items() if end not in ("found", "refused")}
     assert not wrong, f"{len(wrong)} of {len(ends)} flips: {wrong}"
 

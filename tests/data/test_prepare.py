@@ -21,7 +21,7 @@ import filelock
 import numpy as np
 import pytest
 import tokenizers as library
-from conftest import PATIENCE
+from conftest import PATIENCE, WHOLE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -612,12 +612,13 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("torchvision"
 
 @needs_data
 @pytest.mark.slow
-def test_token_counts_of_real_text(tmp_path):
-    """Of a part of enwiki-2015; with FULL_MATRIX=1 of all."""
+@pytest.mark.parametrize("whole", WHOLE)
+def test_token_counts_of_real_text(tmp_path, whole):
+    """Of a part of enwiki-2015, and of all."""
     gpt2 = str(DATA / "tokenizers" / "gpt2")
     source, valid = DATA / "enwiki-2015", str(DATA / "wikitext-2-raw" / "wiki.valid.raw")
     tokens, documents, words = 342_115, 114, 249_722
-    if os.environ.get("FULL_MATRIX"):
+    if whole:
         tokens, documents, words = 23_846_858, 6_533, 17_584_503
     else:
         source /= "enwiki-2015-train-011.jsonl"

@@ -12,8 +12,6 @@ from pathlib import Path
 import yaml
 from conftest import PATIENCE, ROOT, tiny_values
 
-FULL = bool(os.environ.get("FULL_MATRIX"))  # every combination, where the tests otherwise take a part of them
-
 
 def matrix_values(dataset: Path, folder: Path, model: str, strategy: str, **changes) -> dict:
     """A tiny run with nothing that divides evenly: 3 blocks, 323 rows of vocabulary. strategy: NAME or hsdp:SHARD_SIZE."""

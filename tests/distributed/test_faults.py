@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FULL, Ended, Forks, matrix_values, torchrun
+from cases import Ended, Forks, matrix_values, torchrun
+from conftest import beyond
 
 from trainer.checkpoint import format as checkpoint
 from trainer.runs.metrics import read_rows
@@ -163,7 +164,9 @@ def assert_goes_on(forks: Forks, given: dict, reference: Path, ranks: int) -> No
     assert_same_run(Path(given["run_dir"]), reference)
 
 
-@pytest.mark.parametrize("strategy, ranks", [("single", 1), ("fsdp", 2), *([("zero3", 2)] if FULL else [])])
+@pytest.mark.parametrize(
+    "strategy, ranks", beyond([("single", 1), ("fsdp", 2)], [("single", 1), ("fsdp", 2), ("zero3", 2)])
+)
 def test_sigterm_to_all(forks, calm, values, strategy, ranks):
     """The step that is under way is finished, and one more, whose losses travel with the request."""
     given = values(strategy)
@@ -260,7 +263,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(forks, skipping, values, strategy
     assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if FULL else ("fsdp", "zero2", "zero3"))
+@pytest.mark.parametrize("strategy", beyond(("fsdp", "zero2", "zero3"), STRATEGIES))
 def test_nan_in_bf16(forks, values, strategy):
     """Where DeepSpeed keeps weights and masters apart."""
     given = values(strategy, optim__non_finite="skip", precision="bf16")
@@ -270,7 +273,7 @@ def test_nan_in_bf16(forks, values, strategy):
     assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES if FULL else ("fsdp", "zero2", "zero3"))
+@pytest.mark.parametrize("strategy", beyond(("fsdp", "zero2", "zero3"), STRATEGIES))
 def test_nan_on_one_rank_stops_all(forks, values, strategy):
     given = values(strategy)
     folder = Path(given["run_dir"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cases import FULL, train_cases
-from conftest import PATIENCE, ROOT, tiny_values
+from cases import train_cases
+from conftest import PATIENCE, ROOT, beyond, tiny_values
 from test_launch_files import JSONS, LAUNCHER_CONFIGS, SETTINGS, YAMLS, header_command
 from test_launchers import STEPS, assert_equal_losses, free_port, rows
 
@@ -47,7 +47,10 @@ def single(tiny_dataset, tmp_path_factory) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("file", sorted(LAUNCHER_CONFIGS.keys() - {"single_gpu.yaml"})[:: 1 if FULL else 2])
+OTHERS = sorted(LAUNCHER_CONFIGS.keys() - {"single_gpu.yaml"})
+
+
+@pytest.mark.parametrize("file", beyond(OTHERS[::2], OTHERS))
 def test_an_accelerate_file(single, tiny_dataset, tmp_path, file):
     """Two processes; of multi_node.yaml each on a machine of its own, as far as their launchers know."""
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cases import FULL
-from conftest import PATIENCE, ROOT, tiny_values
+from conftest import PATIENCE, ROOT, beyond, tiny_values
 
 from trainer.runs.metrics import read_rows
 
@@ -69,7 +68,7 @@ def assert_equal_losses(folder, single):
         assert got == pytest.approx(want, rel=3e-4)
 
 
-@pytest.mark.parametrize("processes", [2, 3] if FULL else [2])
+@pytest.mark.parametrize("processes", beyond([2], [2, 3]))
 def test_ddp_equals_one_process(single, tiny_dataset, tmp_path, processes):
     """Three ranks share 8 sequences unevenly."""
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)

@@ -4,7 +4,8 @@ import itertools
 import zlib
 
 import pytest
-from cases import FULL, matrix_values, train_cases
+from cases import matrix_values, train_cases
+from conftest import WHOLE
 
 from models.base import get_model, load_models, model_names
 
@@ -40,12 +41,13 @@ def assert_same(result: dict, reference: dict, since: int = 0) -> None:
 
 
 def chosen(cases: list[dict], one_in: int) -> list[dict]:
-    """A part of the cases, the same every time; all of them with FULL_MATRIX=1."""
-    return cases if FULL else [case for case in cases if zlib.crc32(case["name"].encode()) % one_in == 0]
+    """A part of the cases, the same every time."""
+    return [case for case in cases if zlib.crc32(case["name"].encode()) % one_in == 0]
 
 
+@pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize("ranks", STRATEGIES)
-def test_equality(references, tiny_dataset, tmp_path, ranks):
+def test_equality(references, tiny_dataset, tmp_path, ranks, whole):
     """{models} x {strategies} x {microbatches 1, 3} x {activation checkpointing}: ten steps with a growing sequence length."""
     cases = []
     for model, strategy, microbatches, recompute in itertools.product(
@@ -59,7 +61,7 @@ def test_equality(references, tiny_dataset, tmp_path, ranks):
         )  # fmt: skip
         name = f"{model} {strategy} {ranks} ranks, {microbatches} microbatches, recompute {recompute}"
         cases.append({"name": name, "values": values, "model": model, "several": microbatches > 1})
-    cases = chosen(cases, 6)
+    cases = cases if whole else chosen(cases, 6)
     assert {case["values"]["engine"]["strategy"] for case in cases} == {s.split(":")[0] for s in STRATEGIES[ranks]}
     results = train_cases(cases, ranks, tmp_path)
     for case in cases:
@@ -92,15 +94,15 @@ def test_every_model_of_the_zoo(tiny_dataset, tmp_path):
         assert_same(result, alone[f"{name.split()[0]} single"])
 
 
-SAVERS = {1: ("single",), 2: ("fsdp", "zero1", "zero3"), 4: ("hsdp:2",)}
-if FULL:
-    SAVERS = {1: ("single", "zero2"), 2: ("ddp", "fsdp", "zero1", "zero3"), 4: ("hsdp:2", "fsdp", "zero2")}
+SAVERS = {1: ("single", "zero2"), 2: ("ddp", "fsdp", "zero1", "zero3"), 4: ("hsdp:2", "fsdp", "zero2")}
+SAMPLE_OF_SAVERS = {1: ("single",), 2: ("fsdp", "zero1", "zero3"), 4: ("hsdp:2",)}
 
 
-def test_resume_on_every_other_strategy(references, tiny_dataset, tmp_path):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_resume_on_every_other_strategy(references, tiny_dataset, tmp_path, whole):
     """Five steps and a save on each (strategy, ranks); five more on every other: the losses of the ten in one go."""
     saved = {}
-    for ranks, strategies in SAVERS.items():
+    for ranks, strategies in (SAVERS if whole else SAMPLE_OF_SAVERS).items():
         cases = []
         for model, strategy in itertools.product(MODELS, strategies):
             folder = tmp_path / f"{model}-{strategy}-{ranks}"
@@ -116,7 +118,7 @@ def test_resume_on_every_other_strategy(references, tiny_dataset, tmp_path):
             values = matrix_values(tiny_dataset, tmp_path / "go-on", model, strategy)
             name = f"{origin} -> {strategy} on {ranks}"
             cases.append({"name": name, "values": values, "steps": 5, "load": str(folder), "model": model})
-        cases = chosen(cases, 12)
+        cases = cases if whole else chosen(cases, 12)
         results = train_cases(cases, ranks, tmp_path)
         for case in cases:
             assert_same(results[case["name"]], references[case["model"]], since=5)
@@ -154,17 +156,18 @@ def test_matrix_optimisers_get_whole_gradients_or_a_refusal(
             assert found["entries"][key] == pytest.approx(entries, rel=1e-3, abs=1e-4 * largest), (name, key)
 
 
-def test_resume_in_bf16(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_resume_in_bf16(tiny_dataset, tmp_path, whole):
     """What is saved are fp32 weights and moments, also where DeepSpeed and FSDP compute with bf16 copies of them."""
 
     def case(name, strategy, folder, **more):
         values = matrix_values(tiny_dataset, tmp_path / folder, "gpt2", strategy, precision="bf16")
         return {"name": name, "values": values, **more}
 
-    savers = ("ddp", "fsdp", "zero1", "zero3") if FULL else ("fsdp", "zero3")
+    savers = ("ddp", "fsdp", "zero1", "zero3") if whole else ("fsdp", "zero3")
     cases = [case(s, s, s, steps=3, save=str(tmp_path / s)) for s in savers]
     begun = train_cases(cases, 2, tmp_path)
-    pairs = list(itertools.product(savers, ("ddp", "fsdp", "zero1", "zero2", "zero3") if FULL else ("zero2", "zero3")))
+    pairs = list(itertools.product(savers, ("ddp", "fsdp", "zero1", "zero2", "zero3") if whole else ("zero2", "zero3")))
     cases = [case(f"{a} {b}", b, "go-on", steps=3, load=str(tmp_path / a)) for a, b in pairs]
     gone_on = train_cases(cases, 2, tmp_path)
     for results in (begun, gone_on):
@@ -222,13 +225,14 @@ def test_low_precision(references, tiny_dataset, tmp_path):
         assert result["loss"][0] != expected[0], "it computes in fp32"
 
 
-def test_compiled_blocks(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_compiled_blocks(tiny_dataset, tmp_path, whole):
     """The losses of eager blocks, with nothing compiled after the first step while sequences grow and batches with them."""
-    strategies = STRATEGIES[2] if FULL else ("ddp", "fsdp")
+    strategies = STRATEGIES[2] if whole else ("ddp", "fsdp")
     # 16, 32 and 64 tokens, two sequences or more in every microbatch: one is code of its own.
     growing = {"batch__sequence_double_every": 1, "batch__tokens_per_microbatch": 128}
     cases = []
-    for model, strategy in itertools.product(MODELS if FULL else ("hlb",), strategies):
+    for model, strategy in itertools.product(MODELS if whole else ("hlb",), strategies):
         for compiled, recompute in ((False, "none"), (True, "none"), (True, "full")):
             values = matrix_values(tiny_dataset, tmp_path, model, strategy, engine__compile=compiled, **growing)
             values["engine"]["activation_checkpointing"] = recompute

@@ -5,38 +5,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FULL, matrix_values, train_cases
+from cases import matrix_values, train_cases
+from conftest import WHOLE
 
 from trainer.checkpoint import format as checkpoint
 from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES = (
-    {2: ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"), 4: ("hsdp:2",)}
-    if FULL
-    else {2: ("fsdp", "zero2", "zero3")}
-)
+SAMPLE: dict[int, tuple[str, ...]] = {2: ("fsdp", "zero2", "zero3")}
+STRATEGIES: dict[int, tuple[str, ...]] = {2: ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"), 4: ("hsdp:2",)}
 
 
-def test_every_strategy_projects_what_one_process_does(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_every_strategy_projects_what_one_process_does(tiny_dataset, tmp_path, whole):
     """Same losses, and saved vectors of norm 1: under FSDP columns are split, under ZeRO rows too, and there are masters."""
-    cases = {}
-    for strategy in ("single", *itertools.chain(*STRATEGIES.values())):
+    spread, cases = STRATEGIES if whole else SAMPLE, {}
+    for strategy in ("single", *itertools.chain(*spread.values())):
         folder = tmp_path / strategy.replace(":", "-")
         values = matrix_values(tiny_dataset, folder, "ngpt", strategy, optim__lr=1e-2)
         cases[strategy] = {"name": strategy, "values": values, "steps": 4, "save": str(folder)}
     reference = train_cases([cases["single"]], 1, tmp_path)["single"]
-    for ranks, strategies in STRATEGIES.items():
+    for ranks, strategies in spread.items():
         for strategy, result in train_cases([cases[s] for s in strategies], ranks, tmp_path).items():
             for key in ("loss", "grad_norm"):  # a projection left out is off by 1e-3 and more
                 assert result[key] == pytest.approx(reference[key], rel=3e-5), (strategy, key)
             assert_on_sphere(cases[strategy]["save"])
 
 
-def test_bf16_working_copies_and_their_masters(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("whole", WHOLE)
+def test_bf16_working_copies_and_their_masters(tiny_dataset, tmp_path, whole):
     cases = []
-    for strategy in ("ddp", "fsdp", "zero1", "zero3") if FULL else ("ddp", "zero3"):
+    for strategy in ("ddp", "fsdp", "zero1", "zero3") if whole else ("ddp", "zero3"):
         folder = tmp_path / strategy
         values = matrix_values(tiny_dataset, folder, "ngpt", strategy, optim__lr=1e-2, precision="bf16")
         cases.append({"name": strategy, "values": values, "steps": 4, "save": str(folder)})

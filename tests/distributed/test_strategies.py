@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import yaml
-from cases import FULL
-from conftest import error_line, tiny_values, trainer
+from conftest import beyond, error_line, tiny_values, trainer
 from test_launchers import assert_equal_losses, launch, rows, torchrun
 
 pytestmark = pytest.mark.slow
@@ -27,7 +26,7 @@ def single(tiny_dataset, tmp_path_factory):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"] if FULL else ["fsdp", "zero3"])
+@pytest.mark.parametrize("strategy", beyond(["fsdp", "zero3"], ["fsdp", "zero2", "zero3"]))
 def test_validation_samples_and_resumption(single, tiny_dataset, tmp_path, strategy):
     """fsdp and zero3 validate and write text together, in lockstep; then one process goes on from what they saved."""
     folder = tmp_path / "run"

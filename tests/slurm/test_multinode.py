@@ -1,7 +1,7 @@
 """launch/multinode.sh on a real Slurm of two nodes: whatever happens to a job, it ends with the weights of the run nobody
 touched, or in the state it should have.
 
-Where signals reach a launcher alone, as on most clusters; with FULL_MATRIX=1 also where they reach every process, and both
+Where signals reach a launcher alone, as on most clusters; with --nightly also where they reach every process, and both
 settings of the preemption's signal."""
 
 import itertools
@@ -14,24 +14,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_values
+from conftest import ROOT, beyond, tiny_values
 from test_kill import assert_same_run
 
 from slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slow
 
-FULL = bool(os.environ.get("FULL_MATRIX"))
-SETTINGS = list(itertools.product(("pgid", "linuxproc"), (False, True))) if FULL else [("pgid", False)]
-
-
-def on_clusters(settings: list[tuple[str, bool]]) -> pytest.MarkDecorator:
-    names = [f"{track}-{'USR1' if preempt_signal else 'TERM'}" for track, preempt_signal in settings]
-    return pytest.mark.parametrize("slurm", settings, indirect=True, ids=names, scope="module")
-
-
-everywhere = on_clusters(SETTINGS)
-once = on_clusters(SETTINGS if FULL else SETTINGS[:1])  # for what does not depend on which processes a signal reaches
+SETTINGS = list(itertools.product(("pgid", "linuxproc"), (False, True)))
+everywhere = pytest.mark.parametrize(
+    "slurm",
+    beyond(SETTINGS[:1], SETTINGS),
+    indirect=True,
+    ids=[f"{track}-{'USR1' if preempt_signal else 'TERM'}" for track, preempt_signal in SETTINGS],
+    scope="module",
+)
 WAVE = 600  # seconds until a job must have ended, with all others of its wave on two cores
 
 
@@ -118,8 +115,7 @@ def fault(do: str, step: int | None = None, **place) -> dict:
 
 
 SLOW = {"do": "slow", "moment": "forward", "try": 0}  # for what happens at a time and not at a step
-# name -> faults, options, what else; those of ALWAYS depend on which processes a signal reaches
-ALWAYS = ("calm", "warned", "killed", "cancelled")
+# name -> faults, options, what else
 RUNS = {
     "calm": {},
     "warned": {"faults": [fault("Slurm warning", 5 + 7 * n, rank=n % 2, **{"try": n}) for n in range(3)]},
@@ -155,11 +151,7 @@ def jobs(slurm, submit, submit_array, folder) -> dict[str, Job]:
     """All at once, as most of a job's time is waiting."""
     (folder / "container").write_text(f'echo "$@" >> {folder}/contained\nexec "$@"\n')
     (folder / "site.env").write_text(f'MAX_REQUEUES=0\nCONTAINER="bash {folder}/container"\n')
-    everything = FULL or slurm.track == "pgid"
-    started = {
-        name: submit(name.replace(" ", "-"), **what) for name, what in RUNS.items() if everything or name in ALWAYS
-    }
-    return started | (submit_array() if everything else {})
+    return {name: submit(name.replace(" ", "-"), **what) for name, what in RUNS.items()} | submit_array()
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +223,7 @@ def test_cancelled(job):
     assert (job.run / f"logs/{job.number}/try-0/outcome").read_text() == "stopped by SIGTERM\n"
 
 
-@once
+@everywhere
 def test_time_limit(job, calm):
     """The real one. Slurm looks every half minute, so that on a busy machine a try may end before its first step."""
     state, code, restarts = job.ended()
@@ -240,7 +232,7 @@ def test_time_limit(job, calm):
     assert_same_run(job.run, calm)
 
 
-@once
+@everywhere
 def test_hanging(job, calm):
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert "rank 1 is behind" in job.text
@@ -249,14 +241,14 @@ def test_hanging(job, calm):
     assert_same_run(job.run, calm)
 
 
-@once
+@everywhere
 def test_stuck(job, calm):
     """Told to stop, one process cannot; the job starts again before the time limit ends it for good."""
     assert job.ended() == ("COMPLETED", "0:0", "1"), job.text
     assert_same_run(job.run, calm)
 
 
-@once
+@everywhere
 def test_bounded(job, folder):
     """By a site's file, whose container goes round every command: where the run is, and what each node starts."""
     assert job.ended() == ("FAILED", "1:0", "0"), job.text
@@ -267,7 +259,7 @@ def test_bounded(job, folder):
     assert len(starts) == 2 and all("launch/node.sh" in words for words in starts)
 
 
-@once
+@everywhere
 def test_failing(job):
     """The second failure in a row without a new checkpoint is the last."""
     assert job.ended() == ("FAILED", "1:0", "1"), job.text
@@ -275,20 +267,20 @@ def test_failing(job):
     assert "failed 2 times in a row before a new checkpoint: not started again" in job.text
 
 
-@once
+@everywhere
 def test_refused(job):
     """An error that only the run finds out about."""
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert "refused: engine.strategy: single, but 2 processes were started" in job.text
 
 
-@once
+@everywhere
 def test_misspelt(job):
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert "error: unknown key model_scal; did you mean model_scale?" in job.text
 
 
-@once
+@everywhere
 def test_no_processes(job):
     assert job.ended() == ("FAILED", "2:0", "0"), job.text
     assert job.text == (
@@ -296,7 +288,7 @@ def test_no_processes(job):
     )
 
 
-@once
+@everywhere
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_other_launchers(jobs, calm, launcher):
     job = jobs[launcher]
@@ -334,7 +326,7 @@ def test_preemption(slurm, alone, submit, calm):
     assert_same_run(job.run, calm)
 
 
-@once
+@everywhere
 @pytest.mark.parametrize("what", ["crash", "cut"])
 def test_lost_node(slurm, alone, submit, calm, what):
     """Power lost, or the network: Slurm starts the job again once the node is back."""
@@ -353,7 +345,7 @@ def test_lost_node(slurm, alone, submit, calm, what):
     assert_same_run(job.run, calm)
 
 
-@once
+@everywhere
 def test_array(jobs, calm):
     """A sweep. A warning starts its own element again and no other, here the last, whose job has the array's number."""
     for element in range(3):

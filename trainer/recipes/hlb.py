@@ -1,7 +1,7 @@
 """The recipe `hlb`: learning rates, decay and gradient-norm laws, parameter groups and schedules of hlb-gpt.
 
 The laws are hlb-gpt's (tuned at 46 M and 1.5 B parameters and interpolated between; an "alpha" of its author), with
-N = parameters. `tests/test_scaling.py` holds the whole table from scale 0.5 to 148.
+N = parameters. `tests/recipes/test_scaling.py` holds the whole table from scale 0.5 to 148.
 
 The recipe is that of hlb-gpt 0.4.1 but for what follows:
 

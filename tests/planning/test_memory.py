@@ -3,12 +3,11 @@
 import gc
 import itertools
 import json
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import words_text
+from conftest import beyond, words_text
 from test_zoo import ZOO, build
 from torch._dynamo.exc import TorchDynamoException
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -35,7 +34,7 @@ T = 64
 
 
 # Of each kind of what blocks and losses hold.
-@pytest.fixture(params=ZOO if os.environ.get("FULL_MATRIX") else ("hlb", "gpt2", "modded"))
+@pytest.fixture(params=beyond(("hlb", "gpt2", "modded"), ZOO))
 def name(request):
     return request.param
 
@@ -505,7 +504,7 @@ def alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hlb", "gpt2"])
-@pytest.mark.parametrize("precision, step, microbatch, more", RUNS if os.environ.get("FULL_MATRIX") else RUNS[::3])
+@pytest.mark.parametrize("precision, step, microbatch, more", beyond(RUNS[::3], RUNS))
 def test_the_plan_is_what_the_allocator_gives(name, precision, step, microbatch, more, long_samples, alone, tmp_path):
     """Building and two steps, the second of which updates with moments: within 10 %, the promise of the project."""
     if precision != "fp32" and not cpu_has_bf16():

@@ -147,7 +147,7 @@ def test_compiled_blocks(name, how, tokens, targets):  # noqa: F811
 
 RANK = """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/engine", "tests/models"]
 import torch, torch.distributed as dist
 from test_float8_models import converted, small
 from test_zoo import VOCAB

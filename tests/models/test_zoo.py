@@ -6,10 +6,10 @@ What `python -m trainer check` asks of any model stands in trainer/testing/. Her
 import contextlib
 import copy
 import functools
-import os
 
 import pytest
 import torch
+from conftest import beyond
 
 from models.base import get_model, load_models, materialise, model_names
 from trainer.planning import dial
@@ -69,7 +69,7 @@ def test_contract(subject, check):
 # -- sizes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocab", [8192, 50304] if os.environ.get("FULL_MATRIX") else [50304])
+@pytest.mark.parametrize("vocab", beyond([50304], [8192, 50304]))
 @pytest.mark.parametrize("scale", sizes.SCALES)
 def test_shapes_are_neither_needles_nor_pancakes(name, scale, vocab):
     cls, target = get_model(name), dial.target_parameters(scale, vocab)
@@ -114,7 +114,7 @@ def test_flops_grow_with_the_length_of_the_sequence(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO if os.environ.get("FULL_MATRIX") else ("llama",))  # others in test_compilation.py
+@pytest.mark.parametrize("name", beyond(("llama",), ZOO))  # others in test_compilation.py
 def test_compiled_equals_eager(subject, model):
     loss, eager = gradients(model, subject.tokens, subject.targets)
     compiled = copy.deepcopy(model)

@@ -7,11 +7,11 @@ their own.
 import contextlib
 import functools
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import beyond
 from test_switches import build, distance, stirred
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -323,7 +323,7 @@ COMPILED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", COMPILED if os.environ.get("FULL_MATRIX") else COMPILED[1:2], ids=str)
+@pytest.mark.parametrize("changes", beyond(COMPILED[1:2], COMPILED), ids=str)
 def test_a_compiled_block_equals_eager_at_every_length(changes):
     model = stirred(small(**changes))
     block = model.layers[0]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATIENCE, ROOT
+from conftest import PATIENCE, ROOT, beyond
 from test_zoo import VOCAB, build, gradients, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -241,7 +241,7 @@ def test_selective_keeps_what_a_kernel_of_its_own_gives(how):
 RANK = """
 import copy, os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/models"]
 import torch, torch.distributed as dist
 from test_zoo import VOCAB, build
 from trainer.engine import activation_checkpointing
@@ -300,7 +300,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "selective"] if os.environ.get("FULL_MATRIX") else ["selective"])
+@pytest.mark.parametrize("how", beyond(["selective"], ["full", "selective"]))
 @pytest.mark.parametrize("around", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_two_processes(tmp_path, around, how):
     """hlb's blocks have a parameter of their own besides their submodules'. Two ranks' sum against the same two sums:

@@ -14,7 +14,7 @@ from models.transformer_config import CHOICES, MEANT_FOR, TransformerConfig
 
 VOCAB, B, T = 61, 2, 20
 SWITCHES = {
-    **{name: tuple(values) for name, values in CHOICES.items() if name != "kernels"},  # liger: tests/test_liger.py
+    **{name: tuple(values) for name, values in CHOICES.items() if name != "kernels"},  # liger: test_liger.py
     "attention_kernel": ("torch", "sdpa"),
     "bias": (False, True),
     "qk_norm": (False, True),
