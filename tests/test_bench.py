@@ -14,13 +14,13 @@ from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
-from trainer.commands.bench import clock, turns
+from trainer.commands.bench import BenchConfig, clock, turns
 from trainer.commands.bench.baselines import COUNTERPARTS, BareLoop, EagerBaseline, counterpart
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
 from trainer.commands.bench.data import rate_of
 from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
 from trainer.commands.bench.variants import Candidate, Record, label, leaving_out, parse_sweep, run_config, variants
-from trainer.core.config import BenchConfig, RunConfig
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
-from trainer.core.config import BenchConfig, RunConfig
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build, leaf_keys, merge, unknown_key
 from trainer.planning.memory import expected_memory
