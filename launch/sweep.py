@@ -8,28 +8,37 @@ named after what differs. Prints a line for each.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build, load_yaml, merge, parse_flags
+from trainer.core.sweep import combinations, parse_sweep
 from trainer.core.text import printable
 
 
-def choices(words: list[str]) -> list[list[tuple[str, str]]]:
-    """For each word of a command its alternatives, as (word, what to call it): "" where there is no other."""
-    found = []
-    for before, word in zip([None, *words], words, strict=False):
-        key, equals, values = word.rpartition("=") if word.startswith("--") else ("", "", word)
-        if word.startswith("--") and not equals:
-            found.append([(word, "")])
-            continue
-        parts, name = values.split(","), (key or before or "").lstrip("-")
-        found.append([(f"{key}{equals}{part}", f"{name}={part}" if len(parts) > 1 else "") for part in parts])
-    found[0] = [(config, Path(config).stem) for config, _ in found[0]]
+class Word(NamedTuple):
+    """A word of a command: `prefix` and `value`. key: what takes the value; "" for a word without one."""
+
+    prefix: str
+    value: str
+    key: str
+
+
+def split_words(words: list[str]) -> list[Word]:
+    """The words after the config, which give values as --key VALUE or --key=VALUE."""
+    found, key = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if flag and not equals:
+            found.append(Word(flag, "", ""))
+            key = flag.removeprefix("--")
+        else:
+            found.append(Word(flag + equals, value, flag.removeprefix("--") or key))
+            key = ""
     return found
 
 
@@ -39,16 +48,20 @@ def elements(folder: Path, words: list[str]) -> list[list[str]]:
         raise UserError("no config; CONFIG.yaml comes first, then --key value")
     if any("\n" in word for word in words):
         raise UserError("a word holds a line break, which an element's file cannot; put that value into the config")
+    rest = split_words(words[1:])
+    swept = {word.key for word in rest if "," in word.value}
+    sweep = parse_sweep([f"{word.key}={word.value}" for word in rest if word.key in swept])
     commands = []
-    for combination in itertools.product(*choices(words)):
-        command = [word for word, _ in combination]
-        name = "-".join(label.replace("/", "_") for _, label in combination if label)
-        _, flags = parse_flags(command[1:])
-        flags.pop("plugin", None)
-        if "run_dir" in flags:
-            raise UserError(f"run_dir: each element has its own, in {folder}")
-        build(RunConfig, merge(load_yaml(command[0]), flags))
-        commands.append([*command, "--run_dir", str(folder / name)])
+    for config in words[0].split(","):
+        for changes in combinations(sweep):
+            command = [config, *(word.prefix + changes.get(word.key, word.value) for word in rest)]
+            _, flags = parse_flags(command[1:])
+            flags.pop("plugin", None)
+            if "run_dir" in flags:
+                raise UserError(f"run_dir: each element has its own, in {folder}")
+            build(RunConfig, merge(load_yaml(config), flags))
+            name = "-".join([Path(config).stem, *(f"{key}={value}" for key, value in changes.items())])
+            commands.append([*command, "--run_dir", str(folder / name.replace("/", "_"))])
     folders = Counter(command[-1] for command in commands)
     twice = next((name for name, count in folders.items() if count > 1), None)
     if twice:

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from trainer.commands import export
 from trainer.commands.train import run
-from trainer.core.config import DataConfig, ExportConfig
+from trainer.core.config import DataConfig
 from trainer.inference import decoding as generate
 from trainer.inference.evaluation import validate
 from trainer.runs.metrics import read_rows
@@ -68,6 +68,6 @@ def test_it_is_exported(frozen):
     from safetensors import safe_open
 
     folder, _ = frozen
-    export.run(ExportConfig(run_dir=str(folder), out=str(folder / "out")))
+    export.run(export.ExportConfig(run_dir=str(folder), out=str(folder / "out")))
     with safe_open(folder / "out" / "model.safetensors", "pt") as file:
         assert len(list(file.keys())) > 5

@@ -1,53 +1,40 @@
-"""`python -m trainer VERB [CONFIG.yaml] [--key value ...]`. Verbs are imported only when called."""
+"""`python -m trainer VERB [CONFIG.yaml] [--key value ...]`: finds the verb, reads the command line, and reports how it failed.
+
+The verbs declare themselves in trainer/commands.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+from trainer.commands import Verb, find_verbs
+from trainer.core.config import RunConfig
 from trainer.core.errors import MachineError, Stopped, UserError
 from trainer.core.files import system_error
+from trainer.core.settings import build, coerce, help_text, merge, parse_flags, to_yaml
 from trainer.core.text import for_stream, printable, printable_lines
 from trainer.runtime.exit_status import write_exit_status
 from trainer.runtime.launcher import RankInfo, find_rank_info
 
 # Under a launcher of several processes, rank 0 does these by itself.
-ALONE = ("prepare", "plan", "generate", "export", "check")
-WITH_JSON = ("plan", "evaluate", "bench", "bench data", "bench checkpoint")
 # As gloo's and NCCL's errors say.
 LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("remote process exited", "communicator was aborted"),
 )
 BEYOND_64_BITS = ("Storage size calculation overflowed", "integer multiplication overflow")  # as torch says
-VERBS = {
-    "prepare": "text to MDS shards",
-    "plan": "every number of a run and the rule it came from",
-    "train": "train; in an existing run folder: go on from its newest good checkpoint",
-    "generate": "continue prompts with a run's model",
-    "evaluate": "loss of a run's checkpoint on a validation split",
-    "check": "whether a model keeps the contract: one line per promise",
-    "export": "a run's weights as safetensors, for other programs",
-    "bench": "speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
-    "bench data": "speed of loader and tokenizer, against what training consumes",
-    "bench checkpoint": "speed of saving and loading, against a plain file",
-    "preflight": "what differs between the machines of a run, and which is slow",
-}
-
 USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 
 {verbs}
 
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
 `python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
-folder of a run; --json (plan, evaluate, bench) prints one JSON object on stdout; --plugin MODULE or
+folder of a run; --json ({with_json}) prints one JSON object on stdout; --plugin MODULE or
 --plugin FILE.py (repeatable) imports what registers models."""
 
 
@@ -118,7 +105,8 @@ def interrupted_line(stop: KeyboardInterrupt) -> str:
     """A run that has begun hears of signals itself: what ends here has nothing to save."""
     if isinstance(stop, Stopped):
         return stop.line
-    return "interrupted before training began" if sys.argv[1:2] == ["train"] else "interrupted"
+    verb = find_verbs().get(sys.argv[1] if len(sys.argv) > 1 else "")
+    return "interrupted" if verb is None else verb.interrupted
 
 
 def is_broken_model(error: Exception) -> bool:
@@ -152,77 +140,59 @@ def without_local_rank(words: list[str], rank_info: RankInfo) -> list[str]:
 
 def dispatch(words: list[str]) -> None:
     """Parse the command line and call the verb."""
+    verbs = find_verbs()
     if not words or words[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {name:<16} {text}" for name, text in VERBS.items())
-        print(USAGE.format(verbs=verbs))
+        lines = "\n".join(f"  {verb.name:<16} {verb.help}" for verb in verbs.values())
+        print(USAGE.format(verbs=lines, with_json=with_json(verbs)))
         return
-    length = 2 if " ".join(words[:2]) in VERBS else 1  # some verbs are two words
-    verb, rest = " ".join(words[:length]), words[length:]
-    if verb not in VERBS:
-        import difflib
-
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown verb {printable(repr(verb), 100)}{hint} (verbs: {', '.join(VERBS)})")
-
-    from trainer.core import config as schema
-    from trainer.core.settings import build, coerce, help_text, load_yaml, merge, parse_flags
-
-    classes = {
-        "prepare": schema.PrepareConfig,
-        "plan": schema.PlanConfig,
-        "train": schema.RunConfig,
-        "generate": schema.GenerateConfig,
-        "evaluate": schema.EvaluateConfig,
-        "check": schema.CheckConfig,
-        "export": schema.ExportConfig,
-        "bench": schema.BenchConfig,
-        "bench data": schema.BenchConfig,
-        "bench checkpoint": schema.BenchConfig,
-        "preflight": schema.RunConfig,
-    }
-    cls = classes[verb]
+    verb, rest = find_verb(words, verbs)
     if "-h" in rest or "--help" in rest:
-        print(f"python -m trainer {verb} ...   {VERBS[verb]}\n\n{help_text(cls)}")
+        print(f"python -m trainer {verb.name} ...   {verb.help}\n\n{help_text(verb.config)}")
         return
     positional, flags = parse_flags(rest)
-    print_config = _switch(flags, "print_config")
-    print_run_dir = _switch(flags, "print_run_dir")
-    as_json = _switch(flags, "json")
+    print_config, print_run_dir, as_json = (
+        coerce(bool, flags.pop(name, False), f"--{name}") for name in ("print_config", "print_run_dir", "json")
+    )
     plugins = flags.pop("plugin", [])
-    if as_json and verb not in WITH_JSON:
-        raise UserError(f"--json: {verb} has no JSON output ({', '.join(WITH_JSON)} have)")
+    if as_json and not verb.json:
+        raise UserError(f"--json: {verb.name} has no JSON output ({with_json(verbs)} have)")
     if len(positional) > 1:
-        raise UserError(f"{positional[1]!r}: {verb} takes one file or folder before its flags, and flags begin with --")
-    values: dict[str, Any] = {}
-    if (
-        positional
-        and verb in ("train", "generate", "evaluate", "export")
-        and not positional[0].endswith((".yaml", ".yml"))
-    ):
-        values = {"run_dir": positional[0]}
-    elif positional and verb == "train" and "run_dir" not in flags and is_config_of_run(positional[0]):
-        values = {"run_dir": str(Path(positional[0]).parent)}  # the run goes on where its config lies, also when moved
-    elif positional and verb == "check":
-        values = {"module": positional[0]}
-    elif positional:
-        values = load_yaml(positional[0])
-    if find_rank_info(os.environ).rank != 0 and (verb in ALONE or print_config):
+        raise UserError(
+            f"{positional[1]!r}: {verb.name} takes one file or folder before its flags, and flags begin with --"
+        )
+    values = verb.positional(positional[0], flags) if positional else {}
+    if find_rank_info(os.environ).rank != 0 and (verb.alone or print_config):
         return
+    values = merge(values, flags)
     if print_run_dir:
         from trainer.planning.run_config import folder_of
 
-        print(for_stream(str(folder_of(build(schema.RunConfig, merge(values, flags))).absolute()), sys.stdout))
+        print(for_stream(str(folder_of(build(RunConfig, values)).absolute()), sys.stdout))
         return
     import_plugins(coerce(list[str], plugins, "--plugin"))
-    call(verb, cls, merge(values, flags), print_config, as_json)
+    argument = verb.argument(values)
+    if print_config:
+        print(to_yaml(verb.resolved(argument)), end="")
+    else:
+        verb.run(argument, *([as_json] if verb.json else []))
 
 
-def is_config_of_run(path: str) -> bool:
-    """Whether `path` is the config.yaml in the folder of a run."""
-    from trainer.planning.run_config import CONFIG, is_run
+def find_verb(words: list[str], verbs: dict[str, Verb]) -> tuple[Verb, list[str]]:
+    """The verb which a command line begins with, and the words after it. UserError where there is none."""
+    for length in (2, 1):  # some verbs are two words
+        verb = verbs.get(" ".join(words[:length]))
+        if verb is not None:
+            return verb, words[length:]
+    import difflib
 
-    return Path(path).name == CONFIG and is_run(Path(path).parent)
+    near = difflib.get_close_matches(words[0], verbs, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown verb {printable(repr(words[0]), 100)}{hint} (verbs: {', '.join(verbs)})")
+
+
+def with_json(verbs: dict[str, Verb]) -> str:
+    """The names of the verbs that have --json."""
+    return ", ".join(verb.name for verb in verbs.values() if verb.json)
 
 
 def import_plugins(names: list[str]) -> None:
@@ -231,38 +201,6 @@ def import_plugins(names: list[str]) -> None:
         from trainer.commands.plugins import import_plugin
 
         import_plugin(name)
-
-
-def _switch(flags: dict[str, Any], name: str) -> bool:
-    from trainer.core.settings import coerce
-
-    return coerce(bool, flags.pop(name, False), f"--{name}")
-
-
-def call(verb: str, cls: Any, values: dict[str, Any], print_config: bool, as_json: bool) -> None:
-    """Import the verb's module and run it."""
-    from trainer.core.settings import build, to_yaml
-
-    if verb == "train" and print_config:
-        from trainer.planning.run_config import combined_values
-
-        values, _ = combined_values(values)
-    config = build(cls, values)
-    if print_config and verb == "plan":
-        from trainer.commands.plan import resolve_for
-
-        print(to_yaml(resolve_for(config)[0].config), end="")
-    elif print_config and verb == "train":
-        from trainer.data.stream import find_dataset
-        from trainer.planning.plan import resolve
-
-        print(to_yaml(resolve(config, find_dataset(config.data)).config), end="")
-    elif print_config:
-        print(to_yaml(config), end="")
-    else:
-        module = importlib.import_module(f"trainer.commands.{verb.replace(' ', '.')}")
-        # A run's own values are needed once more, on top of what its folder holds.
-        module.run(values if verb == "train" else config, *([as_json] if verb in WITH_JSON else []))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
-from trainer.commands.bench import clock, turns
+from trainer.commands.bench import BenchConfig, clock, turns
 from trainer.commands.bench.baselines import COUNTERPARTS, BareLoop, EagerBaseline, counterpart
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
 from trainer.commands.bench.data import rate_of
 from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
-from trainer.commands.bench.variants import Candidate, Record, label, leaving_out, parse_sweep, run_config, variants
-from trainer.core.config import BenchConfig, RunConfig
+from trainer.commands.bench.variants import Candidate, Record, comparable, label, leaving_out, run_config, variants
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
@@ -34,31 +34,10 @@ CPU = torch.device("cpu")
 # -- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_keys_and_values():
-    swept = parse_sweep(["engine.compile=false,true", "model.n_layers=2", "batch.tokens_per_microbatch=auto,64"])
-    assert swept == {
-        "engine.compile": ["false", "true"],
-        "model.n_layers": ["2"],
-        "batch.tokens_per_microbatch": ["auto", "64"],
-    }
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["engine.compile"], "'engine.compile' is not KEY=V1,V2"),
-        (["seed=1,,2"], "'seed=1,,2' is not KEY=V1,V2"),
-        (["engine.complie=true"], "did you mean engine.compile?"),
-        (["rounds=1,2"], "unknown key rounds"),
-        (["device=cpu,cuda"], "device is the same for all"),
-        (["data.threads=1,2"], "data.threads is the same for all"),
-        (["seed=1", "seed=2"], "seed stands twice"),
-    ],
-)
-def test_a_bad_sweep_is_one_line(words, expected):
-    with pytest.raises(UserError) as caught:
-        parse_sweep(words)
-    assert str(caught.value).startswith("sweep: ") and expected in str(caught.value)
+@pytest.mark.parametrize("key", ["device", "data.threads"])
+def test_what_one_process_has_once_is_not_compared(key):
+    with pytest.raises(UserError, match=f"^sweep: {key} is the same for all"):
+        comparable({key: ["1", "2"]})
 
 
 def test_changes_are_laid_on_top_of_the_config():

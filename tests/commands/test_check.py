@@ -10,9 +10,9 @@ from torch import nn
 
 from models.base import get_model
 from models.presets import Gpt2
-from trainer.commands.check import KINDS, names_of, outcome, report, subject_of
+from trainer.commands.check import CheckConfig
+from trainer.commands.check.suite import KINDS, names_of, outcome, report, subject_of
 from trainer.commands.plugins import import_plugin
-from trainer.core.config import CheckConfig
 from trainer.core.errors import UserError
 from trainer.testing import numbers, sizes, strategies
 from trainer.testing.subject import Subject

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from conftest import PATIENCE, ROOT, error_line, trainer
 
+import trainer.commands as trainer_commands
 from models.base import get_model, load_models
 from trainer.__main__ import dispatch, import_plugins, main
-from trainer.core.config import BenchConfig, EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig, RunConfig
+from trainer.commands import find_verbs
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced, leaf_keys
 from trainer.runs.console import Table
@@ -22,11 +23,8 @@ from trainer.runtime.distributed import World
 
 ALL_KEYS = sorted(
     {"print_config", "json", "help"}
-    | {
-        key
-        for cls in (BenchConfig, PrepareConfig, GenerateConfig, EvaluateConfig, ExportConfig)
-        for key in leaf_keys(cls)
-    }
+    # But check, which no launcher starts.
+    | {key for verb in find_verbs().values() if verb.name != "check" for key in leaf_keys(verb.config)}
     | {"model.name", "model.d_model", "model.n_layers", "model.vocab_size", "model.n_heads", "model.norm_eps"}
 )
 
@@ -39,6 +37,33 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_a_verb_is_one_file(tmp_path, monkeypatch, capsys):
+    """It declares its name, help, keys, what its word stands for and whether it has --json; nothing else names it."""
+    (tmp_path / "greet.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from trainer.commands import Verb\n"
+        "@dataclass\nclass Greeting:\n    who: str = 'all'\n"
+        "def run(config, as_json):\n    print('hello', config.who, as_json)\n"
+        "VERB = Verb('greet', 'say hello', Greeting, run, json=True, positional=lambda word, flags: {'who': word})\n"
+    )
+    monkeypatch.setattr("trainer.commands.__path__", [*trainer_commands.__path__, str(tmp_path)])
+    dispatch(["--help"])
+    assert "  greet            say hello\n" in capsys.readouterr().out
+    dispatch(["greet", "--help"])
+    assert "--who <text> [all]" in capsys.readouterr().out
+    dispatch(["greet", "you", "--json"])
+    dispatch(["greet", "--who", "me"])
+    dispatch(["greet", "--who", "me", "--print_config"])
+    assert capsys.readouterr().out == "hello you True\nhello me False\nwho: me\n"
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    dispatch(["greet"])  # under all ranks, unless it says `alone`
+    assert capsys.readouterr().out == "hello all False\n"
+    dispatch(["plan", "--model_scale", "0.01"])
+    assert capsys.readouterr().out == ""
+    del sys.modules["trainer.commands.greet"]
 
 
 def test_help_names_the_verbs_and_reports_its_time(capsys):
@@ -260,9 +285,9 @@ def test_every_config_file_resolves(capsys):
 
 def test_every_setting_is_used_somewhere():
     """A key that nothing reads would be a promise nobody keeps."""
-    sources = {p: p.read_text() for p in (ROOT / "trainer").rglob("*.py") if p.name not in ("config.py", "settings.py")}
-    everything = "\n".join(sources.values())
-    for cls in (RunConfig, PrepareConfig, GenerateConfig, EvaluateConfig):
-        for key in leaf_keys(cls):
+    sources = [p.read_text() for p in (ROOT / "trainer").rglob("*.py") if p.name not in ("config.py", "settings.py")]
+    everything = "\n".join(sources)
+    for verb in find_verbs().values():
+        for key in leaf_keys(verb.config):
             leaf = key.rsplit(".", 1)[-1]
             assert f".{leaf}" in everything or f'"{leaf}"' in everything, f"nothing reads {key}"

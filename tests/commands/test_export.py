@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import models.base
 from trainer.checkpoint import format as checkpoint
 from trainer.commands import export
-from trainer.core.config import DataConfig, ExportConfig, RunConfig
+from trainer.commands.export import ExportConfig
+from trainer.core.config import DataConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset

@@ -15,15 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.base import get_model, load_models
-from trainer.core.config import (
-    BenchConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    PlanConfig,
-    PrepareConfig,
-    RunConfig,
-)
+from trainer.commands.bench import BenchConfig
+from trainer.commands.evaluate import EvaluateConfig
+from trainer.commands.export import ExportConfig
+from trainer.commands.generate import GenerateConfig
+from trainer.commands.plan import PlanConfig
+from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
 from trainer.planning.run_config import flat

@@ -23,11 +23,11 @@ import torch._dynamo
 import torch._inductor.compile_fx
 
 import models.hlb  # noqa: F401
-import trainer.commands.train
 import trainer.engine.deepspeed_engine
 import trainer.engine.fsdp_engine
 import trainer.engine.torch_engine
 import trainer.runs.plots
+import trainer.training.start
 from trainer.__main__ import main
 from trainer.data.mds import import_streaming
 from trainer.runs.history import History

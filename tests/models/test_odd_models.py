@@ -12,10 +12,12 @@ from test_zoo import build as zoo_model
 
 from models.base import get_model, ties, with_storage
 from trainer.checkpoint import format as checkpoint
+from trainer.commands.evaluate import EvaluateConfig
 from trainer.commands.evaluate import run as evaluate
+from trainer.commands.export import ExportConfig
 from trainer.commands.export import run as export
 from trainer.commands.train import run
-from trainer.core.config import EvaluateConfig, ExportConfig, RunConfig
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine.gradients import refuse_unreached, unreached

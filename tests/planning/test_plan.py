@@ -14,8 +14,8 @@ from conftest import ROOT, tiny_values
 from models.hlb import Hlb
 from models.presets import Gpt2, with_defaults
 from trainer.__main__ import dispatch, known_errors
-from trainer.commands.plan import resolve_for
-from trainer.core.config import PlanConfig, RunConfig
+from trainer.commands.plan import PlanConfig, resolve_for
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build, load_yaml, to_yaml
 from trainer.data.stream import find_dataset

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from test_plan import gpu, resolved  # noqa: F401 (a fixture)
 
-from trainer.commands.plan import resolve_for
-from trainer.core.config import PlanConfig, RunConfig
+from trainer.commands.plan import PlanConfig, resolve_for
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.planning import memory

@@ -15,7 +15,6 @@ from conftest import PATIENCE, tiny_values
 from trainer.__main__ import interrupted_line
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import saver as checkpoint_saver
-from trainer.commands import train as train_command
 from trainer.core.errors import Damaged, Stopped
 from trainer.core.files import read_json
 from trainer.inference import evaluation as evaluate
@@ -24,6 +23,7 @@ from trainer.runs.report import Report
 from trainer.runtime import signals
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals, exit_code, not_begun_line, stopped_line, will_stop_line
+from trainer.training import start
 from trainer.training.run import Run
 
 
@@ -206,9 +206,9 @@ def strike(monkeypatch):
 
 
 def test_control_c_while_a_run_is_built(tiny_dataset, tmp_path, strike):
-    strike(train_command, "Run")
+    strike(start, "Run")
     with pytest.raises(Stopped) as caught:
-        train_command.run(tiny_values(tiny_dataset, tmp_path / "run"))
+        start.start(tiny_values(tiny_dataset, tmp_path / "run"))
     assert interrupted_line(caught.value) == "stopped by SIGINT before training began; nothing was saved"
 
 
@@ -216,15 +216,15 @@ def test_control_c_while_a_run_saves(tiny_dataset, tmp_path, strike, capsys):
     """The save is finished; another follows after the next step."""
     strike(checkpoint_saver, "save")
     with pytest.raises(SystemExit) as caught:
-        train_command.run(tiny_values(tiny_dataset, tmp_path / "run", max_steps=8))
+        start.start(tiny_values(tiny_dataset, tmp_path / "run", max_steps=8))
     assert caught.value.code == 130
     said = capsys.readouterr().err
     steps = [step for step, _ in checkpoint.found(tmp_path / "run" / "checkpoints")]
     assert steps[0] == 4 and steps[-1] in (5, 6)
     assert stopped_line(signal.SIGINT, steps[-1]) in said and will_stop_line(signal.SIGINT) in said
-    strike(train_command, "Run")
+    strike(start, "Run")
     with pytest.raises(Stopped, match=f"goes on from the checkpoint of step {steps[-1]}"):
-        train_command.run(tiny_values(tiny_dataset, tmp_path / "run", max_steps=8))
+        start.start(tiny_values(tiny_dataset, tmp_path / "run", max_steps=8))
 
 
 # -- while a run evaluates ---------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def evaluated(tiny_dataset):
         here["at"] = at
         values = {"evaluation__every": 3, "max_steps": 6, "evaluation__protocol": "full", "log__sample_tokens": 4}
         try:
-            train_command.run(tiny_values(tiny_dataset, folder, **values))
+            start.start(tiny_values(tiny_dataset, folder, **values))
         except SystemExit as end:
             assert at[1] == "step" or len(windows) <= 4, "the evaluation goes on"
             return end.code

@@ -15,7 +15,7 @@ from conftest import ROOT, error_line, tiny_values, trainer
 
 import models.transformer
 from trainer.checkpoint import format as checkpoint
-from trainer.commands.train import run, ways_out
+from trainer.commands.train import run
 from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import sealed
@@ -29,6 +29,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.run import Run, State
+from trainer.training.start import ways_out
 
 WORLD = World()
 
@@ -115,7 +116,7 @@ def test_kernels_are_told_for_what_is_computed(tiny_dataset, tmp_path, monkeypat
         lambda *args, **case: asked.add((case["dtype"], case["documents"])) or choose(*args, **case),
     )
     monkeypatch.setattr(
-        "trainer.commands.train.refuse_unreached", lambda *_: None
+        "trainer.training.start.refuse_unreached", lambda *_: None
     )  # it computes in fp32, without numbers
     changes = {"precision": "bf16", "model": {"name": "llama"}, "data__separate_documents": True}
     run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, **changes))

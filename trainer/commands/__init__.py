@@ -1,0 +1,64 @@
+"""The verbs of the command line. Each file or folder here declares its own in a `Verb`; to add a verb, add a file.
+
+`python -m trainer --help` imports all of these files. So they import torch, and all that is slow to import, only in the
+functions that do the work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.core.settings import build, load_yaml
+
+Values = dict[str, Any]
+
+
+def config_file(word: str, flags: Values) -> Values:
+    """The word before the flags is a config file."""
+    return load_yaml(word)
+
+
+def run_folder(word: str, flags: Values) -> Values:
+    """The word before the flags is a config file, or else the folder of a run."""
+    return load_yaml(word) if word.endswith((".yaml", ".yml")) else {"run_dir": word}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the command line has to know of a verb.
+
+    name: one word, or two; help: one line
+    config: the dataclass of its keys
+    run: does the work, run(config) or, where `json` is true, run(config, as_json)
+    alone: where a launcher starts several processes, rank 0 runs the verb and the others end at once
+    json: whether it has --json
+    positional: (word, flags) -> the values which the word before the flags stands for
+    read: values -> the first argument of `run`; by default a `config`
+    resolved: that argument -> what --print_config shows
+    interrupted: what an interrupt says before the verb itself listens to signals
+    """
+
+    name: str
+    help: str
+    config: type
+    run: Callable[..., None]
+    alone: bool = False
+    json: bool = False
+    positional: Callable[[str, Values], Values] = config_file
+    read: Callable[[Values], Any] | None = None
+    resolved: Callable[[Any], Any] = lambda config: config
+    interrupted: str = "interrupted"
+
+    def argument(self, values: Values) -> Any:
+        """The first argument of `run`. Raises UserError for a wrong key or value."""
+        return build(self.config, values) if self.read is None else self.read(values)
+
+
+def find_verbs() -> dict[str, Verb]:
+    """Every verb that a file or folder of this package declares, by name."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    return {verb.name: verb for module in modules for verb in vars(module).values() if isinstance(verb, Verb)}

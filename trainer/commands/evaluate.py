@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from trainer.core.config import EvaluateConfig
+from trainer.commands import Verb, run_folder
+from trainer.core.config import LONGEST, DataConfig, Precision
+from trainer.core.settings import setting
 from trainer.core.text import printable
-from trainer.inference.evaluation import ESTIMATED, check_enough, validate
-from trainer.runs.console import format_number
+
+
+@dataclass
+class EvaluateConfig:
+    """`evaluate`: loss of a run's checkpoint on a validation split."""
+
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["validation", "train"] = setting("validation", "which split")
+    protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
+    sequence_length: int | None = setting(None, "window length; auto: the run's", low=1, high=LONGEST)
+    seed: int | None = setting(None, "seed of the hlb windows; auto: the run's", low=0, high=2**62)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    precision: Precision = setting("auto", "compute type; auto: the run's")
 
 
 def run(config: EvaluateConfig, as_json: bool = False) -> None:
     """The verb: the loss of a checkpoint on its own validation split or on another dataset with the same tokenizer."""
+    from trainer.inference.evaluation import check_enough, validate
     from trainer.runs.opening import open_run
     from trainer.runtime.distributed import join, read_world
 
@@ -36,6 +53,9 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
 def render(report: dict[str, Any]) -> str:
     """The results as a few lines."""
+    from trainer.inference.evaluation import ESTIMATED
+    from trainer.runs.console import format_number
+
     lines = [printable(f"{report['run']}, step {report['step']}, {report['split']} split of {report['data']}")]
     for protocol in ("full", "hlb"):
         if protocol in report:
@@ -49,3 +69,13 @@ def render(report: dict[str, Any]) -> str:
             if values["bits_per_byte_is_estimate"]:
                 lines[-1] += f" (what is per byte or word is an estimate: {ESTIMATED[protocol]})"
     return "\n".join(lines)
+
+
+VERB = Verb(
+    name="evaluate",
+    help="loss of a run's checkpoint on a validation split",
+    config=EvaluateConfig,
+    run=run,
+    json=True,
+    positional=run_folder,
+)

@@ -23,24 +23,37 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer import __version__
-from trainer.checkpoint import format as checkpoint
-from trainer.core.config import ExportConfig
+from trainer.commands import Verb, run_folder
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
-from trainer.engine.meta import KERNEL_FIELDS
-from trainer.runs.opening import stored_run
-from trainer.runtime.distributed import World
+from trainer.core.settings import setting
 
 SHARD_BYTES = 2 << 30  # about what is held in memory at once; a larger tensor has a file of its own
 PREFIX = "model."
 
 
+@dataclass
+class ExportConfig:
+    """`export`: a checkpoint's weights in one place, for other programs."""
+
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    to: Literal["safetensors"] = setting("safetensors", "format of the weights")
+    out: str | None = setting(None, "folder to write; must not exist; auto: RUN/export-STEP")
+
+
 def run(config: ExportConfig) -> None:
     """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
+    from trainer.checkpoint import format as checkpoint
+    from trainer.engine.meta import KERNEL_FIELDS
+    from trainer.runs.opening import stored_run
+    from trainer.runtime.distributed import World
+
     if config.run_dir is None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer export runs/NAME`")
     say = World().say
@@ -91,6 +104,8 @@ def write_weights(path: Path, out: Path, limit: int) -> None:
     import safetensors
     from safetensors.torch import save_file
 
+    from trainer.checkpoint import format as checkpoint
+
     sizes = {
         name.removeprefix(PREFIX): shape.numel() * dtype.itemsize
         for name, (shape, dtype) in checkpoint.stored(path).items()
@@ -123,3 +138,13 @@ def divide(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         held += size
     if names:
         yield names
+
+
+VERB = Verb(
+    name="export",
+    help="a run's weights as safetensors, for other programs",
+    config=ExportConfig,
+    run=run,
+    alone=True,
+    positional=run_folder,
+)

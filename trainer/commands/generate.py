@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
-from trainer.core.config import GenerateConfig
+from trainer.commands import Verb, run_folder
+from trainer.core.config import Precision
 from trainer.core.errors import UserError
+from trainer.core.settings import setting
 from trainer.core.text import for_stream
-from trainer.inference.decoding import complete
+
+
+@dataclass
+class GenerateConfig:
+    """`generate`: text from a run's checkpoint."""
+
+    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
+    max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
+    temperature: float = setting(1.0, "0: always the likeliest token", low=0)
+    top_k: int = setting(0, "sample among the k likeliest; 0: off", low=0)
+    top_p: float = setting(
+        1.0, "sample among the likeliest that hold this share of probability; 1: off", above=0, high=1
+    )
+    stop: list[str] = setting((), "end a text where one of these strings appears; repeat the flag for several")
+    seed: int = setting(0, "seed of the draws", low=0, high=2**62)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    precision: Precision = setting("auto", "compute type; none of the weights change")
 
 
 def run(config: GenerateConfig) -> None:
     """The verb: print each prompt with its continuation to stdout."""
+    from trainer.inference.decoding import complete
     from trainer.runs.opening import open_run
 
     if "" in config.stop:
@@ -39,3 +62,13 @@ def write(text: str) -> None:
     """To stdout; what its encoding has no characters for becomes question marks."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+
+
+VERB = Verb(
+    name="generate",
+    help="continue prompts with a run's model",
+    config=GenerateConfig,
+    run=run,
+    alone=True,
+    positional=run_folder,
+)

@@ -5,18 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trainer.core.config import PlanConfig, RunConfig
+from trainer.commands import Verb
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
+from trainer.core.settings import setting
 from trainer.core.text import printable_lines
-from trainer.planning.plan import Plan, render, resolve, summary
-from trainer.planning.time import expected_time
 from trainer.runtime.launcher import RankInfo
+
+if TYPE_CHECKING:
+    from trainer.planning.plan import Plan
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """`plan`: a run's keys, and the machines to plan for."""
+
+    device: str = setting("auto", "auto, cpu, cuda, or a GPU that need not be here, such as a100-40gb")  # type: ignore[assignment]
+    world_size: int | None = setting(None, "processes; auto: as many as were started", low=1)
+    processes_per_machine: int = setting(8, "of world_size", low=1)
+    price: float | None = setting(None, "of a device for an hour, in any currency", above=0)
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
     """The plan for the device and processes that `config` names, and the device's name. UserError for an unknown device."""
     from trainer.data.stream import find_dataset
+    from trainer.planning.plan import resolve
     from trainer.runtime.device import GPUS, choose_device, device_name
 
     gpu = GPUS.get(config.device)
@@ -33,6 +49,9 @@ def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
 
 def run(config: PlanConfig, as_json: bool = False) -> None:
     """The verb: print the plan to stdout (a table, or one JSON object)."""
+    from trainer.planning.plan import render, summary
+    from trainer.planning.time import expected_time
+
     plan, device = resolve_for(config)
     time = expected_time(plan, device, config.price)
     if as_json:
@@ -41,3 +60,14 @@ def run(config: PlanConfig, as_json: bool = False) -> None:
     else:
         text = printable_lines(render(plan, [time.entry()]))
     sys.stdout.write(text + "\n")
+
+
+VERB = Verb(
+    name="plan",
+    help="every number of a run and the rule it came from",
+    config=PlanConfig,
+    run=run,
+    alone=True,
+    json=True,
+    resolved=lambda config: resolve_for(config)[0].config,
+)

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from models.base import BrokenModel, told_in_one_line
 from trainer.core.errors import UserError
 
 
 def import_plugin(given: str) -> ModuleType:
     """Import a plug-in by its module's name, or by the path of its .py file. UserError in one line where that fails."""
+    from models.base import BrokenModel, told_in_one_line
+
     try:
         if given.endswith(".py") or os.sep in given:
             return _import_file(given)
@@ -28,6 +29,8 @@ def import_plugin(given: str) -> ModuleType:
 
 def _import_file(given: str) -> ModuleType:
     """The module of a file, under the file's name; what lies beside the file can be imported by it."""
+    from models.base import BrokenModel, told_in_one_line
+
     path = Path(given).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"plugin: {given}: {'is not a .py file' if path.exists() else 'there is no such file'}")

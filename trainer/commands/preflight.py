@@ -6,18 +6,20 @@ import contextlib
 import sys
 from pathlib import Path
 
+from trainer.commands import Verb
 from trainer.core.config import RunConfig
 from trainer.core.text import printable_lines
-from trainer.runtime.device import choose_device
-from trainer.runtime.distributed import join, read_world
-from trainer.runtime.watchdog import Watchdog
-from trainer.training.preflight import judge, say_survey, summary, survey, table
 
 VERB_MINUTES = 5.0  # the verb: without progress for so long it ends
 
 
 def run(config: RunConfig) -> None:
     """The verb: a table on stdout, without a run. Of the config it needs device, run_dir and engine.timeout_minutes."""
+    from trainer.runtime.device import choose_device
+    from trainer.runtime.distributed import join, read_world
+    from trainer.runtime.watchdog import Watchdog
+    from trainer.training.preflight import judge, say_survey, summary, survey, table
+
     world = read_world()
     minutes = min(config.engine.timeout_minutes, VERB_MINUTES)
     join(world, config.device, 2 * minutes)
@@ -28,3 +30,11 @@ def run(config: RunConfig) -> None:
         print(printable_lines(table(seen)), file=sys.stdout, flush=True)
         say_survey(world, summary(seen), judge(seen))
     world.stop()
+
+
+VERB = Verb(
+    name="preflight",
+    help="what differs between the machines of a run, and which is slow",
+    config=RunConfig,
+    run=run,
+)

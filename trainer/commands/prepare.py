@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from trainer.commands import Verb
 from trainer.core.config import PrepareConfig
-from trainer.data.prepare import prepare
 
 
 def run(config: PrepareConfig) -> None:
     """The verb `prepare`. Raises UserError."""
+    from trainer.data.prepare import prepare
+
     prepare(config)
+
+
+VERB = Verb(name="prepare", help="text to MDS shards", config=PrepareConfig, run=run, alone=True)

@@ -1,54 +1,75 @@
-"""`bench`: what a training step costs, for every combination of a sweep and beside its baselines, measured in one process.
+"""`bench`: what a training step costs. Also `bench data` and `bench checkpoint`. README.md explains the files they write.
 
-variants.py: what is compared; baselines.py: what it is compared with; turns.py and clock.py: how it is measured; report.py:
-table, JSON and plot; data.py, checkpoint.py: the verbs `bench data`, `bench checkpoint`. README.md: the JSON's fields.
+compare.py: the verb `bench`; variants.py: what it compares; baselines.py: with what; turns.py and clock.py: how it measures;
+report.py: table, JSON and plot; data.py, checkpoint.py: the other two verbs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from trainer.commands.bench.baselines import baselines
-from trainer.commands.bench.report import train_report
-from trainer.commands.bench.turns import ROOM, fit_together, measure, memory_of_process, share_compiled_code
-from trainer.commands.bench.variants import Candidate, Variant, variants
-from trainer.core.config import BenchConfig
-from trainer.core.errors import UserError
-from trainer.data.obtain import agree_on_dataset, obtain_dataset
-from trainer.planning.memory import GIB
-from trainer.runtime.device import choose_device
-from trainer.runtime.distributed import World, join, read_world
+from trainer.commands import Verb
+from trainer.core.config import RunConfig
+from trainer.core.settings import setting
 
 
-def run(config: BenchConfig, as_json: bool = False) -> None:
-    """The verb: writes bench.json, bench.md and bench.png, and prints the table or the JSON to stdout."""
-    world, found, notes, _ = enter(config)
-    first, memory = found[0], memory_of_process(found[0].device, world)
-    candidates: list[Candidate] = [*found]
-    for baseline in baselines(config, first):
-        need = baseline.needs()["total"]
-        if need > ROOM * memory:
-            notes.append(f"{baseline.name} left out: expected to need {need / GIB:.1f} of {memory / GIB:.1f} GiB")
-        else:
-            candidates.append(baseline)
-    together = world.on_leader(lambda: fit_together(candidates, memory)) and not share_compiled_code(candidates)
-    notes += measure(candidates, config, together)
-    if world.leader:
-        measured = [one for one in candidates if one.record.rates]
-        train_report(config, measured, together, notes).publish(as_json)
-    world.stop()
+@dataclass
+class BenchConfig(RunConfig):
+    """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
+
+    sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
+    baselines: list[Literal["bare", "eager", "transformers"]] | None = setting(
+        None,
+        "bench: bare (a plain PyTorch loop), transformers (the same shape there), eager (whole logits, dense attention, "
+        "nothing compiled); auto: the first two, where they are",
+    )
+    rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
+    steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
+    bench_dir: str | None = setting(
+        None, "folder of bench.md, .json and .png, on the disk that `bench checkpoint` measures; auto: runs/bench-TIME"
+    )
 
 
-def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
-    """The process group, the variants of the sweep (at least one, none built), a line on each combination that cannot run here,
-    and the dataset, prepared if need be."""
-    if config.profile:
-        raise UserError("profile: a bench records phases alone; `train --profile` records operations")
-    world = read_world()
-    obtain_dataset(config, world)
-    join(world, config.device, config.engine.timeout_minutes, alone=True)
-    device: torch.device = choose_device(config.device, world.local_rank)
-    dataset = agree_on_dataset(config, world)
-    return world, *variants(config, dataset, world, device), dataset
+def run(config: BenchConfig, as_json: bool) -> None:
+    """The verb `bench`."""
+    from trainer.commands.bench import compare
+
+    compare.run(config, as_json)
+
+
+def run_data(config: BenchConfig, as_json: bool) -> None:
+    """The verb `bench data`."""
+    from trainer.commands.bench import data
+
+    data.run(config, as_json)
+
+
+def run_checkpoint(config: BenchConfig, as_json: bool) -> None:
+    """The verb `bench checkpoint`."""
+    from trainer.commands.bench import checkpoint
+
+    checkpoint.run(config, as_json)
+
+
+STEP = Verb(
+    name="bench",
+    help="speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
+    config=BenchConfig,
+    run=run,
+    json=True,
+)
+DATA = Verb(
+    name="bench data",
+    help="speed of loader and tokenizer, against what training consumes",
+    config=BenchConfig,
+    run=run_data,
+    json=True,
+)
+CHECKPOINT = Verb(
+    name="bench checkpoint",
+    help="speed of saving and loading, against a plain file",
+    config=BenchConfig,
+    run=run_checkpoint,
+    json=True,
+)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.base import cross_entropy, get_model, materialise
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
 from trainer.commands.bench.variants import Candidate
-from trainer.core.config import BenchConfig
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, TrainStream

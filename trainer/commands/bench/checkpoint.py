@@ -13,10 +13,10 @@ from typing import Any
 
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
-from trainer.commands.bench import enter
+from trainer.commands.bench import BenchConfig
+from trainer.commands.bench.compare import enter
 from trainer.commands.bench.report import Report, bench_folder, device_facts, title
 from trainer.commands.bench.variants import Variant, leaving_out
-from trainer.core.config import BenchConfig
 from trainer.core.files import sync_path
 
 BLOCK = 1 << 24  # bytes per write of the plain file

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.bench import enter
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.baselines import Reader
+from trainer.commands.bench.compare import enter
 from trainer.commands.bench.report import Report, device_facts, distribution, show, title
 from trainer.commands.bench.turns import in_turns
 from trainer.commands.bench.variants import Variant
-from trainer.core.config import BenchConfig
 from trainer.core.errors import UserError
 from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, local_folder

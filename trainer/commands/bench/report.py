@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PHASES
 from trainer.commands.bench.variants import Candidate
-from trainer.core.config import BenchConfig
 from trainer.core.files import user_path, write_file
 from trainer.core.text import printable, printable_lines
 from trainer.engine.meta import build_meta

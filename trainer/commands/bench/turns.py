@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock, communication_ms, compilations, peak_memory, synchronise
 from trainer.commands.bench.variants import Candidate, leaving_out
-from trainer.core.config import BenchConfig
 from trainer.runtime.device import memory_bytes
 from trainer.runtime.distributed import World
 

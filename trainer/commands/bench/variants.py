@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
-from trainer.core.config import BenchConfig, RunConfig
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, leaf_keys, merge, unknown_key
+from trainer.core.sweep import Sweep, changed, combinations, parse_sweep
 from trainer.planning.memory import expected_memory
 from trainer.planning.plan import Plan, resolve
 from trainer.runtime.distributed import World
@@ -100,23 +100,14 @@ class Variant(Candidate):
         super().close()
 
 
-def parse_sweep(sweep: list[str]) -> dict[str, list[str]]:
-    """Key -> values of `KEY=V1,V2` texts. UserError where one is not of that form or its key cannot be swept."""
-    known, swept = leaf_keys(RunConfig), {}
-    for text in sweep:
-        key, equals, values = text.partition("=")
-        if not equals or not all(values.split(",")):
-            raise UserError(f"sweep: {text!r} is not KEY=V1,V2; for example --sweep engine.compile=false,true")
-        if key not in known and not key.startswith("model."):
-            raise UserError(f"sweep: {unknown_key(key, known)}")
+def comparable(sweep: Sweep) -> Sweep:
+    """The sweep itself. UserError where it changes what one process has only one of."""
+    for key in sweep:
         if key.startswith(FIXED):
             raise UserError(
                 f"sweep: {key} is the same for all that one process compares; start bench once for each value"
             )
-        if key in swept:
-            raise UserError(f"sweep: {key} stands twice; give all its values in one, {key}=V1,V2")
-        swept[key] = values.split(",")
-    return swept
+    return sweep
 
 
 def variants(config: BenchConfig, dataset: Any, world: World, device: torch.device) -> tuple[list[Variant], list[str]]:
@@ -124,11 +115,9 @@ def variants(config: BenchConfig, dataset: Any, world: World, device: torch.devi
 
     The first one's values come first. UserError where that one cannot run.
     """
-    swept = parse_sweep(config.sweep)
     found: list[Variant] = []
     notes: list[str] = []
-    for values in itertools.product(*swept.values()):
-        changes = dict(zip(swept, values, strict=True))
+    for changes in combinations(comparable(parse_sweep(config.sweep))):
         wanted = run_config(config, changes)  # outside: a key or value that does not exist is a mistake
         name = label(changes) or wanted.model.get("name", "hlb")
         with leaving_out(name, not found, notes, world):
@@ -164,11 +153,7 @@ def run_config(config: BenchConfig, changes: dict[str, str]) -> RunConfig:
     values = dataclasses.asdict(config)
     for name in {f.name for f in dataclasses.fields(BenchConfig)} - {f.name for f in dataclasses.fields(RunConfig)}:
         del values[name]
-    for key, value in changes.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}  # type: ignore[assignment]
-        values = merge(values, value)  # type: ignore[arg-type]
-    return build(RunConfig, values)
+    return changed(values, changes)
 
 
 def steady(plan: Plan) -> Plan:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from models.base import Unset, get_model, load_models, model_names
+from trainer.commands.check import CheckConfig
 from trainer.commands.plugins import import_plugin
-from trainer.core.config import CheckConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.core.text import printable

@@ -1,0 +1,116 @@
+"""From the values of a `train` command to a run that trains, and what is said at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import format as checkpoint
+from trainer.core.config import RunConfig
+from trainer.core.errors import Stopped
+from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
+from trainer.data.stream import find_dataset
+from trainer.engine.gradients import refuse_unreached
+from trainer.planning.launcher_config import read_launcher_config
+from trainer.planning.plan import render, resolve
+from trainer.planning.run_config import (
+    check_unchanged,
+    combined_config,
+    combined_values,
+    folder_of,
+)
+from trainer.runs.folder import locked
+from trainer.runtime.device import choose_device
+from trainer.runtime.distributed import World, join, read_world
+from trainer.runtime.exit_status import write_exit_status
+from trainer.runtime.launcher import restarts
+from trainer.runtime.signals import StopSignals, exit_code, follow_launcher, not_begun_line
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.loop import train
+from trainer.training.preflight import before_training
+from trainer.training.profile import explain_out_of_memory
+from trainer.training.run import Run
+
+
+def start(given: dict[str, Any]) -> None:
+    """Train. given: values of the YAML file and the flags, as in RunConfig."""
+    world = read_world()
+    values, stored = combined_values(given)
+    given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
+    config, _ = combined_config(given)
+    obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
+    launched = read_launcher_config(os.environ).launcher not in ("python", "srun")
+    with StopSignals(world, launched) as signals:
+        if launched:
+            follow_launcher()
+        try:
+            asked = run_joined(given, config, world, signals)
+        except Stopped as stop:
+            raise before_training_began(stop, folder_of(config), world) from None
+    if asked is not None:
+        raise SystemExit(exit_code(asked))
+
+
+def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
+    """`stop` with the line that says what there is; the script that started us may start us again."""
+    number = signal.Signals(stop.number)
+    if world.leader:
+        write_exit_status(f"stopped by {number.name} before training began")
+    saved = checkpoint.found(folder / "checkpoints")
+    return Stopped(number, not_begun_line(number, saved[-1][0] if saved else None))
+
+
+def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: StopSignals) -> signal.Signals | None:
+    """The run, from the process group's beginning to its end; returns the signal that ended it early."""
+    join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, speaks first
+    # Rank 0 looks and resolves; the others take what it found, and its error where there is one.
+    config, plan_text = world.on_leader(lambda: resolve_run(given, world))
+    if world.size == 1:
+        join(world, config.device, alone=config.engine.strategy != "single")
+    dataset = agree_on_dataset(config, world)
+    with contextlib.ExitStack() as stack:
+        folder = folder_of(config)
+        limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
+        # What is left of a job's try on a machine that was cut off holds the folder until its own watchdog ends it.
+        patience = 2 * min(limits) if restarts(os.environ) else 0
+        world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
+        plan = resolve(config, dataset)
+        world.on_leader(lambda: refuse_unreached(plan, world.say))
+        before_training(plan, world)
+        device = choose_device(plan.config.device, world.local_rank)
+        with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
+            asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
+    if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
+        write_exit_status("finished" if asked is None else f"stopped by {asked.name}")
+    world.stop()
+    return asked
+
+
+def resolve_run(given: dict[str, Any], world: World) -> tuple[Any, str | None]:
+    """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
+    config, stored = combined_config(given, world.say)
+    plan = resolve(config, find_dataset(config.data, lambda line: None))  # what there is to say `agree_on_dataset` says
+    if stored is None:
+        return plan.config, render(plan)
+    check_unchanged(stored, plan.config, given, lambda other: resolve(other, find_dataset(other.data)).config)
+    return plan.config, None
+
+
+def ways_out(config: Any) -> str:
+    """What to try where memory ran out. config: resolved."""
+    batch, engine = config.batch, config.engine
+    ways = []
+    if batch.tokens_per_microbatch > batch.sequence_length:
+        half = max(1, batch.tokens_per_microbatch // batch.sequence_length // 2) * batch.sequence_length
+        ways.append(f"--batch.tokens_per_microbatch {half}")
+    if engine.cuda_graphs:
+        ways.append("--engine.cuda_graphs false")
+    elif engine.activation_checkpointing != "full":
+        ways.append("--engine.activation_checkpointing full")
+    if engine.strategy in ("fsdp", "hsdp", "zero1", "zero2", "zero3") and not engine.offload:
+        ways.append("--engine.offload")
+    return f"go on with {' or '.join([*ways, 'more devices'])}"
