@@ -27,7 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models.state import DecodingState, State
+
 IGNORE = -1  # a target that does not count
+Cache = DecodingState  # its name in models written for crescendo-lm 0.2.0 and earlier
 
 
 class Output(NamedTuple):
@@ -41,80 +44,6 @@ class Output(NamedTuple):
     loss: Tensor | None = None
     logits: Tensor | None = None
     parts: dict[str, Tensor] | None = None
-
-
-class Cache:
-    """Keys and values of the tokens decoded so far: one (keys, values) pair per layer, grown by the model.
-
-    length: tokens decoded. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses, and under a key of its
-    own in `state` what else it must remember.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.state: dict[Any, Tensor] = {}
-        self.length = 0
-        self._rolls: dict[Any, _Roll] = {}
-
-    def replace(self, key: Any, value: Tensor, first: Tensor) -> Tensor:
-        """Remember `value` under `key`; returns what was there before, `first` where nothing was."""
-        before = self.state.get(key, first)
-        self.state[key] = value
-        return before
-
-    def append(self, key: Any, new: Tensor, dim: int, window: int = 0) -> Tensor:
-        """Remember `new` along `dim` after what `key` has in `state`; returns all of it that the new tokens see.
-
-        window: a token sees itself and the window - 1 before it, and what is further back is let go; 0: all of them.
-        """
-        self.state[key] = self._roll(("state", key), new, dim, window)
-        return self.state[key]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Append new keys and values of `layer` along `dim`; returns all that the new tokens see (see `append`)."""
-        self.layers[layer] = (
-            self._roll((layer, "keys"), k, dim, window),
-            self._roll((layer, "values"), v, dim, window),
-        )
-        return self.layers[layer]
-
-    def _roll(self, key: Any, new: Tensor, dim: int, window: int) -> Tensor:
-        if key in self._rolls:
-            self._rolls[key].append(new, window)
-        else:
-            self._rolls[key] = _Roll(new, dim)
-        return self._rolls[key].held
-
-
-class _Roll:
-    """A tensor that grows at its end along one dimension and may lose its beginning; most of the time nothing is copied but
-    what is new."""
-
-    def __init__(self, first: Tensor, dim: int) -> None:
-        self.dim, self.start, self.stop = dim, 0, first.shape[dim]
-        self.buffer = first  # as it is: a prompt is not copied
-
-    @property
-    def held(self) -> Tensor:
-        return self.buffer.narrow(self.dim, self.start, self.stop - self.start)
-
-    def append(self, new: Tensor, window: int) -> None:
-        if window:
-            self.start = max(self.start, self.stop - (window - 1))
-        count = new.shape[self.dim]
-        if new.requires_grad:  # what is to be differentiated must not be written over
-            self.buffer = torch.cat((self.held, new), self.dim)
-            self.start, self.stop = 0, self.buffer.shape[self.dim]
-            return
-        if self.stop + count > self.buffer.shape[self.dim]:
-            held, needed = self.held, self.stop - self.start + count
-            shape = list(held.shape)
-            shape[self.dim] = needed + max(16, needed // 2)
-            self.buffer = new.new_empty(shape)
-            self.start, self.stop = 0, held.shape[self.dim]
-            self.held.copy_(held)
-        self.buffer.narrow(self.dim, self.stop, count).copy_(new)
-        self.stop += count
 
 
 class LanguageModel(nn.Module):
@@ -135,7 +64,7 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
         documents: Tensor
         | None = None,  # [B, T] number of its document, another one where one starts; none attends to another
-        cache: Cache | None = None,  # incremental decoding: `tokens` follow those already held
+        cache: Any = None,  # the State that `new_state` made: `tokens` follow those already read
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
     ) -> Output:
         raise NotImplementedError
@@ -179,11 +108,17 @@ class LanguageModel(nn.Module):
     # -- defaults ----------------------------------------------------------------------------------------------------
 
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
-    decodes_incrementally: ClassVar[bool] = (
-        True  # False: `cache` is ignored; the whole context is computed for each token
-    )
+    decodes_incrementally: ClassVar[bool] = True  # False: `new_state` gives None
     optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
     max_context: int | None = None  # longest sequence the model can take; None: any
+
+    def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> State | None:
+        """What incremental decoding of `batch` texts remembers; None: the whole context is computed for each token.
+
+        max_length: most tokens of a text (None: not known). device, dtype: of the activations, for what is allocated here.
+        The default grows with the first tokens and takes batch, device and type from them.
+        """
+        return DecodingState(max_length) if self.decodes_incrementally else None
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
         """Name of a parameter -> what projects it in place after each optimiser step (none by default).

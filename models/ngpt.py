@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register
+from models.base import LanguageModel, Output, register
 from models.config import check_ranges, setting
 from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy
 from models.layers.positions import Rotary, number_documents, positions_in_documents
 from models.layers.shapes import shape_for
+from models.state import DecodingState
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d, d, bias=False)
         self.mlp_alpha = Scale(d, config.alpha_init, scale)
 
-    def forward(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None = None
+    ) -> Tensor:
         """positions: [T] or [B, T]; visible: as scaled_dot_product_attention takes it, None for causal among h's own."""
         h = step_on_sphere(h, self.attention(h, positions, visible, cache), self.attention_alpha())
         return step_on_sphere(h, self.mlp(h), self.mlp_alpha())
 
-    def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
+    def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         qkv = self.qkv(h).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, head_dim]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, head_dim]
@@ -143,7 +146,7 @@ class Ngpt(LanguageModel):
         tokens: Tensor,
         targets: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: DecodingState | None = None,
         reduction: str = "mean",
     ) -> Output:
         if documents is not None and cache is not None:

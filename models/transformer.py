@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register
+from models.base import LanguageModel, Output, register
 from models.layers import compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_attention_mask
 from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
@@ -27,6 +27,7 @@ from models.layers.pattention import Pattention
 from models.layers.positions import number_documents, positions_in_documents
 from models.layers.residual import START_SCALES, HyperConnection, widen
 from models.layers.shapes import shape_for
+from models.state import DecodingState
 from models.transformer_config import TransformerConfig
 
 
@@ -62,7 +63,7 @@ class Transformer(LanguageModel):
         tokens: Tensor,
         targets: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: DecodingState | None = None,
         reduction: str = "mean",
     ) -> Output:
         documents = None if documents is None else number_documents(documents)
@@ -79,7 +80,7 @@ class Transformer(LanguageModel):
         loss, parts = self.loss(hidden, targets, documents, reduction)
         return Output(loss=loss, parts=parts or None)
 
-    def context(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Context:
+    def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
         """Positions, and what each query sees under every window there is."""
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
@@ -129,7 +130,7 @@ class Transformer(LanguageModel):
         return widen(x, c.streams) if c.streams else x
 
     def trunk(
-        self, x: Tensor, tables: list[Tensor], context: Context, cache: Cache | None
+        self, x: Tensor, tables: list[Tensor], context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """All blocks, with what goes around them: (output, input of the last block, values for a further block)."""
         x0, before, values = x, x, None

@@ -120,7 +120,7 @@ def test_a_broken_promise_is_named(check, model_class, why):
 
 def test_what_is_not_promised_is_skipped():
     kind, why = made("decoding", Whole)
-    assert kind == "skipped" and "decodes_incrementally is false" in why
+    assert kind == "skipped" and "new_state gives None" in why
 
 
 def test_an_exception_is_told_with_its_place():
