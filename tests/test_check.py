@@ -61,13 +61,13 @@ class Mingling(Gpt2):
 class Flat(Gpt2):
     """Its loss knows no targets."""
 
-    def loss(self, hidden, targets, documents, reduction):
-        return hidden[0].float().sum(), {}
+    def loss(self, hidden, targets, reduction, weights=None):
+        return hidden.states.float().sum(), {}
 
 
 class Halved(Gpt2):
-    def loss(self, hidden, targets, documents, reduction):
-        loss, parts = super().loss(hidden, targets, documents, reduction)
+    def loss(self, hidden, targets, reduction, weights=None):
+        loss, parts = super().loss(hidden, targets, reduction, weights)
         return loss / 2, parts
 
 
