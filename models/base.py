@@ -20,14 +20,37 @@ import math
 import pkgutil
 import traceback
 from collections.abc import Callable, Container, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models.state import DecodingState, State
+
 IGNORE = -1  # a target that does not count
+Cache = DecodingState  # its name in models written for crescendo-lm 0.2.0 and earlier
+
+
+class Batch(TypedDict, total=False):
+    """What one forward and backward pass reads: tensors [B, T, ...]. An objective may ask for further keys.
+
+    tokens: int64. targets: int64, IGNORE where it does not count. weights: what each target counts, absent: 1.
+    documents: the number of each token's document, another one where one starts; no token attends to another document.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    documents: Tensor
+
+
+class Hidden(NamedTuple):
+    """What the blocks computed. states: [B, T, D], what the output projection reads; heads: what further heads read besides."""
+
+    states: Tensor
+    heads: Any = None
 
 
 class Output(NamedTuple):
@@ -43,80 +66,6 @@ class Output(NamedTuple):
     parts: dict[str, Tensor] | None = None
 
 
-class Cache:
-    """Keys and values of the tokens decoded so far: one (keys, values) pair per layer, grown by the model.
-
-    length: tokens decoded. Every model stores `layers[i] = (k, v)` in whatever shape its attention uses, and under a key of its
-    own in `state` what else it must remember.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.state: dict[Any, Tensor] = {}
-        self.length = 0
-        self._rolls: dict[Any, _Roll] = {}
-
-    def replace(self, key: Any, value: Tensor, first: Tensor) -> Tensor:
-        """Remember `value` under `key`; returns what was there before, `first` where nothing was."""
-        before = self.state.get(key, first)
-        self.state[key] = value
-        return before
-
-    def append(self, key: Any, new: Tensor, dim: int, window: int = 0) -> Tensor:
-        """Remember `new` along `dim` after what `key` has in `state`; returns all of it that the new tokens see.
-
-        window: a token sees itself and the window - 1 before it, and what is further back is let go; 0: all of them.
-        """
-        self.state[key] = self._roll(("state", key), new, dim, window)
-        return self.state[key]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int, window: int = 0) -> tuple[Tensor, Tensor]:
-        """Append new keys and values of `layer` along `dim`; returns all that the new tokens see (see `append`)."""
-        self.layers[layer] = (
-            self._roll((layer, "keys"), k, dim, window),
-            self._roll((layer, "values"), v, dim, window),
-        )
-        return self.layers[layer]
-
-    def _roll(self, key: Any, new: Tensor, dim: int, window: int) -> Tensor:
-        if key in self._rolls:
-            self._rolls[key].append(new, window)
-        else:
-            self._rolls[key] = _Roll(new, dim)
-        return self._rolls[key].held
-
-
-class _Roll:
-    """A tensor that grows at its end along one dimension and may lose its beginning; most of the time nothing is copied but
-    what is new."""
-
-    def __init__(self, first: Tensor, dim: int) -> None:
-        self.dim, self.start, self.stop = dim, 0, first.shape[dim]
-        self.buffer = first  # as it is: a prompt is not copied
-
-    @property
-    def held(self) -> Tensor:
-        return self.buffer.narrow(self.dim, self.start, self.stop - self.start)
-
-    def append(self, new: Tensor, window: int) -> None:
-        if window:
-            self.start = max(self.start, self.stop - (window - 1))
-        count = new.shape[self.dim]
-        if new.requires_grad:  # what is to be differentiated must not be written over
-            self.buffer = torch.cat((self.held, new), self.dim)
-            self.start, self.stop = 0, self.buffer.shape[self.dim]
-            return
-        if self.stop + count > self.buffer.shape[self.dim]:
-            held, needed = self.held, self.stop - self.start + count
-            shape = list(held.shape)
-            shape[self.dim] = needed + max(16, needed // 2)
-            self.buffer = new.new_empty(shape)
-            self.start, self.stop = 0, held.shape[self.dim]
-            self.held.copy_(held)
-        self.buffer.narrow(self.dim, self.stop, count).copy_(new)
-        self.stop += count
-
-
 class LanguageModel(nn.Module):
     """Base of every model. Subclasses define `Config` and all that raises here; the rest has a sane default."""
 
@@ -127,7 +76,20 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
 
-    # -- to define -------------------------------------------------------------------------------------------------
+    # -- to define: hidden and logits, or forward alone --------------------------------------------------------------
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        *,
+        documents: Tensor | None = None,  # [B, T], see Batch
+        state: Any = None,  # the State that `new_state` made: `tokens` follow those already read
+    ) -> Hidden:
+        raise NotImplementedError
+
+    def logits(self, hidden: Hidden) -> Tensor:
+        """[B, T, V]"""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -135,10 +97,14 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
         documents: Tensor
         | None = None,  # [B, T] number of its document, another one where one starts; none attends to another
-        cache: Cache | None = None,  # incremental decoding: `tokens` follow those already held
+        cache: Any = None,  # the State that `new_state` made: `tokens` follow those already read
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
     ) -> Output:
-        raise NotImplementedError
+        hidden = self.hidden(tokens, documents=documents, state=cache)
+        if targets is None:
+            return Output(logits=self.logits(hidden))
+        loss, parts = self.loss(hidden, targets, reduction)
+        return Output(loss=loss, parts=parts or None)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Set every parameter and buffer. Called on a model that was built on the meta device (see `materialise`): what
@@ -178,12 +144,35 @@ class LanguageModel(nn.Module):
 
     # -- defaults ----------------------------------------------------------------------------------------------------
 
+    def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy of each next token in nats times its weight, fp32 [B, T]; 0 at IGNORE.
+
+        A model with an output projection overrides this with `linear_nll`, which never holds all logits.
+        """
+        return token_losses(self.logits(hidden), targets, weights)
+
+    def loss(
+        self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts): what the model trains on with next tokens as targets, see Output; by default the sum of `nll`.
+
+        weights: of the targets; only with reduction "sum".
+        """
+        total = self.nll(hidden, targets, weights).sum()
+        return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
+
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
-    decodes_incrementally: ClassVar[bool] = (
-        True  # False: `cache` is ignored; the whole context is computed for each token
-    )
+    decodes_incrementally: ClassVar[bool] = True  # False: `new_state` gives None
     optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
     max_context: int | None = None  # longest sequence the model can take; None: any
+
+    def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> State | None:
+        """What incremental decoding of `batch` texts remembers; None: the whole context is computed for each token.
+
+        max_length: most tokens of a text (None: not known). device, dtype: of the activations, for what is allocated here.
+        The default grows with the first tokens and takes batch, device and type from them.
+        """
+        return DecodingState(max_length) if self.decodes_incrementally else None
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
         """Name of a parameter -> what projects it in place after each optimiser step (none by default).
@@ -335,6 +324,55 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
+def token_losses(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each token in nats times its weight, fp32 [B, T], 0 at IGNORE; logits [B, T, V], targets [B, T]."""
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view(targets.shape)
+    return losses if weights is None else losses * weights
+
+
+class LogitsAsHidden:
+    """A model that defines `forward` alone, as an objective sees it: the hidden states are the logits themselves."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Output:
+        return self.model(*args, **kwargs)
+
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None) -> Hidden:
+        return Hidden(self.model(tokens, documents=documents).logits)
+
+    def logits(self, hidden: Hidden) -> Tensor:
+        return hidden.states
+
+    def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return token_losses(hidden.states, targets, weights)
+
+    def loss(
+        self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total = self.nll(hidden, targets, weights).sum()
+        return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def with_hidden(model: Any) -> Any:
+    """The model, where its `hidden` and `logits` say what it computes; else a LogitsAsHidden.
+
+    They do not where a class defines `forward` and inherits `hidden` from a parent: then its `forward` may compute something else.
+    """
+    for cls in type(model).__mro__:
+        if "hidden" in vars(cls):
+            return model if cls is not LanguageModel else LogitsAsHidden(model)
+        if "forward" in vars(cls) and cls is not LanguageModel:
+            return LogitsAsHidden(model)
+    return LogitsAsHidden(model)
+
+
 def require_positive(config: Any, *names: str) -> None:
     """ValueError unless each named field of a Config is at least 1."""
     for name in names:
@@ -352,7 +390,6 @@ _REGISTRY: dict[str, type[LanguageModel]] = {}
 
 _TO_DEFINE = (
     "Config",
-    "forward",
     "init_weights",
     "blocks",
     "parameter_groups",
@@ -366,12 +403,9 @@ def register(name: str):
     """Class decorator: make a model known under `name`, which can be taken once. TypeError for a model without its members."""
 
     def add(cls: type[LanguageModel]) -> type[LanguageModel]:
-        undefined = object()
-        missing = [
-            member
-            for member in _TO_DEFINE
-            if inspect.getattr_static(cls, member, undefined) in (undefined, vars(LanguageModel).get(member))
-        ]
+        missing = [member for member in _TO_DEFINE if not _defines(cls, member)]
+        if not _defines(cls, "forward") and not (_defines(cls, "hidden") and _defines(cls, "logits")):
+            missing.insert(0, "hidden and logits (or forward)")
         if missing:
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}: see LanguageModel in models/base.py")
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
@@ -380,6 +414,11 @@ def register(name: str):
         return cls
 
     return add
+
+
+def _defines(cls: type[LanguageModel], member: str) -> bool:
+    undefined = object()
+    return inspect.getattr_static(cls, member, undefined) not in (undefined, vars(LanguageModel).get(member))
 
 
 class BrokenModel(ImportError):

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register
+from models.base import Hidden, LanguageModel, register
 from models.config import check_ranges, setting
 from models.layers import compute_dtype, flex, normal_
 from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
-from models.layers.linear_cross_entropy import linear_cross_entropy
+from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.positions import number_documents
+from models.state import DecodingState
 
 QUANTISED_CONTEXT = 1024  # length of the original's table of positions
 
@@ -74,7 +75,7 @@ class LatentAttention(nn.Module):
         self.project = nn.Linear(d_expand, d, bias=False)
         self.position_bias = nn.Parameter(torch.ones(1))  # m; [1], since FSDP shards no scalars
 
-    def forward(self, x: Tensor, reach: Reach | BlockMask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, reach: Reach | BlockMask, cache: DecodingState | None = None) -> Tensor:
         q, k, linear, gate = self.expand(self.norm(x)).split(self.widths, dim=-1)
         u = linear * F.gelu(gate)  # [B, T, D_expand]
         local, v = u.split([u.shape[-1] - x.shape[-1], x.shape[-1]], dim=-1)
@@ -103,28 +104,29 @@ class Hlb(LanguageModel):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.max_context = QUANTISED_CONTEXT if config.position_bias_quantised else None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        documents: Tensor | None = None,
-        cache: Cache | None = None,
-        reduction: str = "mean",
-    ) -> Output:
-        if documents is not None and cache is not None:
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
+        if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
-        reach = self._reach(tokens, None if documents is None else number_documents(documents), cache)
+        reach = self._reach(tokens, None if documents is None else number_documents(documents), state)
         x = self.embedding(tokens)  # [B, T, D]
         for block in self.layers:
-            x = block(x, reach, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        x = self.norm(x)
-        if targets is None:
-            return Output(logits=self.head(x))  # [B, T, V]
-        return Output(loss=linear_cross_entropy(x, self.head.weight, targets, reduction))
+            x = block(x, reach, state)
+        if state is not None:
+            state.length += tokens.shape[1]
+        return Hidden(self.norm(x))
 
-    def _reach(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Reach | BlockMask:
+    def logits(self, hidden: Hidden) -> Tensor:
+        return self.head(hidden.states)
+
+    def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return linear_nll(hidden.states, self.head.weight, targets, weights)
+
+    def loss(
+        self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return linear_cross_entropy(hidden.states, self.head.weight, targets, reduction, weights=weights), {}
+
+    def _reach(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Reach | BlockMask:
         length, device = tokens.shape[1], tokens.device
         start = cache.length if cache is not None else 0
         if self.max_context is not None and start + length > self.max_context:

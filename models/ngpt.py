@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register
+from models.base import Hidden, LanguageModel, register
 from models.config import check_ranges, setting
 from models.layers import fill_
-from models.layers.linear_cross_entropy import linear_cross_entropy
+from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.positions import Rotary, number_documents, positions_in_documents
 from models.layers.shapes import shape_for
+from models.state import DecodingState
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d, d, bias=False)
         self.mlp_alpha = Scale(d, config.alpha_init, scale)
 
-    def forward(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None = None
+    ) -> Tensor:
         """positions: [T] or [B, T]; visible: as scaled_dot_product_attention takes it, None for causal among h's own."""
         h = step_on_sphere(h, self.attention(h, positions, visible, cache), self.attention_alpha())
         return step_on_sphere(h, self.mlp(h), self.mlp_alpha())
 
-    def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: Cache | None) -> Tensor:
+    def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         qkv = self.qkv(h).unflatten(-1, (3, self.n_heads, -1))  # [B, T, 3, H, head_dim]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, head_dim]
@@ -138,17 +141,10 @@ class Ngpt(LanguageModel):
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         self.logit_scale = Scale(config.vocab_size, 1.0, d**-0.5)  # s_z
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        documents: Tensor | None = None,
-        cache: Cache | None = None,
-        reduction: str = "mean",
-    ) -> Output:
-        if documents is not None and cache is not None:
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
+        if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
-        start = cache.length if cache is not None else 0
+        start = state.length if state is not None else 0
         j = torch.arange(start + tokens.shape[1], device=tokens.device)
         positions, visible = j[start:], None
         if documents is not None:
@@ -160,14 +156,26 @@ class Ngpt(LanguageModel):
 
         h = self.embedding(tokens)  # [B, T, D], unit vectors as all that follow
         for block in self.layers:
-            h = block(h, positions, visible, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        if targets is None:
-            return Output(logits=self.head(h) * self.logit_scale())  # [B, T, V]
+            h = block(h, positions, visible, state)
+        if state is not None:
+            state.length += tokens.shape[1]
+        return Hidden(h)
+
+    def logits(self, hidden: Hidden) -> Tensor:
+        return self.head(hidden.states) * self.logit_scale()
+
+    def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return linear_nll(hidden.states, self.scaled_head(), targets, weights)
+
+    def loss(
+        self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return linear_cross_entropy(hidden.states, self.scaled_head(), targets, reduction, weights=weights), {}
+
+    def scaled_head(self) -> Tensor:
+        """The output projection [V, D] times its scales: less than to scale the logits [B, T, V]."""
         weight = self.head.weight
-        scaled = weight * self.logit_scale().to(weight.dtype)[:, None]  # [V, D] instead of [B, T, V]
-        return Output(loss=linear_cross_entropy(h, scaled, targets, reduction))
+        return weight * self.logit_scale().to(weight.dtype)[:, None]
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
         """Each vector of length D: rows, but columns of the matrices that lead back to h."""

@@ -10,24 +10,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache, LanguageModel, Output, register
+from models.base import Hidden, LanguageModel, register
 from models.layers import compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_attention_mask
 from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
 from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
+from models.layers.linear_cross_entropy import linear_nll
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
 from models.layers.pattention import Pattention
 from models.layers.positions import number_documents, positions_in_documents
 from models.layers.residual import START_SCALES, HyperConnection, widen
 from models.layers.shapes import shape_for
+from models.state import DecodingState
 from models.transformer_config import TransformerConfig
+
+
+class ForFurtherHeads(NamedTuple):
+    """What heads of later tokens read. output, before: of the last block and into it, [B, T, D]; documents: [B, T]."""
+
+    output: Tensor
+    before: Tensor
+    values: Tensor | None
+    context: Context
+    documents: Tensor | None
 
 
 @register("transformer")
@@ -57,29 +69,18 @@ class Transformer(LanguageModel):
         self.single_loss = liger.linear_cross_entropy if "loss" in self.by_liger else None
         self.windows = sorted({c.window_of(layer) for layer in range(len(self.blocks()))})
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        documents: Tensor | None = None,
-        cache: Cache | None = None,
-        reduction: str = "mean",
-    ) -> Output:
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         documents = None if documents is None else number_documents(documents)
-        context = self.context(tokens, documents, cache)
+        context = self.context(tokens, documents, state)
         x = self.embed(tokens, context)
         tables = [table(tokens) for table in self.value_tables]  # [B, T, G * head_dim] each
-        x, before, values = self.trunk(x, tables, context, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        if targets is None:
-            return Output(logits=self.logits(self.norm(narrowed(x))))  # [B, T, V]
-        hidden = [self.norm(narrowed(x))]
-        hidden += [head(x, before, values, context, self.norm) for head in self.further]
-        loss, parts = self.loss(hidden, targets, documents, reduction)
-        return Output(loss=loss, parts=parts or None)
+        x, before, values = self.trunk(x, tables, context, state)
+        if state is not None:
+            state.length += tokens.shape[1]
+        further = ForFurtherHeads(x, before, values, context, documents) if self.further else None
+        return Hidden(self.norm(narrowed(x)), further)
 
-    def context(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Context:
+    def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
         """Positions, and what each query sees under every window there is."""
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
@@ -129,7 +130,7 @@ class Transformer(LanguageModel):
         return widen(x, c.streams) if c.streams else x
 
     def trunk(
-        self, x: Tensor, tables: list[Tensor], context: Context, cache: Cache | None
+        self, x: Tensor, tables: list[Tensor], context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """All blocks, with what goes around them: (output, input of the last block, values for a further block)."""
         x0, before, values = x, x, None
@@ -147,34 +148,44 @@ class Transformer(LanguageModel):
                 outputs.append(x)
         return x, before, values
 
+    def states_of_heads(self, hidden: Hidden) -> list[Tensor]:
+        """What the output projection of each prediction head reads: [B, T, D] each, the next token's first."""
+        return [hidden.states, *(head(*hidden.heads[:4], self.norm) for head in self.further)]
+
     def unembedding(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, V], those of rows that are padding -inf."""
+    def logits(self, hidden: Hidden) -> Tensor:
+        """[B, T, V], those of rows that are padding -inf."""
         c = self.config
-        logits = F.linear(x, self.unembedding())
+        logits = F.linear(hidden.states, self.unembedding())
         if c.final_softcap:
             logits = c.final_softcap * (logits / c.final_softcap).tanh()
         if c.unpadded_vocab:
-            logits = logits.masked_fill(torch.arange(c.vocab_size, device=x.device) >= c.unpadded_vocab, -math.inf)
+            logits = logits.masked_fill(torch.arange(c.vocab_size, device=logits.device) >= c.unpadded_vocab, -math.inf)
         return logits
 
-    def loss(
-        self, hidden: list[Tensor], targets: Tensor, documents: Tensor | None, reduction: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, parts) of the hidden states of every prediction head."""
+    def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         c = self.config
-        if self.single_loss is not None:
+        softcap, vocab_size = c.final_softcap or None, c.unpadded_vocab or None
+        return linear_nll(hidden.states, self.unembedding(), targets, weights, softcap=softcap, vocab_size=vocab_size)
+
+    def loss(
+        self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts) of every prediction head."""
+        c = self.config
+        if self.single_loss is not None and weights is None:
             softcap = c.final_softcap or None
-            return self.single_loss(hidden[0], self.unembedding(), targets, reduction, softcap=softcap), {}
+            return self.single_loss(hidden.states, self.unembedding(), targets, reduction, softcap=softcap), {}
         own = [head.unembedding.weight for head in self.further if head.unembedding is not None]
         return multi_token_loss(
-            hidden,
+            self.states_of_heads(hidden),
             [self.unembedding(), *own] if own else self.unembedding(),
             targets,
             reduction,
-            documents=documents,
+            target_weights=weights,
+            documents=None if hidden.heads is None else hidden.heads.documents,
             head_weights=c.head_weights,
             softcap=c.final_softcap or None,
             z_loss=c.z_loss,

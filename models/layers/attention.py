@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cache
 from models.layers import fill_, normal_
 from models.layers.attend import KERNELS, AttentionMask
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
 from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
+from models.state import DecodingState
 
 
 class Context(NamedTuple):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
             self.out = nn.Linear(self.heads.d_out, d, bias=config.out_has_bias)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+        self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor | None]:
         """values: [B, T, G * head_dim] to mix into this layer's, or None; returns (output, values for the next layer)."""
         attended, values = self.heads(self.qkv(x), x, values, context, cache)
@@ -107,7 +107,7 @@ class SoftmaxHeads(nn.Module):
         self.forget = ForgetGate(config, layer) if config.forget_gate else None
 
     def forward(
-        self, qkv: Tensor, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+        self, qkv: Tensor, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.shift is not None:
@@ -130,7 +130,7 @@ class SoftmaxHeads(nn.Module):
             attended = attended * self.gate(x).sigmoid().unflatten(-1, (attended.shape[2], -1))
         return attended.flatten(2), values
 
-    def attention_bias(self, x: Tensor, k: Tensor, cache: Cache | None) -> Tensor | None:
+    def attention_bias(self, x: Tensor, k: Tensor, cache: DecodingState | None) -> Tensor | None:
         """What scores gain from key to query, see attend.py: fp32 [1 or B, H, T_k], or None."""
         attention_bias = None if self.slopes is None else self.slopes(k.shape[2])
         if self.forget is None:
@@ -216,7 +216,7 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(h * d, config.d_model, bias=config.out_has_bias)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None
+        self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor | None]:
         low = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
         q = self.query(low).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, T, head_dim + rope_dim]
@@ -332,12 +332,14 @@ class KeyValueShift(nn.Module):
         self.own = nn.Parameter(torch.empty(2 * config.kv_heads))  # a of the keys, a of the values
         self.before = nn.Parameter(torch.empty(2 * config.kv_heads))
 
-    def forward(self, k: Tensor, v: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def forward(self, k: Tensor, v: Tensor, context: Context, cache: DecodingState | None) -> tuple[Tensor, Tensor]:
         first = (context.positions == 0).expand(k.shape[:2])[:, :, None]
         both = torch.stack((k, v), dim=2)  # [B, T, 2, G head_dim]
-        last = both.new_zeros(both[:, :1].shape)
-        if cache is not None:
-            last = cache.replace((self.layer, "shift"), both[:, -1:], last)
+        if cache is None:
+            last = both.new_zeros(both[:, :1].shape)
+        else:
+            last = cache.recall((self.layer, "shift"), both[:, :1])
+            cache.remember((self.layer, "shift"), both[:, -1:])
         before = torch.cat((last, both[:, :-1]), dim=1).masked_fill(first[..., None], 0)
         a, b = (weights.to(k.dtype).view(2, self.heads, 1) for weights in (self.own, self.before))
         mixed = a * both.unflatten(-1, (self.heads, -1)) + b * before.unflatten(-1, (self.heads, -1))
@@ -372,13 +374,13 @@ class ForgetGate(nn.Module):
         self.layer, self.window = layer, config.window_of(layer)
         self.gate = nn.Linear(config.d_model, config.n_heads)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: DecodingState | None) -> Tensor:
         """[B, T, D] -> [B, H, T_k]"""
         sums = running_sum(F.logsigmoid(self.gate(x).float())).transpose(1, 2)
         if cache is None:
             return sums
-        held = cache.state.get((self.layer, "forget"))
-        sums = sums if held is None else held[:, :, -1:] + sums
+        last = cache.last((self.layer, "forget"))  # [B, H, 1]
+        sums = sums if last is None else last + sums
         return cache.append((self.layer, "forget"), sums, dim=2, window=self.window)
 
 

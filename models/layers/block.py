@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.base import Cache
 from models.layers.attention import HEADS, Attention, Context, LatentAttention
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norms import make_norm, norm_size
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection, Plain, Weighted, narrow
+from models.state import DecodingState
 
 # (before the branch, after the branch, after the sum): where a norm stands.
 NORM_PLACES = {
@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.attention_last, self.mlp_last = norm_of(config, last), norm_of(config, last)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+        self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """values: what this layer's values are mixed with, or None; returns (x, values for the next layer)."""
         h, kept = self.attention_join.mix(x)
@@ -92,7 +92,7 @@ class ParallelBlock(nn.Module):
         self.join = join_of(config, layer)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+        self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
     ) -> tuple[Tensor, Tensor | None]:
         h, kept = self.join.mix(x)
         h = self.norm(h)
@@ -122,7 +122,7 @@ class ParallelBlockTwoNorms(Block):
         del self.mlp_join
 
     def forward(
-        self, x: Tensor, values: Tensor | None, context: Context, cache: Cache | None = None
+        self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
     ) -> tuple[Tensor, Tensor | None]:
         h, kept = self.attention_join.mix(x)
         attended, values = self.attention(self.attention_norm(h), values, context, cache)

@@ -44,6 +44,7 @@ def linear_cross_entropy(
     targets: Tensor,
     reduction: str = "mean",
     *,
+    weights: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -51,7 +52,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats of the logits x weight^T + bias, fp32 scalar: mean or sum over the targets that are not IGNORE.
 
-    x: [..., D]; weight: [V, D]; bias: [V]; targets: [...]. Products are in the type of x and weight, or in autocast's;
+    x: [..., D]; weight: [V, D]; bias: [V]; targets: [...]; weights: [...], factor of each target's loss. Products are in the type of x and weight, or in autocast's;
     softmax and sums are fp32 (fp64 for fp64). Where all targets are IGNORE the sum is 0, the mean NaN, the gradients zero.
     softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
     z_loss: coefficient of logsumexp^2, added to the loss of each token (PaLM, arXiv 2204.02311).
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         x,
         weight,
         targets,
-        torch.ones_like(targets),
+        torch.ones_like(targets) if weights is None else weights,
         divisor(targets, reduction),
         bias=bias,
         softcap=softcap,
@@ -98,6 +99,46 @@ def weighted_linear_cross_entropy(
             rows, weight, bias, labels, factors, divide_by, form, torch.is_grad_enabled()
         )
     return loss, cross_entropies.view(targets.shape), z_losses.view(targets.shape)
+
+
+def linear_nll(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The cross-entropy of each token in nats, times its weight: fp32, in the shape of `targets`, 0 at IGNORE.
+
+    As in `linear_cross_entropy`, no more than a chunk of the logits is ever held. Each token may get a gradient of its own:
+    the backward pass computes the logits again, a fourth matrix product.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    form = _Form(softcap, 0.0, len(weight) if vocab_size is None else vocab_size)
+    with torch.autocast(device, enabled=False):
+        losses = _LinearNll.apply(x.flatten(0, -2).to(dtype), weight, targets.flatten(), form).view(targets.shape)
+    return losses if weights is None else losses * weights
+
+
+class _LinearNll(torch.autograd.Function):
+    """x [N, D], weight [V, D], targets [N] -> [N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, form: _Form) -> Tensor:
+        ctx.save_for_backward(x, weight, targets)
+        ctx.form = form
+        return _LinearCrossEntropy.apply(x, weight, None, targets, torch.ones_like(targets), None, form, False)[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, targets = ctx.saved_tensors
+        inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            loss = _LinearCrossEntropy.apply(*inputs, None, targets, gradient, None, ctx.form, True)[0]
+        return (*torch.autograd.grad(loss, inputs), None, None)
 
 
 def divisor(targets: Tensor, reduction: str) -> Tensor | None:

@@ -26,6 +26,7 @@ def multi_token_loss(
     targets: Tensor,
     reduction: str,
     *,
+    target_weights: Tensor | None = None,
     documents: Tensor | None = None,
     head_weights: Sequence[float],
     softcap: float | None = None,
@@ -37,6 +38,7 @@ def multi_token_loss(
     hidden: of each head, [B, T, D]; weights: [V, D], the unembedding of all heads, or one for each; targets: [B, T].
     reduction: sum over all targets of all heads, or mean: that sum divided by the number of head 1's targets.
     head_weights: of each head, the first 1, so that the loss less its parts is the cross-entropy of the next token.
+    target_weights: [B, T], factor of each target's loss, with every head; None: 1.
     parts: the further heads' shares of the loss (head_2, ...) and, with z_loss, that of all z-losses; without gradient.
 
     softcap, z_loss, vocab_size: as in linear_cross_entropy. ValueError where the heads do not match.
@@ -50,6 +52,8 @@ def multi_token_loss(
     # Filled on the device: a tensor made of a list would be a copy to wait for.
     wide = torch.promote_types(hidden[0].dtype, torch.float32)
     factors = [torch.full_like(targets, factor, dtype=wide) for factor in head_weights]
+    if target_weights is not None:
+        factors = [factor * F.pad(target_weights, (0, i))[:, i:] for i, factor in enumerate(factors)]
     if isinstance(weights, Tensor):
         calls = [(torch.cat(tuple(hidden)), weights, torch.cat(labels), torch.cat(factors))]
     elif len(weights) == n:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.base import IGNORE, cross_entropy
 from models.layers import linear_cross_entropy as module
-from models.layers.linear_cross_entropy import linear_cross_entropy
+from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 
 B, T, V, D = 2, 7, 29, 5
 SHAPES = {"none": {}, "softcap": {"softcap": 1.5}, "z_loss": {"z_loss": 0.1}, "padded": {"vocab_size": 23}}
@@ -286,3 +286,25 @@ def test_chunks_of_a_gpu_are_whole_tiles(rows):
     chunk = module._chunk_rows(rows, 50304, 2, on_gpu=True)
     assert chunk == rows if rows <= 5248 else chunk % 128 == 0 and rows / 13 <= chunk <= 5248
     assert module.working_bytes(rows, 50304, 2, True) >= chunk * 50304 * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"vocab_size": 23}], ids=str)
+def test_each_token_may_weigh_what_it_likes(limits, options):
+    """Weights, and a gradient for each token that is known in the backward pass alone."""
+    limits(3, 2)
+    x, weight, _, targets = inputs(vocab_size=options.get("vocab_size", V))
+    weights = torch.rand(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits = F.linear(x, weight)[..., : options.get("vocab_size", V)]
+    logits = 1.5 * torch.tanh(logits / 1.5) if "softcap" in options else logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    expected = expected.view(B, T) * weights
+    found = linear_nll(x, weight, targets, weights, **options)
+    assert_equal(found, expected)
+    of_sum = torch.autograd.grad(3 * expected.sum(), (x, weight), retain_graph=True)
+    ours, theirs = gradients(found.square().sum(), x, weight), gradients(expected.square().sum(), x, weight)
+    for actual, correct in zip(ours, theirs, strict=True):
+        assert_equal(actual, correct)
+    fused = linear_cross_entropy(x, weight, targets, "sum", weights=weights, **options)
+    assert_equal(fused, expected.sum())
+    for actual, correct in zip(gradients(fused, x, weight), of_sum, strict=True):
+        assert_equal(actual, correct)

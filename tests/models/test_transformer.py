@@ -16,7 +16,7 @@ from test_switches import build, distance, stirred
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.base import IGNORE, get_model, load_models, model_names
+from models.base import IGNORE, Hidden, get_model, load_models, model_names
 from models.layers.mlp import hidden_width
 from models.presets import BlaGpt, BlaGptBest, Gpt2, Llama, Pico, TokenFormer, TransformerPlusPlus
 from models.transformer import Transformer
@@ -167,7 +167,7 @@ def test_skips_and_value_tables_reach_the_layers_they_are_meant_for():
         assert (block.attention.heads.value_mix is None) == (table is None)
         x = block(x, values, context)[0]
         outputs.append(x)
-    assert distance(model(tokens).logits, model.logits(model.norm(x))) < 1e-4
+    assert distance(model(tokens).logits, model.logits(Hidden(model.norm(x)))) < 1e-4
 
 
 # -- embedding and head ------------------------------------------------------------------------------------------------
@@ -211,24 +211,20 @@ def test_padding_of_the_vocabulary_is_never_predicted_and_never_learns(tied):
 # -- several predictions -----------------------------------------------------------------------------------------------
 
 
-def hidden_states(model, monkeypatch, tokens):
+def hidden_states(model, tokens):
     """What every prediction head hands to the loss."""
-    seen = []
-    monkeypatch.setattr(model, "loss", lambda hidden, *rest: seen.extend(hidden) or (hidden[0].sum(), {}))
-    model(tokens, tokens)
-    monkeypatch.undo()
-    return seen
+    return model.states_of_heads(model.hidden(tokens))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "transformer"])
-def test_further_heads_are_causal_and_leave_the_first_alone(monkeypatch, kind):
+def test_further_heads_are_causal_and_leave_the_first_alone(kind):
     model = stirred(small(n_predict=3, prediction_heads=kind, prediction_weights="1,0.5,0.25"))
     tokens, targets = draw_tokens(1), draw_tokens(2)
-    states, changed = hidden_states(model, monkeypatch, tokens), tokens.clone()
+    states, changed = hidden_states(model, tokens), tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCAB
     assert len(states) == 3
-    for before, after in zip(states, hidden_states(model, monkeypatch, changed), strict=True):
+    for before, after in zip(states, hidden_states(model, changed), strict=True):
         assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7:], after[:, 7:])
 
     plain = build(small())
@@ -239,19 +235,19 @@ def test_further_heads_are_causal_and_leave_the_first_alone(monkeypatch, kind):
     assert output.loss - sum(output.parts.values()) == pytest.approx(plain(tokens, targets).loss.item(), rel=1e-5)
     for i, factor in ((1, 0.5), (2, 0.25)):
         labels = F.pad(targets[:, i:], (0, i), value=IGNORE).flatten()
-        logits = model.logits(states[i]).flatten(0, 1)
+        logits = model.logits(Hidden(states[i])).flatten(0, 1)
         expected = factor * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / targets.numel()
         assert output.parts[f"head_{i + 1}"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @torch.no_grad()
-def test_transformer_heads_read_what_the_trunks_last_block_reads(monkeypatch):
+def test_transformer_heads_read_what_the_trunks_last_block_reads():
     """The paper's: one trunk, on which the heads stand side by side, each a block; the first is that of the next token."""
     model, tokens = stirred(small(n_predict=2, prediction_heads="transformer")), draw_tokens(1)
     context, trunk = model.context(tokens, None, None), model.embedding(tokens)
     for block in model.layers[:-1]:
         trunk = block(trunk, None, context)[0]
-    states = hidden_states(model, monkeypatch, tokens)
+    states = hidden_states(model, tokens)
     for state, block in zip(states, (model.layers[-1], model.further[0].block), strict=True):
         assert distance(state, model.norm(block(trunk, None, context)[0])) < 1e-5
 

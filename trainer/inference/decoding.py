@@ -1,4 +1,4 @@
-"""Text from a model: decoded incrementally with a cache where the model can, a batch of prompts at a time."""
+"""Text from a model, a batch of prompts at a time: decoded incrementally where the model can."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.base import Cache
 from models.layers.float8 import E4M3, Float8Linear
+from models.state import State
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 
@@ -51,17 +51,20 @@ def generate(
     Prompts of different length share a batch without padding: a longer one goes on reading while a shorter one already
     writes. Each text has its own generator, so it does not depend on the others in the batch.
     """
+    if max_new_tokens == 0:
+        return [[] for _ in prompts]
     model, device = runner.model, runner.device
     training = model.training
     model.eval()
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
-    done = [max_new_tokens == 0 for _ in prompts]
+    done = [False] * len(prompts)
     at = min(len(prompt) for prompt in prompts)
     column = torch.tensor([prompt[:at] for prompt in prompts], device=device)  # [B, at], then [B, 1]
-    reader = None
+    # The last token is not read.
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
+    reader = Reader(runner, vocab_size, len(prompts), longest, say)
     while not all(done):
-        reader = reader or Reader(runner, vocab_size, say)
         logits = reader.read(column)  # [B, V]
         following = [
             prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], temperature, top_k, top_p, draws[i])
@@ -85,13 +88,15 @@ def generate(
 class Reader:
     """Reads texts from left to right: only what is new where the model can do so, else all that its context holds again."""
 
-    def __init__(self, runner: Any, vocab_size: int, say: Callable[[str], None]) -> None:
+    def __init__(self, runner: Any, vocab_size: int, batch: int, max_length: int, say: Callable[[str], None]) -> None:
+        """batch: texts; max_length: most tokens of one of them."""
         self.runner, self.say = runner, say
         self.limit: int | None = runner.model.max_context
         self.context: Tensor | None = None  # [B, T] of the tokens that still count
         # Ranks that compute together must decide alike.
         why_not = runner.agree(why_not_incremental(runner, vocab_size))
-        self.cache = None if why_not else Cache()
+        longest = max_length if self.limit is None else min(max_length, self.limit)
+        self.state = None if why_not else new_state(runner, batch, longest)
         if why_not:
             self.say_once("cache", f"text: the whole context is computed again for every token: {why_not}")
 
@@ -101,13 +106,13 @@ class Reader:
         self.context = context = tokens if held is None else torch.cat((held, tokens), dim=1)
         if self.limit is not None and context.shape[1] > self.limit:
             self.context = context = context[:, -self.limit :]
-            self.cache = None  # every token's position has changed
+            self.state = None  # every token's position has changed
             self.say_once("context", f"text: longer than the model's context: the last {self.limit} tokens count")
         with self.runner.autocast():
-            if self.cache is None:
+            if self.state is None:
                 logits = self.runner.model(context).logits
             else:
-                logits = self.runner.model(tokens, cache=self.cache).logits
+                logits = self.runner.model(tokens, cache=self.state).logits
         return logits[:, -1].float().cpu()
 
     def say_once(self, topic: str, text: str) -> None:
@@ -124,16 +129,16 @@ def why_not_incremental(runner: Any, vocab_size: int) -> str:
     It can where a cache gives the logits of the whole, up to half of the digits that the products have.
     """
     model = runner.model
-    if not model.decodes_incrementally:
-        return "the model says that it does not decode incrementally"
     length = min(CHECKED_TOKENS, model.max_context or CHECKED_TOKENS)
     tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(runner.device)
     parts = [length - length // 2] + [1] * (length // 2)
+    state = new_state(runner, 1, length)
+    if state is None:
+        return "the model says that it does not decode incrementally"
     with runner.autocast():
         whole = model(tokens).logits.float()  # [1, T, V]
-        cache = Cache()
         try:
-            cached = torch.cat([model(part, cache=cache).logits for part in tokens.split(parts, dim=1)], dim=1).float()
+            cached = torch.cat([model(part, cache=state).logits for part in tokens.split(parts, dim=1)], dim=1).float()
         except Exception as error:
             return f"with a cache the model fails ({type(error).__name__}: {printable(error, 200)})"
     counted = whole.isfinite()  # what is masked is -inf
@@ -144,6 +149,12 @@ def why_not_incremental(runner: Any, vocab_size: int) -> str:
     if apart <= math.sqrt(rounding(runner)) * size:
         return ""
     return f"with a cache the model's logits differ by {apart:.2g} from those of the whole"
+
+
+def new_state(runner: Any, batch: int, max_length: int) -> State | None:
+    """The model's, in the type that the runner computes in."""
+    dtype = torch.float32 if runner.precision == "fp32" else torch.bfloat16
+    return runner.model.new_state(batch, max_length, runner.device, dtype)
 
 
 def rounding(runner: Any) -> float:

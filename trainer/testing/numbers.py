@@ -6,16 +6,19 @@ import copy
 import functools
 import io
 import itertools
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.base import IGNORE, Cache, materialise
+from models.base import IGNORE, materialise
+from models.state import State
 from trainer.testing.subject import (
     ROWS,
     SCALE,
@@ -29,6 +32,11 @@ from trainer.testing.subject import (
     require_close,
     train,
 )
+
+
+def state_of(model: Any, batch: int, max_length: int | None = None) -> Any:
+    return model.new_state(batch, max_length, torch.device("cpu"), torch.float32)
+
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -93,8 +101,8 @@ def copies_share_no_state(subject: Subject) -> None:
     model, tokens = subject.model, subject.tokens
     before, twin = model(tokens).logits.detach(), copy.deepcopy(model)
     train(twin, tokens, subject.targets, steps=2)
-    if model.decodes_incrementally:
-        twin(tokens, cache=Cache())
+    if (state := state_of(twin, ROWS)) is not None:
+        twin(tokens, cache=state)
     require(torch.equal(model(tokens).logits, before), "training a copy changes the model")
     require(not torch.equal(twin(tokens).logits, before), "two steps of training change nothing")
 
@@ -169,8 +177,8 @@ def documents_are_kept_apart(subject: Subject) -> None:
 @torch.no_grad()
 def cached_decoding_equals_the_whole(subject: Subject) -> None:
     model, tokens, length = subject.model, subject.tokens, subject.length
-    if not model.decodes_incrementally:
-        raise Skipped("decodes_incrementally is false: text is written with the whole context computed for every token")
+    if state_of(model, ROWS) is None:
+        raise Skipped("new_state gives None: text is written with the whole context computed for every token")
     whole, third = model(tokens).logits, max(1, length // 3)
     for chunks in (
         [1] * length,
@@ -178,12 +186,40 @@ def cached_decoding_equals_the_whole(subject: Subject) -> None:
         [third] + [1] * (length - third),
         [third, 1, length - third - 1],
     ):
-        cache, logits = Cache(), []
-        for part in tokens.split(chunks, dim=1):
-            logits.append(model(part, cache=cache).logits)
+        state = state_of(model, ROWS, length)
+        logits = [model(part, cache=state).logits for part in tokens.split(chunks, dim=1)]
         told = f"logits of {len(chunks)} calls with a cache and of the whole"
         require_close(torch.cat(logits, dim=1), whole, told)
-        require(cache.length == length, f"cache.length is {cache.length} after {length} tokens")
+        require(state.length == length, f"the state's length is {state.length} after {length} tokens")  # type: ignore[union-attr]
+    state_can_be_changed(subject)
+
+
+def state_can_be_changed(subject: Subject) -> None:
+    """Texts that decode together can be reordered, begun anew and, where the state allows it, cropped."""
+    model, tokens, length = subject.model, subject.tokens, subject.length
+    whole, half = model(tokens).logits, max(1, length // 2)
+
+    def read(state: State, tokens: Tensor, expected: Tensor, told: str) -> None:
+        require_close(model(tokens, cache=state).logits, expected, f"logits after {told} and of the whole")
+
+    state = state_of(model, ROWS, length)
+    model(tokens[:, :half], cache=state)
+    require(state.nbytes > 0, f"the state's nbytes are {state.nbytes} after {half} tokens")
+    swapped = torch.arange(ROWS).flip(0)
+    state.select(swapped)
+    read(state, tokens[swapped, half:], whole[swapped, half:], "select")
+    state.reset()
+    read(state, tokens, whole, "reset")
+    state.reset()
+    model(tokens[:, :half], cache=state)
+    model(tokens[:, half:].flip(1), cache=state)
+    try:
+        state.crop(half)
+    except ValueError:
+        require(state.length == length, "a crop that the state refuses changes its length")
+    else:
+        require(state.length == half, f"the state's length is {state.length} after crop({half})")
+        read(state, tokens[:, half:], whole[:, half:], "crop")
 
 
 @torch.no_grad()
@@ -216,10 +252,9 @@ def too_long_a_sequence_is_refused(subject: Subject) -> None:
             require(False, f"{limit + 1} tokens are taken, and max_context is {limit}")
 
     refused(functools.partial(model, longer))
-    if model.decodes_incrementally:
-        cache = Cache()
-        model(longer[:, :-1], cache=cache)
-        refused(functools.partial(model, longer[:, -1:], cache=cache))
+    if (state := state_of(model, 1)) is not None:
+        model(longer[:, :-1], cache=state)
+        refused(functools.partial(model, longer[:, -1:], cache=state))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""What incremental decoding remembers of the tokens read so far: keys and values, and recurrent state of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class State(Protocol):
+    """The memory of a batch of texts that are decoded together. All rows have read equally many tokens.
+
+    length: tokens read so far; the model adds to it at the end of each forward pass.
+    """
+
+    length: int
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget everything (None), or what the given rows [N] have read. ValueError where rows cannot begin anew alone."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i what row rows[i] was: reorders, repeats and drops rows. rows: [N] int64 on the state's device."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens. ValueError, and nothing is changed, where the state cannot go back so far."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the state holds."""
+        ...
+
+
+class DecodingState:
+    """Keys and values that grow with the text, and recurrent state of a fixed size. Every tensor has the batch as dimension 0.
+
+    max_length: most tokens of a text. With it, room for all keys and values is allocated once, and more tokens are a
+    ValueError; with None the room grows by half where it is used up. A layer with a window keeps what its tokens see.
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.length = 0
+        self._max_length = max_length
+        self._grown: dict[Hashable, _Growing] = {}
+        self._recurrent: dict[Hashable, Tensor] = {}
+
+    # -- for models ----------------------------------------------------------------------------------------------------
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, dim: int, window: int = 0) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of `layer` along `dim`; returns all that the new tokens see (see `append`)."""
+        return self.append((layer, "keys"), k, dim, window), self.append((layer, "values"), v, dim, window)
+
+    def append(self, key: Hashable, new: Tensor, dim: int, window: int = 0) -> Tensor:
+        """Append `new` along `dim` to what is held under `key`; returns all of it that the new tokens see.
+
+        window: a token sees itself and the window - 1 tokens before it, and older ones are dropped; 0: it sees all of them.
+        """
+        if self._max_length is not None and self.length + new.shape[dim] > self._max_length:
+            raise ValueError(
+                f"the state was made for {self._max_length} tokens, and {self.length + new.shape[dim]} are to be read"
+            )
+        if key not in self._grown:
+            self._grown[key] = _Growing(dim, window, self._max_length)
+        return self._grown[key].append(new)
+
+    def last(self, key: Hashable) -> Tensor | None:
+        """What was appended last under `key`: one entry along its dimension; None where there is nothing."""
+        return self._grown[key].last() if key in self._grown else None
+
+    def recall(self, key: Hashable, like: Tensor) -> Tensor:
+        """The recurrent state under `key`: zeros in the shape of `like` before the first token."""
+        return self._recurrent[key] if key in self._recurrent else torch.zeros_like(like)
+
+    def remember(self, key: Hashable, value: Tensor) -> None:
+        """Replace the recurrent state under `key`. ValueError where its shape changes: its size is fixed."""
+        before = self._recurrent.get(key)
+        if before is not None and before.shape != value.shape:
+            raise ValueError(f"recurrent state {key!r} was {list(before.shape)}, and is now {list(value.shape)}")
+        self._recurrent[key] = value
+
+    # -- for whoever decodes -------------------------------------------------------------------------------------------
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """As `State.reset`. Keys and values of all rows have the same length, so with them only all rows begin anew."""
+        if rows is None:
+            self.length = 0
+            self._grown, self._recurrent = {}, {}
+            return
+        if self._grown:
+            raise ValueError("rows cannot begin anew alone: the keys and values of all rows have one length")
+        self._recurrent = {key: value.index_fill(0, rows, 0) for key, value in self._recurrent.items()}
+
+    def select(self, rows: Tensor) -> None:
+        for grown in self._grown.values():
+            grown.select(rows)
+        self._recurrent = {key: value.index_select(0, rows) for key, value in self._recurrent.items()}
+
+    def crop(self, length: int) -> None:
+        """As `State.crop`. Recurrent state does not go back at all. A layer with a window of two or more goes back at least as
+        far as to before the last forward pass."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a state of {self.length} tokens to {length}")
+        if length == self.length:
+            return
+        if length == 0:
+            return self.reset()
+        if self._recurrent:
+            raise ValueError(f"cannot crop to {length} tokens: recurrent state does not go back")
+        count = self.length - length
+        if not all(grown.holds_enough_without(count, length) for grown in self._grown.values()):
+            raise ValueError(f"cannot crop to {length} tokens: a layer's window has dropped what they see")
+        for grown in self._grown.values():
+            grown.drop(count)
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self._recurrent.values(), *(grown.buffer for grown in self._grown.values())]
+        return sum({y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in tensors}.values())
+
+
+class _Growing:
+    """A tensor that grows at its end along `dim`, and with a window loses its beginning. Mostly only what is new is copied."""
+
+    buffer: Tensor
+
+    def __init__(self, dim: int, window: int, max_length: int | None) -> None:
+        self.dim, self.window, self.max_length = dim, window, max_length
+        self.start = self.stop = 0
+        self._owned = False  # whether the buffer is ours to write in
+
+    def held(self) -> Tensor:
+        return self.buffer.narrow(self.dim, self.start, self.stop - self.start)
+
+    def last(self) -> Tensor:
+        return self.buffer.narrow(self.dim, self.stop - 1, 1)
+
+    def append(self, new: Tensor) -> Tensor:
+        count = new.shape[self.dim]
+        if self.stop == 0:
+            # A prompt stays as it is, unless room for a whole text is made. Its own tokens see it as it is in any case.
+            self.buffer = new
+            self.stop = count
+            if self.max_length is not None and not self.window and not new.requires_grad:
+                self._make_room(self.max_length)
+            return new
+        if self.window:
+            self.start = max(self.start, self.stop - (self.window - 1))
+        if new.requires_grad:  # what is to be differentiated must not be written over
+            self.buffer = torch.cat((self.held(), new), self.dim)
+            self.start, self.stop, self._owned = 0, self.buffer.shape[self.dim], False
+            return self.buffer
+        if not self._owned or self.stop + count > self.buffer.shape[self.dim]:
+            needed = self.stop - self.start + count
+            self._make_room(needed + max(16, needed // 2))
+        self.buffer.narrow(self.dim, self.stop, count).copy_(new)
+        self.stop += count
+        return self.held()
+
+    def _make_room(self, size: int) -> None:
+        """Move what is held to the beginning of a new buffer of `size` along `dim`."""
+        held = self.held()
+        shape = list(held.shape)
+        shape[self.dim] = size
+        self.buffer = held.new_empty(shape)
+        self.start, self.stop, self._owned = 0, held.shape[self.dim], True
+        self.held().copy_(held)
+
+    def select(self, rows: Tensor) -> None:
+        self.buffer, self._owned = self.buffer.index_select(0, rows), True
+
+    def holds_enough_without(self, count: int, length: int) -> bool:
+        """Whether the next token after the first `length` finds all that it sees once the last `count` are gone."""
+        seen = min(length, max(1, self.window - 1)) if self.window else length  # `last` needs one
+        return self.stop - self.start - count >= seen
+
+    def drop(self, count: int) -> None:
+        self.stop -= count
