@@ -109,7 +109,7 @@ def step_of(folder: Any) -> int:
 
 
 trainer.training.run.build_engine = build_engine
-before(trainer.training.run.Run, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
+before(trainer.training.loop, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
 before(trainer.training.run, "validate", lambda *_, **__: strike("validation"))
 before(checkpoint, "_hash_own_files", lambda folder, *_: strike("save", step=step_of(folder)))
 before(checkpoint, "_publish", lambda folder, *_: strike("publish", step=step_of(folder)))

@@ -1,4 +1,4 @@
-"""`train`: from the command to the trained model. What a step is stands in run.py; here is when to look and what to keep."""
+"""`train`: from the plan to the trained model. step.py makes one optimiser step; here is when to evaluate, save and stop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.core.errors import UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
 from trainer.optim.schedules import schedule_change
@@ -23,6 +24,7 @@ from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
 from trainer.training.profile import Profiler
 from trainer.training.run import Run
+from trainer.training.step import StepResult, optimiser_step
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
@@ -101,7 +103,7 @@ def opening(run: Run) -> str:
 
 @contextlib.contextmanager
 def collecting_by_hand() -> Iterator[None]:
-    """Within, Python's garbage collector runs only when told: by itself it would hold up one process and then another."""
+    """Within, Python's garbage collector runs only when called: by itself it would stop one process after the other."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -113,37 +115,53 @@ def collecting_by_hand() -> Iterator[None]:
 
 
 def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step."""
+    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step.
+
+    All decisions are taken here. What the device measured of a step is looked at when the next step has been launched, so
+    the device never waits; all ranks see the same numbers, and so decide the same.
+    """
     config, state = run.config, run.state
+    check_finite = FiniteCheck(config.optim, report.console.say)
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
-    asked = None
+    stop: signal.Signals | None = None
+    previous: StepResult | None = None
+    unreported: StepResult | None = None
     profiler = None
     if config.profile:
         steps = state.step, config.max_steps
         profiler = Profiler(run.folder, run.world.rank, run.world.size, run.device, *steps, report.console.say)
-    while state.step < config.max_steps and asked is None:
-        report.step_done(run.optimiser_step())
+    while state.step < config.max_steps and stop is None:
+        result = optimiser_step(run)
+        if unreported is not None:
+            report.step(unreported)
+            check_finite(unreported)
+        unreported = result
+        report.stamp()
         if profiler is not None:
             run.watchdog.at(state.step, "profile")
             profiler.step_done()
         if state.step % COLLECT_EVERY == 0:
             gc.collect(1)
-        if report.save_failed:
-            run.watchdog.at(state.step, "saving")
-            run.saver.finish()
-        asked = report.asked if state.step < config.max_steps else None
-        save = asked is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
-        evaluate = asked is None and due(config.evaluation.every)
+        if previous is not None:
+            if previous.save_failed:
+                run.watchdog.at(state.step, "saving")
+                run.saver.finish()
+            stop = previous.stop_signal if state.step < config.max_steps else None
+        previous = result
+        save = stop is not None or due(config.checkpoint.every) or due(config.checkpoint.keep_every)
+        evaluate = stop is None and due(config.evaluation.every)
         if not (evaluate or save or due(config.log.every)):
             continue
-        report.wait()  # for the device, which may wait for other ranks: still part of the step
+        result.wait()  # for the device, which may wait for other ranks: still part of the step
         run.watchdog.at(state.step, "log row")
-        accuracy = run.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        accuracy = run.train_accuracy() if stop is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        report.flush(run.validate() if evaluate else None, accuracy)
+        report.step(result, run.validate() if evaluate else None, accuracy)
+        check_finite(result)
+        unreported = None
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
             run.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
@@ -155,7 +173,30 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     if profiler is not None:
         profiler.close()
     run.saver.finish()
-    return asked
+    return stop
+
+
+class FiniteCheck:
+    """Called with each step's result. A step that is not finite has changed nothing; it is skipped and said, or ends the run.
+
+    optim: OptimConfig; UserError as its non_finite and max_skips say.
+    """
+
+    def __init__(self, optim: Any, say: Callable[[str], None]) -> None:
+        self._optim, self._say = optim, say
+        self._skips = 0  # in a row
+
+    def __call__(self, result: StepResult) -> None:
+        self._skips = 0 if result.finite else self._skips + 1
+        if result.finite:
+            return
+        if self._optim.non_finite == "stop" or self._skips > self._optim.max_skips:
+            raise UserError(
+                f"step {result.step}: loss or gradient is not finite ({self._skips} in a row); it did not touch the weights; "
+                "go on from the last checkpoint with --optim.non_finite skip, or start with a lower --optim.lr in another "
+                "--run_dir"
+            )
+        self._say(f"step {result.step}: loss or gradient is not finite; the step is skipped")
 
 
 def finish(run: Run, report: Report, tokenizer: Any) -> None:
