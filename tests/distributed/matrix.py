@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import odd_model  # noqa: F401  # registers it
+import plugins.gram
+import plugins.lion  # noqa: F401
 import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor

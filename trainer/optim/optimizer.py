@@ -101,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         # A copy to another device that the host does not wait for: offloaded parameters are on the CPU.
         finite = self.finite.to(parameters[0].device)
         if STEP in states[0]:
-            torch._foreach_add_([state[STEP] for state in states], finite)
+            torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))  # one tensor would be read
         settings = GroupSettings(group["lr"], group["weight_decay"], group["config"])
         rule = self.rules[group["rule"]]
 

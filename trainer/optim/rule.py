@@ -100,15 +100,16 @@ def register_optimizer(name: str) -> Callable[[type[OptimizerRule]], type[Optimi
     return add
 
 
-def optimizer_names() -> list[str]:
-    return sorted(_REGISTRY)
+def registered_rules() -> dict[str, type[OptimizerRule]]:
+    """Name -> class."""
+    return dict(_REGISTRY)
 
 
 def get_rule(name: str) -> OptimizerRule:
     """The rule registered under `name`. UserError where there is none."""
     if name not in _REGISTRY:
         raise UserError(
-            f"optim.name: {name!r} is not known (allowed: {', '.join(optimizer_names())}); "
+            f"optim.name: {name!r} is not known (allowed: {', '.join(sorted(_REGISTRY))}); "
             "--plugin FILE.py names the file that registers another"
         )
     return _REGISTRY[name]()
