@@ -112,7 +112,7 @@ def step_of(folder: Any) -> int:
 
 
 trainer.training.run.build_engine = build_engine
-before(trainer.training.run.Run, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
+before(trainer.training.loop, "optimiser_step", lambda run: HERE.update(step=run.state.step + 1))
 before(trainer.training.run, "validate", lambda *_, **__: strike("validation"))
 before(evaluate, "score", lambda *_: strike("window"))
 before(checkpoint, "_hash_own_files", lambda folder, *_: strike("save", step=step_of(folder)))

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import odd_model  # noqa: F401  # registers it
+import plugins.gram
+import plugins.lion  # noqa: F401
 import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
@@ -23,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import RunConfig
-from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
 from trainer.inference.decoding import generate
@@ -32,6 +33,7 @@ from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.run import Run
+from trainer.training.step import microbatches, optimiser_step
 
 
 def without_fp16() -> None:
@@ -70,8 +72,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
             original = run.engine.backward
             run.engine.backward = counting
             stack.callback(setattr, run.engine, "backward", original)
-            measured = run.optimiser_step()
-        result["loss"].append(measured.numbers.read()[0])
+            measured = optimiser_step(run)
+        result["loss"].append(measured.loss)
         result["grad_norm"].append(measured.grad_norm)
         result["microbatches"].append(count)
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
@@ -109,20 +111,18 @@ def matrix_updates(run: Run) -> dict[str, Any]:
     length = run.plan.sequence_length(run.state.step)
     sequences = run.config.batch.tokens_per_step // length
     rows = run.read(length, sequences)
-    for tokens, targets, last in run.microbatches(rows, length, sequences):
+    for tokens, targets, last in microbatches(run, rows, length, sequences):
         run.engine.backward(tokens, targets, 1 / (sequences * length), last)
     computed = []
 
-    def cubic(name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Needs the whole matrix: g g^T g / |g|^2."""
+    def cubic(name: str, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Needs the whole of both matrices: g g^T w / |g|^2."""
         computed.append(name)
-        return gradient @ (gradient.t() @ gradient) / gradient.square().sum()
+        return gradient @ (gradient.t() @ weight) / gradient.square().sum()
 
     names = [name for name, shape in run.engine.shapes.items() if len(shape) == 2]
-    try:
-        updates = run.engine.update_matrices(names, cubic)
-    except UserError as error:
-        return {"refused": str(error)}
+    run.engine.collect_gradients()
+    updates = run.engine.update_matrices(names, cubic)
     whole = {name: run.engine.as_stored(name, update) for name, update in updates.items()}
     entries = {
         name: (w.full_tensor() if isinstance(w, DTensor) else w).flatten()[::97].tolist() for name, w in whole.items()

@@ -14,6 +14,7 @@ from trainer.planning.memory import expected_memory
 from trainer.planning.plan import resolve
 from trainer.runtime.device import GPUS
 from trainer.runtime.distributed import World
+from trainer.training.step import optimiser_step
 
 MODELS = {
     "hlb": {"name": "hlb"},  # counts the tokens of each step
@@ -80,9 +81,9 @@ def test_replayed_microbatches_are_those_that_run(tiny_dataset, tmp_path, model)
         recorder = TapeRecorder(one.model)
         if replays:
             one.engine.replay_microbatches(recorder)
-        measured = [one.optimiser_step() for _ in range(8)]
-        lengths = {m.length for m in measured}
-        pairs.append(([(m.numbers.read(), m.grad_norm) for m in measured], one.engine.tensors()))
+        measured = [optimiser_step(one) for _ in range(8)]
+        lengths = {m.sequence_length for m in measured}
+        pairs.append(([m.measured.read() for m in measured], one.engine.tensors()))
     (plain, expected), (replayed, found) = pairs
     assert len(lengths) > 1 and recorder.recordings == len(lengths) == recorder.forgotten + 1
     assert recorder.runs == WARM_UP * len(lengths) and recorder.replays > recorder.runs

@@ -23,6 +23,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.run import Run
+from trainer.training.step import optimiser_step
 
 V, D, LAYERS, HEADS = 96, 32, 2, 4
 # The dimension of each matrix along which its vectors lie: the one of size D, where only one is.
@@ -202,7 +203,7 @@ def test_whoever_looks_after_a_step_sees_projected_weights(tiny_dataset, tmp_pat
     watchdog = Watchdog(world, 60)
     run = Run(resolve(config, dataset), world, dataset, watchdog, StopSignals(world))
     before = run.engine.tensors()["model.embedding.weight"].clone()
-    run.optimiser_step()
+    optimiser_step(run)
     run.stream.close()
     watchdog.close()
     tensors = {name: value for name, value in run.engine.tensors().items() if name.startswith("model.")}
@@ -296,8 +297,8 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = plain_groups(shapes, optim, plan.config.max_steps)
     assert all(group.schedule(0) == 1 for group in groups)
-    adamw = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, 0.01, torch.device("cpu")).adamw
-    assert [settings["weight_decay"] for settings in adamw.param_groups] == [0.0, 0.0]
+    optimizer = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, 0.01, torch.device("cpu"))
+    assert [settings["weight_decay"] for settings in optimizer.param_groups] == [0.0, 0.0]
 
     asked = {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02, "optim": {"weight_decay": 0.1}}
     plan = resolve(build(RunConfig, asked))

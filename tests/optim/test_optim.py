@@ -53,10 +53,9 @@ def test_hlb_groups_at_scale_one():
     groups = {group.name: group for group in hlb.hlb_groups(model, config)}
     printed = {"position": 0.252587, "norm, bias, embedding": 0.0808278, "head": 5.05174e-3, "matrix": 2.52587e-3}
     assert {name: pytest.approx(group.lr, rel=1e-6) for name, group in groups.items()} == printed
-    assert {name: group.betas for name, group in groups.items()} == {
-        name: (0.6, 0.95) if name == "head" else (0.9, 0.95) for name in printed
+    assert {name: group.settings["adamw"] for name, group in groups.items()} == {
+        name: {"beta1": 0.6 if name == "head" else 0.9, "beta2": 0.95, "eps": 1e-9} for name in printed
     }
-    assert all(group.eps == 1e-9 for group in groups.values())
     assert [name for name, group in groups.items() if group.loss_driven_decay] == ["matrix"]
     assert [len(groups[name].parameters) for name in printed] == [2, 2 + 1 + 1, 1, 4]
 
@@ -89,7 +88,8 @@ SCALE_ONE = 46_009_736  # parameters: hlb's decay law depends on their number
 
 def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
     parameter = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    group = optim.Group("g", ["p"], lr, lambda step: 1.0, (0.9, 0.95), 1e-9, weight_decay, loss_driven)
+    settings = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-9}}
+    group = optim.Group("g", ["p"], lr, lambda step: 1.0, weight_decay, loss_driven, settings)
     shapes, cpu = {"p": torch.Size([SCALE_ONE])}, torch.device("cpu")
     return parameter, optim.Optimizer(
         [group], shapes, {"p": parameter}, first_loss=6.0, decay_base=weight_decay_base(SCALE_ONE), device=cpu
@@ -98,7 +98,7 @@ def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
 
 def update(optimizer, step, loss, finite):
     optimizer.prepare(step, finite)
-    optimizer.adamw.step()
+    optimizer.step()
     optimizer.follow(torch.tensor(loss), finite)
 
 
@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     parameter, optimizer = one_parameter(weight_decay=0.5, loss_driven=True)
     parameter.grad = torch.tensor([[0.3, -0.01]])
     update(optimizer, 0, 4.0, ONE)
-    state = optimizer.adamw.state[parameter]
+    state = optimizer.state[parameter]
     before = {name: tensor.clone() for name, tensor in state.items()}
     weights, decay = parameter.data.clone(), optimizer.decay.clone()
     parameter.grad = torch.tensor([[bad, 1.0]])

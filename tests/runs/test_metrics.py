@@ -25,12 +25,13 @@ from trainer.runs import console, plots
 from trainer.runs import history as history_module
 from trainer.runs.history import History, smoothed
 from trainer.runs.metrics import MetricsFile, read_rows, rewind_samples
-from trainer.runs.report import Clock, Measured, Report
+from trainer.runs.report import Clock, Report
 from trainer.runs.wandb import Wandb, chosen_mode
 from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
 from trainer.training.loop import collecting_by_hand
 from trainer.training.run import Run
+from trainer.training.step import StepResult
 
 ROW = {
     "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
@@ -113,25 +114,32 @@ def test_further_losses_have_keys_of_their_own(tiny_dataset, tmp_path):
         assert 0 < row["loss_z_loss"] and 0.8 * row["loss"] < row["loss_head_2"] < 1.2 * row["loss"]
 
 
-def test_time_goes_to_the_step_that_took_it(monkeypatch):
-    class Hands:
-        seconds = 0.0
-
-        def stop(self):
-            """It is moved by hand."""
-
-    report = Report.__new__(Report)
-    report.clock, report._waiting, report._seconds_then = Hands(), None, 0.0
-    monkeypatch.setattr(Report, "flush", lambda self: setattr(self, "_waiting", None))
-    steps = [Measured(i, 0, 10, 0.0, 16, 1, 0.1, HostCopy(torch.zeros(6))) for i in range(2)]
+def test_time_goes_to_the_step_that_took_it(tiny_dataset, tmp_path):
+    """A step is reported when the next one has been launched; its time ends before that launch."""
+    plan = resolve(build(RunConfig, tiny_values(tiny_dataset, tmp_path / "r")))
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    report = Report(tmp_path, plan, World(), engine, 0, 0.0)
+    report.clock = SimpleNamespace(seconds=0.0, stop=lambda: None)  # moved by hand
+    first, second = (
+        StepResult(
+            step, 0, 12, 0.0, 16, 1, 0.1, ("head_2",),
+            HostCopy(**{name: torch.ones(1) for name in ("loss", "grad_norm", "finite", "parts")}),
+        )
+        for step in (1, 2)
+    )  # fmt: skip
     report.clock.seconds = 2.0
-    report.step_done(steps[0])
+    report.stamp()
     report.clock.seconds = 5.0
-    report.step_done(steps[1])
+    report.step(first)
+    report.stamp()
     report.clock.seconds = 6.0  # the device finishes the second step
     report.stop_clock()
-    assert [step.elapsed for step in steps] == [2.0, 4.0]
-    assert [step.seconds for step in steps] == [2.0, 6.0]
+    report.step(second)
+    report.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["tokens_per_second"] for row in rows] == [6.0, 3.0]
+    assert [row["seconds"] for row in rows] == [2.0, 6.0]
+    assert [row["loss_head_2"] for row in rows] == [1.0, 1.0]
 
 
 def test_flops_are_those_of_whole_weights(tmp_path, tiny_dataset, monkeypatch):

@@ -23,7 +23,7 @@ from trainer.runs.report import Report
 from trainer.runtime import signals
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals, exit_code, not_begun_line, stopped_line, will_stop_line
-from trainer.training import start
+from trainer.training import loop, start
 from trainer.training.run import Run
 
 
@@ -271,7 +271,7 @@ STEPS_EVALUATED = (4, 8, 10)
 def evaluated(tiny_dataset):
     """evaluated(folder, step, stage) -> exit code of a run of six steps; a SIGTERM comes in this step or at the second window of
     its evaluation."""
-    score, validate, step_done = evaluate.score, Run.validate, Run.optimiser_step
+    score, validate, step_done = evaluate.score, Run.validate, loop.optimiser_step
     windows: list[int] = []  # the step of the evaluation, for each
     here = {"step": 0, "at": None}
 
@@ -307,7 +307,7 @@ def evaluated(tiny_dataset):
         patch.setattr(evaluate, "rows_at_once", lambda *_: 1)
         patch.setattr(evaluate, "score", scored)
         patch.setattr(Run, "validate", validated)
-        patch.setattr(Run, "optimiser_step", optimiser_step)
+        patch.setattr(loop, "optimiser_step", optimiser_step)
         patch.setattr(Report, "draw_curves", lambda report: None)
         yield run
 

@@ -28,8 +28,10 @@ from trainer.runs.opening import open_run
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
+from trainer.training import loop
 from trainer.training.run import Run, State
 from trainer.training.start import ways_out
+from trainer.training.step import optimiser_step
 
 WORLD = World()
 
@@ -479,13 +481,13 @@ def test_the_batch_law_goes_on_with_a_norm_from_before_the_restart(tiny_dataset,
     one = make(tiny_dataset, tmp_path / "run")
     one.multiplier.n = one.state.n = 3.0
     for _ in range(6):
-        one.optimiser_step()
+        optimiser_step(one)
     one.save(0.0)
     again = make(tiny_dataset, tmp_path / "run")
     assert again.restore()
     before = again.state.n
     for part in (one, again):
-        part.optimiser_step()
+        optimiser_step(part)
     assert again.state.n == one.state.n != before
 
 
@@ -579,8 +581,8 @@ def test_the_garbage_collector_is_kept_out_of_the_loop(tiny_dataset, tmp_path, m
             raise ZeroDivisionError
         return step(this)
 
-    step = Run.optimiser_step
-    monkeypatch.setattr(Run, "optimiser_step", looking)
+    step = loop.optimiser_step
+    monkeypatch.setattr(loop, "optimiser_step", looking)
     values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, checkpoint__every=0)
     run(values)
     assert seen == [False, False] and gc.isenabled() and gc.get_freeze_count() == 0

@@ -16,7 +16,7 @@ LONGEST = 2**24  # tokens of a sequence: beyond all models, and what a plan can 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 # What a key means that a run's config.yaml does not have, because the run was started before there was the key.
-ABSENT_MEANS: dict[str, Any] = {"data.order": "samples"}
+ABSENT_MEANS: dict[str, Any] = {"data.order": "samples", "optim.name": "adamw"}
 
 
 @dataclass
@@ -99,17 +99,21 @@ class BatchConfig:
 class OptimConfig:
     """The optimiser and its schedules."""
 
+    name: str = setting("adamw", "the optimizer; --plugin FILE.py may register another")
+    settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "optim.settings.FIELD sets a field of the optimizer's own Config"}
+    )
     recipe: Literal["auto", "hlb", "plain"] = setting(
-        "auto", "hlb: four groups and hlb-gpt's laws; plain: AdamW, cosine"
+        "auto", "hlb: four groups and hlb-gpt's laws; plain: warm-up and cosine"
     )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
     final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak", low=0, high=1)
-    weight_decay: float | None = setting(None, "plain: AdamW's decay of parameters with two or more dimensions", low=0)
+    weight_decay: float | None = setting(None, "plain: weight decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
     state_precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "numbers that hold AdamW's moments; bf16: half the memory, rounded after each step"
+        "auto", "numbers that hold the optimizer's state; bf16: half the memory, rounded after each step"
     )
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
         "auto", "divide embedding gradients by token counts over the step, over a microbatch (the original), or not"

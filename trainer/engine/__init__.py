@@ -6,7 +6,24 @@ from typing import Any
 
 from models.base import LanguageModel
 from trainer.core.errors import UserError
+from trainer.optim import get_rule
 from trainer.runtime.distributed import World
+
+
+def refuse_scope(config: Any) -> None:
+    """UserError where the engine cannot give the optimizer what it must see whole."""
+    name, strategy = config.optim.name, config.engine.strategy
+    scope = get_rule(name).scope
+    needs = "whole matrices" if scope == "matrix" else "whole tensors"
+    if scope != "element" and strategy in ("zero1", "zero2", "zero3"):
+        raise UserError(
+            f"optim.name: {name} needs {needs}, and engine.strategy {strategy} gives the optimizer pieces of flat vectors; "
+            "use single, ddp, fsdp, hsdp or zero0"
+        )
+    if scope != "element" and config.engine.offload:
+        raise UserError(
+            f"optim.name: {name} needs {needs}, which ranks cannot exchange with engine.offload; leave it out"
+        )
 
 
 def build_engine(plan: Any, world: World) -> Any:
@@ -16,6 +33,7 @@ def build_engine(plan: Any, world: World) -> Any:
         from trainer.engine.torch_engine import TorchEngine
 
         return TorchEngine(plan, world)
+    refuse_scope(plan.config)
     if plan.model_class.post_step is not LanguageModel.post_step and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
             f"engine.strategy: {strategy} keeps the weights in flat vectors, which the projection after each step "

@@ -15,7 +15,7 @@ from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
 from trainer.engine.compilation import Compiled
-from trainer.engine.matrices import Update, update_copies
+from trainer.engine.matrices import Update, deal, update_copies, update_costs
 from trainer.engine.meta import build_meta
 from trainer.optim import Optimizer
 from trainer.recipes import build_optimizer
@@ -33,11 +33,12 @@ class Engine:
     backward(tokens, targets, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
 
     model: what forward passes go through. shapes: whole shape of every parameter. local: the part of each parameter that
-    this rank updates, by name; the optimiser sees these and no others. lockstep: every forward pass is a collective, so all
+    this rank updates, by name; the optimiser sees these and no others. whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all
     ranks must take part in each. part_names: of the further losses, known after the first `backward`.
     """
 
     lockstep = False
+    whole_tensors = True
     part_names: tuple[str, ...] = ()
     _told_of_room = False  # that whole weights do not fit
     local: dict[str, nn.Parameter]
@@ -51,7 +52,13 @@ class Engine:
         meta = meta.to(torch.bfloat16) if self.precision == "pure_bf16" else meta
         self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
         self.model: Any = self.parallelize(meta)
-        self.optimizer: Optimizer = build_optimizer(plan, self.model, self.shapes, self.local, self.device)
+        self.optimizer: Optimizer = build_optimizer(
+            plan, self.model, self.shapes, self.local, self.device, self.whole_tensors
+        )
+        if self.optimizer.whole:
+            self.optimizer.exchange = self.update_matrices
+            owners = self.owners(self.optimizer.whole)
+            self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == world.rank)
 
     def parallelize(self, meta: Any) -> Any:
         """The model on its devices with initial weights, from one without storage; sets `local`."""
@@ -165,7 +172,7 @@ class Engine:
 
     def update(self) -> None:
         """One step of the optimiser, which is prepared for it."""
-        self.optimizer.adamw.step()
+        self.optimizer.step()
 
     def project(self) -> None:
         """The model's projection, after each update."""
@@ -184,26 +191,31 @@ class Engine:
         return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).to(self.device)
 
     def clear_gradients(self) -> None:
-        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
-        """For optimisers that need whole matrices: this rank's part of update(name, whole gradient [m, n]) for each name.
+        """For rules that need whole matrices: this rank's part of update(name, whole gradient [m, n], whole weight [m, n]).
 
-        `update` runs once per matrix, on the rank that owns it; call this between backward and the optimiser's step, on all ranks.
-        UserError where the engine cannot give whole matrices.
+        `update` runs once for each name, on the rank that owns it. All ranks call this, after `collect_gradients`.
         """
-        return update_copies({name: self.local[name].grad for name in names}, update, self.world)  # type: ignore[misc]
+        tensors = {name: (self.local[name].grad, self.local[name].detach()) for name in names}
+        return update_copies(tensors, update, self.owners(names))  # type: ignore[arg-type]
+
+    def owners(self, names: list[str]) -> dict[str, int]:
+        """Name -> the rank that updates the parameter, where each is updated whole by one rank."""
+        return deal(update_costs({name: self.shapes[name] for name in names}), self.world.size)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay."""
-        # A parameter that has had no gradient yet has no moments: zeros are what it would begin with.
-        self.optimizer.allocate(p for p in self.local.values() if p not in self.optimizer.adamw.state)
+        # A parameter that has had no gradient yet has no state: zeros are what it would begin with.
+        state, whole = self.optimizer.state, set(self.optimizer.whole)
+        self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.local.items():
-            for key, value in self.optimizer.adamw.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = self.as_stored(name, value)
+            for key, value in state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value if name in whole else self.as_stored(name, value)
         return tensors | {"weight_decay": self.optimizer.decay}
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time
 
 # What a deepspeed.json may not switch on, and what decides it here.
 DECIDED = {
-    "optimizer": "the optimiser follows from optim.recipe",
+    "optimizer": "the optimizer is optim.name",
     "scheduler": "learning rates follow from optim.recipe",
     "train_batch_size": "the batch is batch.tokens_per_step",
     "fp16": "the number format is `precision`, and fp16 is none of them",
@@ -68,7 +68,7 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # the loop forms microbatches, another number of them in each step
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,  # DeepSpeed knows few by name
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, without a compiler
+        "zero_force_ds_cpu_optimizer": False,  # ours run on CPUs too, without a compiler
     }
 
 

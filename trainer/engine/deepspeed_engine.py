@@ -24,14 +24,13 @@ from models.base import ties, with_storage
 from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.engine.matrices import Update, deal
+from trainer.engine.matrices import deal
 from trainer.engine.meta import build_meta
 from trainer.engine.zero3_coordinator import RestingCoordinator
 from trainer.engine.zero3_linear import linear, plain_linear, use_linear
+from trainer.optim.rule import STEP
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, which DeepSpeed holds in flat vectors as it does the weights
 
 
 def leave_out_shared_memory() -> None:
@@ -66,7 +65,7 @@ class DeepSpeedEngine(Engine):
             try:
                 super().__init__(plan, world)
                 self._zero, *_ = deepspeed.initialize(
-                    model=self.model, optimizer=self.optimizer.adamw, config=self.settings, dist_init_required=False
+                    model=self.model, optimizer=self.optimizer, config=self.settings, dist_init_required=False
                 )
             except ValidationError as error:
                 told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -75,7 +74,7 @@ class DeepSpeedEngine(Engine):
         assert self._zero.zero_optimization_stage() == self.stage
         use_linear(plain_linear)
         if self.stage:
-            self._make_moments()
+            self._make_state()
             self._set_initial_weights()
 
     def parallelize(self, meta: Any) -> Any:
@@ -95,10 +94,10 @@ class DeepSpeedEngine(Engine):
         """What the optimiser updates: this rank's fp32 pieces of the groups' flattened parameters."""
         if self.stage == 3:
             return self._zero.optimizer.fp32_partitioned_groups_flat
-        return [vector for group in self.optimizer.adamw.param_groups for vector in group["params"]]
+        return [vector for group in self.optimizer.param_groups for vector in group["params"]]
 
-    def _make_moments(self) -> None:
-        """All of them before the first step: in it, DeepSpeed ties moments to parameters when it has made the first group's."""
+    def _make_state(self) -> None:
+        """All of it before the first step: in it, DeepSpeed ties state to parameters when it has made the first group's."""
         self.optimizer.allocate(self._flat_vectors())
         if self.stage < 3:
             self._zero.optimizer._lazy_init_hp_params_optimizer_state()
@@ -174,14 +173,6 @@ class DeepSpeedEngine(Engine):
             project(whole)
             self._put_weight(name, whole)
 
-    def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
-        if self.stage:
-            raise UserError(
-                f"engine.strategy: {self.strategy} hands the optimiser flat vectors, and this one needs whole matrices; "
-                "use ddp, fsdp, hsdp or zero0"
-            )
-        return super().update_matrices(names, update)
-
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
@@ -207,13 +198,15 @@ class DeepSpeedEngine(Engine):
         """(name, whole tensor), one after the other on all ranks together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        held = self.optimizer.adamw.state[self._flat_vectors()[0]]
+        held = self.optimizer.state[self._flat_vectors()[0]]
         for name, parameter in self.local.items():
             yield f"model.{name}", safe_get_full_fp32_param(parameter).view(self.shapes[name])
-            yield f"optimizer.{name}.step", held["step"]  # all parameters have taken the same steps
-            for key in MOMENTS:
+            for key, value in held.items():
+                if key == STEP:
+                    yield f"optimizer.{name}.{key}", value  # all parameters have taken the same steps
+                    continue
                 whole = safe_get_full_optimizer_state(parameter, key)  # fp32, whatever it is held in
-                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(held[key].dtype)
+                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(value.dtype)
 
     def load(self, path: Any) -> None:
         if self.stage == 0:
@@ -221,7 +214,8 @@ class DeepSpeedEngine(Engine):
         from trainer.checkpoint.format import check_shapes, each
 
         expected = {f"model.{name}": shape for name, shape in self.shapes.items()}
-        expected |= {f"optimizer.{name}.{key}": shape for name, shape in self.shapes.items() for key in MOMENTS}
+        keys = [key for key in self.optimizer.state[self._flat_vectors()[0]] if key != STEP]
+        expected |= {f"optimizer.{name}.{key}": shape for name, shape in self.shapes.items() for key in keys}
         check_shapes(path, expected)
         for name, whole in each(path, "model."):
             if name in self.local:
@@ -230,11 +224,11 @@ class DeepSpeedEngine(Engine):
                 self.model.get_buffer(name).copy_(whole)
         for full, whole in each(path, "optimizer."):
             name, _, key = full.rpartition(".")
-            if key == "step":
-                for state in self.optimizer.adamw.state.values():
-                    state["step"].copy_(whole)
+            if key == STEP:
+                for state in self.optimizer.state.values():
+                    state[STEP].copy_(whole)
             else:
-                self._put_moment(name, key, whole)
+                self._put_state(name, key, whole)
         for _, decay in each(path, "weight_decay"):
             self.optimizer.decay.copy_(decay)
 
@@ -253,7 +247,7 @@ class DeepSpeedEngine(Engine):
         if parameter.ds_status is self._deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
             parameter.data.copy_(whole)  # small enough to stay gathered
 
-    def _put_moment(self, name: str, key: str, whole: Tensor) -> None:
+    def _put_state(self, name: str, key: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         parameter = self.local[name]

@@ -28,6 +28,7 @@ class FsdpEngine(Engine):
     """
 
     lockstep = True
+    whole_tensors = False
 
     def parallelize(self, meta: Any) -> Any:
         engine = self.config.engine
@@ -93,7 +94,8 @@ class FsdpEngine(Engine):
         return squares.sqrt()
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
-        return update_shards({name: self._shards[name].grad for name in names}, update, self.mesh)
+        tensors = {name: (self._shards[name].grad, self._shards[name].detach()) for name in names}
+        return update_shards(tensors, update, self.owners(names), self.mesh)
 
     def clear_gradients(self) -> None:
         super().clear_gradients()
@@ -101,7 +103,7 @@ class FsdpEngine(Engine):
             shard.grad = None
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:
-        """Moments are shards as their parameter is; the step count is a scalar of its own."""
+        """State of the parameter's shape is a shard as the parameter is; the step count is a scalar of its own."""
         if value.shape != self.local[name].shape or value.dim() == 0:
             return value
         whole = self._shards[name]

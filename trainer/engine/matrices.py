@@ -1,5 +1,5 @@
-"""Whole matrices for optimisers that need them (Muon, SOAP): each matrix has an owner rank, which sees the whole gradient,
-computes the update once, and hands every rank its part."""
+"""Whole tensors for rules that need them (scope matrix or tensor): each has an owner rank, which sees the whole gradient and
+the whole weight, computes the update once, and hands every rank its part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from trainer.runtime.distributed import World
-
-Update = Callable[[str, Tensor], Tensor]  # (name, whole gradient [m, n]) -> whole update [m, n]
+# (name, whole gradient [m, n], whole weight [m, n]) -> what the ranks get their parts of [m, n]
+Update = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
@@ -25,70 +24,85 @@ def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
     return owners
 
 
-def matrix_costs(shapes: dict[str, torch.Size]) -> dict[str, float]:
-    """What the update of an [m, n] matrix costs up to a factor: products with its smaller Gram matrix, m n min(m, n)."""
-    return {name: float(shape.numel() * min(shape)) for name, shape in shapes.items()}
+def update_costs(shapes: dict[str, torch.Size]) -> dict[str, float]:
+    """What an update costs up to a factor. An [m, n] matrix: products with its smaller Gram matrix, m n min(m, n)."""
+    return {name: float(shape.numel() * (min(shape) if len(shape) == 2 else 1)) for name, shape in shapes.items()}
 
 
-def update_copies(gradients: dict[str, Tensor], update: Update, world: World) -> dict[str, Tensor]:
-    """single, ddp: all ranks hold the same whole gradients; each owner's updates go to all the others."""
-    owners = deal(matrix_costs({name: gradient.shape for name, gradient in gradients.items()}), world.size)
+def update_copies(
+    tensors: dict[str, tuple[Tensor, Tensor]], update: Update, owners: dict[str, int]
+) -> dict[str, Tensor]:
+    """single, ddp: all ranks hold the same whole (gradient, weight); what each owner computes goes to all the others."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     updates = {
-        name: update(name, gradient).contiguous() if owners[name] == world.rank else torch.empty_like(gradient)
-        for name, gradient in gradients.items()
+        name: update(name, gradient, weight).contiguous()
+        if owners[name] == rank
+        else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for name, (gradient, weight) in tensors.items()
     }
-    if world.size > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         wait([dist.broadcast(tensor, owners[name], async_op=True) for name, tensor in updates.items()])
     return updates
 
 
-def update_shards(gradients: dict[str, DTensor], update: Update, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """fsdp, hsdp: gradients are cut by rows over the mesh's dimension "shard"; returns this rank's rows of every update.
+def update_shards(
+    tensors: dict[str, tuple[DTensor, DTensor]], update: Update, owners: dict[str, int], mesh: DeviceMesh
+) -> dict[str, Tensor]:
+    """fsdp, hsdp: (gradient, weight) are cut by rows over the mesh's dimension "shard"; returns this rank's rows of every update.
 
     With several copies of the model (hsdp) the owners are dealt out over all ranks: each copy gathers, computes and
     scatters some of the matrices, then the copies exchange the rows they have.
     """
     ranks = mesh.mesh.view(-1, mesh["shard"].size())  # [copies, shards]
-    owners = deal(matrix_costs({name: gradient.shape for name, gradient in gradients.items()}), ranks.numel())
     place = {rank: (copy, shard) for copy, row in enumerate(ranks.tolist()) for shard, rank in enumerate(row)}
-    owner_ranks = {name: int(ranks.flatten()[owner]) for name, owner in owners.items()}
     copy, shard = place[dist.get_rank()]
 
-    ours = {name: gradient for name, gradient in gradients.items() if place[owner_ranks[name]][0] == copy}
-    updates = _gather_update_scatter(ours, update, owner_ranks, mesh)
+    ours = {name: pair for name, pair in tensors.items() if place[owners[name]][0] == copy}
+    updates = _gather_update_scatter(ours, update, owners, mesh)
     if len(ranks) > 1:
-        for name, gradient in gradients.items():
-            updates.setdefault(name, torch.empty_like(gradient.to_local()))
-        sources = {name: int(ranks[place[owner_ranks[name]][0], shard]) for name in gradients}
+        for name, (_, weight) in tensors.items():
+            updates.setdefault(name, torch.empty_like(weight.to_local()))
+        sources = {name: int(ranks[place[owners[name]][0], shard]) for name in tensors}
         column = mesh.get_group("replicate")
-        wait([dist.broadcast(updates[name], sources[name], group=column, async_op=True) for name in gradients])
+        wait([dist.broadcast(updates[name], sources[name], group=column, async_op=True) for name in tensors])
     return updates
 
 
 def _gather_update_scatter(
-    gradients: dict[str, DTensor], update: Update, owners: dict[str, int], mesh: DeviceMesh
+    tensors: dict[str, tuple[DTensor, DTensor]], update: Update, owners: dict[str, int], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
     """Within one copy of the model. All gather before any owner computes, so that the owners compute at the same time."""
-    group, width = mesh.get_group("shard"), mesh["shard"].size()
-    padded: dict[
-        str, Tensor
-    ] = {}  # this rank's rows; collectives want equal pieces, so some have rows that mean nothing
-    pieces: dict[str, list[Tensor] | None] = {}  # of all ranks, at the owner
-    for name, gradient in gradients.items():
-        local = gradient.to_local()
-        padded[name] = local.new_zeros(-(-gradient.shape[0] // width), *gradient.shape[1:])
-        padded[name][: len(local)] = local
-        mine = owners[name] == dist.get_rank()
-        pieces[name] = [torch.empty_like(padded[name]) for _ in range(width)] if mine else None
-    wait([dist.gather(padded[name], pieces[name], owners[name], group, async_op=True) for name in gradients])
-    for name, parts in pieces.items():
-        if parts is not None:
-            stacked = torch.cat(parts)
-            rows = gradients[name].shape[0]
-            stacked[:rows] = update(name, stacked[:rows])
-            pieces[name] = list(stacked.chunk(width))
-    wait([dist.scatter(padded[name], pieces[name], owners[name], group, async_op=True) for name in gradients])
-    return {name: padded[name][: len(gradient.to_local())].contiguous() for name, gradient in gradients.items()}
+    group, width, rank = mesh.get_group("shard"), mesh["shard"].size(), dist.get_rank()
+    padded = {name: [_padded(tensor, width) for tensor in pair] for name, pair in tensors.items()}
+    pieces = {  # of all ranks, at the owner
+        name: [[torch.empty_like(part) for _ in range(width)] if owners[name] == rank else None for part in parts]
+        for name, parts in padded.items()
+    }
+    wait(
+        [
+            dist.gather(part, all_parts, owners[name], group, async_op=True)
+            for name, parts in padded.items()
+            for part, all_parts in zip(parts, pieces[name], strict=True)
+        ]
+    )
+    results: dict[str, list[Tensor] | None] = dict.fromkeys(tensors)
+    for name, (_, weight) in tensors.items():
+        if owners[name] == rank:
+            gradients, weights = (torch.cat(part) for part in pieces[name] if part is not None)
+            rows = weight.shape[0]
+            weights[:rows] = update(name, gradients[:rows], weights[:rows])
+            results[name] = list(weights.chunk(width))
+    received = {name: parts[1] for name, parts in padded.items()}
+    wait([dist.scatter(received[name], results[name], owners[name], group, async_op=True) for name in tensors])
+    return {name: received[name][: len(weight.to_local())].contiguous() for name, (_, weight) in tensors.items()}
+
+
+def _padded(tensor: DTensor, width: int) -> Tensor:
+    """This rank's rows, and rows of zeros: collectives want equal pieces of all ranks."""
+    local = tensor.to_local()
+    padded = local.new_zeros(-(-tensor.shape[0] // width), *tensor.shape[1:])
+    padded[: len(local)] = local
+    return padded
 
 
 def wait(works: list) -> None:

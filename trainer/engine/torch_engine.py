@@ -60,7 +60,7 @@ class TorchEngine(Engine):
     def clear_gradients(self) -> None:
         # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.
         # Recorded microbatches add to what was there when they were recorded.
-        self.optimizer.adamw.zero_grad(set_to_none=not self._wrapped and self._graph_runner is None)
+        self.optimizer.zero_grad(set_to_none=not self._wrapped and self._graph_runner is None)
 
     def _add_up(self, last: bool) -> None:
         """pure_bf16: move the microbatch's gradients into fp32 sums, and back to bf16 once they are complete."""

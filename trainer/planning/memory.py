@@ -8,28 +8,32 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import KERNEL_FIELDS, build_meta, told_of_model
+from trainer.optim import AdamW, get_rule, matrices_of, state_bytes
 
 GIB = 1024**3
 
-# Bytes per parameter by precision. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
+# Bytes per parameter by precision; those of the optimizer's state ("moments") its rule says. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
 PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
-    "bf16": {"weights": 4, "gradients": 4, "moments": 8, "bf16 copies": 2},
-    "pure_bf16": {"weights": 2, "gradients": 6, "moments": 4},
+    "fp32": {"weights": 4, "gradients": 4},
+    "bf16": {"weights": 4, "gradients": 4, "bf16 copies": 2},
+    "pure_bf16": {"weights": 2, "gradients": 6},
 }
 # FSDP gathers its copies a few blocks at a time, and adds pure_bf16's gradients up in the unsharded ones.
 FSDP_PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "moments": 8},
-    "bf16": {"weights": 4, "gradients": 4, "moments": 8},
-    "pure_bf16": {"weights": 2, "gradients": 2, "moments": 4},
+    "fp32": {"weights": 4, "gradients": 4},
+    "bf16": {"weights": 4, "gradients": 4},
+    "pure_bf16": {"weights": 2, "gradients": 2},
 }
-# DeepSpeed's optimizer holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
+# DeepSpeed holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
 ZERO_PARTS = {
-    "fp32": {"weights": 4, "gradients": 4, "masters": 4, "moments": 8},
-    "bf16": {"weights": 2, "gradients": 6, "masters": 4, "moments": 8},
+    "fp32": {"weights": 4, "gradients": 4, "masters": 4},
+    "bf16": {"weights": 2, "gradients": 6, "masters": 4},
 }
+ORDER = ("weights", "gradients", "masters", "moments", "bf16 copies")
 ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within so many stay gathered
 SHARDED = {
     "zero1": {"masters", "moments"},
@@ -51,7 +55,7 @@ class ParallelLayout:
     """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
     moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
     deterministic: by kernels that add in a fixed order alone; recorded: engine.cuda_graphs, whose recordings keep their
-    activations beside those of microbatches that run as they are, and all gradients."""
+    activations beside those of microbatches that run as they are, and all gradients; optimizer: optim.name."""
 
     strategy: str
     precision: str
@@ -65,6 +69,7 @@ class ParallelLayout:
     compiled: bool = False
     deterministic: bool = False
     recorded: bool = False
+    optimizer: str = "adamw"
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
@@ -78,7 +83,7 @@ class ParallelLayout:
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
         device = target.memory is not None, target.flex, compiled, config.deterministic, engine.cuda_graphs
-        return cls(strategy, config.precision, *how, *device)
+        return cls(strategy, config.precision, *how, *device, config.optim.name)
 
     @property
     def compute(self) -> str:
@@ -113,7 +118,8 @@ class MemoryEstimate:
     def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
         self.model_class, self.model_config = model_class, model_config
         self.length, self.documents = length, documents
-        model = build_meta(model_class, model_config)
+        self._model = model = build_meta(model_class, model_config)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
@@ -123,15 +129,15 @@ class MemoryEstimate:
     def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
         """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
         fsdp, zero = layout.strategy in ("fsdp", "hsdp"), layout.strategy in ("zero1", "zero2", "zero3")
-        parts = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
-        parts["moments"] = 4 if layout.narrow else parts["moments"]
+        parts: dict[str, float] = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
+        parts["moments"] = self.moments(layout)
         sharded = SHARDED.get(layout.strategy, set())
         away = OFFLOADED[layout.strategy] if layout.offload else set()
         state = {
             part: (part not in away)
-            * size
-            * (-(-self.parameters // layout.shards) if part in sharded else self.parameters)
-            for part, size in parts.items()
+            * int(parts[part] * (-(-self.parameters // layout.shards) if part in sharded else self.parameters))
+            for part in ORDER
+            if part in parts
         }
         # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
         state["head gradient"] = self.head * (4 + 2 * (layout.compute != "fp32"))
@@ -144,6 +150,15 @@ class MemoryEstimate:
         if layout.strategy in ("zero2", "zero3"):
             state["buckets"] = (4 if layout.precision == "fp32" else 2) * BUCKET
         return state
+
+    def moments(self, layout: ParallelLayout) -> float:
+        """Bytes of the optimizer's state per parameter. A rule of scope matrix updates some, the rest is AdamW's."""
+        rule, rest = get_rule(layout.optimizer), AdamW()
+        narrow = layout.narrow or layout.precision == "pure_bf16"
+        dtype = torch.bfloat16 if narrow else torch.float32
+        own = matrices_of(self._model, self._shapes) if rule.scope == "matrix" else set(self._shapes)
+        total = sum(state_bytes(rule if name in own else rest, shape, dtype) for name, shape in self._shapes.items())
+        return total / sum(shape.numel() for shape in self._shapes.values())
 
     def in_cpu_memory(self, layout: ParallelLayout) -> int:
         """Bytes that engine.offload moves from one device to the memory of its machine."""
@@ -251,8 +266,6 @@ def saved_activations(
     compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see MemoryEstimate. A model that cannot be
     compiled is measured as it is, and so trained.
     """
-    import torch
-
     from trainer.engine import compilation
 
     asked = model_class, model_config, length, compute, how, documents, flex
@@ -280,7 +293,6 @@ def _saved_activations(
     flex: bool,
     compiled: bool = False,
 ) -> SavedActivations:
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.layers.flex import planning_for_gpu
@@ -322,8 +334,6 @@ def _saved_activations(
 @contextlib.contextmanager
 def _determinism(wanted: bool) -> Any:
     """As the run will ask for it: some kernels are refused then."""
-    import torch
-
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:
@@ -335,8 +345,6 @@ def _determinism(wanted: bool) -> Any:
 @contextlib.contextmanager
 def _default_dtype(dtype: Any) -> Any:
     """Parameters made within are of `dtype`. (A model of fake tensors cannot be converted.)"""
-    import torch
-
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -347,7 +355,6 @@ def _default_dtype(dtype: Any) -> Any:
 
 def _alive_tensors(model: Any) -> Any:
     """A mode that watches the memory which operators take; `bytes` is what of it is still held."""
-    import torch
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

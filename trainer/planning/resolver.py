@@ -9,7 +9,7 @@ from typing import Any
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta, told_of_model
-from trainer.optim import schedules
+from trainer.optim import get_rule, rule_config, schedules
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -122,7 +122,9 @@ class Resolver:
         if recipe == "auto":
             recipe = "hlb" if config.model["name"] == "hlb" else "plain"
             self.note(
-                "optim.recipe", recipe, f"the recipe made for {config.model['name']}" if recipe == "hlb" else "AdamW"
+                "optim.recipe",
+                recipe,
+                f"the recipe made for {config.model['name']}" if recipe == "hlb" else "warm-up and cosine",
             )
         config.optim.recipe = recipe
         hlb = recipe == "hlb"
@@ -193,7 +195,7 @@ class Resolver:
                 )
             options, rule = options._replace(narrow=True), "that of the weights"
         elif not options.narrow:
-            rule = "AdamW's moments as the weights"
+            rule = "that of the weights"
         self.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
         self.layout = ParallelLayout.of(config, self.layout.processes, self.target)
 
@@ -238,6 +240,7 @@ class Resolver:
 
     def optimiser(self) -> None:
         optim, steps = self.config.optim, self.config.max_steps
+        rule_config(get_rule(optim.name), {}, optim.settings)  # UserError for a name or a key that does not exist
         if steps < 1:
             raise UserError(f"max_steps: {steps} is not a positive number of steps")
         hlb = optim.recipe == "hlb"

@@ -70,7 +70,7 @@ def check_shard_size(shard_size: int, processes: int) -> None:
 
 
 class MemoryOptions(NamedTuple):
-    """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: AdamW's moments in bf16."""
+    """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: the optimizer's state in bf16."""
 
     checkpointing: str
     narrow: bool

@@ -146,6 +146,9 @@ def hlb_groups(model: Any, optim: Any) -> list[Group]:
     def power(step: int) -> float:
         return power_decay(step, optim.warmup_steps)
 
+    def adamw(beta1: float) -> dict[str, dict[str, float]]:
+        return {"adamw": {"beta1": beta1, "beta2": 0.95, "eps": 1e-9}}
+
     slow = by_role["norm"] + by_role["bias"] + by_role["embedding"]
     groups = [
         Group(
@@ -153,13 +156,12 @@ def hlb_groups(model: Any, optim: Any) -> list[Group]:
             by_role["matrix"],
             optim.lr,
             power,
-            (0.9, 0.95),
-            1e-9,
             weight_decay=optim.weight_decay,
             loss_driven_decay=optim.loss_driven_decay,
+            settings=adamw(0.9),
         ),
-        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, (0.9, 0.95), 1e-9),
-        Group("norm, bias, embedding", slow, 32 * optim.lr, power, (0.9, 0.95), 1e-9),
-        Group("head", by_role["head"], 2 * optim.lr, output_decay, (0.6, 0.95), 1e-9),
+        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, settings=adamw(0.9)),
+        Group("norm, bias, embedding", slow, 32 * optim.lr, power, settings=adamw(0.9)),
+        Group("head", by_role["head"], 2 * optim.lr, output_decay, settings=adamw(0.6)),
     ]
     return [group for group in groups if group.parameters]

@@ -19,9 +19,10 @@ def plain_groups(shapes: dict[str, torch.Size], optim: Any, total: int) -> list[
 
     decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
     rest = [name for name, shape in shapes.items() if len(shape) < 2]
+    adamw = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}}
     groups = [
-        Group("decayed", decayed, optim.lr, schedule, (0.9, 0.95), 1e-8, optim.weight_decay, optim.loss_driven_decay),
-        Group("not decayed", rest, optim.lr, schedule, (0.9, 0.95), 1e-8),
+        Group("decayed", decayed, optim.lr, schedule, optim.weight_decay, optim.loss_driven_decay, adamw),
+        Group("not decayed", rest, optim.lr, schedule, settings=adamw),
     ]
     return [group for group in groups if group.parameters]
 

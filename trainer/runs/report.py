@@ -1,47 +1,18 @@
-"""Collects what each optimiser step measured and tells it: console, metrics.jsonl, wandb.
-
-What the device measures of a step is read when the next step has been launched, so reading never makes the device wait.
-"""
+"""Reports each optimiser step, and the time it took: console, metrics.jsonl, wandb, curves.png."""
 
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta
 from trainer.inference.evaluation import safe_exp
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.wandb import Wandb
-from trainer.runtime.device import HostCopy, peak_flops, peak_memory_bytes
-from trainer.runtime.signals import STOPPING, first_of
-
-
-@dataclass
-class Measured:
-    """One optimiser step. numbers: what only the device knows: loss, gradient norm, 1.0 if both are finite else 0.0, on how
-    many ranks each of signals.STOPPING came, on how many an asynchronous save has failed, the losses named in `parts`."""
-
-    step: int  # optimiser steps done, this one included
-    tokens: int  # trained on so far
-    step_tokens: int
-    epoch: float
-    length: int
-    multiplier: int
-    lr: float
-    numbers: HostCopy
-    parts: tuple[str, ...] = ()
-    elapsed: float = 0.0  # seconds of training it took, and of the run so far: set by Report
-    seconds: float = 0.0
-
-    @property
-    def grad_norm(self) -> float:
-        return self.numbers.read()[1]
+from trainer.runtime.device import peak_flops, peak_memory_bytes
 
 
 class Clock:
@@ -76,13 +47,9 @@ class Report:
         whole = build_meta(plan.model_class, plan.model_config)
         self._flops = {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
-        self._waiting: Measured | None = None
-        self._row: dict[str, Any] | None = None  # that waits instead, of a step before a restart
         self._first = True
-        self._seconds_then = seconds
-        self._skips = 0
-        self.asked: signal.Signals | None = None  # to stop; this and the next as all ranks agree, a step late
-        self.save_failed = False
+        self._stamped = seconds  # the clock at the last stamp
+        self._elapsed = 0.0  # seconds since the last step that was reported
         self.last: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
         if world.leader:
@@ -94,40 +61,51 @@ class Report:
         self.folder, self.title = folder, f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
         self.console = open_console(plan.config.log.console, world.leader, self.title)
 
-    def step_done(self, measured: Measured) -> None:
-        """Take a step's measurements; tells those of the step before, which the device has finished by now."""
-        self.flush()
-        self._waiting = measured
-        self._stamp()
-
-    def _stamp(self) -> None:
-        """Count the time since the last stamp to the step that is waiting.
+    def stamp(self) -> None:
+        """Count the time since the last stamp to the step that was launched last.
 
         On a GPU the loop runs one step ahead of the device, and so does this attribution; sums are right.
         """
-        if self._waiting is not None:
-            now = self.clock.seconds
-            self._waiting.elapsed += now - self._seconds_then
-            self._waiting.seconds = self._seconds_then = now
-
-    def wait(self) -> None:
-        """For the device to finish the last step."""
-        if self._waiting is not None:
-            self._waiting.numbers.read()
+        now = self.clock.seconds
+        self._elapsed += now - self._stamped
+        self._stamped = now
 
     def stop_clock(self) -> None:
-        """Wait for the device to finish the last step, then stop counting."""
-        self.wait()
         self.clock.stop()
-        self._stamp()
+        self.stamp()
 
-    def flush(self, validation: dict[str, Any] | None = None, train_accuracy: float | None = None) -> None:
-        """Tell the step that is waiting, with the results of an evaluation made after it. Raises at a non-finite step."""
-        row = self._take()
-        if row is None:
-            return
+    def row(self, m: Any) -> dict[str, Any]:
+        """The row of step `m`, a StepResult, as yet without an evaluation. Once for each step, in their order."""
+        elapsed, self._elapsed = self._elapsed, 0.0
+        if self._first:
+            self._first = False
+            how = ", compilation included" if self.config.engine.compile else ""
+            self.console.say(f"first step: {elapsed:.1f} s{how}")
+        finite = m.finite
+        rate = m.step_tokens / max(elapsed, 1e-9)
+        row = {
+            "step": m.step,
+            "tokens": m.tokens,
+            "loss": m.loss if finite else None,
+            "grad_norm": m.grad_norm if finite else None,
+            "lr": m.lr,
+            "val_loss": None,
+            "val_bits_per_byte": None,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops[m.sequence_length] / (self._peak * self.world.size) if self._peak else None,
+            "sequence_length": m.sequence_length,
+            "microbatch_steps": m.batch_multiplier,
+            "epoch": m.epoch,
+            "seconds": self._stamped,
+        }
+        return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
+
+    def write(
+        self, row: dict[str, Any], validation: dict[str, Any] | None = None, train_accuracy: float | None = None
+    ) -> None:
+        """Report the row of a step, with the results of an evaluation made after it."""
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
-        row |= {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
+        row = row | {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
         if validation and "full" in validation and "hlb" in validation:
             row["val_loss_hlb"] = validation["hlb"]["loss"]
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
@@ -136,51 +114,6 @@ class Report:
                 self._metrics.write(row)
             self._wandb.write(row)
         self._show(row, best, train_accuracy)
-        self._guard(row)
-
-    def withhold(self) -> dict[str, Any] | None:
-        """The row of the step that is waiting, untold: its evaluation is to be made by the process that goes on, which gives it to
-        `take_up`. Raises at a non-finite step."""
-        row = self._take()
-        if row is not None:
-            self._guard(row)
-        return row
-
-    def take_up(self, row: dict[str, Any]) -> None:
-        """Have the next `flush` tell what another process withheld."""
-        self._row = row
-
-    def _take(self) -> dict[str, Any] | None:
-        """The row of the step that is waiting, as yet without an evaluation; from now on none waits."""
-        m, row = self._waiting, self._row
-        self._waiting = self._row = None
-        if m is None:
-            return row
-        loss, grad_norm, finite, *others = m.numbers.read()
-        stops, failed, parts = others[: len(STOPPING)], others[len(STOPPING)], others[len(STOPPING) + 1 :]
-        self.save_failed = failed > 0
-        self.asked = first_of(stops) or self.asked
-        if self._first:
-            self._first = False
-            how = ", compilation included" if self.config.engine.compile else ""
-            self.console.say(f"first step: {m.elapsed:.1f} s{how}")
-        rate = m.step_tokens / max(m.elapsed, 1e-9)
-        row = {
-            "step": m.step,
-            "tokens": m.tokens,
-            "loss": loss if finite else None,
-            "grad_norm": grad_norm if finite else None,
-            "lr": m.lr,
-            "val_loss": None,
-            "val_bits_per_byte": None,
-            "tokens_per_second": rate,
-            "mfu": rate * self._flops[m.length] / (self._peak * self.world.size) if self._peak else None,
-            "sequence_length": m.length,
-            "microbatch_steps": m.multiplier,
-            "epoch": m.epoch,
-            "seconds": m.seconds,
-        }
-        return row | {f"loss_{name}": part if finite else None for name, part in zip(m.parts, parts, strict=True)}
 
     def _show(self, row: dict[str, Any], best: dict[str, Any], train_accuracy: float | None) -> None:
         facts = self._facts(row)
@@ -219,19 +152,6 @@ class Report:
             "microbatches": row["microbatch_steps"],
             "ETA": f"{int(left // 60)} min {int(left % 60):02d} s",
         }
-
-    def _guard(self, row: dict[str, Any]) -> None:
-        step, finite = row["step"], row["loss"] is not None
-        self._skips = 0 if finite else self._skips + 1
-        if finite:
-            return
-        optim = self.config.optim
-        if optim.non_finite == "stop" or self._skips > optim.max_skips:
-            raise UserError(
-                f"step {step}: loss or gradient is not finite ({self._skips} in a row); it did not touch the weights; go on "
-                "from the last checkpoint with --optim.non_finite skip, or start with a lower --optim.lr in another --run_dir"
-            )
-        self.console.say(f"step {step}: loss or gradient is not finite; the step is skipped")
 
     def sync(self) -> str:
         """Rows on disk, before a checkpoint that continues from them; their digest ("" on ranks that keep none)."""

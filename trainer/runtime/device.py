@@ -154,24 +154,29 @@ def device_name(device: torch.device) -> str:
 
 
 class HostCopy:
-    """Numbers of the device on their way to the host. `read` waits for these alone, not for what was launched since: a plain
-    `.item()` would wait for all, and leave the device idle until the next launch.
+    """Numbers by name on their way from the device to the host.
 
-    numbers: 1-D, of a tensor that nothing writes to any more.
+    `read` waits for these numbers alone, not for what was launched after them: a plain `.item()` would wait for all of it,
+    and leave the device idle until the next launch.
     """
 
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+    def __init__(self, **numbers: torch.Tensor) -> None:
+        """numbers: 1-D tensors of one type and device."""
+        self._sizes = {name: len(tensor) for name, tensor in numbers.items()}
+        self._numbers = torch.cat(list(numbers.values()))
+        self._arrived = None
+        if self._numbers.is_cuda:
+            there = self._numbers
+            self._numbers = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+            self._numbers.copy_(there, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> dict[str, list[float]]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._numbers.tolist()
+        parts = self._numbers.split(list(self._sizes.values()))
+        return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}
 
 
 def peak_flops(device: torch.device, precision: str, float8: bool = False) -> float | None:

@@ -125,14 +125,14 @@ class StopCheck:
             return None
         asked = None
         if self._answer is not None:
-            *flags, seconds = self._answer.read()
-            asked = first_of(flags)
-            if seconds < CHECK_SECONDS * self._world.size:
+            answer = self._answer.read()
+            asked = first_of(answer["flags"])
+            if answer["seconds"][0] < CHECK_SECONDS * self._world.size:
                 self._interval *= 2
         now = time.monotonic()
         flags_here = self._flags()
-        question = torch.cat([flags_here, flags_here.new_tensor([now - self._asked_at])])
-        self._answer = HostCopy(self._world.sum(question))
+        question = self._world.sum(torch.cat([flags_here, flags_here.new_tensor([now - self._asked_at])]))
+        self._answer = HostCopy(flags=question[:-1], seconds=question[-1:])
         self._asked_at, self._next = now, self._turns + self._interval
         return asked
 

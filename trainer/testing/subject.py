@@ -29,11 +29,14 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """A promise and what tries it, which raises Failed or Skipped. needed: without it no later check can be made."""
+    """A promise and what tries it, which raises Failed or Skipped. needed: without it no later check can be made.
+
+    run: takes what is checked: a Subject or, in optimizers.py, a RuleSubject.
+    """
 
     name: str
     promise: str
-    run: Callable[[Subject], None]
+    run: Callable[[Any], None]
     needed: bool = False
 
 
@@ -46,6 +49,10 @@ class Subject:
     model_class: type[LanguageModel]
     choices: dict[str, Any] = field(default_factory=dict)
     lacks: str = ""
+
+    @property
+    def plugin_class(self) -> type:
+        return self.model_class
 
     def config_at(self, scale: float, vocab_size: int = VOCAB) -> Any:
         target = dial.target_parameters(scale, vocab_size)

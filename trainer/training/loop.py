@@ -1,4 +1,4 @@
-"""`train`: from the command to the trained model. What a step is stands in run.py; here is when to look and what to keep."""
+"""`train`: from the plan to the trained model. step.py makes one optimiser step; here is when to evaluate, save and stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.core.errors import Stopped
+from trainer.core.errors import Stopped, UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
 from trainer.optim.schedules import schedule_change
@@ -24,6 +24,7 @@ from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
 from trainer.training.profile import Profiler
 from trainer.training.run import Run
+from trainer.training.step import StepResult, optimiser_step
 
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
@@ -103,7 +104,7 @@ def opening(run: Run) -> str:
 
 @contextlib.contextmanager
 def collecting_by_hand() -> Iterator[None]:
-    """Within, Python's garbage collector runs only when told: by itself it would hold up one process and then another."""
+    """Within, Python's garbage collector runs only when called: by itself it would stop one process after the other."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -115,78 +116,122 @@ def collecting_by_hand() -> Iterator[None]:
 
 
 def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Step, and at their intervals evaluate, sample and save; returns the signal that ended it before the last step, or before
-    the evaluation of the last step was made."""
+    """Step, and at their intervals evaluate, sample and save. Returns the signal that ended it before the last step, or before
+    the evaluation of the last step was made.
+
+    All decisions are taken here. What the device measured of a step is looked at when the next step has been launched, so
+    the device never waits; all ranks see the same numbers, and so decide the same.
+    """
     config, state = run.config, run.state
+    check_finite = FiniteCheck(config.optim, report.console.say)
 
     def due(every: int) -> bool:
         return state.step == config.max_steps or (every > 0 and state.step % every == 0)
 
-    asked = None if run.owed is None else make_up(run, run.owed, report, tokenizer)
+    stop = None if run.owed is None else make_up(run, run.owed, report, tokenizer)
+    previous: StepResult | None = None
+    unreported: StepResult | None = None
     profiler = None
     if config.profile and state.step < config.max_steps:
         steps = state.step, config.max_steps
         profiler = Profiler(run.folder, run.world.rank, run.world.size, run.device, *steps, report.console.say)
-    while state.step < config.max_steps and asked is None:
-        report.step_done(run.optimiser_step())
+    while state.step < config.max_steps and stop is None:
+        result = optimiser_step(run)
+        if unreported is not None:
+            row = report.row(unreported)
+            report.write(row)
+            check_finite(row)
+        unreported = result
+        report.stamp()
         if profiler is not None:
             run.watchdog.at(state.step, "profile")
             profiler.step_done()
         if state.step % COLLECT_EVERY == 0:
             gc.collect(1)
-        if report.save_failed:
-            run.watchdog.at(state.step, "saving")
-            run.saver.finish()
-        asked = report.asked if state.step < config.max_steps else None
-        save, evaluation = (
-            due(config.checkpoint.every) or due(config.checkpoint.keep_every),
-            due(config.evaluation.every),
-        )
-        if not (asked is not None or evaluation or save or due(config.log.every)):
+        if previous is not None:
+            if previous.save_failed:
+                run.watchdog.at(state.step, "saving")
+                run.saver.finish()
+            stop = previous.stop_signal if state.step < config.max_steps else None
+        previous = result
+        save = due(config.checkpoint.every) or due(config.checkpoint.keep_every)
+        evaluate = due(config.evaluation.every)
+        if not (stop is not None or evaluate or save or due(config.log.every)):
             continue
-        report.wait()  # for the device, which may wait for other ranks: still part of the step
+        result.wait()  # for the device, which may wait for other ranks: still part of the step
         run.watchdog.at(state.step, "log row")
-        accuracy = run.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
+        accuracy = run.train_accuracy() if stop is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        if not evaluation:
-            report.flush(None, accuracy)
-        elif asked is None:
-            asked = evaluate(run, report, tokenizer, accuracy)
-        if save or asked is not None:
-            owed = report.withhold() if evaluation and asked is not None else None
+        row, unreported, validation = report.row(result), None, None
+        if evaluate and stop is None:
+            validation, stop = validated(run)
+        owed = row if evaluate and stop is not None else None  # its evaluation is left to the process that goes on
+        if owed is None:
+            report.write(row, validation, accuracy)
+        check_finite(row)
+        if validation is not None:
+            show_progress(run, report, tokenizer)
+        if save or stop is not None:
             run.save(report.clock.seconds, report.sync(), owed)
         report.clock.start()
     if profiler is not None:
         profiler.close()
     run.saver.finish()
-    return asked
+    return stop
 
 
-def evaluate(run: Run, report: Report, tokenizer: Any, accuracy: float | None) -> signal.Signals | None:
-    """Validation, the row of the step with it, a text sample and the curves. Returns the signal that broke validation off; nothing
-    is told then."""
-    config, step = run.config, run.state.step
+def validated(run: Run) -> tuple[dict[str, Any] | None, signal.Signals | None]:
+    """(results of the run's evaluation, None), or (None, the signal that broke it off)."""
     try:
-        validation = run.validate()
+        return run.validate(), None
     except Stopped as stop:
-        return signal.Signals(stop.number)
-    report.flush(validation, accuracy)
-    if config.log.sample_tokens and step < config.max_steps:
-        run.write_sample(tokenizer, config.log.sample_tokens, f"step {step}")
+        return None, signal.Signals(stop.number)
+
+
+def show_progress(run: Run, report: Report, tokenizer: Any) -> None:
+    """A text sample and the curves, after an evaluation. The last sample is the closing demonstration."""
+    step, tokens = run.state.step, run.config.log.sample_tokens
+    if tokens and step < run.config.max_steps:
+        run.write_sample(tokenizer, tokens, f"step {step}")
     run.watchdog.at(step, "curves")
     report.draw_curves()
-    return None
 
 
 def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> signal.Signals | None:
-    """The evaluation that the checkpoint owes which the run goes on from, and its `row`. Returns the signal that broke it off."""
+    """Make the evaluation that the checkpoint owes which the run goes on from, and write its `row`. Returns the signal that broke
+    it off."""
     report.stop_clock()
-    report.take_up(row)
-    asked = evaluate(run, report, tokenizer, run.train_accuracy())
-    if asked is None:
+    accuracy = run.train_accuracy()
+    validation, stop = validated(run)
+    if stop is None:
+        report.write(row, validation, accuracy)
+        show_progress(run, report, tokenizer)
         run.settle(report.sync())
     report.clock.start()
-    return asked
+    return stop
+
+
+class FiniteCheck:
+    """Called with each step's row. A step that is not finite has changed nothing; it is skipped and said, or ends the run.
+
+    optim: OptimConfig; UserError as its non_finite and max_skips say.
+    """
+
+    def __init__(self, optim: Any, say: Callable[[str], None]) -> None:
+        self._optim, self._say = optim, say
+        self._skips = 0  # in a row
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        step, finite = row["step"], row["loss"] is not None
+        self._skips = 0 if finite else self._skips + 1
+        if finite:
+            return
+        if self._optim.non_finite == "stop" or self._skips > self._optim.max_skips:
+            raise UserError(
+                f"step {step}: loss or gradient is not finite ({self._skips} in a row); it did not touch the weights; go on "
+                "from the last checkpoint with --optim.non_finite skip, or start with a lower --optim.lr in another --run_dir"
+            )
+        self._say(f"step {step}: loss or gradient is not finite; the step is skipped")
 
 
 def finish(run: Run, report: Report, tokenizer: Any) -> None:

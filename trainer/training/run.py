@@ -1,10 +1,8 @@
-"""A run put together: its optimiser step, what it looks at in between, what it keeps. When to do which is train.py's."""
+"""The parts of a run put together: where it is in its data, what it evaluates, what it keeps. loop.py says when."""
 
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import IGNORE
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
@@ -27,11 +24,10 @@ from trainer.planning.plan import Plan
 from trainer.planning.run_config import check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
 from trainer.runs.metrics import checked_row
-from trainer.runs.report import Measured
-from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
+from trainer.training.step import StepResult, own_flags
 
 OWED = "row"  # key of a manifest: the row of its step in metrics.jsonl, where the evaluation that belongs there was not made
 ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
@@ -78,7 +74,7 @@ class Run:
         self.folder = folder_of(config)
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
-        self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)
+        self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
         self.stream = TrainStream(
             Split(config.data, dataset, "train"), config.seed, config.data.threads, config.data.order
         )
@@ -93,68 +89,16 @@ class Run:
         self.owed: dict[str, Any] | None = (
             None  # row of the checkpoint's step, where its evaluation is still to be made
         )
-        self.last: Measured | None = None  # step of this process
+        self.last: StepResult | None = None  # of the last step of this process
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
         self.frequency: Any = FrequencyScaling(embedding) if config.optim.embedding_frequency == "global" else None
 
-    # -- one optimiser step ------------------------------------------------------------------------------------------
-
-    def optimiser_step(self) -> Measured:
-        """Accumulate one global batch, then update. Nothing here waits for the device to do what it is told here."""
-        state, step = self.state, self.state.step
-        length = self.plan.sequence_length(step)
-        sequences = state.k * (self.config.batch.tokens_per_step // length)
-        counted = sequences * length  # targets of this step on all ranks: the loss is their mean
-        torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
-
-        self.watchdog.at(step + 1, "reading data", in_step=True)
-        position = self.position()
-        rows = self.read(length, sequences)  # [rows of this rank, length + 1]
-        if self.frequency is not None:
-            self.frequency.count(rows[:, :-1], self.world)
-        losses: Any = 0  # [1 + parts]
-        for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
-            self.watchdog.at(step + 1, f"microbatch {number}", in_step=True)
-            losses = losses + self.engine.backward(tokens, targets, 1 / counted, last)
-        self.watchdog.at(step + 1, "loss and update", in_step=True)
-        # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
-        sums = self.world.sum(torch.cat([losses / counted, self.flags()]))
-        losses, flags = sums.split([len(losses), len(self.no_flags)])
-        norm, finite = self.engine.step(step, losses[0])
-
-        measured = Measured(
-            step=step + 1,
-            tokens=state.tokens + counted,
-            step_tokens=counted,
-            epoch=self.stream.epoch(state.position),
-            length=length,
-            multiplier=state.k,
-            lr=self.engine.optimizer.matrix_lr,
-            numbers=HostCopy(torch.cat([torch.stack([losses[0], norm, finite]), flags, losses[1:]])),
-            parts=self.engine.part_names,
-        )
-        state.position = position + counted
-        state.tokens += counted
-        state.step += 1
-        if self.config.batch.dynamic:
-            self.multiplier.after_step(step, self.last_norm())
-            state.n, state.k = self.multiplier.n, self.multiplier.k
-        self.last = measured
-        return measured
+    # -- one optimiser step (step.py) --------------------------------------------------------------------------------
 
     def last_norm(self) -> float | None:
         """Gradient norm of the last step, which may have been one before a restart."""
         return self.state.norm if self.last is None else self.last.grad_norm
-
-    def flags(self) -> Tensor:
-        """What of this rank all must learn: for each signal of STOPPING whether it came, and whether a save has failed; fp32 [len(STOPPING) + 1]."""
-        asked = self.signals.asked
-        if asked is None and not self.saver.failed:
-            return self.no_flags
-        return torch.tensor(
-            [*(float(asked == number) for number in STOPPING), float(self.saver.failed)], device=self.device
-        )
 
     def position(self) -> int:
         """Where in the data the next step begins."""
@@ -169,20 +113,6 @@ class Run:
         rows = torch.from_numpy(self.stream.windows(position, length, first, count))
         self.stream.read_ahead(position + sequences * length, length, first, count)  # guessing that nothing grows
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
-
-    def microbatches(self, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """`rows` as (tokens [B, T], targets [B, T], whether it is the last): equally many on every rank."""
-        largest = -(-sequences // self.world.size)  # share of any rank
-        fit = max(1, self.config.batch.tokens_per_microbatch // length)
-        parts = rows.tensor_split(-(-largest // fit))
-        for number, part in enumerate(parts, 1):
-            tokens, targets = part[:, :-1], part[:, 1:]
-            if (
-                len(part) == 0
-            ):  # fewer sequences than elsewhere: take part in the collectives with a row that does not count
-                tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
-                targets = torch.full_like(tokens, IGNORE)
-            yield tokens, targets, number == len(parts)
 
     def share(self, sequences: int) -> tuple[int, int]:
         """(first, count) of this rank's sequences: contiguous, as even as whole sequences allow."""
@@ -210,7 +140,7 @@ class Run:
         """
         step = self.state.step
         self.watchdog.at(step, "validation")
-        check = StopCheck(self.flags, self.world)
+        check = StopCheck(lambda: own_flags(self), self.world)
 
         def at(place: str) -> None:
             self.watchdog.at(step, place)

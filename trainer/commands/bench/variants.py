@@ -23,6 +23,7 @@ from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.profile import what_ran_out
 from trainer.training.run import Run
+from trainer.training.step import optimiser_step
 
 # One process has one device, one determinism and one dataset.
 FIXED = ("device", "deterministic", "data.")
@@ -83,7 +84,7 @@ class Variant(Candidate):
         self.run = Run(self.plan, self.world, self.dataset, Watchdog(World(), 1), StopSignals(self.world))
 
     def step(self) -> int:
-        return self.run.optimiser_step().step_tokens
+        return optimiser_step(self.run).step_tokens
 
     def watch(self, clock: PhaseClock) -> None:
         engine = self.run.engine

@@ -1,4 +1,4 @@
-"""`check`: whether a model keeps the contract of `models/base.py`. suite.py makes the checks."""
+"""`check`: whether a model keeps the contract of models/base.py, or an optimizer that of trainer/optim/rule.py. suite.py makes the checks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from trainer.core.settings import setting
 
 @dataclass
 class CheckConfig:
-    """`check`: whether a model keeps the contract of models/base.py."""
+    """`check`: whether a model keeps the contract of models/base.py, or an optimizer that of trainer/optim/rule.py."""
 
-    module: str | None = setting(None, "module or .py file that registers the model (may stand without its flag)")
+    module: str | None = setting(
+        None, "module or .py file that registers models or optimizers (may stand without its flag)"
+    )
     model: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -23,7 +25,7 @@ class CheckConfig:
 
 
 def run(config: CheckConfig) -> None:
-    """The verb: a line for each promise on stdout; exit code 1 where the model breaks one."""
+    """The verb: a line for each promise on stdout; exit code 1 where one is broken."""
     from trainer.commands.check import suite
 
     suite.run(config)
@@ -31,7 +33,7 @@ def run(config: CheckConfig) -> None:
 
 VERB = Verb(
     name="check",
-    help="whether a model keeps the contract: one line per promise",
+    help="whether a model or an optimizer keeps its contract: one line per promise",
     config=CheckConfig,
     run=run,
     alone=True,

@@ -1,4 +1,4 @@
-"""`check`: whether a model keeps the contract of `models/base.py`, also a stranger's, promise by promise."""
+"""`check`: whether a model or an optimizer keeps its contract, also a stranger's, promise by promise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from trainer.commands.plugins import import_plugin
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.core.text import printable
-from trainer.testing import numbers, sizes, strategies
+from trainer.optim.rule import OptimizerRule, registered_rules
+from trainer.testing import numbers, optimizers, sizes, strategies
+from trainer.testing.optimizers import RuleSubject
 from trainer.testing.subject import Check, Failed, Skipped, Subject
 
 KINDS = ("ok", "FAILED", "skipped")
@@ -23,12 +25,15 @@ KINDS = ("ok", "FAILED", "skipped")
 
 def run(config: CheckConfig) -> None:
     """The verb: a line for each promise on stdout; exit code 1 where one is not kept."""
-    subjects = [subject_of(name, config.model) for name in names_of(config)]
+    models, rules = names_of(config)
+    subjects = [subject_of(name, config.model) for name in models]
     torch.set_num_threads(1)  # the models are small
-    outcomes = {subject.name: report(subject, [*sizes.CHECKS, *numbers.CHECKS]) for subject in subjects}
-    with strategies.group_of_one():  # made once: DeepSpeed bears no second
-        for subject in subjects:
-            outcomes[subject.name] += report(subject, strategies.CHECKS, "in training")
+    outcomes = {name: report(RuleSubject(name, rule), optimizers.CHECKS) for name, rule in rules.items()}
+    outcomes |= {subject.name: report(subject, [*sizes.CHECKS, *numbers.CHECKS]) for subject in subjects}
+    if subjects:
+        with strategies.group_of_one():  # made once: DeepSpeed bears no second
+            for subject in subjects:
+                outcomes[subject.name] += report(subject, strategies.CHECKS, "in training")
     for name, found in outcomes.items():
         sys.stdout.write(f"{name}: " + ", ".join(f"{found.count(kind)} {kind}" for kind in KINDS) + "\n")
     sys.stdout.flush()
@@ -36,26 +41,38 @@ def run(config: CheckConfig) -> None:
         raise SystemExit(1)
 
 
-def names_of(config: CheckConfig) -> list[str]:
-    """The models to check: that of --model.name, else those that the plug-in registers. UserError where there are none."""
+def names_of(config: CheckConfig) -> tuple[list[str], dict[str, type[OptimizerRule]]]:
+    """(models, optimizers by name) to check: that of --model.name, else those that the plug-in registers. UserError where
+    there are none."""
     load_models()
+    rules_before = registered_rules()
     before = {name: get_model(name) for name in model_names()}
     module = import_plugin(config.module).__name__ if config.module else ""
     wanted = config.model.get("name")
     if wanted is not None:
         if wanted not in model_names():
             raise UserError(f"model.name: {wanted!r} is not known (allowed: {', '.join(model_names())})")
-        return [str(wanted)]
+        return [str(wanted)], {}
     if not module:
-        raise UserError("check: name a module or a .py file that registers models, or a model with --model.name")
+        raise UserError(
+            "check: name a module or a .py file that registers models or optimizers, or a model with --model.name"
+        )
     own = [
         name
         for name in model_names()
         if before.get(name) is not get_model(name) or f"{get_model(name).__module__}.".startswith(f"{module}.")
     ]
-    if not own:
-        raise UserError(f"check: {config.module} registers no model; see `register` in models/base.py")
-    return own
+    rules = {
+        name: rule
+        for name, rule in registered_rules().items()
+        if rules_before.get(name) is not rule or f"{rule.__module__}.".startswith(f"{module}.")
+    }
+    if not own and not rules:
+        raise UserError(
+            f"check: {config.module} registers no model and no optimizer; see `register` in models/base.py and "
+            "`register_optimizer` in trainer/optim/rule.py"
+        )
+    return own, rules
 
 
 def subject_of(name: str, options: dict[str, Any]) -> Subject:
@@ -64,10 +81,10 @@ def subject_of(name: str, options: dict[str, Any]) -> Subject:
     return Subject(name, model_class, coerced(model_class.Config, choices, "model."))
 
 
-def report(subject: Subject, checks: list[Check], where: str = "") -> list[str]:
+def report(subject: Subject | RuleSubject, checks: list[Check], where: str = "") -> list[str]:
     """Make the checks and write their lines; returns for each one of KINDS."""
-    model_class = subject.model_class
-    sys.stdout.write(f"{subject.name} {where or f'({model_class.__module__}.{model_class.__qualname__})'}\n")
+    plugin = subject.plugin_class
+    sys.stdout.write(f"{subject.name} {where or f'({plugin.__module__}.{plugin.__qualname__})'}\n")
     outcomes = []
     for check in checks:
         kind, why = outcome(subject, check)
@@ -79,7 +96,7 @@ def report(subject: Subject, checks: list[Check], where: str = "") -> list[str]:
     return outcomes
 
 
-def outcome(subject: Subject, check: Check) -> tuple[str, str]:
+def outcome(subject: Subject | RuleSubject, check: Check) -> tuple[str, str]:
     """(one of KINDS, why) of a check."""
     if subject.lacks:
         return "skipped", f"not tried until {subject.lacks}"
@@ -90,12 +107,12 @@ def outcome(subject: Subject, check: Check) -> tuple[str, str]:
     except (Failed, UserError, Unset) as error:
         return "FAILED", str(error)
     except Exception as error:
-        return "FAILED", f"{type(error).__name__}: {error}{place(error, subject.model_class)}"
+        return "FAILED", f"{type(error).__name__}: {error}{place(error, subject.plugin_class)}"
     return "ok", ""
 
 
-def place(error: Exception, model_class: Any) -> str:
-    """The line of the model's own file in which it failed, as " (FILE, line N)"; "" where it failed elsewhere."""
-    file = getattr(sys.modules.get(model_class.__module__), "__file__", None)
+def place(error: Exception, plugin: type) -> str:
+    """The line of the plug-in's own file in which it failed, as " (FILE, line N)"; "" where it failed elsewhere."""
+    file = getattr(sys.modules.get(plugin.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""

@@ -1,0 +1,260 @@
+"""Optimizers as plug-ins: the contract of trainer/optim/rule.py, its errors, and `check`."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, error_line, tiny_values, trainer
+from test_train import losses, make, same, weights
+
+from trainer.commands import check
+from trainer.commands.check import CheckConfig
+from trainer.commands.plugins import import_plugin
+from trainer.commands.train import run
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
+from trainer.engine import refuse_scope
+from trainer.optim import OptimizerRule, get_rule, register_optimizer, rule, state_bytes
+from trainer.planning.plan import resolve
+from trainer.testing import optimizers
+from trainer.testing.subject import Failed
+from trainer.training.step import optimiser_step
+
+PLUGINS = ROOT / "tests" / "plugins"
+for name in ("lion", "gram"):
+    import_plugin(str(PLUGINS / f"{name}.py"))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten."""
+    monkeypatch.setattr(rule, "_REGISTRY", dict(rule._REGISTRY))
+
+
+@dataclass
+class NoConfig:
+    pass
+
+
+class Descent(OptimizerRule):
+    """Plain gradient descent, to be spoiled."""
+
+    Config = NoConfig
+
+    def state(self, shape, dtype):
+        return {"momentum": (shape, dtype)}
+
+    def update(self, group, parameters, gradients, states, finite):
+        for p, g, state in zip(parameters, gradients, states, strict=True):
+            state["momentum"].copy_(torch.where(finite > 0, g, state["momentum"]))
+            p.sub_(group.lr * finite * state["momentum"])
+
+
+class Forgetful(Descent):
+    def update(self, group, parameters, gradients, states, finite):
+        for p, g in zip(parameters, gradients, strict=True):
+            p.sub_(group.lr * finite * torch.where(finite > 0, g, 0))
+
+
+class Hoarder(Descent):
+    def update(self, *arguments):
+        super().update(*arguments)
+        self.steps = getattr(self, "steps", 0) + 1
+
+
+class Careless(Descent):
+    def update(self, group, parameters, gradients, states, finite):
+        for p, g, state in zip(parameters, gradients, states, strict=True):
+            state["momentum"].copy_(g)
+            p.sub_(group.lr * finite * g)
+
+
+class Climber(Descent):
+    def update(self, group, parameters, gradients, states, finite):
+        super().update(group, parameters, [-g for g in gradients], states, finite)
+
+
+class Global(Descent):
+    """Says element, and divides by a norm."""
+
+    def update(self, group, parameters, gradients, states, finite):
+        super().update(group, parameters, [g / g.norm() for g in gradients], states, finite)
+
+
+class Waiting(Descent):
+    def update(self, group, parameters, gradients, states, finite):
+        if finite.item() > 0:
+            super().update(group, parameters, gradients, states, finite)
+
+
+class Wide(Descent):
+    def state(self, shape, dtype):
+        return {"momentum": (shape, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    "spoiled, failing",
+    [
+        (Descent, None),
+        (Forgetful, "state"),
+        (Hoarder, "state"),
+        (Careless, "finite"),
+        (Climber, "quadratic"),
+        (Global, "shards"),
+        (Waiting, "wait"),
+        (Wide, "narrow"),
+    ],
+)
+def test_check_finds_what_is_broken(registry, spoiled, failing):
+    register_optimizer("spoiled")(spoiled)
+    failed = []
+    for one in optimizers.CHECKS:
+        try:
+            one.run(optimizers.RuleSubject("spoiled", spoiled))
+        except Failed:
+            failed.append(one.name)
+    assert failed == ([failing] if failing else [])
+
+
+def test_a_state_that_load_does_not_bring_back_is_found(registry):
+    class Elsewhere(Descent):
+        momenta: dict = {}
+
+        def update(self, group, parameters, gradients, states, finite):
+            for p, g, state in zip(parameters, gradients, states, strict=True):
+                state["momentum"].copy_(torch.where(finite > 0, g, state["momentum"]))
+                last = self.momenta.setdefault(id(p), torch.zeros_like(p))
+                last.copy_(torch.where(finite > 0, 0.5 * last + g, last))
+                p.sub_(group.lr * finite * last)
+
+    register_optimizer("elsewhere")(Elsewhere)
+    with pytest.raises(Failed, match="the step after loading is another one"):
+        optimizers.state_carries_a_run(optimizers.RuleSubject("elsewhere", Elsewhere))
+
+
+@pytest.mark.parametrize("plugin, names", [("lion", ["lion"]), ("gram", ["gram", "unit"])])
+def test_check_recognises_an_optimizer_file(capsys, plugin, names):
+    check.run(CheckConfig(module=str(PLUGINS / f"{plugin}.py")))
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said and "0 FAILED" in said for name in names) and "in training" not in said
+
+
+def test_adamw_keeps_the_contract():
+    for one in optimizers.CHECKS:
+        one.run(optimizers.RuleSubject("adamw", type(get_rule("adamw"))))
+
+
+def test_what_is_no_rule_is_refused(registry):
+    class Empty(OptimizerRule):
+        pass
+
+    with pytest.raises(TypeError, match="Empty must define state, update, Config"):
+        register_optimizer("empty")(Empty)
+    with pytest.raises(ValueError, match="'adamw' is taken by trainer.optim.adamw"):
+        register_optimizer("adamw")(Descent)
+    with pytest.raises(TypeError, match="scope is 'row'; use element, tensor or matrix"):
+        register_optimizer("row")(type("Row", (Descent,), {"scope": "row"}))
+
+
+def test_element_rules_keep_state_of_the_parameters_shape():
+    class Rows(Descent):
+        def state(self, shape, dtype):
+            return {"rows": (shape[:1], dtype)}
+
+    with pytest.raises(
+        UserError, match="optimizer Rows: state 'rows' .* has shape .3,.; a rule of scope element keeps"
+    ):
+        state_bytes(Rows(), torch.Size((3, 4)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "optim, line",
+    [
+        ({"name": "lyon"}, "^optim.name: 'lyon' is not known .allowed: adamw, .*--plugin FILE.py names the file"),
+        (
+            {"name": "lion", "settings": {"beta3": 1}},
+            "^unknown key optim.settings.beta3; did you mean optim.settings.beta",
+        ),
+        ({"settings": {"beta1": 2}}, "^optim.settings.beta1: 2.* is too large; at most 1"),
+    ],
+)
+def test_wrong_settings_are_named(optim, line):
+    with pytest.raises(UserError, match=line):
+        resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "optim": optim}))
+
+
+def test_settings_reach_the_groups(tiny_dataset, tmp_path):
+    one = make(tiny_dataset, tmp_path / "r", model={"name": "hlb"}, optim__recipe="hlb", optim__settings={"beta2": 0.9})
+    configs = [group["config"] for group in one.engine.optimizer.param_groups]
+    assert [config.beta1 for config in configs] == [0.9, 0.9, 0.9, 0.6] and {config.beta2 for config in configs} == {
+        0.9
+    }
+
+
+@pytest.mark.parametrize("strategy, offload, line", [
+    ("zero2", False, "optim.name: gram needs whole matrices, and engine.strategy zero2 gives the optimizer pieces"),
+    ("fsdp", True, "optim.name: gram needs whole matrices, which ranks cannot exchange with engine.offload"),
+])  # fmt: skip
+def test_engines_without_whole_matrices_refuse(strategy, offload, line):
+    config = SimpleNamespace(
+        optim=SimpleNamespace(name="gram"), engine=SimpleNamespace(strategy=strategy, offload=offload)
+    )
+    with pytest.raises(UserError, match=f"^{line}"):
+        refuse_scope(config)
+    config.optim.name = "lion"
+    refuse_scope(config)
+
+
+@pytest.mark.parametrize("name, kind", [("lion", "fp32"), ("lion", "bf16"), ("gram", "fp32")])
+def test_a_run_goes_on_bit_for_bit(tiny_dataset, tmp_path, name, kind):
+    """The rule's name and settings are part of the run; its state comes back as it was."""
+    changes = {"optim__name": name, "optim__recipe": "hlb", "optim__state_precision": kind, "optim__lr": 1e-3}
+    for folder, steps in (("straight", 6), ("cut", 4)):
+        run(tiny_values(tiny_dataset, tmp_path / folder, max_steps=steps, checkpoint__every=2, **changes))
+    run({"run_dir": str(tmp_path / "cut"), "max_steps": 6})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    found, expected = weights(tmp_path / "cut", 6), weights(tmp_path / "straight", 6)
+    assert same(found, expected)
+    if name == "gram":  # AdamW updates what is no matrix
+        assert any(key.endswith("momentum") for key in found) and any(key.endswith("exp_avg") for key in found)
+    else:
+        kinds = {tensor.dtype for key, tensor in found.items() if key.endswith("momentum")}
+        assert kinds == {torch.bfloat16 if kind == "bf16" else torch.float32}
+    with pytest.raises(UserError, match="^optim.name: .* was started with '.*', now it is 'adamw'"):
+        run({"run_dir": str(tmp_path / "cut"), "max_steps": 8, "optim": {"name": "adamw"}})
+
+
+def test_the_memory_plan_asks_the_rule():
+    def moments(name, **layout):
+        from trainer.planning.memory import MemoryEstimate, ParallelLayout
+
+        plan = resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "model": {"name": "gpt2"}}))
+        estimate = MemoryEstimate(plan.model_class, plan.model_config, 64)
+        return (
+            estimate.state(ParallelLayout("single", "fp32", optimizer=name, **layout))["moments"] / estimate.parameters
+        )
+
+    assert (moments("adamw"), moments("lion"), moments("unit")) == (8, 4, 0)
+    assert (moments("adamw", narrow=True), moments("lion", narrow=True)) == (4, 2)
+    assert moments("gram") > 4, "AdamW's for what is no matrix, momentum and Gram matrices for the others"
+
+
+def test_a_file_is_found_by_its_flag(tiny_dataset, tmp_path):
+    values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=1)
+    words = ["plan", "--plugin", PLUGINS / "lion.py", "--optim.name", "lion", "--data.path", values["data"]["path"]]
+    done = trainer(*words, "--model_scale", "0.02", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    line = error_line(trainer("plan", "--optim.name", "lion", "--model_scale", "0.02", "--device", "cpu"))
+    assert "optim.name: 'lion' is not known" in line
+
+
+def test_a_non_finite_step_of_a_plugin_changes_nothing(tiny_dataset, tmp_path):
+    one = make(tiny_dataset, tmp_path / "r", optim__name="gram", optim__recipe="plain")
+    optimiser_step(one)
+    before = {name: tensor.clone() for name, tensor in one.engine.tensors().items()}
+    parameter = next(iter(one.model.parameters()))
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    assert not optimiser_step(one).finite
+    assert same(one.engine.tensors(), before)

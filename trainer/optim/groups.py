@@ -1,0 +1,58 @@
+"""Parameter groups. Which groups there are, a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by name, that share settings. schedule: 0-based step -> multiplier of lr; settings: by name of a rule, what
+    the recipe sets of its Config."""
+
+    name: str
+    parameters: list[str]
+    lr: float
+    schedule: Callable[[int], float]
+    weight_decay: float = 0.0
+    loss_driven_decay: bool = False
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rule: str = "adamw"
+
+
+def names_by_role(model: Any) -> dict[str, list[str]]:
+    """Role -> names of parameters. Raises ValueError unless every parameter stands under exactly one known role."""
+    named = [name for name, _ in model.named_parameters()]
+    by_role: dict[str, list[str]] = {role: [] for role in model.roles}
+    seen: list[str] = []
+    for role, names in model.parameter_groups().items():
+        if role not in by_role:
+            raise ValueError(f"unknown parameter role {role!r} (allowed: {', '.join(model.roles)})")
+        by_role[role] = list(names)
+        seen += names
+    if sorted(seen) != sorted(named):
+        odd = sorted(set(seen) ^ set(named)) or sorted({name for name in seen if seen.count(name) > 1})
+        raise ValueError(f"parameters without a role, or with two: {', '.join(odd)}")
+    return by_role
+
+
+def matrices_of(model: Any, shapes: dict[str, torch.Size]) -> set[str]:
+    """Names of the parameters that a rule of scope matrix updates: two dimensions and the role `matrix`."""
+    return {name for name in names_by_role(model)["matrix"] if len(shapes[name]) == 2}
+
+
+def with_rule(groups: list[Group], rule: str, names: set[str] | None = None) -> list[Group]:
+    """The groups updated by `rule`; with `names`, those parameters alone: the rest of their group stays with its own rule."""
+    split = []
+    for group in groups:
+        chosen = [name for name in group.parameters if names is None or name in names]
+        rest = [name for name in group.parameters if name not in chosen]
+        if chosen:
+            split.append(replace(group, parameters=chosen, rule=rule))
+        if rest:
+            split.append(replace(group, name=f"{group.name}, rest" if chosen else group.name, parameters=rest))
+    return split

@@ -1,0 +1,168 @@
+"""The optimizer of a run: rules over groups of parameters, as a torch Optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.optim.groups import Group
+from trainer.optim.narrow_state import is_narrow, update_in_pieces, update_whole
+from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, declared_state, get_rule, rule_config
+
+# (names, update) -> this rank's part of update(name, whole gradient, whole weight) for each name; see Engine.update_matrices
+Exchange = Callable[[list[str], Callable[[str, Tensor, Tensor], Tensor]], dict[str, Tensor]]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Groups with their schedules, each updated by its rule. hlb's weight decay of a step follows the loss of the step before.
+
+    DeepSpeed takes it as it is: it puts flat vectors of its own in the place of the parameters (`param_groups`, `state`), and
+    may call `step` for some groups at a time. It changes nothing where a step is not finite, and nothing waits for the device.
+
+    decay_base: b of the decay 16 b^-loss (see recipes/hlb.py); narrow: hold state of fp32 parameters in bf16; given: by
+    name of a rule, what the user sets of its Config; whole: names whose parameters must be seen whole, which this rank does not update by itself.
+    """
+
+    finite: Tensor
+    exchange: Exchange
+
+    def __init__(
+        self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
+        decay_base: float, device: torch.device, narrow: bool = False, given: dict[str, dict[str, Any]] | None = None,
+        whole: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        self.groups, self.shapes, self.narrow = groups, shapes, narrow
+        self.rules: dict[str, OptimizerRule] = {group.rule: get_rule(group.rule) for group in groups}
+        self.whole = list(whole)
+        self._local = local
+        super().__init__(
+            [
+                {
+                    "params": [local[name] for name in group.parameters],
+                    "lr": group.lr,
+                    "weight_decay": 0.0 if group.loss_driven_decay else group.weight_decay,
+                    "loss_driven_decay": group.loss_driven_decay,
+                    "rule": group.rule,
+                    "config": rule_config(
+                        self.rules[group.rule],
+                        group.settings.get(group.rule, {}),
+                        (given or {}).get(group.rule, {}),
+                    ),
+                }
+                for group in groups
+            ],
+            {},
+        )
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self._by_owner = {local[name] for name in self.whole}
+        self._log_base = math.log(decay_base)
+        self.decay = self._decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
+
+    def _decay_of(self, loss: Tensor) -> Tensor:
+        return 16 * torch.exp(-(loss + 1e-8) * self._log_base)
+
+    def prepare(self, step: int, finite: Tensor) -> None:
+        """Everything `step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""
+        for group, settings in zip(self.groups, self.param_groups, strict=True):
+            settings["lr"] = group.lr * group.schedule(step)
+        self.finite = finite
+        held = [p for settings in self.param_groups for p in settings["params"] if p.grad is not None]
+        self.allocate(p for p in held if p not in self.state and p not in self._by_owner)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group["loss_driven_decay"] and group["params"]:
+                shrink = 1 - group["lr"] * self.decay * self.finite
+                torch._foreach_mul_(group["params"], shrink.to(group["params"][0].device))
+        for group in self.param_groups:
+            ready = [p for p in group["params"] if p.grad is not None and p not in self._by_owner]
+            for alike in _alike(ready):
+                gradients = [p.grad for p in alike if p.grad is not None]
+                self._update(group, alike, gradients, [self.state[p] for p in alike])
+        if self.whole:
+            for name, part in self.exchange(self.whole, self._update_whole).items():
+                self._local[name].copy_(part)
+
+    def _update_whole(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor:
+        """On the rank that owns it: the whole new weight."""
+        parameter, weight = self._local[name], weight.clone()
+        self._update(self._group_of[parameter], [weight], [gradient], [self.state[parameter]])
+        return weight
+
+    def _update(
+        self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> None:
+        # A copy to another device that the host does not wait for: offloaded parameters are on the CPU.
+        finite = self.finite.to(parameters[0].device)
+        if STEP in states[0]:
+            torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))  # one tensor would be read
+        settings = GroupSettings(group["lr"], group["weight_decay"], group["config"])
+        rule = self.rules[group["rule"]]
+
+        def update(parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
+            rule.update(settings, parameters, gradients, states, finite)
+
+        if not is_narrow(parameters[0], states[0]):
+            update(parameters, gradients, states)
+        elif rule.scope == "element":
+            update_in_pieces(parameters, gradients, states, update)
+        else:
+            update_whole(parameters, gradients, states, update)
+
+    def follow(self, loss: Tensor, finite: Tensor) -> None:
+        """After the update: the decay of the next step. loss: global mean of this one, fp32 scalar on the device."""
+        self.decay.copy_(torch.where(finite > 0, self._decay_of(loss), self.decay))
+
+    @property
+    def matrix_lr(self) -> float:
+        """Learning rate of the matrices (the first group) at the last step."""
+        return self.param_groups[0]["lr"]
+
+    def allocate(self, tensors: Iterable[Tensor]) -> None:
+        """State of zero for each of `tensors`, as before the first step, to load a checkpoint into."""
+        for tensor in tensors:
+            # DeepSpeed's flat vectors stand in no group here; they have one rule.
+            rule = self.rules[self._group_of.get(tensor, self.param_groups[0])["rule"]]
+            self._allocate(tensor, rule, tensor.shape)
+
+    def allocate_whole(self, names: Iterable[str]) -> None:
+        """As `allocate`, for parameters that this rank owns and updates whole."""
+        for name in names:
+            parameter = self._local[name]
+            self._allocate(parameter, self.rules[self._group_of[parameter]["rule"]], self.shapes[name])
+
+    def _allocate(self, tensor: Tensor, rule: OptimizerRule, shape: torch.Size) -> None:
+        dtype = torch.bfloat16 if self.narrow else tensor.dtype
+        self.state[tensor] = {
+            key: torch.zeros_like(tensor, dtype=kind)  # in memory as the parameter is, also where that is by columns
+            if size == tensor.shape
+            else torch.zeros(size, dtype=kind, device=tensor.device)
+            for key, (size, kind) in declared_state(rule, shape, dtype).items()
+        }
+
+    def table(self) -> str:
+        """The resolved groups, for the start of the log."""
+        lines = []
+        for group, settings in zip(self.groups, self.param_groups, strict=True):
+            count = sum(self.shapes[name].numel() for name in group.parameters)
+            decay = "by loss" if group.loss_driven_decay else f"{group.weight_decay:g}"
+            own = "".join(f"  {key} {value}" for key, value in dataclasses.asdict(settings["config"]).items())
+            lines.append(
+                f"  {group.name:<22} {len(group.parameters):>4} tensors {count:>13,} parameters  {group.rule}  "
+                f"lr {group.lr:.6g}{own}  weight decay {decay}"
+            )
+        return "\n".join(lines)
+
+
+def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters by type and device, as kernels over lists want them."""
+    found: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        found.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    return list(found.values())

@@ -1,0 +1,140 @@
+"""The contract of an optimizer: one class, its own Config, one decorator.
+
+    @register_optimizer("signum")
+    class Signum(OptimizerRule):
+        Config = SignumConfig                       # a dataclass; set by optim.settings.FIELD
+        scope = "element"
+
+        def state(self, shape, dtype):
+            return {"momentum": (shape, dtype)}
+
+        def update(self, group, parameters, gradients, states, finite):
+            ...                                     # in place
+
+`python -m trainer check FILE.py` tries what a rule promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from trainer.core.errors import UserError
+from trainer.core.settings import build
+
+Scope = Literal["element", "tensor", "matrix"]
+Declared = dict[str, tuple[torch.Size, torch.dtype]]
+STEP = "step"  # the state that counts a parameter's steps
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """What the parameters of one group share in a step. lr: by its schedule; config: the rule's Config."""
+
+    lr: float
+    weight_decay: float
+    config: Any
+
+
+class OptimizerRule:
+    """How gradients change parameters.
+
+    scope: what `update` must see whole. element: nothing, each number is updated by itself, so the trainer may give any
+    piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: as tensor, and an update is so
+    costly that each matrix is updated by one rank only; parameters without the role `matrix` are updated by AdamW.
+    """
+
+    Config: ClassVar[type]
+    scope: ClassVar[Scope] = "element"
+
+    def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
+        """Name -> (shape, type) of what is remembered of a parameter of this shape; it begins as zeros.
+
+        dtype: the type for state of the parameter's shape: the parameter's own, or bf16 where optim.state_precision says so.
+        A state "step" of shape () is the number of steps of this parameter: the trainer counts them, before `update`. With
+        scope element every other state has the parameter's shape. Checkpoints hold the state under these names, and the
+        memory plan counts it.
+        """
+        raise NotImplementedError
+
+    def update(
+        self,
+        group: GroupSettings,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        states: list[dict[str, Tensor]],
+        finite: Tensor,
+    ) -> None:
+        """One step, in place, of parameters that share a type and a device. Their states have their type, but for "step".
+
+        finite: fp32 scalar on their device: 1.0, or 0.0 where loss or gradient is not finite: then no parameter and no state
+        may change. Reading it here would make Python wait for the device: multiply by it, or select with torch.where.
+        """
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, type[OptimizerRule]] = {}
+
+
+def register_optimizer(name: str) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:
+    """Class decorator: make a rule known as optim.name `name`, which can be taken once. TypeError where a member is missing."""
+
+    def add(cls: type[OptimizerRule]) -> type[OptimizerRule]:
+        missing = [member for member in ("state", "update") if getattr(cls, member) is getattr(OptimizerRule, member)]
+        missing += [] if hasattr(cls, "Config") else ["Config"]
+        if missing:
+            raise TypeError(
+                f"{cls.__name__} must define {', '.join(missing)}: see OptimizerRule in trainer/optim/rule.py"
+            )
+        if cls.scope not in ("element", "tensor", "matrix"):
+            raise TypeError(f"{cls.__name__}.scope is {cls.scope!r}; use element, tensor or matrix")
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"optimizer name {name!r} is taken by {_REGISTRY[name].__module__}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def registered_rules() -> dict[str, type[OptimizerRule]]:
+    """Name -> class."""
+    return dict(_REGISTRY)
+
+
+def get_rule(name: str) -> OptimizerRule:
+    """The rule registered under `name`. UserError where there is none."""
+    if name not in _REGISTRY:
+        raise UserError(
+            f"optim.name: {name!r} is not known (allowed: {', '.join(sorted(_REGISTRY))}); "
+            "--plugin FILE.py names the file that registers another"
+        )
+    return _REGISTRY[name]()
+
+
+def rule_config(rule: OptimizerRule, recipe: dict[str, Any], given: dict[str, Any]) -> Any:
+    """The rule's Config: its defaults, over them what the recipe sets, over these what the user sets. UserError for a bad key."""
+    return build(rule.Config, {**recipe, **given}, "optim.settings.")
+
+
+def declared_state(rule: OptimizerRule, shape: torch.Size, dtype: torch.dtype) -> Declared:
+    """`rule.state`, checked. UserError where an element rule has state that cannot be cut as its parameter is."""
+    declared = rule.state(shape, dtype)
+    for name, (its_shape, _) in declared.items():
+        if name == STEP and its_shape == ():
+            continue
+        if rule.scope == "element" and its_shape != shape:
+            raise UserError(
+                f"optimizer {type(rule).__name__}: state {name!r} of a parameter of shape {tuple(shape)} has shape "
+                f"{tuple(its_shape)}; a rule of scope element keeps state of the parameter's shape, others need scope tensor"
+            )
+    return declared
+
+
+def state_bytes(rule: OptimizerRule, shape: torch.Size, dtype: torch.dtype) -> int:
+    """Bytes of the state of a parameter of this shape, without the count of its steps."""
+    sizes = [(size, kind) for name, (size, kind) in declared_state(rule, shape, dtype).items() if name != STEP]
+    return sum(torch.Size(size).numel() * kind.itemsize for size, kind in sizes)

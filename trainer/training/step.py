@@ -1,0 +1,139 @@
+"""One optimiser step: read, forward and backward of each microbatch, one sum over the ranks, the update."""
+
+from __future__ import annotations
+
+import signal
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.base import IGNORE
+from trainer.runtime.device import HostCopy
+from trainer.runtime.signals import STOPPING, first_of
+
+if TYPE_CHECKING:
+    from trainer.training.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did. The fields are known at once. The properties come from the device: reading one waits
+    until the device has finished this step, so read them once the next step has been launched."""
+
+    step: int  # optimiser steps done, this one included
+    tokens: int  # trained on so far
+    step_tokens: int
+    epoch: float
+    sequence_length: int
+    batch_multiplier: int
+    lr: float
+    part_names: tuple[str, ...]  # of the further losses
+    measured: HostCopy
+
+    def wait(self) -> None:
+        """Until the device has finished the step."""
+        self.measured.read()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the step's targets on all ranks."""
+        return self.measured.read()["loss"][0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Euclidean norm of the global gradient, before clipping."""
+        return self.measured.read()["grad_norm"][0]
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite; else the step changed nothing."""
+        return self.measured.read()["finite"][0] > 0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The further losses by name, as means like `loss`."""
+        return dict(zip(self.part_names, self.measured.read()["parts"], strict=True))
+
+    @property
+    def stop_signal(self) -> signal.Signals | None:
+        """The signal that asks the run to stop, if any rank has received one: the first of STOPPING."""
+        return first_of(self.measured.read()["stop_signals"])
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether an asynchronous save has failed on any rank."""
+        return self.measured.read()["save_failed"][0] > 0
+
+
+def optimiser_step(run: Run) -> StepResult:
+    """Accumulate the gradient of one global batch, then update the weights. Nothing here waits for the device."""
+    state, step, watchdog = run.state, run.state.step, run.watchdog
+    length = run.plan.sequence_length(step)
+    sequences = state.k * (run.config.batch.tokens_per_step // length)
+    counted = sequences * length  # targets of this step on all ranks: the loss is their mean
+    torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # dropout and the like
+
+    watchdog.at(step + 1, "reading data", in_step=True)
+    position = run.position()
+    rows = run.read(length, sequences)  # [rows of this rank, length + 1]
+    if run.frequency is not None:
+        run.frequency.count(rows[:, :-1], run.world)
+    losses: Any = 0  # [1 + parts]
+    for number, (tokens, targets, last) in enumerate(microbatches(run, rows, length, sequences), 1):
+        watchdog.at(step + 1, f"microbatch {number}", in_step=True)
+        losses = losses + run.engine.backward(tokens, targets, 1 / counted, last)
+
+    watchdog.at(step + 1, "loss and update", in_step=True)
+    # The flags travel with the loss: all ranks learn of them at the same step, without another all-reduce.
+    flags = own_flags(run)
+    losses, flags = run.world.sum(torch.cat([losses / counted, flags])).split([len(losses), len(flags)])
+    norm, finite = run.engine.step(step, losses[0])
+    result = StepResult(
+        step=step + 1,
+        tokens=state.tokens + counted,
+        step_tokens=counted,
+        epoch=run.stream.epoch(state.position),
+        sequence_length=length,
+        batch_multiplier=state.k,
+        lr=run.engine.optimizer.matrix_lr,
+        part_names=run.engine.part_names,
+        measured=HostCopy(
+            loss=losses[:1],
+            parts=losses[1:],
+            grad_norm=norm[None],
+            finite=finite[None],
+            stop_signals=flags[:-1],
+            save_failed=flags[-1:],
+        ),
+    )
+    state.position, state.tokens, state.step = position + counted, result.tokens, result.step
+    if run.config.batch.dynamic:
+        run.multiplier.after_step(step, run.last_norm())
+        state.n, state.k = run.multiplier.n, run.multiplier.k
+    run.last = result
+    return result
+
+
+def own_flags(run: Run) -> Tensor:
+    """What all ranks must learn of this one: each signal of STOPPING if it came, then a failed save; fp32 [len(STOPPING) + 1]."""
+    asked, failed = run.signals.asked, run.saver.failed
+    if asked is None and not failed:
+        return run.no_flags  # nothing is copied to the device in an ordinary step
+    return torch.tensor([*(float(asked == number) for number in STOPPING), float(failed)], device=run.device)
+
+
+def microbatches(run: Run, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """`rows` as (tokens [B, T], targets [B, T], whether it is the last): every rank yields the same number."""
+    largest = -(-sequences // run.world.size)  # share of any rank
+    fit = max(1, run.config.batch.tokens_per_microbatch // length)
+    parts = rows.tensor_split(-(-largest // fit))
+    for number, part in enumerate(parts, 1):
+        tokens, targets = part[:, :-1], part[:, 1:]
+        if len(part) == 0:  # fewer sequences than on other ranks: a row that does not count joins the collectives
+            tokens = torch.zeros(1, length, dtype=torch.long, device=run.device)
+            targets = torch.full_like(tokens, IGNORE)
+        yield tokens, targets, number == len(parts)
