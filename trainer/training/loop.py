@@ -141,9 +141,8 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             continue
         report.wait()  # for the device, which may wait for other ranks: still part of the step
         run.watchdog.at(state.step, "log row")
-        accuracy = run.train_accuracy() if asked is None else None  # what a row costs is part of its step's time
         report.stop_clock()
-        report.flush(run.validate() if evaluate else None, accuracy)
+        report.flush(run.validate() if evaluate else None)
         if evaluate and config.log.sample_tokens and state.step < config.max_steps:
             run.write_sample(tokenizer, config.log.sample_tokens, f"step {state.step}")
         if evaluate:
