@@ -296,6 +296,14 @@ def test_curves(tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_fall_of_the_first_steps_leaves_room_for_the_rest():
+    smooth = np.concatenate([np.linspace(11, 4, 50), np.linspace(4, 3, 950)])
+    low, high = plots.loss_range(smooth, np.array([3.5, np.nan, 4.2]))
+    assert 2.7 < low < 3 and 4.2 < high < 4.5
+    nothing = np.full(3, np.nan)
+    assert plots.loss_range(nothing, nothing) == (None, None) == plots.loss_range(np.ones(3), nothing)
+
+
 @pytest.mark.parametrize("skipped", [1, 5])
 def test_curves_of_a_run_that_has_barely_begun_or_skipped_steps(tmp_path, skipped):
     plots.draw(history_of(rows(1)), tmp_path / "none.png", "")
