@@ -631,6 +631,19 @@ def test_token_counts_of_real_text(tmp_path, whole):
     assert info.splits["train"].bytes == 1_146_846
 
 
+def test_characters_are_those_of_all_training_text(tmp_path):
+    """The validation text has no say in the vocabulary: what only it holds is unknown, and told."""
+    (tmp_path / "train.txt").write_text("abé\n" * 200_000 + "z")
+    (tmp_path / "validation.txt").write_text("abq\n" * 200)
+    lines = []
+    config = PrepareConfig(source=str(tmp_path), tokenizer="chars", workers=1, out=str(tmp_path / "out"))
+    info = prepare.prepare(config, log=lines.append)
+    assert f"reading {tmp_path} once for its characters" in lines
+    assert "tokenizer chars: 7 ids, <|endoftext|> (id 5) ends documents" in lines
+    assert info.splits["train"].bytes == 200_000 * 5 + 1 and info.splits["validation"].bytes == 200 * 3
+    assert any(line.startswith("warning: the tokenizer has no id for") and "(such as q)" in line for line in lines)
+
+
 # -- document_start that searches for ever -----------------------------------------------------------------------------
 
 

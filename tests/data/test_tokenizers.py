@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.core.errors import MachineError, UserError
-from trainer.data.coder import keeps_all_text
+from trainer.data.coder import Coder, keeps_all_text
 from trainer.data.learn import learn_bpe, learn_in_child
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 
@@ -366,3 +367,59 @@ def test_learning_in_a_child_gives_the_same_and_its_end_is_told(monkeypatch):
 
     with pytest.raises(MachineError, match="the process that learns the tokenizer died"):
         learn_in_child(299, texts())
+
+
+CHARACTERS = ["to be, or not to be\n", "that is the question: é字😀\n"]
+
+
+@pytest.fixture(scope="module")
+def chars():
+    return get_tokenizer("chars", CHARACTERS)
+
+
+def test_characters_are_sorted_and_end_of_text_and_unknown_follow(chars):
+    alphabet = sorted(set("".join(CHARACTERS)))
+    assert (chars.vocab_size, chars.eot_id, chars.name) == (len(alphabet) + 2, len(alphabet), "chars")
+    assert [chars.decode([i]) for i in range(chars.vocab_size)] == [*alphabet, "<|endoftext|>", "<unk>"]
+    assert chars.encode("to é😀").tolist() == [alphabet.index(c) for c in "to é😀"]
+    # The order of the text plays no part, nor how it comes in parts.
+    assert chars.sha256 == get_tokenizer("chars", list("".join(reversed(CHARACTERS)))).sha256
+    assert get_tokenizer("chars", ["b\ud800a"]).vocab_size == 4
+
+
+def test_characters_agree_with_the_library(chars, tmp_path):
+    plain = reference(chars, tmp_path)
+    for text in (*CHARACTERS, "", "a<|endoftext|>b<unk>", "q z\u3000!\U0010ffff"):
+        ids, lost = chars.encode_telling_losses(text)
+        assert ids.dtype == np.uint32 and ids.tolist() == plain.encode(text, add_special_tokens=False).ids
+        assert chars.decode(ids) == plain.decode(ids.tolist(), skip_special_tokens=False)
+        assert chars.eot_id not in ids
+        # As the encoder of any other tokenizer.json tells it.
+        general = Coder(plain, json.loads((tmp_path / "tokenizer.json").read_bytes()), "<|endoftext|>", "chars")
+        assert lost == general(text)[1] and ids.tolist() == general(text)[0].tolist()
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json", eot_id=chars.eot_id)
+    assert again.sha256 == chars.sha256 and again.encode(CHARACTERS[1]).tolist() == chars.encode(CHARACTERS[1]).tolist()
+    with pytest.raises(UnicodeEncodeError):
+        chars.encode("\ud800")
+
+
+def test_characters_without_an_id_are_lost_but_for_white_space(chars):
+    ids, lost = chars.encode_telling_losses("zeit\u3000!")
+    assert lost == "z!" and (ids == chars.vocab_size - 1).tolist() == [True, False, False, False, True, True]
+
+
+def test_a_character_that_ends_documents_is_none_of_the_text(chars):
+    lines = get_tokenizer("chars", CHARACTERS, end_of_text="\n")
+    assert lines.decode([lines.eot_id]) == "\n" and lines.eot_id not in lines.encode(CHARACTERS[0])
+
+
+@pytest.mark.parametrize("name", ["bytes", "chars"])
+def test_ten_megabytes_a_second(name):
+    """The simple tokenizers take little of the time of `prepare`: the goal is 10 MB/s on one core, and they do hundreds."""
+    text = "".join(CORPUS) * 500
+    tokenizer = get_tokenizer(name, [text])
+    parts = [text[start : start + 65_536] for start in range(0, len(text), 65_536)]
+    began = time.process_time()
+    for part in parts:
+        tokenizer.encode_telling_losses(part)
+    assert len(text.encode()) / (time.process_time() - began) > 10e6

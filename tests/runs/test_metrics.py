@@ -1,10 +1,13 @@
 """The table, the live view, the clock, metrics.jsonl, wandb and the curves."""
 
+import contextlib
 import copy
 import errno
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_values
+from conftest import ROOT, tiny_values
 
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
@@ -24,70 +27,156 @@ from trainer.planning.plan import resolve
 from trainer.runs import console, plots
 from trainer.runs import history as history_module
 from trainer.runs.history import History, smoothed
-from trainer.runs.metrics import MetricsFile, read_rows, rewind_samples
+from trainer.runs.metrics import MetricsFile, parse_row, read_rows, rewind_samples
 from trainer.runs.report import Clock, Report
 from trainer.runs.wandb import Wandb, chosen_mode
 from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
 from trainer.training.loop import collecting_by_hand
-from trainer.training.run import Run
 from trainer.training.step import StepResult
 
-ROW = {
-    "epoch": 0, "curr_step": 50, "train_loss": 7.12345, "val_loss": 6.5, "val_perplexity": 665.1416, "train_acc": 0.1,
-    "val_acc": None, "grad_norm": 0.61152, "microbatch_steps": 1, "total_seconds": 12.0,
+FACTS = {
+    "step": 1250, "max_steps": 20_000, "loss": 7.12345, "val": None, "bits/byte": None, "tokens/s": 12_345.6, "MFU": None,
+    "ETA": 3_900.0, "more": {"grad norm": "0.6115", "memory": "1.25 GiB", "length": "64", "batch multiplier": "2"},
 }  # fmt: skip
+EVALUATED = {**FACTS, "val": 6.5, "bits/byte": 1.2345, "MFU": 0.4567}
 
 
-def test_cells_are_right_justified_with_four_decimals():
-    above, below = console.format_header(console.COLUMNS).splitlines()
-    cells = console.format_cells(ROW)
-    assert len(above) == len(below) == len(cells) == 100
-    names = [
-        first.strip() + last.strip() for first, last in zip(above.split("|"), below.split("|"), strict=True) if last
-    ]
-    assert names == list(console.COLUMNS)
-    values = [cell.strip() for cell in cells.split("|")[1:-1]]
-    assert values == ["0", "50", "7.1235", "6.5000", "665.1416", "0.1000", "", "0.6115", "1", "12.0000"]
-    assert cells.split("|")[2] == " " + "50".rjust(7)
-
-
-def test_what_is_too_wide_for_its_column_has_fewer_decimals_or_is_a_power_of_ten():
-    for value, text in ((123456.78912, "123456.7891"), (1234567.8912, "1234567.891"), (7.3616e43, "7.36e+43")):
-        wide = console.format_cells(ROW | {"val_perplexity": value})
-        assert len(wide) == 100 and f" {text}|" in wide
-
-
-def test_a_narrow_terminal_has_fewer_columns():
-    for width in (100, 99, 80, 70, 60):
-        names = console.fitting(width)
-        assert len(console.format_cells(ROW, names)) <= width
-        assert {"curr_step", "train_loss", "val_loss", "total_seconds"} <= set(names)
-    assert console.fitting(100) == console.COLUMNS
-
-
-def test_table_has_rules_above_below_and_at_the_end(capsys):
+def test_a_row_stands_under_its_header(capsys):
     table = console.Table()
-    table.row(ROW, {})
+    for facts in (FACTS, EVALUATED):
+        table.step(facts)
+        table.row()
     table.close()
     table.close()  # by who says more below it, and again at the end
     lines = capsys.readouterr().err.splitlines()
-    assert [set(line) == {"-"} for line in lines] == [True, False, False, True, False, True]
+    assert [set(line) == {"-"} for line in lines] == [True, False, True, False, False, True]
+    header, first, second = lines[1], *lines[3:5]
+    assert {len(line) for line in lines} == {len(header)} and len(header) <= 100
+    assert header.split() == ["step", "loss", "val", "bits/byte", "tokens/s", "MFU", "ETA"] == list(console.COLUMNS)
+    assert first.split() == ["1,250", "7.1235", "12,346", "n/a", *"1 h 05 min".split()]
+    assert second.split() == ["1,250", "7.1235", "6.5000", "1.2345", "12,346", "45.7%", *"1 h 05 min".split()]
+
+
+def test_the_loss_of_a_row_is_a_mean_of_the_last_steps():
+    figures = console.Figures()
+    assert figures.add({**FACTS, "loss": None})["loss"] == ""
+    assert figures.add({**FACTS, "loss": 4.0})["loss"] == "4.0000"
+    assert figures.add({**FACTS, "loss": 2.0})["loss"] == f"{(4 * 0.95 + 2) / 1.95:.4f}"
+    assert figures.add({**FACTS, "loss": None})["loss"] == f"{(4 * 0.95 + 2) / 1.95:.4f}"
+    for _ in range(400):
+        texts = figures.add({**FACTS, "loss": 1.0})
+    assert texts["loss"] == "1.0000"
+
+
+def test_numbers_and_durations():
+    for value, text in ((12.3, "12.3000"), (123456.789, "123456.8"), (7.3616e43, "7.36e+43"), (5, "5")):
+        assert console.format_number(value, 8) == text
+    for seconds, text in ((0, "0 min 00 s"), (249.9, "4 min 09 s"), (3_600, "1 h 00 min"), (183_600, "2 d 03 h")):
+        assert console.format_duration(seconds) == text
+
+
+def test_a_narrow_terminal_has_fewer_columns():
+    for width in (100, 80, 70, 60, 45):
+        names = console.fitting(width)
+        assert len(console.format_row({}, names)) <= width
+        assert {"step", "loss", "val", "ETA"} <= set(names)
+    assert console.fitting(80) == console.COLUMNS
 
 
 def test_live_view_shows_everything(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     live = console.Live("hlb, 46.0 M parameters")
-    facts = {"loss": "3.8", "val": "3.9", "bits/byte": "1.2", "tokens/s": "9", "MFU": "n/a", "memory": "1 GiB"}
-    live.step({"step": 5, "max_steps": 10, "length": 64, "microbatches": 2, "ETA": "1 min", **facts})
-    live.row({**ROW, "train_acc": None}, {"step": 5, "max_steps": 10})
+    live.step(EVALUATED)
+    live.row()
+    live.step(FACTS)  # the result of the validation stays
+    live.row()
     live.say("[note] with brackets")
     live.close()
     shown = screen.getvalue()
-    for text in ("hlb, 46.0 M", "step 5 / 10", "bits/byte", "MFU", "ETA", "val_loss 6.5000", "[note] with brackets"):
+    for text in (
+        "hlb, 46.0 M",
+        "step 1,250 / 20,000",
+        "bits/byte 1.2345",
+        "MFU",
+        "ETA",
+        "[note] with brackets",
+        "0.6115",
+    ):
         assert text in shown
+    assert shown.count("step 1,250  loss 7.1235  val 6.5000") == 1
     assert "[dim]" not in shown, "a note must not switch the panel's styles off"
+
+
+LIVE = """
+import os, sys, time
+from trainer.runs import console
+live = console.Live("hlb, 46.0 M parameters")
+facts = {facts}
+for step in range(1, 4):
+    live.step({{**facts, "step": step}})
+    live._live.refresh()
+os.write(2, b"^C")  # as the terminal shows it
+live.say("SIGINT: will stop")
+live.step({{**facts, "step": 4}})
+live.close()
+print("the summary", file=sys.stderr)
+"""
+
+
+def screen_of(written: str, columns: int) -> list[str]:
+    """The lines that a terminal shows after `written`."""
+    lines, row, column = [""], 0, 0
+    for text in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x1b]", written):
+        if text == "\r":
+            column = 0
+        elif text == "\n":
+            row += 1
+        elif text == "\x1b[2K":
+            lines[row] = ""
+        elif re.fullmatch(r"\x1b\[\d*A", text):
+            row -= int(text[2:-1] or 1)
+        elif text[0] != "\x1b":
+            if column == columns:
+                row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+            lines[row] = lines[row].ljust(column)[:column] + text + lines[row][column + 1 :]
+            column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("columns", [60, 100, 180])
+def test_the_live_view_ends_whole_after_ctrl_c(columns):
+    """One panel, what was said above it, the summary below it: the terminal's ^C moves no line."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", LIVE.format(facts=EVALUATED)], stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 1 << 16):
+            written += part
+    os.close(ours)
+    assert child.wait() == 0
+    lines = [line for line in screen_of(written.decode(), columns) if line]
+    assert lines[0] == "SIGINT: will stop"
+    assert lines[1].startswith("╭─ hlb, 46.0 M parameters  step 4 / 20,000") and lines[-2].startswith("╰─")
+    assert lines[-1] == "the summary" and sum("╭" in line for line in lines) == 1
+    assert max(map(len, lines)) <= min(100, columns - console.ROOM_FOR_KEYS)
+
+
+def test_rows_of_earlier_releases_have_the_key_of_today():
+    row = json.loads(rows(1))
+    assert parse_row(json.dumps({**row, "microbatch_steps": 3}).encode()) == {**row, "batch_multiplier": 3}
 
 
 def test_only_the_leader_has_a_console():
@@ -155,21 +244,6 @@ def test_flops_are_those_of_whole_weights(tmp_path, tiny_dataset, monkeypatch):
     assert parted.flops_per_token(64) < whole.flops_per_token(64)
 
 
-def test_what_a_row_costs_is_part_of_its_time(tiny_dataset, tmp_path, monkeypatch):
-    """The forward pass for the training accuracy of a row of the console."""
-    running = []
-
-    def accuracy(self):
-        running.append(clocks[0]._running)
-
-    clocks = []
-    made = Clock.__init__
-    monkeypatch.setattr(Clock, "__init__", lambda self, seconds: (clocks.append(self), made(self, seconds))[1])
-    monkeypatch.setattr(Run, "train_accuracy", accuracy)
-    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, log__every=1))
-    assert running == [True, True]
-
-
 def test_resumed_metrics_have_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(rows(3) + '{"step": 4, "lo')  # cut off by a kill
@@ -228,6 +302,14 @@ def history_of(text: str) -> History:
 def test_curves(tmp_path):
     plots.draw(history_of(rows(20)), tmp_path / "c.png", "a $title \u4e2d")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fall_of_the_first_steps_leaves_room_for_the_rest():
+    smooth = np.concatenate([np.linspace(11, 4, 50), np.linspace(4, 3, 950)])
+    low, high = plots.loss_range(smooth, np.array([3.5, np.nan, 4.2]))
+    assert 2.7 < low < 3 and 4.2 < high < 4.5
+    nothing = np.full(3, np.nan)
+    assert plots.loss_range(nothing, nothing) == (None, None) == plots.loss_range(np.ones(3), nothing)
 
 
 @pytest.mark.parametrize("skipped", [1, 5])

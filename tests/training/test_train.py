@@ -84,14 +84,14 @@ def test_metrics_rows(finished):
     # 512 tokens a step in whole sequences of 16, 32, 64 are 512 again; the multiplier scales them.
     tokens = 0
     for row in rows:
-        tokens += 512 * row["microbatch_steps"]
+        tokens += 512 * row["batch_multiplier"]
         assert row["tokens"] == tokens
     evaluated = {row["step"]: row for row in rows if row["val_loss"] is not None}
     assert set(evaluated) == {5, 10, 12}
     assert all(row["val_loss_hlb"] > 0 and row["val_bits_per_byte"] > 0 for row in evaluated.values())
     assert [row["sequence_length"] for row in rows] == [16] * 4 + [32] * 3 + [64] * 5
     # Rates and the clock tell the same: what the steps took adds up to the training time.
-    took = [row["microbatch_steps"] * 512 / row["tokens_per_second"] for row in rows]
+    took = [row["batch_multiplier"] * 512 / row["tokens_per_second"] for row in rows]
     assert sum(took) == pytest.approx(rows[-1]["seconds"], rel=1e-6)
 
 

@@ -29,7 +29,7 @@ class CorpusConfig:
         "builtin:python-stdlib",
     )
     tokenizer: str = setting(
-        "gpt2", "gpt2, gpt-neox-20b, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one"
+        "gpt2", "gpt2, gpt-neox-20b, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one"
     )
     validation_source: str | None = setting(
         None, "source of the validation split; auto: documents held out of `source`"

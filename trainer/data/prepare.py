@@ -111,6 +111,8 @@ def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokeni
     """The tokenizer of `config`; one that is trained sees training text only."""
     if config.tokenizer.startswith("train-bpe"):
         log(f"training {config.tokenizer} on the first text of {printable(config.source)}")
+    elif config.tokenizer == "chars":
+        log(f"reading {printable(config.source)} once for its characters")
     tokenizer = get_tokenizer(config.tokenizer, _training_texts(sources[0]), config.end_of_text, learn_in_child)
     for note in tokenizer.notes:
         log(note)

@@ -14,6 +14,7 @@ import numpy as np
 from trainer.core.errors import UserError
 from trainer.core.files import system_error, user_path
 from trainer.core.text import printable
+from trainer.data.characters import CharacterTable, character_json, learn_characters
 from trainer.data.coder import BYTE_CHARACTERS, BYTE_OF_CHARACTER, Coder, native_errors, pair, silent_stderr
 from trainer.data.learn import Learned, learn_bpe
 from trainer.data.readers import hub_error
@@ -58,7 +59,7 @@ class Tokenizer:
         self.eot_id = int(library.token_to_id(eot))
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self._library = library
-        self._coder: Coder | None = None
+        self._coder: Coder | CharacterTable | None = None
         self._fast: Any = None
         self._byte_ids: np.ndarray | None = None
         tokens = byte_level_tokens(content, eot)
@@ -67,7 +68,7 @@ class Tokenizer:
             if new or not switched_off:
                 data = byte_level_json(content["model"]["vocab"], content["model"]["merges"], eot, self.eot_id)
         else:
-            self._coder = Coder(library, content, eot, name)
+            self._coder = CharacterTable.of(content, eot) or Coder(library, content, eot, name)
         self._data = data
         self.sha256 = hashlib.sha256(data).hexdigest()
 
@@ -175,13 +176,16 @@ def get_tokenizer(
     end_of_text: str | None = None,
     learn: Callable[[int, Iterable[str]], Learned] = learn_bpe,
 ) -> Tokenizer:
-    """The tokenizer that `spec` names (see `--tokenizer`); `train-bpe:N` learns from `texts`. Raises UserError.
+    """The tokenizer that `spec` names (see `--tokenizer`); `chars` and `train-bpe:N` learn from `texts`. Raises UserError.
 
-    end_of_text: the token that ends documents. learn: what learns, in this process or in another.
+    end_of_text: the token that ends documents. learn: what learns a BPE, in this process or in another.
     """
     if spec == "bytes":
         vocabulary = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
         return Tokenizer(byte_level_json(vocabulary, [], END_OF_TEXT[0], 256), spec, end_of_text)
+    if spec == "chars":
+        characters = learn_characters(texts if texts is not None else ())
+        return Tokenizer(character_json(characters, END_OF_TEXT[0]), spec, end_of_text)
     if spec.startswith("train-bpe"):
         return _train(spec, texts if texts is not None else (), end_of_text, learn)
     if spec in HUB:
@@ -191,10 +195,10 @@ def get_tokenizer(
         return _from_folder(path, end_of_text)
     if path.is_file():
         return Tokenizer(_bytes(path), path.stem, end_of_text, new=True)
-    near = difflib.get_close_matches(spec, [*HUB, "bytes", "train-bpe:8192"], 1)
+    near = difflib.get_close_matches(spec, [*HUB, "bytes", "chars", "train-bpe:8192"], 1)
     raise UserError(
         f"tokenizer {spec!r}: unknown, and no such file{f'; did you mean {near[0]}?' if near else ''} "
-        f"(allowed: {', '.join(HUB)}, bytes, train-bpe:N, a tokenizer.json, or a folder that holds one)"
+        f"(allowed: {', '.join(HUB)}, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one)"
     )
 
 

@@ -171,7 +171,8 @@ def _nearest_name(name: str, names: list[str]) -> str:
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
-    known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}
+    # The text decides how many characters it has; 128 is about an alphabet, its capitals and punctuation.
+    known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257, "chars": 128}
     name, _, size = tokenizer.partition(":")
     if name == "train-bpe" and re.fullmatch(r"[0-9]{3,8}", size) and int(size) > 256:
         return int(size)

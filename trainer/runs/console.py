@@ -1,4 +1,7 @@
-"""hlb-gpt's table on a pipe or file, a live view on a terminal. Both go to stderr."""
+"""A table on a pipe or in a file, a live view on a terminal. Both go to stderr and take at most 100 columns.
+
+`loss` and `tokens/s` are running means; metrics.jsonl has the values of each step.
+"""
 
 from __future__ import annotations
 
@@ -10,80 +13,116 @@ from typing import Any
 
 from trainer.core.text import printable_lines
 
-WIDTHS = {
-    "epoch": 5,
-    "curr_step": 7,
-    "train_loss": 7,
-    "val_loss": 7,
-    "val_perplexity": 11,
-    "train_acc": 6,
-    "val_acc": 6,
-    "grad_norm": 8,
-    "microbatch_steps": 11,
-    "total_seconds": 11,
-}
+WIDTHS = {"step": 9, "loss": 8, "val": 8, "bits/byte": 9, "tokens/s": 11, "MFU": 6, "ETA": 11}
 COLUMNS = tuple(WIDTHS)
-LEFT_OUT = ("microbatch_steps", "train_acc", "val_acc", "epoch", "val_perplexity")  # in this order on narrow terminals
+LEFT_OUT = ("MFU", "bits/byte", "tokens/s")  # in this order on narrow terminals
+GAP = "  "
+DECAY = 0.95  # of a running mean: it covers about the last 20 steps
+MOST_COLUMNS = 100
+# The terminal shows Ctrl-C as ^C behind the last line of the live view. There must be room for it: on a new line it
+# would move the view down, and the top of the old one would stay.
+ROOM_FOR_KEYS = 6
 
 
-def fitting(width: int) -> tuple[str, ...]:
-    """The columns that a line of `width` characters has room for: all of them in 100."""
-    names = list(COLUMNS)
-    for name in LEFT_OUT:
-        if len(format_row(dict.fromkeys(names, ""), names)) > width:
-            names.remove(name)
-    return tuple(names)
+class RunningMean:
+    """Each value weighs DECAY times as much as the one after it. None does not count."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float | None) -> None:
+        if value is not None:
+            self._sum = DECAY * self._sum + value
+            self._weight = DECAY * self._weight + 1
+
+    @property
+    def mean(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
 
 
-def format_header(names: Sequence[str]) -> str:
-    """Two lines: each name broken at its last underscore."""
-    halves = [name.rpartition("_") for name in names]
-    above = {name: first + mark for name, (first, mark, _) in zip(names, halves, strict=True)}
-    below = {name: last for name, (_, _, last) in zip(names, halves, strict=True)}
-    return f"{format_row(above, names)}\n{format_row(below, names)}"
+class Figures:
+    """The texts that both views show, from the facts of one step after the other."""
+
+    def __init__(self) -> None:
+        self._loss, self._rate = RunningMean(), RunningMean()
+
+    def add(self, facts: dict[str, Any]) -> dict[str, str]:
+        """facts: step, max_steps, loss, val, bits/byte, tokens/s, MFU (a fraction), ETA (seconds); None where there is none."""
+        self._loss.add(facts["loss"])
+        self._rate.add(facts["tokens/s"])
+        rate = self._rate.mean
+        return {
+            "step": f"{facts['step']:,}",
+            "loss": _decimals(self._loss.mean),
+            "val": _decimals(facts["val"]),
+            "bits/byte": _decimals(facts["bits/byte"]),
+            "tokens/s": "" if rate is None else f"{rate:,.0f}",
+            "MFU": "n/a" if facts["MFU"] is None else f"{facts['MFU']:.1%}",
+            "ETA": format_duration(facts["ETA"]),
+        }
 
 
-def format_row(cells: dict[str, str], names: Sequence[str]) -> str:
-    return "|" + "|".join(f" {cells[name]:>{WIDTHS[name]}}" for name in names) + "|"
+def _decimals(value: float | None) -> str:
+    return "" if value is None else format_number(value, WIDTHS["loss"])
 
 
-def format_cells(row: dict[str, Any], names: Sequence[str] = COLUMNS) -> str:
-    """A row of the table: each cell right-justified in its column, missing ones blank."""
-    shown = {name: "" if row.get(name) is None else format_number(row[name], WIDTHS[name]) for name in names}
-    return format_row(shown, names)
+def format_duration(seconds: float) -> str:
+    """The two largest units: `2 d 03 h`, `1 h 05 min`, `4 min 09 s`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24:02d} h"
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def format_number(value: Any, width: int = 12) -> str:
-    """Floats with 4 decimals, or as many as there is room for; as powers of ten where there is none (a perplexity at the start)."""
+    """A float with 4 decimals, or with as many as `width` has room for, or as a power of ten. Anything else as it is."""
     if not isinstance(value, float):
         return str(value)
     texts = [f"{value:.{decimals}f}" for decimals in (4, 3, 2, 1)]
     return next((text for text in texts if len(text) <= width), f"{value:.2e}")
 
 
+def fitting(width: int) -> tuple[str, ...]:
+    """The columns that a line of `width` characters has room for."""
+    names = list(COLUMNS)
+    for name in LEFT_OUT:
+        if len(format_row({}, names)) > width:
+            names.remove(name)
+    return tuple(names)
+
+
+def format_row(texts: dict[str, str], names: Sequence[str] = COLUMNS) -> str:
+    return GAP.join(f"{texts.get(name, ''):>{WIDTHS[name]}}" for name in names)
+
+
 def line_width() -> int:
     """Characters of a line of the terminal that stderr is; 100 where it is none."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 100  # 0: one that does not know
+        return os.get_terminal_size(sys.stderr.fileno()).columns or MOST_COLUMNS  # 0: one that does not know
     except (OSError, ValueError):  # ValueError: a stand-in without a file
-        return 100
+        return MOST_COLUMNS
 
 
 class Table:
-    """The original's table."""
+    """A header, and a line for each row."""
 
     def __init__(self) -> None:
         self._names = fitting(line_width())
-        header = format_header(self._names)
-        self._rule = "-" * header.index("\n")
+        self._figures = Figures()
+        self._texts: dict[str, str] = {}
+        header = format_row({name: name for name in self._names}, self._names)
+        self._rule = "-" * len(header)
         self._closed = False
         self._print(f"{self._rule}\n{header}\n{self._rule}")
 
     def step(self, facts: dict[str, Any]) -> None:
-        """Steps between rows are not shown."""
+        """Count a step."""
+        self._texts = self._figures.add(facts)
 
-    def row(self, row: dict[str, Any], facts: dict[str, Any]) -> None:
-        self._print(format_cells(row, self._names))
+    def row(self) -> None:
+        """Show the last step."""
+        self._print(format_row(self._texts, self._names))
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -100,7 +139,7 @@ class Table:
 
 
 class Live:
-    """One panel that is redrawn in place; rows of evaluations scroll by above it."""
+    """One panel that is redrawn in place. Validation results and notes scroll by above it."""
 
     def __init__(self, title: str) -> None:
         from rich.console import Console
@@ -110,37 +149,44 @@ class Live:
         self._console = Console(stderr=True)
         self._live = RichLive(console=self._console, refresh_per_second=4)
         self._live.start()
-        self._facts: dict[str, Any] = {}
+        self._figures = Figures()
+        self._texts: dict[str, str] = {}
+        self._shown: dict[str, str] = {}  # the last text of each name, so that results of validation stay
 
     def step(self, facts: dict[str, Any]) -> None:
+        """Count a step and show it."""
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table as RichTable
 
-        self._facts.update({key: value for key, value in facts.items() if value is not None})
+        self._texts = self._figures.add(facts) | facts["more"]
+        self._shown.update({name: text for name, text in self._texts.items() if text and name != "step"})
         grid = RichTable.grid(padding=(0, 3))
-        names = [key for key in self._facts if key not in ("step", "max_steps")]
+        names = list(self._shown)
         for first in range(0, len(names), 4):
-            grid.add_row(*[f"[dim]{name}[/] {self._facts[name]}" for name in names[first : first + 4]])
-        done, total = self._facts["step"], self._facts["max_steps"]
+            grid.add_row(*[f"[dim]{name}[/] {self._shown[name]}" for name in names[first : first + 4]])
         body = RichTable.grid()
         body.add_row(grid)
-        body.add_row(ProgressBar(total=total, completed=done))
-        self._live.update(Panel(body, title=f"{self._title}  step {done:,} / {total:,}", title_align="left"))
+        body.add_row(ProgressBar(total=facts["max_steps"], completed=facts["step"]))
+        title = f"{self._title}  step {facts['step']:,} / {facts['max_steps']:,}"
+        width = max(1, min(MOST_COLUMNS, self._console.width - ROOM_FOR_KEYS))
+        self._live.update(Panel(body, title=title, title_align="left", width=width))
 
-    def row(self, row: dict[str, Any], facts: dict[str, Any]) -> None:
-        self.step(facts)
-        if row.get("val_loss") is not None:
-            names = ("curr_step", "train_loss", "val_loss", "val_perplexity", "grad_norm")
-            self.say("  ".join(f"{name} {format_number(row[name])}" for name in names))
+    def row(self) -> None:
+        """Keep the result of a validation above the panel."""
+        if self._texts["val"]:
+            self.say(
+                GAP.join(
+                    f"{name} {self._texts[name]}" for name in ("step", "loss", "val", "bits/byte") if self._texts[name]
+                )
+            )
 
     def say(self, text: str) -> None:
         from rich.text import Text
 
         with contextlib.suppress(OSError):  # nobody reads any more
-            self._console.print(
-                Text(printable_lines(text))
-            )  # not markup=False: the panel is drawn with the options of this call
+            # Not markup=False: the panel is drawn with the options of this call.
+            self._console.print(Text(printable_lines(text)))
 
     def close(self) -> None:
         """The panel stays as it is; notes may follow below it."""
@@ -154,7 +200,7 @@ class Silent:
     def step(self, facts: dict[str, Any]) -> None:
         """Nothing."""
 
-    def row(self, row: dict[str, Any], facts: dict[str, Any]) -> None:
+    def row(self) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:

@@ -16,6 +16,7 @@ from trainer.core.text import printable
 from trainer.runs.history import History
 
 KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second", "seconds")
+FORMER_KEY = "microbatch_steps"  # of batch_multiplier, in runs of 0.2.0 and before
 LINE_BYTES = 1 << 20  # no row is longer
 
 
@@ -140,7 +141,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line; None where it is none that was written here."""
+    """The row in a line, with the keys of today; None where it is none that was written here."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -154,6 +155,8 @@ def checked_row(row: Any) -> dict[str, Any] | None:
         return None
     numbers = all(type(row[key]) in (int, float, type(None)) for key in KEYS)
     whole = type(row["step"]) is int and type(row["tokens"]) is int and type(row["seconds"]) in (int, float)
+    if FORMER_KEY in row:
+        row["batch_multiplier"] = row.pop(FORMER_KEY)
     return row if numbers and whole else None
 
 

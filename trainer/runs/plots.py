@@ -43,15 +43,22 @@ def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], tit
         (axes[0, 0], tokens, evaluated_tokens, "tokens, millions"),
         (axes[0, 1], steps["seconds"], evaluations["seconds"], "training time, seconds"),
     ):
+        smooth = smoothed(steps["loss"])
         axis.fill_between(x, steps["loss_low"], steps["loss_high"], color="C0", alpha=0.15, linewidth=0)
         axis.plot(x, steps["loss"], **RAW)
-        axis.plot(x, smoothed(steps["loss"]), color="C0", linewidth=1.4, label="training, smoothed")
+        axis.plot(x, smooth, color="C0", linewidth=1.4, label="training, smoothed")
         if len(at):
-            axis.plot(at, evaluations["val_loss"], label="validation", **DOTS)
+            axis.plot(at, evaluations["val_loss"], label=f"validation: {evaluations['val_loss'][-1]:.4f}", **DOTS)
         axis.set(xlabel=label, ylabel="loss, nats per token")
-        axis.legend()
-    axes[0, 2].plot(evaluated_tokens, evaluations["val_bits_per_byte"], **DOTS)
-    axes[0, 2].set(ylabel="validation, bits per byte")
+        axis.set_ylim(loss_range(smooth, evaluations["val_loss"]))
+        axis.legend(loc="upper right")
+    axes[0, 2].set(ylabel="validation, bits/byte")
+    if np.isfinite(evaluations["val_bits_per_byte"]).any():
+        last = f"{evaluations['val_bits_per_byte'][-1]:.4f}"
+        axes[0, 2].plot(evaluated_tokens, evaluations["val_bits_per_byte"], label=last, **DOTS)
+        axes[0, 2].legend(loc="upper right")
+    else:
+        axes[0, 2].text(0.5, 0.5, "no validation yet", ha="center", transform=axes[0, 2].transAxes)
     axes[1, 0].plot(tokens, steps["lr"])
     axes[1, 0].set(ylabel="learning rate of the matrices")
     axes[1, 0].ticklabel_format(axis="y", scilimits=(-2, 3))
@@ -70,3 +77,13 @@ def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], tit
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png", pil_kwargs={"compress_level": 1})  # a third of the time
     return picture.getvalue()
+
+
+def loss_range(smooth: np.ndarray, validation: np.ndarray) -> tuple[float | None, float | None]:
+    """The lowest and highest loss to show: without the fall of the first steps, which would leave no room for the rest."""
+    shown = np.concatenate([smooth[len(smooth) // 20 :], validation])
+    shown = shown[np.isfinite(shown)]
+    if len(shown) == 0 or shown.min() == shown.max():
+        return None, None
+    margin = 0.08 * (shown.max() - shown.min())
+    return shown.min() - 2 * margin, shown.max() + margin

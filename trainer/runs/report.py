@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.engine.meta import build_meta
-from trainer.inference.evaluation import safe_exp
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.wandb import Wandb
@@ -94,15 +93,13 @@ class Report:
             "tokens_per_second": rate,
             "mfu": rate * self._flops[m.sequence_length] / (self._peak * self.world.size) if self._peak else None,
             "sequence_length": m.sequence_length,
-            "microbatch_steps": m.batch_multiplier,
+            "batch_multiplier": m.batch_multiplier,
             "epoch": m.epoch,
             "seconds": self._stamped,
         }
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
-    def write(
-        self, row: dict[str, Any], validation: dict[str, Any] | None = None, train_accuracy: float | None = None
-    ) -> None:
+    def write(self, row: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
         """Report the row of a step, with the results of an evaluation made after it."""
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
         row = row | {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
@@ -113,44 +110,30 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.write(row)
             self._wandb.write(row)
-        self._show(row, best, train_accuracy)
+        self._show(row, best)
 
-    def _show(self, row: dict[str, Any], best: dict[str, Any], train_accuracy: float | None) -> None:
-        facts = self._facts(row)
-        self.console.step(facts)
-        every = self.config.log.every
-        if not best and (every == 0 or row["step"] % every):
-            return
-        cells = {
-            "epoch": int(row["epoch"]),
-            "curr_step": row["step"],
-            "train_loss": row["loss"],
-            "val_loss": row["val_loss"],
-            "val_perplexity": safe_exp(row["val_loss"]) if best else None,
-            "train_acc": train_accuracy,
-            "val_acc": best.get("accuracy"),
-            "grad_norm": row["grad_norm"],
-            "microbatch_steps": row["microbatch_steps"] if best else None,
-            "total_seconds": row["seconds"] if best else None,
-        }
-        self.console.row(cells, facts)
+    def _show(self, row: dict[str, Any], best: dict[str, Any]) -> None:
+        self.console.step(self._facts(row))
+        if best or (self.config.log.every and row["step"] % self.config.log.every == 0):
+            self.console.row()
 
     def _facts(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What the live view shows."""
-        left = (self.config.max_steps - row["step"]) * row["seconds"] / max(1, row["step"])
+        """What the console shows of a row; `more`: what only the live view has room for."""
         return {
             "step": row["step"],
             "max_steps": self.config.max_steps,
-            "loss": _short(row["loss"]),
-            "val": _short(row["val_loss"]),
-            "bits/byte": _short(row["val_bits_per_byte"]),
-            "grad norm": _short(row["grad_norm"]),
-            "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            "MFU": f"{row['mfu']:.1%}" if row["mfu"] else "n/a",
-            "memory": f"{peak_memory_bytes(self.engine.device) / 1024**3:.2f} GiB",
-            "length": row["sequence_length"],
-            "microbatches": row["microbatch_steps"],
-            "ETA": f"{int(left // 60)} min {int(left % 60):02d} s",
+            "loss": row["loss"],
+            "val": row["val_loss"],
+            "bits/byte": row["val_bits_per_byte"],
+            "tokens/s": row["tokens_per_second"],
+            "MFU": row["mfu"],
+            "ETA": (self.config.max_steps - row["step"]) * row["seconds"] / max(1, row["step"]),
+            "more": {
+                "grad norm": "" if row["grad_norm"] is None else f"{row['grad_norm']:.4f}",
+                "memory": f"{peak_memory_bytes(self.engine.device) / 1024**3:.2f} GiB",
+                "length": str(row["sequence_length"]),
+                "batch multiplier": str(row["batch_multiplier"]),
+            },
         }
 
     def sync(self) -> str:
@@ -176,7 +159,3 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.close()
             self._wandb.close()
-
-
-def _short(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"

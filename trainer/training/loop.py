@@ -160,14 +160,13 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             continue
         result.wait()  # for the device, which may wait for other ranks: still part of the step
         run.watchdog.at(state.step, "log row")
-        accuracy = run.train_accuracy() if stop is None else None  # what a row costs is part of its step's time
         report.stop_clock()
         row, unreported, validation = report.row(result), None, None
         if evaluate and stop is None:
             validation, stop = validated(run)
         owed = row if evaluate and stop is not None else None  # its evaluation is left to the process that goes on
         if owed is None:
-            report.write(row, validation, accuracy)
+            report.write(row, validation)
         check_finite(row)
         if validation is not None:
             show_progress(run, report, tokenizer)
@@ -201,10 +200,9 @@ def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> si
     """Make the evaluation that the checkpoint owes which the run goes on from, and write its `row`. Returns the signal that broke
     it off."""
     report.stop_clock()
-    accuracy = run.train_accuracy()
     validation, stop = validated(run)
     if stop is None:
-        report.write(row, validation, accuracy)
+        report.write(row, validation)
         show_progress(run, report, tokenizer)
         run.settle(report.sync())
     report.clock.start()

@@ -18,7 +18,7 @@ from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, TrainStream
 from trainer.engine import build_engine
 from trainer.inference.decoding import complete
-from trainer.inference.evaluation import check_enough, score, validate
+from trainer.inference.evaluation import check_enough, validate
 from trainer.optim.frequency import FrequencyScaling
 from trainer.planning.plan import Plan
 from trainer.planning.run_config import check_trained_with, folder_of
@@ -30,7 +30,6 @@ from trainer.runtime.watchdog import Watchdog
 from trainer.training.step import StepResult, own_flags
 
 OWED = "row"  # key of a manifest: the row of its step in metrics.jsonl, where the evaluation that belongs there was not made
-ACCURACY_TOKENS = 2048  # training accuracy is an estimate from about this many tokens
 
 
 @dataclass
@@ -121,17 +120,6 @@ class Run:
         return first, after - first
 
     # -- looking -----------------------------------------------------------------------------------------------------
-
-    def train_accuracy(self) -> float | None:
-        """Share of right guesses on a few of the next step's sequences; costs one small forward pass."""
-        if not (self.world.leader or self.engine.lockstep):
-            return None
-        length = self.plan.sequence_length(self.state.step)
-        windows = self.stream.windows(self.position(), length, 0, max(1, ACCURACY_TOKENS // length))
-        block = torch.from_numpy(windows)
-        with torch.no_grad():
-            _, right, count = score(self.engine, block[:, :-1], block[:, 1:])
-        return (right / count).item()
 
     def validate(self) -> dict[str, Any]:
         """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it.
