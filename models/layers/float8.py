@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import autocast_dtype
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the GPU's fp8 products want every dimension divisible by it
 MIN_RATIO = 2.0**-100  # of largest entry to largest number of the type: a tensor of zeros has a finite scale too
@@ -26,8 +28,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the type that nn.Linear gives: x's, or autocast's."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
         rows = x.reshape(-1, self.in_features)  # [N, in]
         n = len(rows)
         if n % MULTIPLE:  # N is what the weight's gradient sums over; rows of zeros add nothing to it

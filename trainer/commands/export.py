@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models.config import kernel_fields_of
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import ExportConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
-from trainer.engine.meta import KERNEL_FIELDS
 from trainer.runs.opening import stored_run
 from trainer.runtime.distributed import World
 
@@ -47,7 +47,8 @@ def run(config: ExportConfig) -> None:
     folder, stored = stored_run(config.run_dir, say)
     trained = stored.build()  # everything inferred is written out there
     fields = dict(trained.model)
-    fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
+    kernels = kernel_fields_of(fields.get("name", "hlb"))
+    fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # those of this machine do not bind another
     chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")

@@ -4,7 +4,6 @@ other strategies would not."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from models.layers.linear_cross_entropy import scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
-from trainer.engine.meta import KERNEL_FIELDS
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
     """UserError names the parameters that one backward pass leaves without a gradient. say: where that cannot be found out."""
-    kernels = [name for name in KERNEL_FIELDS if hasattr(plan.model_config, name)]  # those of the CPU reach the same
-    config = replace(plan.model_config, **dict.fromkeys(kernels, "auto"))
+    config = plan.model_class.with_kernels(plan.model_config, "auto")  # the CPU's kernels reach the same parameters
     try:
         # No numbers, so no memory, and hardly any time. The loss in tiles takes the longest of it, and scores keep nothing.
         with (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from trainer.engine.deepspeed_config import BUCKET
-from trainer.engine.meta import KERNEL_FIELDS, build_meta, told_of_model
+from trainer.engine.meta import build_meta, told_of_model
 
 GIB = 1024**3
 
@@ -115,6 +115,7 @@ class MemoryEstimate:
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
+        self.caps_logits = model.caps_logits()
         self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
 
     def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
@@ -189,8 +190,7 @@ class MemoryEstimate:
         vocab_size, itemsize = self.model_config.vocab_size, 4 if layout.compute == "fp32" else 2
         if self._measure(layout, how).logits:
             return 8 * vocab_size * tokens
-        softcap = getattr(self.model_config, "final_softcap", 0) > 0
-        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, softcap)
+        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, self.caps_logits)
 
     def tokens_that_fit(self, memory: int | None, layout: ParallelLayout, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
@@ -280,8 +280,7 @@ def _saved_activations(
     from models.layers.linear_cross_entropy import score_nothing, scored_by
     from trainer.engine import activation_checkpointing, compilation
 
-    gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
-    model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
+    model_config = model_class.without_device_kernels(model_config)
     # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import flops_per_token
 from trainer.inference.evaluation import safe_exp
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
@@ -73,8 +73,7 @@ class Report:
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
         # Not of the engine's model: where its weights are cut into parts (zero3) it would count those of one part, or none.
-        whole = build_meta(plan.model_class, plan.model_config)
-        self._flops = {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
+        self._flops = {t: flops_per_token(plan.model_class, plan.model_config, t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._waiting: Measured | None = None
         self._first = True
