@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import autocast_dtype
+from models.layers.compat import scaled_product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the GPU's fp8 products want every dimension divisible by it
@@ -54,7 +55,7 @@ class _Product(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         # Fast accumulation keeps some 14 bits of a partial sum (arXiv 2412.19437): enough for the output, while the
         # gradients' sums, over more terms, are kept in fp32.
-        return torch._scaled_mm(x8, weight8.t(), x_scale, weight_scale, out_dtype=dtype, use_fast_accum=True)
+        return scaled_product(x8, weight8.t(), x_scale, weight_scale, dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
@@ -64,12 +65,12 @@ class _Product(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             columns = _cast(weight.t(), weight_scale, E4M3).t()  # [out, in], column by column
-            dx = torch._scaled_mm(gradient8, columns, scale, weight_scale, out_dtype=gradient.dtype).to(ctx.x_dtype)
+            dx = scaled_product(gradient8, columns, scale, weight_scale, gradient.dtype, fast=False).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             columns = x8.t().contiguous().t()  # [N, in], column by column
             rows = gradient8.t().contiguous()  # [out, N]
             # In the parameter's type at once: no rounding to bf16 in between, and no pass to undo it.
-            dweight = torch._scaled_mm(rows, columns, scale, x_scale, out_dtype=weight.dtype)
+            dweight = scaled_product(rows, columns, scale, x_scale, weight.dtype, fast=False)
         return dx, dweight, None
 
 

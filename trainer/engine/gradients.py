@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.layers.linear_cross_entropy import scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.runtime.compat import fake_tensors
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
@@ -20,7 +20,7 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
     try:
         # No numbers, so no memory, and hardly any time. The loss in tiles takes the longest of it, and scores keep nothing.
         with (
-            FakeTensorMode(allow_non_fake_inputs=True),
+            fake_tensors(allow_non_fake_inputs=True),
             scored_by(lambda *facts: None),
             torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
         ):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, told_of_model
+from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
 
@@ -244,7 +245,6 @@ def saved_activations(
     compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see Demand. A model that cannot be
     compiled is measured as it is, and so trained.
     """
-    import torch
 
     from trainer.engine import compilation
 
@@ -260,7 +260,7 @@ def saved_activations(
                 raise
             return _saved_activations(*asked)
         finally:
-            torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
+            private("reset")()  # the compiler keeps code by function, and would try this one at every call
 
 
 def _saved_activations(
@@ -274,7 +274,6 @@ def _saved_activations(
     compiled: bool = False,
 ) -> SavedActivations:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
@@ -282,7 +281,7 @@ def _saved_activations(
 
     model_config = model_class.without_device_kernels(model_config)
     # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
-    with FakeTensorMode(), contextlib.ExitStack() as stack:
+    with fake_tensors(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
         activation_checkpointing.apply(model, how)
@@ -338,13 +337,11 @@ def _default_dtype(dtype: Any) -> Any:
 def _alive_tensors(model: Any) -> Any:
     """A mode that watches the memory which operators take; `bytes()` is what of it is still held."""
     import torch
-    from torch.multiprocessing.reductions import StorageWeakRef
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
+    weak_reference, tree_leaves = private("StorageWeakRef"), private("tree_leaves")
     copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
 
-    class AliveTensors(TorchDispatchMode):
+    class AliveTensors(private("TorchDispatchMode")):  # type: ignore[misc]
         supports_higher_order_operators = True
 
         @classmethod
@@ -354,9 +351,9 @@ def _alive_tensors(model: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             tensors = (*model.parameters(), *model.buffers())
-            self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
-            self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
-            self.sizes: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
+            self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
+            self.vectors: set[Any] = set()  # made of parameters; held by every layer, and so they count
+            self.sizes: dict[Any, tuple[int, torch.Size]] = {}
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
@@ -373,8 +370,8 @@ def _alive_tensors(model: Any) -> Any:
             return out
 
         @staticmethod
-        def reference(tensor: torch.Tensor) -> StorageWeakRef:
-            return StorageWeakRef(tensor.untyped_storage())
+        def reference(tensor: torch.Tensor) -> Any:
+            return weak_reference(tensor.untyped_storage())
 
         def bytes(self) -> int:
             self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}

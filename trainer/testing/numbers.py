@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import IGNORE, Cache, materialise
+from trainer.runtime.compat import pretended_process_group
 from trainer.testing.subject import (
     ROWS,
     SCALE,
@@ -50,8 +50,7 @@ def weights_depend_on_the_seed_alone(subject: Subject) -> None:
 def shards_are_parts_of_the_whole(subject: Subject) -> None:
     """Rank 1 of 2, with nobody at the other end: initialising needs no communication."""
     whole = subject.build()
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    try:
+    with pretended_process_group(rank=1, size=2):
         model = subject.meta_at(SCALE)
         mesh = dist.init_device_mesh("cpu", (2,))
         for module in (*model.blocks(), model):
@@ -65,8 +64,6 @@ def shards_are_parts_of_the_whole(subject: Subject) -> None:
                 torch.equal(sharded[name].to_local(), expected),
                 f"{name}: its second shard is not the second half of the whole; draw and fill by models.layers' normal_ and fill_",
             )
-    finally:
-        dist.destroy_process_group()
 
 
 def gradients_reach_every_parameter(subject: Subject) -> None:
