@@ -20,6 +20,7 @@ import math
 import pkgutil
 import traceback
 from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models import counting
 from models.state import DecodingState, State
 
 IGNORE = -1  # a target that does not count
@@ -122,26 +124,6 @@ class LanguageModel(nn.Module):
         """Role -> names (as in `named_parameters`); every parameter stands under exactly one of `roles`."""
         raise NotImplementedError
 
-    @classmethod
-    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> Any:
-        """The Config at this `model_scale`, with `choices` of its fields kept; ValueError where these cannot be.
-
-        Without choices its parameter count lands within 3 % of `target_parameters`.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def count_parameters(cls, config: Any) -> int:
-        """Parameters by formula, without building the model."""
-        raise NotImplementedError
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs of one token at this length: 2 per multiply-add, the backward twice the forward.
-
-        Attention counts the whole [T, T] square (the usual convention of MFU), embedding lookups nothing.
-        """
-        raise NotImplementedError
-
     # -- defaults ----------------------------------------------------------------------------------------------------
 
     def nll(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -161,6 +143,8 @@ class LanguageModel(nn.Module):
         total = self.nll(hidden, targets, weights).sum()
         return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
 
+    kernel_fields: ClassVar[tuple[str, ...]] = ()  # fields of Config that name a kernel; all know "auto" and "torch"
+    device_kernels: ClassVar[tuple[str, ...]] = ()  # their values that only some devices can run
     masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
     decodes_incrementally: ClassVar[bool] = True  # False: `new_state` gives None
     optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
@@ -173,6 +157,66 @@ class LanguageModel(nn.Module):
         The default grows with the first tokens and takes batch, device and type from them.
         """
         return DecodingState(max_length) if self.decodes_incrementally else None
+
+    # Sizes. The defaults count on the meta device; an override must say the same, and `check` holds it to that.
+
+    @classmethod
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> Any:
+        """The Config at this `model_scale`, with `choices` of its fields kept; ValueError where no Config has them.
+
+        Without choices its parameter count is within 3 % of `target_parameters`. The default searches over d_model, n_layers
+        and, where the Config has one, n_heads; all other fields keep their defaults.
+        """
+        return counting.find_shape(cls, vocab_size, target_parameters, choices)
+
+    @classmethod
+    def count_parameters(cls, config: Any) -> int:
+        """The number of parameters; one that stands under several names counts once."""
+        return counting.parameters_of(cls, config)  # type: ignore[arg-type]
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs of one token in a sequence of this length.
+
+        The convention: 2 per multiply-add; the backward pass takes twice the forward pass; attention counts the whole
+        [T, T] square, whatever is masked; what is no matrix product, embedding lookups among it, counts nothing. The default
+        counts a forward pass on the meta device.
+        """
+        config = type(self).with_kernels(self.config, "torch")  # fused kernels pad their inputs
+        return counting.training_flops_of(type(self), config, sequence_length) // sequence_length  # type: ignore[arg-type]
+
+    # Kernels. What the trainer asks of a Config, so that it knows none of its fields.
+
+    @classmethod
+    def with_kernels(cls, config: Any, kernel: str) -> Any:
+        """`config` with `kernel` ("auto" or "torch") in all of its `kernel_fields`."""
+        return replace(config, **dict.fromkeys(cls.kernel_fields, kernel))
+
+    @classmethod
+    def without_device_kernels(cls, config: Any) -> Any:
+        """`config` with "auto" in place of kernels that only some devices can run."""
+        named = [name for name in cls.kernel_fields if getattr(config, name) in cls.device_kernels]
+        return replace(config, **dict.fromkeys(named, "auto"))
+
+    @classmethod
+    def recording_refusal(cls, config: Any) -> str | None:
+        """Why a CUDA graph cannot record the forward pass; None where it can."""
+        return None
+
+    @classmethod
+    def check_sizes(cls, config: Any, tokens: int | None = None, longest: int | None = None) -> None:
+        """ValueError, which begins with the name of a field, where the config does not suit the run.
+
+        tokens: size of the tokenizer; longest: tokens of the longest training sequence. None: not known yet.
+        """
+
+    @classmethod
+    def inferred(cls, config: Any) -> dict[str, int]:
+        """Field -> the number that a 0 in it stands for."""
+        return {}
+
+    def caps_logits(self) -> bool:
+        """Whether the loss bends the logits, for which it needs a copy of them."""
+        return False
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
         """Name of a parameter -> what projects it in place after each optimiser step (none by default).
@@ -388,15 +432,7 @@ def pad_vocab(size: int, multiple: int = 64) -> int:
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
 
-_TO_DEFINE = (
-    "Config",
-    "init_weights",
-    "blocks",
-    "parameter_groups",
-    "config_for_scale",
-    "count_parameters",
-    "flops_per_token",
-)
+_TO_DEFINE = ("Config", "init_weights", "blocks", "parameter_groups")
 
 
 def register(name: str):

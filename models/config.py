@@ -40,6 +40,12 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"{field.name} must be at most {high:,}, not {value}")
 
 
+def kernel_fields_of(name: Any) -> tuple[str, ...]:
+    """The `kernel_fields` of the model that is registered under `name`; none of a model that is not."""
+    load_models()
+    return get_model(name).kernel_fields if name in model_names() else ()
+
+
 def with_later_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The model section of a stored config, and the fields that its model has got since, as they change nothing.
 

@@ -94,6 +94,7 @@ class Hlb(LanguageModel):
     """Embedding, LatentAttention blocks, LayerNorm, untied output projection; no bias anywhere."""
 
     Config = HlbConfig
+    kernel_fields, device_kernels = ("attention_kernel",), ("flex",)
     masks_documents = True
 
     def __init__(self, config: HlbConfig) -> None:
@@ -193,15 +194,3 @@ class Hlb(LanguageModel):
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> HlbConfig:
         return replace(HlbConfig.for_scale(scale, vocab_size), **choices)  # the target is this law's own count
-
-    @classmethod
-    def count_parameters(cls, config: HlbConfig) -> int:
-        d = config.d_model
-        per_block = (2 * config.d_qk + 3 * config.d_expand) * d + d + 1  # 6.25 d^2 + d + 1 by default
-        return 2 * config.vocab_size * d + config.n_layers * per_block + d
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """6 per weight of a product, and q k^T and weights v over the whole [T, T] square, causal or not."""
-        config, d = self.config, self.config.d_model
-        weights = config.vocab_size * d + config.n_layers * (2 * config.d_qk + 3 * config.d_expand) * d
-        return 6 * weights + 6 * config.n_layers * sequence_length * (config.d_qk + d)

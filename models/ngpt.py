@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from models.config import check_ranges, setting
 from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.positions import Rotary, number_documents, positions_in_documents
-from models.layers.shapes import shape_for
 from models.state import DecodingState
 
 
@@ -203,24 +202,3 @@ class Ngpt(LanguageModel):
         for name, _ in self.named_parameters():
             groups.setdefault(role.get(name, "matrix" if name.endswith(".weight") else "norm"), []).append(name)
         return groups
-
-    @classmethod
-    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> NgptConfig:
-        """GPT-2's aspect, and heads of about 64 channels."""
-
-        def of_shape(width: int, n_heads: int) -> NgptConfig:
-            shape = {"d_model": width, "n_layers": 1, "n_heads": n_heads}
-            return cls.Config(**{"vocab_size": vocab_size, **shape, **choices})
-
-        return shape_for(cls.count_parameters, target_parameters, of_shape, choices)
-
-    @classmethod
-    def count_parameters(cls, config: NgptConfig) -> int:
-        d = config.d_model
-        return config.vocab_size * (2 * d + 1) + config.n_layers * (16 * d**2 + 11 * d)
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """6 per weight of a product (not the lookups), and attention over the whole [T, T] square."""
-        config, d = self.config, self.config.d_model
-        weights = config.vocab_size * d + config.n_layers * 16 * d**2
-        return 6 * weights + 12 * config.n_layers * sequence_length * d

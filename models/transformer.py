@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Hidden, LanguageModel, register
+from models.counting import estimate_parameters, training_flops_of
 from models.layers import compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_attention_mask
 from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
-from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of, norm_size_of
+from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of
 from models.layers.linear_cross_entropy import linear_nll
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
@@ -47,6 +49,7 @@ class Transformer(LanguageModel):
     """Embedding, blocks, norm, output projection; the switches are fields of `Config`."""
 
     Config = TransformerConfig
+    kernel_fields, device_kernels = ("attention_kernel", "kernels"), ("flex", "flash", "liger")
     masks_documents = True
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -254,33 +257,35 @@ class Transformer(LanguageModel):
     def tied_embedding(self) -> bool:
         return self.config.tied
 
-    # -- sizes -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def recording_refusal(cls, config: TransformerConfig) -> str | None:
+        return "Liger's loss waits for the device" if config.kernels == "liger" else None
 
     @classmethod
-    def count_parameters(cls, config: TransformerConfig) -> int:
-        c, d = config, config.d_model
-        count = c.vocab_size * d * (1 if c.tied else 2) + (c.max_context * d if c.positions == "learned" else 0)
-        count += sum(BLOCKS[c.block].size(c, layer) for layer in range(c.n_layers))
-        count += (c.norm_placement != "post") * norm_size_of(c)
-        count += c.value_embeddings * c.vocab_size * c.kv_heads * c.head_width
-        count += 2 * c.n_layers * c.x0_skip + (c.n_layers // 2) * c.unet_skips
-        return count + sum(FurtherHead.size(c, i) for i in range(1, c.n_predict))
+    def check_sizes(cls, config: TransformerConfig, tokens: int | None = None, longest: int | None = None) -> None:
+        if tokens is not None and 0 < config.unpadded_vocab < tokens:
+            raise ValueError(f"unpadded_vocab: {config.unpadded_vocab} is smaller than the tokenizer's {tokens}")
+        if longest is not None and config.window > longest:
+            raise ValueError(
+                f"window: {config.window} is more than the longest sequence ({longest}), so it would limit nothing; lower it "
+                "or leave it out"
+            )
+
+    @classmethod
+    def inferred(cls, config: TransformerConfig) -> dict[str, int]:
+        return config.inferred()
+
+    def caps_logits(self) -> bool:
+        return self.config.final_softcap > 0
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """6 per weight of a product, and scores and their values over the whole [T, T] square, whatever is masked."""
-        weights, scores, others = 0, 0, 0
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                weights += module.weight.numel()
-            elif isinstance(module, Pattention):
-                weights += module.product_weights()
-            elif isinstance(module, HyperConnection):
-                others += module.flops_per_token()
-            scores += getattr(module, "score_width", 0)
-        shared = self.config.n_predict if self.config.share_unembedding else 1
-        own_head = self.head is not None  # counted above once
-        weights += (shared - own_head) * self.config.vocab_size * self.config.d_model
-        return 6 * (weights + scores * sequence_length) + others
+        """As counted, without the windows: the convention wants the whole square."""
+        config = self.with_kernels(self.config, "torch")  # fused kernels pad their inputs
+        if config.window:
+            config = replace(config, window=max(config.window, sequence_length))
+        return training_flops_of(type(self), config, sequence_length) // sequence_length  # type: ignore[arg-type]
 
     @classmethod
     def config_for_scale(
@@ -298,7 +303,7 @@ class Transformer(LanguageModel):
                 shape["n_kv_heads"] = n_heads // math.gcd(n_heads // together, group)
             return replace(default, **{"vocab_size": vocab_size, **shape, **choices})
 
-        return shape_for(cls.count_parameters, target_parameters, of_shape, choices)
+        return shape_for(partial(estimate_parameters, cls), target_parameters, of_shape, choices)
 
 
 # Standard deviation of a matrix: (init_std, its inputs, layer of the branch it ends or None, layers).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,5 +37,17 @@ def fill_(parameter: Tensor, values: Tensor) -> None:
 
 
 def compute_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
-    """What a product with `weight` on `device` has here: that of autocast, where it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+    """The type of a product with `weight` on `device`: that of autocast, where it is on."""
+    return autocast_dtype(device.type) or weight.dtype
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that autocast computes in; None where it is off. The meta device has none."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switches autocast off, on any device. (torch's own context raises on the meta device.)"""
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

@@ -36,13 +36,6 @@ class Context(NamedTuple):
     kernel: str
 
 
-def projection_size(config: Any, name: str, d_in: int, d_out: int, bias: bool, slots: int) -> int:
-    """Parameters of projection `name` (qkv or out): a linear layer's, or those of the Pattention in its place."""
-    if name in config.pattention_of:
-        return Pattention.size(d_in, d_out, slots)
-    return d_in * d_out + bias * d_out
-
-
 class Joined(nn.ModuleList):
     """Several projections of one input, side by side."""
 
@@ -75,14 +68,6 @@ class Attention(nn.Module):
         """values: [B, T, G * head_dim] to mix into this layer's, or None; returns (output, values for the next layer)."""
         attended, values = self.heads(self.qkv(x), x, values, context, cache)
         return self.out(attended), values
-
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        d, slots, bias = config.d_model, config.slots, config.qkv_has_bias
-        h, g = config.n_heads * config.head_width, config.kv_heads * config.head_width
-        into = sum(projection_size(config, "qkv", d, width, bias, slots) for width in (h, g, g))
-        out = projection_size(config, "out", h, d, config.out_has_bias, slots)
-        return into + out + HEADS[config.attention].size(config, layer)
 
 
 class SoftmaxHeads(nn.Module):
@@ -144,18 +129,6 @@ class SoftmaxHeads(nn.Module):
             q, k, v, attention_mask, scale=self.scale, softcap=self.softcap, attention_bias=attention_bias
         )
 
-    @property
-    def score_width(self) -> int:
-        """Channels of queries and of values together that each query multiplies with each key, for FLOPs."""
-        return 2 * self.d_out
-
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        """Parameters beside the projections."""
-        count = 2 * config.head_width * config.qk_norm + 4 * config.kv_heads * config.kv_shift
-        count += 2 * mixes_values(config, layer) + (config.d_model + 1) * config.n_heads * config.forget_gate
-        return count + config.d_model * GATES[config.attention_gate](config)
-
 
 class DifferentialHeads(SoftmaxHeads):
     """softmax_1 v - lambda softmax_2 v, a norm per head (arXiv 2410.05258): H / 2 heads whose values are twice as wide."""
@@ -180,16 +153,8 @@ class DifferentialHeads(SoftmaxHeads):
         attended = attended * (1 - self.lambda_init)
         return attended.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, T, head_dim]
 
-    @property
-    def score_width(self) -> int:
-        return 3 * self.d_out  # values are twice as wide in each of the two
-
     def draw(self, generator: torch.Generator | None) -> None:
         normal_(self.lambdas, 0.1, generator)
-
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        return SoftmaxHeads.size(config, layer) + 6 * config.head_width
 
 
 class LatentAttention(nn.Module):
@@ -250,18 +215,6 @@ class LatentAttention(nn.Module):
         return KERNELS[context.kernel](
             q, k, v, attention_mask, scale=self.scale, softcap=self.softcap, attention_bias=None
         )
-
-    @property
-    def score_width(self) -> int:
-        return self.n_heads * (2 * self.head_dim + self.rope_dim)
-
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        h, d, width = config.n_heads, config.head_width, config.d_model
-        rope, rank, q_rank = latent_widths(config)
-        bias = config.qkv_has_bias
-        query = (q_rank or width) * h * (d + rope) + bias * h * (d + rope) + q_rank * (width + 1)
-        return query + width * (rank + rope) + rank + 2 * rank * h * d + h * d * width + config.out_has_bias * width
 
 
 def latent_widths(config: Any) -> tuple[int, int, int]:

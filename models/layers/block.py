@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.layers.attention import HEADS, Attention, Context, LatentAttention
 from models.layers.mlp import ACTIVATIONS
-from models.layers.norms import make_norm, norm_size
+from models.layers.norms import make_norm
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection, Plain, Weighted, narrow
 from models.state import DecodingState
@@ -71,11 +71,6 @@ class Block(nn.Module):
         """The norm that ends each branch, where there is one: its gain starts at zero under zero_init."""
         return [post for post in (self.attention_post, self.mlp_post) if not isinstance(post, nn.Identity)]
 
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        norms = 2 * sum(NORM_PLACES[config.norm_placement]) * norm_size_of(config)
-        return norms + ATTENTION[config.attention].size(config, layer) + mlp_size(config) + 2 * join_size(config)
-
 
 class ParallelBlock(nn.Module):
     """x + attention(norm(x)) + MLP(norm(x)) with one norm, one matrix into both branches and one out of both (PaLM,
@@ -106,13 +101,6 @@ class ParallelBlock(nn.Module):
     def branch_ends(self) -> list[nn.Module]:
         return []
 
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        d, q, kv = config.d_model, config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
-        up = q + kv + ACTIVATIONS[config.mlp].inputs * config.hidden
-        matrices = d * (up + q + config.hidden) + config.qkv_has_bias * up + config.out_has_bias * d
-        return matrices + norm_size_of(config) + HEADS[config.attention].size(config, layer) + join_size(config)
-
 
 class ParallelBlockTwoNorms(Block):
     """x + attention(norm_1(x)) + MLP(norm_2(x)); x [B, T, D]."""
@@ -127,10 +115,6 @@ class ParallelBlockTwoNorms(Block):
         h, kept = self.attention_join.mix(x)
         attended, values = self.attention(self.attention_norm(h), values, context, cache)
         return self.attention_join.merge(x, attended + self.mlp(self.mlp_norm(h)), kept), values
-
-    @staticmethod
-    def size(config: Any, layer: int) -> int:
-        return Block.size(config, layer) - join_size(config)
 
 
 ATTENTION: dict[str, Any] = {"softmax": Attention, "differential": Attention, "latent": LatentAttention}
@@ -158,20 +142,9 @@ class FurtherHead(nn.Module):
             return self.norm(narrowed(x))
         return last_norm(narrowed(self.block(before, values, context)[0]))
 
-    @staticmethod
-    def size(config: Any, index: int) -> int:
-        own = 0 if config.share_unembedding else config.d_model * config.vocab_size
-        if config.prediction_heads == "linear":
-            return own + norm_size_of(config)
-        return own + BLOCKS[config.block].size(config, config.n_layers - 1 + index)
-
 
 def norm_of(config: Any, here: bool) -> nn.Module:
     return make_norm(config.norm, config.d_model, config.norm_eps, config.bias) if here else nn.Identity()
-
-
-def norm_size_of(config: Any) -> int:
-    return norm_size(config.norm, config.d_model, config.bias)
 
 
 def mlp_of(config: Any) -> nn.Module:
@@ -179,13 +152,6 @@ def mlp_of(config: Any) -> nn.Module:
         return Mlp(config)
     slots = config.mlp_slots
     return Pattention(config.d_model, config.d_model, slots, config.pattention_mode)
-
-
-def mlp_size(config: Any) -> int:
-    d, inputs = config.d_model, ACTIVATIONS[config.mlp].inputs
-    if "mlp" in config.pattention_of:
-        return Pattention.size(d, d, config.mlp_slots)
-    return (inputs + 1) * d * config.hidden + config.bias * (inputs * config.hidden + d)
 
 
 def join_of(config: Any, index: int) -> Any:
@@ -198,12 +164,6 @@ JOINS: dict[str, Any] = {
     "static_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=False),
     "dynamic_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=True),
 }
-
-
-def join_size(config: Any) -> int:
-    if not config.streams:
-        return config.residual == "weighted"
-    return HyperConnection.size(config.d_model, config.n_streams, dynamic=config.residual == "dynamic_hyper")
 
 
 def narrowed(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from models.layers.compat import raise_recompile_limit
+
 MIN_LENGTH = 128  # it works on blocks of 128 x 128
 MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
 MAX_WIDTH = 256  # of a head's channels; wider ones exceed the shared memory of a multiprocessor
@@ -74,7 +76,7 @@ def suited(function: Callable[..., Any], device: torch.device) -> Callable[..., 
 def compiled(function: Callable[..., Any]) -> Any:
     """The function as fused kernels, which all models of a process share."""
     # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    raise_recompile_limit(64)
     # Else `selective` would not see, and so not keep, what a kernel of its own in an eager block gives.
     return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
@@ -106,6 +108,9 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @gradients_of_flex.register_fake
 def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+HELD_BY_FLEX = torch.ops.crescendo.held_by_flex.default  # as activation checkpointing meets it
 
 
 def _hold(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

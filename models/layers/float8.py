@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import autocast_dtype
+from models.layers.compat import scaled_product
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the GPU's fp8 products want every dimension divisible by it
 MIN_RATIO = 2.0**-100  # of largest entry to largest number of the type: a tensor of zeros has a finite scale too
@@ -26,8 +29,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the type that nn.Linear gives: x's, or autocast's."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
         rows = x.reshape(-1, self.in_features)  # [N, in]
         n = len(rows)
         if n % MULTIPLE:  # N is what the weight's gradient sums over; rows of zeros add nothing to it
@@ -53,7 +55,7 @@ class _Product(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         # Fast accumulation keeps some 14 bits of a partial sum (arXiv 2412.19437): enough for the output, while the
         # gradients' sums, over more terms, are kept in fp32.
-        return torch._scaled_mm(x8, weight8.t(), x_scale, weight_scale, out_dtype=dtype, use_fast_accum=True)
+        return scaled_product(x8, weight8.t(), x_scale, weight_scale, dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
@@ -63,12 +65,12 @@ class _Product(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             columns = _cast(weight.t(), weight_scale, E4M3).t()  # [out, in], column by column
-            dx = torch._scaled_mm(gradient8, columns, scale, weight_scale, out_dtype=gradient.dtype).to(ctx.x_dtype)
+            dx = scaled_product(gradient8, columns, scale, weight_scale, gradient.dtype, fast=False).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             columns = x8.t().contiguous().t()  # [N, in], column by column
             rows = gradient8.t().contiguous()  # [out, N]
             # In the parameter's type at once: no rounding to bf16 in between, and no pass to undo it.
-            dweight = torch._scaled_mm(rows, columns, scale, x_scale, out_dtype=weight.dtype)
+            dweight = scaled_product(rows, columns, scale, x_scale, weight.dtype, fast=False)
         return dx, dweight, None
 
 

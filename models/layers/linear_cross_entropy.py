@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.base import IGNORE
+from models.layers import autocast_dtype, without_autocast
 
 # Logits held at once. Every chunk reads and writes the whole gradient of the weight, so rows per chunk decide the speed, not
 # bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260 rows
@@ -91,9 +92,9 @@ def weighted_linear_cross_entropy(
     gradient, and 0 at IGNORE.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(device) or x.dtype
     form = _Form(softcap, z_loss, len(weight) if vocab_size is None else vocab_size)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         rows, labels, factors = x.flatten(0, -2).to(dtype), targets.flatten(), row_weights.flatten()
         loss, cross_entropies, z_losses = _LinearCrossEntropy.apply(
             rows, weight, bias, labels, factors, divide_by, form, torch.is_grad_enabled()

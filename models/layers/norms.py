@@ -69,11 +69,6 @@ def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module
     return _MAKERS[_known(kind)](width, eps, bias)
 
 
-def norm_size(kind: str, width: int, bias: bool = True) -> int:
-    """Parameters of `make_norm(kind, width, ..., bias)`."""
-    return {"layer": width * (1 + bias), "rms": width, "dyt": width * (1 + bias) + 1}[_known(kind)]
-
-
 def _known(kind: str) -> str:
     if kind not in _MAKERS:
         raise ValueError(f"norm must be {', '.join(NORMS[:-1])} or {NORMS[-1]}, not {kind!r}")

@@ -47,15 +47,6 @@ class Pattention(nn.Module):
         scores = F.linear(x, self.keys)  # [..., slots]
         return self.weigh(scores, self.tau) @ self.values
 
-    @staticmethod
-    def size(d_in: int, d_out: int, slots: int) -> int:
-        """Parameters, by formula."""
-        return slots * (d_in + d_out)
-
-    def product_weights(self) -> int:
-        """Weights that multiply each token, at 6 training FLOPs each: all of them."""
-        return self.keys.numel() + self.values.numel()
-
 
 def grown(pattention: Pattention, values: Tensor) -> Pattention:
     """A copy with further slots, computing the same function: zero keys and the given values [extra, d_out].

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import fill_
+from models.layers import fill_, without_autocast
 
 
 class Residual(nn.Module):
@@ -30,10 +30,6 @@ class Residual(nn.Module):
     def roles(self) -> dict[str, str]:
         """Name of each parameter -> its role in the model."""
         return {}
-
-    def flops_per_token(self) -> int:
-        """Training FLOPs of a token."""
-        return 0
 
 
 class Plain(Residual):
@@ -107,7 +103,7 @@ class HyperConnection(Residual):
 
     def forward(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         n = self.n_streams
-        with torch.autocast(streams.device.type, enabled=False):
+        with without_autocast(streams.device.type):
             h = streams.to(torch.promote_types(streams.dtype, torch.float32))
             b, a = self._coefficients(h)  # [B, T, n, 1], [B, T, n, n + 1]
             # The product gives (A_r - 1)^T H, added to H later: TF32 would round H itself in every block.
@@ -135,20 +131,6 @@ class HyperConnection(Residual):
     def roles(self) -> dict[str, str]:
         static = {"static": "norm"}
         return static | {"dynamic_weight": "matrix", "dynamic_scale": "norm"} if self.dynamic else static
-
-    @staticmethod
-    def size(d_model: int, n_streams: int, dynamic: bool) -> int:
-        """Parameters, by formula."""
-        static = n_streams * (n_streams + 2)
-        return static + d_model * (n_streams + 2) + 2 if dynamic else static
-
-    def flops_per_token(self) -> int:
-        """6 per multiply-add of the products: [A_m | A_r]^T H, and norm(H) W where dynamic.
-
-        B^T o, sums, norm and tanh count nothing, as elsewhere what is no product.
-        """
-        n = self.n_streams
-        return 6 * self.d_model * n * (n + 1 + (n + 2 if self.dynamic else 0))
 
 
 def widen(x: Tensor, n: int) -> Tensor:

@@ -125,10 +125,6 @@ class Forgetful(Gpt2):
         output = super().forward(*args, **kwargs)
         return output._replace(loss=output.loss * self.temperature.mean()) if output.loss is not None else output
 
-    @classmethod
-    def count_parameters(cls, config):
-        return super().count_parameters(config) + config.n_heads
-
 
 def values(dataset, folder, **changes):
     shape = {"name": "forgetful", "d_model": 64, "n_layers": 1, "n_heads": 2}

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from models.config import kernel_fields_of
 from trainer import __version__
 from trainer.commands import Verb, run_folder
 from trainer.core.errors import UserError
@@ -50,7 +51,6 @@ class ExportConfig:
 def run(config: ExportConfig) -> None:
     """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
     from trainer.checkpoint import format as checkpoint
-    from trainer.engine.meta import KERNEL_FIELDS
     from trainer.runs.opening import stored_run
     from trainer.runtime.distributed import World
 
@@ -60,7 +60,8 @@ def run(config: ExportConfig) -> None:
     folder, stored = stored_run(config.run_dir, say)
     trained = stored.build()  # everything inferred is written out there
     fields = dict(trained.model)
-    fields |= dict.fromkeys(fields.keys() & KERNEL_FIELDS, "auto")  # those of this machine do not bind another
+    kernels = kernel_fields_of(fields.get("name", "hlb"))
+    fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # those of this machine do not bind another
     chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._higher_order_ops import inductor_compiled_code
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.layers import flex
 from trainer.core.errors import UserError
+from trainer.runtime.compat import private
+
+# Here, since the compiler traces `kept_operators`.
+flex_attention, inductor_compiled_code = private("flex_attention"), private("inductor_compiled_code")
 
 PRODUCTS = (
     "mm",
@@ -78,7 +80,7 @@ def _selected(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpo
 def kept_operators() -> frozenset[Any]:
     """What `selective` keeps, of the operators this torch has: products with weights, and fused attention."""
     # FlexAttention as an operator of a compiled block, as a kernel of its own in an eager one, and as it stands in plans.
-    operators: list[Any] = [flex_attention, inductor_compiled_code, flex.held_by_flex._opoverload]
+    operators: list[Any] = [flex_attention, inductor_compiled_code, flex.HELD_BY_FLEX]
     for name in (*PRODUCTS, *FUSED_ATTENTION):
         packet = getattr(torch.ops.aten, name, None)
         if packet is not None:

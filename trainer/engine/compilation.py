@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from models.layers.linear_cross_entropy import score_at_once, score_in_tiles, scored_by
+from trainer.runtime.compat import private, set_option
 from trainer.runtime.device import Target
 
 T = TypeVar("T")
@@ -80,7 +81,9 @@ class Compiled:
 
 def _score_a_vocabulary(logits: torch.Tensor, *facts: Any) -> None:
     """score_at_once of rows of one length: only their number changes, so that loads of several entries stay possible."""
-    torch._dynamo.mark_static(logits, 1)
+    torch._dynamo.mark_static(
+        logits, 1
+    )  # by its own name, which the compiler must recognise; probed in runtime/compat.py
     score_at_once(logits, *facts)
 
 
@@ -91,20 +94,16 @@ def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any
 def hold_as_compiled(model: Any) -> None:
     """Have the blocks keep for the backward pass what they keep when compiled: the compiler divides what they compute, and then
     every operator runs by itself. For tensors without storage, whose numbers do not matter, and one length of sequences."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
 
     def as_it_is(graph: Any, inputs: Any) -> Any:
-        return make_boxed_func(graph.forward)
+        return private("make_boxed_func")(graph.forward)
 
     prepare_compiler()
-    backend = aot_autograd(
+    backend = private("aot_autograd")(
         fw_compiler=as_it_is,
         bw_compiler=as_it_is,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
+        partition_fn=private("min_cut_rematerialization_partition"),
+        decompositions=private("select_decomp_table")(),
     )
     for block in model.blocks():
         block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
@@ -112,23 +111,18 @@ def hold_as_compiled(model: Any) -> None:
 
 def prepare_compiler() -> None:
     """Settings of torch.compile for code that is block by block, and kept."""
-    import torch._dynamo
-    import torch._functorch.config
-
     keep_compiled_code()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VERSIONS)
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
+    set_option("recompile_limit", max(private("recompile_limit"), MOST_VERSIONS))
+    set_option("optimize_ddp", False)  # it would cut blocks where DDP's buckets end
     # A backward pass that cannot be compiled is found before the forward pass has run, when eager code can still do both.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    set_option("force_non_lazy_backward_lowering", True)
     # It warns that blocks under `selective` must not write in place, whether they do or not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
 def of_compiler(error: Exception) -> bool:
     """Whether torch.compile failed, rather than what it compiles."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return isinstance(error, TorchDynamoException)
+    return isinstance(error, private("TorchDynamoException"))
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,6 @@ the same as any other engine's; DeepSpeed's own format is not used.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -27,20 +26,11 @@ from trainer.engine.deepspeed_config import deepspeed_settings
 from trainer.engine.matrices import deal
 from trainer.engine.meta import build_meta
 from trainer.engine.zero3_coordinator import RestingCoordinator
-from trainer.engine.zero3_linear import linear, plain_linear, use_linear
+from trainer.engine.zero3_linear import linear, plain_linear
 from trainer.optim.rule import STEP
+from trainer.runtime.compat import leave_out_shared_memory, private, use_linear
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
-
-
-def leave_out_shared_memory() -> None:
-    """Have DeepSpeed not build its all-reduce in shared memory, which it uses on CPUs and for inference alone.
-
-    The build takes a compiler and minutes, and one that was killed leaves a lock for which every later one waits, for ever.
-    """
-    # As an attribute of deepspeed.comm `torch` is PyTorch.
-    backend: Any = importlib.import_module("deepspeed.comm.torch")
-    backend.build_shm_op = lambda: None
 
 
 class DeepSpeedEngine(Engine):
@@ -244,7 +234,7 @@ class DeepSpeedEngine(Engine):
         part = self._own_part(parameter, whole)
         safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.data.copy_(part)
-        if parameter.ds_status is self._deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
+        if parameter.ds_status is private("ZeroParamStatus").AVAILABLE:
             parameter.data.copy_(whole)  # small enough to stay gathered
 
     def _put_state(self, name: str, key: str, whole: Tensor) -> None:

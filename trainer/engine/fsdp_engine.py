@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
+from trainer.runtime.compat import as_shard
 
 
 class FsdpEngine(Engine):
@@ -106,10 +105,7 @@ class FsdpEngine(Engine):
         """State of the parameter's shape is a shard as the parameter is; the step count is a scalar of its own."""
         if value.shape != self.local[name].shape or value.dim() == 0:
             return value
-        whole = self._shards[name]
-        # Not DTensor.from_local, which would move what is offloaded to the mesh's GPUs, and so store and restore a copy.
-        of_values = TensorMeta(whole.shape, whole.stride(), value.dtype)
-        return DTensor(value, DTensorSpec(whole.device_mesh, whole.placements, of_values), requires_grad=False)
+        return as_shard(value, self._shards[name])
 
 
 def device_mesh(device: torch.device, size: int, shard_size: int | None) -> DeviceMesh:

@@ -4,16 +4,14 @@ other strategies would not."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.layers.linear_cross_entropy import score_nothing, scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
-from trainer.engine.meta import KERNEL_FIELDS
+from trainer.runtime.compat import fake_tensors
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
@@ -40,10 +38,9 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
 def unreached_in_training(plan: Any) -> list[str]:
     """Names of the parameters without a gradient after a forward pass as in training and, where its graph does not tell, a
     backward pass. Without numbers, so it takes no memory and hardly any time."""
-    kernels = [name for name in KERNEL_FIELDS if hasattr(plan.model_config, name)]  # those of the CPU reach the same
-    config = replace(plan.model_config, **dict.fromkeys(kernels, "auto"))
+    config = plan.model_class.with_kernels(plan.model_config, "auto")  # the CPU's kernels reach the same parameters
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
+        fake_tensors(allow_non_fake_inputs=True),
         scored_by(score_nothing),
         torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
     ):

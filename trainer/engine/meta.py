@@ -12,15 +12,20 @@ from typing import Any
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 
-KERNEL_FIELDS = ("attention_kernel", "kernels")  # of a model's Config, where a kernel may be named
-
 
 def build_meta(model_class: Any, model_config: Any) -> Any:
-    """The model with shapes but no memory."""
-    import torch
+    """The model with shapes but no memory. (torch is imported only now: `--help` needs none.)"""
+    from models.counting import build_on_meta
 
-    with torch.device("meta"):
-        return model_class(model_config)
+    return build_on_meta(model_class, model_config)
+
+
+def flops_per_token(model_class: Any, model_config: Any, length: int) -> int:
+    """Training FLOPs of one token, as the model says. UserError where they cannot be counted."""
+    with told_of_model(
+        model_class, "flops_per_token must be defined, as the forward pass does not run on the meta device"
+    ):
+        return build_meta(model_class, model_config).flops_per_token(length)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@ through the transposed view it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +32,3 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; keeps of the weight nothing but the parameter."""
     return _Linear.apply(x, weight, bias)
-
-
-def use_linear(function: Callable[..., Tensor]) -> None:
-    """Make `function` torch's linear, of all modules. DeepSpeed puts a version of its own there, which adds the bias in place: into
-    the very product that selective activation checkpointing keeps, so that it is added twice."""
-    torch.nn.functional.linear = function  # type: ignore[assignment]

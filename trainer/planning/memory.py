@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.engine.deepspeed_config import BUCKET
-from trainer.engine.meta import KERNEL_FIELDS, build_meta, told_of_model
+from trainer.engine.meta import build_meta, told_of_model
 from trainer.optim import AdamW, get_rule, matrices_of, state_bytes
+from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
 
@@ -124,6 +125,7 @@ class MemoryEstimate:
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
+        self.caps_logits = model.caps_logits()
         self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
 
     def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
@@ -207,8 +209,7 @@ class MemoryEstimate:
         vocab_size, itemsize = self.model_config.vocab_size, 4 if layout.compute == "fp32" else 2
         if self._measure(layout, how).logits:
             return 8 * vocab_size * tokens
-        softcap = getattr(self.model_config, "final_softcap", 0) > 0
-        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, softcap)
+        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, self.caps_logits)
 
     def tokens_that_fit(self, memory: int | None, layout: ParallelLayout, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
@@ -280,7 +281,7 @@ def saved_activations(
                 raise
             return _saved_activations(*asked)
         finally:
-            torch._dynamo.reset()  # the compiler keeps code by function, and would try this one at every call
+            private("reset")()  # the compiler keeps code by function, and would try this one at every call
 
 
 def _saved_activations(
@@ -293,16 +294,14 @@ def _saved_activations(
     flex: bool,
     compiled: bool = False,
 ) -> SavedActivations:
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
     from trainer.engine import activation_checkpointing, compilation, gradients
 
-    gpus_own = [name for name in KERNEL_FIELDS if getattr(model_config, name, None) in ("flex", "flash", "liger")]
-    model_config = replace(model_config, **dict.fromkeys(gpus_own, "auto"))
+    model_config = model_class.without_device_kernels(model_config)
     # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
-    with FakeTensorMode(), contextlib.ExitStack() as stack:
+    with fake_tensors(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
         activation_checkpointing.apply(model, how)
@@ -355,13 +354,11 @@ def _default_dtype(dtype: Any) -> Any:
 
 def _alive_tensors(model: Any) -> Any:
     """A mode that watches the memory which operators take; `bytes` is what of it is still held."""
-    from torch.multiprocessing.reductions import StorageWeakRef
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
+    weak_reference, tree_leaves = private("StorageWeakRef"), private("tree_leaves")
     copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
 
-    class AliveTensors(TorchDispatchMode):
+    class AliveTensors(private("TorchDispatchMode")):  # type: ignore[misc]
         supports_higher_order_operators = True
 
         @classmethod
@@ -371,10 +368,10 @@ def _alive_tensors(model: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             tensors = (*model.parameters(), *model.buffers())
-            self.own = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
-            self.vectors: set[StorageWeakRef] = set()  # made of parameters; held by every layer, and so they count
+            self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
+            self.vectors: set[Any] = set()  # made of parameters; held by every layer, and so they count
             # Bytes, shape of the last tensor, and what takes the bytes off when the storage goes: no call looks at all of them.
-            self.storages: dict[StorageWeakRef, tuple[int, torch.Size, weakref.ref[Any]]] = {}
+            self.storages: dict[Any, tuple[int, torch.Size, weakref.ref[Any]]] = {}
             self.bytes = 0
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -392,17 +389,17 @@ def _alive_tensors(model: Any) -> Any:
             return out
 
         @staticmethod
-        def reference(tensor: torch.Tensor) -> StorageWeakRef:
-            return StorageWeakRef(tensor.untyped_storage())
+        def reference(tensor: torch.Tensor) -> Any:
+            return weak_reference(tensor.untyped_storage())
 
-        def hold(self, reference: StorageWeakRef, tensor: torch.Tensor) -> None:
+        def hold(self, reference: Any, tensor: torch.Tensor) -> None:
             self.let_go(reference)  # it may have another size by now
             storage = tensor.untyped_storage()
             gone = weakref.ref(storage, lambda _: self.let_go(reference))
             self.storages[reference] = storage.nbytes(), tensor.shape, gone
             self.bytes += storage.nbytes()
 
-        def let_go(self, reference: StorageWeakRef) -> None:
+        def let_go(self, reference: Any) -> None:
             if reference in self.storages:
                 self.bytes -= self.storages.pop(reference)[0]
 

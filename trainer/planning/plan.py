@@ -17,7 +17,7 @@ from typing import Any
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build, coerce, coerced
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import build_meta, flops_per_token
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
@@ -144,10 +144,11 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
         model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
-    unpadded = getattr(model_config, "unpadded_vocab", 0)
-    if 0 < unpadded < vocab_size:
-        raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
-    inferred: dict[str, int] = getattr(model_config, "inferred", dict)()
+    try:
+        model_class.check_sizes(model_config, tokens=vocab_size)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
+    inferred = model_class.inferred(model_config)
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
@@ -195,7 +196,8 @@ def law_entries(plan: Plan) -> list[PlanEntry]:
         entries.append(PlanEntry("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
     if optim.recipe == "hlb":
         entries.append(PlanEntry("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
-        tables = "positions" if getattr(plan.model_config, "tied", False) else "embedding"
+        tied = build_meta(plan.model_class, plan.model_config).tied_embedding()
+        tables = "positions" if tied else "embedding"
         entries.append(
             PlanEntry(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08")
         )
@@ -209,7 +211,6 @@ def law_entries(plan: Plan) -> list[PlanEntry]:
 def summary(plan: Plan) -> dict[str, Any]:
     """The plan as one flat mapping, for `--json`."""
     config, batch = plan.config, plan.config.batch
-    model = build_meta(plan.model_class, plan.model_config)
     return {
         "model": config.model["name"],
         "model_scale": config.model_scale,
@@ -232,7 +233,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tokens_at_least": minimum_tokens(plan),
         "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
         "advice": advice(plan, minimum_tokens(plan)),
-        "flops_per_token": model.flops_per_token(batch.sequence_length),
+        "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
         "memory_bytes": expected_memory(plan),
         "laws": {entry.key: entry.value for entry in law_entries(plan)},
         "rules": {entry.key: entry.rule for entry in plan.entries},

@@ -59,10 +59,12 @@ class Resolver:
 
     def model(self, model_class: Any, model_config: Any) -> None:
         self.model_class, self.model_config = model_class, model_config
-        self.parameters = model_class.count_parameters(model_config)
-        if self.parameters > MOST_PARAMETERS:
-            raise UserError(f"model {self.config.model['name']}: {self.parameters:,} parameters are beyond any machine")
         with told_of_model(model_class, "it cannot be built on the meta device"):
+            self.parameters = model_class.count_parameters(model_config)
+            if self.parameters > MOST_PARAMETERS:
+                raise UserError(
+                    f"model {self.config.model['name']}: {self.parameters:,} parameters are beyond any machine"
+                )
             meta = build_meta(model_class, model_config)
         roles = meta.parameter_groups()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
@@ -180,7 +182,7 @@ class Resolver:
         if training:
             selector.refuse_the_impossible(self.layout, options)
         self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
-        check_graphs(config, self.target)
+        check_graphs(config, self.target, self.model_class.recording_refusal(self.model_config))
 
     def unreached(self) -> list[str] | None:
         """Parameters that get no gradient, as `engine` has found beside the memory that is needed."""
@@ -221,12 +223,10 @@ class Resolver:
             raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
         if self.max_context and longest > self.max_context:
             raise UserError(f"batch.sequence_length: {longest} is more than the model's context of {self.max_context}")
-        window = getattr(self.model_config, "window", 0)
-        if window > longest:
-            raise UserError(
-                f"model.window: {window} is more than the longest sequence ({longest}), so it would limit nothing; lower it or "
-                "leave it out"
-            )
+        try:
+            self.model_class.check_sizes(self.model_config, longest=longest)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from None
         if longest > stored:
             raise UserError(
                 f"batch.sequence_length: {longest} is longer than the stored samples of {stored} tokens; "

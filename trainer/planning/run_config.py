@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from models.config import with_later_fields
+from models.config import kernel_fields_of, with_later_fields
 from trainer import __version__
 from trainer.core.config import ABSENT_MEANS, RunConfig
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import parse_json, read_small, user_path, write_file
 from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
 from trainer.core.text import printable
-from trainer.engine.meta import KERNEL_FIELDS
 from trainer.runtime.launcher import find_rank_info
 
 CONFIG = "config.yaml"
@@ -31,7 +30,8 @@ ENVIRONMENT = "environment.jsonl"
 CONFIG_FORMAT = 2
 HEADER = re.compile(r"# crescendo-lm (\S+), config format ([0-9]+), digest ([0-9a-f]{64})")
 
-# What may change between the parts of one run: where it computes and what it reports, not what it computes.
+# What may change between the parts of one run, besides the kernels of its model: where it computes and what it reports, not what
+# it computes.
 CHANGEABLE = (
     "run_dir",
     "max_steps",
@@ -48,7 +48,6 @@ CHANGEABLE = (
     "evaluation.",
     "checkpoint.",
     "log.",
-    *(f"model.{name}" for name in KERNEL_FIELDS),
 )
 
 # What goes with a strategy and a number of processes: with others it is decided anew.
@@ -227,7 +226,8 @@ def combined_values(
     if processes != find_rank_info(os.environ).size or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
     # The folder says where the run is: it may have been moved or copied.
-    return merge(values, drop_inferred(given)) | {"run_dir": str(folder)}, stored
+    name = ((given.get("model") or {}) | (values.get("model") or {})).get("name", "hlb")
+    return merge(values, drop_inferred(given, changeable(name))) | {"run_dir": str(folder)}, stored
 
 
 def combined_config(
@@ -267,13 +267,18 @@ def plugins_of(folder: Path) -> list[str]:
     return plugins if isinstance(plugins, list) else [plugins]
 
 
-def drop_inferred(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def changeable(model_name: Any) -> tuple[str, ...]:
+    """Beginnings of the dotted keys whose values may change between the parts of a run of this model."""
+    return (*CHANGEABLE, *(f"model.{field}" for field in kernel_fields_of(model_name)))
+
+
+def drop_inferred(values: dict[str, Any], may_change: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
     """Without the keys that say `auto`: on resumption what was inferred then holds, but for what may change."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            kept[key] = drop_inferred(value, f"{prefix}{key}.")
-        elif (value is not None and str(value).lower() != "auto") or f"{prefix}{key}".startswith(CHANGEABLE):
+            kept[key] = drop_inferred(value, may_change, f"{prefix}{key}.")
+        elif (value is not None and str(value).lower() != "auto") or f"{prefix}{key}".startswith(may_change):
             kept[key] = value
     return kept
 
@@ -292,7 +297,7 @@ def check_unchanged(
         for key in after
         if key not in stored.given and key not in ABSENT_MEANS and before.get(key) in (None, "auto")
     }
-    if new & set(flat(drop_inferred(given))):
+    if new & set(flat(drop_inferred(given, changeable(config.model["name"])))):
         before |= {key: value for key, value in flat(resolve(stored.build())).items() if key in new}
     else:  # what is inferred today is what the older release did
         before |= {key: after[key] for key in new}
@@ -322,7 +327,8 @@ def check_trained_with(before: Any, config: RunConfig, manifest: Path) -> None:
 
 
 def _refuse_change(before: dict[str, Any], after: dict[str, Any], line: Callable[[str, str], str]) -> None:
-    differing = [key for key in after if before.get(key) != after[key] and not key.startswith(CHANGEABLE)]
+    may_change = changeable(after.get("model.name"))
+    differing = [key for key in after if before.get(key) != after[key] and not key.startswith(may_change)]
     if differing:
         raise UserError(printable(line(differing[0], f" (and {', '.join(differing[1:])})" if differing[1:] else "")))
 

@@ -41,7 +41,7 @@ def refuse_contradictions(config: Any) -> None:
         )
 
 
-def check_graphs(config: Any, target: Target) -> None:
+def check_graphs(config: Any, target: Target, model_refusal: str | None) -> None:
     """UserError where engine.cuda_graphs cannot be had; config: resolved."""
     engine = config.engine
     if not engine.cuda_graphs:
@@ -54,8 +54,8 @@ def check_graphs(config: Any, target: Target) -> None:
         why = "pure_bf16 moves the gradients of each microbatch"
     elif engine.activation_checkpointing != "none":
         why = "recomputing asks for the state of random numbers"
-    elif config.model.get("kernels") == "liger":
-        why = "Liger's loss waits for the device"
+    elif model_refusal is not None:
+        why = model_refusal
     else:
         return
     raise UserError(f"engine.cuda_graphs: {why}; leave it out")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import flops_per_token
 from trainer.planning.plan import Plan, minimum_tokens
 from trainer.planning.resolver import PlanEntry
 
@@ -87,7 +87,7 @@ def _time_by_peak(plan: Plan, device: str, price: float | None) -> Time:
     if peak is None:
         return Time(f"{rule}; nor is a peak of FLOP/s known to guess by")
     batch = plan.config.batch
-    flops = build_meta(plan.model_class, plan.model_config).flops_per_token(batch.sequence_length)
+    flops = flops_per_token(plan.model_class, plan.model_config, batch.sequence_length)
     least, most = (minimum_tokens(plan) * flops / (peak * plan.processes * mfu) / 3600 for mfu in MFUS)
     guess = f"a guess at {MFUS[0]:.0%} to {MFUS[1]:.0%} of {peak / 1e12:,.0f} TFLOP/s"
     guess += ", with a multiplier of one" if batch.dynamic else ""

@@ -11,7 +11,6 @@ from trainer.core.config import DataConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
-from trainer.engine.meta import KERNEL_FIELDS
 from trainer.planning.run_config import (
     CONFIG,
     StoredConfig,
@@ -96,6 +95,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     import torch
 
     from models.base import Unset, refuse_unset, with_storage
+    from models.config import kernel_fields_of
     from trainer.checkpoint import format as checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
@@ -112,7 +112,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if precision != "auto":
         changes["precision"] = precision
     config = stored.build(without_training(stored.values | changes))
-    config.model |= dict.fromkeys(config.model.keys() & KERNEL_FIELDS, "auto")  # nor do the kernels of its machine
+    kernels = kernel_fields_of(config.model.get("name", "hlb"))
+    config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")  # nor do the kernels of its machine
     dataset = DatasetInfo.load(folder)
     plan = resolve(config, dataset, training=False)
     place = choose_device(device, world.local_rank)

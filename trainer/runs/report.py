@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import flops_per_token
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.wandb import Wandb
@@ -43,8 +43,7 @@ class Report:
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
         # Not of the engine's model: where its weights are cut into parts (zero3) it would count those of one part, or none.
-        whole = build_meta(plan.model_class, plan.model_config)
-        self._flops = {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
+        self._flops = {t: flops_per_token(plan.model_class, plan.model_config, t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._first = True
         self._stamped = seconds  # the clock at the last stamp

@@ -22,6 +22,7 @@ from trainer.core.errors import MachineError, UserError
 from trainer.core.files import system_error
 from trainer.core.text import printable, printable_lines
 from trainer.runtime import launcher
+from trainer.runtime.compat import limit_process_groups
 from trainer.runtime.host_info import HostInfo, absentees, compare, find_host_info
 
 MEETING_SECONDS = 300.0  # they were all started together
@@ -84,8 +85,8 @@ class World:
 
     def limit_groups(self) -> None:
         """Give groups that libraries have made the timeout of ours: theirs is torch's own, which users cannot raise."""
-        for group in dist.distributed_c10d._world.pg_map if dist.is_initialized() else ():
-            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        if dist.is_initialized():
+            limit_process_groups(self.timeout)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""

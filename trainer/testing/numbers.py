@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import IGNORE, materialise
 from models.state import State
+from trainer.runtime.compat import pretended_process_group
 from trainer.testing.subject import (
     ROWS,
     SCALE,
@@ -58,8 +58,7 @@ def weights_depend_on_the_seed_alone(subject: Subject) -> None:
 def shards_are_parts_of_the_whole(subject: Subject) -> None:
     """Rank 1 of 2, with nobody at the other end: initialising needs no communication."""
     whole = subject.build()
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    try:
+    with pretended_process_group(rank=1, size=2):
         model = subject.meta_at(SCALE)
         mesh = dist.init_device_mesh("cpu", (2,))
         for module in (*model.blocks(), model):
@@ -73,8 +72,6 @@ def shards_are_parts_of_the_whole(subject: Subject) -> None:
                 torch.equal(sharded[name].to_local(), expected),
                 f"{name}: its second shard is not the second half of the whole; draw and fill by models.layers' normal_ and fill_",
             )
-    finally:
-        dist.destroy_process_group()
 
 
 def gradients_reach_every_parameter(subject: Subject) -> None:
@@ -289,7 +286,7 @@ def flops_are_those_counted(subject: Subject, may_leave_out: bool = True) -> Non
     lengths = [length for length in (64, 256) if model.max_context is None or length <= model.max_context]
     if not lengths:
         raise Skipped(f"max_context is {model.max_context}: too short to tell products from the rest")
-    per_length = (model.flops_per_token(256) - model.flops_per_token(64)) / (256 - 64)
+    per_length = (model.flops_per_token(64) - model.flops_per_token(32)) / (64 - 32)
     for length in lengths:
         tokens = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
         # The counter knows matrix products, not every fused attention kernel of the CPU.

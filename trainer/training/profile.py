@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer.core.errors import UserError
+from trainer.runtime.compat import private
 
 SKIP, WARM_UP, RECORD = 3, 2, 3  # steps: the first ones compile and make the optimiser's state
 TOP = 20
@@ -69,7 +70,7 @@ class Profiler:
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             # Some 2 us for each allocation and free: too dear for every run. Turned off, it would forget what it knows.
-            torch.cuda.memory._record_memory_history(stacks="python", max_entries=HISTORY)
+            private("_record_memory_history")(stacks="python", max_entries=HISTORY)
         schedule = torch.profiler.schedule(
             skip_first=skip, wait=0, warmup=max(1, warm_up), active=max(1, record), repeat=1
         )
@@ -294,7 +295,7 @@ def write_snapshot(folder: Path, rank: int) -> str:
     path = folder / "profile" / f"memory-rank{rank}.pickle"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
+        private("_dump_snapshot")(str(path))
     except Exception as failure:  # whatever it is, the memory that ran out must be told
         why = " ".join(f"{type(failure).__name__}: {failure}".split())
         return f"no snapshot of the memory could be written ({why})"

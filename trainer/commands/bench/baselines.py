@@ -22,7 +22,7 @@ from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, TrainStream
 from trainer.engine.base import Engine, autocast, prepare_device
-from trainer.engine.meta import KERNEL_FIELDS, build_meta
+from trainer.engine.meta import build_meta
 from trainer.planning.memory import expected_memory
 from trainer.planning.plan import Plan
 from trainer.runtime.distributed import World
@@ -146,8 +146,7 @@ class EagerBaseline(Baseline):
     """Our own model in its straightforward form: whole logits, dense attention, nothing compiled or recomputed."""
 
     def model_config(self) -> Any:
-        kernels = {name: "torch" for name in KERNEL_FIELDS if hasattr(self.plan.model_config, name)}
-        return dataclasses.replace(self.plan.model_config, **kernels)
+        return self.plan.model_class.with_kernels(self.plan.model_config, "torch")
 
     def make_model(self) -> Any:
         meta = build_meta(self.plan.model_class, self.model_config())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.runtime.compat import private
 from trainer.training.profile import covered, quiet_profiler
 
 PHASES = ("data", "forward", "backward", "optimiser")
@@ -139,6 +140,4 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 
 def compilations() -> int:
     """Graphs that torch.compile has made in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]
+    return private("counters")["stats"]["unique_graphs"]

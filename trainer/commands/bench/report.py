@@ -18,7 +18,7 @@ from trainer.commands.bench.clock import PHASES
 from trainer.commands.bench.variants import Candidate
 from trainer.core.files import user_path, write_file
 from trainer.core.text import printable, printable_lines
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import flops_per_token
 from trainer.planning.memory import GIB
 from trainer.runtime.device import device_name, memory_bytes, peak_flops
 from trainer.runtime.environment import environment
@@ -114,7 +114,7 @@ def row(one: Candidate, references: list[Candidate]) -> dict[str, Any]:
     """All that is known of a candidate, for the JSON."""
     config, record = one.plan.config, one.record
     length = config.batch.sequence_length
-    flops = build_meta(one.plan.model_class, one.plan.model_config).flops_per_token(length)
+    flops = flops_per_token(one.plan.model_class, one.plan.model_config, length)
     rate, peak = statistics.median(record.rates), peak_flops(one.device, config.precision, config.float8)
     return {
         "name": one.name,

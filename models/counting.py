@@ -1,0 +1,88 @@
+"""Sizes that follow from the code of a model: it is built, and run, on the meta device, where tensors have shapes and no numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.layers.shapes import shape_for
+
+KEPT = 4096  # counts that a process remembers; the search for a shape asks for some hundred
+
+
+class _NoInitialisers(TorchFunctionMode):
+    """Skips torch.nn.init: layers call it in `__init__`, and on the meta device it sets nothing and takes half of the time."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def build_on_meta(model_class: Any, config: Any) -> Any:
+    """A model with shapes but no memory."""
+    with torch.device("meta"), _NoInitialisers():
+        return model_class(config)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def parameters_of(model_class: Any, config: Any) -> int:
+    """The number of parameters; one that stands under several names counts once."""
+    return sum(parameter.numel() for parameter in build_on_meta(model_class, config).parameters())
+
+
+def estimate_parameters(model_class: Any, config: Any) -> int:
+    """`parameters_of`, from the two shallowest models that the Config allows: each layer more adds what the last one added.
+
+    The search for a shape asks for many deep models. Exact where these layers have one size.
+    """
+    shallow = 1
+    while shallow + 1 < config.n_layers:
+        try:
+            few, more = (
+                parameters_of(model_class, replace(config, n_layers=depth)) for depth in (shallow, shallow + 1)
+            )
+        except ValueError:  # what else is chosen needs more layers
+            shallow *= 2
+        else:
+            return few + (config.n_layers - shallow) * (more - few)
+    return parameters_of(model_class, config)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def training_flops_of(model_class: Any, config: Any, length: int) -> int:
+    """FLOPs of training on one sequence of `length` tokens: three times those of the forward pass, without what is recomputed.
+
+    A multiply-add counts as 2; what is no matrix product, embedding lookups among it, as nothing.
+    """
+    model = build_on_meta(model_class, config)
+    tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens)
+    return 3 * counter.get_total_flops()
+
+
+def find_shape(model_class: Any, vocab_size: int, target: int, choices: Mapping[str, Any]) -> Any:
+    """The Config with about `target` parameters: the search of `shape_for` over d_model, n_layers and, where there is one, n_heads.
+
+    ValueError where the Config has no d_model and n_layers, or where no shape is near the target.
+    """
+    names = {field.name for field in fields(model_class.Config)}
+    if not {"d_model", "n_layers"} <= names:
+        raise ValueError(
+            "config_for_scale must be defined: the Config has no fields d_model and n_layers to search over"
+        )
+
+    def of_shape(width: int, n_heads: int) -> Any:
+        shape = {"vocab_size": vocab_size, "d_model": width, "n_layers": 1}
+        shape |= {"n_heads": n_heads} if "n_heads" in names else {}
+        return model_class.Config(**{**shape, **choices})
+
+    return shape_for(functools.partial(estimate_parameters, model_class), target, of_shape, choices)

@@ -1,0 +1,174 @@
+"""Every private name of torch and DeepSpeed that the trainer uses, and every change it makes to them for the whole process.
+
+Private names may move or change between releases. So each stands in one table, with what needs it and the arguments it is called
+with; `private` gives it, or one clear line. `probe` says what is wrong with one, and a test asks it for each. Looked at: torch
+2.11.0 and 2.13.0 (all of TORCH), DeepSpeed 0.19.8 (all of DEEPSPEED). The models' own are in models/layers/compat.py.
+Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from trainer.core.errors import UserError
+
+
+class Private(NamedTuple):
+    """A name of a library that its documentation does not promise. needed_for: a plural or a name, as in "X needs it".
+    arguments: the names of those that we pass."""
+
+    module: str
+    name: str
+    needed_for: str
+    arguments: tuple[str, ...] = ()
+
+
+_PLANS, _COMPILE, _CHECKPOINTING = "the memory estimate", "engine.compile", "engine.activation_checkpointing selective"
+_ADAMW = ("beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize", "found_inf")
+
+TORCH = (
+    Private("torch._subclasses.fake_tensor", "FakeTensorMode", _PLANS, ("allow_non_fake_inputs",)),
+    Private("torch.utils._python_dispatch", "TorchDispatchMode", _PLANS),
+    Private("torch.utils._pytree", "tree_leaves", _PLANS, ("tree",)),
+    Private("torch.multiprocessing.reductions", "StorageWeakRef", _PLANS, ("storage",)),
+    Private("torch._dynamo", "reset", _PLANS),
+    Private("torch._dynamo", "mark_static", _COMPILE, ("t", "index")),
+    Private("torch._dynamo.config", "recompile_limit", _COMPILE),
+    Private("torch._dynamo.config", "optimize_ddp", _COMPILE),
+    Private("torch._functorch.config", "force_non_lazy_backward_lowering", _COMPILE),
+    Private("torch._dynamo.exc", "TorchDynamoException", _COMPILE),
+    Private("torch._dynamo.backends.common", "aot_autograd", _PLANS),
+    Private("torch._functorch.aot_autograd", "make_boxed_func", _PLANS, ("f",)),
+    Private("torch._functorch.partitioners", "min_cut_rematerialization_partition", _PLANS),
+    Private("torch._inductor.decomposition", "select_decomp_table", _PLANS),
+    Private("torch._dynamo.utils", "counters", "`bench`"),
+    Private("torch._higher_order_ops", "inductor_compiled_code", _CHECKPOINTING),
+    Private("torch._higher_order_ops.flex_attention", "flex_attention", _CHECKPOINTING),
+    Private("torch.distributed.tensor._dtensor_spec", "DTensorSpec", "a checkpoint of fsdp", ("mesh", "placements")),
+    Private(
+        "torch.distributed.tensor._dtensor_spec", "TensorMeta", "a checkpoint of fsdp", ("shape", "stride", "dtype")
+    ),
+    Private("torch.distributed.distributed_c10d", "_world", "train.timeout"),
+    Private("torch.distributed.distributed_c10d", "_set_pg_timeout", "train.timeout", ("timeout", "group")),
+    Private("torch.cuda.memory", "_record_memory_history", "--profile", ("stacks", "max_entries")),
+    Private("torch.cuda.memory", "_dump_snapshot", "--profile", ("filename",)),
+    Private("torch.testing._internal.distributed.fake_pg", "FakeStore", "`check`"),
+    Private("torch", "_foreach_norm", "the optimiser"),
+    Private("torch", "_foreach_add_", "the optimiser"),
+    Private("torch", "_foreach_mul_", "the optimiser"),
+    Private("torch", "_foreach_copy_", "the optimiser"),
+    Private("torch", "_fused_adamw_", "optim.state_precision bf16", _ADAMW),
+)
+
+DEEPSPEED = (
+    Private("deepspeed.comm.torch", "build_shm_op", "engine.strategy zero0 to zero3"),
+    Private("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", "engine.strategy zero3"),
+)
+
+_BY_NAME = {entry.name: entry for entry in (*TORCH, *DEEPSPEED)}
+
+
+def private(name: str) -> Any:
+    """What stands under `name` in the tables. UserError, with the remedy, where the installed library has no such thing."""
+    entry = _BY_NAME[name]
+    try:
+        return getattr(importlib.import_module(entry.module), name)
+    except (ImportError, AttributeError):
+        raise UserError(_refusal(entry, f"has no {entry.module}.{name}")) from None
+
+
+def probe(entry: Private) -> str:
+    """What is wrong with a private name here; "" where it can be called as we call it."""
+    try:
+        found = private(entry.name)
+    except UserError as error:
+        return str(error)
+    lacking = [argument for argument in entry.arguments if argument not in _arguments(found)]
+    return _refusal(entry, f"{entry.name} has no argument {', '.join(lacking)}") if lacking else ""
+
+
+def _arguments(function: Any) -> set[str]:
+    """The names of a function's arguments; of an operator, those of its schemas."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        import torch
+
+        packet = getattr(torch.ops.aten, function.__name__)
+        overloads = [getattr(packet, overload) for overload in packet.overloads()]
+        return {argument.name for overload in overloads for argument in overload._schema.arguments}
+
+
+def _refusal(entry: Private, what: str) -> str:
+    library = entry.module.split(".", 1)[0]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        library += f" {importlib.metadata.version(library)}"
+    return f"{library}: {what}, which {entry.needed_for} needs; install a release that pyproject.toml names"
+
+
+# -- what is built of them -------------------------------------------------------------------------------------------------
+
+
+def set_option(name: str, value: Any) -> None:
+    """Set an option of torch's compiler, for the whole process."""
+    private(name)
+    setattr(importlib.import_module(_BY_NAME[name].module), name, value)
+
+
+def fake_tensors(**options: Any) -> Any:
+    """A context in which tensors have shapes, devices and types, and no numbers; autocast works as with real ones."""
+    return private("FakeTensorMode")(**options)
+
+
+def limit_process_groups(timeout: timedelta) -> None:
+    """Give every process group of this process, also those that libraries have made, this timeout."""
+    for group in private("_world").pg_map:
+        private("_set_pg_timeout")(timeout, group)
+
+
+def as_shard(values: Any, like: Any) -> Any:
+    """Local `values`, of any type and on any device, as the DTensor that is cut into shards as the DTensor `like` is.
+
+    DTensor.from_local would move what is offloaded to the mesh's GPUs, and so give a copy.
+    """
+    from torch.distributed.tensor import DTensor
+
+    meta = private("TensorMeta")(like.shape, like.stride(), values.dtype)
+    return DTensor(values, private("DTensorSpec")(like.device_mesh, like.placements, meta), requires_grad=False)
+
+
+def use_linear(function: Callable[..., Any]) -> None:
+    """Make `function` torch's linear, of all modules, for the whole process. DeepSpeed puts a version of its own there, which adds
+    the bias in place: into the very product that selective activation checkpointing keeps, so that it is added twice."""
+    import torch
+
+    torch.nn.functional.linear = function  # type: ignore[assignment]
+
+
+def leave_out_shared_memory() -> None:
+    """Make DeepSpeed not build its all-reduce in shared memory, which it uses on CPUs and for inference alone.
+
+    The build takes a compiler and minutes. One that was killed leaves a lock, for which every later one waits for ever.
+    """
+    private("build_shm_op")
+    # As an attribute of deepspeed.comm `torch` is PyTorch.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+
+
+@contextlib.contextmanager
+def pretended_process_group(rank: int, size: int) -> Iterator[None]:
+    """A process group of `size` in which nobody is at the other end: collectives return at once, and compute nothing."""
+    import torch.distributed as dist
+
+    dist.init_process_group("fake", store=private("FakeStore")(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
