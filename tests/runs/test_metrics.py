@@ -219,11 +219,11 @@ def test_time_goes_to_the_step_that_took_it(tiny_dataset, tmp_path):
     report.clock.seconds = 2.0
     report.stamp()
     report.clock.seconds = 5.0
-    report.step(first)
+    report.write(report.row(first))
     report.stamp()
     report.clock.seconds = 6.0  # the device finishes the second step
     report.stop_clock()
-    report.step(second)
+    report.write(report.row(second))
     report.close()
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["tokens_per_second"] for row in rows] == [6.0, 3.0]
