@@ -232,7 +232,7 @@ def test_time_goes_to_the_step_that_took_it(tiny_dataset, tmp_path):
 
 
 def test_flops_are_those_of_whole_weights(tmp_path, tiny_dataset, monkeypatch):
-    """Under zero3 each process's parameters have no numbers between their uses, and none would be counted."""
+    """Under zero3 each process's parameters have no numbers between their uses; FLOPs follow from the Config all the same."""
     plan = resolve(build(RunConfig, tiny_values(tiny_dataset, tmp_path, model={"name": "llama"})))
     whole = build_meta(plan.model_class, plan.model_config)
     parted = copy.deepcopy(whole)
@@ -241,7 +241,7 @@ def test_flops_are_those_of_whole_weights(tmp_path, tiny_dataset, monkeypatch):
     engine = SimpleNamespace(model=parted, device=torch.device("cpu"))
     report = Report(tmp_path, plan, SimpleNamespace(leader=False, size=1), engine, 0, 0.0)
     assert report._flops == {t: whole.flops_per_token(t) for t in plan.sequence_lengths}
-    assert parted.flops_per_token(64) < whole.flops_per_token(64)
+    assert parted.flops_per_token(64) == whole.flops_per_token(64)
 
 
 def test_resumed_metrics_have_each_step_once(tmp_path):
