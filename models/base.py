@@ -19,7 +19,7 @@ import itertools
 import math
 import pkgutil
 import traceback
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
@@ -68,11 +68,20 @@ class Output(NamedTuple):
     parts: dict[str, Tensor] | None = None
 
 
+class Split(NamedTuple):
+    """How a parameter that fuses several matrices is cut: into parts of these sizes, by name, side by side along `dim`."""
+
+    dim: int
+    sizes: dict[str, int]
+
+
 class LanguageModel(nn.Module):
     """Base of every model. Subclasses define `Config` and all that raises here; the rest has a sane default."""
 
     Config: ClassVar[type]
     roles: ClassVar[tuple[str, ...]] = ("matrix", "embedding", "head", "norm", "bias", "position")
+    # Roles of the model's own, as "decay vector" or "hash table" -> the one of `roles` that an optimiser treats them as.
+    further_roles: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -121,7 +130,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> dict[str, list[str]]:
-        """Role -> names (as in `named_parameters`); every parameter stands under exactly one of `roles`."""
+        """Role -> names (as in `named_parameters`); every parameter stands under exactly one of `roles` or `further_roles`."""
         raise NotImplementedError
 
     # -- defaults ----------------------------------------------------------------------------------------------------
@@ -217,6 +226,20 @@ class LanguageModel(nn.Module):
     def caps_logits(self) -> bool:
         """Whether the loss bends the logits, for which it needs a copy of them."""
         return False
+
+    def names_by_role(self) -> dict[str, list[str]]:
+        """`parameter_groups` with each further role under the one that it is treated as; an unknown role stays as it is."""
+        by_role: dict[str, list[str]] = {}
+        for role, names in self.parameter_groups().items():
+            by_role.setdefault(self.further_roles.get(role, role), []).extend(names)
+        return by_role
+
+    def fused_matrices(self) -> dict[str, Split]:
+        """Name of a parameter that holds several matrices, such as queries, keys and values -> how it splits into them.
+
+        For optimisers that treat each matrix as a whole. A parameter that is not named is one matrix.
+        """
+        return {}
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
         """Name of a parameter -> what projects it in place after each optimiser step (none by default).

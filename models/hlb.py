@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Hidden, LanguageModel, register
+from models.base import Hidden, LanguageModel, Split, register
 from models.config import check_ranges, setting
 from models.layers import compute_dtype, flex, normal_
 from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
@@ -182,6 +182,11 @@ class Hlb(LanguageModel):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
+
+    def fused_matrices(self) -> dict[str, Split]:
+        c = self.config
+        parts = {"query": c.d_qk, "key": c.d_qk, "linear": c.d_expand, "gate": c.d_expand}
+        return {f"layers.{layer}.expand.weight": Split(0, parts) for layer in range(c.n_layers)}
 
     def parameter_groups(self) -> dict[str, list[str]]:
         role = {"embedding": "embedding", "head": "head", "norm": "norm", "position_bias": "position"}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Hidden, LanguageModel, register
+from models.base import Hidden, LanguageModel, Split, register
 from models.config import check_ranges, setting
 from models.layers import fill_
 from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
@@ -195,6 +195,11 @@ class Ngpt(LanguageModel):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
+
+    def fused_matrices(self) -> dict[str, Split]:
+        d, layers = self.config.d_model, range(self.config.n_layers)
+        qkv, gated = Split(0, dict.fromkeys(("query", "key", "value"), d)), Split(0, {"u": 4 * d, "v": 4 * d})
+        return {f"layers.{i}.qkv.weight": qkv for i in layers} | {f"layers.{i}.mlp_in.weight": gated for i in layers}
 
     def parameter_groups(self) -> dict[str, list[str]]:
         role = {"embedding.weight": "embedding", "head.weight": "head"}

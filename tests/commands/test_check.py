@@ -2,20 +2,22 @@
 
 import re
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import error_line, trainer
 from torch import nn
 
-from models.base import get_model
+from models.base import Split, get_model, load_models
 from models.presets import Gpt2
 from trainer.commands.check import CheckConfig
 from trainer.commands.check.suite import KINDS, names_of, outcome, report, subject_of
 from trainer.commands.plugins import import_plugin
 from trainer.core.errors import UserError
+from trainer.optim import names_by_role
 from trainer.testing import numbers, sizes, strategies
-from trainer.testing.subject import Subject
+from trainer.testing.subject import Failed, Subject
 
 CHECKS = {check.name: check for check in (*sizes.CHECKS, *numbers.CHECKS, *strategies.CHECKS)}
 
@@ -24,6 +26,10 @@ class Uncounted(Gpt2):
     def __init__(self, config):
         super().__init__(config)
         self.more = nn.Parameter(torch.ones(2, 2))
+
+    @classmethod
+    def count_parameters(cls, config):
+        return super().count_parameters(config) - 4
 
 
 class Roleless(Gpt2):
@@ -256,3 +262,66 @@ def test_the_verb_says_what_it_has_tried(plugin):
     assert ", 1 FAILED, " in done.stdout.splitlines()[-1]
     assert all(line.split()[0] in KINDS for line in done.stdout.splitlines() if line.startswith("  "))
     assert "registers no model" in error_line(trainer("check", "json"))
+
+
+class Decaying(Gpt2):
+    further_roles: ClassVar = {"decay vector": "norm", "hash table": "embedding"}
+
+    def parameter_groups(self):
+        groups = super().parameter_groups()
+        return {**groups, "norm": groups["norm"][1:], "decay vector": groups["norm"][:1]}
+
+
+class Unheard(Decaying):
+    further_roles: ClassVar = {"decay vector": "vector"}
+
+
+class Again(Decaying):
+    further_roles: ClassVar = {"decay vector": "norm", "norm": "bias"}
+
+
+def test_roles_of_its_own_are_treated_as_declared():
+    assert made("roles", Decaying) == ("ok", "")
+    subject = Subject("mine", Decaying)
+    model = subject.meta_at(0.2)
+    plain = Subject("plain", Gpt2).meta_at(0.2).parameter_groups()
+    by_role = names_by_role(model)
+    assert {role: set(names) for role, names in by_role.items() if names} == {k: set(v) for k, v in plain.items()}
+
+
+class Split3(Gpt2):
+    sizes: ClassVar = {"query": 1, "key": 1}
+    dim = 0
+
+    def fused_matrices(self):
+        return {"layers.0.attention.qkv.weight": Split(self.dim, self.sizes)}
+
+
+class NoDimension(Split3):
+    dim = 2
+
+
+class NoParameter(Split3):
+    def fused_matrices(self):
+        return {"qkv": Split(0, {})}
+
+
+@pytest.mark.parametrize(
+    "check, model_class, why",
+    [
+        ("roles", Unheard, r"a further role is treated as vector \(allowed: matrix, "),
+        ("roles", Again, "a further role is one of matrix, .* already"),
+        ("fused matrices", Split3, r"its dimension 0 does not split into \{'query': 1, 'key': 1\}"),
+        ("fused matrices", NoDimension, "it has no dimension 2"),
+        ("fused matrices", NoParameter, "qkv is no parameter of the model"),
+    ],
+)
+def test_roles_and_splits_that_cannot_be_are_told(check, model_class, why):
+    with pytest.raises(Failed, match=why):
+        CHECKS[check].run(Subject("mine", model_class))
+
+
+@pytest.mark.parametrize("name", ["hlb", "ngpt"])
+def test_fused_matrices_of_the_zoo_split(name):
+    load_models()
+    CHECKS["fused matrices"].run(Subject(name, get_model(name)))

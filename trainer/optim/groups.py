@@ -29,9 +29,10 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
     named = [name for name, _ in model.named_parameters()]
     by_role: dict[str, list[str]] = {role: [] for role in model.roles}
     seen: list[str] = []
-    for role, names in model.parameter_groups().items():
+    for role, names in model.names_by_role().items():
         if role not in by_role:
-            raise ValueError(f"unknown parameter role {role!r} (allowed: {', '.join(model.roles)})")
+            known = ", ".join((*model.roles, *model.further_roles))
+            raise ValueError(f"unknown parameter role {role!r} (allowed: {known})")
         by_role[role] = list(names)
         seen += names
     if sorted(seen) != sorted(named):

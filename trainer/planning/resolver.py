@@ -66,7 +66,7 @@ class Resolver:
                     f"model {self.config.model['name']}: {self.parameters:,} parameters are beyond any machine"
                 )
             meta = build_meta(model_class, model_config)
-        roles = meta.parameter_groups()
+        roles = meta.names_by_role()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
         if self.parameters != sum(sizes.values()):
             raise UserError(

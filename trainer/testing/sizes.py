@@ -68,8 +68,12 @@ def parameters_follow_the_dial(subject: Subject) -> None:
 def roles_hold_every_parameter_once(subject: Subject) -> None:
     model = subject.meta_at(SCALE)
     groups = model.parameter_groups()
-    unknown = ", ".join(sorted(set(groups) - set(model.roles)))
-    require(not unknown, f"unknown role {unknown} (allowed: {', '.join(model.roles)})")
+    known = (*model.roles, *model.further_roles)
+    require(len(set(known)) == len(known), f"a further role is one of {', '.join(model.roles)} already")
+    strange = ", ".join(sorted(set(model.further_roles.values()) - set(model.roles)))
+    require(not strange, f"a further role is treated as {strange} (allowed: {', '.join(model.roles)})")
+    unknown = ", ".join(sorted(set(groups) - set(known)))
+    require(not unknown, f"unknown role {unknown} (allowed: {', '.join(known)})")
     names = [name for group in groups.values() for name in group]
     own = dict(model.named_parameters())
     twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
@@ -77,8 +81,22 @@ def roles_hold_every_parameter_once(subject: Subject) -> None:
     missing, foreign = ", ".join(sorted(own.keys() - set(names))), ", ".join(sorted(set(names) - own.keys()))
     require(not missing, f"without a role: {missing}")
     require(not foreign, f"no parameter of the model: {foreign}")
-    tied = model.tied_embedding()
-    require(tied == (not groups.get("head")), f"tied_embedding() is {tied}, with {len(groups.get('head', []))} heads")
+    tied, heads = model.tied_embedding(), model.names_by_role().get("head", [])
+    require(tied == (not heads), f"tied_embedding() is {tied}, with {len(heads)} heads")
+
+
+def fused_matrices_split(subject: Subject) -> None:
+    model = subject.meta_at(SCALE)
+    splits = model.fused_matrices()
+    if not splits:
+        raise Skipped("it declares none")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, (dim, sizes) in splits.items():
+        require(name in shapes, f"{name} is no parameter of the model")
+        shape = tuple(shapes[name])
+        require(-len(shape) <= dim < len(shape), f"{name} is {shape}: it has no dimension {dim}")
+        fits = len(sizes) > 1 and min(sizes.values()) > 0 and sum(sizes.values()) == shape[dim]
+        require(fits, f"{name} is {shape}: its dimension {dim} does not split into {sizes}")
 
 
 def blocks_hold_most_parameters(subject: Subject) -> None:
@@ -105,5 +123,6 @@ CHECKS = [
     Check("count", "count_parameters is exact", parameters_are_counted),
     Check("dial", "config_for_scale meets its target within 3 %", parameters_follow_the_dial),
     Check("roles", "every parameter has one role", roles_hold_every_parameter_once),
+    Check("fused matrices", "fused matrices split as declared", fused_matrices_split),
     Check("blocks", "blocks are distinct and hold most parameters", blocks_hold_most_parameters),
 ]
