@@ -1,10 +1,12 @@
 """Shared by all tests: a tiny prepared dataset, a tiny run on it, and the command line as a user calls it."""
 
+import getpass
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -13,6 +15,11 @@ import pytest
 # Side by side (`pytest -n 2`) each process has a core: two that want all of them mostly wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One cache of compiled code for all tests and their runs, and no pool of compiling processes for each.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -40,9 +47,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(waiting)]
 
 
-def beyond(sample: Collection, values: Iterable) -> list:
-    """Parameters of a test: all `values`; those that `sample` does not hold run with --nightly alone."""
-    return [value if value in sample else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+def beyond(sample: Collection, values: Iterable, several: bool = False) -> list:
+    """Parameters of a test: all `values`; those that `sample` does not hold run with --nightly alone.
+
+    several: each value is a tuple with a value for each of several names."""
+    packed = [value if several else (value,) for value in values]
+    kept = [value if several else (value,) for value in sample]
+    return [pytest.param(*value, marks=() if value in kept else pytest.mark.nightly) for value in packed]
 
 
 # For tests whose cases depend on each other or share one start: a part of the cases, and all of them.

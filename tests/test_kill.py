@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
-from conftest import PATIENCE, ROOT, beyond, tiny_values
+from conftest import ROOT, beyond, tiny_values
 
 from trainer.checkpoint import format as checkpoint
 from trainer.runs.metrics import read_rows
@@ -152,20 +153,10 @@ def test_killed_inside_a_save(tiny_dataset, tmp_path, moment):
     chosen = tiny_values(tiny_dataset, tmp_path / "run", max_steps=6)
     chosen["checkpoint"] = {"every": 2, "keep": 1}
     config = write(tmp_path, chosen)
-    words = [sys.executable, str(script), moment, str(config)]
-    assert (
-        subprocess.run(words, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
-        == -9
-    )
+    assert processes.run(script, moment, config).codes == [-9]
     whole = [step for step, path in checkpoint.found(tmp_path / "run" / "checkpoints") if checkpoint.check(path)]
     assert whole and whole[-1] == (4 if moment in ("latest", "purge") else 2)
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "train", str(config)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = processes.forked_trainer("train", config)
     assert done.returncode == 0, done.stderr
     assert f"going on from {tmp_path}/run/checkpoints/step-{whole[-1]:08d}" in done.stderr
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))

@@ -7,16 +7,14 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
-from conftest import PATIENCE, ROOT
 from torch import nn
 
 from trainer.checkpoint import format as checkpoint
@@ -343,8 +341,8 @@ saver.finish()
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["_hash_own_files", "_publish", "write_file"])
 def test_killed_in_an_asynchronous_save(tmp_path, moment):
-    words = [sys.executable, "-c", KILLED, moment, str(tmp_path)]
-    assert subprocess.run(words, cwd=ROOT, timeout=PATIENCE).returncode == -signal.SIGKILL
+    (tmp_path / "script.py").write_text(KILLED)
+    assert processes.run(tmp_path / "script.py", moment, tmp_path).codes == [-signal.SIGKILL]
     assert steps(tmp_path) == [1]
     assert (tmp_path / "step-00000002.tmp").is_dir()
     assert (tmp_path / "latest").read_text() == "step-00000001"
@@ -358,8 +356,8 @@ def test_a_save_under_way_keeps_no_failing_process_alive(tmp_path, ending):
     code = KILLED.split("setattr")[0] + (
         f"import time\ncheckpoint.dcp.save = lambda *args, **kwargs: time.sleep(1000)\nsaver.save(2, {{}}, {{}})\n{ending}"
     )
-    words = [sys.executable, "-c", code, "", str(tmp_path)]
-    assert subprocess.run(words, cwd=ROOT, timeout=PATIENCE, capture_output=True).returncode in (1, 3)
+    (tmp_path / "script.py").write_text(code)
+    assert processes.run(tmp_path / "script.py", "", tmp_path).returncode in (1, 3)
     assert steps(tmp_path) == [1]
 
 

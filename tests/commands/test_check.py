@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import error_line, trainer
+from processes import forked_trainer
 from torch import nn
 
 from models.base import Split, get_model, load_models
@@ -257,11 +258,11 @@ def test_the_verb_says_what_it_has_tried(plugin):
     assert done.stdout.splitlines()[-1].startswith(f"{plugin.stem}: ") and ", 0 FAILED, " in done.stdout
     broken = plugin.read_text() + "    masks_documents = True\n    def context(self, tokens, documents, cache):\n"
     plugin.write_text(broken + "        return super().context(tokens, None, cache)\n")
-    done = trainer("check", plugin)
+    done = forked_trainer("check", plugin)
     assert done.returncode == 1 and "  FAILED   documents do not see each other: " in done.stdout
     assert ", 1 FAILED, " in done.stdout.splitlines()[-1]
     assert all(line.split()[0] in KINDS for line in done.stdout.splitlines() if line.startswith("  "))
-    assert "registers no model" in error_line(trainer("check", "json"))
+    assert "registers no model" in error_line(forked_trainer("check", "json"))
 
 
 class Decaying(Gpt2):

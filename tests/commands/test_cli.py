@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import yaml
 from conftest import PATIENCE, ROOT, error_line, trainer
+from processes import forked_trainer
 
 import trainer.commands as trainer_commands
 from models.base import get_model, load_models
@@ -222,10 +223,10 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_print_config_run_again_is_the_same(tmp_path):
-    first = trainer("plan", "--model_scale", "0.5", "--optim.lr", "1e-3", "--print_config")
+    first = forked_trainer("plan", "--model_scale", "0.5", "--optim.lr", "1e-3", "--print_config")
     assert first.returncode == 0, first.stderr
     (tmp_path / "resolved.yaml").write_text(first.stdout)
-    second = trainer("plan", tmp_path / "resolved.yaml", "--print_config")
+    second = forked_trainer("plan", tmp_path / "resolved.yaml", "--print_config")
     assert second.stdout == first.stdout
     values = yaml.safe_load(first.stdout)
     assert values["optim"]["lr"] == 1e-3

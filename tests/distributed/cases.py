@@ -1,16 +1,19 @@
 """Tiny runs for several processes, and how tests start them."""
 
+import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import yaml
 from conftest import PATIENCE, ROOT, tiny_values
+from processes import Ended
+
+PATHS = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent))
+_counter = itertools.count(1)
 
 
 def matrix_values(dataset: Path, folder: Path, model: str, strategy: str, **changes) -> dict:
@@ -37,82 +40,23 @@ def train_cases(cases: list[dict], ranks: int, folder: Path) -> dict[str, dict]:
     folder.mkdir(parents=True, exist_ok=True)
     given, taken = folder / f"cases{ranks}.json", folder / f"results{ranks}.json"
     given.write_text(json.dumps(cases))
-    words = [str(Path(__file__).parent / "matrix.py"), str(given), str(taken)]
-    if ranks > 1:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *words]
-    done = subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-    )
-    assert done.returncode == 0, done.stderr
+    ended = processes.run(
+        Path(__file__).parent / "matrix.py", given, taken,
+        ranks=ranks if ranks > 1 else None, seconds=PATIENCE + 15 * len(cases), env={"PYTHONPATH": PATHS},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
     return json.loads(taken.read_text())
 
 
-@dataclass
-class Ended:
-    """How a run ended."""
-
-    codes: list[int]  # by rank
-    said: str  # stdout and stderr of all ranks
-
-    def lines(self, beginning: str) -> list[str]:
-        return [line for line in self.said.splitlines() if line.startswith(beginning)]
+def run(values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Ended:
+    """A run with `faults` as in faults.py, in `ranks` processes. tells: see processes.py."""
+    return processes.wait(start(values, ranks, faults, tells))
 
 
-class Forks:
-    """Starts runs through forks.py."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "forks.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
-        self._count = 0
-
-    def run(self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Ended:
-        return self.wait(self.start(values, ranks, faults, tells))
-
-    def start(self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Path:
-        """Start a run with `faults` as in faults.py; returns what `wait` takes. tells: see forks.py."""
-        self._count += 1
-        config, words = write_run(values, f"start{self._count}.yaml", faults)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "FAULTS": json.dumps(faults)}
-        request = {
-            "words": words,
-            "environments": [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)],
-            "log": str(config.with_suffix(".log")),
-            "result": str(config.with_suffix(".json")),
-            "seconds": PATIENCE,
-            "tells": tells,
-        }
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return config
-
-    def wait(self, started: Path) -> Ended:
-        result, deadline = started.with_suffix(".json"), time.monotonic() + PATIENCE + 60  # forks.py ends it before
-        while not result.exists():
-            assert time.monotonic() < deadline, "forks.py does not answer"
-            time.sleep(0.02)
-        return Ended(json.loads(result.read_text()), started.with_suffix(".log").read_text())
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=PATIENCE)
+def start(values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Path:
+    _, words = write_run(values, f"start{next(_counter)}.yaml", faults)
+    variables = {"PYTHONPATH": PATHS, "FAULTS": json.dumps(faults)}
+    return processes.start("-m", "trainer", *words, ranks=ranks, env=variables, tells=tells)
 
 
 def write_run(values: dict, name: str, faults: list[dict] | None) -> tuple[Path, list[str]]:
@@ -137,8 +81,8 @@ def torchrun(values: dict, ranks: int, *options: str, faults: list[dict] | None 
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "PYTHONPATH": PATHS,
             "FAULTS": json.dumps(faults),
         },
     )
-    return Ended([done.returncode], done.stdout)
+    return Ended([done.returncode], done.stdout, "")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Ended, Forks, matrix_values, torchrun
+from cases import matrix_values, run, start, torchrun
 from conftest import beyond
+from processes import Ended, wait
 
 from trainer.checkpoint import format as checkpoint
 from trainer.runs.metrics import read_rows
@@ -21,13 +22,6 @@ pytestmark = pytest.mark.slow
 STEPS = 12  # with a checkpoint after every fourth
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 SAME = 3e-4  # as in test_matrix.py: sums in another order, carried on over as many steps
-
-
-@pytest.fixture(scope="module")
-def forks():
-    launcher = Forks()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture
@@ -42,7 +36,7 @@ def values(tiny_dataset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def calm(forks, tiny_dataset, tmp_path_factory):
+def calm(tiny_dataset, tmp_path_factory):
     """calm(strategy): run folder of twelve steps on two ranks that nothing happened to."""
     done: dict[str, Path] = {}
 
@@ -50,7 +44,7 @@ def calm(forks, tiny_dataset, tmp_path_factory):
         if strategy not in done:
             done[strategy] = tmp_path_factory.mktemp(strategy) / "run"
             settings = matrix_values(tiny_dataset, done[strategy], "hlb", strategy, max_steps=STEPS)
-            assert forks.run(settings, 1 if strategy == "single" else 2).codes in ([0], [0, 0])
+            assert run(settings, 1 if strategy == "single" else 2).codes in ([0], [0, 0])
         return done[strategy]
 
     return folder
@@ -90,7 +84,7 @@ def error_line(ended: Ended) -> str:
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_rank_is_restarted_and_nothing_is_lost(forks, calm, values):
+def test_a_killed_rank_is_restarted_and_nothing_is_lost(calm, values):
     given = values("fsdp")
     faults = [{"do": "SIGKILL", "moment": "update", "rank": 1, "step": 6, "attempt": 0}]
     ended = torchrun(given, 2, "--max-restarts", "1", faults=faults)
@@ -100,7 +94,7 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(forks, calm, values):
     assert_same_run(Path(given["run_dir"]), calm("fsdp"))
 
 
-def test_rank_zero_killed_and_then_no_restart_left(forks, calm, values):
+def test_rank_zero_killed_and_then_no_restart_left(calm, values):
     """Rank 0, which holds the run folder and writes its files; then rank 1, with what torchrun does where it may not restart."""
     given = values("zero2")
     faults = [
@@ -113,31 +107,31 @@ def test_rank_zero_killed_and_then_no_restart_left(forks, calm, values):
     assert not re.search(r"\[rank \d\] Traceback", ended.said), "that a rank is lost is told in one line, if at all"
     assert re.search(r"Root Cause[^=]*rank +: 1 [^=]*exitcode +: -9", ended.said), ended.said
     assert saved(Path(given["run_dir"])) == [4, 8]
-    ended = forks.run(given, 2)
+    ended = run(given, 2)
     assert ended.codes == [0, 0], ended.said
     assert "step-00000008, step 8 of 12" in ended.said
     assert_same_run(Path(given["run_dir"]), calm("zero2"))
 
 
 @pytest.mark.parametrize("strategy, rank, moment", [("fsdp", 0, "update"), ("zero2", 1, "update"), ("ddp", 1, "save")])
-def test_the_other_rank_ends_without_being_told(forks, values, strategy, rank, moment):
+def test_the_other_rank_ends_without_being_told(values, strategy, rank, moment):
     """Also where the collectives that break are those of an asynchronous checkpoint."""
     given = values(strategy, checkpoint__asynchronous=True)
-    ended = forks.run(given, 2, [{"do": "SIGKILL", "moment": moment, "rank": rank, "step": 8}], tells=False)
+    ended = run(given, 2, [{"do": "SIGKILL", "moment": moment, "rank": rank, "step": 8}], tells=False)
     assert (ended.codes[rank], ended.codes[1 - rank]) == (-signal.SIGKILL, 1), ended.said
     assert error_line(ended).startswith(f"error: [rank {1 - rank}] lost another rank (Connection ")
     assert saved(Path(given["run_dir"])) == [4]
 
 
 @pytest.mark.parametrize("asynchronous, moment", [(False, "save"), (True, "save"), (True, "publish")])
-def test_all_ranks_killed_in_a_save(forks, calm, values, asynchronous, moment):
+def test_all_ranks_killed_in_a_save(calm, values, asynchronous, moment):
     given = values("fsdp", checkpoint__asynchronous=asynchronous)
-    ended = forks.run(given, 2, [{"do": "SIGKILL all", "moment": moment, "rank": 0, "step": 8}])
+    ended = run(given, 2, [{"do": "SIGKILL all", "moment": moment, "rank": 0, "step": 8}])
     assert ended.codes == [-signal.SIGKILL] * 2, ended.said
     folder = Path(given["run_dir"])
     assert saved(folder) == [4]
     assert (folder / "checkpoints" / "step-00000008.tmp").exists()
-    ended = forks.run(given, 2)
+    ended = run(given, 2)
     assert ended.codes == [0, 0], ended.said
     assert f"going on from {folder}/checkpoints/step-00000004, step 4 of 12" in ended.said
     assert not list((folder / "checkpoints").glob("*.tmp"))
@@ -158,33 +152,33 @@ def assert_stopped(ended: Ended, folder: Path, name: str, code: int, told: bool 
     return step
 
 
-def assert_goes_on(forks: Forks, given: dict, reference: Path, ranks: int) -> None:
-    ended = forks.run(given, ranks)
+def assert_goes_on(given: dict, reference: Path, ranks: int) -> None:
+    ended = run(given, ranks)
     assert ended.codes == [0] * ranks, ended.said
     assert_same_run(Path(given["run_dir"]), reference)
 
 
 @pytest.mark.parametrize(
-    "strategy, ranks", beyond([("single", 1), ("fsdp", 2)], [("single", 1), ("fsdp", 2), ("zero3", 2)])
+    "strategy, ranks", beyond([("single", 1), ("fsdp", 2)], [("single", 1), ("fsdp", 2), ("zero3", 2)], several=True)
 )
-def test_sigterm_to_all(forks, calm, values, strategy, ranks):
+def test_sigterm_to_all(calm, values, strategy, ranks):
     """The step that is under way is finished, and one more, whose losses travel with the request."""
     given = values(strategy)
-    ended = forks.run(given, ranks, [{"do": "SIGTERM", "moment": "forward", "step": 5}])
+    ended = run(given, ranks, [{"do": "SIGTERM", "moment": "forward", "step": 5}])
     assert assert_stopped(ended, Path(given["run_dir"]), "SIGTERM", 143) in (5, 6)
-    assert_goes_on(forks, given, calm(strategy), ranks)
+    assert_goes_on(given, calm(strategy), ranks)
 
 
 @pytest.mark.parametrize("rank, asynchronous", [(0, False), (1, True)])
-def test_sigusr1_to_one_rank(forks, calm, values, rank, asynchronous):
+def test_sigusr1_to_one_rank(calm, values, rank, asynchronous):
     """Also where the signal comes to it after the step's losses are summed, and so too late for this step."""
     given = values("fsdp", checkpoint__asynchronous=asynchronous)
-    ended = forks.run(given, 2, [{"do": "SIGUSR1", "moment": "update", "step": 5, "rank": rank}])
+    ended = run(given, 2, [{"do": "SIGUSR1", "moment": "update", "step": 5, "rank": rank}])
     assert assert_stopped(ended, Path(given["run_dir"]), "SIGUSR1", 138, told=rank == 0) in (6, 7)
-    assert_goes_on(forks, given, calm("fsdp"), 2)
+    assert_goes_on(given, calm("fsdp"), 2)
 
 
-def test_sigterm_to_torchrun(forks, calm, values):
+def test_sigterm_to_torchrun(calm, values):
     given = values("fsdp")
     faults = [
         {"do": "SIGTERM launcher", "moment": "forward", "rank": 0, "step": 3},
@@ -198,37 +192,37 @@ def test_sigterm_to_torchrun(forks, calm, values):
     assert 3 <= step < STEPS
     assert line.startswith(f"stopped by SIGTERM at step {step}; checkpoint written")
     assert ended.said.count("SIGTERM: will stop with a checkpoint once all processes have heard") == 1
-    assert_goes_on(forks, given, calm("fsdp"), 2)
+    assert_goes_on(given, calm("fsdp"), 2)
 
 
 @pytest.mark.parametrize("strategy, rank", [("fsdp", None), ("ddp", 1)])
-def test_sigterm_in_validation(forks, values, strategy, rank):
+def test_sigterm_in_validation(values, strategy, rank):
     """All break it off, at the same window, and make it when the run goes on."""
     narrow = {"do": "validate window by window", "moment": "build"}
     settings = {"evaluation__every": 4, "evaluation__protocol": "full", "evaluation__max_tokens": 2048}
     calm, given = values(strategy, "calm", **settings), values(strategy, **settings)
-    ended = forks.run(calm, 2, [narrow])
+    ended = run(calm, 2, [narrow])
     assert ended.codes == [0, 0], ended.said
     fault = {"do": "SIGTERM", "moment": "window", "step": 4} | ({} if rank is None else {"rank": rank})
-    ended = forks.run(given, 2, [narrow, fault])
+    ended = run(given, 2, [narrow, fault])
     folder = Path(given["run_dir"])
     assert assert_stopped(ended, folder, "SIGTERM", 143, told=rank is None) == 4
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3]
-    ended = forks.run(given, 2, [narrow])
+    ended = run(given, 2, [narrow])
     assert ended.codes == [0, 0], ended.said
     assert_same_run(folder, Path(calm["run_dir"]))
 
 
 @pytest.mark.parametrize("rank", [None, 1])
-def test_sigterm_before_training_begins(forks, calm, values, rank):
+def test_sigterm_before_training_begins(calm, values, rank):
     """Nothing is there to save. Whom it did not reach, the launcher tells."""
     given = values("fsdp")
     fault = {"do": "SIGTERM", "moment": "build"} | ({} if rank is None else {"rank": rank})
-    ended = forks.run(given, 2, [fault])
+    ended = run(given, 2, [fault])
     assert ended.codes == [143, 143], ended.said
     assert ended.lines("stopped by ") == ["stopped by SIGTERM before training began; nothing was saved"]
     assert "Traceback" not in ended.said and saved(Path(given["run_dir"])) == []
-    assert_goes_on(forks, given, calm("fsdp"), 2)
+    assert_goes_on(given, calm("fsdp"), 2)
 
 
 # -- NaN ---------------------------------------------------------------------------------------------------------------
@@ -241,18 +235,18 @@ def on_rank_one(faults: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def skipping(forks, tiny_dataset, tmp_path_factory) -> Path:
+def skipping(tiny_dataset, tmp_path_factory) -> Path:
     """A single process that skips the two steps."""
     folder = tmp_path_factory.mktemp("skipping") / "run"
     given = matrix_values(tiny_dataset, folder, "hlb", "single", max_steps=STEPS, optim__non_finite="skip")
-    assert forks.run(given, 1, NAN).codes == [0]
+    assert run(given, 1, NAN).codes == [0]
     return folder
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nan_on_one_rank_skips_the_step_on_all(forks, skipping, values, strategy):
+def test_nan_on_one_rank_skips_the_step_on_all(skipping, values, strategy):
     given = values(strategy, optim__non_finite="skip")
-    ended = forks.run(given, 2, on_rank_one(NAN))
+    ended = run(given, 2, on_rank_one(NAN))
     assert ended.codes == [0, 0], ended.said
     assert len(ended.lines("step 3: loss or gradient is not finite; the step is skipped")) == 1
     mine, expected = history(Path(given["run_dir"])), history(skipping)
@@ -264,21 +258,21 @@ def test_nan_on_one_rank_skips_the_step_on_all(forks, skipping, values, strategy
 
 
 @pytest.mark.parametrize("strategy", beyond(("fsdp", "zero2", "zero3"), STRATEGIES))
-def test_nan_in_bf16(forks, values, strategy):
+def test_nan_in_bf16(values, strategy):
     """Where DeepSpeed keeps weights and masters apart."""
     given = values(strategy, optim__non_finite="skip", precision="bf16")
-    ended = forks.run(given, 2, on_rank_one(NAN))
+    ended = run(given, 2, on_rank_one(NAN))
     assert ended.codes == [0, 0], ended.said
     assert [row[0] for row in history(Path(given["run_dir"])) if row[1] is None] == [3, 7]
     assert all(tensor.isfinite().all() for tensor in weights(Path(given["run_dir"]), STEPS).values())
 
 
 @pytest.mark.parametrize("strategy", beyond(("fsdp", "zero2", "zero3"), STRATEGIES))
-def test_nan_on_one_rank_stops_all(forks, values, strategy):
+def test_nan_on_one_rank_stops_all(values, strategy):
     given = values(strategy)
     folder = Path(given["run_dir"])
     for what, step in (("nan gradient", 7), ("nan loss", 6)):  # the second start goes on from step 4
-        ended = forks.run(given, 2, [{"do": what, "moment": "forward", "rank": 1, "step": step}])
+        ended = run(given, 2, [{"do": what, "moment": "forward", "rank": 1, "step": step}])
         assert ended.codes[0] == 2, ended.said
         assert error_line(ended).startswith(f"error: step {step}: loss or gradient is not finite (1 in a row)")
         assert saved(folder) == [4]
@@ -300,10 +294,10 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk(forks, calm, values, small_disk, asynchronous):
+def test_a_full_disk(calm, values, small_disk, asynchronous):
     """Room for one checkpoint of about 1.4 MB (fp32 weights and two moments of 118,403 parameters), not for two."""
     given = values("fsdp", "disk/run", checkpoint__asynchronous=asynchronous)
-    ended = forks.run(given, 2)
+    ended = run(given, 2)
     folder = Path(given["run_dir"])
     assert ended.codes[0] != 0
     assert re.match(
@@ -311,14 +305,14 @@ def test_a_full_disk(forks, calm, values, small_disk, asynchronous):
     )
     assert saved(folder) == [4] and weights(folder, 4)
     roomy = shutil.copytree(folder, small_disk.parent / "roomy")
-    assert_goes_on(forks, {**given, "run_dir": str(roomy)}, calm("fsdp"), 2)
+    assert_goes_on({**given, "run_dir": str(roomy)}, calm("fsdp"), 2)
 
 
-def test_damaged_shards(forks, calm, values):
+def test_damaged_shards(calm, values):
     """A bit of the newest checkpoint is flipped, and the one before it is cut short: the third is used."""
     given = values("fsdp")
     folder = Path(shutil.copytree(calm("fsdp"), given["run_dir"]))
-    ended = forks.run({**given, "max_steps": STEPS + 4}, 2)
+    ended = run({**given, "max_steps": STEPS + 4}, 2)
     assert ended.codes == [0, 0] and saved(folder)[-3:] == [8, 12, 16]
     flipped = folder / "checkpoints" / "step-00000016" / "__0_0.distcp"
     content = bytearray(flipped.read_bytes())
@@ -326,7 +320,7 @@ def test_damaged_shards(forks, calm, values):
     flipped.write_bytes(content)
     cut = folder / "checkpoints" / "step-00000012" / "__1_0.distcp"
     os.truncate(cut, cut.stat().st_size - 1)
-    ended = forks.run({**given, "max_steps": STEPS + 4}, 2)
+    ended = run({**given, "max_steps": STEPS + 4}, 2)
     assert ended.codes == [0, 0], ended.said
     assert (
         len(ended.lines(f"checkpoint: {flipped} is damaged: its hash is not the manifest's; trying the one before it"))
@@ -340,21 +334,21 @@ def test_damaged_shards(forks, calm, values):
 # -- one run in the way of another, a rank in the way of all -------------------------------------------------------------
 
 
-def test_two_runs_in_one_folder(forks, calm, values):
+def test_two_runs_in_one_folder(calm, values):
     given = values("fsdp")
-    first = forks.start(given, 2, [{"do": "slow", "moment": "forward"}])
+    first = start(given, 2, [{"do": "slow", "moment": "forward"}])
     while not (Path(given["run_dir"]) / "config.yaml").exists():
         time.sleep(0.02)
-    second = forks.run(given, 2)
+    second = run(given, 2)
     assert second.codes[0] == 2
     assert error_line(second).startswith(
         f"error: run_dir: another process is training in {given['run_dir']}; wait for it"
     )
-    assert forks.wait(first).codes == [0, 0]
+    assert wait(first).codes == [0, 0]
     assert_same_run(Path(given["run_dir"]), calm("fsdp"))
 
 
-def test_a_rank_that_hangs(forks, values):
+def test_a_rank_that_hangs(values):
     """Two runs beside each other, since both mostly wait; by the time-out of steps, and by that of everything."""
     started = []
     for strategy, moment, place, key in (
@@ -363,9 +357,10 @@ def test_a_rank_that_hangs(forks, values):
     ):
         given = values(strategy, strategy, **{f"engine__{key}": 0.1})
         fault = {"do": "sleep", "moment": moment, "rank": 1, "step": 6}
-        started.append((forks.start(given, 2, [fault]), Path(given["run_dir"]), place))
-    for run, folder, place in started:
-        ended = forks.wait(run)
+        # Each rank ends by itself: the launcher would end the second one, where the two are far enough apart.
+        started.append((start(given, 2, [fault], tells=False), Path(given["run_dir"]), place))
+    for hanging, folder, place in started:
+        ended = wait(hanging)
         assert ended.codes == [1, 1]
         assert f"no progress for 6 s: rank 1 is behind, at step 6, {place} (faults.py" in error_line(ended)
         assert saved(folder) == [4]

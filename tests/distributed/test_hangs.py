@@ -3,11 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import processes
 import pytest
 from conftest import PATIENCE, ROOT
 
@@ -93,39 +94,29 @@ def start(tmp_path):
     script.write_text(WORKER)
     started = []
 
-    def begin(*words) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-        }
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    def begin(*words) -> list[Path]:
+        variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": processes.free_port()}
         for rank in "01":
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(script), *map(str, words)],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-                )
-            )
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            started.append(processes.start(script, *words, env=variables | place))
         return started
 
     yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    for rank in started:
+        if rank.exists():  # it has not been waited for
+            kill(rank)
+            processes.wait(rank)
 
 
-def end(process: subprocess.Popen) -> tuple[int, list[str]]:
+def kill(rank: Path) -> None:
+    if not (rank / "result").exists():
+        processes.send(rank, signal.SIGKILL)
+
+
+def end(started: Path) -> tuple[int, list[str]]:
     """(exit code, error lines). Whoever fails has written its stacks, after its error line if it has one."""
-    code, err = end_with_text(process)
+    code, err = end_with_text(started)
     if code:
         assert len(STACKS.findall(err)) == 1, err
         assert 'script.py", line' in STACKS.split(err)[-1], err
@@ -133,10 +124,10 @@ def end(process: subprocess.Popen) -> tuple[int, list[str]]:
     return code, errors(err)
 
 
-def end_with_text(process: subprocess.Popen) -> tuple[int, str]:
-    _, err = process.communicate(timeout=PATIENCE)
-    assert "Traceback" not in err, err
-    return process.returncode, err
+def end_with_text(started: Path) -> tuple[int, str]:
+    ended = processes.wait(started)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.returncode, ended.stderr
 
 
 def errors(err: str) -> list[str]:
@@ -194,8 +185,8 @@ def test_a_rank_that_says_nothing_is_named(start, trouble):
     assert re.search(
         r"rank 1 has not been heard of for [\d.]+ s, last from step 3, microbatch 1 of 2; rank 0 waits", line
     ), line
-    assert ranks[1].poll() is None  # for the launcher to kill
-    ranks[1].kill()
+    assert not (ranks[1] / "result").exists()  # for the launcher to kill
+    kill(ranks[1])
     assert (" in forward\n" in end_with_text(ranks[1])[1]) == (trouble == "gil")  # rank 0 has asked it to write
 
 
@@ -226,13 +217,13 @@ def test_a_rank_asked_by_a_signal_writes_and_goes_on(start):
 def test_processes_suspended_for_longer_than_the_timeout_go_on(start):
     """Suspended where no rank makes progress for half a timeout: the time of the suspension would end the run if it counted."""
     ranks = start("nap", 1, 10)
-    assert [ranks[1].stdout.readline() for _ in range(2)] == ["running\n", "napping\n"]
+    processes.until(lambda: (ranks[1] / "stdout").read_text() == "running\nnapping\n")
     time.sleep(TIMEOUT / 8)  # some ticks: the watchdogs have seen the last progress
-    for process in ranks:
-        process.send_signal(signal.SIGSTOP)
+    for rank in ranks:
+        processes.send(rank, signal.SIGSTOP)
     time.sleep(2 * TIMEOUT)
-    for process in ranks:
-        process.send_signal(signal.SIGCONT)
+    for rank in ranks:
+        processes.send(rank, signal.SIGCONT)
     assert [end(process) for process in ranks] == [(0, [])] * 2
 
 

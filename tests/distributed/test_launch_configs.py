@@ -9,8 +9,9 @@ import pytest
 import yaml
 from cases import train_cases
 from conftest import PATIENCE, ROOT, beyond, tiny_values
+from processes import free_port
 from test_launch_files import JSONS, LAUNCHER_CONFIGS, SETTINGS, YAMLS, header_command
-from test_launchers import STEPS, assert_equal_losses, free_port, rows
+from test_launchers import STEPS, assert_equal_losses, rows
 
 pytestmark = pytest.mark.slow
 

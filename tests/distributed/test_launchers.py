@@ -1,11 +1,10 @@
-"""Real processes over gloo: torchrun and accelerate launch train what one process trains."""
+"""Real processes over gloo: torchrun and accelerate launch train what one process trains. Forked ones, where no launcher is tested."""
 
 import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import run
 from conftest import PATIENCE, ROOT, beyond, tiny_values
+from processes import forked_trainer, free_port
 
 from trainer.runs.metrics import read_rows
 
@@ -48,7 +49,7 @@ def single(tiny_dataset, tmp_path_factory) -> Path:
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=STEPS, evaluation__every=5)
     values["checkpoint"]["every"] = 4
     values["checkpoint"]["keep"] = 9
-    done = launch(torchrun(1), values, tmp_path)
+    done = run(values)
     assert done.returncode == 0, done.stderr
     return tmp_path / "run"
 
@@ -79,7 +80,7 @@ def test_ddp_equals_one_process(single, tiny_dataset, tmp_path, processes):
     assert_equal_losses(tmp_path / "run", single)
 
 
-def test_more_ranks_than_sequences(single, tiny_dataset, tmp_path):
+def test_more_ranks_than_sequences(tiny_dataset, tmp_path):
     """At length 64 and 128 tokens a step there are two sequences for three ranks."""
     results = []
     for processes in (1, 3):
@@ -87,7 +88,7 @@ def test_more_ranks_than_sequences(single, tiny_dataset, tmp_path):
             tiny_dataset, tmp_path / f"run{processes}", batch__tokens_per_step=128, batch__tokens_per_microbatch=64,
             batch__sequence_start=64, batch__sequence_double_every=0, max_steps=6,
         )  # fmt: skip
-        done = launch(torchrun(processes), values, tmp_path)
+        done = run(values, processes)
         assert done.returncode == 0, done.stderr
         results.append([row["loss"] for row in rows(tmp_path / f"run{processes}")])
     assert results[0] == pytest.approx(results[1], rel=3e-4)
@@ -102,10 +103,10 @@ def test_accelerate_launch_on_one_process(single, tiny_dataset, tmp_path):
 
 def test_contradictions_are_one_line(tiny_dataset, tmp_path):
     values = tiny_values(tiny_dataset, tmp_path / "run", engine={"strategy": "ddp"})
-    done = launch(torchrun(1), values, tmp_path)
+    done = run(values)
     assert "engine.strategy: ddp needs several processes and one was started" in done.stderr
     values = tiny_values(tiny_dataset, tmp_path / "run2", engine={"strategy": "single"})
-    done = launch(torchrun(2), values, tmp_path)
+    done = run(values, 2)
     assert done.returncode != 0
     assert done.stderr.count("error: engine.strategy: single, but 2 processes were started") == 1
 
@@ -127,35 +128,30 @@ class Fails(Hlb):
 """
 
 
-def launch_failing(tmp_path, tiny_dataset, moment, action, monkeypatch, **changes):
+def launch_failing(tmp_path, tiny_dataset, moment, action, **changes):
     code = RANK_ONE_FAILS.replace("MOMENT", moment).replace("ACTION", action)
     (tmp_path / "fails.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     values = tiny_values(tiny_dataset, tmp_path / "run", model={"name": "fails"}, optim__recipe="hlb", **changes)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    words = [*torchrun(2), "-m", "trainer", "train", str(config), "--plugin", "fails"]
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    return forked_trainer("train", config, "--plugin", "fails", ranks=2, env={"PYTHONPATH": str(tmp_path)})
 
 
-def test_a_crash_on_one_rank_ends_all(tiny_dataset, tmp_path, monkeypatch):
-    done = launch_failing(
-        tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', 'raise RuntimeError("rank one is ill")', monkeypatch
-    )
+def test_a_crash_on_one_rank_ends_all(tiny_dataset, tmp_path):
+    done = launch_failing(tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', 'raise RuntimeError("rank one is ill")')
     assert done.returncode != 0
     assert "rank one is ill" in done.stderr
 
 
-def test_out_of_memory_on_one_rank_is_a_line(tiny_dataset, tmp_path, monkeypatch):
+def test_out_of_memory_on_one_rank_is_a_line(tiny_dataset, tmp_path):
     action = 'raise RuntimeError("CUDA out of memory. Tried to allocate")'
-    done = launch_failing(tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', action, monkeypatch)
+    done = launch_failing(tmp_path, tiny_dataset, 'os.environ["RANK"] == "1"', action)
     assert "error: [rank 1] out of memory: lower batch.tokens_per_microbatch" in done.stderr
 
 
-def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path, monkeypatch):
+def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path):
     done = launch_failing(
         tmp_path, tiny_dataset, 'os.environ["RANK"] == "1" and out.loss is not None', "out = out._replace(loss=out.loss * float('nan'))",
-        monkeypatch,
     )  # fmt: skip
     assert done.returncode != 0
     assert "step 1: loss or gradient is not finite" in done.stderr
@@ -163,14 +159,14 @@ def test_nan_on_one_rank_stops_all(tiny_dataset, tmp_path, monkeypatch):
 
 def test_a_refusal_by_rank_zero_ends_all(single, tiny_dataset, tmp_path):
     folder = shutil.copytree(single, tmp_path / "run")
-    done = launch(torchrun(2), tiny_values(tiny_dataset, folder, seed=9, evaluation__every=5), tmp_path)
+    done = run(tiny_values(tiny_dataset, folder, seed=9, evaluation__every=5), 2)
     assert "error: seed: " in done.stderr
 
 
 def test_a_checkpoint_folder_that_cannot_be_made_ends_all(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("")
-    done = launch(torchrun(2), tiny_values(tiny_dataset, tmp_path / "run"), tmp_path)
+    done = run(tiny_values(tiny_dataset, tmp_path / "run"), 2)
     assert done.stderr.count("error: checkpoint: step 4 could not be written") == 1
 
 
@@ -180,15 +176,14 @@ def test_first_use_prepares_once_for_all_ranks(tmp_path, source, works):
     values = tiny_values(tmp_path / "data", tmp_path / "run", max_steps=2)
     values["data"] |= {"source": str(tmp_path / source), "tokenizer": "bytes", "sample_length": 64}
     values["data"]["validation_fraction"] = 0.1
-    done = launch(torchrun(2), values, tmp_path)
+    done = run(values, 2)
     assert (done.returncode == 0) == works, done.stderr
     if not works:
         assert done.stderr.count("error: ") == 1 and "missing.txt" in done.stderr
 
 
 def test_rank_zero_alone_prints_plans(tiny_dataset):
-    words = [*torchrun(2), "-m", "trainer", "plan", "--model_scale", "0.1", "--json"]
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    done = forked_trainer("plan", "--model_scale", "0.1", "--json", ranks=2)
     assert json.loads(done.stdout)["model_scale"] == 0.1
 
 
@@ -199,15 +194,9 @@ def test_one_bad_rank_ends_all(tiny_dataset, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    done = launch(torchrun(2), tiny_values(copy, tmp_path / "run"), tmp_path)
+    done = run(tiny_values(copy, tmp_path / "run"), 2)
     assert done.returncode != 0
     assert "is damaged: its xxh64" in done.stderr
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def accelerate_launch(tmp_path: Path, **config) -> list[str]:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 import yaml
 from conftest import PATIENCE, ROOT, tiny_values
+from processes import Ended, forked_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -70,9 +71,14 @@ def environment(tmp_path):
 
 
 def torchrun(processes: int, env: dict, *words, options=()) -> subprocess.CompletedProcess:
+    """For what torchrun does. What ranks do by themselves, `ranks` tries."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options]
     command = [sys.executable, *launcher, "-m", "trainer", *map(str, words), "--plugin", "trouble"]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=env)
+
+
+def ranks(count: int, env: dict, *words) -> Ended:
+    return forked_trainer(*words, "--plugin", "trouble", ranks=count, env=env)
 
 
 def own_line(text: str) -> str:
@@ -101,7 +107,7 @@ def test_one_process(environment):
 
 
 def test_three_machines_and_a_slow_one(environment):
-    done = torchrun(3, environment("machines", 2), "preflight", "--device", "cpu")
+    done = ranks(3, environment("machines", 2), "preflight", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     _, *lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["node0", "node1", "node2"]
@@ -115,7 +121,7 @@ def test_three_machines_and_a_slow_one(environment):
 @pytest.mark.parametrize("hit", [0, 1])
 def test_another_version_ends_the_run_with_one_line(environment, tiny_dataset, tmp_path, hit):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run")))
-    done = torchrun(2, environment("torch", hit), "train", tmp_path / "run.yaml")
+    done = ranks(2, environment("torch", hit), "train", tmp_path / "run.yaml")
     assert done.returncode != 0
     versions = ["2.0.0", re.escape(version("torch"))]
     odd, usual = versions if hit == 1 else reversed(versions)  # of two that differ rank 0's is taken to be right
@@ -129,21 +135,21 @@ def test_another_version_ends_the_run_with_one_line(environment, tiny_dataset, t
 def test_training_says_it_in_a_line(environment, tiny_dataset, tmp_path):
     values = tiny_values(tiny_dataset, tmp_path / "run", max_steps=2)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = torchrun(2, environment("none", 0), "train", tmp_path / "run.yaml")
+    done = ranks(2, environment("none", 0), "train", tmp_path / "run.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("preflight: 1 machine x 2 processes") == 1
 
 
 def test_no_room_for_a_checkpoint(environment, tiny_dataset, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run")))
-    done = torchrun(2, environment("full", 1), "train", tmp_path / "run.yaml")
+    done = ranks(2, environment("full", 1), "train", tmp_path / "run.yaml")
     assert done.returncode != 0
     assert re.match(r"error: run_dir: 1 kB free at .*, and a checkpoint takes \d+ kB", own_line(done.stderr))
 
 
 def test_a_rank_without_a_device_is_heard_by_all(environment):
     """Before the group begins: nobody waits for it."""
-    done = torchrun(2, environment("no device", 1), "preflight")
+    done = ranks(2, environment("no device", 1), "preflight")
     assert done.returncode != 0
     assert re.fullmatch(r"error: device: this GPU is broken \(\S+ \(rank 1\)\)", own_line(done.stderr))
 
@@ -187,8 +193,8 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_missing_ranks_are_named_by_all_who_came(start):
-    ranks = [start(rank, 3, "absent", 1) for rank in (0, 1, 2)]
-    codes, lines = zip(end(ranks[0]), end(ranks[2]), strict=True)
+    started = [start(rank, 3, "absent", 1) for rank in (0, 1, 2)]
+    codes, lines = zip(end(started[0]), end(started[2]), strict=True)
     assert codes == (2, 2)
     expected = r"process group: rank 1 \(\S+\) has not come to 127\.0\.0\.1:\d+ within 4 s; see what was printed there"
     assert re.fullmatch(f"error: {expected}", lines[0]), lines[0]

@@ -504,7 +504,7 @@ def alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hlb", "gpt2"])
-@pytest.mark.parametrize("precision, step, microbatch, more", beyond(RUNS[::3], RUNS))
+@pytest.mark.parametrize("precision, step, microbatch, more", beyond(RUNS[::3], RUNS, several=True))
 def test_the_plan_is_what_the_allocator_gives(name, precision, step, microbatch, more, long_samples, alone, tmp_path):
     """Building and two steps, the second of which updates with moments: within 10 %, the promise of the project."""
     if precision != "fp32" and not cpu_has_bf16():

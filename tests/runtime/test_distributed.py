@@ -1,13 +1,11 @@
 """The process group: how long it may take, who is told what, and what groups that others make are held to."""
 
-import subprocess
-import sys
 from datetime import timedelta
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PATIENCE, ROOT
 
 from trainer.runtime.distributed import World
 
@@ -24,9 +22,9 @@ print("on")
 @pytest.mark.parametrize(
     "limit, takes, code, said", [(0.2, 1000, 2, "error: not connected within 0.2 s\n"), (0.5, 0, 0, "on\n")]
 )
-def test_a_call_that_never_returns_ends_the_process(limit, takes, code, said):
-    words = [sys.executable, "-c", BOUNDED, str(limit), str(takes)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
+def test_a_call_that_never_returns_ends_the_process(tmp_path, limit, takes, code, said):
+    (tmp_path / "script.py").write_text(BOUNDED)
+    done = processes.run(tmp_path / "script.py", limit, takes)
     assert (done.returncode, done.stdout + done.stderr) == (code, said)
 
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import ROOT, error_line, tiny_values
+from processes import forked_trainer
 
 from trainer.__main__ import known_errors
 from trainer.core.errors import MachineError, UserError
@@ -19,7 +20,7 @@ from trainer.runtime.exit_status import VARIABLE, write_exit_status
 def outcome_of(tmp_path, values: dict, *flags, **variables: str) -> str:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     environment = {"CRESCENDO_OUTCOME": str(tmp_path / "outcome"), **variables}
-    trainer("train", tmp_path / "config.yaml", *flags, env=environment)
+    forked_trainer("train", tmp_path / "config.yaml", *flags, env=environment)
     return (tmp_path / "outcome").read_text() if (tmp_path / "outcome").exists() else ""
 
 
@@ -54,12 +55,12 @@ def test_a_fault_of_the_machine_is_no_refusal(tiny_dataset, tmp_path):
     ],
 )
 def test_the_run_folder_is_told_without_a_run(words, folder):
-    done = trainer("train", *words, "--print_run_dir")
+    done = forked_trainer("train", *words, "--print_run_dir")
     assert done.stdout == f"{ROOT / folder}\n", done.stderr
 
 
 def test_the_run_folder_of_a_wrong_config_is_not_told():
-    assert "unknown key model_scal" in error_line(trainer("train", "--model_scal", "2", "--print_run_dir"))
+    assert "unknown key model_scal" in error_line(forked_trainer("train", "--model_scal", "2", "--print_run_dir"))
 
 
 def test_a_folder_in_use_can_be_waited_for(tmp_path):

@@ -3,14 +3,14 @@
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
+import processes
 import pytest
 import torch
-from conftest import PATIENCE, tiny_values
+from conftest import tiny_values
 
 from trainer.__main__ import interrupted_line
 from trainer.checkpoint import format as checkpoint
@@ -159,14 +159,14 @@ print("not reached")
 """
 
 
-def test_a_second_request_ends_at_once_in_native_code_too():
-    runs = [
-        subprocess.Popen([sys.executable, "-c", SECOND, name], stdout=-1, stderr=-1, text=True)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP")
-    ]
-    for process, name, code in zip(runs, ("SIGINT", "SIGTERM", "SIGHUP"), (130, 143, 129), strict=True):
-        _, err = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, err) == (code, f"{name} once more: ends at once, without another checkpoint\n")
+def test_a_second_request_ends_at_once_in_native_code_too(tmp_path):
+    (tmp_path / "script.py").write_text(SECOND)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    runs = [processes.start(tmp_path / "script.py", name) for name in names]
+    for started, name, code in zip(runs, names, (130, 143, 129), strict=True):
+        ended = processes.wait(started)
+        assert ended.codes == [code]
+        assert ended.stderr == f"{name} once more: ends at once, without another checkpoint\n"
 
 
 def test_exit_codes_and_last_lines():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, error_line, tiny_values, trainer
+from processes import forked_trainer
 
 import models.transformer
 from trainer.checkpoint import format as checkpoint
@@ -544,7 +545,7 @@ def test_generate_and_evaluate_verbs(finished):
     assert report["step"] == 12
     assert report["full"]["loss"] == pytest.approx(last["val_loss"], rel=0.05), "the run looked at a part of the split"
     assert report["full"]["tokens"] == find_dataset_tokens(finished) - 1
-    assert "no checkpoint of step 5" in error_line(trainer("evaluate", finished, "--step", "5"))
+    assert "no checkpoint of step 5" in error_line(forked_trainer("evaluate", finished, "--step", "5"))
 
 
 def find_dataset_tokens(folder):
@@ -565,7 +566,7 @@ def test_wrong_tokenizer_is_refused(finished, tmp_path):
         ),
         lambda line: None,
     )
-    line = error_line(trainer("evaluate", finished, "--data.path", tmp_path / "d"))
+    line = error_line(forked_trainer("evaluate", finished, "--data.path", tmp_path / "d"))
     assert "was prepared with tokenizer train-bpe:270, the run with bytes" in line
 
 
