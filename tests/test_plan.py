@@ -21,6 +21,7 @@ from trainer.core.settings import build, load_yaml, to_yaml
 from trainer.data.stream import find_dataset
 from trainer.planning import memory
 from trainer.planning import plan as p
+from trainer.planning.model import written_out
 from trainer.planning.run_config import combined_values, flat
 from trainer.planning.time import expected_time
 from trainer.runtime.device import GPUS
@@ -460,6 +461,21 @@ class Counting(Gpt2):
 @dataclasses.dataclass(frozen=True)
 class Wide(Gpt2.Config):
     own_width: int = dataclasses.field(default=3, metadata={"help": "a number without a range"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Needing:
+    vocab_size: int
+    width: int
+
+
+def test_a_model_that_is_not_written_out_cannot_be_opened(registered):
+    registered("mine", type("Mine", (Gpt2,), {"Config": Needing}))
+    config = build(RunConfig, {"model": {"name": "mine", "vocab_size": "320"}})
+    with pytest.raises(UserError, match="^model.width: the config of the run does not say it"):
+        written_out(config)
+    config.model["width"] = "64"  # text, as flags and YAML give it
+    assert written_out(config)[1] == Needing(320, 64)
 
 
 class Ranging(Gpt2):

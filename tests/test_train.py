@@ -340,7 +340,7 @@ def test_kernels_bind_neither_readers_nor_resumptions(tiny_dataset, tmp_path):
     config["model"] |= {"attention_kernel": "flex", "kernels": "liger"}
     path.write_text(yaml.safe_dump(config))
     opened = open_run(str(tmp_path / "r"), None, "cpu", "auto")
-    found = opened.plan.model_config
+    found = opened.model.config
     assert (found.attention_kernel, found.kernels) == ("auto", "auto")
     opened.model(torch.zeros(1, 8, dtype=torch.long))
     run({"run_dir": str(tmp_path / "r"), "max_steps": 3, "model": {"attention_kernel": "torch", "kernels": "auto"}})

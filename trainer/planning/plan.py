@@ -7,7 +7,6 @@ the meta device, so 3 B parameters plan on a laptop.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -16,14 +15,14 @@ from typing import Any
 
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, coerce, coerced
+from trainer.core.settings import build
 from trainer.engine.meta import build_meta
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
 from trainer.planning.memory import GIB, expected_memory
+from trainer.planning.model import check_vocabulary, read_model
 from trainer.planning.resolver import PlanEntry, Resolver
-from trainer.planning.run_config import folder_of, plugins_of
 from trainer.recipes import hlb as hlb_laws
 from trainer.runtime.launcher import find_rank_info
 
@@ -104,22 +103,11 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
 
 
 def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
-    from models.base import get_model, load_models, model_names, pad_vocab
+    from models.base import pad_vocab
     from models.config import check_range
 
     config: Any = resolver.config
-    load_models()
-    options = dict(config.model)
-    name = options.pop("name", "hlb")
-    if name not in model_names():
-        folder = folder_of(config)
-        plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
-        ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
-        near = _nearest_name(str(name), model_names())
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways}){hint}")
-    model_class = get_model(name)
-
+    name, model_class, options = read_model(config)
     if dataset is not None:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
     else:
@@ -130,21 +118,19 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
         resolver.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
-    wanted_vocab = coerce(int, options.get("vocab_size", padded), "model.vocab_size")
+    wanted_vocab = options.get("vocab_size", padded)
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
 
     target = dial.target_parameters(config.model_scale, wanted_vocab)
     try:
-        choices = {**coerced(model_class.Config, options, "model."), "vocab_size": wanted_vocab}
+        choices = {**options, "vocab_size": wanted_vocab}
         for field in dataclasses.fields(model_class.Config):
             check_range(field, choices.get(field.name))  # before a shape is looked for
         model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
-    unpadded = getattr(model_config, "unpadded_vocab", 0)
-    if 0 < unpadded < vocab_size:
-        raise UserError(f"model.unpadded_vocab: {unpadded} is smaller than the tokenizer's {vocab_size}")
+    check_vocabulary(model_config, vocab_size)
     inferred: dict[str, int] = getattr(model_config, "inferred", dict)()
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
@@ -154,17 +140,6 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
             resolver.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     config.model = {"name": name, **dataclasses.asdict(model_config)}
     return model_class, model_config, vocab_size
-
-
-def _nearest_name(name: str, names: list[str]) -> str:
-    """The name that is spelt most like `name`, whatever the case and without punctuation; "" where none is near."""
-
-    def plain(text: str) -> str:
-        return "".join(c for c in text.casefold() if c.isalnum() or c == "+")
-
-    by_spelling = {plain(known): known for known in names}
-    near = difflib.get_close_matches(plain(name), list(by_spelling), 1, 0.6)
-    return by_spelling[near[0]] if near else ""
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
