@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pickle
 import re
 import time
 
@@ -22,7 +23,7 @@ from trainer.data.stream import find_dataset
 from trainer.planning import memory
 from trainer.planning import plan as p
 from trainer.planning.model import written_out
-from trainer.planning.run_config import combined_values, flat
+from trainer.planning.run_config import flat, merge_run, read_run
 from trainer.planning.time import expected_time
 from trainer.runtime.device import GPUS
 from trainer.runtime.distributed import World
@@ -255,11 +256,28 @@ def test_configs_say_what_the_readme_says():
     assert (hlb.parameters, hlb.config.max_steps) == (46_009_736, 1000)
 
 
+def test_a_plan_can_be_sent_to_another_process(registered):
+    """Also that of a plug-in whose classes were made in a function, which pickle does not find."""
+    config = with_defaults("MadeHere", Gpt2.Config, norm_eps=1e-6)
+    registered("mine", type("Mine", (Gpt2,), {"Config": config}))
+    plan = resolved(model={"name": "mine", "d_model": 64, "n_layers": 1, "n_heads": 2})
+    sent = pickle.loads(pickle.dumps(plan))  # noqa: S301 (our own)
+    assert sent == plan and type(sent.model_config) is config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.parameters = 1
+
+
 def test_resolve_leaves_its_argument_alone():
     config = RunConfig()
     before = dataclasses.asdict(config)
     p.resolve(config)
     assert dataclasses.asdict(config) == before
+
+
+def combined_values(given, size=1):
+    """(what a command of `size` processes asks for, on top of its run's folder; that run)."""
+    stored = read_run(given, lambda line: None)
+    return merge_run(given, stored, size), stored
 
 
 @pytest.fixture
@@ -288,7 +306,7 @@ def old_run(tmp_path):
 def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatch, size, given, expected):
     for key, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}.items():
         monkeypatch.setenv(key, str(value))
-    values, resuming = combined_values({"run_dir": str(old_run), "engine": given})
+    values, resuming = combined_values({"run_dir": str(old_run), "engine": given}, size)
     engine = p.resolve(build(RunConfig, values)).config.engine
     assert resuming and (engine.strategy, engine.activation_checkpointing, engine.compile) == expected
 
@@ -335,8 +353,8 @@ def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):
     (old_run / "config.yaml").write_text(yaml.safe_dump(config))
     for key, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(key, str(value))
-    same = combined_values({"run_dir": str(old_run), "engine": {"strategy": "hsdp"}})[0]["engine"]
-    other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}})[0]["engine"]
+    same = combined_values({"run_dir": str(old_run), "engine": {"strategy": "hsdp"}}, 2)[0]["engine"]
+    other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}}, 2)[0]["engine"]
     assert same["shard_size"] == "2" and same["offload"] == "true"
     assert other["strategy"] == "ddp" and not {"shard_size", "offload", "deepspeed_config"} & other.keys()
 

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import math
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -202,6 +203,24 @@ def test_every_digit_of_a_config_counts(finished, tmp_path):
         (folder / "config.yaml").write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
         with pytest.raises(Damaged):
             _read(folder)
+
+
+def test_a_start_reads_the_config_and_plans_once(finished, tmp_path, monkeypatch):
+    calls = []
+    for module, name in (
+        ("trainer.planning.run_config", "read_config"),
+        ("trainer.training.start", "resolve"),
+        ("trainer.data.dataset.DatasetInfo", "load"),
+    ):
+        original = getattr(pkgutil.resolve_name(module), name)
+
+        def counted(*words, original=original, name=name, **options):
+            calls.append(name)
+            return original(*words, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", counted)
+    run({"run_dir": str(shutil.copytree(finished, tmp_path / "r")), "max_steps": 13})
+    assert sorted(calls) == ["load", "read_config", "resolve"]
 
 
 def test_comments_in_a_config_change_nothing(finished, tmp_path):

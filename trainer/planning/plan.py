@@ -21,24 +21,24 @@ from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
 from trainer.planning.memory import GIB, expected_memory
-from trainer.planning.model import check_vocabulary, read_model
+from trainer.planning.model import check_vocabulary, read_model, written_out
 from trainer.planning.resolver import PlanEntry, Resolver
 from trainer.recipes import hlb as hlb_laws
 from trainer.runtime.launcher import find_rank_info
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """A run with nothing left to infer.
+    """A run with nothing left to infer. Rank 0 makes it and sends it to the other ranks.
 
-    config: RunConfig without `None`s; model_config: the model's Config; rows: every number with its rule
+    config: RunConfig without `None`s; model_config: the model's Config; entries: every number with its rule
     parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
     """
 
     config: Any  # a RunConfig; not typed so, since its `None`s are gone
     model_class: Any
     model_config: Any
-    entries: list[PlanEntry]
+    entries: tuple[PlanEntry, ...]
     parameters: int
     non_embedding: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
@@ -46,6 +46,14 @@ class Plan:
     target: Any  # the trainer.runtime.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, where none attends to another
     train_tokens: int | None = None  # of the training split, where it exists already
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs. It finds the model's classes by name: pickle cannot send those that a function has made."""
+        return {name: value for name, value in vars(self).items() if name not in ("model_class", "model_config")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model_class, model_config = written_out(state["config"])
+        vars(self).update(state, model_class=model_class, model_config=model_config)
 
     @property
     def memory(self) -> int | None:
@@ -91,7 +99,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         config=config,
         model_class=model_class,
         model_config=model_config,
-        entries=resolver.entries,
+        entries=tuple(resolver.entries),
         parameters=resolver.parameters,
         non_embedding=resolver.non_embedding,
         vocab_size=vocab_size,
@@ -249,7 +257,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
         *([] if epochs is None else [PlanEntry("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    entries = plan.entries + law_entries(plan) + derived + list(more)
+    entries = [*plan.entries, *law_entries(plan), *derived, *more]
     keys = max(len(entry.key) for entry in entries)
     values = max(len(show_number(entry.value)) for entry in entries)
     lines = [f"{entry.key:<{keys}}  {show_number(entry.value):>{values}}  {entry.rule}" for entry in entries]
