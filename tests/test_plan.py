@@ -22,6 +22,7 @@ from trainer.core.settings import build, load_yaml, to_yaml
 from trainer.data.stream import find_dataset
 from trainer.planning import memory
 from trainer.planning import plan as p
+from trainer.planning import resolver as rules
 from trainer.planning.model import written_out
 from trainer.planning.run_config import flat, merge_run, read_run
 from trainer.planning.time import expected_time
@@ -254,6 +255,17 @@ def test_configs_say_what_the_readme_says():
     assert gpt2.parameters == 124_475_904
     hlb = p.resolve(build(RunConfig, load_yaml(ROOT / "configs" / "hlb.yaml")))
     assert (hlb.parameters, hlb.config.max_steps) == (46_009_736, 1000)
+
+
+def test_a_rule_leaves_its_draft_alone_and_needs_no_rule_before_it():
+    """Batch and optimiser need only the model and the recipe."""
+    draft = rules.Draft(build(RunConfig, {"model": {"name": "gpt2"}, "optim": {"recipe": "plain"}}))
+    before = dataclasses.asdict(draft)
+    model = rules.ModelFacts.of("gpt2", Gpt2, Gpt2.Config(vocab_size=320, d_model=64, n_layers=1, n_heads=2))
+    one = rules.choose_optimiser(rules.choose_batch(draft, model, 1024), model)
+    other = rules.choose_batch(rules.choose_optimiser(draft, model), model, 1024)
+    assert one.config == other.config and set(one.entries) == set(other.entries) and len(one.entries) > 8
+    assert dataclasses.asdict(draft) == before
 
 
 def test_a_plan_can_be_sent_to_another_process(registered):

@@ -20,9 +20,21 @@ from trainer.engine.meta import build_meta
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
-from trainer.planning.memory import GIB, expected_memory
+from trainer.planning.memory import GIB, MemoryEstimate, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
-from trainer.planning.resolver import PlanEntry, Resolver
+from trainer.planning.resolver import (
+    Draft,
+    ModelFacts,
+    PlanEntry,
+    choose_batch,
+    choose_engine,
+    choose_hardware,
+    choose_microbatch,
+    choose_optimiser,
+    choose_recipe,
+    choose_rest,
+    follow_launcher_config,
+)
 from trainer.recipes import hlb as hlb_laws
 from trainer.runtime.launcher import find_rank_info
 
@@ -71,50 +83,46 @@ class Plan:
         return schedules.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
 
 
-def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None, training: bool = True) -> Plan:
-    """Fill every `None` and `auto` of `config` by a rule.
+def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
+    """Fill every `None` and `auto` of `config` by a rule. On a resolved config it changes nothing.
 
     dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or RankInfo, by default
-    what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand;
-    training: whether training must fit the device. On a resolved config it changes nothing.
+    what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand.
     """
-    config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
     world = world or find_rank_info(os.environ)
-    resolver = Resolver(config)
-    model_class, model_config, vocab_size = _resolve_model(resolver, dataset)
-    if config.data.separate_documents and not model_class.masks_documents:
-        raise UserError(
-            f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
-            "leave it out"
-        )
-    resolver.model(model_class, model_config)
-    resolver.launcher(world)
-    resolver.hardware(gpu)
-    resolver.batch(dataset)
-    resolver.engine(world, training)
-    resolver.microbatch()
-    resolver.optimiser()
-    resolver.rest()
+    draft = Draft(build(RunConfig, dataclasses.asdict(config)))  # a copy: the caller's stays as given
+    draft, model, vocab_size = choose_model(draft, dataset)
+    draft = follow_launcher_config(draft, world.size)
+    draft, target = choose_hardware(draft, model, gpu)
+    draft = choose_recipe(draft)
+    draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
+    length, documents = draft.config.batch.sequence_length, config.data.separate_documents
+    estimate = MemoryEstimate(model.model_class, model.config, length, documents)
+    draft = choose_engine(draft, estimate, world, target)
+    draft = choose_microbatch(draft, estimate, world.size, target)
+    draft = choose_optimiser(draft, model)
+    draft = choose_rest(draft, model.meta.max_context)
     return Plan(
-        config=config,
-        model_class=model_class,
-        model_config=model_config,
-        entries=tuple(resolver.entries),
-        parameters=resolver.parameters,
-        non_embedding=resolver.non_embedding,
+        config=draft.config,
+        model_class=model.model_class,
+        model_config=model.config,
+        entries=draft.entries,
+        parameters=model.parameters,
+        non_embedding=model.non_embedding,
         vocab_size=vocab_size,
         processes=world.size,
-        target=resolver.target,
-        end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
+        target=target,
+        end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
     )
 
 
-def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
+def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
+    """The model at model_scale, its fields in the draft, and the ids that the tokenizer uses."""
     from models.base import pad_vocab
     from models.config import check_range
 
-    config: Any = resolver.config
+    config: Any = draft.config
     name, model_class, options = read_model(config)
     if dataset is not None:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
@@ -125,7 +133,7 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
         )
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
-        resolver.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
+        draft = draft.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
     wanted_vocab = options.get("vocab_size", padded)
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
@@ -143,11 +151,15 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
-            resolver.note(f"model.{key}", value, "set" + meaning)
+            draft = draft.note(f"model.{key}", value, "set" + meaning)
         elif key != "vocab_size":
-            resolver.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
-    config.model = {"name": name, **dataclasses.asdict(model_config)}
-    return model_class, model_config, vocab_size
+            draft = draft.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
+    draft = draft.set("", "model", {"name": name, **dataclasses.asdict(model_config)})
+    if config.data.separate_documents and not model_class.masks_documents:
+        raise UserError(
+            f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
+        )
+    return draft, ModelFacts.of(name, model_class, model_config), vocab_size
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
