@@ -36,9 +36,8 @@ def test_there_are_frozen_runs():
 def test_it_is_evaluated_and_written_from_as_then(frozen, capsys):
     folder, expected = frozen
     opened = open_run(str(folder), None, "cpu", "auto")
-    plan = opened.plan
-    plan.config.evaluation.protocol = "both"
-    found = validate(opened, opened.split(DataConfig(path="data"), "validation"), plan, World(), opened.step)
+    opened.config.evaluation.protocol = "both"
+    found = validate(opened, opened.split(DataConfig(path="data"), "validation"), opened.config, World(), opened.step)
     for protocol in ("full", "hlb"):
         for key, value in expected["evaluate"][protocol].items():
             assert found[protocol][key] == pytest.approx(value, **SAME), (protocol, key)

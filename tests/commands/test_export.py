@@ -66,14 +66,32 @@ def test_a_run_of_another_device_can_be_opened(tiny_dataset, tmp_path, monkeypat
     values["batch"] |= {"tokens_per_microbatch": 1 << 30}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
 
-    def too_small(*_):
-        raise AssertionError("asked whether training fits")
+    def planned(*_, **__):
+        raise AssertionError("asked the planner of training")
 
-    monkeypatch.setattr("trainer.planning.strategy.StrategySelector.refuse_the_impossible", too_small)
+    monkeypatch.setattr("trainer.planning.plan.resolve", planned)
+    monkeypatch.setattr("trainer.planning.memory.saved_activations", planned)
     opened = open_run(str(folder), None, "cpu", "pure_bf16")
     assert opened.model(torch.zeros(1, 4, dtype=torch.long)).logits.shape[:2] == (1, 4)
     export.run(ExportConfig(run_dir=str(folder), out=str(tmp_path / "out")))
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("n_heads", "two", "^model.n_heads: expected integer, got 'two'"),
+        ("n_haeds", 2, "unknown key model.n_haeds; did you mean model.n_heads"),
+        ("vocab_size", 64, "^model.vocab_size: 64 is smaller than the tokenizer's 257"),
+    ],
+)
+def test_a_stored_model_is_read_by_its_own_config(tiny_dataset, tmp_path, key, value, line):
+    folder = make_run(tiny_dataset, tmp_path / "run", "gpt2")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["model"] |= {key: value}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=line):
+        open_run(str(folder), None, "cpu", "auto")
 
 
 def test_an_empty_path_is_no_folder_and_names_are_filled_in(finished, tmp_path, monkeypatch):

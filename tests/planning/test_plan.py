@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pickle
 import re
 import time
 
@@ -21,7 +22,9 @@ from trainer.core.settings import build, load_yaml, to_yaml
 from trainer.data.stream import find_dataset
 from trainer.planning import memory
 from trainer.planning import plan as p
-from trainer.planning.run_config import combined_values, flat
+from trainer.planning import resolver as rules
+from trainer.planning.model import written_out
+from trainer.planning.run_config import flat, merge_run, read_run
 from trainer.planning.time import expected_time
 from trainer.runtime.device import GPUS
 from trainer.runtime.distributed import World
@@ -254,11 +257,39 @@ def test_configs_say_what_the_readme_says():
     assert (hlb.parameters, hlb.config.max_steps) == (46_009_736, 1000)
 
 
+def test_a_rule_leaves_its_draft_alone_and_needs_no_rule_before_it():
+    """Batch and optimiser need only the model and the recipe."""
+    draft = rules.Draft(build(RunConfig, {"model": {"name": "gpt2"}, "optim": {"recipe": "plain"}}))
+    before = dataclasses.asdict(draft)
+    model = rules.ModelFacts.of("gpt2", Gpt2, Gpt2.Config(vocab_size=320, d_model=64, n_layers=1, n_heads=2))
+    one = rules.choose_optimiser(rules.choose_batch(draft, model, 1024), model)
+    other = rules.choose_batch(rules.choose_optimiser(draft, model), model, 1024)
+    assert one.config == other.config and set(one.entries) == set(other.entries) and len(one.entries) > 8
+    assert dataclasses.asdict(draft) == before
+
+
+def test_a_plan_can_be_sent_to_another_process(registered):
+    """Also that of a plug-in whose classes were made in a function, which pickle does not find."""
+    config = with_defaults("MadeHere", Gpt2.Config, norm_eps=1e-6)
+    registered("mine", type("Mine", (Gpt2,), {"Config": config}))
+    plan = resolved(model={"name": "mine", "d_model": 64, "n_layers": 1, "n_heads": 2})
+    sent = pickle.loads(pickle.dumps(plan))  # noqa: S301 (our own)
+    assert sent == plan and type(sent.model_config) is config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.parameters = 1
+
+
 def test_resolve_leaves_its_argument_alone():
     config = RunConfig()
     before = dataclasses.asdict(config)
     p.resolve(config)
     assert dataclasses.asdict(config) == before
+
+
+def combined_values(given, size=1):
+    """(what a command of `size` processes asks for, on top of its run's folder; that run)."""
+    stored = read_run(given, lambda line: None)
+    return merge_run(given, stored, size), stored
 
 
 @pytest.fixture
@@ -287,7 +318,7 @@ def old_run(tmp_path):
 def test_another_number_of_processes_decides_the_engine_anew(old_run, monkeypatch, size, given, expected):
     for key, value in {"RANK": 0, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}.items():
         monkeypatch.setenv(key, str(value))
-    values, resuming = combined_values({"run_dir": str(old_run), "engine": given})
+    values, resuming = combined_values({"run_dir": str(old_run), "engine": given}, size)
     engine = p.resolve(build(RunConfig, values)).config.engine
     assert resuming and (engine.strategy, engine.activation_checkpointing, engine.compile) == expected
 
@@ -334,8 +365,8 @@ def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):
     (old_run / "config.yaml").write_text(yaml.safe_dump(config))
     for key, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(key, str(value))
-    same = combined_values({"run_dir": str(old_run), "engine": {"strategy": "hsdp"}})[0]["engine"]
-    other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}})[0]["engine"]
+    same = combined_values({"run_dir": str(old_run), "engine": {"strategy": "hsdp"}}, 2)[0]["engine"]
+    other = combined_values({"run_dir": str(old_run), "engine": {"strategy": "ddp"}}, 2)[0]["engine"]
     assert same["shard_size"] == "2" and same["offload"] == "true"
     assert other["strategy"] == "ddp" and not {"shard_size", "offload", "deepspeed_config"} & other.keys()
 
@@ -460,6 +491,21 @@ class Counting(Gpt2):
 @dataclasses.dataclass(frozen=True)
 class Wide(Gpt2.Config):
     own_width: int = dataclasses.field(default=3, metadata={"help": "a number without a range"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Needing:
+    vocab_size: int
+    width: int
+
+
+def test_a_model_that_is_not_written_out_cannot_be_opened(registered):
+    registered("mine", type("Mine", (Gpt2,), {"Config": Needing}))
+    config = build(RunConfig, {"model": {"name": "mine", "vocab_size": "320"}})
+    with pytest.raises(UserError, match="^model.width: the config of the run does not say it"):
+        written_out(config)
+    config.model["width"] = "64"  # text, as flags and YAML give it
+    assert written_out(config)[1] == Needing(320, 64)
 
 
 class Ranging(Gpt2):

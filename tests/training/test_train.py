@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import math
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_every_digit_of_a_config_counts(finished, tmp_path):
             _read(folder)
 
 
+def test_a_start_reads_the_config_and_plans_once(finished, tmp_path, monkeypatch):
+    calls = []
+    for module, name in (
+        ("trainer.planning.run_config", "read_config"),
+        ("trainer.training.start", "resolve"),
+        ("trainer.data.dataset.DatasetInfo", "load"),
+    ):
+        original = getattr(pkgutil.resolve_name(module), name)
+
+        def counted(*words, original=original, name=name, **options):
+            calls.append(name)
+            return original(*words, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", counted)
+    run({"run_dir": str(shutil.copytree(finished, tmp_path / "r")), "max_steps": 13})
+    assert sorted(calls) == ["load", "read_config", "resolve"]
+
+
 def test_comments_in_a_config_change_nothing(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "r")
     edit(folder, "seed: 0", "# the seed of 2026\nseed: 0")
@@ -343,7 +362,7 @@ def test_kernels_bind_neither_readers_nor_resumptions(tiny_dataset, tmp_path):
     config["model"] |= {"attention_kernel": "flex", "kernels": "liger"}
     path.write_text(yaml.safe_dump(config))
     opened = open_run(str(tmp_path / "r"), None, "cpu", "auto")
-    found = opened.plan.model_config
+    found = opened.model.config
     assert (found.attention_kernel, found.kernels) == ("auto", "auto")
     opened.model(torch.zeros(1, 8, dtype=torch.long))
     run({"run_dir": str(tmp_path / "r"), "max_steps": 3, "model": {"attention_kernel": "torch", "kernels": "auto"}})

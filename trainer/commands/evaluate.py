@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
 from trainer.core.config import LONGEST, DataConfig, Precision
+from trainer.core.errors import UserError
 from trainer.core.settings import setting
 from trainer.core.text import printable
 
@@ -39,11 +41,14 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
     split = opened.split(config.data, config.split)
     check_enough(split, config.protocol, "protocol")
-    settings = opened.plan.config.evaluation
-    settings.protocol = config.protocol
-    settings.sequence_length = config.sequence_length or settings.sequence_length
-    opened.check_length(settings.sequence_length)
-    results = validate(opened, split, opened.plan, world, opened.step, config.seed)
+    trained = opened.config
+    length = config.sequence_length or trained.evaluation.sequence_length or trained.batch.sequence_length
+    if length is None:
+        raise UserError("sequence_length: the config of the run does not say it; give --sequence_length")
+    opened.check_length(length)
+    protocol = dataclasses.replace(trained.evaluation, protocol=config.protocol, sequence_length=length)
+    asked = dataclasses.replace(trained, evaluation=protocol)
+    results = validate(opened, split, asked, world, opened.step, config.seed)
     if world.leader:
         where = {"run": str(opened.folder), "step": opened.step, "data": str(split.folder), "split": config.split}
         report = where | results

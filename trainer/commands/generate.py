@@ -40,7 +40,7 @@ def run(config: GenerateConfig) -> None:
     if "" in config.stop:
         raise UserError("stop: is empty; every text holds the empty string")
     opened = open_run(config.run_dir, config.step, config.device, config.precision)
-    prompts = config.prompt or [opened.plan.config.log.sample_prompt]
+    prompts = config.prompt or [opened.config.log.sample_prompt]
     texts = complete(
         opened,
         opened.tokenizer,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from trainer.commands import Values, Verb, run_folder
 from trainer.core.config import RunConfig
 from trainer.core.settings import build
+from trainer.runtime.launcher import find_rank_info
 
 
 def run(given: Values) -> None:
@@ -37,9 +39,9 @@ def resolved(given: Values) -> Any:
     """The config with nothing left to infer, for --print_config."""
     from trainer.data.stream import find_dataset
     from trainer.planning.plan import resolve
-    from trainer.planning.run_config import combined_values
+    from trainer.planning.run_config import merged_config, read_run
 
-    config = build(RunConfig, combined_values(given)[0])
+    config = merged_config(given, read_run(given, lambda line: None), find_rank_info(os.environ).size)
     return resolve(config, find_dataset(config.data)).config
 
 

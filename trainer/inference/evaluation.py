@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from models.base import IGNORE, cross_entropy
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
-from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, ordered_windows
 from trainer.recipes.hlb import evaluation_shape, tokens_per_microbatch
 from trainer.runtime.distributed import World
@@ -42,8 +42,8 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, plan, device and autocast(), as an engine does; at: told the progress, on
-    all ranks equally often, and may raise to break it off.
+    """Loss over the split in order. runner: has model, device, autocast() and documents(), as an engine does; at: told the progress,
+    on all ranks equally often, and may raise to break it off.
 
     Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
     the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
@@ -134,8 +134,7 @@ def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
     training = runner.model.training
     runner.model.eval()
     with runner.autocast():
-        documents = document_numbers(tokens, runner.plan.end_of_text)
-        logits = runner.model(tokens, documents=documents).logits.float()  # [B, T, V]
+        logits = runner.model(tokens, documents=runner.documents(tokens)).logits.float()  # [B, T, V]
     runner.model.train(training)
     right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")
@@ -155,7 +154,7 @@ def safe_exp(x: float) -> float:
 def validate(
     runner: Any,
     split: Split,
-    plan: Any,
+    config: RunConfig,
     world: World,
     step: int,
     seed: int | None = None,
@@ -163,10 +162,10 @@ def validate(
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
     """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
-    config = plan.config
     results: dict[str, Any] = {}
     if config.evaluation.protocol in ("full", "both"):
         length = config.evaluation.sequence_length
+        assert length is not None  # resolved
         results["full"] = full(runner, split, length, world, max_tokens, at)
     if config.evaluation.protocol in ("hlb", "both"):
         draw_seed = config.seed if seed is None else seed

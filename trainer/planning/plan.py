@@ -7,7 +7,6 @@ the meta device, so 3 B parameters plan on a laptop.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -16,30 +15,42 @@ from typing import Any
 
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, coerce, coerced
+from trainer.core.settings import build
 from trainer.engine.meta import build_meta, flops_per_token
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
-from trainer.planning.memory import GIB, expected_memory
-from trainer.planning.resolver import PlanEntry, Resolver
-from trainer.planning.run_config import folder_of, plugins_of
+from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
+from trainer.planning.model import check_vocabulary, read_model, written_out
+from trainer.planning.resolver import (
+    Draft,
+    ModelFacts,
+    PlanEntry,
+    choose_batch,
+    choose_engine,
+    choose_hardware,
+    choose_microbatch,
+    choose_optimiser,
+    choose_recipe,
+    choose_rest,
+    follow_launcher_config,
+)
 from trainer.recipes import hlb as hlb_laws
 from trainer.runtime.launcher import find_rank_info
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """A run with nothing left to infer.
+    """A run with nothing left to infer. Rank 0 makes it and sends it to the other ranks.
 
-    config: RunConfig without `None`s; model_config: the model's Config; rows: every number with its rule
+    config: RunConfig without `None`s; model_config: the model's Config; entries: every number with its rule
     parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
     """
 
     config: Any  # a RunConfig; not typed so, since its `None`s are gone
     model_class: Any
     model_config: Any
-    entries: list[PlanEntry]
+    entries: tuple[PlanEntry, ...]
     parameters: int
     non_embedding: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
@@ -48,6 +59,14 @@ class Plan:
     end_of_text: int | None = None  # id that ends a document, where none attends to another
     train_tokens: int | None = None  # of the training split, where it exists already
     unreached: list[str] | None = None  # parameters that get no gradient; None: the measure of memory does not tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs. It finds the model's classes by name: pickle cannot send those that a function has made."""
+        return {name: value for name, value in vars(self).items() if name not in ("model_class", "model_config")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model_class, model_config = written_out(state["config"])
+        vars(self).update(state, model_class=model_class, model_config=model_config)
 
     @property
     def memory(self) -> int | None:
@@ -65,63 +84,50 @@ class Plan:
         return schedules.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
 
 
-def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None, training: bool = True) -> Plan:
-    """Fill every `None` and `auto` of `config` by a rule.
+def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
+    """Fill every `None` and `auto` of `config` by a rule. On a resolved config it changes nothing.
 
     dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or RankInfo, by default
-    what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand;
-    training: whether training must fit the device. On a resolved config it changes nothing.
+    what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand.
     """
-    config = build(RunConfig, dataclasses.asdict(config))  # a copy: the caller's stays as given
     world = world or find_rank_info(os.environ)
-    resolver = Resolver(config)
-    model_class, model_config, vocab_size = _resolve_model(resolver, dataset)
-    if config.data.separate_documents and not model_class.masks_documents:
-        raise UserError(
-            f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
-            "leave it out"
-        )
-    resolver.model(model_class, model_config)
-    resolver.launcher(world)
-    resolver.hardware(gpu)
-    resolver.batch(dataset)
-    resolver.engine(world, training)
-    resolver.microbatch()
-    resolver.optimiser()
-    resolver.rest()
+    draft = Draft(build(RunConfig, dataclasses.asdict(config)))  # a copy: the caller's stays as given
+    draft, model, vocab_size = choose_model(draft, dataset)
+    draft = follow_launcher_config(draft, world.size)
+    draft, target = choose_hardware(draft, model, gpu)
+    draft = choose_recipe(draft)
+    draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
+    length, documents = draft.config.batch.sequence_length, config.data.separate_documents
+    estimate = MemoryEstimate(model.model_class, model.config, length, documents)
+    draft = choose_engine(draft, model, estimate, world, target)
+    draft = choose_microbatch(draft, estimate, world.size, target)
+    draft = choose_optimiser(draft, model)
+    draft = choose_rest(draft, model.meta.max_context)
     return Plan(
-        config=config,
-        model_class=model_class,
-        model_config=model_config,
-        entries=resolver.entries,
-        parameters=resolver.parameters,
-        non_embedding=resolver.non_embedding,
+        config=draft.config,
+        model_class=model.model_class,
+        model_config=model.config,
+        entries=draft.entries,
+        parameters=model.parameters,
+        non_embedding=model.non_embedding,
         vocab_size=vocab_size,
         processes=world.size,
-        target=resolver.target,
-        end_of_text=dataset.tokenizer.eot_id if dataset is not None and config.data.separate_documents else None,
+        target=target,
+        end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
-        unreached=resolver.unreached() if training else None,
+        unreached=estimate.unreached(
+            ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
+        ),
     )
 
 
-def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
-    from models.base import get_model, load_models, model_names, pad_vocab
+def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
+    """The model at model_scale, its fields in the draft, and the ids that the tokenizer uses."""
+    from models.base import pad_vocab
     from models.config import check_range
 
-    config: Any = resolver.config
-    load_models()
-    options = dict(config.model)
-    name = options.pop("name", "hlb")
-    if name not in model_names():
-        folder = folder_of(config)
-        plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
-        ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
-        near = _nearest_name(str(name), model_names())
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"model.name: {name!r} is not known (allowed: {', '.join(model_names())}; {ways}){hint}")
-    model_class = get_model(name)
-
+    config: Any = draft.config
+    name, model_class, options = read_model(config)
     if dataset is not None:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
     else:
@@ -131,43 +137,33 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
         )
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
-        resolver.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
-    wanted_vocab = coerce(int, options.get("vocab_size", padded), "model.vocab_size")
+        draft = draft.note("model.vocab_size", padded, f"{vocab_size:,} of {source}, padded to a multiple of 64")
+    wanted_vocab = options.get("vocab_size", padded)
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
 
     target = dial.target_parameters(config.model_scale, wanted_vocab)
     try:
-        choices = {**coerced(model_class.Config, options, "model."), "vocab_size": wanted_vocab}
+        choices = {**options, "vocab_size": wanted_vocab}
         for field in dataclasses.fields(model_class.Config):
             check_range(field, choices.get(field.name))  # before a shape is looked for
         model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from None
-    try:
-        model_class.check_sizes(model_config, tokens=vocab_size)
-    except ValueError as error:
-        raise UserError(f"model.{error}") from None
+    check_vocabulary(model_class, model_config, vocab_size)
     inferred = model_class.inferred(model_config)
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
-            resolver.note(f"model.{key}", value, "set" + meaning)
+            draft = draft.note(f"model.{key}", value, "set" + meaning)
         elif key != "vocab_size":
-            resolver.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
-    config.model = {"name": name, **dataclasses.asdict(model_config)}
-    return model_class, model_config, vocab_size
-
-
-def _nearest_name(name: str, names: list[str]) -> str:
-    """The name that is spelt most like `name`, whatever the case and without punctuation; "" where none is near."""
-
-    def plain(text: str) -> str:
-        return "".join(c for c in text.casefold() if c.isalnum() or c == "+")
-
-    by_spelling = {plain(known): known for known in names}
-    near = difflib.get_close_matches(plain(name), list(by_spelling), 1, 0.6)
-    return by_spelling[near[0]] if near else ""
+            draft = draft.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
+    draft = draft.set("", "model", {"name": name, **dataclasses.asdict(model_config)})
+    if config.data.separate_documents and not model_class.masks_documents:
+        raise UserError(
+            f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
+        )
+    return draft, ModelFacts.of(name, model_class, model_config), vocab_size
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
@@ -278,7 +274,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
         *([] if epochs is None else [PlanEntry("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    entries = plan.entries + law_entries(plan) + derived + list(more)
+    entries = [*plan.entries, *law_entries(plan), *derived, *more]
     keys = max(len(entry.key) for entry in entries)
     values = max(len(show_number(entry.value)) for entry in entries)
     lines = [f"{entry.key:<{keys}}  {show_number(entry.value):>{values}}  {entry.rule}" for entry in entries]

@@ -1,12 +1,15 @@
-"""The rules that fill what a RunConfig leaves open, section by section, each value noted with the rule it came from."""
+"""The rules that fill what a RunConfig leaves open, section by section, each value noted with the rule it came from.
+
+Each rule is a function from a `Draft`, and the facts that it needs, to a new draft. plan.py says in which order they follow.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta, told_of_model
 from trainer.optim import get_rule, rule_config, schedules
@@ -25,7 +28,7 @@ from trainer.recipes import plain
 MOST_PARAMETERS = 10**13
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlanEntry:
     """One number of the plan: its key, its value, and the rule it came from."""
 
@@ -34,250 +37,285 @@ class PlanEntry:
     rule: str
 
 
-class Resolver:
-    """Fills a RunConfig section by section, noting each value with its rule."""
+@dataclass(frozen=True)
+class Draft:
+    """A config on its way to a plan, and the entries so far. Nothing changes a draft: every rule returns another one."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config: Any = config
-        self.entries: list[PlanEntry] = []
-        self.parameters = self.non_embedding = 0
+    config: Any  # a RunConfig; not typed so, since its `None`s go one by one
+    entries: tuple[PlanEntry, ...] = ()
 
-    def note(self, key: str, value: Any, rule: str) -> None:
-        self.entries.append(PlanEntry(key, value, rule))
+    def note(self, key: str, value: Any, rule: str) -> Draft:
+        return replace(self, entries=(*self.entries, PlanEntry(key, value, rule)))
 
-    def fill(self, section: str, key: str, value: Any, rule: str) -> Any:
-        """Set SECTION.KEY unless the user or the launcher has; returns what holds."""
-        target = getattr(self.config, section) if section else self.config
-        if getattr(target, key) in (None, "auto"):
-            setattr(target, key, value)
-        else:
-            rule = "set"
-        held, name = getattr(target, key), f"{section}.{key}".lstrip(".")
-        if name not in {entry.key for entry in self.entries}:
-            self.note(name, held, rule)
-        return held
+    def set(self, section: str, key: str, value: Any) -> Draft:
+        """With another value of SECTION.KEY; "" is the section of the keys at the top."""
+        if not section:
+            return replace(self, config=replace(self.config, **{key: value}))
+        part = replace(getattr(self.config, section), **{key: value})
+        return replace(self, config=replace(self.config, **{section: part}))
 
-    def model(self, model_class: Any, model_config: Any) -> None:
-        self.model_class, self.model_config = model_class, model_config
+    def fill(self, section: str, key: str, value: Any, rule: str) -> Draft:
+        """With a value of SECTION.KEY by a rule, unless the user or the launcher has set one; noted in either case."""
+        given = getattr(getattr(self.config, section) if section else self.config, key)
+        if given not in (None, "auto"):
+            value, rule = given, "set"
+        name = f"{section}.{key}".lstrip(".")
+        draft = self.set(section, key, value)
+        return draft if name in {entry.key for entry in self.entries} else draft.note(name, value, rule)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rules ask of a model. meta: without storage; non_embedding: parameters without embeddings and head."""
+
+    name: str
+    model_class: Any
+    config: Any  # the model's own Config
+    meta: Any
+    parameters: int
+    non_embedding: int
+
+    @classmethod
+    def of(cls, name: str, model_class: Any, config: Any) -> ModelFacts:
+        """UserError where the model cannot be built, or its count of parameters is wrong or beyond any machine."""
         with told_of_model(model_class, "it cannot be built on the meta device"):
-            self.parameters = model_class.count_parameters(model_config)
-            if self.parameters > MOST_PARAMETERS:
-                raise UserError(
-                    f"model {self.config.model['name']}: {self.parameters:,} parameters are beyond any machine"
-                )
-            meta = build_meta(model_class, model_config)
+            parameters = model_class.count_parameters(config)
+            if parameters > MOST_PARAMETERS:
+                raise UserError(f"model {name}: {parameters:,} parameters are beyond any machine")
+            meta = build_meta(model_class, config)
         roles = meta.names_by_role()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
-        if self.parameters != sum(sizes.values()):
+        if parameters != sum(sizes.values()):
             raise UserError(
-                f"model {self.config.model['name']}: has {sum(sizes.values()):,} parameters, but its count_parameters says "
-                f"{self.parameters:,}"
+                f"model {name}: has {sum(sizes.values()):,} parameters, but its count_parameters says {parameters:,}"
             )
         outside = [name for role in ("embedding", "head") for name in roles.get(role, [])]
-        self.non_embedding = self.parameters - sum(sizes[name] for name in outside)
-        self.meta = meta
-        self.tied = meta.tied_embedding()
-        self.max_context = meta.max_context
+        return cls(name, model_class, config, meta, parameters, parameters - sum(sizes[name] for name in outside))
 
-    def launcher(self, world: Any) -> None:
-        from trainer.planning.launcher_config import read_launcher_config, reconcile
 
-        for key, value, rule in reconcile(self.config, read_launcher_config(os.environ), world.size):
-            self.note(key, value, rule)
+def follow_launcher_config(draft: Draft, processes: int) -> Draft:
+    """What accelerate's config or a deepspeed.json asks for."""
+    from trainer.planning.launcher_config import read_launcher_config, reconcile
 
-    def hardware(self, gpu: Any) -> None:
-        """gpu: a trainer.runtime.device.Gpu to plan for; None: the device at hand."""
-        from models.layers.float8 import float8_refusal
-        from trainer.runtime.device import Target, choose_device, choose_precision
+    config = copy.deepcopy(draft.config)
+    filled = reconcile(config, read_launcher_config(os.environ), processes)
+    return Draft(config, draft.entries + tuple(PlanEntry(*entry) for entry in filled))
 
-        if gpu is None:
-            device = choose_device(self.config.device)
-            no_float8 = float8_refusal(device)
-            self.target = Target.at_hand(device)
-            precision, rule = choose_precision(self.config.precision, device)
-            self._check_kernels(device, precision)
-        else:
-            no_float8 = None if gpu.has_fp8 else f"{gpu.name} has no units for fp8"
-            self.target = Target.elsewhere(gpu)
-            fastest = "bf16" if gpu.is_ampere else "fp32"
-            given = self.config.precision != "auto"
-            precision, rule = (self.config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
-        if self.config.float8 and no_float8 is not None:
-            raise UserError(f"float8: {no_float8}; leave it out")
-        self.config.precision = precision
-        self.note("precision", precision, rule)
-        self.fill("batch", "device_token_capacity", *hlb_laws.device_token_capacity(self.target.memory))
 
-    def _check_kernels(self, device: Any, precision: str) -> None:
-        """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
-        import torch
+def choose_hardware(draft: Draft, model: ModelFacts, gpu: Any) -> tuple[Draft, Any]:
+    """Precision, and the trainer.runtime.device.Target. gpu: the Gpu to plan for; None: the device at hand."""
+    from models.layers.float8 import float8_refusal
+    from trainer.runtime.device import Target, choose_device, choose_precision
 
-        computing = self.meta.to(torch.float32 if precision == "fp32" else torch.bfloat16)
-        try:
-            computing.describe_kernels(device, self.config.data.separate_documents)
-        except ValueError as error:
-            raise UserError(f"model {self.config.model['name']}: {error}") from None
+    config = draft.config
+    if gpu is None:
+        device = choose_device(config.device)
+        no_float8 = float8_refusal(device)
+        target = Target.at_hand(device)
+        precision, rule = choose_precision(config.precision, device)
+        check_kernels(config, model, device, precision)
+    else:
+        no_float8 = None if gpu.has_fp8 else f"{gpu.name} has no units for fp8"
+        target = Target.elsewhere(gpu)
+        fastest = "bf16" if gpu.is_ampere else "fp32"
+        given = config.precision != "auto"
+        precision, rule = (config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
+    if config.float8 and no_float8 is not None:
+        raise UserError(f"float8: {no_float8}; leave it out")
+    draft = draft.set("", "precision", precision).note("precision", precision, rule)
+    return draft.fill("batch", "device_token_capacity", *hlb_laws.device_token_capacity(target.memory)), target
 
-    def batch(self, dataset: Any) -> None:
-        config, scale = self.config, self.config.model_scale
-        recipe = config.optim.recipe
-        if recipe == "auto":
-            recipe = "hlb" if config.model["name"] == "hlb" else "plain"
-            self.note(
-                "optim.recipe",
-                recipe,
-                f"the recipe made for {config.model['name']}" if recipe == "hlb" else "warm-up and cosine",
-            )
-        config.optim.recipe = recipe
-        hlb = recipe == "hlb"
 
-        stored = dataset.sample_length if dataset is not None else config.data.sample_length
-        longest = min(stored, self.max_context or stored)
-        rule = "length of the stored samples" if longest == stored else "longest context of the model"
-        longest = self.fill("batch", "sequence_length", longest, rule)
-        start = self.fill(
-            "batch", "sequence_start", min(32, longest) if hlb else longest, "hlb" if hlb else "no growth"
+def check_kernels(config: Any, model: ModelFacts, device: Any, precision: str) -> None:
+    """UserError where the model names a kernel that cannot train on the device at hand in this precision."""
+    import torch
+
+    computing = copy.deepcopy(model.meta).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    try:
+        computing.describe_kernels(device, config.data.separate_documents)
+    except ValueError as error:
+        raise UserError(f"model {model.name}: {error}") from None
+
+
+def choose_recipe(draft: Draft) -> Draft:
+    """hlb for the model that the recipe was made with, else plain."""
+    if draft.config.optim.recipe != "auto":
+        return draft
+    name = draft.config.model["name"]
+    recipe, rule = ("hlb", f"the recipe made for {name}") if name == "hlb" else ("plain", "warm-up and cosine")
+    return draft.set("optim", "recipe", recipe).note("optim.recipe", recipe, rule)
+
+
+def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
+    """Lengths of sequences, and tokens of a step. stored: tokens of a sample of the dataset."""
+    hlb = draft.config.optim.recipe == "hlb"
+    longest = min(stored, model.meta.max_context or stored)
+    rule = "length of the stored samples" if longest == stored else "longest context of the model"
+    draft = draft.fill("batch", "sequence_length", longest, rule)
+    longest = draft.config.batch.sequence_length
+    start, rule = (min(32, longest), "hlb") if hlb else (longest, "no growth")
+    draft = draft.fill("batch", "sequence_start", start, rule)
+    draft = draft.fill("batch", "sequence_double_every", 80 if hlb else 0, rule)
+    check_lengths(draft.config.batch, model, stored)
+    if hlb:
+        tokens = hlb_laws.tokens_per_microbatch(draft.config.model_scale)
+        rule = "C of the law at model_scale on hlb's own 40 GiB A100 (the batch never depends on the device)"
+    else:
+        tokens = max(1, round(plain.plain_tokens_per_step(model.non_embedding) / longest)) * longest
+        rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
+    draft = draft.fill("batch", "tokens_per_step", max(tokens, longest), rule)
+    return draft.fill("batch", "dynamic", hlb, "hlb's gradient-norm law" if hlb else "fixed batch")
+
+
+def check_lengths(batch: Any, model: ModelFacts, stored: int) -> None:
+    """UserError where the lengths of a run do not go together, or not with the model or the data."""
+    start, longest, max_context = batch.sequence_start, batch.sequence_length, model.meta.max_context
+    if start > longest:
+        raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
+    if max_context and longest > max_context:
+        raise UserError(f"batch.sequence_length: {longest} is more than the model's context of {max_context}")
+    try:
+        model.model_class.check_sizes(model.config, longest=longest)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
+    if longest > stored:
+        raise UserError(
+            f"batch.sequence_length: {longest} is longer than the stored samples of {stored} tokens; "
+            f"prepare the data with --sample_length {longest}"
         )
-        self.fill("batch", "sequence_double_every", 80 if hlb else 0, "hlb" if hlb else "no growth")
-        self._check_lengths(stored, start, longest)
+    for length in schedules.sequence_lengths(start, longest, batch.sequence_double_every):
+        if length < 1 or stored % length:
+            raise UserError(f"batch.sequence_length: {length} does not divide the stored samples of {stored} tokens")
 
-        if hlb:
-            tokens = hlb_laws.tokens_per_microbatch(scale)
-            rule = "C of the law at model_scale on hlb's own 40 GiB A100 (the batch never depends on the device)"
-        else:
-            tokens = max(1, round(plain.plain_tokens_per_step(self.non_embedding) / longest)) * longest
-            rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
-        self.fill("batch", "tokens_per_step", max(tokens, longest), rule)
-        self.fill("batch", "dynamic", hlb, "hlb's gradient-norm law" if hlb else "fixed batch")
 
-    def engine(self, world: Any, training: bool) -> None:
-        """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs.
+def most_tokens_per_step(batch: Any) -> float:
+    """Tokens of the largest optimiser step."""
+    return batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
 
-        training: UserError where the device is too small to train.
-        """
-        from trainer.engine import activation_checkpointing, compilation
 
-        config, batch, engine = self.config, self.config.batch, self.config.engine
-        documents = self.config.data.separate_documents
-        self.estimate = MemoryEstimate(self.model_class, self.model_config, batch.sequence_length, documents)
-        self.step: float = batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
-        wanted = batch.tokens_per_microbatch or batch.sequence_length
-        selector = StrategySelector(self.estimate, config, world, self.target, wanted, self.step)
-        decided = engine.strategy != "auto"
-        strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else selector.strategy()
-        self.fill("engine", "strategy", strategy, rule)
-        if offload and not engine.offload:
-            engine.offload = True
-            self.note("engine.offload", True, "weights, gradients and optimiser in CPU memory")
-        refuse_contradictions(config)
-        if engine.strategy == "hsdp":
-            shard_size = self.fill("engine", "shard_size", world.local_size, "processes of one machine")
-            check_shard_size(shard_size, world.size)
-        self.layout = ParallelLayout.of(config, world.size, self.target)
-        if engine.activation_checkpointing != "auto":
-            activation_checkpointing.parse(engine.activation_checkpointing)
-        options, rule = selector.choose_options(self.layout)
-        self.fill("engine", "activation_checkpointing", options.checkpointing, rule)
-        self._state_precision(options, rule)
-        if training:
-            selector.refuse_the_impossible(self.layout, options)
-        self.fill("engine", "compile", *compilation.choose(engine.strategy, self.target))
-        check_graphs(config, self.target, self.model_class.recording_refusal(self.model_config))
+def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, world: Any, target: Any) -> Draft:
+    """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs. UserError where the
+    device is too small to train."""
+    from trainer.engine import activation_checkpointing, compilation
 
-    def unreached(self) -> list[str] | None:
-        """Parameters that get no gradient, as `engine` has found beside the memory that is needed."""
-        return self.estimate.unreached(self.layout, self.config.engine.activation_checkpointing)
+    config = draft.config
+    batch, engine = config.batch, config.engine
+    wanted = batch.tokens_per_microbatch or batch.sequence_length
+    selector = StrategySelector(estimate, config, world, target, wanted, most_tokens_per_step(batch))
+    decided = engine.strategy != "auto"
+    strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else selector.strategy()
+    draft = draft.fill("engine", "strategy", strategy, rule)
+    if offload and not engine.offload:
+        draft = draft.set("engine", "offload", True)
+        draft = draft.note("engine.offload", True, "weights, gradients and optimiser in CPU memory")
+    refuse_contradictions(draft.config)
+    if draft.config.engine.strategy == "hsdp":
+        draft = draft.fill("engine", "shard_size", world.local_size, "processes of one machine")
+        check_shard_size(draft.config.engine.shard_size, world.size)
+    if engine.activation_checkpointing != "auto":
+        activation_checkpointing.parse(engine.activation_checkpointing)
+    options, rule = selector.choose_options(ParallelLayout.of(draft.config, world.size, target))
+    draft = draft.fill("engine", "activation_checkpointing", options.checkpointing, rule)
+    draft = choose_state_precision(draft, options, rule)
+    selector.refuse_the_impossible(ParallelLayout.of(draft.config, world.size, target), options)
+    draft = draft.fill("engine", "compile", *compilation.choose(draft.config.engine.strategy, target))
+    check_graphs(draft.config, target, model.model_class.recording_refusal(model.config))
+    return draft
 
-    def _state_precision(self, options: MemoryOptions, rule: str) -> None:
-        config = self.config
-        if config.precision == "pure_bf16":
-            if config.optim.state_precision == "fp32":
-                raise UserError(
-                    "optim.state_precision: fp32, but with precision pure_bf16 moments are bf16 as the weights"
-                )
-            options, rule = options._replace(narrow=True), "that of the weights"
-        elif not options.narrow:
-            rule = "that of the weights"
-        self.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
-        self.layout = ParallelLayout.of(config, self.layout.processes, self.target)
 
-    def microbatch(self) -> None:
-        config, batch = self.config, self.config.batch
-        longest, how = batch.sequence_length, config.engine.activation_checkpointing
-        capacity: float = hlb_laws.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
-        rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
-        memory: Any = self.target.memory
-        fits = self.estimate.tokens_that_fit(memory, self.layout, how, self.step > longest * self.layout.processes)
-        if fits < capacity:
-            capacity, rule = fits, rule + f"; lowered to what {memory / GIB:.0f} GiB hold"
-        if capacity < longest:
-            capacity, rule = longest, rule + "; raised to one sequence"
-        self.fill("batch", "tokens_per_microbatch", capacity, rule)
-        for key in ("tokens_per_step", "tokens_per_microbatch"):
-            if getattr(batch, key) < longest:
-                raise UserError(f"batch.{key}: {getattr(batch, key)} is less than one sequence of {longest} tokens")
+def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> Draft:
+    """Type of the optimizer's state. options, rule: how the run is made to fit, and why so."""
+    if draft.config.precision == "pure_bf16":
+        if draft.config.optim.state_precision == "fp32":
+            raise UserError("optim.state_precision: fp32, but with precision pure_bf16 moments are bf16 as the weights")
+        options, rule = options._replace(narrow=True), "that of the weights"
+    elif not options.narrow:
+        rule = "that of the weights"
+    return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
-    def _check_lengths(self, stored: int, start: int, longest: int) -> None:
-        batch = self.config.batch
-        if start > longest:
-            raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
-        if self.max_context and longest > self.max_context:
-            raise UserError(f"batch.sequence_length: {longest} is more than the model's context of {self.max_context}")
-        try:
-            self.model_class.check_sizes(self.model_config, longest=longest)
-        except ValueError as error:
-            raise UserError(f"model.{error}") from None
-        if longest > stored:
-            raise UserError(
-                f"batch.sequence_length: {longest} is longer than the stored samples of {stored} tokens; "
-                f"prepare the data with --sample_length {longest}"
-            )
-        for length in schedules.sequence_lengths(start, longest, batch.sequence_double_every):
-            if length < 1 or stored % length:
-                raise UserError(
-                    f"batch.sequence_length: {length} does not divide the stored samples of {stored} tokens"
-                )
 
-    def optimiser(self) -> None:
-        optim, steps = self.config.optim, self.config.max_steps
-        rule_config(get_rule(optim.name), {}, optim.settings)  # UserError for a name or a key that does not exist
-        if steps < 1:
-            raise UserError(f"max_steps: {steps} is not a positive number of steps")
-        hlb = optim.recipe == "hlb"
-        for key, value in self.model_class.optim_defaults.items():
-            self.fill("optim", key, value, f"what {self.config.model['name']} is made for")
-        if hlb:
-            self.fill("optim", "lr", hlb_laws.learning_rate(self.parameters), "2.62 * 9e7 / (ln N)^8.8")
-            self.fill("optim", "warmup_steps", 100, "hlb")
-            self.fill("optim", "weight_decay", 0.0, "hlb decays by the loss")
-        else:
-            lr = plain.plain_learning_rate(max(2, self.non_embedding))
-            self.fill("optim", "lr", lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)")
-            self.fill("optim", "warmup_steps", max(1, round(0.03 * steps)), "3 % of max_steps")
-            self.fill("optim", "weight_decay", 0.1, "plain recipe")
-        self.fill("optim", "loss_driven_decay", hlb, "16 b^-loss, b = 0.007 (0.01 ln N)^-4" if hlb else "plain recipe")
-        self.fill("optim", "clip_norm", 0.0 if hlb else 1.0, "hlb does not clip" if hlb else "plain recipe")
-        if optim.embedding_frequency == "auto":
-            optim.embedding_frequency = "global" if hlb and not self.tied else "none"
-            rule = "hlb, counted over the whole step" if hlb else "plain recipe"
-            self.note(
-                "optim.embedding_frequency", optim.embedding_frequency, "head is tied" if hlb and self.tied else rule
-            )
-        elif optim.embedding_frequency != "none" and self.tied:
-            raise UserError(
-                "optim.embedding_frequency: this model ties head and embedding, whose gradients cannot be told apart; "
-                "set it to none"
-            )
+def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any) -> Draft:
+    """Tokens that one device takes in one forward and backward pass: those of hlb's law, as far as the memory holds them."""
+    config, batch = draft.config, draft.config.batch
+    longest, how = batch.sequence_length, config.engine.activation_checkpointing
+    capacity: float = hlb_laws.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
+    rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
+    layout = ParallelLayout.of(config, processes, target)
+    fits = estimate.tokens_that_fit(target.memory, layout, how, most_tokens_per_step(batch) > longest * processes)
+    if fits < capacity:
+        capacity, rule = fits, rule + f"; lowered to what {target.memory / GIB:.0f} GiB hold"
+    if capacity < longest:
+        capacity, rule = longest, rule + "; raised to one sequence"
+    draft = draft.fill("batch", "tokens_per_microbatch", capacity, rule)
+    for key in ("tokens_per_step", "tokens_per_microbatch"):
+        tokens = getattr(draft.config.batch, key)
+        if tokens < longest:
+            raise UserError(f"batch.{key}: {tokens} is less than one sequence of {longest} tokens")
+    return draft
 
-    def rest(self) -> None:
-        config = self.config
-        self.fill("", "run_dir", default_run_dir(config), "runs/MODEL-SCALE")
-        every = max(1, config.max_steps // 10)
-        self.fill("checkpoint", "every", every, "a tenth of max_steps")
-        length = self.fill(
-            "evaluation", "sequence_length", config.batch.sequence_length, "the longest training sequence"
+
+def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
+    """Settings that the model is made for first, then those of the recipe."""
+    optim = draft.config.optim
+    rule_config(get_rule(optim.name), {}, optim.settings)  # UserError for a name or a key that does not exist
+    if draft.config.max_steps < 1:
+        raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
+    for key, value in model.model_class.optim_defaults.items():
+        draft = draft.fill("optim", key, value, f"what {model.name} is made for")
+    defaults = hlb_optimiser(model) if draft.config.optim.recipe == "hlb" else plain_optimiser(model, draft.config)
+    for key, (value, rule) in defaults.items():
+        draft = draft.fill("optim", key, value, rule)
+    return choose_embedding_frequency(draft, model.meta.tied_embedding())
+
+
+def hlb_optimiser(model: ModelFacts) -> dict[str, tuple[Any, str]]:
+    """(value, rule) by key of `optim`."""
+    return {
+        "lr": (hlb_laws.learning_rate(model.parameters), "2.62 * 9e7 / (ln N)^8.8"),
+        "warmup_steps": (100, "hlb"),
+        "weight_decay": (0.0, "hlb decays by the loss"),
+        "loss_driven_decay": (True, "16 b^-loss, b = 0.007 (0.01 ln N)^-4"),
+        "clip_norm": (0.0, "hlb does not clip"),
+    }
+
+
+def plain_optimiser(model: ModelFacts, config: Any) -> dict[str, tuple[Any, str]]:
+    """(value, rule) by key of `optim`."""
+    lr = plain.plain_learning_rate(max(2, model.non_embedding))
+    return {
+        "lr": (lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)"),
+        "warmup_steps": (max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
+        "weight_decay": (0.1, "plain recipe"),
+        "loss_driven_decay": (False, "plain recipe"),
+        "clip_norm": (1.0, "plain recipe"),
+    }
+
+
+def choose_embedding_frequency(draft: Draft, tied: bool) -> Draft:
+    """tied: whether the head shares the embedding's matrix."""
+    optim = draft.config.optim
+    hlb, key = optim.recipe == "hlb", "embedding_frequency"
+    if optim.embedding_frequency == "auto":
+        value, rule = (
+            "global" if hlb and not tied else "none",
+            "hlb, counted over the whole step" if hlb else "plain recipe",
         )
-        if length > (self.max_context or length):
-            raise UserError(
-                f"evaluation.sequence_length: {length} is more than the model's context of {self.max_context}"
-            )
+        return draft.set("optim", key, value).note(f"optim.{key}", value, "head is tied" if hlb and tied else rule)
+    if optim.embedding_frequency != "none" and tied:
+        raise UserError(
+            "optim.embedding_frequency: this model ties head and embedding, whose gradients cannot be told apart; "
+            "set it to none"
+        )
+    return draft
+
+
+def choose_rest(draft: Draft, max_context: int | None) -> Draft:
+    """Folder, checkpoints and validation."""
+    draft = draft.fill("", "run_dir", default_run_dir(draft.config), "runs/MODEL-SCALE")
+    draft = draft.fill("checkpoint", "every", max(1, draft.config.max_steps // 10), "a tenth of max_steps")
+    longest = draft.config.batch.sequence_length
+    draft = draft.fill("evaluation", "sequence_length", longest, "the longest training sequence")
+    length = draft.config.evaluation.sequence_length
+    if max_context is not None and length > max_context:
+        raise UserError(f"evaluation.sequence_length: {length} is more than the model's context of {max_context}")
+    return draft

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from trainer.core.errors import Damaged, UserError
 from trainer.core.files import parse_json, read_small, user_path, write_file
 from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
 from trainer.core.text import printable
-from trainer.runtime.launcher import find_rank_info
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.jsonl"
@@ -100,17 +98,19 @@ def _digest(text: str, release: str, version: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class StoredConfig:
     """The values of a run's config.yaml, `ABSENT_MEANS` filled in, and what is known of who wrote it.
 
-    given: the keys that stand in the file, dotted; release: of crescendo-lm, "" where nothing tells.
+    given: the keys that stand in the file, dotted; release: of crescendo-lm, "" where nothing tells; processes: of the last
+    start, None where that is not known.
     """
 
     folder: Path
     values: dict[str, Any]
     given: set[str]
     release: str
+    processes: int | None = None
 
     def build(self, values: dict[str, Any] | None = None) -> RunConfig:
         """The RunConfig of these values, or of `values`; UserError names the release that knows a key that this one does not."""
@@ -201,41 +201,45 @@ def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str
 # -- what a command makes of it --------------------------------------------------------------------------------------------
 
 
-def combined_values(
-    given: dict[str, Any], say: Callable[[str], None] = lambda line: None
-) -> tuple[dict[str, Any], StoredConfig | None]:
-    """What a `train` command asks for, on top of what its run folder holds already: (values, the stored config of a run that
-    is to go on)."""
+def read_run(given: dict[str, Any], say: Callable[[str], None]) -> StoredConfig | None:
+    """The config of the run that a `train` command goes on with; None where it starts a new run. A start reads it once.
+
+    UserError where the folder holds something else.
+    """
     from trainer.checkpoint.format import found
 
     folder = folder_of(build(RunConfig, given))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
-    if not is_run(folder):
-        if found(folder / "checkpoints"):
-            raise UserError(
-                f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir"
-            )
-        if (folder / CONFIG).exists():
-            raise UserError(f"run_dir: {folder} holds a {CONFIG} that no run has written; choose another --run_dir")
-        return given, None
-    stored = read_config(folder, say)
+    if is_run(folder):
+        return dataclasses.replace(read_config(folder, say), processes=_last_start(folder, say).get("processes"))
+    if found(folder / "checkpoints"):
+        raise UserError(f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir")
+    if (folder / CONFIG).exists():
+        raise UserError(f"run_dir: {folder} holds a {CONFIG} that no run has written; choose another --run_dir")
+    return None
+
+
+def merge_run(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> dict[str, Any]:
+    """The values of a `train` command laid on top of those of its run. processes: of this start.
+
+    With another number of processes, or another strategy, all that goes with a strategy is decided anew.
+    """
+    if stored is None:
+        return given
     values = stored.values
     engine, strategy = values.get("engine") or {}, (given.get("engine") or {}).get("strategy")
-    processes = _last_start(folder, say).get("processes")
-    if processes != find_rank_info(os.environ).size or strategy not in (None, engine.get("strategy")):
+    if stored.processes != processes or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
     # The folder says where the run is: it may have been moved or copied.
     name = ((given.get("model") or {}) | (values.get("model") or {})).get("name", "hlb")
-    return merge(values, drop_inferred(given, changeable(name))) | {"run_dir": str(folder)}, stored
+    return merge(values, drop_inferred(given, changeable(name))) | {"run_dir": str(stored.folder)}
 
 
-def combined_config(
-    given: dict[str, Any], say: Callable[[str], None] = lambda line: None
-) -> tuple[RunConfig, StoredConfig | None]:
-    """As `combined_values`, built."""
-    values, stored = combined_values(given, say)
-    return (build(RunConfig, values) if stored is None else stored.build(values)), stored
+def merged_config(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> RunConfig:
+    """As `merge_run`, built. Raises UserError for a bad key or value."""
+    values = merge_run(given, stored, processes)
+    return build(RunConfig, values) if stored is None else stored.build(values)
 
 
 def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

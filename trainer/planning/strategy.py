@@ -166,8 +166,7 @@ class StrategySelector:
         needed = self.needed(layout, options)
         if self.memory is None or needed <= self.memory:
             return
-        engine = self.config.engine
-        how = f"{engine.strategy}{', offloaded' * layout.offload}, recomputing {options.checkpointing}"
+        how = f"{layout.strategy}{', offloaded' * layout.offload}, recomputing {options.checkpointing}"
         ways = ", ".join(self.ways_out(layout)) or "a smaller model_scale"
         raise UserError(
             f"memory: {self.wanted:,} tokens at a time are expected to need {needed / GIB:.1f} GiB ({how}), and the GPU has "

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core.config import DataConfig
+from trainer.core.config import DataConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
+from trainer.engine.meta import build_meta, told_of_model
 from trainer.planning.run_config import (
     CONFIG,
     StoredConfig,
@@ -21,32 +22,43 @@ from trainer.planning.run_config import (
 
 @dataclass
 class OpenRun:
-    """A run's model with the weights of one checkpoint, ready to evaluate or to write text."""
+    """A run's model with the weights of one checkpoint, ready to evaluate or to write text.
+
+    config: as the run was trained with, but for the device, the precision and what only training needs
+    end_of_text: id that ends a document, where no document attends to another
+    """
 
     folder: Path
-    plan: Any
+    config: RunConfig
     model: Any
     tokenizer: Any
     device: Any
     step: int
+    end_of_text: int | None
 
     def agree(self, value: Any) -> Any:
         return value
 
     @property
     def precision(self) -> str:
-        return self.plan.config.precision
+        return self.config.precision
 
     def autocast(self) -> Any:
         from trainer.engine.base import autocast
 
-        return autocast(self.device, self.plan.config.precision)
+        return autocast(self.device, self.precision)
+
+    def documents(self, tokens: Any) -> Any:
+        """[B, T]: the document of each token, where none attends to another; else None."""
+        from trainer.data.documents import document_numbers
+
+        return document_numbers(tokens, self.end_of_text)
 
     def split(self, data: DataConfig, name: str) -> Any:
         """A split of `data` (the run's own dataset where no path is given); its tokenizer must be the run's."""
         from trainer.data.stream import Split, find_dataset
 
-        data = data if data.path is not None else self.plan.config.data
+        data = data if data.path is not None else self.config.data
         file = Path(data.path or "").expanduser()
         if file.is_file():
             raise UserError(
@@ -94,14 +106,13 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
 
-    from models.base import Unset, refuse_unset, with_storage
+    from models.base import Unset
     from models.config import kernel_fields_of
     from trainer.checkpoint import format as checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
-    from trainer.engine.meta import build_meta
-    from trainer.planning.plan import resolve
-    from trainer.runtime.device import choose_device, keep_freed_memory
+    from trainer.planning.model import check_vocabulary, written_out
+    from trainer.runtime.device import choose_device, choose_precision, keep_freed_memory
     from trainer.runtime.distributed import World
 
     if run_dir is None:
@@ -114,23 +125,38 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     config = stored.build(without_training(stored.values | changes))
     kernels = kernel_fields_of(config.model.get("name", "hlb"))
     config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")  # nor do the kernels of its machine
-    dataset = DatasetInfo.load(folder)
-    plan = resolve(config, dataset, training=False)
     place = choose_device(device, world.local_rank)
+    config.precision, _ = choose_precision(config.precision, place)  # type: ignore[assignment]
+    dataset = DatasetInfo.load(folder)
+    model_class, model_config = written_out(config)
+    check_vocabulary(model_class, model_config, dataset.tokenizer.vocab_size)
     if place.type == "cpu":
         keep_freed_memory()
     chosen = world.on_leader(lambda: checkpoint.choose(folder / "checkpoints", step, world.say))
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
-    tensors = checkpoint.load(path, "model.", world, place)
-    model = with_storage(build_meta(plan.model_class, plan.model_config), place)
+    try:
+        model = load_model(model_class, model_config, path, place, world)
+    except Unset as error:
+        raise UserError(f"model {config.model['name']}: {error}") from None
+    model = model.to(torch.bfloat16) if config.precision == "pure_bf16" else model.float()
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
+    end_of_text = dataset.tokenizer.eot_id if config.data.separate_documents else None
+    return OpenRun(folder, config, model.eval(), tokenizer, place, manifest["step"], end_of_text)
+
+
+def load_model(model_class: Any, model_config: Any, path: Path, device: Any, world: Any) -> Any:
+    """The model on `device` with the weights of the checkpoint at `path`; Unset where a weight is in neither."""
+    import torch
+
+    from models.base import refuse_unset, with_storage
+    from trainer.checkpoint import format as checkpoint
+
+    tensors = checkpoint.load(path, "model.", world, device)
+    with told_of_model(model_class, "it cannot be built on the meta device"):
+        model = with_storage(build_meta(model_class, model_config), device)
     model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
-    try:
-        refuse_unset(model, given=tensors)
-    except Unset as error:
-        raise UserError(f"model {plan.config.model['name']}: {error}") from None
-    model = model.to(torch.bfloat16) if plan.config.precision == "pure_bf16" else model.float()
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
-    return OpenRun(folder, plan, model.eval(), tokenizer, place, manifest["step"])
+    refuse_unset(model, given=tensors)
+    return model

@@ -14,10 +14,7 @@ from trainer.core.errors import Stopped, UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
 from trainer.optim.schedules import schedule_change
-from trainer.planning.run_config import (
-    plugins_of,
-    read_config,
-)
+from trainer.planning.run_config import plugins_of
 from trainer.runs.folder import write_start
 from trainer.runs.report import Report
 from trainer.runtime.device import thread_line
@@ -29,8 +26,9 @@ from trainer.training.step import StepResult, optimiser_step
 COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
 
-def train(run: Run, plan_text: str | None) -> signal.Signals | None:
-    """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an old one."""
+def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.Signals | None:
+    """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an
+    old one, whose max_steps was steps_before."""
     from trainer.data.tokenizers import Tokenizer
 
     config, world = run.config, run.world
@@ -41,8 +39,8 @@ def train(run: Run, plan_text: str | None) -> signal.Signals | None:
             f"{run.folder} is finished ({run.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
         )
         return None
-    if plan_text is None:
-        world.on_leader(lambda: tell_schedule(run))
+    if steps_before is not None:
+        world.on_leader(lambda: tell_schedule(run, steps_before))
     described = local_folder(config.data, run.dataset)
     world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say))
     tokenizer = Tokenizer.from_file(
@@ -80,10 +78,9 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
         say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
 
 
-def tell_schedule(run: Run) -> None:
+def tell_schedule(run: Run, steps_before: int) -> None:
     """Say what another max_steps does to the learning rates of a run that goes on."""
-    before = read_config(run.folder, lambda line: None).build().max_steps  # not yet written again
-    line = schedule_change(run.config, before, run.state.step)
+    line = schedule_change(run.config, steps_before, run.state.step)
     if line:
         run.world.say(line)
 

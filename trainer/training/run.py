@@ -141,7 +141,7 @@ class Run:
         return validate(
             self.engine,
             self.validation,
-            self.plan,
+            self.config,
             self.world,
             step,
             max_tokens=limit,

@@ -11,16 +11,19 @@ from typing import Any
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import RunConfig
 from trainer.core.errors import Stopped
+from trainer.data.dataset import DatasetInfo
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset
 from trainer.engine.gradients import refuse_unreached
 from trainer.planning.launcher_config import read_launcher_config
-from trainer.planning.plan import render, resolve
+from trainer.planning.plan import Plan, render, resolve
 from trainer.planning.run_config import (
+    StoredConfig,
     check_unchanged,
-    combined_config,
-    combined_values,
     folder_of,
+    merge_run,
+    merged_config,
+    read_run,
 )
 from trainer.runs.folder import locked
 from trainer.runtime.device import choose_device
@@ -38,16 +41,17 @@ from trainer.training.run import Run
 def start(given: dict[str, Any]) -> None:
     """Train. given: values of the YAML file and the flags, as in RunConfig."""
     world = read_world()
-    values, stored = combined_values(given)
+    stored = read_run(given, world.say)
+    values = merge_run(given, stored, world.size)
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
-    config, _ = combined_config(given)
+    config = merged_config(given, stored, world.size)
     obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
     launched = read_launcher_config(os.environ).launcher not in ("python", "srun")
     with StopSignals(world, launched) as signals:
         if launched:
             follow_launcher()
         try:
-            asked = run_joined(given, config, world, signals)
+            asked = run_joined(given, stored, config, world, signals)
         except Stopped as stop:
             raise before_training_began(stop, folder_of(config), world) from None
     if asked is not None:
@@ -63,14 +67,18 @@ def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
     return Stopped(number, not_begun_line(number, saved[-1][0] if saved else None))
 
 
-def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: StopSignals) -> signal.Signals | None:
-    """The run, from the process group's beginning to its end; returns the signal that ended it early."""
+def run_joined(
+    given: dict[str, Any], stored: StoredConfig | None, config: RunConfig, world: World, signals: StopSignals
+) -> signal.Signals | None:
+    """The run, from the process group's beginning to its end; returns the signal that ended it early. given: what the command
+    says; stored: the run that goes on; config: both together."""
     join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, speaks first
-    # Rank 0 looks and resolves; the others take what it found, and its error where there is one.
-    config, plan_text = world.on_leader(lambda: resolve_run(given, world))
+    dataset = agree_on_dataset(config, world)
+    # Rank 0 plans. The others take its plan, and its error where there is one.
+    plan, plan_text = world.on_leader(lambda: make_plan(given, stored, config, dataset))
+    config = plan.config
     if world.size == 1:
         join(world, config.device, alone=config.engine.strategy != "single")
-    dataset = agree_on_dataset(config, world)
     with contextlib.ExitStack() as stack:
         folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
@@ -78,26 +86,27 @@ def run_joined(given: dict[str, Any], config: RunConfig, world: World, signals: 
         patience = 2 * min(limits) if restarts(os.environ) else 0
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
-        plan = resolve(config, dataset)
         world.on_leader(lambda: refuse_unreached(plan, world.say))
         before_training(plan, world)
-        device = choose_device(plan.config.device, world.local_rank)
-        with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(plan.config)):
-            asked = train(Run(plan, world, dataset, watchdog, signals), plan_text)
+        device = choose_device(config.device, world.local_rank)
+        with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(config)):
+            steps_before = None if stored is None else stored.build().max_steps
+            asked = train(Run(plan, world, dataset, watchdog, signals), plan_text, steps_before)
     if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
         write_exit_status("finished" if asked is None else f"stopped by {asked.name}")
     world.stop()
     return asked
 
 
-def resolve_run(given: dict[str, Any], world: World) -> tuple[Any, str | None]:
-    """The config with nothing left to infer, and the text of a new run's plan; UserError where a run was started otherwise."""
-    config, stored = combined_config(given, world.say)
-    plan = resolve(config, find_dataset(config.data, lambda line: None))  # what there is to say `agree_on_dataset` says
+def make_plan(
+    given: dict[str, Any], stored: StoredConfig | None, config: RunConfig, dataset: DatasetInfo
+) -> tuple[Plan, str | None]:
+    """The plan, and its text for a new run. UserError where a run was started otherwise."""
+    plan = resolve(config, dataset)
     if stored is None:
-        return plan.config, render(plan)
+        return plan, render(plan)
     check_unchanged(stored, plan.config, given, lambda other: resolve(other, find_dataset(other.data)).config)
-    return plan.config, None
+    return plan, None
 
 
 def ways_out(config: Any) -> str:

@@ -1,0 +1,72 @@
+"""The `model` section of a config: which class it names, and its values by the types of that class's own Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import coerced
+from trainer.planning.run_config import folder_of, plugins_of
+
+
+def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
+    """(name, class, the fields of its Config that the config gives). Raises UserError, which names model.KEY, for a model that
+    nobody has registered, a key that its Config does not have, or a value of another type."""
+    from models.base import get_model, load_models, model_names
+
+    load_models()
+    options = dict(config.model)
+    name = options.pop("name", "hlb")
+    if name not in model_names():
+        raise UserError(_unknown(str(name), model_names(), config))
+    model_class = get_model(name)
+    return name, model_class, coerced(model_class.Config, options, "model.")
+
+
+def written_out(config: RunConfig) -> tuple[Any, Any]:
+    """(model class, its Config) where the config gives all that the model needs, as the config.yaml of a run does."""
+    name, model_class, given = read_model(config)
+    missing = [
+        field.name
+        for field in dataclasses.fields(model_class.Config)
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"model.{missing[0]}: the config of the run does not say it; write it into the section model")
+    try:
+        return model_class, model_class.Config(**given)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from None
+
+
+def check_vocabulary(model_class: Any, model_config: Any, tokenizer_size: int) -> None:
+    """UserError where the tokenizer has ids that the model has no row for."""
+    if model_config.vocab_size < tokenizer_size:
+        raise UserError(f"model.vocab_size: {model_config.vocab_size} is smaller than the tokenizer's {tokenizer_size}")
+    try:
+        model_class.check_sizes(model_config, tokens=tokenizer_size)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
+
+
+def _unknown(name: str, names: list[str], config: RunConfig) -> str:
+    folder = folder_of(config)
+    plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
+    ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
+    near = _nearest_name(name, names)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"model.name: {name!r} is not known (allowed: {', '.join(names)}; {ways}){hint}"
+
+
+def _nearest_name(name: str, names: list[str]) -> str:
+    """The name with the most similar spelling, whatever its case and punctuation; "" where none is near."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.casefold() if c.isalnum() or c == "+")
+
+    by_spelling = {plain(known): known for known in names}
+    near = difflib.get_close_matches(plain(name), list(by_spelling), 1, 0.6)
+    return by_spelling[near[0]] if near else ""
