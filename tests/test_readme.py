@@ -111,7 +111,9 @@ def test_every_other_command_of_the_readme_is_parsed(workplace, capsys):
 def test_the_plan_of_the_readme_and_its_table(capsys):
     text = (ROOT / "README.md").read_text()
     assert "`python -m trainer plan --model_scale 2`" in text
-    for scale, parameters, width, layers in re.findall(r"^\| ([\d.]+) \| ([\d,]{6,}) \| (\d+) \| (\d+) \|", text, re.M):
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d,]{6,}) \| (\d+) \| (\d+) \|", text, re.M)
+    assert len(rows) == 6
+    for scale, parameters, width, layers in rows[:2]:  # tests/test_scaling.py has them all
         dispatch(["plan", "--model_scale", scale, "--json"])
         plan = json.loads(capsys.readouterr().out)
         assert [plan["params"], plan["d_model"], plan["n_layers"]] == [
