@@ -9,7 +9,7 @@ from typing import Any
 
 from models.config import check_ranges, setting
 from models.layers.attention import latent_widths, rope_scaling
-from models.layers.block import NORM_PLACES
+from models.layers.block import ATTENTION, NORM_PLACES
 from models.layers.mlp import ACTIVATIONS, hidden_width
 from models.layers.norms import NORMS
 from models.layers.positions import SCALINGS, check_rotary
@@ -20,7 +20,7 @@ CHOICES = {
     "norm_placement": tuple(NORM_PLACES),
     "positions": ("learned", "rotary", "alibi", "none"),
     "rope_scaling": SCALINGS,
-    "attention": ("softmax", "differential", "latent"),
+    "attention": ATTENTION,
     "attention_bias": ("none", "qkv", "all"),
     "attention_gate": ("none", "head", "channel"),
     "attention_kernel": ("auto", "torch", "sdpa", "flex", "flash"),

@@ -1,4 +1,4 @@
-"""What the models use of torch's private names. Looked at in torch 2.11.0 and 2.13.0; tests/test_compat.py tries each."""
+"""What the models use of torch's private names. Looked at in torch 2.11.0 and 2.13.0; tests/runtime/test_compat.py tries each."""
 
 from __future__ import annotations
 
