@@ -31,6 +31,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.core.config import ExportConfig
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
+from trainer.engine.base import EVALUATION
 from trainer.engine.meta import KERNEL_FIELDS
 from trainer.runs.opening import stored_run
 from trainer.runtime.distributed import World
@@ -97,7 +98,7 @@ def write_weights(path: Path, out: Path, limit: int) -> None:
         if name.startswith(PREFIX)
     }
     files = list(divide(sizes, limit))
-    tensors = checkpoint.each(path, PREFIX)  # in the order of `stored`
+    tensors = checkpoint.each(path, PREFIX, EVALUATION)  # in the order of `stored`
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"

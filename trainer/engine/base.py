@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,9 @@ from trainer.runtime.device import choose_device, keep_freed_memory
 from trainer.runtime.distributed import World
 
 T = TypeVar("T")
+EVALUATION = (
+    "evaluation."  # prefix in checkpoints of weights to evaluate with, where they are not those that are trained
+)
 
 
 class Engine:
@@ -110,6 +114,23 @@ class Engine:
         """Context of forward passes in a row without training between them: text, token by token."""
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model holds the weights that the optimizer's rule evaluates with; all ranks enter together."""
+        others = {self.local[name]: weights for name, weights in self.optimizer.evaluation_weights().items()}
+        trained = {parameter: parameter.detach().clone() for parameter in others}
+        self.set_weights(others)
+        try:
+            yield
+        finally:
+            self.set_weights(trained)
+
+    def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
+        """Copy values into parameters of `local`."""
+        with torch.no_grad():
+            for parameter, values in weights.items():
+                parameter.copy_(values)
+
     def agree(self, value: T) -> T:
         """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value
@@ -194,7 +215,7 @@ class Engine:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay."""
+        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay, and evaluation.NAME where that differs."""
         # A parameter that has had no gradient yet has no state: zeros are what it would begin with.
         state, whole = self.optimizer.state, set(self.optimizer.whole)
         self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
@@ -202,6 +223,8 @@ class Engine:
         for name, parameter in self.local.items():
             for key, value in state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value if name in whole else self.as_stored(name, value)
+        for name, weights in self.optimizer.evaluation_weights().items():
+            tensors[EVALUATION + name] = self.as_stored(name, weights)
         return tensors | {"weight_decay": self.optimizer.decay}
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
     for section, names in {
         "batch": ("device_token_capacity", "tokens_per_microbatch"),
-        "optim": ("state_precision",),
+        "optim": ("state_precision", "name", "settings"),
     }.items():
         kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
     return kept
@@ -100,6 +100,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     from trainer.checkpoint import format as checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
+    from trainer.engine.base import EVALUATION
     from trainer.engine.meta import build_meta
     from trainer.planning.plan import resolve
     from trainer.runtime.device import choose_device, keep_freed_memory
@@ -123,7 +124,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
     path, manifest = chosen
-    tensors = checkpoint.load(path, "model.", world, place)
+    tensors = checkpoint.load(path, "model.", world, place, EVALUATION)
     model = with_storage(build_meta(plan.model_class, plan.model_config), place)
     model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
