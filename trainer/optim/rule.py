@@ -29,6 +29,7 @@ from trainer.core.settings import build
 Scope = Literal["element", "tensor", "matrix"]
 Declared = dict[str, tuple[torch.Size, torch.dtype]]
 STEP = "step"  # the state that counts a parameter's steps
+DEFAULT_RULE = "adamw"  # also of what a rule of scope matrix does not update
 
 
 @dataclass(frozen=True)
