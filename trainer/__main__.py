@@ -35,7 +35,7 @@ USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
 `python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
 folder of a run; --json ({with_json}) prints one JSON object on stdout; --plugin MODULE or
---plugin FILE.py (repeatable) imports what registers models."""
+--plugin FILE.py (repeatable) imports what registers models, optimizers or objectives."""
 
 
 def main() -> None:

@@ -186,7 +186,7 @@ def plugin(tmp_path, monkeypatch):
 
 def test_a_file_is_imported_by_its_path_and_once(plugin):
     config = CheckConfig(module=str(plugin))
-    assert names_of(config) == [plugin.stem] == names_of(config)
+    assert names_of(config) == ([plugin.stem], {}) == names_of(config)
     assert import_plugin(str(plugin)) is sys.modules[plugin.stem]
 
 
@@ -228,7 +228,7 @@ def test_a_broken_plugin_is_one_line(tmp_path, monkeypatch, content, why):
     "config, why",
     [
         (CheckConfig(), "^check: name a module"),
-        (CheckConfig(module="json"), "^check: json registers no model"),
+        (CheckConfig(module="json"), "^check: json registers no model and no optimizer"),
         (CheckConfig(model={"name": "nobody"}), "^model.name: 'nobody' is not known"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_users_own_settings_are_kept(tmp_path):
         ({"bf16": {"enabled": True}}, "says bf16.enabled true, .* it is false; change precision"),
         ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps, but microbatches follow from"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "change engine.offload"),
-        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, but the optimiser follows from optim.recipe; remove it there"),
+        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, but the optimizer is optim.name; remove it there"),
         ({"fp16": {"enabled": True}}, "sets fp16, but the number format is `precision`"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients true, .* it is false; remove it there"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op "sum", .* it is "mean"; remove it there'),

@@ -6,24 +6,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, error_line, tiny_values, trainer
+from safetensors.torch import load_file
 from test_train import losses, make, same, weights
 
-from trainer.commands import check
+from models.base import get_model, load_models
+from trainer.commands import check, export
 from trainer.commands.check import CheckConfig
+from trainer.commands.export import ExportConfig
 from trainer.commands.plugins import import_plugin
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine import refuse_scope
-from trainer.optim import OptimizerRule, get_rule, register_optimizer, rule, state_bytes
+from trainer.inference.evaluation import validate
+from trainer.optim import OptimizerRule, get_rule, register_optimizer, rule
 from trainer.planning.plan import resolve
-from trainer.testing import optimizers
-from trainer.testing.subject import Failed
+from trainer.runs.metrics import read_rows
+from trainer.runs.opening import open_run
+from trainer.runtime.distributed import World
+from trainer.testing import optimizers, strategies
+from trainer.testing.subject import Failed, Subject
 from trainer.training.step import optimiser_step
 
+load_models()
 PLUGINS = ROOT / "tests" / "plugins"
-for name in ("lion", "gram"):
+for name in ("lion", "gram", "averaged"):
     import_plugin(str(PLUGINS / f"{name}.py"))
 
 
@@ -134,7 +142,7 @@ def test_a_state_that_load_does_not_bring_back_is_found(registry):
         optimizers.state_carries_a_run(optimizers.RuleSubject("elsewhere", Elsewhere))
 
 
-@pytest.mark.parametrize("plugin, names", [("lion", ["lion"]), ("gram", ["gram", "unit"])])
+@pytest.mark.parametrize("plugin, names", [("lion", ["lion"]), ("gram", ["gram", "unit"]), ("averaged", ["averaged"])])
 def test_check_recognises_an_optimizer_file(capsys, plugin, names):
     check.run(CheckConfig(module=str(PLUGINS / f"{plugin}.py")))
     said = capsys.readouterr().out
@@ -166,7 +174,7 @@ def test_element_rules_keep_state_of_the_parameters_shape():
     with pytest.raises(
         UserError, match="optimizer Rows: state 'rows' .* has shape .3,.; a rule of scope element keeps"
     ):
-        state_bytes(Rows(), torch.Size((3, 4)), torch.float32)
+        rule.state_bytes(Rows(), torch.Size((3, 4)), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def test_element_rules_keep_state_of_the_parameters_shape():
             {"name": "lion", "settings": {"beta3": 1}},
             "^unknown key optim.settings.beta3; did you mean optim.settings.beta",
         ),
-        ({"settings": {"beta1": 2}}, "^optim.settings.beta1: 2.* is too large; at most 1"),
+        ({"settings": {"beta1": 2}}, "^optim.settings.beta1: 2.* is too large; at most 0.99999"),
     ],
 )
 def test_wrong_settings_are_named(optim, line):
@@ -207,6 +215,16 @@ def test_engines_without_whole_matrices_refuse(strategy, offload, line):
     refuse_scope(config)
 
 
+def test_flat_vectors_are_not_evaluated_with_other_weights():
+    config = SimpleNamespace(
+        optim=SimpleNamespace(name="averaged"), engine=SimpleNamespace(strategy="zero1", offload=False)
+    )
+    with pytest.raises(
+        UserError, match="^optim.name: averaged evaluates with other weights than it trains, and engine.st"
+    ):
+        refuse_scope(config)
+
+
 @pytest.mark.parametrize("name, kind", [("lion", "fp32"), ("lion", "bf16"), ("gram", "fp32")])
 def test_a_run_goes_on_bit_for_bit(tiny_dataset, tmp_path, name, kind):
     """The rule's name and settings are part of the run; its state comes back as it was."""
@@ -224,6 +242,45 @@ def test_a_run_goes_on_bit_for_bit(tiny_dataset, tmp_path, name, kind):
         assert kinds == {torch.bfloat16 if kind == "bf16" else torch.float32}
     with pytest.raises(UserError, match="^optim.name: .* was started with '.*', now it is 'adamw'"):
         run({"run_dir": str(tmp_path / "cut"), "max_steps": 8, "optim": {"name": "adamw"}})
+
+
+def test_what_is_evaluated_and_exported_may_differ_from_what_is_trained(tiny_dataset, tmp_path):
+    """Validation in training, evaluation of the folder and export see the mean; training and resuming see the weights."""
+    changes = {"optim__name": "averaged", "optim__recipe": "hlb", "optim__lr": 0.1}
+    for folder, steps in (("straight", 6), ("cut", 4)):
+        run(tiny_values(tiny_dataset, tmp_path / folder, max_steps=steps, checkpoint__every=2, **changes))
+    run({"run_dir": str(tmp_path / "cut"), "max_steps": 6})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    stored = weights(tmp_path / "cut", 6)
+    assert same(stored, weights(tmp_path / "straight", 6))
+    opened = open_run(str(tmp_path / "cut"), None, "cpu", "auto")
+    export.run(ExportConfig(run_dir=str(tmp_path / "cut"), out=str(tmp_path / "out")))
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, parameter in opened.model.named_parameters():
+        assert torch.equal(parameter, stored[f"optimizer.{name}.mean"]), name
+        assert torch.equal(exported[name], parameter)
+        assert not torch.equal(parameter, stored[f"model.{name}"])
+    row = read_rows(tmp_path / "cut" / "metrics.jsonl")[-1]
+    found = validate(opened, opened.split(opened.plan.config.data, "validation"), opened.plan, World(), 6)
+    assert row["val_loss"] == pytest.approx(found["full"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_training_goes_on_after_an_evaluation_as_without(strategy):
+    """Also where blocks are gathered: what was gathered to evaluate is not trained on."""
+    subject = Subject("gpt2", get_model("gpt2"))
+    found = []
+    with strategies.group_of_one():
+        for evaluates in (False, True):
+            with strategies.engine_of(subject, strategy, optim={"name": "averaged", "lr": 0.1}) as engine:
+                first = strategies.losses_of(engine, subject, 0, 2)
+                if evaluates:
+                    with engine.evaluating(), torch.no_grad():
+                        mean = engine.model(subject.tokens, subject.targets).loss.item()
+                    own = engine.model(subject.tokens, subject.targets).loss.item()
+                    assert mean != own
+                found.append(first + strategies.losses_of(engine, subject, 2, 2))
+    assert found[0] == found[1]
 
 
 def test_the_memory_plan_asks_the_rule():

@@ -2,27 +2,22 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from trainer.optim import OptimizerRule, register_optimizer
-
-
-@dataclass
-class LionConfig:
-    beta1: float = 0.9
-    beta2: float = 0.99
 
 
 @register_optimizer("lion")
 class Lion(OptimizerRule):
-    Config = LionConfig
+    @dataclass
+    class Config:
+        beta1: float = 0.9
+        beta2: float = 0.99
 
     def state(self, shape, dtype):
         return {"momentum": (shape, dtype)}
 
     def update(self, group, parameters, gradients, states, finite):
-        lr, beta1, beta2 = group.lr * finite, group.config.beta1, group.config.beta2
+        lr = group.lr * finite
         for p, g, m in zip(parameters, gradients, (state["momentum"] for state in states), strict=True):
-            g = torch.where(finite > 0, g, m)
-            p.mul_(1 - lr * group.weight_decay).sub_(lr * torch.sign(beta1 * m + (1 - beta1) * g))
-            m.lerp_(g, 1 - beta2)
+            g = g.where(finite > 0, m)
+            p.mul_(1 - lr * group.weight_decay).sub_(lr * m.lerp(g, 1 - group.config.beta1).sign())
+            m.lerp_(g, 1 - group.config.beta2)

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ LATEST = "latest"
 FORMAT = 2  # 1: no digest of the manifest
 NAME = re.compile(r"step-[0-9]{8,}")
 ALONE = World()
+EVALUATION = "evaluation."  # prefix of the weights to evaluate with, where they are not those that are trained
 
 # One process is what was meant. A filter for good, since `catch_warnings` would reach into other threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -353,29 +354,45 @@ def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     together(fill, world)
 
 
-def load(path: Path, prefix: str, world: World, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor whose name begins with `prefix`, whole, without the prefix, on `device`. All ranks call this."""
+def load(
+    path: Path, prefix: str, world: World, device: torch.device | str = "cpu", instead: str = ""
+) -> dict[str, Tensor]:
+    """Every tensor whose name begins with `prefix`, whole, without the prefix, on `device`. All ranks call this.
+
+    instead: a prefix: what also stands under it is taken from there.
+    """
     tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
 
     def fill() -> None:
         reader = Reader(path)
-        for name, (shape, dtype) in reader.stored().items():
-            if name.startswith(prefix):
-                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+        stored = reader.stored()
+        names.update(_sources(stored, prefix, instead))
+        for source in names.values():
+            shape, dtype = stored[source]
+            tensors[source] = torch.empty(shape, dtype=dtype, device=device)
         reader.fill(tensors)
 
     together(fill, world)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: tensors[source] for name, source in names.items()}
 
 
-def each(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def each(path: Path, prefix: str, instead: str = "") -> Iterator[tuple[str, Tensor]]:
     """As `load`, on the CPU, but one tensor after the other in alphabetical order, and without the other ranks."""
     reader = Reader(path)
-    for name, (shape, dtype) in reader.stored().items():
-        if name.startswith(prefix):
-            tensor = torch.empty(shape, dtype=dtype)
-            reader.fill({name: tensor})
-            yield name.removeprefix(prefix), tensor
+    stored = reader.stored()
+    for name, source in _sources(stored, prefix, instead).items():
+        shape, dtype = stored[source]
+        tensor = torch.empty(shape, dtype=dtype)
+        reader.fill({source: tensor})
+        yield name, tensor
+
+
+def _sources(stored: Iterable[str], prefix: str, instead: str) -> dict[str, str]:
+    """Name without prefix -> the name under which its tensor is stored."""
+    known = set(stored)
+    bare = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+    return {name: instead + name if instead and instead + name in known else prefix + name for name in bare}
 
 
 def put_into(model: Any, tensors: dict[str, Tensor], path: Path, assign: bool = False) -> None:

@@ -113,7 +113,7 @@ def write_weights(path: Path, out: Path, limit: int) -> None:
         if name.startswith(PREFIX)
     }
     files = list(divide(sizes, limit))
-    tensors = checkpoint.each(path, PREFIX)  # in the order of `stored`
+    tensors = checkpoint.each(path, PREFIX, checkpoint.EVALUATION)  # in the order of `stored`
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"

@@ -1,4 +1,4 @@
-"""Plug-ins: modules and files of the user's own, which register models."""
+"""Plug-ins: modules and files of the user's own, which register models or optimizers."""
 
 from __future__ import annotations
 

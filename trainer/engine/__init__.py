@@ -11,9 +11,15 @@ from trainer.runtime.distributed import World
 
 
 def refuse_scope(config: Any) -> None:
-    """UserError where the engine cannot give the optimizer what it must see whole."""
+    """UserError where the engine cannot give the optimizer what it must see whole, or evaluate with its weights."""
     name, strategy = config.optim.name, config.engine.strategy
-    scope = get_rule(name).scope
+    rule = get_rule(name)
+    scope = rule.scope
+    if rule.evaluates_other_weights and strategy in ("zero1", "zero2", "zero3"):
+        raise UserError(
+            f"optim.name: {name} evaluates with other weights than it trains, and engine.strategy {strategy} keeps those in "
+            "pieces of flat vectors; use single, ddp, fsdp, hsdp or zero0"
+        )
     needs = "whole matrices" if scope == "matrix" else "whole tensors"
     if scope != "element" and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(

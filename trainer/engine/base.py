@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from models.base import Output, Unset, materialise
 from models.layers.float8 import convert_to_float8
+from trainer.checkpoint.format import EVALUATION
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
@@ -124,6 +126,23 @@ class Engine:
             )
         return fits
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model holds the weights that the optimizer's rule evaluates with; all ranks enter together."""
+        others = {self.local[name]: weights for name, weights in self.optimizer.evaluation_weights().items()}
+        trained = {parameter: parameter.detach().clone() for parameter in others}
+        self.set_weights(others)
+        try:
+            yield
+        finally:
+            self.set_weights(trained)
+
+    def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
+        """Copy values into parameters of `local`."""
+        with torch.no_grad():
+            for parameter, values in weights.items():
+                parameter.copy_(values)
+
     def agree(self, value: T) -> T:
         """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value
@@ -208,7 +227,7 @@ class Engine:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay."""
+        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay, and evaluation.NAME where that differs."""
         # A parameter that has had no gradient yet has no state: zeros are what it would begin with.
         state, whole = self.optimizer.state, set(self.optimizer.whole)
         self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
@@ -216,6 +235,8 @@ class Engine:
         for name, parameter in self.local.items():
             for key, value in state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value if name in whole else self.as_stored(name, value)
+        for name, weights in self.optimizer.evaluation_weights().items():
+            tensors[EVALUATION + name] = self.as_stored(name, weights)
         return tensors | {"weight_decay": self.optimizer.decay}
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:

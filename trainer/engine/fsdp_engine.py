@@ -76,6 +76,11 @@ class FsdpEngine(Engine):
                 block.set_reshard_after_forward(True)
                 block.reshard()
 
+    def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
+        super().set_weights(weights)
+        for module in (self.model, *self.model.blocks()) if weights else ():
+            module.reshard()  # what is still gathered has the values of before
+
     def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)

@@ -1,12 +1,12 @@
 """Optimizers: the contract and its registry (rule.py), the rules (adamw.py), groups, schedules, and the step (optimizer.py)."""
 
-from trainer.optim.adamw import AdamW
-from trainer.optim.groups import Group, matrices_of, names_by_role, with_rule
+from trainer.optim import adamw as adamw  # registers it
+from trainer.optim.groups import Group, matrices_of, names_by_role, state_bytes_per_parameter, with_rule
 from trainer.optim.optimizer import Optimizer
-from trainer.optim.rule import GroupSettings, OptimizerRule, get_rule, register_optimizer, rule_config, state_bytes
+from trainer.optim.rule import DEFAULT_RULE, GroupSettings, OptimizerRule, get_rule, register_optimizer, rule_config
 
 __all__ = [
-    "AdamW",
+    "DEFAULT_RULE",
     "Group",
     "GroupSettings",
     "Optimizer",
@@ -16,6 +16,6 @@ __all__ = [
     "names_by_role",
     "register_optimizer",
     "rule_config",
-    "state_bytes",
+    "state_bytes_per_parameter",
     "with_rule",
 ]

@@ -13,8 +13,10 @@ from trainer.optim.rule import STEP, Declared, GroupSettings, OptimizerRule, reg
 
 @dataclass
 class AdamWConfig:
-    beta1: float = setting(0.9, "decay of the mean of gradients; auto: the recipe's, group by group", low=0, high=1)
-    beta2: float = setting(0.95, "decay of the mean of squared gradients", low=0, high=1)
+    """What is not set here is the recipe's, group by group."""
+
+    beta1: float = setting(0.9, "decay of the mean of gradients", low=0, high=0.99999)
+    beta2: float = setting(0.95, "decay of the mean of squared gradients", low=0, high=0.99999)
     eps: float = setting(1e-8, "added to the root of the mean of squares", low=0)
 
 

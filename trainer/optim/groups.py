@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trainer.optim.rule import DEFAULT_RULE, get_rule, state_bytes
+
 
 @dataclass(frozen=True)
 class Group:
@@ -21,7 +23,7 @@ class Group:
     weight_decay: float = 0.0
     loss_driven_decay: bool = False
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rule: str = "adamw"
+    rule: str = DEFAULT_RULE
 
 
 def names_by_role(model: Any) -> dict[str, list[str]]:
@@ -44,6 +46,16 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
 def matrices_of(model: Any, shapes: dict[str, torch.Size]) -> set[str]:
     """Names of the parameters that a rule of scope matrix updates: two dimensions and the role `matrix`."""
     return {name for name in names_by_role(model)["matrix"] if len(shapes[name]) == 2}
+
+
+def state_bytes_per_parameter(rule: str, model: Any, narrow: bool) -> float:
+    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: in bf16, else in fp32."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    chosen, rest = get_rule(rule), get_rule(DEFAULT_RULE)
+    own = matrices_of(model, shapes) if chosen.scope == "matrix" else set(shapes)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    total = sum(state_bytes(chosen if name in own else rest, shape, dtype) for name, shape in shapes.items())
+    return total / sum(shape.numel() for shape in shapes.values())
 
 
 def with_rule(groups: list[Group], rule: str, names: set[str] | None = None) -> list[Group]:

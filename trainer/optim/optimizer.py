@@ -119,6 +119,18 @@ class Optimizer(torch.optim.Optimizer):
         """After the update: the decay of the next step. loss: global mean of this one, fp32 scalar on the device."""
         self.decay.copy_(torch.where(finite > 0, self._decay_of(loss), self.decay))
 
+    def evaluation_weights(self) -> dict[str, Tensor]:
+        """By name, what to evaluate with in the place of this rank's parameters; those that differ alone."""
+        found = {}
+        for group, settings in zip(self.groups, self.param_groups, strict=True):
+            rule = self.rules[group.rule]
+            if not rule.evaluates_other_weights:
+                continue  # DeepSpeed's flat vectors, which have no names, are of such rules
+            for name, parameter in zip(group.parameters, settings["params"], strict=True):
+                if parameter in self.state:  # it has been trained
+                    found[name] = rule.evaluation_weights(parameter.detach(), self.state[parameter])
+        return found
+
     @property
     def matrix_lr(self) -> float:
         """Learning rate of the matrices (the first group) at the last step."""

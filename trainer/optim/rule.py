@@ -29,6 +29,7 @@ from trainer.core.settings import build
 Scope = Literal["element", "tensor", "matrix"]
 Declared = dict[str, tuple[torch.Size, torch.dtype]]
 STEP = "step"  # the state that counts a parameter's steps
+DEFAULT_RULE = "adamw"  # also of what a rule of scope matrix does not update
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ class OptimizerRule:
         """
         raise NotImplementedError
 
+    def evaluation_weights(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The weights of this parameter (or shard) to validate, generate and export with: averages, for example.
+
+        Only rules of scope element may define it. Checkpoints hold both, and training goes on with the parameter.
+        """
+        return parameter
+
+    @property
+    def evaluates_other_weights(self) -> bool:
+        return type(self).evaluation_weights is not OptimizerRule.evaluation_weights
+
 
 _REGISTRY: dict[str, type[OptimizerRule]] = {}
 
@@ -92,6 +104,8 @@ def register_optimizer(name: str) -> Callable[[type[OptimizerRule]], type[Optimi
             )
         if cls.scope not in ("element", "tensor", "matrix"):
             raise TypeError(f"{cls.__name__}.scope is {cls.scope!r}; use element, tensor or matrix")
+        if cls.scope != "element" and cls.evaluation_weights is not OptimizerRule.evaluation_weights:
+            raise TypeError(f"{cls.__name__} defines evaluation_weights, which needs scope element")
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ValueError(f"optimizer name {name!r} is taken by {_REGISTRY[name].__module__}")
         _REGISTRY[name] = cls

@@ -12,7 +12,7 @@ import torch
 
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, told_of_model
-from trainer.optim import AdamW, get_rule, matrices_of, state_bytes
+from trainer.optim import DEFAULT_RULE, state_bytes_per_parameter
 from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
@@ -70,7 +70,7 @@ class ParallelLayout:
     compiled: bool = False
     deterministic: bool = False
     recorded: bool = False
-    optimizer: str = "adamw"
+    optimizer: str = DEFAULT_RULE
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
@@ -120,7 +120,6 @@ class MemoryEstimate:
         self.model_class, self.model_config = model_class, model_config
         self.length, self.documents = length, documents
         self._model = model = build_meta(model_class, model_config)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
         # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
@@ -132,7 +131,8 @@ class MemoryEstimate:
         """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
         fsdp, zero = layout.strategy in ("fsdp", "hsdp"), layout.strategy in ("zero1", "zero2", "zero3")
         parts: dict[str, float] = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
-        parts["moments"] = self.moments(layout)
+        narrow = layout.narrow or layout.precision == "pure_bf16"
+        parts["moments"] = state_bytes_per_parameter(layout.optimizer, self._model, narrow)
         sharded = SHARDED.get(layout.strategy, set())
         away = OFFLOADED[layout.strategy] if layout.offload else set()
         state = {
@@ -152,15 +152,6 @@ class MemoryEstimate:
         if layout.strategy in ("zero2", "zero3"):
             state["buckets"] = (4 if layout.precision == "fp32" else 2) * BUCKET
         return state
-
-    def moments(self, layout: ParallelLayout) -> float:
-        """Bytes of the optimizer's state per parameter. A rule of scope matrix updates some, the rest is AdamW's."""
-        rule, rest = get_rule(layout.optimizer), AdamW()
-        narrow = layout.narrow or layout.precision == "pure_bf16"
-        dtype = torch.bfloat16 if narrow else torch.float32
-        own = matrices_of(self._model, self._shapes) if rule.scope == "matrix" else set(self._shapes)
-        total = sum(state_bytes(rule if name in own else rest, shape, dtype) for name, shape in self._shapes.items())
-        return total / sum(shape.numel() for shape in self._shapes.values())
 
     def in_cpu_memory(self, layout: ParallelLayout) -> int:
         """Bytes that engine.offload moves from one device to the memory of its machine."""

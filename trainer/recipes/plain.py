@@ -1,4 +1,4 @@
-"""The recipe `plain`: AdamW with warm-up and cosine, a fixed batch."""
+"""The recipe `plain`: warm-up and cosine, a fixed batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.optim.schedules import warmup_cosine
 
 
 def plain_groups(shapes: dict[str, torch.Size], optim: Any, total: int) -> list[Group]:
-    """AdamW with warm-up and cosine; only parameters of two or more dimensions decay."""
+    """Warm-up and cosine; only parameters of two or more dimensions decay."""
 
     def schedule(step: int) -> float:
         return warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)

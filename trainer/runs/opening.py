@@ -96,7 +96,7 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
     for section, names in {
         "batch": ("device_token_capacity", "tokens_per_microbatch"),
-        "optim": ("state_precision",),
+        "optim": ("state_precision", "name", "settings"),
     }.items():
         kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
     return kept
@@ -153,7 +153,7 @@ def load_model(model_class: Any, model_config: Any, path: Path, device: Any, wor
     from models.base import refuse_unset, with_storage
     from trainer.checkpoint import format as checkpoint
 
-    tensors = checkpoint.load(path, "model.", world, device)
+    tensors = checkpoint.load(path, "model.", world, device, checkpoint.EVALUATION)
     with told_of_model(model_class, "it cannot be built on the meta device"):
         model = with_storage(build_meta(model_class, model_config), device)
     model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config

@@ -138,15 +138,16 @@ class Run:
 
         final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
-        return validate(
-            self.engine,
-            self.validation,
-            self.config,
-            self.world,
-            step,
-            max_tokens=limit,
-            at=at,
-        )
+        with self.engine.evaluating():
+            return validate(
+                self.engine,
+                self.validation,
+                self.config,
+                self.world,
+                step,
+                max_tokens=limit,
+                at=at,
+            )
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
         """A text sample, appended to samples.txt; returns it ("" on ranks that take no part)."""
@@ -157,7 +158,7 @@ class Run:
         limit = self.model.max_context
         if limit is not None:  # beyond it every token would cost a whole context
             tokens = max(1, min(tokens, limit - len(tokenizer.encode(prompt))))
-        with self.engine.gathered():
+        with self.engine.evaluating(), self.engine.gathered():
             new = complete(self.engine, tokenizer, [prompt], tokens, [], self.world.say, seed=self.config.seed)
         text = prompt + new[0]
         if self.world.leader:
