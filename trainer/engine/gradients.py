@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models.base import Batch
 from models.layers.linear_cross_entropy import scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.engine.meta import KERNEL_FIELDS
+from trainer.objectives import build_objective
+from trainer.objectives.base import ModelAndObjective
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
@@ -27,9 +30,8 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
             scored_by(lambda *facts: None),
             torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
         ):
-            names = unreached(
-                plan.model_class(config), plan.sequence_lengths[0], documents=plan.config.data.separate_documents
-            )
+            joined = ModelAndObjective(plan.model_class(config), build_objective(plan.config.objective))
+            names = unreached(joined, plan.sequence_lengths[0], documents=plan.config.data.separate_documents)
     except Exception as error:
         cause = printable(f"{type(error).__name__}: {error}", 200)
         say(
@@ -45,8 +47,9 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
         )
 
 
-def unreached(model: Any, length: int, documents: bool = False) -> list[str]:
-    """Names of the parameters that have no gradient after one backward pass, as in training, through `length` tokens."""
+def unreached(joined: ModelAndObjective, length: int, documents: bool = False) -> list[str]:
+    """Names of the model's parameters that have no gradient after one backward pass, as in training, through `length` tokens."""
     tokens = torch.zeros(1, length, dtype=torch.long)
-    model(tokens, targets=tokens, documents=tokens if documents else None, reduction="sum").loss.backward()
-    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    batch: Batch = {"tokens": tokens, "targets": tokens}
+    joined(batch | {"documents": tokens} if documents else batch).sum.backward()
+    return [name for name, parameter in joined.model.named_parameters() if parameter.grad is None]

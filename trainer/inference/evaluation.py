@@ -42,7 +42,7 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, plan, device, autocast() and lockstep, as an engine does; at: told the progress.
+    """Loss over the split in order. runner: has model, predict(), plan, device, autocast() and lockstep, as an engine does; at: told the progress.
 
     Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
     the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
@@ -135,7 +135,7 @@ def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
     runner.model.eval()
     with runner.autocast():
         documents = document_numbers(tokens, runner.plan.end_of_text)
-        logits = runner.model(tokens, documents=documents).logits.float()  # [B, T, V]
+        logits = runner.predict(tokens, documents).float()  # [B, T, V]
     runner.model.train(training)
     right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")

@@ -80,6 +80,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
             f"data.separate_documents: {config.model['name']} does not mask documents (its masks_documents is false); "
             "leave it out"
         )
+    config.objective = _resolve_objective(resolver)
     resolver.model(model_class, model_config)
     resolver.launcher(world)
     resolver.hardware(gpu)
@@ -154,6 +155,17 @@ def _resolve_model(resolver: Resolver, dataset: Any) -> tuple[Any, Any, int]:
             resolver.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     config.model = {"name": name, **dataclasses.asdict(model_config)}
     return model_class, model_config, vocab_size
+
+
+def _resolve_objective(resolver: Resolver) -> dict[str, Any]:
+    from trainer.objectives import resolve_objective
+
+    given = resolver.config.objective
+    resolved = resolve_objective(given)
+    for key, value in resolved.items():
+        if key != "name":
+            resolver.note(f"objective.{key}", value, "set" if key in given else f"the default of {resolved['name']}")
+    return resolved
 
 
 def _nearest_name(name: str, names: list[str]) -> str:

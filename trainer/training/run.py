@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import IGNORE
+from models.base import IGNORE, Batch
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
@@ -100,7 +100,7 @@ class Run:
         state, step = self.state, self.state.step
         length = self.plan.sequence_length(step)
         sequences = state.k * (self.config.batch.tokens_per_step // length)
-        counted = sequences * length  # targets of this step on all ranks: the loss is their mean
+        counted = sequences * length  # tokens of this step on all ranks
         torch.manual_seed(zlib.crc32(f"{self.config.seed}:{step}:{self.world.rank}".encode()))  # dropout and the like
 
         self.watchdog.at(step + 1, "reading data", in_step=True)
@@ -108,13 +108,15 @@ class Run:
         rows = self.read(length, sequences)  # [rows of this rank, length + 1]
         if self.frequency is not None:
             self.frequency.count(rows[:, :-1], self.world)
+        batch: Batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+        count = self.engine.count(batch, counted)
         losses: Any = 0  # [1 + parts]
-        for number, (tokens, targets, last) in enumerate(self.microbatches(rows, length, sequences), 1):
+        for number, (part, last) in enumerate(self.microbatches(batch, length, sequences), 1):
             self.watchdog.at(step + 1, f"microbatch {number}", in_step=True)
-            losses = losses + self.engine.backward(tokens, targets, 1 / counted, last)
+            losses = losses + self.engine.backward(part, 1 / count, last)
         self.watchdog.at(step + 1, "loss and update", in_step=True)
         # What only one rank knows travels with the loss: all learn of it at the same step, at no cost.
-        sums = self.world.sum(torch.cat([losses / counted, self.flags()]))
+        sums = self.world.sum(torch.cat([losses / count, self.flags()]))
         losses, flags = sums.split([len(losses), len(self.no_flags)])
         norm, finite = self.engine.step(step, losses[0])
 
@@ -165,19 +167,22 @@ class Run:
         self.stream.read_ahead(position + sequences * length, length, first, count)  # guessing that nothing grows
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
-    def microbatches(self, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """`rows` as (tokens [B, T], targets [B, T], whether it is the last): equally many on every rank."""
+    def microbatches(self, batch: Batch, length: int, sequences: int) -> Iterator[tuple[Batch, bool]]:
+        """`batch` cut along dimension 0, and whether a part is the last: equally many parts on every rank."""
         largest = -(-sequences // self.world.size)  # share of any rank
         fit = max(1, self.config.batch.tokens_per_microbatch // length)
-        parts = rows.tensor_split(-(-largest // fit))
+        count = -(-largest // fit)
+        parts: list[Any] = [{} for _ in range(count)]
+        for key, value in batch.items():
+            for part, values in zip(parts, value.tensor_split(count), strict=True):  # type: ignore[attr-defined]
+                part[key] = values
         for number, part in enumerate(parts, 1):
-            tokens, targets = part[:, :-1], part[:, 1:]
             if (
-                len(part) == 0
-            ):  # fewer sequences than elsewhere: take part in the collectives with a row that does not count
-                tokens = torch.zeros(1, length, dtype=torch.long, device=self.device)
-                targets = torch.full_like(tokens, IGNORE)
-            yield tokens, targets, number == len(parts)
+                len(part["tokens"]) == 0
+            ):  # fewer sequences than on other ranks: a row that does not count joins the collectives
+                part = {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
+                part["targets"] = torch.full_like(part["targets"], IGNORE)
+            yield part, number == count
 
     def share(self, sequences: int) -> tuple[int, int]:
         """(first, count) of this rank's sequences: contiguous, as even as whole sequences allow."""
