@@ -80,13 +80,18 @@ class Forks:
         assert self._server.stdout.readline() == "ready\n"
         self._count = 0
 
-    def run(self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Ended:
-        return self.wait(self.start(values, ranks, faults, tells))
+    def run(
+        self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True, plugins: tuple = ()
+    ) -> Ended:
+        return self.wait(self.start(values, ranks, faults, tells, plugins))
 
-    def start(self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Path:
-        """Start a run with `faults` as in faults.py; returns what `wait` takes. tells: see forks.py."""
+    def start(
+        self, values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True, plugins: tuple = ()
+    ) -> Path:
+        """Start a run with `faults` as in faults.py and with plug-ins; returns what `wait` takes. tells: see forks.py."""
         self._count += 1
         config, words = write_run(values, f"start{self._count}.yaml", faults)
+        words += [word for plugin in plugins for word in ("--plugin", str(plugin))]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -254,9 +254,11 @@ class BenchConfig(RunConfig):
 
 @dataclass
 class CheckConfig:
-    """`check`: whether a model keeps the contract of models/base.py."""
+    """`check`: whether a model keeps the contract of models/base.py, and an objective that of trainer/objectives/base.py."""
 
-    module: str | None = setting(None, "module or .py file that registers the model (may stand without its flag)")
+    module: str | None = setting(
+        None, "module or .py file that registers models or objectives (may stand without its flag)"
+    )
     model: dict[str, Any] = field(
         default_factory=dict,
         metadata={
