@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
 from models.config import check_ranges, setting
-from models.layers.attention import latent_widths, rope_scaling
-from models.layers.block import ATTENTION, NORM_PLACES
+from models.layers.attention import HEADS, LatentAttention, latent_widths, rope_scaling
+from models.layers.block import NORM_PLACES
 from models.layers.mlp import ACTIVATIONS, hidden_width
 from models.layers.norms import NORMS
 from models.layers.positions import SCALINGS, check_rotary
 from models.layers.residual import START_SCALES
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "norm": NORMS,
     "norm_placement": tuple(NORM_PLACES),
     "positions": ("learned", "rotary", "alibi", "none"),
     "rope_scaling": SCALINGS,
-    "attention": ATTENTION,
+    "attention": ChainMap[str, Any]({"latent": LatentAttention}, HEADS),  # also what a plug-in adds to HEADS
     "attention_bias": ("none", "qkv", "all"),
     "attention_gate": ("none", "head", "channel"),
     "attention_kernel": ("auto", "torch", "sdpa", "flex", "flash"),

@@ -9,7 +9,20 @@ from conftest import ROOT
 
 # A package may import those before it, and itself.
 ORDER = (
-    *("models", "core", "runtime", "checkpoint", "data", "optim", "recipes", "engine", "planning", "inference", "runs"),
+    *(
+        "models",
+        "core",
+        "runtime",
+        "checkpoint",
+        "data",
+        "objectives",
+        "optim",
+        "recipes",
+        "engine",
+        "planning",
+        "inference",
+        "runs",
+    ),
     *("training", "testing", "commands"),
 )
 

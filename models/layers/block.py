@@ -46,7 +46,7 @@ class Block(nn.Module):
         super().__init__()
         before, after, last = NORM_PLACES[config.norm_placement]
         self.attention_norm, self.mlp_norm = norm_of(config, before), norm_of(config, before)
-        self.attention: nn.Module = ATTENTION[config.attention](config, layer)
+        self.attention: nn.Module = attention_class(config)(config, layer)
         self.mlp: nn.Module = mlp_of(config)
         self.attention_post, self.mlp_post = norm_of(config, after), norm_of(config, after)
         self.attention_join, self.mlp_join = join_of(config, 2 * layer), join_of(config, 2 * layer + 1)
@@ -117,7 +117,11 @@ class ParallelBlockTwoNorms(Block):
         return self.attention_join.merge(x, attended + self.mlp(self.mlp_norm(h)), kept), values
 
 
-ATTENTION: dict[str, Any] = {"softmax": Attention, "differential": Attention, "latent": LatentAttention}
+def attention_class(config: Any) -> Any:
+    """The branch that `attention` names: latent, or one whose heads are an entry of HEADS."""
+    return LatentAttention if config.attention == "latent" else Attention
+
+
 BLOCKS: dict[str, Any] = {"serial": Block, "parallel": ParallelBlock, "parallel_two_norms": ParallelBlockTwoNorms}
 
 

@@ -186,7 +186,7 @@ def plugin(tmp_path, monkeypatch):
 
 def test_a_file_is_imported_by_its_path_and_once(plugin):
     config = CheckConfig(module=str(plugin))
-    assert names_of(config) == ([plugin.stem], {}) == names_of(config)
+    assert names_of(config) == ([plugin.stem], {}, []) == names_of(config)
     assert import_plugin(str(plugin)) is sys.modules[plugin.stem]
 
 

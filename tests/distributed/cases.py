@@ -53,8 +53,11 @@ def run(values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: b
     return processes.wait(start(values, ranks, faults, tells))
 
 
-def start(values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True) -> Path:
+def start(
+    values: dict, ranks: int = 1, faults: list[dict] | None = None, tells: bool = True, plugins: tuple = ()
+) -> Path:
     _, words = write_run(values, f"start{next(_counter)}.yaml", faults)
+    words += [word for plugin in plugins for word in ("--plugin", str(plugin))]
     variables = {"PYTHONPATH": PATHS, "FAULTS": json.dumps(faults)}
     return processes.start("-m", "trainer", *words, ranks=ranks, env=variables, tells=tells)
 

@@ -111,8 +111,9 @@ def matrix_updates(run: Run) -> dict[str, Any]:
     length = run.plan.sequence_length(run.state.step)
     sequences = run.config.batch.tokens_per_step // length
     rows = run.read(length, sequences)
-    for tokens, targets, last in microbatches(run, rows, length, sequences):
-        run.engine.backward(tokens, targets, 1 / (sequences * length), last)
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    for part, last in microbatches(run, batch, length, sequences):
+        run.engine.backward(part, 1 / (sequences * length), last)
     computed = []
 
     def cubic(name: str, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

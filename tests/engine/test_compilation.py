@@ -4,6 +4,8 @@ import contextlib
 import copy
 import os
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -19,12 +21,15 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_operat
 from torch.fx import GraphModule
 from torch.nn.attention.flex_attention import flex_attention
 
-from models.base import Cache, get_model
+from models.base import get_model
 from models.layers import flex
 from models.layers.linear_cross_entropy import _Form
+from models.state import DecodingState
 from trainer.commands.train import run
 from trainer.engine import activation_checkpointing, compilation
 from trainer.engine.compilation import Compiled, choose
+from trainer.inference.decoding import generate
+from trainer.runs.opening import OpenRun
 from trainer.runtime.device import Target
 
 # Sums in another order and fused multiply-adds: some hundred eps of the loss, and of the largest entry of each gradient, as in
@@ -227,7 +232,7 @@ def test_evaluation_and_decoding_compile_nothing(real):
         expected = real(tokens, targets=targets)
         Compiled(real, pytest.fail)
         assert torch.equal(real(tokens, targets=targets).loss, expected.loss)
-        cache = Cache()
+        cache = DecodingState()
         for part in tokens.split(8, dim=1):
             real(part, cache=cache)
     assert graphs() == 0
@@ -334,3 +339,27 @@ def test_blocks_with_flex_are_one_graph(monkeypatch, name, how):
     with pytest.raises(BackendCompilerFailed, match="seen"):
         model(*batch(2, 256))
     assert seen == [1]
+
+
+def test_text_and_the_comparison_before_it_run_as_they_are(monkeypatch):
+    """Their lengths are odd, and every one of them would be compiled."""
+    calls = []
+
+    def recording(function, **options):
+        def compiled(*args, **kwargs):
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", recording)
+    model = build("gpt2")
+    Compiled(model, print)
+    runner = OpenRun(
+        Path("."), SimpleNamespace(config=SimpleNamespace(precision="fp32")), model, None, torch.device("cpu"), 0
+    )
+    said = []
+    assert len(generate(runner, [[1, 2, 3]], 4, VOCAB, say=said.append)[0]) == 4
+    assert calls == [] and said == []
+    model(*batch(1, 8)).loss.backward()
+    assert calls, "training runs what is compiled"

@@ -101,9 +101,9 @@ def test_documents_are_those_of_each_microbatch(tiny_dataset, tmp_path):
         tokens = torch.randint(0, 250, (2, 64))
         ends.append(tokens.clone())
         ends[-1][:, torch.randint(1, 60, ())] = one.plan.end_of_text
-    replayed = [one.engine.backward(tokens, tokens, 1.0, True) for tokens in ends]
+    replayed = [one.engine.backward({"tokens": tokens, "targets": tokens}, 1.0, True) for tokens in ends]
     plain = make(tiny_dataset, tmp_path, model={"name": "gpt2"}, data__separate_documents=True).engine
-    assert [plain.backward(tokens, tokens, 1.0, True) for tokens in ends] == replayed
+    assert [plain.backward({"tokens": tokens, "targets": tokens}, 1.0, True) for tokens in ends] == replayed
 
 
 def test_recordings_are_given_up_once_one_must_be_larger(tiny_dataset, tmp_path):
@@ -113,7 +113,8 @@ def test_recordings_are_given_up_once_one_must_be_larger(tiny_dataset, tmp_path)
     made = []
     for sequences, length in ((2, 32), (1, 32), (2, 32), (4, 32), (2, 32), (2, 64), (2, 32)):
         for _ in range(WARM_UP + 1):
-            one.engine.backward(*torch.randint(0, 250, (2, sequences, length)), 1.0, True)
+            tokens, targets = torch.randint(0, 250, (2, sequences, length))
+            one.engine.backward({"tokens": tokens, "targets": targets}, 1.0, True)
         made.append((recorder.recordings, recorder.forgotten))
     assert made == [(1, 0), (2, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 3)]
     assert recorder.runs == 4 * WARM_UP, "each shape is warmed up once"

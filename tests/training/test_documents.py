@@ -51,7 +51,9 @@ def test_in_training_a_document_does_not_see_the_one_before(planned):
     other[:, :ends] = other[:, :ends].flip(1)
     for on, plan in plans.items():
         engine = TorchEngine(plan, WORLD)
-        first, second = (engine.backward(tokens[:, :-1], targets, 1.0, True)[0] for tokens in (rows, other))
+        first, second = (
+            engine.backward({"tokens": tokens[:, :-1], "targets": targets}, 1.0, True)[0] for tokens in (rows, other)
+        )
         assert (first == second) == on
 
 
@@ -88,8 +90,9 @@ def test_the_bare_loop_has_the_loss_of_the_engine(planned):
         rows = baseline.read()[:2]
         rows[:, 20] = dataset.tokenizer.eot_id
         losses.append(baseline.forward(rows).item())
+        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
         baseline.close()
-        assert losses[-1] == TorchEngine(plan, WORLD).backward(rows[:, :-1], rows[:, 1:], 1.0, True)[0]
+        assert losses[-1] == TorchEngine(plan, WORLD).backward(batch, 1.0, True)[0]
     assert losses[0] != losses[1]
 
 

@@ -61,16 +61,23 @@ def test_numbers_of_a_step_are_read_after_the_next_one_is_launched(tiny_dataset,
     assert all(now > of for of, now in read if of < 8)
 
 
+def step_batch(one, length):
+    """(tokens, targets) of each microbatch of the next step."""
+    rows = one.read(length, 512 // length)
+    parts = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, length, 512 // length)
+    return [(part["tokens"], part["targets"]) for part, _ in parts]
+
+
 def test_the_loss_of_a_step_is_that_of_the_next_token(tiny_dataset, tmp_path):
     """The losses of further heads and of large logits are optimised, too, but validation knows nothing of them; nor does
     the weight decay that follows the loss."""
     model = {"name": "llama", "d_model": 64, "n_layers": 2, "n_heads": 2, "n_predict": 3, "z_loss": 0.1}
     one = make(tiny_dataset, tmp_path, model=model, optim__recipe="hlb", batch__tokens_per_microbatch=128)
     length = one.plan.sequence_length(0)
-    batch = list(microbatches(one, one.read(length, 512 // length), length, 512 // length))
+    batch = step_batch(one, length)
     with torch.no_grad():
-        expected = sum(cross_entropy(one.model(tokens).logits, targets, "sum") for tokens, targets, _ in batch) / 512
-        whole = sum(one.model(tokens, targets, reduction="sum").loss for tokens, targets, _ in batch) / 512
+        expected = sum(cross_entropy(one.model(tokens).logits, targets, "sum") for tokens, targets in batch) / 512
+        whole = sum(one.model(tokens, targets, reduction="sum").loss for tokens, targets in batch) / 512
     measured = optimiser_step(one)
     loss = measured.loss
     assert whole > 2 * expected
@@ -86,7 +93,7 @@ def test_embedding_rows_are_divided_by_their_counts_over_the_whole_step(tiny_dat
     """Against a plain gradient of the same batch, divided row by row."""
     one = make(tiny_dataset, tmp_path / "r", optim__embedding_frequency="global", batch__tokens_per_microbatch=128)
     length = one.plan.sequence_length(0)
-    batch = list(microbatches(one, one.read(length, 512 // length), length, 512 // length))
+    batch = step_batch(one, length)
     assert len(batch) == 4
     tokens = torch.cat([part[0] for part in batch])
     targets = torch.cat([part[1] for part in batch])
@@ -141,7 +148,9 @@ def test_shares_cover_every_sequence(tiny_dataset, tmp_path, size):
 def test_a_rank_without_sequences_takes_part_with_nothing(tiny_dataset, tmp_path):
     one = make(tiny_dataset, tmp_path / "r")
     one.world = World(0, 2, 0)  # the first of two ranks gets none of one sequence
-    [(tokens, targets, last)] = list(microbatches(one, one.read(64, 1), 64, 1))
+    rows = one.read(64, 1)
+    [(part, last)] = list(microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, 64, 1))
+    tokens, targets = part["tokens"], part["targets"]
     assert last and tokens.shape == (1, 64) and (targets == IGNORE).all()
 
 

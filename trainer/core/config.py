@@ -16,7 +16,7 @@ LONGEST = 2**24  # tokens of a sequence: beyond all models, and what a plan can 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 # What a key means that a run's config.yaml does not have, because the run was started before there was the key.
-ABSENT_MEANS: dict[str, Any] = {"data.order": "samples", "optim.name": "adamw"}
+ABSENT_MEANS: dict[str, Any] = {"data.order": "samples", "optim.name": "adamw", "objective.name": "next_token"}
 
 
 @dataclass
@@ -201,6 +201,10 @@ class RunConfig:
     model: dict[str, Any] = field(
         default_factory=lambda: {"name": "hlb"},
         metadata={"help": "model.name picks the architecture; model.FIELD overrides one of its fields"},
+    )
+    objective: dict[str, Any] = field(
+        default_factory=lambda: {"name": "next_token"},
+        metadata={"help": "objective.name picks what is trained on; objective.FIELD sets one of its fields"},
     )
     run_dir: str | None = setting(None, "folder of the run; auto: runs/MODEL-SCALE")
     seed: int = setting(0, "seed of weights, data order and every draw", low=0, high=2**62)

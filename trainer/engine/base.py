@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.base import Output, Unset, materialise
+from models.base import Batch, Unset, materialise
 from models.layers.float8 import convert_to_float8
 from trainer.checkpoint.format import EVALUATION
 from trainer.core.errors import UserError
@@ -19,6 +19,8 @@ from trainer.engine.activation_checkpointing import apply as checkpoint_activati
 from trainer.engine.compilation import Compiled
 from trainer.engine.matrices import Update, deal, update_copies, update_costs
 from trainer.engine.meta import build_meta
+from trainer.objectives import Loss, build_objective
+from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
 from trainer.recipes import build_optimizer
 from trainer.runtime.device import choose_device, free_bytes, keep_freed_memory
@@ -32,10 +34,11 @@ ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations n
 class Engine:
     """Holds the model and its optimiser. Subclasses spread them; the loop calls the same few methods on each:
 
-    backward(tokens, targets, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
+    backward(batch, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
 
-    model: what forward passes go through. shapes: whole shape of every parameter. local: the part of each parameter that
-    this rank updates, by name; the optimiser sees these and no others. whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all
+    model: what is trained; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
+    every parameter. local: the part of each parameter that this rank updates, by name; the optimiser sees these and no others.
+    whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all
     ranks must take part in each. part_names: of the further losses, known after the first `backward`.
     """
 
@@ -44,12 +47,14 @@ class Engine:
     part_names: tuple[str, ...] = ()
     _told_of_room = False  # that whole weights do not fit
     local: dict[str, nn.Parameter]
+    joined: Any
 
     def __init__(self, plan: Any, world: World) -> None:
         self.plan, self.config, self.world = plan, plan.config, world
         self.strategy, self.precision = plan.config.engine.strategy, plan.config.precision
         self.device = choose_device(plan.config.device, world.local_rank)
         prepare_device(self.device, plan.config.deterministic)
+        self.objective = build_objective(self.config.objective)
         meta = build_meta(plan.model_class, plan.model_config)
         meta = meta.to(torch.bfloat16) if self.precision == "pure_bf16" else meta
         self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
@@ -63,8 +68,11 @@ class Engine:
             self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == world.rank)
 
     def parallelize(self, meta: Any) -> Any:
-        """The model on its devices with initial weights, from one without storage; sets `local`."""
+        """The model on its devices with initial weights, from one without storage; sets `local` and `joined`."""
         raise NotImplementedError
+
+    def join(self, model: Any) -> ModelAndObjective:
+        return ModelAndObjective(model, self.objective)
 
     def prepare_blocks(self, model: Any) -> None:
         """fp8, activation checkpointing, then compilation, of each block: before anything that shards them."""
@@ -147,26 +155,44 @@ class Engine:
         """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value
 
-    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        """Add the gradient of scale * (sum of token losses); ranks are summed by the `last` microbatch.
+    def predict(self, tokens: Tensor, documents: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T]. documents: [B, T], see Batch; cache: what the model's `new_state` has made."""
+        return self.joined(tokens_alone(tokens, documents), cache=cache).logits
 
-        tokens, targets: [B, T] on the device. Returns `losses` of this rank.
+    def count(self, batch: Batch, tokens: int) -> int | Tensor:
+        """By what the loss of a step is divided: what counts in it on all ranks. batch: this rank's; tokens: of all ranks.
+
+        A number where the size of the step says it; else a scalar on the device, for which nobody waits.
+        """
+        if self.objective.counts_every_token and "weights" not in batch:
+            return tokens
+        return self.world.sum(self.objective.count(batch)).float()
+
+    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
+        """Add the gradient of scale * (sum of the objective's losses); ranks are summed by the `last` microbatch.
+
+        batch: on the device; scale: 1 / `count` of the step. Returns `losses` of this rank.
         All ranks call this equally often in a step.
         """
         raise NotImplementedError
 
     def documents(self, tokens: Tensor) -> Tensor | None:
-        """[B, T]: the document of each token, where none attends to another; else None."""
+        """[B, T]: the document of each token, where no token attends to another document; else None."""
         return document_numbers(tokens, self.plan.end_of_text)
 
-    def losses(self, output: Output) -> Tensor:
-        """[1 + parts] of a forward pass: the cross-entropy of the next token, as validation measures it, and the further
-        losses in the order of `part_names`; detached, fp32.
+    def with_documents(self, batch: Batch) -> Batch:
+        """The batch with the document of each token, where no token attends to another document."""
+        if "documents" in batch or self.plan.end_of_text is None:
+            return batch
+        return {**batch, "documents": self.documents(batch["tokens"])}  # type: ignore[typeddict-item]
 
-        The first is the loss less its parts: not finite where any of them is not.
+    def losses(self, output: Loss) -> Tensor:
+        """[1 + parts] of a forward pass: the sum less its parts (under next_token the cross-entropy, as validation measures
+        it), and the parts in the order of `part_names`; detached, fp32.
+
+        The first is not finite where any of them is not.
         """
-        assert output.loss is not None
-        loss, self.part_names = output.loss.detach(), tuple(output.parts or ())
+        loss, self.part_names = output.sum.detach(), tuple(output.parts or ())
         if not output.parts:
             return loss[None]
         parts = torch.stack([part.detach() for part in output.parts.values()])
@@ -251,6 +277,11 @@ class Engine:
 
     def close(self) -> None:
         """Free what would outlive the process group."""
+
+
+def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:
+    """A batch without targets."""
+    return {"tokens": tokens} if documents is None else {"tokens": tokens, "documents": documents}
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:

@@ -59,7 +59,9 @@ class Compiled:
             compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True))
             block.forward = functools.partial(_in_training, block.forward, compiled)
         scorer = self.with_fallback(score_in_tiles, torch.compile(_score_a_vocabulary, dynamic=True))
-        model.forward = scored_by(scorer)(model.forward)
+        # The objective calls the loss itself, or lets the forward pass do it.
+        for name in ("forward", "loss"):
+            setattr(model, name, scored_by(scorer)(getattr(model, name)))
 
     def with_fallback(self, eager: Callable[..., T], compiled: Callable[..., T]) -> Callable[..., T]:
         """`compiled`, or `eager` once anything of the model could not be compiled."""

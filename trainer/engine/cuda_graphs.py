@@ -8,11 +8,12 @@ parameters and buffers do, and what Python decided while it was recorded stays d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from models.base import Batch
 from models.layers.flex import masks_read
 from trainer.core.errors import UserError
 from trainer.engine.compilation import first_line
@@ -21,6 +22,7 @@ from trainer.engine.compilation import first_line
 WARM_UP = 2
 
 Call = Callable[[], Tensor]
+Kind = tuple[torch.Size, tuple[str, ...]]  # shape of the tokens, keys of the batch
 
 
 class GraphRecorder(Protocol):
@@ -87,34 +89,39 @@ class CudaGraphRecorder:
 
 
 class CudaGraphRunner:
-    """microbatch(tokens [B, T], targets [B, T], scale []) -> losses [1 + parts], recorded once for each shape of tokens.
+    """microbatch(batch of tensors [B, T], scale []) -> losses [1 + parts], recorded once for each shape and kind of batch.
 
     It adds to gradients, which must stay where they are from one step to the next. Recordings are of one length T: at another,
     or with more sequences than any has, all are made anew, as memory that they share does not grow with its contents.
     """
 
-    def __init__(self, microbatch: Callable[[Tensor, Tensor, Tensor], Tensor], recorder: GraphRecorder) -> None:
+    def __init__(self, microbatch: Callable[[Batch, Tensor], Tensor], recorder: GraphRecorder) -> None:
         self._microbatch, self._recorder = microbatch, recorder
-        self._met: dict[torch.Size, int] = {}
-        self._recordings: dict[torch.Size, tuple[tuple[Tensor, ...], Call]] = {}
+        self._met: dict[Kind, int] = {}
+        self._recordings: dict[Kind, tuple[Batch, Tensor, Call]] = {}
 
-    def __call__(self, tokens: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        shape, given = tokens.shape, (tokens, targets, scale)
-        if shape not in self._recordings:
-            self._forget_others_than(shape)
-            self._met[shape] = self._met.get(shape, 0) + 1
-            if self._met[shape] <= WARM_UP:
-                return self._recorder.run(lambda: self._microbatch(*given))
-            copies = tokens.clone(), targets.clone(), scale.clone()
-            self._recordings[shape] = copies, self._recorder.record(lambda: self._microbatch(*copies))
-        own, replay = self._recordings[shape]
-        for copy, now in zip(own, given, strict=True):
-            copy.copy_(now)
+    def __call__(self, batch: Batch, scale: Tensor) -> Tensor:
+        given: Any = batch
+        kind = batch["tokens"].shape, tuple(sorted(given))
+        if kind not in self._recordings:
+            self._forget_others_than(kind[0])
+            self._met[kind] = self._met.get(kind, 0) + 1
+            if self._met[kind] <= WARM_UP:
+                return self._recorder.run(lambda: self._microbatch(batch, scale))
+            copies: Any = {key: value.clone() for key, value in given.items()}
+            own_scale = scale.clone()
+            call = self._recorder.record(lambda: self._microbatch(copies, own_scale))
+            self._recordings[kind] = copies, own_scale, call
+        own, own_scale, replay = self._recordings[kind]
+        for key, copy in own.items():
+            copy.copy_(given[key])  # type: ignore[attr-defined]
+        own_scale.copy_(scale)
         return replay().clone()  # the next replay writes over it
 
     def _forget_others_than(self, shape: torch.Size) -> None:
         """Where recordings are of another length, or all of fewer sequences."""
         sequences, length = shape
-        if self._recordings and all(other[1] != length or other[0] < sequences for other in self._recordings):
+        shapes = [shape for shape, _ in self._recordings]
+        if shapes and all(other[1] != length or other[0] < sequences for other in shapes):
             self._recordings.clear()
             self._recorder.forget()

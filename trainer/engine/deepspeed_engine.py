@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from models.base import ties, with_storage
+from models.base import Batch, ties, with_storage
 from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
@@ -55,7 +55,7 @@ class DeepSpeedEngine(Engine):
             try:
                 super().__init__(plan, world)
                 self._zero, *_ = deepspeed.initialize(
-                    model=self.model, optimizer=self.optimizer, config=self.settings, dist_init_required=False
+                    model=self.joined, optimizer=self.optimizer, config=self.settings, dist_init_required=False
                 )
             except ValidationError as error:
                 told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -77,6 +77,7 @@ class DeepSpeedEngine(Engine):
             with self._deepspeed.zero.Init(config_dict_or_path=self.settings):
                 model = self.plan.model_class(self.plan.model_config)
         self.prepare_blocks(model)
+        self.joined = self.join(model)
         self.local: dict[str, Any] = dict(model.named_parameters())
         return model
 
@@ -128,11 +129,11 @@ class DeepSpeedEngine(Engine):
             finally:
                 offload.param_coordinator = coordinator
 
-    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
         self._zero.set_gradient_accumulation_boundary(last)
         use_linear(linear if self.stage == 3 else plain_linear)
-        output = self._zero(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
-        self._zero.backward(output.loss * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum
+        output = self._zero(self.with_documents(batch))
+        self._zero.backward(output.sum * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum
         use_linear(plain_linear)
         return self.losses(output)
 

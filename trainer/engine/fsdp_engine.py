@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from models.base import Batch
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
 from trainer.runtime.compat import as_shard
@@ -48,8 +49,9 @@ class FsdpEngine(Engine):
         for block in meta.blocks():
             fully_shard(block, **options)
         # What is in no block is needed at the end of the forward and the beginning of the backward: it stays between.
-        model = fully_shard(meta, **options | {"reshard_after_forward": False})
-        assert all(isinstance(module, FSDPModule) for module in (model, *model.blocks()))
+        self.joined = fully_shard(self.join(meta), **options | {"reshard_after_forward": False})
+        model = meta
+        assert all(isinstance(module, FSDPModule) for module in (self.joined, *model.blocks()))
         self.initialise(model, torch.device("cpu") if engine.offload else self.device)
         for module in model.modules() if engine.offload else ():  # FSDP brings parameters to the device, and no buffers
             for name, buffer in module.named_buffers(recurse=False):
@@ -78,14 +80,14 @@ class FsdpEngine(Engine):
 
     def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
         super().set_weights(weights)
-        for module in (self.model, *self.model.blocks()) if weights else ():
+        for module in (self.joined, *self.model.blocks()) if weights else ():
             module.reshard()  # what is still gathered has the values of before
 
-    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        self.model.set_requires_gradient_sync(last)
-        self.model.set_is_last_backward(last)
-        output = self.model(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
-        (output.loss * (scale * self.world.size)).backward()  # FSDP averages over ranks; we want the sum
+    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
+        self.joined.set_requires_gradient_sync(last)
+        self.joined.set_is_last_backward(last)
+        output = self.joined(self.with_documents(batch))
+        (output.sum * (scale * self.world.size)).backward()  # FSDP averages over ranks; we want the sum
         return self.losses(output)
 
     def collect_gradients(self) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from models.base import Batch
 from models.layers.linear_cross_entropy import score_nothing, scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.objectives import build_objective
+from trainer.objectives.base import ModelAndObjective
 from trainer.runtime.compat import fake_tensors
 
 
@@ -44,14 +47,14 @@ def unreached_in_training(plan: Any) -> list[str]:
         scored_by(score_nothing),
         torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
     ):
-        model = plan.model_class(config)
+        joined = ModelAndObjective(plan.model_class(config), build_objective(plan.config.objective))
         tokens = torch.zeros(1, plan.sequence_lengths[0], dtype=torch.long)  # [B, T]
-        documents = tokens if plan.config.data.separate_documents else None
-        loss = model(tokens, targets=tokens, documents=documents, reduction="sum").loss
-        names = unreached(model, loss)
+        batch: Batch = {"tokens": tokens, "targets": tokens}
+        loss = joined(batch | {"documents": tokens} if plan.config.data.separate_documents else batch).sum
+        names = unreached(joined.model, loss)
         if names is None:
             loss.backward()
-            names = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+            names = [name for name, parameter in joined.model.named_parameters() if parameter.grad is None]
     return names
 
 

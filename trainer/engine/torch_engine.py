@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.base import Batch
 from trainer.engine.base import Engine
 from trainer.engine.cuda_graphs import CudaGraphRecorder, CudaGraphRunner, GraphRecorder
 
@@ -27,10 +28,11 @@ class TorchEngine(Engine):
         self.local = dict(model.named_parameters())
         # DDP would sum bf16 gradients in bf16: there the fp32 sums are reduced by hand after the last microbatch.
         self._wrapped = self.strategy == "ddp" and self.precision != "pure_bf16"
-        self._module: nn.Module = model
+        self.joined = self.join(model)
+        self._module: nn.Module = self.joined
         if self._wrapped:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self._module = DistributedDataParallel(self.joined, device_ids=ids, gradient_as_bucket_view=True)
         self._graph_runner: CudaGraphRunner | None = None
         if self.config.engine.cuda_graphs:
             self.replay_microbatches(CudaGraphRecorder())
@@ -40,21 +42,23 @@ class TorchEngine(Engine):
         """From now on forward and backward of microbatches are recorded by `recorder` and replayed."""
         self._graph_runner = CudaGraphRunner(self._forward_and_backward, recorder)
 
-    def backward(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
         if self._graph_runner is not None:
-            return self._graph_runner(tokens, targets, torch.full((), scale, device=self.device))
+            if not isinstance(scale, Tensor):
+                scale = torch.full((), scale, device=self.device)
+            return self._graph_runner(batch, scale)
         quiet = self._wrapped and not last
         with self._module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             # DDP averages over ranks; we want the sum.
-            losses = self._forward_and_backward(tokens, targets, scale * self.world.size if self._wrapped else scale)
+            losses = self._forward_and_backward(batch, scale * self.world.size if self._wrapped else scale)
         if self.precision == "pure_bf16":
             self._add_up(last)
         return losses
 
-    def _forward_and_backward(self, tokens: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
+    def _forward_and_backward(self, batch: Batch, scale: float | Tensor) -> Tensor:
         with self.autocast():
-            output = self._module(tokens, targets=targets, documents=self.documents(tokens), reduction="sum")
-        (output.loss * scale).backward()
+            output = self._module(self.with_documents(batch))
+        (output.sum * scale).backward()
         return self.losses(output)
 
     def clear_gradients(self) -> None:

@@ -45,7 +45,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (token ids, at least one each) by up to `max_new_tokens`; returns the new tokens only.
 
-    runner: has model, device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding
+    runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding
     and never sampled. end: id that ends a text (not returned). stopped(number of the prompt, new tokens): whether that text
     ends after the last of these.
     Prompts of different length share a batch without padding: a longer one goes on reading while a shorter one already
@@ -110,9 +110,9 @@ class Reader:
             self.say_once("context", f"text: longer than the model's context: the last {self.limit} tokens count")
         with self.runner.autocast():
             if self.state is None:
-                logits = self.runner.model(context).logits
+                logits = self.runner.predict(context)
             else:
-                logits = self.runner.model(tokens, cache=self.state).logits
+                logits = self.runner.predict(tokens, cache=self.state)
         return logits[:, -1].float().cpu()
 
     def say_once(self, topic: str, text: str) -> None:
@@ -136,9 +136,11 @@ def why_not_incremental(runner: Any, vocab_size: int) -> str:
     if state is None:
         return "the model says that it does not decode incrementally"
     with runner.autocast():
-        whole = model(tokens).logits.float()  # [1, T, V]
+        whole = runner.predict(tokens).float()  # [1, T, V]
         try:
-            cached = torch.cat([model(part, cache=state).logits for part in tokens.split(parts, dim=1)], dim=1).float()
+            cached = torch.cat(
+                [runner.predict(part, cache=state) for part in tokens.split(parts, dim=1)], dim=1
+            ).float()
         except Exception as error:
             return f"with a cache the model fails ({type(error).__name__}: {printable(error, 200)})"
     counted = whole.isfinite()  # what is masked is -inf

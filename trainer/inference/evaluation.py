@@ -42,8 +42,8 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, device, autocast() and documents(), as an engine does; at: told the progress,
-    on all ranks equally often, and may raise to break it off.
+    """Loss over the split in order. runner: has model, predict(), device, autocast() and documents(), as an engine does; at: told the
+    progress, on all ranks equally often, and may raise to break it off.
 
     Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
     the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
@@ -134,7 +134,7 @@ def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
     training = runner.model.training
     runner.model.eval()
     with runner.autocast():
-        logits = runner.model(tokens, documents=runner.documents(tokens)).logits.float()  # [B, T, V]
+        logits = runner.predict(tokens, runner.documents(tokens)).float()  # [B, T, V]
     runner.model.train(training)
     right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")

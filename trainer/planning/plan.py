@@ -93,6 +93,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     world = world or find_rank_info(os.environ)
     draft = Draft(build(RunConfig, dataclasses.asdict(config)))  # a copy: the caller's stays as given
     draft, model, vocab_size = choose_model(draft, dataset)
+    draft = choose_objective(draft)
     draft = follow_launcher_config(draft, world.size)
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
@@ -115,9 +116,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         target=target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
-        unreached=estimate.unreached(
-            ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
-        ),
+        unreached=unreached_by(draft.config, estimate, world.size, target),
     )
 
 
@@ -164,6 +163,27 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
             f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
         )
     return draft, ModelFacts.of(name, model_class, model_config), vocab_size
+
+
+def unreached_by(config: Any, estimate: MemoryEstimate, processes: int, target: Any) -> list[str] | None:
+    """Parameters that get no gradient. None: not known, as the estimate has measured the model's own loss."""
+    if config.objective["name"] != "next_token":
+        return None
+    return estimate.unreached(ParallelLayout.of(config, processes, target), config.engine.activation_checkpointing)
+
+
+def choose_objective(draft: Draft) -> Draft:
+    """The objective's settings, by the types of its own Config."""
+    from trainer.objectives import resolve_objective
+
+    given = draft.config.objective
+    resolved = resolve_objective(given)
+    for key, value in resolved.items():
+        if key != "name":
+            draft = draft.note(
+                f"objective.{key}", value, "set" if key in given else f"the default of {resolved['name']}"
+            )
+    return draft.set("", "objective", resolved)
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:

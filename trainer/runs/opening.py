@@ -43,6 +43,9 @@ class OpenRun:
     def precision(self) -> str:
         return self.config.precision
 
+    def predict(self, tokens: Any, documents: Any = None, cache: Any = None) -> Any:
+        return self.model(tokens, documents=documents, cache=cache).logits
+
     def autocast(self) -> Any:
         from trainer.engine.base import autocast
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from models.base import Batch
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
@@ -43,6 +44,7 @@ def plan_of(subject: Subject, strategy: str, **settings: Any) -> Any:
     values = {
         "model_scale": SCALE,
         "model": {"name": subject.name, **subject.choices},
+        "objective": subject.objective,
         "device": "cpu",
         "precision": "fp32",
         "data": {"tokenizer": "bytes"},
@@ -62,10 +64,10 @@ def engine_of(subject: Subject, strategy: str, **settings: Any) -> Iterator[Any]
 
 def losses_of(engine: Any, subject: Subject, first: int, steps: int) -> list[float]:
     """Mean loss of some optimiser steps on one batch, from step `first` on."""
-    tokens, losses = subject.tokens, []
+    batch: Batch = subject.batch
+    count, losses = engine.count(batch, batch["tokens"].numel()), []
     for step in range(first, first + steps):
-        found = engine.backward(tokens, subject.targets, 1 / tokens.numel(), True)
-        loss = found[0] / tokens.numel()
+        loss = engine.backward(batch, 1 / count, True)[0] / count
         engine.step(step, loss)
         losses.append(loss.item())
     return losses

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import LanguageModel, materialise
+from models.base import IGNORE, Batch, LanguageModel, materialise
 from trainer.engine.meta import build_meta
 from trainer.planning import dial
 
@@ -42,12 +42,17 @@ class Check:
 
 @dataclass
 class Subject:
-    """The model that is checked. choices: fields of its Config that the user has set; lacks: the promise of a needed check
-    that has failed."""
+    """The model that is checked, or that an objective is checked on.
+
+    choices: fields of its Config that the user has set; objective: section `objective` of a config; weighted: whether targets
+    have weights; lacks: the promise of a needed check that has failed.
+    """
 
     name: str
     model_class: type[LanguageModel]
     choices: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "next_token"})
+    weighted: bool = False
     lacks: str = ""
 
     @property
@@ -88,6 +93,16 @@ class Subject:
     def targets(self) -> Tensor:
         """[B, T]"""
         return torch.randint(VOCAB, (ROWS, self.length), generator=torch.Generator().manual_seed(2))
+
+    @property
+    def batch(self) -> Batch:
+        """`tokens` and `targets`; where weighted, twice, with weights and with targets that do not count."""
+        if not self.weighted:
+            return {"tokens": self.tokens, "targets": self.targets}
+        tokens, targets = self.tokens.repeat(2, 1), self.targets.repeat(2, 1)
+        targets[0, ::3] = targets[2] = IGNORE
+        weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(3))
+        return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
 def require(kept: Any, told: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.base import IGNORE
+from models.base import IGNORE, Batch
 from trainer.runtime.device import HostCopy
 from trainer.runtime.signals import STOPPING, first_of
 
@@ -74,7 +74,7 @@ def optimiser_step(run: Run) -> StepResult:
     state, step, watchdog = run.state, run.state.step, run.watchdog
     length = run.plan.sequence_length(step)
     sequences = state.k * (run.config.batch.tokens_per_step // length)
-    counted = sequences * length  # targets of this step on all ranks: the loss is their mean
+    counted = sequences * length  # tokens of this step on all ranks
     torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # dropout and the like
 
     watchdog.at(step + 1, "reading data", in_step=True)
@@ -82,15 +82,17 @@ def optimiser_step(run: Run) -> StepResult:
     rows = run.read(length, sequences)  # [rows of this rank, length + 1]
     if run.frequency is not None:
         run.frequency.count(rows[:, :-1], run.world)
+    batch: Batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    count = run.engine.count(batch, counted)  # the loss is the sum over the step, divided by this
     losses: Any = 0  # [1 + parts]
-    for number, (tokens, targets, last) in enumerate(microbatches(run, rows, length, sequences), 1):
+    for number, (part, last) in enumerate(microbatches(run, batch, length, sequences), 1):
         watchdog.at(step + 1, f"microbatch {number}", in_step=True)
-        losses = losses + run.engine.backward(tokens, targets, 1 / counted, last)
+        losses = losses + run.engine.backward(part, 1 / count, last)
 
     watchdog.at(step + 1, "loss and update", in_step=True)
     # The flags travel with the loss: all ranks learn of them at the same step, without another all-reduce.
     flags = own_flags(run)
-    losses, flags = run.world.sum(torch.cat([losses / counted, flags])).split([len(losses), len(flags)])
+    losses, flags = run.world.sum(torch.cat([losses / count, flags])).split([len(losses), len(flags)])
     norm, finite = run.engine.step(step, losses[0])
     result = StepResult(
         step=step + 1,
@@ -126,14 +128,19 @@ def own_flags(run: Run) -> Tensor:
     return torch.tensor([*(float(asked == number) for number in STOPPING), float(failed)], device=run.device)
 
 
-def microbatches(run: Run, rows: Tensor, length: int, sequences: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """`rows` as (tokens [B, T], targets [B, T], whether it is the last): every rank yields the same number."""
+def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> Iterator[tuple[Batch, bool]]:
+    """`batch` cut along dimension 0, and whether a part is the last: every rank yields the same number."""
     largest = -(-sequences // run.world.size)  # share of any rank
     fit = max(1, run.config.batch.tokens_per_microbatch // length)
-    parts = rows.tensor_split(-(-largest // fit))
+    count = -(-largest // fit)
+    parts: list[Any] = [{} for _ in range(count)]
+    for key, value in batch.items():
+        for part, values in zip(parts, value.tensor_split(count), strict=True):  # type: ignore[attr-defined]
+            part[key] = values
     for number, part in enumerate(parts, 1):
-        tokens, targets = part[:, :-1], part[:, 1:]
-        if len(part) == 0:  # fewer sequences than on other ranks: a row that does not count joins the collectives
-            tokens = torch.zeros(1, length, dtype=torch.long, device=run.device)
-            targets = torch.full_like(tokens, IGNORE)
-        yield tokens, targets, number == len(parts)
+        if (
+            len(part["tokens"]) == 0
+        ):  # fewer sequences than on other ranks: a row that does not count joins the collectives
+            part = {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
+            part["targets"] = torch.full_like(part["targets"], IGNORE)
+        yield part, number == count

@@ -91,7 +91,7 @@ class Variant(Candidate):
         clock.watch(self.run, "read", "data")
         clock.watch(engine, "backward", "backward")
         clock.watch(engine, "step", "optimiser")
-        clock.watch_module(engine.model, "forward")
+        clock.watch_module(engine.joined, "forward")
 
     def close(self) -> None:
         if hasattr(self, "run"):  # not where building failed

@@ -1,4 +1,4 @@
-"""`check`: whether a model or an optimizer keeps its contract, also a stranger's, promise by promise."""
+"""`check`: whether a model, an optimizer or an objective keeps its contract, also a stranger's, promise by promise."""
 
 from __future__ import annotations
 
@@ -15,25 +15,33 @@ from trainer.commands.plugins import import_plugin
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.core.text import printable
+from trainer.objectives import load_objectives
+from trainer.objectives.base import REGISTRY as OBJECTIVES
 from trainer.optim.rule import OptimizerRule, registered_rules
-from trainer.testing import numbers, optimizers, sizes, strategies
+from trainer.testing import numbers, objectives, optimizers, sizes, strategies
 from trainer.testing.optimizers import RuleSubject
 from trainer.testing.subject import Check, Failed, Skipped, Subject
 
+OBJECTIVES_ON = "gpt2"  # the model that objectives are checked on
 KINDS = ("ok", "FAILED", "skipped")
 
 
 def run(config: CheckConfig) -> None:
     """The verb: a line for each promise on stdout; exit code 1 where one is not kept."""
-    models, rules = names_of(config)
-    subjects = [subject_of(name, config.model) for name in models]
+    models, rules, found = names_of(config)
+    subjects = {name: subject_of(name, config.model) for name in models}
     torch.set_num_threads(1)  # the models are small
     outcomes = {name: report(RuleSubject(name, rule), optimizers.CHECKS) for name, rule in rules.items()}
-    outcomes |= {subject.name: report(subject, [*sizes.CHECKS, *numbers.CHECKS]) for subject in subjects}
+    outcomes |= {name: report(subject, [*sizes.CHECKS, *numbers.CHECKS]) for name, subject in subjects.items()}
+    for name in found:
+        key = f"objective {name}"
+        subjects[key] = Subject(OBJECTIVES_ON, get_model(OBJECTIVES_ON), objective={"name": name}, weighted=True)
+        outcomes[key] = report(subjects[key], objectives.CHECKS, f"(objective {name})")
     if subjects:
         with strategies.group_of_one():  # made once: DeepSpeed bears no second
-            for subject in subjects:
-                outcomes[subject.name] += report(subject, strategies.CHECKS, "in training")
+            for key, subject in subjects.items():
+                objective = "" if key in models else f"on {key} "
+                outcomes[key] += report(subject, strategies.CHECKS, f"{objective}in training")
     for name, found in outcomes.items():
         sys.stdout.write(f"{name}: " + ", ".join(f"{found.count(kind)} {kind}" for kind in KINDS) + "\n")
     sys.stdout.flush()
@@ -41,38 +49,40 @@ def run(config: CheckConfig) -> None:
         raise SystemExit(1)
 
 
-def names_of(config: CheckConfig) -> tuple[list[str], dict[str, type[OptimizerRule]]]:
-    """(models, optimizers by name) to check: that of --model.name, else those that the plug-in registers. UserError where
-    there are none."""
+def names_of(config: CheckConfig) -> tuple[list[str], dict[str, type[OptimizerRule]], list[str]]:
+    """(models, optimizers by name, objectives) to check: the model of --model.name, else what the plug-in registers. UserError
+    where that is nothing."""
     load_models()
+    load_objectives()
     rules_before = registered_rules()
     before = {name: get_model(name) for name in model_names()}
+    before_objectives = dict(OBJECTIVES)
     module = import_plugin(config.module).__name__ if config.module else ""
     wanted = config.model.get("name")
     if wanted is not None:
         if wanted not in model_names():
             raise UserError(f"model.name: {wanted!r} is not known (allowed: {', '.join(model_names())})")
-        return [str(wanted)], {}
+        return [str(wanted)], {}, []
     if not module:
         raise UserError(
-            "check: name a module or a .py file that registers models or optimizers, or a model with --model.name"
+            "check: name a module or a .py file that registers models, optimizers or objectives, or a model with --model.name"
         )
-    own = [
-        name
-        for name in model_names()
-        if before.get(name) is not get_model(name) or f"{get_model(name).__module__}.".startswith(f"{module}.")
-    ]
-    rules = {
-        name: rule
-        for name, rule in registered_rules().items()
-        if rules_before.get(name) is not rule or f"{rule.__module__}.".startswith(f"{module}.")
-    }
-    if not own and not rules:
+
+    def own(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: cls
+            for name, cls in found.items()
+            if earlier.get(name) is not cls or f"{cls.__module__}.".startswith(f"{module}.")
+        }
+
+    models = own({name: get_model(name) for name in model_names()}, before)
+    rules, found = own(registered_rules(), rules_before), own(OBJECTIVES, before_objectives)
+    if not (models or rules or found):
         raise UserError(
-            f"check: {config.module} registers no model and no optimizer; see `register` in models/base.py and "
-            "`register_optimizer` in trainer/optim/rule.py"
+            f"check: {config.module} registers no model, no optimizer and no objective; see `register` in models/base.py, "
+            "`register_optimizer` in trainer/optim/rule.py and `register_objective` in trainer/objectives/base.py"
         )
-    return own, rules
+    return list(models), rules, list(found)
 
 
 def subject_of(name: str, options: dict[str, Any]) -> Subject:

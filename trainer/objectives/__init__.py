@@ -1,0 +1,65 @@
+"""What a model is trained on: what a batch holds, its loss, and by what the loss is divided.
+
+An objective is one file: a Config, a class and a decorator.
+
+    @register_objective("mine")
+    class Mine(Objective):
+        Config = MineConfig
+
+        def forward(self, model, batch):
+            return Loss(sum, self.count(batch))
+
+`--plugin FILE.py --objective.name mine` trains with it; `python -m trainer check FILE.py` checks what base.py promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+from typing import Any
+
+from models.base import told_in_one_line
+from trainer.core.errors import UserError
+from trainer.core.settings import coerced
+from trainer.objectives.base import REGISTRY, Loss, Objective, register_objective
+
+__all__ = ["Loss", "Objective", "build_objective", "load_objectives", "register_objective", "resolve_objective"]
+
+
+def load_objectives() -> None:
+    """Import the modules of this folder, and what installed packages offer under the entry point group `crescendo.objectives`."""
+    for found in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{found.name}")
+    for entry in importlib.metadata.entry_points(group="crescendo.objectives"):
+        with told_in_one_line(entry.value):
+            entry.load()
+
+
+def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
+    """The section `objective` of a config with all fields of the objective's own Config. UserError where it cannot be."""
+    load_objectives()
+    name = options.get("name", "next_token")
+    if name not in REGISTRY:
+        raise UserError(
+            f"objective.name: {name!r} is not known (allowed: {', '.join(sorted(REGISTRY))}; --plugin FILE.py for one of your own)"
+        )
+    given = {key: value for key, value in options.items() if key != "name"}
+    cls = REGISTRY[name].Config
+    try:
+        config = cls(**coerced(cls, given, "objective."))
+    except ValueError as error:
+        raise UserError(f"objective {name}: {error}") from None
+    return {"name": name, **dataclasses.asdict(config)}
+
+
+def build_objective(options: dict[str, Any]) -> Objective:
+    """The objective of a resolved section. UserError where it holds parameters or buffers: no engine would train or move them."""
+    name, fields = options["name"], {key: value for key, value in options.items() if key != "name"}
+    cls = REGISTRY[name]
+    objective = cls(cls.Config(**fields))
+    held = [key for key, _ in (*objective.named_parameters(), *objective.named_buffers())]
+    if held:
+        raise UserError(f"objective {name}: holds {', '.join(held)}; parameters and buffers belong to the model")
+    return objective

@@ -1,0 +1,24 @@
+"""Cross-entropy of the next token: what language models are pretrained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.base import Batch
+from trainer.objectives.base import Loss, Objective, register_objective
+
+
+@register_objective("next_token")
+class NextToken(Objective):
+    """The model's own training loss, further heads and z-loss included, each target by its weight."""
+
+    counts_every_token = True
+
+    def forward(self, model: Any, batch: Batch) -> Loss:
+        tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
+        weights = batch.get("weights")
+        if weights is None:
+            output = model(tokens, targets=targets, documents=documents, reduction="sum")
+            return Loss(output.loss, self.count(batch), output.parts)
+        loss, parts = model.loss(model.hidden(tokens, documents=documents), targets, "sum", weights)
+        return Loss(loss, self.count(batch), parts or None)
