@@ -62,10 +62,16 @@ def training_flops_of(model_class: Any, config: Any, length: int) -> int:
 
     A multiply-add counts as 2; what is no matrix product, embedding lookups among it, as nothing.
     """
-    model = build_on_meta(model_class, config)
+    model = build_on_meta(model_class, config).requires_grad_(False)  # modules' hooks want a graph otherwise
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(tokens, tokens)
+    from models.layers.linear_cross_entropy import (
+        score_nothing,
+        scored_by,
+    )  # which imports models.base, as that does this
+
+    # Scores are no products, and of a long sequence they are millions of calls.
+    with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), FlopCounterMode(display=False) as counter:
+        model(tokens, targets=tokens)
     return 3 * counter.get_total_flops()
 
 

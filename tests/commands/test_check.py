@@ -228,7 +228,7 @@ def test_a_broken_plugin_is_one_line(tmp_path, monkeypatch, content, why):
     "config, why",
     [
         (CheckConfig(), "^check: name a module"),
-        (CheckConfig(module="json"), "^check: json registers no model and no optimizer"),
+        (CheckConfig(module="json"), "^check: json registers no model, no optimizer and no objective"),
         (CheckConfig(model={"name": "nobody"}), "^model.name: 'nobody' is not known"),
     ],
 )

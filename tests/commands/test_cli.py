@@ -142,8 +142,8 @@ BROKEN_PLUGINS = {
     "1 +": r"cannot import broken: SyntaxError: invalid syntax \(broken\.py, line 5\)",
     "with_defaults('C', mpl=1)": r"TypeError: no such fields: mpl \(.*broken\.py, line 5\)",
     "def f():\n    raise KeyError(1)\nf()": r"KeyError: 1 \(.*broken\.py, line 6\)",
-    "register('b')(type('B', (LanguageModel,), {'blocks': 1}))": "TypeError: B must define Config, forward, init_weights, "
-    "parameter_groups: see LanguageModel",
+    "register('b')(type('B', (LanguageModel,), {'blocks': 1}))": r"TypeError: B must define hidden and logits "
+    r"\(or forward\), Config, init_weights, parameter_groups: see LanguageModel",
 }
 
 

@@ -355,9 +355,7 @@ def test_text_and_the_comparison_before_it_run_as_they_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", recording)
     model = build("gpt2")
     Compiled(model, print)
-    runner = OpenRun(
-        Path("."), SimpleNamespace(config=SimpleNamespace(precision="fp32")), model, None, torch.device("cpu"), 0
-    )
+    runner = OpenRun(Path("."), SimpleNamespace(precision="fp32"), model, None, torch.device("cpu"), 0, None)
     said = []
     assert len(generate(runner, [[1, 2, 3]], 4, VOCAB, say=said.append)[0]) == 4
     assert calls == [] and said == []

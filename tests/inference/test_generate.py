@@ -35,6 +35,9 @@ class Runner:
     def agree(self, value):
         return value
 
+    def predict(self, tokens, documents=None, cache=None):
+        return self.model(tokens, documents=documents, cache=cache).logits
+
 
 @pytest.fixture(params=["hlb", "gpt2"])
 def runner(request):

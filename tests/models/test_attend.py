@@ -303,7 +303,7 @@ def test_flash_is_called_as_it_wants(monkeypatch, n_queries, window):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     tensors = draw(n_queries, 23, kv_heads=2)
     assert_equal("flash", tensors, window=window, scale=0.25, softcap=3.0)
-    with pytest.raises(ValueError, match="attention_bias"):
+    with pytest.raises(ValueError, match="attention bias"):
         KERNELS["flash"](
             *tensors, AttentionMask(), scale=1.0, softcap=0.0, attention_bias=draw_attention_bias(1, 4, 23)
         )

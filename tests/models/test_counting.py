@@ -166,7 +166,7 @@ class Tiny(LanguageModel):
         return {"embedding": ends[:1], "head": ends[1:], "matrix": [name for name in names if name not in ends]}
 
 
-@pytest.mark.parametrize("check", [check.name for check in SIZES])
+@pytest.mark.parametrize("check", [check.name for check in SIZES if check.name != "fused matrices"])  # it has none
 def test_a_model_without_sizes_of_its_own_keeps_the_contract(check):
     {check.name: check for check in SIZES}[check].run(Subject("tiny", Tiny))
 

@@ -318,7 +318,11 @@ def test_a_projection_that_flat_vectors_cannot_have_is_refused():
         def post_step(self):
             pass
 
-    config = SimpleNamespace(engine=SimpleNamespace(strategy="zero2"), model={"name": "odd"})
+    config = SimpleNamespace(
+        engine=SimpleNamespace(strategy="zero2", offload=False),
+        model={"name": "odd"},
+        optim=SimpleNamespace(name="adamw"),
+    )
     with pytest.raises(UserError, match=r"zero2.*post_step.*odd.*projections"):
         build_engine(SimpleNamespace(config=config, model_class=Odd), World())
 

@@ -174,19 +174,19 @@ def test_shared_keys_and_values_are_those_of_every_head_tiled(n_kv_heads):
         tiled = [y.unflatten(0, (n_kv_heads, 8)).repeat_interleave(4 // n_kv_heads, dim=0).flatten(0, 1) for y in kv]
         weights[name] = torch.cat((q, *tiled))
     full.load_state_dict(weights)
-    tokens, cache = draw_tokens(1), Cache()
+    tokens, cache = draw_tokens(1), Cache(T)
     logits = full(tokens).logits
     assert distance(shared(tokens, cache=cache).logits, logits) < 1e-5 * logits.abs().max()
-    assert all(y.shape == (B, n_kv_heads, T, 8) for pair in cache.layers.values() for y in pair)
+    assert cache.nbytes == 4 * 2 * len(shared.layers) * B * n_kv_heads * T * 8  # keys and values, fp32
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("changes", "expected"), [({}, 4 * 8 + 4), ({"kv_rank": 20, "rope_dim": 6, "q_rank": 12}, 26)])
 def test_the_cache_of_latent_attention_holds_the_latent_and_one_rotated_key(changes, expected):
-    model, cache = stirred(small(attention="latent", **changes)), Cache()
+    model, cache = stirred(small(attention="latent", **changes)), Cache(T)
     for tokens in draw_tokens(1).split([5, 1, T - 6], dim=1):
         model(tokens, cache=cache)
-    assert sum(y.numel() for pair in cache.layers.values() for y in pair) == 3 * B * T * expected and not cache.state
+    assert cache.nbytes == 4 * 3 * B * T * expected
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from conftest import ROOT, error_line, tiny_values, trainer
 from safetensors.torch import load_file
 from test_train import losses, make, same, weights
 
-from models.base import get_model, load_models
+from models.base import cross_entropy, get_model, load_models
 from trainer.commands import check, export
 from trainer.commands.check import CheckConfig
 from trainer.commands.export import ExportConfig
@@ -261,7 +261,7 @@ def test_what_is_evaluated_and_exported_may_differ_from_what_is_trained(tiny_dat
         assert torch.equal(exported[name], parameter)
         assert not torch.equal(parameter, stored[f"model.{name}"])
     row = read_rows(tmp_path / "cut" / "metrics.jsonl")[-1]
-    found = validate(opened, opened.split(opened.plan.config.data, "validation"), opened.plan, World(), 6)
+    found = validate(opened, opened.split(opened.config.data, "validation"), opened.config, World(), 6)
     assert row["val_loss"] == pytest.approx(found["full"]["loss"], rel=1e-5)
 
 
@@ -275,9 +275,10 @@ def test_training_goes_on_after_an_evaluation_as_without(strategy):
             with strategies.engine_of(subject, strategy, optim={"name": "averaged", "lr": 0.1}) as engine:
                 first = strategies.losses_of(engine, subject, 0, 2)
                 if evaluates:
-                    with engine.evaluating(), torch.no_grad():
-                        mean = engine.model(subject.tokens, subject.targets).loss.item()
-                    own = engine.model(subject.tokens, subject.targets).loss.item()
+                    with torch.no_grad():
+                        with engine.evaluating():
+                            mean = cross_entropy(engine.predict(subject.tokens), subject.targets).item()
+                        own = cross_entropy(engine.predict(subject.tokens), subject.targets).item()
                     assert mean != own
                 found.append(first + strategies.losses_of(engine, subject, 2, 2))
     assert found[0] == found[1]

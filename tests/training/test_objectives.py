@@ -43,7 +43,7 @@ def test_next_token_keeps_all_that_is_promised(model):
 
 
 def test_a_plugin_is_recognised_and_keeps_all(smoothing):
-    assert names_of(CheckConfig(module=str(PLUGIN))) == ([], ["label_smoothing"])
+    assert names_of(CheckConfig(module=str(PLUGIN))) == ([], {}, ["label_smoothing"])
     assert set(checked("label_smoothing").values()) == {("ok", "")}
 
 

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models.config import kernel_fields_of
 from trainer import __version__
 from trainer.commands import Verb, run_folder
 from trainer.core.errors import UserError
@@ -50,6 +49,7 @@ class ExportConfig:
 
 def run(config: ExportConfig) -> None:
     """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
+    from models.config import kernel_fields_of
     from trainer.checkpoint import format as checkpoint
     from trainer.runs.opening import stored_run
     from trainer.runtime.distributed import World

@@ -56,6 +56,7 @@ def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
 
 def build_objective(options: dict[str, Any]) -> Objective:
     """The objective of a resolved section. UserError where it holds parameters or buffers: no engine would train or move them."""
+    load_objectives()  # a rank that did not make the plan has not looked for any yet
     name, fields = options["name"], {key: value for key, value in options.items() if key != "name"}
     cls = REGISTRY[name]
     objective = cls(cls.Config(**fields))

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
-from trainer.engine.meta import build_meta, flops_per_token
+from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
@@ -142,13 +142,14 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
 
     target = dial.target_parameters(config.model_scale, wanted_vocab)
-    try:
-        choices = {**options, "vocab_size": wanted_vocab}
-        for field in dataclasses.fields(model_class.Config):
-            check_range(field, choices.get(field.name))  # before a shape is looked for
-        model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
-    except ValueError as error:
-        raise UserError(f"model {name}: {error}") from None
+    choices = {**options, "vocab_size": wanted_vocab}
+    with told_of_model(model_class, "it cannot be built on the meta device"):
+        try:
+            for field in dataclasses.fields(model_class.Config):
+                check_range(field, choices.get(field.name))  # before a shape is looked for
+            model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
+        except ValueError as error:
+            raise UserError(f"model {name}: {error}") from None
     check_vocabulary(model_class, model_config, vocab_size)
     inferred = model_class.inferred(model_config)
     for key, value in dataclasses.asdict(model_config).items():
