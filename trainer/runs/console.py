@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ MOST_COLUMNS = 100
 # The terminal shows Ctrl-C as ^C behind the last line of the live view. There must be room for it: on a new line it
 # would move the view down, and the top of the old one would stay.
 ROOM_FOR_KEYS = 6
+REDRAW_SECONDS = 0.25  # at least, between two drawings of the live view
 
 
 class RunningMean:
@@ -147,8 +150,10 @@ class Live:
 
         self._title = title
         self._console = Console(stderr=True)
-        self._live = RichLive(console=self._console, refresh_per_second=4)
+        # Drawn by `step`, not by a thread of rich's: two that write at a time tear the panel.
+        self._live = RichLive(console=self._console, auto_refresh=False)
         self._live.start()
+        self._drawn = -math.inf
         self._figures = Figures()
         self._texts: dict[str, str] = {}
         self._shown: dict[str, str] = {}  # the last text of each name, so that results of validation stay
@@ -170,7 +175,10 @@ class Live:
         body.add_row(ProgressBar(total=facts["max_steps"], completed=facts["step"]))
         title = f"{self._title}  step {facts['step']:,} / {facts['max_steps']:,}"
         width = max(1, min(MOST_COLUMNS, self._console.width - ROOM_FOR_KEYS))
-        self._live.update(Panel(body, title=title, title_align="left", width=width))
+        due = time.monotonic() - self._drawn >= REDRAW_SECONDS
+        self._live.update(Panel(body, title=title, title_align="left", width=width), refresh=due)
+        if due:
+            self._drawn = time.monotonic()
 
     def row(self) -> None:
         """Keep the result of a validation above the panel."""
