@@ -52,7 +52,10 @@ class FsdpEngine(Engine):
         self.joined = fully_shard(self.join(meta), **options | {"reshard_after_forward": False})
         model = meta
         assert all(isinstance(module, FSDPModule) for module in (self.joined, *model.blocks()))
-        self.initialise(model, torch.device("cpu") if engine.offload else self.device)
+        place = torch.device("cpu") if engine.offload else self.device
+        self.initialise(model, place)
+        # FSDP takes note of the new storage of its own modules. The model is none: what is in no block belongs to `joined`.
+        self.joined.to(place)
         for module in model.modules() if engine.offload else ():  # FSDP brings parameters to the device, and no buffers
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
