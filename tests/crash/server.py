@@ -20,7 +20,7 @@ from models.base import load_models
 from trainer.__main__ import main
 from trainer.data.mds import import_streaming
 
-IMPORTED_LATER = ("data.prepare", "metrics.plots", "train", "checkpoint_saver", "run_folder", "profile")
+IMPORTED_LATER = ("data.prepare", "runs.plots", "training.start", "checkpoint.saver", "runs.folder", "training.profile")
 LIBRARY = ctypes.CDLL(None)
 LIBRARY.crash_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_char_p]
 LIBRARY.crash_count.restype = ctypes.c_long

@@ -122,7 +122,7 @@ class Fails(Hlb):
     Config = HlbConfig
     def forward(self, tokens, **kwargs):
         out = super().forward(tokens, **kwargs)
-        if type(tokens) is torch.Tensor and MOMENT:
+        if type(tokens) is torch.Tensor and not tokens.is_meta and MOMENT:
             ACTION
         return out
 """
