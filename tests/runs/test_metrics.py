@@ -158,7 +158,8 @@ def test_the_live_view_ends_whole_after_ctrl_c(columns):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    # COLUMNS, which pytest-xdist sets, would count for more than the size of the terminal.
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", LIVE.format(facts=EVALUATED)], stderr=theirs, env=environment)
     os.close(theirs)
     written = b""
