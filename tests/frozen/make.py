@@ -20,7 +20,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from trainer.checkpoint import format as checkpoint  # noqa: E402
 from trainer.core.files import digest_of  # noqa: E402
+from trainer.planning import run_config  # noqa: E402
 
 WORDS = (
     "the a model learns reads writes small large word sentence of in over under light dark river stone wind and or not"
@@ -49,13 +51,18 @@ def trainer(folder: Path, *words: str) -> str:
     ).stdout
 
 
-def anonymous(environment: Path) -> None:
-    """Take out where and on which machine it was made."""
-    start = json.loads(environment.read_text())
+def anonymous(run: Path, scratch: str) -> None:
+    """Take out where and on which machine it was made: names within the folder `scratch` become relative. Digests follow."""
+    start = json.loads((run / "environment.jsonl").read_text())
     start["command"][0], start["host"] = "trainer/__main__.py", "host"
-    if "digest" in start:
-        start["digest"] = digest_of(start)
-    environment.write_text(json.dumps(start) + "\n")
+    (run / "environment.jsonl").write_text(json.dumps({**start, "digest": digest_of(start)}) + "\n")
+    header, body = (run / run_config.CONFIG).read_text().split("\n", 1)
+    found = run_config.HEADER.fullmatch(header)
+    assert found is not None
+    (run / run_config.CONFIG).write_text(run_config.seal(body.replace(f"{scratch}/", ""), *found.groups()[:2]))
+    for _, path in checkpoint.found(run / "checkpoints"):
+        config = json.dumps(checkpoint.check(path)["config"]).replace(f"{scratch}/", "")
+        checkpoint.amend(path, {"config": json.loads(config)})
 
 
 def make(name: str) -> None:
@@ -74,7 +81,7 @@ def make(name: str) -> None:
         ignored = shutil.ignore_patterns(*LEFT_OUT)
         for part in ("data", "run"):
             shutil.copytree(folder / part, target / part, ignore=ignored)
-        anonymous(target / "run" / "environment.jsonl")
+        anonymous(target / "run", scratch)
         expected = {
             "evaluate": json.loads(trainer(folder, "evaluate", "run", "--json")),
             "text": trainer(
@@ -84,7 +91,7 @@ def make(name: str) -> None:
         trainer(folder, "train", "config.yaml", "--max_steps", "16")
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         expected["rows"] = [row for row in rows if row["step"] > 8]
-    (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+        (target / "expected.json").write_text(json.dumps(expected, indent=1).replace(f"{scratch}/", "") + "\n")
 
 
 if __name__ == "__main__":

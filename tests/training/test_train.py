@@ -250,13 +250,13 @@ def test_a_config_of_another_release_says_which_one_reads_it(finished, tmp_path)
     folder = shutil.copytree(finished, tmp_path / "r")
     text = (folder / "config.yaml").read_text()
     body = text[text.index("\n") + 1 :] + "novelty: 3\n"
-    from trainer.planning.run_config import _sealed
+    from trainer.planning.run_config import seal
 
     for version, line in (
         (2, "crescendo-lm 9.1.0, this is .*unknown key novelty"),
         (3, "has format 3 of crescendo-lm 9.1.0"),
     ):
-        (folder / "config.yaml").write_text(_sealed(body, "9.1.0", str(version)))
+        (folder / "config.yaml").write_text(seal(body, "9.1.0", str(version)))
         with pytest.raises(UserError, match=line):
             run({"run_dir": str(folder)})
 

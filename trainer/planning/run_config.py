@@ -75,7 +75,7 @@ def folder_of(config: RunConfig) -> Path:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write config.yaml; a folder with it can be resumed."""
-    write_file(folder / CONFIG, _sealed(to_yaml(config), __version__, str(CONFIG_FORMAT)))
+    write_file(folder / CONFIG, seal(to_yaml(config), __version__, str(CONFIG_FORMAT)))
 
 
 def keep_changed_config(folder: Path) -> None:
@@ -87,7 +87,7 @@ def keep_changed_config(folder: Path) -> None:
         (folder / CONFIG).rename(folder / f"{CONFIG}.changed")
 
 
-def _sealed(text: str, release: str, version: str) -> str:
+def seal(text: str, release: str, version: str) -> str:
     """`text` under the line that says who wrote it, and its digest."""
     return f"# crescendo-lm {release}, config format {version}, digest {_digest(text, release, version)}\n{text}"
 
