@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 class _OurModels:
