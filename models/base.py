@@ -440,13 +440,6 @@ def with_hidden(model: Any) -> Any:
     return LogitsAsHidden(model)
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """ValueError unless each named field of a Config is at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-
-
 def pad_vocab(size: int, multiple: int = 64) -> int:
     """Vocabulary rounded up for fast matrix products: GPT-2's 50257 -> 50304."""
     return -(-size // multiple) * multiple

@@ -113,7 +113,7 @@ def test_the_plan_of_the_readme_and_its_table(capsys):
     assert "`python -m trainer plan --model_scale 2`" in text
     rows = re.findall(r"^\| ([\d.]+) \| ([\d,]{6,}) \| (\d+) \| (\d+) \|", text, re.M)
     assert len(rows) == 6
-    for scale, parameters, width, layers in rows[:2]:  # tests/test_scaling.py has them all
+    for scale, parameters, width, layers in rows[:2]:  # tests/recipes/test_scaling.py has them all
         dispatch(["plan", "--model_scale", scale, "--json"])
         plan = json.loads(capsys.readouterr().out)
         assert [plan["params"], plan["d_model"], plan["n_layers"]] == [

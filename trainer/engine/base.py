@@ -38,8 +38,8 @@ class Engine:
 
     model: what is trained; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
     every parameter. local: the part of each parameter that this rank updates, by name; the optimiser sees these and no others.
-    whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all
-    ranks must take part in each. part_names: of the further losses, known after the first `backward`.
+    whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all ranks must take part in
+    each. part_names: of the further losses, known after the first `backward`.
     """
 
     lockstep = False
