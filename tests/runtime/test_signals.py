@@ -22,6 +22,7 @@ from trainer.runs.metrics import read_rows
 from trainer.runs.report import Report
 from trainer.runtime import signals
 from trainer.runtime.distributed import World
+from trainer.runtime.listener import listener
 from trainer.runtime.signals import StopSignals, exit_code, not_begun_line, stopped_line, will_stop_line
 from trainer.training import loop, start
 from trainer.training.run import Run
@@ -85,6 +86,21 @@ def test_handlers_are_restored_after_an_error_too():
         assert [signal.getsignal(number) for number in signals.STOPPING] != before
         raise ValueError
     assert [signal.getsignal(number) for number in signals.STOPPING] == before
+
+
+def test_a_signal_after_the_run_is_none_of_its_business(monkeypatch):
+    """A process may go on, as a notebook does: a Ctrl-C then is no second request to a run that has stopped."""
+    monkeypatch.setattr(signals, "SAME_KEY_SECONDS", -1.0)
+    stop, _ = begun()
+    ended = []
+    stop._end = ended.append
+    with stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    listener().drain()
+    assert ended == []
 
 
 def test_what_was_ignored_stays_so():

@@ -87,9 +87,12 @@ def telling_of_endless_search(log: Log) -> Iterator[None]:
                 "prepare, and a plainer pattern is quick"
             )
         seen = line
+        signal.setitimer(
+            signal.ITIMER_REAL, STILL_SECONDS
+        )  # once more: a repeating alarm could interrupt this function
 
     signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS, STILL_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS)
     try:
         yield
     finally:

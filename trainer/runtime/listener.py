@@ -31,6 +31,10 @@ class Listener:
     def hear(self, number: int, work: Callable[[int], None]) -> None:
         self._works[number] = work
 
+    def forget(self, number: int) -> None:
+        """The signal has no work any more. What came before is still dealt with after `drain`."""
+        self._works.pop(number, None)
+
     def drain(self) -> None:
         """Wait until what has come so far is dealt with."""
         self._drained.clear()

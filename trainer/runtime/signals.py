@@ -63,6 +63,10 @@ class StopSignals:
             self._restore()
             in_child.remove(self._restore)
             listener().drain()
+            for (
+                number
+            ) in self._previous:  # else a Ctrl-C long after would count as a further request, and end the process
+                listener().forget(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
