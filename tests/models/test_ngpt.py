@@ -18,7 +18,7 @@ from trainer.data.stream import find_dataset
 from trainer.engine import build_engine
 from trainer.optim import Optimizer
 from trainer.planning.plan import resolve
-from trainer.recipes.plain import plain_groups
+from trainer.recipes import RECIPES
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
@@ -295,9 +295,9 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     assert {row.key: row.rule for row in plan.entries}["optim.weight_decay"] == "what ngpt is made for"
     model = Ngpt(plan.model_config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    groups = plain_groups(shapes, optim, plan.config.max_steps)
+    groups = RECIPES[optim.recipe].groups(model, shapes, plan.config)
     assert all(group.schedule(0) == 1 for group in groups)
-    optimizer = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, 0.01, torch.device("cpu"))
+    optimizer = Optimizer(groups, shapes, dict(model.named_parameters()), 1.0, torch.zeros_like, torch.device("cpu"))
     assert [settings["weight_decay"] for settings in optimizer.param_groups] == [0.0, 0.0]
 
     asked = {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02, "optim": {"weight_decay": 0.1}}

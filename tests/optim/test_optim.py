@@ -1,6 +1,8 @@
 """Schedules, groups and guards of the optimiser."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_hlb_groups_at_scale_one():
     """Membership, learning rates, betas and decay of hlb-gpt with lr of scale 1."""
     config = OptimConfig(recipe="hlb", lr=2.52587e-3, warmup_steps=100, weight_decay=0.0, loss_driven_decay=True)
     model = hlb_model()
-    groups = {group.name: group for group in hlb.hlb_groups(model, config)}
+    groups = {group.name: group for group in hlb.Hlb().groups(model, {}, SimpleNamespace(optim=config))}
     printed = {"position": 0.252587, "norm, bias, embedding": 0.0808278, "head": 5.05174e-3, "matrix": 2.52587e-3}
     assert {name: pytest.approx(group.lr, rel=1e-6) for name, group in groups.items()} == printed
     assert {name: group.settings["adamw"] for name, group in groups.items()} == {
@@ -67,7 +69,7 @@ def test_a_tied_matrix_learns_as_the_head_does():
     held = {}
     for tied in (True, False):
         model = cls(cls.Config(vocab_size=64, d_model=64, n_layers=1, n_heads=2, max_context=16, tied=tied))
-        groups = {group.name: group.parameters for group in hlb.hlb_groups(model, config)}
+        groups = {group.name: group.parameters for group in hlb.Hlb().groups(model, {}, SimpleNamespace(optim=config))}
         assert sorted(sum(groups.values(), [])) == sorted(name for name, _ in model.named_parameters())
         held[tied] = groups["head"], "embedding.weight" in groups["norm, bias, embedding"]
         assert "positions.weight" in groups["norm, bias, embedding"]
@@ -92,7 +94,12 @@ def one_parameter(weight_decay=0.0, loss_driven=False, lr=0.1):
     group = optim.Group("g", ["p"], lr, lambda step: 1.0, weight_decay, loss_driven, settings)
     shapes, cpu = {"p": torch.Size([SCALE_ONE])}, torch.device("cpu")
     return parameter, optim.Optimizer(
-        [group], shapes, {"p": parameter}, first_loss=6.0, decay_base=weight_decay_base(SCALE_ONE), device=cpu
+        [group],
+        shapes,
+        {"p": parameter},
+        first_loss=6.0,
+        decay_of=partial(hlb.weight_decay, base=weight_decay_base(SCALE_ONE)),
+        device=cpu,
     )
 
 
@@ -122,7 +129,7 @@ def test_decay_follows_the_loss_of_the_step_before():
     for loss in (3.0, 2.0, 5.0):
         parameter.grad = torch.zeros_like(parameter)
         update(optimizer, 0, loss, ONE)
-        value = value * (1 - 0.1 * weight_decay(before, base))
+        value = value * (1 - 0.1 * weight_decay(torch.tensor(before), base))
         torch.testing.assert_close(parameter.data, value, rtol=1e-6, atol=0)
         before = loss
 
@@ -150,7 +157,7 @@ def test_plain_recipe_decays_matrices_only():
     model = cls(cls.config_for_scale(0.02, 257, 2_000_000))
     config = OptimConfig(recipe="plain", lr=1e-3, warmup_steps=3, weight_decay=0.1, loss_driven_decay=False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    groups = plain.plain_groups(shapes, config, 100)
+    groups = plain.Plain().groups(None, shapes, SimpleNamespace(optim=config, max_steps=100))
     assert [group.weight_decay for group in groups] == [0.1, 0.0]
     assert all(len(shapes[name]) >= 2 for name in groups[0].parameters)
     assert all(len(shapes[name]) < 2 for name in groups[1].parameters)

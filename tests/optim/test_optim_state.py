@@ -28,7 +28,7 @@ def build(parameters, betas=(0.9, 0.95), weight_decay=0.0, loss_driven=False, de
     group = optim.Group("g", list(parameters), 0.1, lambda step: 1.0, weight_decay, loss_driven, settings)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     return optim.Optimizer(
-        [group], shapes, parameters, first_loss=6.0, decay_base=0.01, device=torch.device(device), narrow=True
+        [group], shapes, parameters, first_loss=6.0, decay_of=torch.zeros_like, device=torch.device(device), narrow=True
     )
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from trainer.optim import schedules
 from trainer.planning import dial
@@ -70,7 +71,9 @@ def test_rounding_is_bankers():
 )
 def test_weight_decay_law(loss, decay):
     base = hlb_laws.weight_decay_base(46_009_736)
-    assert hlb_laws.weight_decay(loss, base) == pytest.approx(decay, rel=5e-3)  # printed with three digits
+    assert hlb_laws.weight_decay(torch.tensor(loss), base).item() == pytest.approx(
+        decay, rel=5e-3
+    )  # printed with three digits
 
 
 def test_grad_norm_targets():

@@ -85,7 +85,7 @@ def test_the_loss_of_a_step_is_that_of_the_next_token(tiny_dataset, tmp_path):
     assert loss + sum(measured.parts.values()) == pytest.approx(whole.item(), rel=3e-5)
     # A difference of fp32 sums of 128 terms: an error of some 128 * 2^-24 = 8e-6 of the larger, which is three times it.
     assert loss == pytest.approx(expected.item(), rel=3e-5)
-    decay = weight_decay(loss, weight_decay_base(one.plan.parameters))
+    decay = weight_decay(torch.tensor(loss), weight_decay_base(one.plan.parameters)).item()
     assert one.engine.optimizer.decay.item() == pytest.approx(decay, rel=1e-5)
 
 

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from trainer import __version__
 from trainer.commands import Verb, run_folder
+from trainer.core.config import DEFAULT_MODEL, model_name
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
 from trainer.core.settings import setting
@@ -60,7 +61,7 @@ def run(config: ExportConfig) -> None:
     folder, stored = stored_run(config.run_dir, say)
     trained = stored.build()  # everything inferred is written out there
     fields = dict(trained.model)
-    kernels = kernel_fields_of(fields.get("name", "hlb"))
+    kernels = kernel_fields_of(model_name(fields))
     fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # those of this machine do not bind another
     chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
     if chosen is None:
@@ -68,7 +69,7 @@ def run(config: ExportConfig) -> None:
     path, manifest = chosen
     out = user_path(config.out, "out") if config.out is not None else folder / f"export-{manifest['step']}"
     about = {
-        "model": fields.pop("name", "hlb"),
+        "model": fields.pop("name", DEFAULT_MODEL),
         "config": fields,
         "step": manifest["step"],
         "tokens": manifest["tokens"],

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -193,13 +194,21 @@ class LogConfig:
     demo_tokens: int = setting(512, "tokens of the closing demonstration; 0: none", low=0)
 
 
+DEFAULT_MODEL = "hlb"
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """The architecture that the keys of `model` name, or the default."""
+    return model.get("name", DEFAULT_MODEL)
+
+
 @dataclass
 class RunConfig:
     """`train` and `plan`: one run."""
 
     model_scale: float = setting(1.0, "the dial: 1 is 46 M parameters, 148 is 3 B", above=0, high=10_000)
     model: dict[str, Any] = field(
-        default_factory=lambda: {"name": "hlb"},
+        default_factory=lambda: {"name": DEFAULT_MODEL},
         metadata={"help": "model.name picks the architecture; model.FIELD overrides one of its fields"},
     )
     objective: dict[str, Any] = field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,12 +18,12 @@ Exchange = Callable[[list[str], Callable[[str, Tensor, Tensor], Tensor]], dict[s
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Groups with their schedules, each updated by its rule. hlb's weight decay of a step follows the loss of the step before.
+    """Groups with their schedules, each updated by its rule.
 
     DeepSpeed takes it as it is: it puts flat vectors of its own in the place of the parameters (`param_groups`, `state`), and
     may call `step` for some groups at a time. It changes nothing where a step is not finite, and nothing waits for the device.
 
-    decay_base: b of the decay 16 b^-loss (see recipes/hlb.py); narrow: hold state of fp32 parameters in bf16; given: by
+    decay_of: the weight decay of a step by the loss of the step before, for groups with loss_driven_decay; narrow: hold state of fp32 parameters in bf16; given: by
     name of a rule, what the user sets of its Config; whole: names whose parameters must be seen whole, which this rank does not update by itself.
     """
 
@@ -33,7 +32,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
-        decay_base: float, device: torch.device, narrow: bool = False, given: dict[str, dict[str, Any]] | None = None,
+        decay_of: Callable[[Tensor], Tensor], device: torch.device, narrow: bool = False, given: dict[str, dict[str, Any]] | None = None,
         whole: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.groups, self.shapes, self.narrow = groups, shapes, narrow
@@ -60,11 +59,8 @@ class Optimizer(torch.optim.Optimizer):
         )
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._by_owner = {local[name] for name in self.whole}
-        self._log_base = math.log(decay_base)
-        self.decay = self._decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
-
-    def _decay_of(self, loss: Tensor) -> Tensor:
-        return 16 * torch.exp(-(loss + 1e-8) * self._log_base)
+        self._decay_of = decay_of
+        self.decay = decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
 
     def prepare(self, step: int, finite: Tensor) -> None:
         """Everything `step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""

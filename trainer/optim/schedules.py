@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 
 def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> float:
@@ -12,23 +11,6 @@ def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> flo
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def schedule_change(config: Any, before: Any, step: int) -> str:
-    """What another max_steps does to the learning rate of a run that goes on after `step`; "" where it does nothing.
-
-    config: resolved; before: max_steps of the run until now.
-    """
-    optim, now = config.optim, config.max_steps
-    if optim.recipe == "hlb" or before == now or not isinstance(before, int):
-        return ""
-    old, new = (
-        optim.lr * warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction) for total in (before, now)
-    )
-    return (
-        f"max_steps: {now:,} in the place of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} is "
-        f"{new:.3g}, not {old:.3g}, and {optim.lr * optim.final_lr_fraction:.3g} at step {now:,}"
-    )
 
 
 def sequence_length(step: int, start: int, longest: int, double_every: int) -> int:

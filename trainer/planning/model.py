@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from trainer.core.config import RunConfig
+from trainer.core.config import DEFAULT_MODEL, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.planning.run_config import folder_of, plugins_of
@@ -19,7 +19,7 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
 
     load_models()
     options = dict(config.model)
-    name = options.pop("name", "hlb")
+    name = options.pop("name", DEFAULT_MODEL)
     if name not in model_names():
         raise UserError(_unknown(str(name), model_names(), config))
     model_class = get_model(name)

@@ -25,7 +25,6 @@ from trainer.planning.model import check_vocabulary, read_model, written_out
 from trainer.planning.resolver import (
     Draft,
     ModelFacts,
-    PlanEntry,
     choose_batch,
     choose_engine,
     choose_hardware,
@@ -35,7 +34,7 @@ from trainer.planning.resolver import (
     choose_rest,
     follow_launcher_config,
 )
-from trainer.recipes import hlb as hlb_laws
+from trainer.recipes import PlanEntry, recipe_rows
 from trainer.runtime.launcher import find_rank_info
 
 
@@ -201,28 +200,10 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 
-def law_entries(plan: Plan) -> list[PlanEntry]:
-    """What hlb's recipe derives from N beyond the settings: decay and gradient-norm laws, groups, validation shape."""
-    optim, n = plan.config.optim, plan.parameters
-    law = hlb_laws.GradNormLaw.of(n)
-    entries = []
-    if optim.loss_driven_decay:
-        entries.append(PlanEntry("decay base b", hlb_laws.weight_decay_base(n), "0.007 (0.01 ln N)^-4"))
-    if plan.config.batch.dynamic:
-        entries.append(PlanEntry("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
-        entries.append(PlanEntry("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
-    if optim.recipe == "hlb":
-        entries.append(PlanEntry("lr of the position bias", 100 * optim.lr, "100 lr, times 0.995^step"))
-        tied = build_meta(plan.model_class, plan.model_config).tied_embedding()
-        tables = "positions" if tied else "embedding"
-        entries.append(
-            PlanEntry(f"lr of norms, biases, {tables}", 32 * optim.lr, "32 lr, warm-up, then (steps since)^-0.08")
-        )
-        entries.append(PlanEntry("lr of the head", 2 * optim.lr, "2 lr, times (step + 1)^-0.2"))
-    if plan.config.evaluation.protocol != "full":
-        batch, steps = hlb_laws.evaluation_shape(hlb_laws.tokens_per_microbatch(plan.config.model_scale))
-        entries.append(PlanEntry("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C"))
-    return entries
+def law_rows(plan: Plan) -> list[PlanEntry]:
+    """What the recipe derives beyond the settings: decay and gradient-norm laws, groups, validation shape."""
+    tied = build_meta(plan.model_class, plan.model_config).tied_embedding()
+    return recipe_rows(plan.config, plan.parameters, tied)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -252,7 +233,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
         "memory_bytes": expected_memory(plan),
-        "laws": {entry.key: entry.value for entry in law_entries(plan)},
+        "laws": {row.key: row.value for row in law_rows(plan)},
         "rules": {entry.key: entry.rule for entry in plan.entries},
     }
 
@@ -295,7 +276,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
         *([] if epochs is None else [PlanEntry("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    entries = [*plan.entries, *law_entries(plan), *derived, *more]
+    entries = [*plan.entries, *law_rows(plan), *derived, *more]
     keys = max(len(entry.key) for entry in entries)
     values = max(len(show_number(entry.value)) for entry in entries)
     lines = [f"{entry.key:<{keys}}  {show_number(entry.value):>{values}}  {entry.rule}" for entry in entries]

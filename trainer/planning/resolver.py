@@ -22,19 +22,10 @@ from trainer.planning.strategy import (
     check_shard_size,
     refuse_contradictions,
 )
-from trainer.recipes import hlb as hlb_laws
-from trainer.recipes import plain
+from trainer.recipes import RECIPES, PlanEntry, recipe_for
+from trainer.recipes.hlb import device_token_capacity, tokens_per_microbatch
 
 MOST_PARAMETERS = 10**13
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One number of the plan: its key, its value, and the rule it came from."""
-
-    key: str
-    value: Any
-    rule: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,7 @@ def choose_hardware(draft: Draft, model: ModelFacts, gpu: Any) -> tuple[Draft, A
     if config.float8 and no_float8 is not None:
         raise UserError(f"float8: {no_float8}; leave it out")
     draft = draft.set("", "precision", precision).note("precision", precision, rule)
-    return draft.fill("batch", "device_token_capacity", *hlb_laws.device_token_capacity(target.memory)), target
+    return draft.fill("batch", "device_token_capacity", *device_token_capacity(target.memory)), target
 
 
 def check_kernels(config: Any, model: ModelFacts, device: Any, precision: str) -> None:
@@ -138,33 +129,25 @@ def check_kernels(config: Any, model: ModelFacts, device: Any, precision: str) -
 
 
 def choose_recipe(draft: Draft) -> Draft:
-    """hlb for the model that the recipe was made with, else plain."""
+    """The recipe made for the model, else plain."""
     if draft.config.optim.recipe != "auto":
         return draft
-    name = draft.config.model["name"]
-    recipe, rule = ("hlb", f"the recipe made for {name}") if name == "hlb" else ("plain", "warm-up and cosine")
-    return draft.set("optim", "recipe", recipe).note("optim.recipe", recipe, rule)
+    name = recipe_for(draft.config.model["name"])
+    return draft.set("optim", "recipe", name).note("optim.recipe", name, RECIPES[name].why)
 
 
 def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
     """Lengths of sequences, and tokens of a step. stored: tokens of a sample of the dataset."""
-    hlb = draft.config.optim.recipe == "hlb"
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
-    longest = draft.config.batch.sequence_length
-    start, rule = (min(32, longest), "hlb") if hlb else (longest, "no growth")
-    draft = draft.fill("batch", "sequence_start", start, rule)
-    draft = draft.fill("batch", "sequence_double_every", 80 if hlb else 0, rule)
+    defaults = RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model)
+    for key, (value, rule) in defaults.items():
+        if key == "tokens_per_step":
+            value = max(value, draft.config.batch.sequence_length)
+        draft = draft.fill("batch", key, value, rule)
     check_lengths(draft.config.batch, model, stored)
-    if hlb:
-        tokens = hlb_laws.tokens_per_microbatch(draft.config.model_scale)
-        rule = "C of the law at model_scale on hlb's own 40 GiB A100 (the batch never depends on the device)"
-    else:
-        tokens = max(1, round(plain.plain_tokens_per_step(model.non_embedding) / longest)) * longest
-        rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
-    draft = draft.fill("batch", "tokens_per_step", max(tokens, longest), rule)
-    return draft.fill("batch", "dynamic", hlb, "hlb's gradient-norm law" if hlb else "fixed batch")
+    return draft
 
 
 def check_lengths(batch: Any, model: ModelFacts, stored: int) -> None:
@@ -238,7 +221,7 @@ def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, ta
     """Tokens that one device takes in one forward and backward pass: those of hlb's law, as far as the memory holds them."""
     config, batch = draft.config, draft.config.batch
     longest, how = batch.sequence_length, config.engine.activation_checkpointing
-    capacity: float = hlb_laws.tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
+    capacity: float = tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
     rule = "floor(G / (1.52174 + 0.482 model_scale^0.87)), G = device_token_capacity"
     layout = ParallelLayout.of(config, processes, target)
     fits = estimate.tokens_that_fit(target.memory, layout, how, most_tokens_per_step(batch) > longest * processes)
@@ -262,45 +245,18 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
         raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
     for key, value in model.model_class.optim_defaults.items():
         draft = draft.fill("optim", key, value, f"what {model.name} is made for")
-    defaults = hlb_optimiser(model) if draft.config.optim.recipe == "hlb" else plain_optimiser(model, draft.config)
+    defaults = RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model)
     for key, (value, rule) in defaults.items():
         draft = draft.fill("optim", key, value, rule)
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
 
 
-def hlb_optimiser(model: ModelFacts) -> dict[str, tuple[Any, str]]:
-    """(value, rule) by key of `optim`."""
-    return {
-        "lr": (hlb_laws.learning_rate(model.parameters), "2.62 * 9e7 / (ln N)^8.8"),
-        "warmup_steps": (100, "hlb"),
-        "weight_decay": (0.0, "hlb decays by the loss"),
-        "loss_driven_decay": (True, "16 b^-loss, b = 0.007 (0.01 ln N)^-4"),
-        "clip_norm": (0.0, "hlb does not clip"),
-    }
-
-
-def plain_optimiser(model: ModelFacts, config: Any) -> dict[str, tuple[Any, str]]:
-    """(value, rule) by key of `optim`."""
-    lr = plain.plain_learning_rate(max(2, model.non_embedding))
-    return {
-        "lr": (lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)"),
-        "warmup_steps": (max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
-        "weight_decay": (0.1, "plain recipe"),
-        "loss_driven_decay": (False, "plain recipe"),
-        "clip_norm": (1.0, "plain recipe"),
-    }
-
-
 def choose_embedding_frequency(draft: Draft, tied: bool) -> Draft:
     """tied: whether the head shares the embedding's matrix."""
-    optim = draft.config.optim
-    hlb, key = optim.recipe == "hlb", "embedding_frequency"
+    optim, key = draft.config.optim, "embedding_frequency"
     if optim.embedding_frequency == "auto":
-        value, rule = (
-            "global" if hlb and not tied else "none",
-            "hlb, counted over the whole step" if hlb else "plain recipe",
-        )
-        return draft.set("optim", key, value).note(f"optim.{key}", value, "head is tied" if hlb and tied else rule)
+        value, rule = RECIPES[optim.recipe].embedding_frequency(tied)
+        return draft.set("optim", key, value).note(f"optim.{key}", value, rule)
     if optim.embedding_frequency != "none" and tied:
         raise UserError(
             "optim.embedding_frequency: this model ties head and embedding, whose gradients cannot be told apart; "

@@ -17,7 +17,7 @@ from typing import Any
 
 from models.config import kernel_fields_of, with_later_fields
 from trainer import __version__
-from trainer.core.config import ABSENT_MEANS, RunConfig
+from trainer.core.config import ABSENT_MEANS, RunConfig, model_name
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import parse_json, read_small, user_path, write_file
 from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
@@ -62,7 +62,7 @@ BY_STRATEGY = (
 
 def default_run_dir(config: RunConfig) -> str:
     """runs/MODEL-SCALE"""
-    return str(Path("runs") / f"{config.model.get('name', 'hlb')}-{config.model_scale:g}")
+    return str(Path("runs") / f"{model_name(config.model)}-{config.model_scale:g}")
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -232,7 +232,7 @@ def merge_run(given: dict[str, Any], stored: StoredConfig | None, processes: int
     if stored.processes != processes or strategy not in (None, engine.get("strategy")):
         values = {**values, "engine": {key: value for key, value in engine.items() if key not in BY_STRATEGY}}
     # The folder says where the run is: it may have been moved or copied.
-    name = ((given.get("model") or {}) | (values.get("model") or {})).get("name", "hlb")
+    name = model_name((given.get("model") or {}) | (values.get("model") or {}))
     return merge(values, drop_inferred(given, changeable(name))) | {"run_dir": str(stored.folder)}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.engine.meta import flops_per_token
 from trainer.planning.plan import Plan, minimum_tokens
-from trainer.planning.resolver import PlanEntry
+from trainer.recipes import PlanEntry
 
 MFUS = (0.5, 0.2)  # of what such models reach: large ones on one GPU, and small ones or many GPUs
 

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.optim import Optimizer, get_rule, matrices_of, with_rule
-from trainer.recipes.hlb import hlb_groups, weight_decay_base
-from trainer.recipes.plain import plain_groups
+from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
+from trainer.recipes.plain import Plain
+from trainer.recipes.recipe import PlanEntry, Recipe
+
+RECIPES: dict[str, Recipe] = {"hlb": Hlb(), "plain": Plain()}  # the choices of optim.recipe
+
+
+def recipe_for(model_name: str) -> str:
+    """The recipe of a model, unless the config says otherwise."""
+    return next((name for name, recipe in RECIPES.items() if model_name in recipe.made_for), "plain")
+
+
+def recipe_rows(config: Any, parameters: int, tied: bool) -> list[PlanEntry]:
+    """What follows from the recipe beyond the settings. config: resolved; tied: the head shares the embedding's matrix."""
+    recipe = RECIPES[config.optim.recipe]
+    return [*law_rows(config, parameters), *recipe.rows(config, tied), *evaluation_rows(config)]
+
+
+def schedule_change(config: Any, before: Any, step: int) -> str:
+    """As Recipe.schedule_change. before: as a stored config says it; "" where that is no number, or the same."""
+    if before == config.max_steps or not isinstance(before, int):
+        return ""
+    return RECIPES[config.optim.recipe].schedule_change(config, before, step)
 
 
 def build_optimizer(
@@ -26,18 +48,15 @@ def build_optimizer(
     shapes: of the whole parameters; local: what this rank updates, by name; whole_tensors: whether these are whole parameters.
     """
     config = plan.config
-    if config.optim.recipe == "hlb":
-        groups = hlb_groups(model, config.optim)
-    else:
-        groups = plain_groups(shapes, config.optim, config.max_steps)
+    groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
     scope = get_rule(config.optim.name).scope
     names = matrices_of(model, shapes) if scope == "matrix" else set(shapes)
     groups = with_rule(groups, config.optim.name, names)
     # State of bf16 parameters is bf16 as it is.
     narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
     first_loss = math.log(plan.model_config.vocab_size)  # of a model that knows nothing
-    decay_base = weight_decay_base(sum(shape.numel() for shape in shapes.values()))
+    decay_of = partial(weight_decay, base=weight_decay_base(sum(shape.numel() for shape in shapes.values())))
     given = {config.optim.name: config.optim.settings}
     by_owner = scope == "matrix" or (scope == "tensor" and not whole_tensors)
     whole = [name for name in shapes if by_owner and name in names]
-    return Optimizer(groups, shapes, local, first_loss, decay_base, device, narrow, given, whole)
+    return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, given, whole)

@@ -20,10 +20,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer.optim import Group, names_by_role
+from trainer.recipes.recipe import Default, PlanEntry, Recipe
 
 # One calibrated point: the tokens that fit a 40 GB A100 at scale 1 and length 1024 in hlb-gpt.
 CALIBRATED_CAPACITY = 114_688
@@ -60,9 +65,9 @@ def weight_decay_base(n_parameters: int) -> float:
     return 0.007 * (0.01 * math.log(n_parameters)) ** -4
 
 
-def weight_decay(loss: float, base: float) -> float:
+def weight_decay(loss: Tensor, base: float) -> Tensor:
     """wd(loss) = 16 b^-(loss + 1e-8): about a reciprocal perplexity (the idea is of arXiv 2204.02311, section 5)."""
-    return 16 * base ** -(loss + 1e-8)
+    return 16 * torch.exp(-(loss + 1e-8) * math.log(base))
 
 
 @dataclass(frozen=True)
@@ -131,37 +136,94 @@ def exponential_decay(step: int) -> float:
     return 0.995**step
 
 
-def hlb_groups(model: Any, optim: Any) -> list[Group]:
-    """The four groups of hlb-gpt, by role.
+class Hlb(Recipe):
+    """hlb-gpt's: sequences that grow, a batch that follows the gradient norm, four groups, decay by the loss."""
 
-    A matrix that is both embedding and head is the head's: 32 lr is for rows that are only looked up; as a head they diverge.
-    """
-    by_role = names_by_role(model)
-    if model.tied_embedding():
-        shared = model.token_embedding().weight
-        tied = [name for name in by_role["embedding"] if model.get_parameter(name) is shared]
-        by_role["embedding"] = [name for name in by_role["embedding"] if name not in tied]
-        by_role["head"] += tied
+    made_for = frozenset({"hlb"})
+    why = "the recipe made for hlb"
 
-    def power(step: int) -> float:
-        return power_decay(step, optim.warmup_steps)
+    def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        tokens = tokens_per_microbatch(config.model_scale)
+        rule = "C of the law at model_scale on hlb's own 40 GiB A100 (the batch never depends on the device)"
+        return {
+            "sequence_start": Default(min(32, config.batch.sequence_length), "hlb"),
+            "sequence_double_every": Default(80, "hlb"),
+            "tokens_per_step": Default(tokens, rule),
+            "dynamic": Default(True, "hlb's gradient-norm law"),
+        }
 
-    def adamw(beta1: float) -> dict[str, dict[str, float]]:
-        return {"adamw": {"beta1": beta1, "beta2": 0.95, "eps": 1e-9}}
+    def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        return {
+            "lr": Default(learning_rate(facts.parameters), "2.62 * 9e7 / (ln N)^8.8"),
+            "warmup_steps": Default(100, "hlb"),
+            "weight_decay": Default(0.0, "hlb decays by the loss"),
+            "loss_driven_decay": Default(True, "16 b^-loss, b = 0.007 (0.01 ln N)^-4"),
+            "clip_norm": Default(0.0, "hlb does not clip"),
+        }
 
-    slow = by_role["norm"] + by_role["bias"] + by_role["embedding"]
-    groups = [
-        Group(
-            "matrix",
-            by_role["matrix"],
-            optim.lr,
-            power,
-            weight_decay=optim.weight_decay,
-            loss_driven_decay=optim.loss_driven_decay,
-            settings=adamw(0.9),
-        ),
-        Group("position", by_role["position"], 100 * optim.lr, exponential_decay, settings=adamw(0.9)),
-        Group("norm, bias, embedding", slow, 32 * optim.lr, power, settings=adamw(0.9)),
-        Group("head", by_role["head"], 2 * optim.lr, output_decay, settings=adamw(0.6)),
-    ]
-    return [group for group in groups if group.parameters]
+    def embedding_frequency(self, tied: bool) -> Default:
+        """The gradient of a head is no sum over occurrences: where both share a matrix, nothing can be divided by counts."""
+        return Default("none", "head is tied") if tied else Default("global", "hlb, counted over the whole step")
+
+    def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
+        """The four groups of hlb-gpt, by role.
+
+        A matrix that is both embedding and head is the head's: 32 lr is for rows that are only looked up; as a head they
+        diverge.
+        """
+        optim, by_role = config.optim, names_by_role(model)
+        if model.tied_embedding():
+            shared = model.token_embedding().weight
+            tied = [name for name in by_role["embedding"] if model.get_parameter(name) is shared]
+            by_role["embedding"] = [name for name in by_role["embedding"] if name not in tied]
+            by_role["head"] += tied
+
+        def power(step: int) -> float:
+            return power_decay(step, optim.warmup_steps)
+
+        def adamw(beta1: float) -> dict[str, dict[str, float]]:
+            return {"adamw": {"beta1": beta1, "beta2": 0.95, "eps": 1e-9}}
+
+        slow = by_role["norm"] + by_role["bias"] + by_role["embedding"]
+        groups = [
+            Group(
+                "matrix",
+                by_role["matrix"],
+                optim.lr,
+                power,
+                weight_decay=optim.weight_decay,
+                loss_driven_decay=optim.loss_driven_decay,
+                settings=adamw(0.9),
+            ),
+            Group("position", by_role["position"], 100 * optim.lr, exponential_decay, settings=adamw(0.9)),
+            Group("norm, bias, embedding", slow, 32 * optim.lr, power, settings=adamw(0.9)),
+            Group("head", by_role["head"], 2 * optim.lr, output_decay, settings=adamw(0.6)),
+        ]
+        return [group for group in groups if group.parameters]
+
+    def rows(self, config: Any, tied: bool) -> list[PlanEntry]:
+        lr, tables = config.optim.lr, "positions" if tied else "embedding"
+        return [
+            PlanEntry("lr of the position bias", 100 * lr, "100 lr, times 0.995^step"),
+            PlanEntry(f"lr of norms, biases, {tables}", 32 * lr, "32 lr, warm-up, then (steps since)^-0.08"),
+            PlanEntry("lr of the head", 2 * lr, "2 lr, times (step + 1)^-0.2"),
+        ]
+
+
+def law_rows(config: Any, parameters: int) -> list[PlanEntry]:
+    """The constants of those laws that a run follows, with hlb's groups or others. config: resolved."""
+    law, rows = GradNormLaw.of(parameters), []
+    if config.optim.loss_driven_decay:
+        rows.append(PlanEntry("decay base b", weight_decay_base(parameters), "0.007 (0.01 ln N)^-4"))
+    if config.batch.dynamic:
+        rows.append(PlanEntry("grad-norm exponent p", law.exponent, "-0.677 (ln N)^-0.2"))
+        rows.append(PlanEntry("grad-norm scale K", law.step_scale, "N ln N; target sqrt(N) (K (step + 0.01))^p"))
+    return rows
+
+
+def evaluation_rows(config: Any) -> list[PlanEntry]:
+    """The shape of hlb's validation, where the run makes it. config: resolved."""
+    if config.evaluation.protocol == "full":
+        return []
+    batch, steps = evaluation_shape(tokens_per_microbatch(config.model_scale))
+    return [PlanEntry("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C")]

@@ -3,35 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from trainer.optim import Group
 from trainer.optim.schedules import warmup_cosine
+from trainer.recipes.recipe import Default, Recipe
 
 
-def plain_groups(shapes: dict[str, torch.Size], optim: Any, total: int) -> list[Group]:
-    """Warm-up and cosine; only parameters of two or more dimensions decay."""
-
-    def schedule(step: int) -> float:
-        return warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)
-
-    decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
-    rest = [name for name, shape in shapes.items() if len(shape) < 2]
-    adamw = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}}
-    groups = [
-        Group("decayed", decayed, optim.lr, schedule, optim.weight_decay, optim.loss_driven_decay, adamw),
-        Group("not decayed", rest, optim.lr, schedule, settings=adamw),
-    ]
-    return [group for group in groups if group.parameters]
-
-
-def plain_learning_rate(non_embedding: int) -> float:
+def learning_rate(non_embedding: int) -> float:
     """0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361, appendix D.6)."""
     return 0.003239 - 0.0001395 * math.log(non_embedding)
 
 
-def plain_tokens_per_step(non_embedding: int) -> int:
+def tokens_per_step(non_embedding: int) -> int:
     """2048 * 160 (N / 108 M)^(2/3) tokens, N without embeddings (the rule of OLMo-core's model ladder)."""
     return round(2048 * 160 * (non_embedding / 108e6) ** (2 / 3))
+
+
+class Plain(Recipe):
+    """AdamW's usual settings for any model."""
+
+    why = "warm-up and cosine"
+
+    def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        longest = config.batch.sequence_length
+        sequences = max(1, round(tokens_per_step(facts.non_embedding) / longest))
+        rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
+        return {
+            "sequence_start": Default(longest, "no growth"),
+            "sequence_double_every": Default(0, "no growth"),
+            "tokens_per_step": Default(sequences * longest, rule),
+            "dynamic": Default(False, "fixed batch"),
+        }
+
+    def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        lr = learning_rate(max(2, facts.non_embedding))
+        return {
+            "lr": Default(lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)"),
+            "warmup_steps": Default(max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
+            "weight_decay": Default(0.1, "plain recipe"),
+            "loss_driven_decay": Default(False, "plain recipe"),
+            "clip_norm": Default(1.0, "plain recipe"),
+        }
+
+    def embedding_frequency(self, tied: bool) -> Default:
+        return Default("none", "plain recipe")
+
+    def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
+        """Only parameters of two or more dimensions decay."""
+        optim = config.optim
+
+        def schedule(step: int) -> float:
+            return warmup_cosine(step, optim.warmup_steps, config.max_steps, optim.final_lr_fraction)
+
+        decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
+        rest = [name for name, shape in shapes.items() if len(shape) < 2]
+        adamw = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}}
+        groups = [
+            Group("decayed", decayed, optim.lr, schedule, optim.weight_decay, optim.loss_driven_decay, adamw),
+            Group("not decayed", rest, optim.lr, schedule, settings=adamw),
+        ]
+        return [group for group in groups if group.parameters]
+
+    def schedule_change(self, config: Any, before: int, step: int) -> str:
+        optim, now = config.optim, config.max_steps
+        old, new = (
+            optim.lr * warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)
+            for total in (before, now)
+        )
+        return (
+            f"max_steps: {now:,} instead of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} "
+            f"is {new:.3g}, not {old:.3g}, and {optim.lr * optim.final_lr_fraction:.3g} at step {now:,}"
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core.config import DataConfig, RunConfig
+from trainer.core.config import DataConfig, RunConfig, model_name
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
@@ -126,7 +126,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     if precision != "auto":
         changes["precision"] = precision
     config = stored.build(without_training(stored.values | changes))
-    kernels = kernel_fields_of(config.model.get("name", "hlb"))
+    kernels = kernel_fields_of(model_name(config.model))
     config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")  # nor do the kernels of its machine
     place = choose_device(device, world.local_rank)
     config.precision, _ = choose_precision(config.precision, place)  # type: ignore[assignment]

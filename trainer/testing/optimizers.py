@@ -52,7 +52,7 @@ class Trial:
         whole = list(shapes) if subject.rule_class.scope == "matrix" else []
         given = {subject.name: subject.settings}
         self.optimizer = Optimizer(
-            [group], shapes, self.parameters, 1.0, 2.0, torch.device("cpu"), given=given, whole=whole
+            [group], shapes, self.parameters, 1.0, torch.zeros_like, torch.device("cpu"), given=given, whole=whole
         )
         self.optimizer.exchange = self.exchange
         self.optimizer.allocate(self.parameters.values())

@@ -13,8 +13,8 @@ from typing import Any
 from trainer.core.errors import Stopped, UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
-from trainer.optim.schedules import schedule_change
 from trainer.planning.run_config import plugins_of
+from trainer.recipes import schedule_change
 from trainer.runs.folder import write_start
 from trainer.runs.report import Report
 from trainer.runtime.device import thread_line

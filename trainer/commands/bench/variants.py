@@ -13,7 +13,7 @@ import torch
 
 from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
-from trainer.core.config import RunConfig
+from trainer.core.config import RunConfig, model_name
 from trainer.core.errors import UserError
 from trainer.core.sweep import Sweep, changed, combinations, parse_sweep
 from trainer.planning.memory import expected_memory
@@ -120,7 +120,7 @@ def variants(config: BenchConfig, dataset: Any, world: World, device: torch.devi
     notes: list[str] = []
     for changes in combinations(comparable(parse_sweep(config.sweep))):
         wanted = run_config(config, changes)  # outside: a key or value that does not exist is a mistake
-        name = label(changes) or wanted.model.get("name", "hlb")
+        name = label(changes) or model_name(wanted.model)
         with leaving_out(name, not found, notes, world):
             variant = Variant(name, steady(resolve(wanted, dataset)), dataset, world, device)
             variant.details = changes

@@ -1,0 +1,64 @@
+"""The contract of a recipe: what it fills in, how it groups the parameters, and what its laws make of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.optim import Group
+
+
+class Default(NamedTuple):
+    """What a recipe fills in where the config leaves a key open, and the rule behind the value."""
+
+    value: Any
+    rule: str
+
+
+class PlanEntry(NamedTuple):
+    """One number of the plan: its key, its value, and the rule it came from."""
+
+    key: str
+    value: Any
+    rule: str
+
+
+class Recipe:
+    """How a run is optimised. The planner asks it for defaults, the engine for groups, `plan` for rows.
+
+    config: the RunConfig so far; facts: of the model: `parameters` and `non_embedding` (without embeddings and head), counts.
+    """
+
+    made_for: frozenset[str] = (
+        frozenset()
+    )  # names of the models that train with this recipe unless the config says otherwise
+    why = ""  # the reason that `plan` prints for it
+
+    def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        """By key of `batch`; batch.sequence_length is known."""
+        raise NotImplementedError
+
+    def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
+        """By key of `optim`."""
+        raise NotImplementedError
+
+    def embedding_frequency(self, tied: bool) -> Default:
+        """Of optim.embedding_frequency. tied: the head shares the embedding's matrix."""
+        raise NotImplementedError
+
+    def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
+        """Every parameter in one group. shapes: of the whole parameters, by name; config: resolved."""
+        raise NotImplementedError
+
+    def rows(self, config: Any, tied: bool) -> list[PlanEntry]:
+        """What `plan` prints of the groups besides optim.lr. config: resolved."""
+        return []
+
+    def schedule_change(self, config: Any, before: int, step: int) -> str:
+        """What another max_steps does to the learning rate of a run that goes on after `step`; "" where it does nothing.
+
+        config: resolved; before: max_steps of the run until now, another number than config.max_steps.
+        """
+        return ""
