@@ -127,6 +127,8 @@ def linear_nll(
 class _LinearNll(torch.autograd.Function):
     """x [N, D], weight [V, D], targets [N] -> [N]."""
 
+    gives_every_gradient = True
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, form: _Form) -> Tensor:
         ctx.save_for_backward(x, weight, targets)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import beyond, words_text
+from conftest import ROOT, beyond, words_text
 from test_zoo import ZOO, build
 from torch._dynamo.exc import TorchDynamoException
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,6 +18,7 @@ from models.layers import linear_cross_entropy
 from models.layers.flex import causal_blocks
 from trainer.commands.bench.turns import start
 from trainer.commands.bench.variants import Variant, steady
+from trainer.commands.plugins import import_plugin
 from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.settings import build as build_settings
 from trainer.data.prepare import prepare
@@ -443,6 +444,21 @@ def test_logits_that_are_held_have_gradients(name):
     for sequences in (1, 1000):
         assert holding.loss(layout, "none", sequences * T) == 8 * config.vocab_size * T * sequences
     assert chunked.loss(layout, "none", float("inf")) < 2**30
+
+
+def test_an_objective_that_holds_whole_logits_is_planned_with_them():
+    """The plan measures what is trained: model and objective, not the model's own loss."""
+    import_plugin(str(ROOT / "tests" / "plugins" / "label_smoothing.py"))
+    model, layout = build("gpt2", scale=0.4), ParallelLayout("single", "bf16")
+    own, smoothed = (
+        MemoryEstimate(type(model), model.config, T, objective=objective)
+        for objective in ({"name": "next_token"}, {"name": "label_smoothing", "smoothing": 0.1})
+    )
+    logits = model.config.vocab_size * T
+    more = smoothed.activations(layout, "none") - own.activations(layout, "none")
+    assert more >= 4 * logits  # those in fp32
+    assert smoothed.loss(layout, "none", T) == 8 * logits
+    assert smoothed.unreached(layout, "none") == []
 
 
 def test_chunks_leave_room_for_more(name):

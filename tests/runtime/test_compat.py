@@ -29,6 +29,15 @@ def test_deepspeed_has_what_we_use(entry):
     assert compat.probe(entry) == ""
 
 
+def test_an_attribute_that_deepspeed_no_longer_has_is_told_in_one_line():
+    class Optimizer:
+        parameter_offload = 3
+
+    assert compat.deepspeed_attribute(Optimizer(), "parameter_offload") == 3
+    with pytest.raises(UserError, match="deepspeed.*: has no Optimizer.ds_tensor, which engine.strategy zero3 needs; "):
+        compat.deepspeed_attribute(Optimizer(), "ds_tensor")
+
+
 @pytest.mark.parametrize("module", ["torch._no_such_module", "torch._dynamo"])
 def test_what_is_not_there_is_told_in_one_line(module, monkeypatch):
     monkeypatch.setitem(compat._BY_NAME, "gone", compat.Private(module, "gone", "engine.compile"))

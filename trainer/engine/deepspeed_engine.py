@@ -28,7 +28,7 @@ from trainer.engine.meta import build_meta
 from trainer.engine.zero3_coordinator import RestingCoordinator
 from trainer.engine.zero3_linear import linear, plain_linear
 from trainer.optim.rule import STEP
-from trainer.runtime.compat import leave_out_shared_memory, private, use_linear
+from trainer.runtime.compat import deepspeed_attribute, leave_out_shared_memory, private, use_linear
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
 
@@ -84,14 +84,14 @@ class DeepSpeedEngine(Engine):
     def _flat_vectors(self) -> list[Any]:
         """What the optimiser updates: this rank's fp32 pieces of the groups' flattened parameters."""
         if self.stage == 3:
-            return self._zero.optimizer.fp32_partitioned_groups_flat
+            return deepspeed_attribute(self._zero.optimizer, "fp32_partitioned_groups_flat")
         return [vector for group in self.optimizer.param_groups for vector in group["params"]]
 
     def _make_state(self) -> None:
         """All of it before the first step: in it, DeepSpeed ties state to parameters when it has made the first group's."""
         self.optimizer.allocate(self._flat_vectors())
         if self.stage < 3:
-            self._zero.optimizer._lazy_init_hp_params_optimizer_state()
+            private("DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state")(self._zero.optimizer)
 
     def _set_initial_weights(self) -> None:
         """Initial weights in fp32 (DeepSpeed would round them to bf16 first), drawn into shards in CPU memory, gathered and put
@@ -120,8 +120,8 @@ class DeepSpeedEngine(Engine):
             yield
             return
         self._zero.empty_partition_cache()  # also waits for what is on its way to a pass that does not come
-        offload = self._zero.optimizer.parameter_offload
-        coordinator = offload.param_coordinator
+        offload = deepspeed_attribute(self._zero.optimizer, "parameter_offload")
+        coordinator = deepspeed_attribute(offload, "param_coordinator")
         with self._deepspeed.zero.GatheredParameters(list(self.local.values())):
             offload.param_coordinator = RestingCoordinator()
             try:
@@ -234,8 +234,8 @@ class DeepSpeedEngine(Engine):
             return
         part = self._own_part(parameter, whole)
         safe_set_local_fp32_param(parameter, part)
-        parameter.ds_tensor.data.copy_(part)
-        if parameter.ds_status is private("ZeroParamStatus").AVAILABLE:
+        deepspeed_attribute(parameter, "ds_tensor").data.copy_(part)
+        if deepspeed_attribute(parameter, "ds_status") is private("ZeroParamStatus").AVAILABLE:
             parameter.data.copy_(whole)  # small enough to stay gathered
 
     def _put_state(self, name: str, key: str, whole: Tensor) -> None:
@@ -249,7 +249,7 @@ class DeepSpeedEngine(Engine):
 
     def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
         """This rank's piece of a flattened parameter, padded as DeepSpeed pads it."""
-        size = parameter.ds_tensor.numel()
+        size = deepspeed_attribute(parameter, "ds_tensor").numel()
         flat = F.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
         return flat.narrow(0, size * self.world.rank, size)
 

@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from models.base import told_in_one_line
@@ -26,6 +27,8 @@ from trainer.core.settings import coerced
 from trainer.objectives.base import REGISTRY, Loss, Objective, register_objective
 
 __all__ = ["Loss", "Objective", "build_objective", "load_objectives", "register_objective", "resolve_objective"]
+
+DEFAULT_OBJECTIVE = {"name": "next_token"}
 
 
 def load_objectives() -> None:
@@ -40,7 +43,7 @@ def load_objectives() -> None:
 def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
     """The section `objective` of a config with all fields of the objective's own Config. UserError where it cannot be."""
     load_objectives()
-    name = options.get("name", "next_token")
+    name = options.get("name", DEFAULT_OBJECTIVE["name"])
     if name not in REGISTRY:
         raise UserError(
             f"objective.name: {name!r} is not known (allowed: {', '.join(sorted(REGISTRY))}; --plugin FILE.py for one of your own)"
@@ -54,7 +57,7 @@ def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, **dataclasses.asdict(config)}
 
 
-def build_objective(options: dict[str, Any]) -> Objective:
+def build_objective(options: Mapping[str, Any]) -> Objective:
     """The objective of a resolved section. UserError where it holds parameters or buffers: no engine would train or move them."""
     load_objectives()  # a rank that did not make the plan has not looked for any yet
     name, fields = options["name"], {key: value for key, value in options.items() if key != "name"}

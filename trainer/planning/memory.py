@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from models.base import Batch
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, told_of_model
+from trainer.objectives import DEFAULT_OBJECTIVE
 from trainer.optim import DEFAULT_RULE, state_bytes_per_parameter
 from trainer.runtime.compat import fake_tensors, private
 
@@ -113,11 +116,18 @@ _measured: dict[
 class MemoryEstimate:
     """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
 
-    documents: whether it is told which document each token is of.
+    documents: whether it is told which document each token is of; objective: the section of a resolved config.
     """
 
-    def __init__(self, model_class: Any, model_config: Any, length: int, documents: bool = False) -> None:
-        self.model_class, self.model_config = model_class, model_config
+    def __init__(
+        self,
+        model_class: Any,
+        model_config: Any,
+        length: int,
+        documents: bool = False,
+        objective: Mapping[str, Any] = DEFAULT_OBJECTIVE,
+    ) -> None:
+        self.model_class, self.model_config, self.objective = model_class, model_config, dict(objective)
         self.length, self.documents = length, documents
         self._model = model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
@@ -235,10 +245,10 @@ class MemoryEstimate:
 
     def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
         asked = self.length, layout.compute, how, self.documents, layout.flex, layout.compiled
-        key = self.model_class, repr(self.model_config), *asked, layout.deterministic
+        key = self.model_class, repr(self.model_config), *asked, layout.deterministic, repr(self.objective)
         if key not in _measured:
             with _determinism(layout.deterministic):
-                _measured[key] = saved_activations(self.model_class, self.model_config, *asked)
+                _measured[key] = saved_activations(self.model_class, self.model_config, *asked, self.objective)
         return _measured[key]
 
 
@@ -251,17 +261,21 @@ def saved_activations(
     documents: bool = False,
     flex: bool = False,
     compiled: bool = False,
+    objective: Mapping[str, Any] = DEFAULT_OBJECTIVE,
 ) -> SavedActivations:
-    """What is alive after the forward pass of one sequence.
+    """What is alive after the forward pass of one sequence, its loss included.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents: see MemoryEstimate. A model that cannot be
+    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective: see MemoryEstimate. A model that cannot be
     compiled is measured as it is, and so trained.
     """
     from trainer.engine import compilation
 
-    asked = model_class, model_config, length, compute, how, documents, flex
-    what = "its forward pass does not run on tensors without values, by which memory is planned (no .item(), .tolist(), numpy)"
+    asked = model_class, model_config, objective, length, compute, how, documents, flex
+    what = (
+        f"its forward pass under the objective {objective['name']} does not run on tensors without values, by which memory is "
+        "planned (no .item(), .tolist(), numpy)"
+    )
     with told_of_model(model_class, what):
         if not compiled:
             return _saved_activations(*asked)
@@ -278,6 +292,7 @@ def saved_activations(
 def _saved_activations(
     model_class: Any,
     model_config: Any,
+    objective: Mapping[str, Any],
     length: int,
     compute: str,
     how: str,
@@ -289,6 +304,8 @@ def _saved_activations(
     from models.layers.flex import planning_for_gpu
     from models.layers.linear_cross_entropy import score_nothing, scored_by
     from trainer.engine import activation_checkpointing, compilation, gradients
+    from trainer.objectives import build_objective
+    from trainer.objectives.base import ModelAndObjective
 
     model_config = model_class.without_device_kernels(model_config)
     # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
@@ -309,15 +326,18 @@ def _saved_activations(
             block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes))
             block.register_forward_hook(lambda *_: added.append(alive.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
-        output = model(tokens, targets=tokens, documents=tokens if documents else None)
+        batch: Batch = {"tokens": tokens, "targets": tokens}
+        loss = ModelAndObjective(model, build_objective(objective))(
+            batch | {"documents": tokens} if documents else batch
+        ).sum
         total = alive.bytes
         entries = length * model_config.vocab_size
         logits = any(
             shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries
             for _, shape, _ in alive.storages.values()
         )
-        unreached = None if output.loss is None else gradients.unreached(model, output.loss)
-        del output
+        unreached = gradients.unreached(model, loss)
+        del loss
     return SavedActivations(total, added, logits, unreached)
 
 
@@ -404,7 +424,10 @@ def expected_memory(plan: Any) -> dict[str, int]:
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     layout, length = ParallelLayout.of(plan.config, plan.processes, plan.target), batch.sequence_length
-    estimate = MemoryEstimate(plan.model_class, plan.model_config, length, plan.config.data.separate_documents)
+    config = plan.config
+    estimate = MemoryEstimate(
+        plan.model_class, plan.model_config, length, config.data.separate_documents, config.objective
+    )
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))

@@ -98,7 +98,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_recipe(draft)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
-    estimate = MemoryEstimate(model.model_class, model.config, length, documents)
+    estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective)
     draft = choose_engine(draft, model, estimate, world, target)
     draft = choose_microbatch(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
@@ -115,7 +115,9 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         target=target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
         train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
-        unreached=unreached_by(draft.config, estimate, world.size, target),
+        unreached=estimate.unreached(
+            ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
+        ),
     )
 
 
@@ -163,13 +165,6 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
             f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
         )
     return draft, ModelFacts.of(name, model_class, model_config), vocab_size
-
-
-def unreached_by(config: Any, estimate: MemoryEstimate, processes: int, target: Any) -> list[str] | None:
-    """Parameters that get no gradient. None: not known, as the estimate has measured the model's own loss."""
-    if config.objective["name"] != "next_token":
-        return None
-    return estimate.unreached(ParallelLayout.of(config, processes, target), config.engine.activation_checkpointing)
 
 
 def choose_objective(draft: Draft) -> Draft:

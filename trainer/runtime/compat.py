@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Private(NamedTuple):
 
 
 _PLANS, _COMPILE, _CHECKPOINTING = "the memory estimate", "engine.compile", "engine.activation_checkpointing selective"
+_ZERO3 = "engine.strategy zero3"
 _ADAMW = ("beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize", "found_inf")
 
 TORCH = (
@@ -68,8 +70,28 @@ TORCH = (
 
 DEEPSPEED = (
     Private("deepspeed.comm.torch", "build_shm_op", "engine.strategy zero0 to zero3"),
-    Private("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", "engine.strategy zero3"),
+    Private("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", _ZERO3),
+    Private(
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
+        "engine.strategy zero1 and zero2",
+    ),
+    # What ZeRO-3's hooks call on the coordinator: trainer/engine/zero3_coordinator.py stands in for it.
+    *(
+        Private(
+            "deepspeed.runtime.zero.partitioned_param_coordinator", f"PartitionedParameterCoordinator.{name}", _ZERO3
+        )
+        for name in ("reset_step", "is_record_trace", "trace_prologue", "fetch_sub_module", "release_sub_module")
+    ),
 )
+# Attributes of DeepSpeed's objects: they appear as it runs, so nothing can be asked before.
+DEEPSPEED_ATTRIBUTES = {
+    "fp32_partitioned_groups_flat": _ZERO3,
+    "parameter_offload": _ZERO3,
+    "param_coordinator": _ZERO3,
+    "ds_tensor": _ZERO3,
+    "ds_status": _ZERO3,
+}
 
 _BY_NAME = {entry.name: entry for entry in (*TORCH, *DEEPSPEED)}
 
@@ -78,9 +100,18 @@ def private(name: str) -> Any:
     """What stands under `name` in the tables. UserError, with the remedy, where the installed library has no such thing."""
     entry = _BY_NAME[name]
     try:
-        return getattr(importlib.import_module(entry.module), name)
+        return operator.attrgetter(name)(importlib.import_module(entry.module))
     except (ImportError, AttributeError):
         raise UserError(_refusal(entry, f"has no {entry.module}.{name}")) from None
+
+
+def deepspeed_attribute(owner: Any, name: str) -> Any:
+    """An attribute of an object that DeepSpeed made, from its table. UserError, with the remedy, where the object has no such thing."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        entry = Private("deepspeed", name, DEEPSPEED_ATTRIBUTES[name])
+        raise UserError(_refusal(entry, f"has no {type(owner).__name__}.{name}")) from None
 
 
 def probe(entry: Private) -> str:
