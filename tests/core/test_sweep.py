@@ -15,6 +15,12 @@ def test_a_sweep_is_keys_and_values():
     }
 
 
+def test_keys_that_a_plug_in_decides_are_swept_too():
+    sweep = parse_sweep(["optim.settings.beta1=0.8,0.9", "objective.smoothing=0,0.1"])
+    assert [changed({}, one).optim.settings["beta1"] for one in combinations(sweep)] == ["0.8", "0.8", "0.9", "0.9"]
+    assert [changed({}, one).objective["smoothing"] for one in combinations(sweep)] == ["0", "0.1"] * 2
+
+
 @pytest.mark.parametrize(
     "texts, expected",
     [

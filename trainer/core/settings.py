@@ -255,6 +255,18 @@ def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def free_sections(cls: Any, prefix: str = "") -> list[str]:
+    """The sections of a dataclass whose keys a plug-in decides, dotted, in order: model, objective, optim.settings."""
+    hints = typing.get_type_hints(cls)
+    found: list[str] = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found += free_sections(hints[f.name], f"{prefix}{f.name}.")
+        elif is_free_section(hints[f.name]):
+            found.append(prefix + f.name)
+    return found
+
+
 def coerce(hint: Any, value: Any, key: str) -> Any:
     """`value` (from YAML, or a flag's string) as type `hint`; `UserError` names the key and what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

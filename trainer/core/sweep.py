@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, leaf_keys, merge, unknown_key
+from trainer.core.settings import build, free_sections, leaf_keys, merge, unknown_key
 
 Sweep = dict[str, list[str]]  # key -> its values
 
@@ -20,11 +20,12 @@ Sweep = dict[str, list[str]]  # key -> its values
 def parse_sweep(texts: list[str]) -> Sweep:
     """The sweep of `KEY=V1,V2` texts. UserError where a text has another form, or no run has that key, or a key stands twice."""
     known, sweep = leaf_keys(RunConfig), Sweep()
+    free = tuple(f"{section}." for section in free_sections(RunConfig))
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not all(values.split(",")):
             raise UserError(f"sweep: {text!r} is not KEY=V1,V2; for example --sweep engine.compile=false,true")
-        if key not in known and not key.startswith("model."):
+        if key not in known and not key.startswith(free):
             raise UserError(f"sweep: {unknown_key(key, known)}")
         if key in sweep:
             raise UserError(f"sweep: {key} stands twice; give all its values in one, {key}=V1,V2")
