@@ -17,12 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Hidden, LanguageModel, register
+from models.base import Hidden, LanguageModel, Split, register
 from models.counting import estimate_parameters, training_flops_of
 from models.layers import compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_attention_mask
-from models.layers.attention import Context, DifferentialHeads, KeyValueShift, latent_widths
-from models.layers.block import BLOCKS, FurtherHead, narrowed, norm_of
+from models.layers.attention import (
+    Attention,
+    Context,
+    DifferentialHeads,
+    KeyValueShift,
+    LatentAttention,
+    latent_widths,
+)
+from models.layers.block import BLOCKS, FurtherHead, Mlp, ParallelBlock, narrowed, norm_of
 from models.layers.linear_cross_entropy import linear_nll
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
@@ -246,6 +253,13 @@ class Transformer(LanguageModel):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.layers, *(head.block for head in self.further if head.block is not None)]
+
+    def fused_matrices(self) -> dict[str, Split]:
+        found: dict[str, Split] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, Attention | LatentAttention | Mlp | ParallelBlock):
+                found |= {f"{path}.{name}.weight": Split(0, rows) for name, rows in module.fused_rows().items()}
+        return found
 
     def parameter_groups(self) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}

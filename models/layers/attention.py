@@ -69,6 +69,10 @@ class Attention(nn.Module):
         attended, values = self.heads(self.qkv(x), x, values, context, cache)
         return self.out(attended), values
 
+    def fused_rows(self) -> dict[str, dict[str, int]]:
+        """Name of a matrix -> the rows of each matrix that it fuses."""
+        return {"qkv": self.heads.rows} if isinstance(self.qkv, nn.Linear) else {}
+
 
 class SoftmaxHeads(nn.Module):
     """From queries, keys and values side by side [B, T, (H + 2 G) head_dim] to the heads' outputs [B, T, H head_dim]."""
@@ -77,7 +81,8 @@ class SoftmaxHeads(nn.Module):
         super().__init__()
         h, g, d = config.n_heads, config.kv_heads, config.head_width
         self.layer, self.head_dim = layer, d
-        self.widths, self.d_out = [h * d, g * d, g * d], h * d
+        self.rows, self.d_out = {"query": h * d, "key": g * d, "value": g * d}, h * d
+        self.widths = list(self.rows.values())
         self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, d**-0.5
         self.query_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
@@ -196,6 +201,11 @@ class LatentAttention(nn.Module):
         attend = self.expanded if latent.shape[2] == x.shape[1] else self.absorbed
         attended = attend(q, q_rotated, latent, k_rotated, context)  # [B, H, T, head_dim]
         return self.out(attended.transpose(1, 2).flatten(2)), values
+
+    def fused_rows(self) -> dict[str, dict[str, int]]:
+        """Name of a matrix -> the rows of each matrix that it fuses."""
+        width = self.n_heads * self.head_dim
+        return {"down": {"latent": self.rank, "rotated key": self.rope_dim}, "up": {"key": width, "value": width}}
 
     def expanded(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
         """Keys and values of every head, as in training."""

@@ -38,6 +38,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.activation(self.up(x)))
 
+    def fused_rows(self) -> dict[str, dict[str, int]]:
+        """Name of a matrix -> the rows of each matrix that it fuses: those of the activation's inputs."""
+        hidden, inputs = self.out.in_features, self.up.out_features // self.out.in_features
+        return {"up": {f"input {i}": hidden for i in range(inputs)}} if inputs > 1 else {}
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), each sum by a residual connection; x [B, T, D] or [B, T, n, D]."""
@@ -81,6 +86,7 @@ class ParallelBlock(nn.Module):
         inputs, self.activation = ACTIVATIONS[config.mlp]
         self.norm = norm_of(config, True)
         self.heads = HEADS[config.attention](config, layer)
+        self.rows = self.heads.rows | {f"input {i}": config.hidden for i in range(inputs)}
         self.widths = [sum(self.heads.widths), inputs * config.hidden]
         self.up = nn.Linear(config.d_model, sum(self.widths), bias=config.qkv_has_bias)
         self.out = nn.Linear(self.heads.d_out + config.hidden, config.d_model, bias=config.out_has_bias)
@@ -94,6 +100,10 @@ class ParallelBlock(nn.Module):
         qkv, hidden = self.up(h).split(self.widths, dim=-1)
         attended, values = self.heads(qkv, h, values, context, cache)
         return self.join.merge(x, self.out(torch.cat((attended, self.activation(hidden)), dim=-1)), kept), values
+
+    def fused_rows(self) -> dict[str, dict[str, int]]:
+        """Name of a matrix -> the rows of each matrix that it fuses. `out` fuses two by columns, which add up as one product."""
+        return {"up": self.rows}
 
     def residual_projections(self) -> list[nn.Module]:
         return [self.out]

@@ -322,7 +322,20 @@ def test_roles_and_splits_that_cannot_be_are_told(check, model_class, why):
         CHECKS[check].run(Subject("mine", model_class))
 
 
-@pytest.mark.parametrize("name", ["hlb", "ngpt"])
-def test_fused_matrices_of_the_zoo_split(name):
+@pytest.mark.parametrize(
+    "choices, fused",
+    [
+        ({}, {"attention.qkv": 3, "mlp.up": 2}),
+        ({"mlp": "gelu"}, {"attention.qkv": 3}),
+        ({"block": "parallel"}, {"up": 5}),
+        ({"attention": "latent"}, {"attention.down": 2, "attention.up": 2, "mlp.up": 2}),
+        ({"pattention": "qkv"}, {"mlp.up": 2}),
+    ],
+)
+def test_fused_matrices_of_the_decoder_split(choices, fused):
     load_models()
-    CHECKS["fused matrices"].run(Subject(name, get_model(name)))
+    subject = Subject("llama", get_model("llama"), choices=choices)
+    CHECKS["fused matrices"].run(subject)
+    found = subject.model.fused_matrices()
+    first = {name: split for name, split in found.items() if name.startswith("layers.0.")}
+    assert {name[len("layers.0.") : -len(".weight")]: len(split.sizes) for name, split in first.items()} == fused
