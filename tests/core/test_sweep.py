@@ -22,7 +22,7 @@ def test_a_sweep_is_keys_and_values():
         (["seed=1,,2"], "'seed=1,,2' is not KEY=V1,V2"),
         (["engine.complie=true"], "did you mean engine.compile?"),
         (["rounds=1,2"], "unknown key rounds"),
-        (["seed=1", "seed=2"], "seed stands twice"),
+        (["seed=1", "seed=2"], "seed occurs twice"),
     ],
 )
 def test_a_bad_sweep_is_one_line(texts, expected):

@@ -91,7 +91,7 @@ def test_a_missing_file_is_one_line(tmp_path):
     [
         ('{"a": ' * 100 + "1" + "}" * 100, "more than 32 levels"),
         ('{"a": ' * 100_000, "is not valid JSON"),
-        ('{"gradient_clipping": 1, "gradient_clipping": 2}', "a key stands twice"),
+        ('{"gradient_clipping": 1, "gradient_clipping": 2}', "a key occurs twice"),
         ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
     ],
 )
