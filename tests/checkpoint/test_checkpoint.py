@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_named_and_nothing_read(tmp_path):
     path = save(tmp_path, 1)
     right = torch.zeros(3, 5)
     for name, shape, there in (("model.z", (2,), "missing"), ("model.x", (), "missing"), ("model.b", (3,), r"\[2\]")):
-        with pytest.raises(UserError, match=f"{name} is {there} there and .* by the run's config"):
+        with pytest.raises(UserError, match=f"{name} is {there} there, but .* by the run's config"):
             checkpoint.read_into(path, {"model.w": right, name: torch.zeros(shape)}, WORLD)
         with pytest.raises(UserError, match=f"{name} is {there} there"):
             checkpoint.check_shapes(path, {"model.w": torch.Size([3, 5]), name: torch.Size(shape)})
@@ -176,7 +176,7 @@ def test_what_is_damaged_is_kept_under_another_name(tmp_path, capsys):
     damaged = (tmp_path / "step-00000002" / "__0_0.distcp").read_bytes()
     path, _ = checkpoint.go_on_from(tmp_path, WORLD)
     assert path.name == "step-00000001" == (tmp_path / "latest").read_text()
-    assert "step-00000002 is damaged and kept as step-00000002.damaged" in capsys.readouterr().err
+    assert "step-00000002 is damaged; it is kept as step-00000002.damaged" in capsys.readouterr().err
     save(tmp_path, 2)
     save(tmp_path, 3)
     save(tmp_path, 4)

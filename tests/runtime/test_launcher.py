@@ -373,7 +373,7 @@ def test_a_port_that_is_taken_is_a_line(standard_names, monkeypatch):
         taken.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(UserError, match="no other program has the port: .*Address already in use"):
+        with pytest.raises(UserError, match="no other program uses the port: .*Address already in use"):
             join(World(0, 2, 0, 2), "cpu", timeout_minutes=1 / 60)
 
 
