@@ -204,7 +204,7 @@ def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
 def test_a_later_format_is_refused_and_not_passed_over(tmp_path):
     save(tmp_path, 1)
     rewrite(save(tmp_path, 2), format=99, crescendo="9.1.0")
-    with pytest.raises(UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads 2") as refusal:
+    with pytest.raises(UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads formats up to 2") as refusal:
         checkpoint.choose(tmp_path, None, print)
     assert not isinstance(refusal.value, Damaged)
 
@@ -229,7 +229,7 @@ def test_choosing_a_step(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert checkpoint.choose(tmp_path, 1, print)[1]["step"] == 1
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .* \(there: 1, 2\)"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .* \(available: 1, 2\)"):
         checkpoint.choose(tmp_path, 7, print)
 
 
