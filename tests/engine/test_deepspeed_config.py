@@ -111,7 +111,7 @@ def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("section", ["bf16", "zero_optimization"])
 def test_a_section_must_be_one(tmp_path, section):
-    with pytest.raises(UserError, match=f"{section} is no section"):
+    with pytest.raises(UserError, match=f"{section} is not a section"):
         settings(tmp_path, {section: True})
 
 
