@@ -52,7 +52,7 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
         if asked.get(key, value) not in (value, "auto"):
             instead = f"change {OPPOSITES[key]}, or " if key in OPPOSITES else ""
             raise UserError(
-                f"engine.deepspeed_config: {path} sets {key} {json.dumps(asked[key])}, but by the run's config it is "
+                f"engine.deepspeed_config: {path} says {key} {json.dumps(asked[key])}, but by the run's config it is "
                 f"{json.dumps(value)}; {instead}remove it there"
             )
     settings = merged(theirs, ours)
