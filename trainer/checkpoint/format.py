@@ -231,9 +231,7 @@ def choose(
             return path, check(path, world)
         except Damaged as error:
             say(f"{error}; trying the one before it")
-    raise UserError(
-        f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start again from step 0"
-    )
+    raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start again")
 
 
 def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:

@@ -65,9 +65,7 @@ class PrepareConfig(CorpusConfig):
 class DataConfig(CorpusConfig):
     """The prepared dataset that a run reads."""
 
-    path: str | None = setting(
-        None, "dataset from `prepare`: a folder or s3://, gs://, hf:// address; prepared if missing"
-    )
+    path: str | None = setting(None, "prepared dataset: a folder or s3://, gs://, hf://...; made if it is missing")
     cache: str | None = setting(None, "folder for shards of a remote path; auto: in the user's cache folder")
     threads: int = setting(4, "threads that read ahead; they do not change the order", low=1)
     order: Literal["windows", "samples"] = setting(
@@ -81,12 +79,8 @@ class DataConfig(CorpusConfig):
 class BatchConfig:
     """The number of tokens in a step. No value depends on the number of devices."""
 
-    tokens_per_step: int | None = setting(
-        None, "tokens of one optimiser step, over all devices (before hlb's multiplier)", low=1
-    )
-    tokens_per_microbatch: int | None = setting(
-        None, "largest number of tokens in one forward and backward of one device", low=1
-    )
+    tokens_per_step: int | None = setting(None, "tokens of a step on all devices (before hlb's multiplier)", low=1)
+    tokens_per_microbatch: int | None = setting(None, "most tokens in one forward and backward of a device", low=1)
     device_token_capacity: int | None = setting(
         None, "tokens that fit on the device at model_scale 1 (G in the rule that `plan` prints)", low=1
     )
@@ -125,9 +119,7 @@ class OptimConfig:
         "auto", "divide embedding gradients by token counts of the step, of a microbatch (the original), or not at all"
     )
     non_finite: Literal["stop", "skip"] = setting("stop", "what to do at a NaN or Inf; it never reaches the weights")
-    max_skips: int = setting(
-        10, "non-finite steps in a row that `skip` tolerates; the run stops at the next one", low=0
-    )
+    max_skips: int = setting(10, "`skip`: the most non-finite steps in a row; one more stops the run", low=0)
 
 
 @dataclass
@@ -148,7 +140,7 @@ class EngineConfig:
     )
     deepspeed_config: str | None = setting(None, "zero0 to zero3: a deepspeed.json with further settings")
     activation_checkpointing: str = setting(
-        "auto", "none, full, every-N (every N-th block) or selective (saves matrix products and attention)"
+        "auto", "none, full, every-N (every N-th block) or selective (saves products with weights, and attention)"
     )
     compile: bool | None = setting(None, "torch.compile each block and the loss; auto: on a GPU")
     cuda_graphs: bool = setting(
@@ -220,9 +212,7 @@ class RunConfig:
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )
-    float8: bool = setting(
-        False, "matrix products of the blocks in fp8 (Ada, Hopper and newer; faster only with compile)"
-    )
+    float8: bool = setting(False, "products with the blocks' weights in fp8 (Ada, Hopper, newer; use it with compile)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     deterministic: bool = setting(False, "deterministic kernels only (on a CPU they always are)")
     profile: bool = setting(False, "profile a few steps: a trace and the top operations, in RUN/profile")

@@ -88,9 +88,7 @@ def read_small(path: Path) -> bytes:
     except OSError as error:
         raise system_error(error, f"{printable(path)}: cannot be read") from None
     if len(data) > JSON_BYTES:
-        raise Damaged(
-            f"{printable(path)}: has more than {JSON_BYTES >> 20} MiB; the trainer writes no file of this size here"
-        )
+        raise Damaged(f"{printable(path)}: has more than {JSON_BYTES >> 20} MiB; the trainer did not write this file")
     return data
 
 

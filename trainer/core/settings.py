@@ -310,9 +310,7 @@ def _text(value: Any, key: str) -> str:
     if isinstance(value, (dict, list)):
         raise _wrong(str, value, key)
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if any(
-        "\ud800" <= character <= "\udfff" for character in text
-    ):  # Python's placeholders for bytes that are not UTF-8
+    if any("\ud800" <= character <= "\udfff" for character in text):  # placeholders for bytes that are not UTF-8
         raise UserError(f"{key}: {shown(text)} is not valid UTF-8 text")
     return text
 

@@ -40,11 +40,7 @@ def parse(data: bytes, name: str) -> Any:
         line = f" (line {mark.line + 1})" if mark else ""
         problem = error.problem or error.context
         raise UserError(f"{name}: not valid YAML: {printable(problem, 300)}{line}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # ValueError: an escape above the last Unicode character
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: an escape above U+10FFFF
         raise UserError(f"{name}: not valid YAML: {printable(' '.join(str(error).split()), 300)}") from None
 
 
@@ -75,9 +71,7 @@ class _Document:
             return self.alias(event, depth)
         if event.tag not in TAGS:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            raise _error(
-                f"the tag {tag} is not supported; remove it, since the key decides the type of its value", event
-            )
+            raise _error(f"the tag {tag} is not supported; remove it, the key decides the type of its value", event)
         if event.anchor:
             self.open.add(event.anchor)
         value: Any

@@ -22,13 +22,8 @@ from trainer.runtime.compat import private
 # At module level, because the compiler traces `kept_operators`.
 flex_attention, inductor_compiled_code = private("flex_attention"), private("inductor_compiled_code")
 
-PRODUCTS = (
-    "mm",
-    "addmm",
-    "_scaled_mm",
-    "_grouped_mm",
-    "_scaled_grouped_mm",
-)  # products with weights; bmm, which multiplies activations, is not one
+# Products with weights. bmm, which multiplies activations, is not one.
+PRODUCTS = ("mm", "addmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm")
 FUSED_ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",

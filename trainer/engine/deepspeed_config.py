@@ -64,15 +64,12 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
         settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return (
-        settings
-        | {
-            "train_micro_batch_size_per_gpu": 1,  # the training loop forms microbatches; their number may change in each step
-            "gradient_accumulation_steps": 1,
-            "zero_allow_untested_optimizer": True,  # DeepSpeed's list of tested optimizers is short
-            "zero_force_ds_cpu_optimizer": False,  # our optimizers run on CPUs too, without a compiler
-        }
-    )
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,  # the training loop forms microbatches, a new number of them in each step
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's list of tested optimizers is short
+        "zero_force_ds_cpu_optimizer": False,  # our optimizers run on CPUs too, without a compiler
+    }
 
 
 def own_settings(config: Any) -> dict[str, Any]:

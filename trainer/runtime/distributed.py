@@ -56,7 +56,7 @@ class World:
         return launcher.RankInfo(self.rank, self.size, self.local_rank, self.local_size)
 
     def say(self, text: str) -> None:
-        """Print a line to stderr on rank 0 only. A closed stderr, for example of a closed terminal, is no error."""
+        """Print a line to stderr on rank 0 only. A closed stderr, for example of a closed terminal, is not an error."""
         if self.leader:
             with contextlib.suppress(OSError):
                 print(printable_lines(text), file=sys.stderr, flush=True)
@@ -198,9 +198,7 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     try:
         with bounded(CONNECT_SECONDS, stuck):
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl"
-                if on_gpu
-                else "gloo",  # offloaded tensors and checkpoints need gloo even with a GPU
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints always need gloo
                 store=store,
                 rank=world.rank,
                 world_size=world.size,

@@ -64,9 +64,8 @@ class StopSignals:
             self._restore()
             in_child.remove(self._restore)
             listener().drain()
-            for (
-                number
-            ) in self._previous:  # else a much later Ctrl-C would count as the second request and end the process
+            # Without this a much later Ctrl-C would count as the second request and end the process.
+            for number in self._previous:
                 listener().forget(number)
 
     def _restore(self) -> None:
@@ -106,7 +105,7 @@ class StopSignals:
     def _end(self, number: signal.Signals) -> None:
         if self._world.leader:
             cursor = "\x1b[?25h\r\n" if sys.stderr.isatty() else ""  # show the cursor again, which the live view hides
-            tell(f"{cursor}{number.name} once more: ends at once, without another checkpoint\n".encode())
+            tell(f"{cursor}{number.name} again: ends at once, without another checkpoint\n".encode())
         os._exit(exit_code(number))
 
 
@@ -168,7 +167,7 @@ def exit_code(asked: signal.Signals) -> int:
 
 def will_stop_line(asked: signal.Signals) -> str:
     """The line that a request to stop prints at once."""
-    return f"{asked.name}: will stop with a checkpoint once all processes have heard; once more: ends at once"
+    return f"{asked.name}: will stop with a checkpoint once all processes know; a second request ends at once"
 
 
 def stopped_line(asked: signal.Signals, step: int) -> str:

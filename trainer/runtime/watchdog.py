@@ -74,10 +74,8 @@ class Watchdog:
         self._host = socket.gethostname()
         self._first_step: int | None = None
         self._now = (0, 0, "start", timeout_seconds)
-        self._stands = (
-            self._now,
-            0.0,
-        )  # where the main thread was at the last tick, and how many seconds it had been there
+        # Where the main thread was at the last tick, and for how many seconds it had been there.
+        self._stands = self._now, 0.0
         self._clock = self._reached = 0.0
         self._heard: dict[int, tuple[Post, float]] = {}  # the last post of each rank, and the clock when it was new
         self._closed, self._ending, self._written = threading.Event(), False, False
@@ -112,9 +110,7 @@ class Watchdog:
         is ending the run on another rank.
         """
         if self._ending:
-            time.sleep(
-                12 * self._tick
-            )  # the line is printed and the process will end here: print no traceback after it
+            time.sleep(12 * self._tick)  # the process ends during this sleep, so no traceback follows the line
         self._closed.set()
         for thread in self._threads:
             thread.join(timeout=1)
