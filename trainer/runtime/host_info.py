@@ -83,7 +83,7 @@ def compare(everyone: Sequence[HostInfo]) -> tuple[list[str], list[str]]:
     able = [one for one in everyone if not one.problem]
     kinds = _differing(able, "device", lambda one: one.device)
     if kinds:
-        errors.append(f"{'; '.join(kinds)}: see nvidia-smi there and leave that machine out, or --device cpu")
+        errors.append(f"{'; '.join(kinds)}: run nvidia-smi there; leave that machine out, or use --device cpu")
     keys = {key: None for one in able for key in one.software if key not in ("cuda", "nccl") or not kinds}
     software = []
     for key in keys:
@@ -91,7 +91,7 @@ def compare(everyone: Sequence[HostInfo]) -> tuple[list[str], list[str]]:
         asked = [one for one in able if key != "git" or key in one.software]
         software += _differing(asked, key, lambda one, key=key: one.software.get(key, "missing"))  # type: ignore[misc]
     if software:
-        errors.append(f"preflight: {'; '.join(software)}: make them equal on all machines, or leave those out")
+        errors.append(f"preflight: {'; '.join(software)}: make them equal on all machines, or leave these machines out")
     warnings = _differing(able, "GPU", lambda one: one.gpu) + _differing(able, "driver", lambda one: one.driver)
     asked = [one for one in able if "git" in one.software]
     warnings += _differing(asked, "checkout", lambda one: "changed" if one.changed else "as committed")
@@ -133,7 +133,7 @@ def absentees(size: int, present: Sequence[HostInfo], hosts: Sequence[str]) -> s
 
 
 def machines(everyone: Sequence[HostInfo]) -> dict[str, list[int]]:
-    """Host -> its ranks."""
+    """Host name -> its ranks."""
     found: dict[str, list[int]] = {}
     for one in everyone:
         found.setdefault(one.host, []).append(one.rank)

@@ -154,7 +154,7 @@ def follow_launcher() -> None:
     SIGKILL every launcher does. Their workers would then keep training, and nothing would stop them.
     """
     parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent ended before the call
             signal.raise_signal(signal.SIGTERM)

@@ -292,7 +292,7 @@ def verdict(posts: Mapping[int, Post], seconds: float, key: str) -> str:
     if blamed:
         unheard = min(posts[rank].unheard for rank in blamed)
         blame = [
-            f"{rank_names(ranks)} {'has' if len(ranks) == 1 else 'have'} not been heard of for {unheard:.3g} s, last from {where}"
+            f"{rank_names(ranks)} {'has' if len(ranks) == 1 else 'have'} reported nothing for {unheard:.3g} s, last at {where}"
             for where, ranks in _groups(posts, blamed)
         ]
     else:
