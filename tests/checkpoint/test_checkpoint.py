@@ -204,7 +204,9 @@ def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
 def test_a_later_format_is_refused_and_not_passed_over(tmp_path):
     save(tmp_path, 1)
     rewrite(save(tmp_path, 2), format=99, crescendo="9.1.0")
-    with pytest.raises(UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads formats up to 2") as refusal:
+    with pytest.raises(
+        UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads formats up to 2"
+    ) as refusal:
         checkpoint.choose(tmp_path, None, print)
     assert not isinstance(refusal.value, Damaged)
 
