@@ -9,7 +9,7 @@ __version__ = "0.3.0"
 
 
 class _OurModels:
-    """Finds the package `models` beside this one: `python -m` looks into the current folder first, which may hold another."""
+    """Finds the package `models` next to this one. `python -m` looks in the current folder first, which may have another one."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:

@@ -1,6 +1,6 @@
-"""`python -m trainer VERB [CONFIG.yaml] [--key value ...]`: finds the verb, reads the command line, and reports how it failed.
+"""`python -m trainer VERB [CONFIG.yaml] [--key value ...]`: parses the command line, calls the verb, and reports errors.
 
-The verbs declare themselves in trainer/commands.
+The verbs are defined in trainer/commands.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from trainer.core.text import for_stream, printable, printable_lines
 from trainer.runtime.exit_status import write_exit_status
 from trainer.runtime.launcher import RankInfo, find_rank_info
 
-# Under a launcher of several processes, rank 0 does these by itself.
-# As gloo's and NCCL's errors say.
+# Texts in the errors of gloo and NCCL.
 LOST_CONNECTION = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("remote process exited", "communicator was aborted"),
 )
-BEYOND_64_BITS = ("Storage size calculation overflowed", "integer multiplication overflow")  # as torch says
+BEYOND_64_BITS = ("Storage size calculation overflowed", "integer multiplication overflow")  # texts in torch's errors
 USAGE = """python -m trainer VERB [CONFIG.yaml | RUN] [--key value ...]
 
 {verbs}
 
-Keys come from defaults, then the YAML file (and its `base:`), then flags; `auto` means inferred.
-`python -m trainer VERB --help` lists the keys of a verb. --print_config shows the resolved YAML, --print_run_dir the
+Flags override the YAML file, which overrides its `base:`, which overrides the defaults; `auto` means inferred.
+`python -m trainer VERB --help` lists the keys of a verb. --print_config prints the resolved YAML, --print_run_dir the
 folder of a run; --json ({with_json}) prints one JSON object on stdout; --plugin MODULE or
---plugin FILE.py (repeatable) imports what registers models, optimizers or objectives."""
+--plugin FILE.py (repeatable) imports code that registers models, optimizers or objectives."""
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
     except UserError as error:
         if not isinstance(error, MachineError):
             write_exit_status(f"refused: {printable(error)}")
-        if rank_info.rank:  # rank 0 alone speaks; where it fails too, the launcher ends this process before it wakes
+        if rank_info.rank:  # if rank 0 fails too, it prints, and the launcher ends this process while it sleeps
             time.sleep(3)
         who = f"[rank {rank_info.rank}] " if rank_info.rank else ""
         print(f"error: {who}{printable(error, 4000)}", file=sys.stderr, flush=True)
@@ -57,7 +56,7 @@ def main() -> None:
         if rank_info.rank == 0:
             print(interrupted_line(stop), file=sys.stderr, flush=True)
         leave(128 + stop.number if isinstance(stop, Stopped) else 130)
-    except BrokenPipeError:  # the reader of our output (head, less) has left
+    except BrokenPipeError:  # the reader of our output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -69,19 +68,19 @@ def main() -> None:
         text = f"[rank {rank_info.rank}] {traceback.format_exc()}"
         lost = next((words for words in LOST_CONNECTION if words in str(error)), None)
         if lost is not None:
-            time.sleep(3)  # so that the launcher sees first the rank that failed; it ends this process meanwhile
+            time.sleep(3)  # the launcher should first see the rank that failed; it then ends this process
             text = (
-                f"error: [rank {rank_info.rank}] lost another rank ({lost}): see what that one printed, then start the same "
+                f"error: [rank {rank_info.rank}] lost another rank ({lost}): read what that one printed, then start the same "
                 "command again; training goes on from the last checkpoint"
             )
-        # A traceback alone would leave this process waiting for its peers at exit, and the launcher for this process.
+        # A normal exit with a traceback would wait for the other ranks, and the launcher would wait for this process.
         print(printable_lines(text), file=sys.stderr, flush=True)
         leave(1)
 
 
 @contextlib.contextmanager
 def known_errors() -> Iterator[None]:
-    """Failures of the machine, told as the user's errors are: files that cannot be read or written, memory that is not there."""
+    """Raises UserError for errors of the system: files that cannot be read or written, and too little memory."""
     try:
         yield
     except BrokenPipeError:
@@ -91,7 +90,7 @@ def known_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if any(text in str(error) for text in BEYOND_64_BITS):
             raise UserError(
-                "a tensor of this run would have more than 2^63 bytes: lower the sizes of model.*"
+                "a tensor of this run would have more than 2^63 bytes: lower the sizes in model.*"
             ) from None
         words = ("out of memory", "can't allocate memory")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
@@ -102,7 +101,7 @@ def known_errors() -> Iterator[None]:
 
 
 def interrupted_line(stop: KeyboardInterrupt) -> str:
-    """A run that has begun hears of signals itself: what ends here has nothing to save."""
+    """The line for a run that a signal interrupts. A run in training handles signals itself, so nothing is left to save here."""
     if isinstance(stop, Stopped):
         return stop.line
     verb = find_verbs().get(sys.argv[1] if len(sys.argv) > 1 else "")
@@ -110,7 +109,7 @@ def interrupted_line(stop: KeyboardInterrupt) -> str:
 
 
 def is_broken_model(error: Exception) -> bool:
-    """Whether a file of the zoo cannot be imported: a bug, but one whose place its message names."""
+    """Whether a model's file cannot be imported. This is a bug, but its message says where it is."""
     if not isinstance(error, ImportError):
         return False
     from models.base import BrokenModel
@@ -119,22 +118,22 @@ def is_broken_model(error: Exception) -> bool:
 
 
 def leave(code: int) -> None:
-    """Exit at once: other ranks may wait in a collective that will never come, and reading threads must not hold us."""
+    """Exit at once, without waiting for other ranks (which may be stuck in a collective) or for threads that read data."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads any more
+        with contextlib.suppress(OSError):  # the stream is closed
             stream.flush()
     os._exit(code)
 
 
 def without_local_rank(words: list[str], rank_info: RankInfo) -> list[str]:
-    """The command line without the --local_rank=N that the deepspeed launcher puts into it beside LOCAL_RANK."""
+    """The command line without --local_rank=N, which the deepspeed launcher adds although it also sets LOCAL_RANK."""
     kept = []
     for word in words:
         name, _, value = word.partition("=")
         if name not in ("--local_rank", "--local-rank"):
             kept.append(word)
         elif value != str(rank_info.local_rank):
-            raise UserError(f"{word}: LOCAL_RANK is {rank_info.local_rank}; leave the option to the launcher")
+            raise UserError(f"{word}: LOCAL_RANK is {rank_info.local_rank}; remove the option, the launcher sets it")
     return kept
 
 
@@ -155,10 +154,10 @@ def dispatch(words: list[str]) -> None:
     )
     plugins = flags.pop("plugin", [])
     if as_json and not verb.json:
-        raise UserError(f"--json: {verb.name} has no JSON output ({with_json(verbs)} have)")
+        raise UserError(f"--json: {verb.name} has no JSON output; these verbs have it: {with_json(verbs)}")
     if len(positional) > 1:
         raise UserError(
-            f"{positional[1]!r}: {verb.name} takes one file or folder before its flags, and flags begin with --"
+            f"{positional[1]!r}: {verb.name} takes one file or folder before its flags; flags begin with --"
         )
     values = verb.positional(positional[0], flags) if positional else {}
     if find_rank_info(os.environ).rank != 0 and (verb.alone or print_config):
@@ -178,7 +177,7 @@ def dispatch(words: list[str]) -> None:
 
 
 def find_verb(words: list[str], verbs: dict[str, Verb]) -> tuple[Verb, list[str]]:
-    """The verb which a command line begins with, and the words after it. UserError where there is none."""
+    """The verb at the beginning of a command line, and the words after it. UserError if the verb is unknown."""
     for length in (2, 1):  # some verbs are two words
         verb = verbs.get(" ".join(words[:length]))
         if verb is not None:
@@ -191,12 +190,12 @@ def find_verb(words: list[str], verbs: dict[str, Verb]) -> tuple[Verb, list[str]
 
 
 def with_json(verbs: dict[str, Verb]) -> str:
-    """The names of the verbs that have --json."""
+    """The names of the verbs that accept --json."""
     return ", ".join(verb.name for verb in verbs.values() if verb.json)
 
 
 def import_plugins(names: list[str]) -> None:
-    """Import the plug-ins of `--plugin`, which register models. Only a flag can name them: no config may run code."""
+    """Import the plug-ins of `--plugin`. Only a flag can name them, because a config must not run code."""
     for name in names:
         from trainer.commands.plugins import import_plugin
 

@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_named_and_nothing_read(tmp_path):
     path = save(tmp_path, 1)
     right = torch.zeros(3, 5)
     for name, shape, there in (("model.z", (2,), "missing"), ("model.x", (), "missing"), ("model.b", (3,), r"\[2\]")):
-        with pytest.raises(UserError, match=f"{name} is {there} there and .* by the run's config"):
+        with pytest.raises(UserError, match=f"{name} is {there} there, but .* by the run's config"):
             checkpoint.read_into(path, {"model.w": right, name: torch.zeros(shape)}, WORLD)
         with pytest.raises(UserError, match=f"{name} is {there} there"):
             checkpoint.check_shapes(path, {"model.w": torch.Size([3, 5]), name: torch.Size(shape)})
@@ -176,7 +176,7 @@ def test_what_is_damaged_is_kept_under_another_name(tmp_path, capsys):
     damaged = (tmp_path / "step-00000002" / "__0_0.distcp").read_bytes()
     path, _ = checkpoint.go_on_from(tmp_path, WORLD)
     assert path.name == "step-00000001" == (tmp_path / "latest").read_text()
-    assert "step-00000002 is damaged and kept as step-00000002.damaged" in capsys.readouterr().err
+    assert "step-00000002 is damaged; it is kept as step-00000002.damaged" in capsys.readouterr().err
     save(tmp_path, 2)
     save(tmp_path, 3)
     save(tmp_path, 4)
@@ -204,7 +204,9 @@ def test_an_error_of_reading_is_no_damage(tmp_path, monkeypatch, name):
 def test_a_later_format_is_refused_and_not_passed_over(tmp_path):
     save(tmp_path, 1)
     rewrite(save(tmp_path, 2), format=99, crescendo="9.1.0")
-    with pytest.raises(UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads 2") as refusal:
+    with pytest.raises(
+        UserError, match="has format 99, of crescendo-lm 9.1.0; this version reads formats up to 2"
+    ) as refusal:
         checkpoint.choose(tmp_path, None, print)
     assert not isinstance(refusal.value, Damaged)
 
@@ -229,7 +231,7 @@ def test_choosing_a_step(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert checkpoint.choose(tmp_path, 1, print)[1]["step"] == 1
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .* \(there: 1, 2\)"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .* \(available: 1, 2\)"):
         checkpoint.choose(tmp_path, 7, print)
 
 

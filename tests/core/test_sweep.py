@@ -28,7 +28,7 @@ def test_keys_that_a_plug_in_decides_are_swept_too():
         (["seed=1,,2"], "'seed=1,,2' is not KEY=V1,V2"),
         (["engine.complie=true"], "did you mean engine.compile?"),
         (["rounds=1,2"], "unknown key rounds"),
-        (["seed=1", "seed=2"], "seed stands twice"),
+        (["seed=1", "seed=2"], "seed occurs twice"),
     ],
 )
 def test_a_bad_sweep_is_one_line(texts, expected):

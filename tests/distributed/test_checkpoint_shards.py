@@ -247,7 +247,7 @@ def read_errors(path: Path, world: World) -> None:
     tensors = {"model.w": torch.zeros(300_000 + world.rank)}
     with pytest.raises(UserError, match=r"model.w is \[300000\] there and \[300001\] by"):
         checkpoint.read_into(path, tensors, world)
-    with pytest.raises(UserError, match=r"model.v is missing there and \[2\] by"):
+    with pytest.raises(UserError, match=r"model.v is missing there, but \[2\] by"):
         checkpoint.read_into(path, {"model.v": torch.zeros(2)}, world)
     world.gather(None)
     if world.leader:

@@ -144,7 +144,7 @@ def test_all_ranks_killed_in_a_save(calm, values, asynchronous, moment):
 def assert_stopped(ended: Ended, folder: Path, name: str, code: int, told: bool = True) -> int:
     """Ended by the signal, with a checkpoint; returns its step. told: rank 0 had the signal itself."""
     assert ended.codes == [code] * len(ended.codes), ended.said
-    assert ended.said.count(f"{name}: will stop with a checkpoint once all processes have heard") == told
+    assert ended.said.count(f"{name}: will stop with a checkpoint once all processes know") == told
     (line,) = ended.lines("stopped by ")
     step = saved(folder)[-1]
     assert line == f"stopped by {name} at step {step}; checkpoint written; the same command goes on from it"
@@ -191,7 +191,7 @@ def test_sigterm_to_torchrun(calm, values):
     step = saved(folder)[-1]
     assert 3 <= step < STEPS
     assert line.startswith(f"stopped by SIGTERM at step {step}; checkpoint written")
-    assert ended.said.count("SIGTERM: will stop with a checkpoint once all processes have heard") == 1
+    assert ended.said.count("SIGTERM: will stop with a checkpoint once all processes know") == 1
     assert_goes_on(given, calm("fsdp"), 2)
 
 

@@ -183,7 +183,7 @@ def test_a_rank_that_says_nothing_is_named(start, trouble):
     code, (line,) = end(ranks[0])
     assert code == 1
     assert re.search(
-        r"rank 1 has not been heard of for [\d.]+ s, last from step 3, microbatch 1 of 2; rank 0 waits", line
+        r"rank 1 has reported nothing for [\d.]+ s, last at step 3, microbatch 1 of 2; rank 0 waits", line
     ), line
     assert not (ranks[1] / "result").exists()  # for the launcher to kill
     kill(ranks[1])

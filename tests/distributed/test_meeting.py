@@ -196,7 +196,7 @@ def test_missing_ranks_are_named_by_all_who_came(start):
     started = [start(rank, 3, "absent", 1) for rank in (0, 1, 2)]
     codes, lines = zip(end(started[0]), end(started[2]), strict=True)
     assert codes == (2, 2)
-    expected = r"process group: rank 1 \(\S+\) has not come to 127\.0\.0\.1:\d+ within 4 s; see what was printed there"
+    expected = r"process group: rank 1 \(\S+\) has not come to 127\.0\.0\.1:\d+ within 4 s; read the output of the missing ranks"
     assert re.fullmatch(f"error: {expected}", lines[0]), lines[0]
     assert re.fullmatch(rf"error: \[rank 2\] {expected}", lines[1]), "not that rank 0 has left"
 

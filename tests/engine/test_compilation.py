@@ -83,7 +83,7 @@ def no_programs(monkeypatch):
         ("zero3", True, True, True, (False, "DeepSpeed's hooks")),
         ("single", True, True, False, (False, "there is no Triton")),
         ("single", True, False, False, (True, "fewer kernels")),  # a plan for another machine
-        ("single", False, True, True, (False, "a CPU little")),
+        ("single", False, True, True, (False, "on a CPU it gains little")),
     ],
 )
 def test_choice(monkeypatch, strategy, on_gpu, here, triton, chosen):

@@ -91,7 +91,7 @@ def test_a_missing_file_is_one_line(tmp_path):
     [
         ('{"a": ' * 100 + "1" + "}" * 100, "more than 32 levels"),
         ('{"a": ' * 100_000, "is not valid JSON"),
-        ('{"gradient_clipping": 1, "gradient_clipping": 2}', "a key stands twice"),
+        ('{"gradient_clipping": 1, "gradient_clipping": 2}', "a key occurs twice"),
         ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
     ],
 )
@@ -111,7 +111,7 @@ def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("section", ["bf16", "zero_optimization"])
 def test_a_section_must_be_one(tmp_path, section):
-    with pytest.raises(UserError, match=f"{section} is no section"):
+    with pytest.raises(UserError, match=f"{section} is not a section"):
         settings(tmp_path, {section: True})
 
 

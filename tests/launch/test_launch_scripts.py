@@ -165,7 +165,7 @@ def test_sweep_is_every_combination(tmp_path):
         (["configs/hlb.yaml", "--modl_scale", "1,2"], "unknown key modl_scale; did you mean model_scale?"),
         (["configs/hlb.yaml", "--model_scale", "1,large"], "model_scale"),
         (["configs/hlb.yaml", "--seed", "1,,2"], "sweep: 'seed=1,,2' is not KEY=V1,V2"),
-        (["configs/hlb.yaml", "--seed", "0", "--seed=1,2"], "sweep: seed stands twice"),
+        (["configs/hlb.yaml", "--seed", "0", "--seed=1,2"], "sweep: seed occurs twice"),
         (["configs/hlb.yaml", "--run_dir", "x"], "run_dir: each element has its own"),
         (["configs/hlb.yaml,configs/hlb.yaml"], "run_dir: two elements would train in"),
         (["configs/hlb.yaml", "--log.sample_prompt", "a\nb"], "a word holds a line break"),

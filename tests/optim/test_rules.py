@@ -202,7 +202,7 @@ def test_settings_reach_the_groups(tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("strategy, offload, line", [
-    ("zero2", False, "optim.name: gram needs whole matrices, and engine.strategy zero2 gives the optimizer pieces"),
+    ("zero2", False, "optim.name: gram needs whole matrices, but engine.strategy zero2 gives the optimizer pieces"),
     ("fsdp", True, "optim.name: gram needs whole matrices, which ranks cannot exchange with engine.offload"),
 ])  # fmt: skip
 def test_engines_without_whole_matrices_refuse(strategy, offload, line):

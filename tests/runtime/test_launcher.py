@@ -60,9 +60,9 @@ def test_place(environ, rank_info):
         (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK: 4 is not below LOCAL_WORLD_SIZE, 4"),
         (without(TORCHRUN, "LOCAL_RANK"), "LOCAL_RANK: not set"),
         (without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_WORLD_SIZE: not set"),
-        (TASK | {"WORLD_SIZE": "9"}, "WORLD_SIZE: 9, but srun makes it 5 (5 tasks); unset WORLD_SIZE"),
+        (TASK | {"WORLD_SIZE": "9"}, "WORLD_SIZE: is 9, but srun says 5 (5 tasks); unset WORLD_SIZE"),
         (without(TASK, "SLURM_PROCID"), "SLURM_PROCID: not set"),
-        (without(TASK, "SLURM_STEP_TASKS_PER_NODE"), "SLURM_STEP_TASKS_PER_NODE: tells nothing of node 2"),
+        (without(TASK, "SLURM_STEP_TASKS_PER_NODE"), "SLURM_STEP_TASKS_PER_NODE: has no entry for node 2"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes, which is not supported"),
     ],
 )
@@ -99,7 +99,7 @@ def test_meeting_point_under_srun(monkeypatch):
 
 def test_meeting_point_without_scontrol(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(UserError, match="MASTER_ADDR: .* export MASTER_ADDR"):
+    with pytest.raises(UserError, match="MASTER_ADDR: .* set MASTER_ADDR"):
         find_meeting_point(TASK)
 
 
@@ -373,7 +373,7 @@ def test_a_port_that_is_taken_is_a_line(standard_names, monkeypatch):
         taken.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(UserError, match="no other program has the port: .*Address already in use"):
+        with pytest.raises(UserError, match="no other program uses the port: .*Address already in use"):
             join(World(0, 2, 0, 2), "cpu", timeout_minutes=1 / 60)
 
 
@@ -435,5 +435,5 @@ def test_variables_that_are_no_numbers_are_a_line(text):
 
 
 def test_odd_tasks_per_node_take_no_memory():
-    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE: tells nothing of node 2"):
+    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE: has no entry for node 2"):
         find_rank_info(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x9999999999999)"})

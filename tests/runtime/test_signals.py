@@ -182,7 +182,7 @@ def test_a_second_request_ends_at_once_in_native_code_too(tmp_path):
     for started, name, code in zip(runs, names, (130, 143, 129), strict=True):
         ended = processes.wait(started)
         assert ended.codes == [code]
-        assert ended.stderr == f"{name} once more: ends at once, without another checkpoint\n"
+        assert ended.stderr == f"{name} again: ends at once, without another checkpoint\n"
 
 
 def test_exit_codes_and_last_lines():

@@ -64,14 +64,14 @@ LOST = post(3, 1, "microbatch 1 of 2", unheard=18.4, idle=1.6)
         ),
         (
             [LOST, WAITS],
-            "rank 0 has not been heard of for 18.4 s, last from step 3, microbatch 1 of 2; "
+            "rank 0 has reported nothing for 18.4 s, last at step 3, microbatch 1 of 2; "
             "rank 1 waits at step 3, loss sum",
         ),
         # Who is silent comes before who is behind; the others are told place by place.
         (
             [BEHIND, LOST, WAITS, LOST, WAITS, Post(unheard=20.0)],
-            "rank 5 has not been heard of for 18.4 s, last from its start; "
-            "ranks 1, 3 have not been heard of for 18.4 s, last from step 3, microbatch 1 of 2; "
+            "rank 5 has reported nothing for 18.4 s, last at its start; "
+            "ranks 1, 3 have reported nothing for 18.4 s, last at step 3, microbatch 1 of 2; "
             "rank 0 waits at step 3, microbatch 1 of 2; ranks 2, 4 wait at step 3, loss sum",
         ),
     ],

@@ -53,7 +53,7 @@ def test_other_versions_are_one_line_that_names_the_minority():
     (error,), warnings = compare(everyone)
     assert error == (
         "preflight: python is 3.11.9 on node3 (rank 5), 3.12.1 elsewhere; "
-        "torch is 2.12.0 on node2 (ranks 2-3), 2.13.0 elsewhere: make them equal on all machines, or leave those out"
+        "torch is 2.12.0 on node2 (ranks 2-3), 2.13.0 elsewhere: make them equal on all machines, or leave these machines out"
     )
     assert warnings == []
 
@@ -92,7 +92,7 @@ def test_a_rank_without_a_device_is_named_once_for_its_machine():
 def test_a_machine_whose_gpus_are_not_seen():
     everyone = with_software(change(ranks(), 0, 1, 4, 5, device="cuda"), 0, 1, 4, 5, cuda="13.0", nccl="2.29")
     (error,), _ = compare(everyone)  # that it has no NCCL either is not said
-    assert error.startswith("device is cpu on node2 (ranks 2-3), cuda elsewhere: see nvidia-smi there")
+    assert error.startswith("device is cpu on node2 (ranks 2-3), cuda elsewhere: run nvidia-smi there")
 
 
 def test_other_gpus_and_drivers_are_warnings():

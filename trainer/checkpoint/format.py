@@ -1,12 +1,12 @@
-"""Checkpoints: a directory per step, written aside, complete once its manifest is there, then renamed.
+"""Checkpoints: one directory per step. It is written under a temporary name, its manifest last, and then renamed.
 
     checkpoints/step-00000100/   __0_0.distcp ...  tensors, sharded (torch.distributed.checkpoint)
-                                 .metadata         where each tensor lies
+                                 .metadata         where each tensor is stored
                                  manifest.json     written last: sizes, hashes, step, tokens, state, config, versions
-    checkpoints/latest           name of the newest, for people and scripts (the trainer looks at the directories)
+    checkpoints/latest           name of the newest, for people and scripts (the trainer lists the directories instead)
 
-Only tensors and JSON are stored, and nothing that is read can run code. A tensor is stored under one name with its
-whole shape, however it lay over the ranks that wrote it: what any number of them saved, any number reads.
+A checkpoint holds only tensors and JSON, and reading it can never run code. Each tensor is stored under one name with its
+whole shape, whatever its sharding. So any number of ranks can read what any other number of ranks wrote.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ LATEST = "latest"
 FORMAT = 2  # 1: no digest of the manifest
 NAME = re.compile(r"step-[0-9]{8,}")
 ALONE = World()
-EVALUATION = "evaluation."  # prefix of the weights to evaluate with, where they are not those that are trained
+EVALUATION = "evaluation."  # prefix of the weights for evaluation, if they differ from the weights in training
 
-# One process is what was meant. A filter for good, since `catch_warnings` would reach into other threads.
+# We use one process on purpose. The filter is permanent, because `catch_warnings` would affect other threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -57,16 +57,16 @@ def save(
     keep: Callable,
     group: Any = None,
 ) -> Path:
-    """Write one checkpoint from all ranks. facts: JSON for the manifest; keep(steps) -> the steps to retain.
+    """Write one checkpoint. All ranks call this. facts: JSON for the manifest; keep(steps) -> the steps to retain.
 
-    tensors, by rank: DTensors (each rank writes its shards), equal tensors on several ranks (one of them writes each),
-    and tensors that one rank alone holds. group: of the collectives, with all ranks; none: the run's own.
-    Raises UserError on every rank where any cannot write; the checkpoints before it are then untouched.
+    tensors: DTensors (each rank writes its shards), equal tensors on several ranks (one rank writes each), and tensors that
+    only one rank holds. group: the process group, with all ranks, for the collectives; None: the default group.
+    If any rank cannot write, every rank raises UserError, and the earlier checkpoints are unchanged.
     """
     temporary, final = folder / f"{step_name(step)}.tmp", folder / step_name(step)
 
     def write() -> dict[str, dict[str, Any]]:
-        # 0: nothing here touches the GPU, whose current device a thread does not inherit.
+        # 0: the writer must not use the GPU, because a thread does not inherit the current device.
         writer = _Writer(temporary, sync_files=True, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=world.size == 1)
         return _hash_own_files(temporary, world)
@@ -85,13 +85,13 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise type(error)(
             f"checkpoint: step {step} could not be written to {folder}: {error}; earlier checkpoints are untouched; "
-            "make room or permit writing there, then start the same command again"
+            "free disk space or allow writing there, then start the same command again"
         ) from None
     return final
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Says what the system said (no space), which the library hides behind an error of its archive format."""
+    """Raises the OSError (such as no space), which torch hides behind an error of its archive format."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -103,9 +103,9 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def together(work: Callable[[], Any], world: World, group: Any = None) -> list[Any]:
-    """What `work` returns on each rank. Where it fails on any, UserError on all: none waits for another.
+    """The results of `work` on all ranks. If it fails on any rank, all ranks raise UserError, so that no rank waits for another.
 
-    A MachineError goes before the others: while one rank could not read, nothing is known to be damaged.
+    A MachineError comes before other errors: while one rank could not read, it is not certain that a file is damaged.
     """
     result, error = None, None
     try:
@@ -127,7 +127,7 @@ def _empty(temporary: Path) -> None:
 
 
 def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and xxh64 of the files this rank wrote (rank 0 also takes .metadata)."""
+    """Size and xxh64 of the files that this rank wrote (on rank 0 also of .metadata)."""
     names = sorted(path.name for path in temporary.iterdir())
     mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == METADATA)]
     return {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
@@ -142,10 +142,10 @@ def _hash(path: Path) -> str:
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Manifest, rename, pointer: in that order, each on disk before the next."""
+    """Write the manifest, rename the directory, write `latest`: in this order, each on disk before the next."""
     write_file(temporary / MANIFEST, sealed(manifest))
     sync_path(temporary)
-    if final.exists():  # no finished checkpoint: the run would have gone on from it
+    if final.exists():  # it cannot be a good checkpoint, because the run would have continued from it
         _set_aside(final)
     temporary.rename(final)
     sync_path(final.parent)
@@ -153,13 +153,13 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def amend(path: Path, facts: dict[str, Any]) -> None:
-    """Change what the manifest of a finished checkpoint says of the run; a fact that is None is taken out."""
+    """Change facts in the manifest of a finished checkpoint. A fact that is None is removed."""
     manifest = _read_manifest(path) | facts
     write_file(path / MANIFEST, sealed({key: value for key, value in manifest.items() if value is not None}))
 
 
 def _set_aside(path: Path) -> Path:
-    """Give a checkpoint that is of no use a name under which it is no longer found; nothing of it is removed."""
+    """Rename an unusable checkpoint, so that it is no longer found. Nothing of it is removed."""
     aside = path.with_name(path.name + ".damaged")
     number = 1
     while aside.exists():
@@ -171,10 +171,10 @@ def _set_aside(path: Path) -> Path:
 
 
 def _purge(folder: Path, step: int, keep: Callable) -> None:
-    """After a save at `step`, remove what need not be kept of the checkpoints up to it, and what killed saves left.
+    """After a save at `step`, remove checkpoints up to `step` that need not be kept, and leftovers of killed saves.
 
-    Each takes the name of an unfinished one first, so that none is half there. A folder that cannot be cleaned now is
-    cleaned after the next save: the checkpoint is written and counts.
+    A checkpoint is first renamed to an unfinished one, so that a half-removed checkpoint is never found. Errors are ignored,
+    because the new checkpoint is already complete; the next save tries again.
     """
     with contextlib.suppress(OSError):
         steps = [at for at, _ in found(folder) if at <= step]
@@ -188,9 +188,9 @@ def _purge(folder: Path, step: int, keep: Callable) -> None:
 
 
 def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
-    """Keep the multiples of `every` (0: there are none) for good, and of the others the `newest` last ones.
+    """A function that selects the steps to keep: all multiples of `every` (0: none), and the last `newest` of the others.
 
-    The multiples do not count among the newest: they push nothing out. The last of all is always among what is kept.
+    The multiples do not count among the newest. The last step of all is always kept.
     """
 
     def keep(steps: list[int]) -> list[int]:
@@ -201,7 +201,7 @@ def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
 
 
 def found(folder: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every finished checkpoint, oldest first. Unfinished ones have no manifest and do not count."""
+    """(step, directory) of every finished checkpoint, oldest first. Checkpoints without a manifest are unfinished."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -213,37 +213,39 @@ def found(folder: Path) -> list[tuple[int, Path]]:
 def choose(
     folder: Path, step: int | None, say: Callable[[str], None], world: World = ALONE
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole (or the one of `step`), with its manifest; None where there is none at all.
+    """The newest undamaged checkpoint (or that of `step`) and its manifest; None if there are no checkpoints.
 
-    A damaged one is reported through `say` and the one before it is used; UserError where all are damaged. An error of
-    reading is no damage: it is raised, as MachineError where it may pass.
-    world: where it is given, all ranks call this, share the reading and get the same answer.
+    A damaged checkpoint is reported through `say`, and the one before it is tried; UserError if all are damaged. A read error
+    is not damage: it is raised, as MachineError if it may pass.
+    world: if it is given, all ranks call this, share the reading and get the same result.
     """
     there = world.on_leader(lambda: found(folder))
     candidates = [(at, path) for at, path in there if step in (None, at)]
     if not candidates:
         if step is not None:
             have = ", ".join(str(at) for at, _ in there) or "none"
-            raise UserError(f"step: there is no checkpoint of step {step} in {folder} (there: {have})")
+            raise UserError(f"step: there is no checkpoint of step {step} in {folder} (available: {have})")
         return None
     for _, path in reversed(candidates):
         try:
             return path, check(path, world)
         except Damaged as error:
             say(f"{error}; trying the one before it")
-    raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start anew")
+    raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start again")
 
 
 def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
-    """As `choose`, for the run itself, by all ranks: what is damaged is kept under another name, and the `latest` that people
-    read names what was chosen."""
+    """`choose` for a run that continues; all ranks call it.
+
+    Newer checkpoints, which are damaged, are renamed and kept. `latest` is corrected to the name of the chosen checkpoint.
+    """
     chosen = choose(folder, None, world.say, world)
     if chosen is not None:
         path, manifest = chosen
         world.on_leader(lambda: _leave_behind(folder, manifest["step"], path.name, world.say))
         if manifest["format"] == 1:
             world.say(
-                f"checkpoint: {path} was written by a release whose manifests have no digest; it is taken as it is"
+                f"checkpoint: {path} was written by a release whose manifests have no digest; it is used without this check"
             )
     return chosen
 
@@ -251,12 +253,12 @@ def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None
 def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]) -> None:
     for at, path in found(folder):
         if at > step:
-            say(f"checkpoint: {path} is damaged and kept as {_set_aside(path).name}")
+            say(f"checkpoint: {path} is damaged; it is kept as {_set_aside(path).name}")
         elif at < step:
             try:
                 _read_manifest(path)
             except Damaged as error:
-                say(f"{error}; the run does not need it now, but could not go back to it")
+                say(f"{error}; the run does not need it now, but cannot go back to it")
     latest = folder / LATEST
     if not latest.is_file() or latest.read_bytes() != name.encode():
         say(f"checkpoint: {latest} did not name the newest good checkpoint; now it names {name}")
@@ -264,10 +266,10 @@ def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]
 
 
 def check(path: Path, world: World = ALONE) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole: its digest is right, and it lists the files that are there, each of the size
-    and hash it says, those of all tensors among them. Damaged names what is not.
+    """The manifest of a checkpoint, after a check that the checkpoint is not damaged. Damaged names what is wrong.
 
-    world: where it is given, all ranks call this and each hashes a share of the files.
+    The check: the manifest's digest is right; the manifest lists exactly the tensor files that exist, with the right sizes and
+    hashes; and these files hold all tensors. world: if it is given, all ranks call this and each hashes a share of the files.
     """
     manifest = world.on_leader(lambda: _read_manifest(path))
     shares = sorted(manifest["files"].items(), key=lambda item: item[1]["bytes"])[world.rank :: world.size]
@@ -288,7 +290,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if type(version) is int and version > FORMAT:
         release = printable(manifest.get("crescendo", "a later release"))
         raise UserError(
-            f"checkpoint: {path} has format {version}, of crescendo-lm {release}; this version reads {FORMAT}"
+            f"checkpoint: {path} has format {version}, of crescendo-lm {release}; this version reads formats up to {FORMAT}"
         )
     where = f"checkpoint: {file} cannot be used"
     if type(version) is not int or version < 1 or (version > 1 and DIGEST not in manifest):
@@ -304,15 +306,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             or type(entry.get("bytes")) is not int
             or not isinstance(entry.get("xxh64"), str)
         ):
-            raise Damaged(f"{where}: it does not say the size and hash of {printable(name)}")
+            raise Damaged(f"{where}: it does not give the size and hash of {printable(name)}")
     return manifest
 
 
 def _check_names(path: Path, listed: set[str]) -> None:
-    """Damaged unless `listed` are the tensor files that are there, and those that hold the tensors are among them."""
+    """Damaged unless `listed` names exactly the tensor files that exist, and all files that `.metadata` refers to."""
     there = {name for name in os.listdir(path) if name == METADATA or name.endswith(".distcp")}
     for name in sorted(there ^ listed) + sorted(Reader(path).files - listed):
-        place = "is not listed in its manifest" if name in there else "is listed and not there"
+        place = "is not listed in its manifest" if name in there else "is listed in its manifest but missing"
         raise Damaged(f"checkpoint: {path}: {printable(name)} {place}")
 
 
@@ -330,20 +332,20 @@ def _check_file(file: Path, size: int, digest: str) -> None:
 
 
 def stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> (whole shape, type) of every tensor of a checkpoint, in alphabetical order."""
+    """Name -> (whole shape, dtype) of every tensor of a checkpoint, in alphabetical order."""
     return Reader(path).stored()
 
 
 def check_shapes(path: Path, shapes: dict[str, torch.Size]) -> None:
-    """UserError names the first of `shapes` (by full name) that the checkpoint does not hold so. Reads no tensors."""
+    """UserError names the first of `shapes` (by full name) that differs in the checkpoint or is missing. Reads no tensors."""
     Reader(path).check_shapes(shapes)
 
 
 def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fill `tensors` in place, on whatever device they are; of a DTensor each rank reads what its shard needs.
+    """Fill `tensors` in place, on any device. For a DTensor each rank reads only what its shard needs.
 
-    All ranks call this. Other types are converted. UserError on all of them names the first that is missing or has
-    another shape, or says what cannot be read; the tensors are then in part those of before.
+    All ranks call this. Stored values of another dtype are converted. On an error all ranks raise UserError, which names the
+    first tensor that is missing or has another shape, or what cannot be read. Some tensors may then still have old values.
     """
 
     def fill() -> None:
@@ -357,9 +359,9 @@ def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
 def load(
     path: Path, prefix: str, world: World, device: torch.device | str = "cpu", instead: str = ""
 ) -> dict[str, Tensor]:
-    """Every tensor whose name begins with `prefix`, whole, without the prefix, on `device`. All ranks call this.
+    """All tensors whose name begins with `prefix`, whole, by name without the prefix, on `device`. All ranks call this.
 
-    instead: a prefix: what also stands under it is taken from there.
+    instead: another prefix; a tensor that is also stored under this prefix is read from there.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
@@ -378,7 +380,7 @@ def load(
 
 
 def each(path: Path, prefix: str, instead: str = "") -> Iterator[tuple[str, Tensor]]:
-    """As `load`, on the CPU, but one tensor after the other in alphabetical order, and without the other ranks."""
+    """Like `load`, but on the CPU, one tensor at a time in alphabetical order, and only in this process."""
     reader = Reader(path)
     stored = reader.stored()
     for name, source in _sources(stored, prefix, instead).items():
@@ -396,7 +398,7 @@ def _sources(stored: Iterable[str], prefix: str, instead: str) -> dict[str, str]
 
 
 def put_into(model: Any, tensors: dict[str, Tensor], path: Path, assign: bool = False) -> None:
-    """Load `tensors` as the state of `model`; UserError names the first that does not fit."""
+    """Load `tensors` as the state of `model`; UserError names the first tensor that does not fit."""
     own = model.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:

@@ -1,4 +1,4 @@
-"""Reads the tensors of one checkpoint directory. Nothing that is read can run code or lead to a file elsewhere."""
+"""Reads the tensors of one checkpoint directory. The content of a checkpoint can neither run code nor name files elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ METADATA = ".metadata"
 
 
 def plain_error(problem: BaseException) -> UserError:
-    """What went wrong, in one line; a MachineError where it may pass. The library wraps it in what is no `Exception`, with a
-    traceback as its text."""
+    """The error as a UserError of one line, or as a MachineError if it may pass.
+
+    torch wraps the error in CheckpointException, which is not a subclass of `Exception` and whose text is a traceback.
+    """
     if isinstance(problem, CheckpointException) and problem.failures:
         problem = next(iter(problem.failures.values()))[0]
     if isinstance(problem, UserError):
@@ -31,11 +33,11 @@ def plain_error(problem: BaseException) -> UserError:
 
 
 def misfit(path: Path, name: str, there: Any, here: Any) -> str:
-    return f"checkpoint: {path} is of another model: {name} is {there} there and {here} by the run's config.yaml"
+    return f"checkpoint: {path} is of another model: {name} is {there} there, but {here} by the run's config.yaml"
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads `.metadata`, which the library pickles, once, and by an unpickler that knows the few classes it needs."""
+    """Reads `.metadata` once. torch pickles this file; the unpickler here allows only the few classes that it needs."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -73,7 +75,7 @@ class Reader(dcp.FileSystemReader):
                 raise UserError(misfit(Path(self.path), name, held, list(shape)))
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Read into `tensors`, in place and by this process alone; UserError where that fails."""
+        """Read into `tensors`, in place and in this process only. UserError if it fails."""
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             dcp.load(dict(tensors), storage_reader=self, planner=planner, no_dist=True)
@@ -105,4 +107,4 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) == ("torch", "Size") or name in self._allowed.get(module, ()):
             return super().find_class(module, name)
-        raise UserError(f"checkpoint: .metadata asks for {module}.{name}, which no checkpoint needs; it is not loaded")
+        raise UserError(f"checkpoint: .metadata asks for {module}.{name}, which no checkpoint needs; it was not loaded")

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written: at once, or from a copy of the tensors while training goes on."""
+"""Writes a run's checkpoints, either at once or from a copy of the tensors while training continues."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint.format import save, together
 from trainer.runtime.distributed import World
 
-Copied = tuple[torch.device, torch.cuda.Event]  # the GPU, and the event after which its copies have arrived
+Copied = tuple[torch.device, torch.cuda.Event]  # the GPU, and the event after which its copies are complete
 
 
 class Saver:
-    """Writes the checkpoints of a run, one after the other. Made and called by all ranks alike.
+    """Writes the checkpoints of a run, one at a time. All ranks create a Saver and make the same calls.
 
-    asynchronous: `save` only copies the tensors to CPU memory; a thread writes the copies, with collectives of its own.
-    What goes wrong there goes wrong on all ranks, and is raised by their next `save` or `finish`, as UserError. The loop sees to
-    it that all call `finish` at the same step where `failed` is true on some.
+    asynchronous: `save` only copies the tensors to CPU memory. A thread writes the copies and uses its own process group.
+    If writing fails, it fails on all ranks, and their next `save` or `finish` raises the UserError. If `failed` is true on
+    some ranks, the training loop makes all ranks call `finish` at the same step.
     """
 
     def __init__(self, folder: Path, world: World, keep: Callable, asynchronous: bool) -> None:
         self.folder, self.world, self.keep, self.asynchronous = folder, world, keep, asynchronous
         several = asynchronous and world.size > 1
         self._group = dist.new_group(backend="gloo", timeout=world.timeout) if several else None
-        self._copies: dict[str, Tensor] = {}  # the last save's; the next one writes over them
+        self._copies: dict[str, Tensor] = {}  # of the last save; the next save overwrites them
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """As the function `save`. Waits for the save before, and not for this one where `asynchronous`."""
+        """Like the function `save`. It first waits for the previous save. With `asynchronous` it does not wait for this one."""
         self.finish()
         if not self.asynchronous:
             save(self.folder, step, tensors, facts, self.world, self.keep)
             return
         copies, copied = self._snapshot(share_out(tensors, self.world, self._group))
         arguments = (copied, step, copies, copy.deepcopy(facts))
-        # A daemon: it must not keep a process alive whose training has failed.
+        # A daemon thread does not keep the process alive after training has failed.
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way has gone wrong, as far as this rank knows; `finish` raises it."""
+        """Whether the current save has failed, as far as this rank knows; `finish` raises the error."""
         return self._problem is not None
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and raise what went wrong."""
+        """Wait for the current save, if there is one, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -63,7 +63,7 @@ class Saver:
 
     @torch.no_grad()
     def _snapshot(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Copied | None]:
-        """Copies in CPU memory, and the GPU with the event after which they are there: what the GPU is told later follows it."""
+        """Copies in CPU memory, and (GPU, event after which they are complete). Kernels launched later run after the copies."""
         copies = {}
         for name, tensor in tensors.items():
             held = self._copies.get(name)
@@ -79,7 +79,7 @@ class Saver:
         try:
             if copied is not None:
                 gpu, event = copied
-                torch.cuda.set_device(gpu)  # a new thread would wake up the first GPU, and hold memory of it
+                torch.cuda.set_device(gpu)  # else a new thread would initialise the first GPU and take memory there
                 event.synchronize()
             save(self.folder, step, copies, facts, self.world, self.keep, self._group)
         except BaseException as problem:  # the main thread raises it
@@ -87,7 +87,7 @@ class Saver:
 
 
 def share_out(tensors: dict[str, Tensor], world: World, group: Any = None) -> dict[str, Tensor]:
-    """What this rank has to write: its own shards, and of the tensors that several ranks hold whole an even share."""
+    """The tensors that this rank writes: its own shards, and an even share of the tensors that several ranks hold whole."""
     whole = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     held = together(lambda: whole, world, group)
     loads, mine = [0] * world.size, set()
@@ -100,5 +100,5 @@ def share_out(tensors: dict[str, Tensor], world: World, group: Any = None) -> di
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor this rank holds."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

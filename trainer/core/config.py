@@ -1,7 +1,7 @@
-"""Every setting a run can have: its name, type, default and help text, in one place.
+"""All settings of a run: name, type, default and help text.
 
-`trainer/core/settings.py` fills these dataclasses from YAML and flags. `None` means "infer it": `trainer/planning/plan.py` fills every
-`None` by a rule and prints the rule. Nothing here imports torch, so `--help` is instant.
+`trainer/core/settings.py` fills these dataclasses from YAML and flags. `None` means "infer it": `trainer/planning/plan.py`
+replaces every `None` by a rule and prints the rule. This module does not import torch, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Literal
 from trainer.core.settings import coerce, setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
-LONGEST = 2**24  # tokens of a sequence: beyond all models, and what a plan can still reckon with
+LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
-# What a key means that a run's config.yaml does not have, because the run was started before there was the key.
+# Values for keys that are missing in the config.yaml of an older run, which was started before these keys existed.
 ABSENT_MEANS: dict[str, Any] = {"data.order": "samples", "optim.name": "adamw", "objective.name": "next_token"}
 
 
 @dataclass
 class CorpusConfig:
-    """Which text, and how it becomes tokens; shared by `prepare` and by runs that prepare their data on first use."""
+    """The text and how it is tokenised. `prepare` uses these keys, and so does a run that prepares its data on first use."""
 
     source: str | None = setting(
         None,
@@ -33,57 +33,57 @@ class CorpusConfig:
         "gpt2", "gpt2, gpt-neox-20b, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one"
     )
     validation_source: str | None = setting(
-        None, "source of the validation split; auto: documents held out of `source`"
+        None, "source of the validation split; auto: hold out documents of `source`"
     )
     validation_fraction: float = setting(
         0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
     )
-    text_field: str = setting("text", "field that holds the text in rows; a.b is field b of what a holds")
+    text_field: str = setting("text", "field of a row that holds the text; a.b means field b inside field a")
     on_bad_row: Literal["stop", "skip"] = setting(
-        "stop", "what to do at a row that is not JSON, not UTF-8 or has no text in text_field; skip: count it"
+        "stop", "for a row that is not JSON, is not UTF-8 or has no text in text_field; skip: leave it out and count it"
     )
     document_start: str | None = setting(
-        None, "regular expression of lines (or rows) that open a document; auto: each file or row is a document"
+        None, "regular expression: a matching line (or row) starts a document; auto: each file or row is a document"
     )
     end_of_text: str | None = setting(
-        None, "token of the tokenizer that ends documents; auto: <|endoftext|>, </s>, <eos> or <|end_of_text|>"
+        None, "the tokenizer's token that ends a document; auto: <|endoftext|>, </s>, <eos> or <|end_of_text|>"
     )
     sample_length: int = setting(
-        1024, "tokens per stored sample: the longest sequence that can be trained on", low=1, high=LONGEST
+        1024, "tokens per stored sample; training sequences cannot be longer", low=1, high=LONGEST
     )
 
 
 @dataclass
 class PrepareConfig(CorpusConfig):
-    """`prepare`: text to MDS shards."""
+    """`prepare`: convert text to MDS shards."""
 
-    out: str | None = setting(None, "folder to write; must not exist")
-    workers: int | None = setting(None, "tokenising processes; auto: one per core", low=1)
+    out: str | None = setting(None, "folder to write; it must not exist yet")
+    workers: int | None = setting(None, "processes that tokenise; auto: one per core", low=1)
     shard_megabytes: int = setting(64, "size of one shard in MiB", low=1)
 
 
 @dataclass
 class DataConfig(CorpusConfig):
-    """The prepared dataset a run reads."""
+    """The prepared dataset that a run reads."""
 
-    path: str | None = setting(None, "folder or s3://, gs://, hf:// address that `prepare` wrote; prepared if missing")
-    cache: str | None = setting(None, "folder for shards of a remote path; auto: under the user's cache folder")
-    threads: int = setting(4, "threads that read ahead (never changes the order)", low=1)
+    path: str | None = setting(None, "prepared dataset: a folder or s3://, gs://, hf://...; made if it is missing")
+    cache: str | None = setting(None, "folder for shards of a remote path; auto: in the user's cache folder")
+    threads: int = setting(4, "threads that read ahead; they do not change the order", low=1)
     order: Literal["windows", "samples"] = setting(
         "windows",
-        "windows: those of a step are of as many texts as there are; samples: each is read to its end first",
+        "windows: a step takes its windows from as many samples as possible; samples: finish each sample before the next",
     )
-    separate_documents: bool = setting(False, "tokens attend only within their own document")
+    separate_documents: bool = setting(False, "a token attends only to tokens of its own document")
 
 
 @dataclass
 class BatchConfig:
-    """How many tokens make a step. All counts are global: they do not change with the number of devices."""
+    """The number of tokens in a step. No value depends on the number of devices."""
 
-    tokens_per_step: int | None = setting(None, "global tokens of one optimiser step (before hlb's multiplier)", low=1)
-    tokens_per_microbatch: int | None = setting(None, "most tokens one device takes in one forward and backward", low=1)
+    tokens_per_step: int | None = setting(None, "tokens of a step on all devices (before hlb's multiplier)", low=1)
+    tokens_per_microbatch: int | None = setting(None, "most tokens in one forward and backward of a device", low=1)
     device_token_capacity: int | None = setting(
-        None, "tokens that fit the device at model_scale 1 (G of the law of C)", low=1
+        None, "tokens that fit on the device at model_scale 1 (G in the rule that `plan` prints)", low=1
     )
     sequence_length: int | None = setting(
         None, "longest training sequence; divides data.sample_length", low=1, high=LONGEST
@@ -91,8 +91,8 @@ class BatchConfig:
     sequence_start: int | None = setting(
         None, "first sequence length; doubled until sequence_length", low=1, high=LONGEST
     )
-    sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: no growth", low=0)
-    dynamic: bool | None = setting(None, "hlb's law: multiply the batch to keep the gradient norm on its target")
+    sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: never double", low=0)
+    dynamic: bool | None = setting(None, "hlb's rule: multiply the batch so that the gradient norm stays at its target")
     n_max: float = setting(16.0, "upper bound of hlb's batch multiplier n", low=1)
 
 
@@ -100,66 +100,66 @@ class BatchConfig:
 class OptimConfig:
     """The optimiser and its schedules."""
 
-    name: str = setting("adamw", "the optimizer; --plugin FILE.py may register another")
+    name: str = setting("adamw", "the optimizer; --plugin FILE.py can register others")
     settings: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "optim.settings.FIELD sets a field of the optimizer's own Config"}
     )
     recipe: Literal["auto", "hlb", "plain"] = setting(
-        "auto", "hlb: four groups and hlb-gpt's laws; plain: warm-up and cosine"
+        "auto", "hlb: four parameter groups and hlb-gpt's schedules; plain: warm-up and cosine"
     )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
-    final_lr_fraction: float = setting(0.1, "plain: cosine ends at this share of the peak", low=0, high=1)
+    final_lr_fraction: float = setting(0.1, "plain: the cosine ends at this fraction of the peak", low=0, high=1)
     weight_decay: float | None = setting(None, "plain: weight decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
     state_precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "numbers that hold the optimizer's state; bf16: half the memory, rounded after each step"
+        "auto", "number type of the optimizer's state; bf16: half the memory, rounded after each step"
     )
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
-        "auto", "divide embedding gradients by token counts over the step, over a microbatch (the original), or not"
+        "auto", "divide embedding gradients by token counts of the step, of a microbatch (the original), or not at all"
     )
-    non_finite: Literal["stop", "skip"] = setting("stop", "what to do at a NaN or Inf; the weights never see it")
-    max_skips: int = setting(10, "non-finite steps in a row after which `skip` stops too", low=0)
+    non_finite: Literal["stop", "skip"] = setting("stop", "what to do at a NaN or Inf; it never reaches the weights")
+    max_skips: int = setting(10, "`skip`: the most non-finite steps in a row; one more stops the run", low=0)
 
 
 @dataclass
 class EngineConfig:
-    """How the model is spread over devices."""
+    """How the model is distributed over devices, and how it is executed."""
 
     strategy: Strategy = setting(
-        "auto", "single, ddp, fsdp, hsdp (sharded in a group, copied across groups) or DeepSpeed's zero0 to zero3"
+        "auto", "single, ddp, fsdp, hsdp (sharded in a group, replicated across groups) or DeepSpeed's zero0 to zero3"
     )
     shard_size: int | None = setting(
-        None, "hsdp: processes that share one copy of the weights; auto: those of one machine", low=1
+        None, "hsdp: number of processes that share one copy of the weights; auto: those of one machine", low=1
     )
     reshard_after_forward: bool = setting(
-        True, "fsdp, hsdp: free a block's weights after its forward and gather them again for its backward"
+        True, "fsdp, hsdp: free a block's weights after its forward, gather them again for its backward"
     )
     offload: bool = setting(
-        False, "fsdp, hsdp: weights, gradients and optimiser in CPU memory; zero1 to zero3: gradients and optimiser"
+        False, "CPU memory holds: weights, gradients, optimiser (fsdp, hsdp); gradients, optimiser (zero1 to zero3)"
     )
     deepspeed_config: str | None = setting(None, "zero0 to zero3: a deepspeed.json with further settings")
     activation_checkpointing: str = setting(
-        "auto", "none, full, every-N (every N-th block) or selective (keeps products with weights and attention)"
+        "auto", "none, full, every-N (every N-th block) or selective (saves products with weights, and attention)"
     )
     compile: bool | None = setting(None, "torch.compile each block and the loss; auto: on a GPU")
     cuda_graphs: bool = setting(
-        False, "single, on a GPU: record a microbatch of each shape and replay it as one launch"
+        False, "single, on a GPU: capture a microbatch of each shape and replay it as one launch"
     )
-    timeout_minutes: float = setting(30.0, "several processes: without progress for so long the run ends", above=0)
+    timeout_minutes: float = setting(30.0, "several processes: end the run after so long without progress", above=0)
     step_timeout_minutes: float = setting(
-        5.0, "the same within an optimiser step, after the first; the smaller of the two counts", above=0
+        5.0, "the same within an optimiser step after the first; the smaller of the two applies", above=0
     )
 
 
 @dataclass
 class EvaluationConfig:
-    """Validation during training and by `evaluate`."""
+    """Validation during training and in `evaluate`."""
 
     every: int = setting(50, "optimiser steps between evaluations; 0: only at the end", low=0)
     protocol: Literal["full", "hlb", "both"] = setting(
-        "full", "full: the split in order, every token once; hlb: 150 random windows, seeded; both"
+        "full", "full: every token of the split once, in order; hlb: 150 random windows, seeded; both"
     )
     max_tokens: int = setting(0, "full: stop after about this many tokens during training; 0: the whole split", low=0)
     sequence_length: int | None = setting(
@@ -169,29 +169,29 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """Which checkpoints are written and kept."""
 
     every: int | None = setting(
-        None, "optimiser steps between checkpoints; auto: a tenth of the run; 0: at the end", low=0
+        None, "optimiser steps between checkpoints; auto: a tenth of the run; 0: only at the end", low=0
     )
-    keep: int = setting(2, "newest checkpoints kept", low=1)
-    keep_every: int = setting(0, "also write one at every multiple of this step and keep it for good; 0: none", low=0)
-    asynchronous: bool = setting(False, "train on while a checkpoint is written; needs a copy of it in CPU memory")
+    keep: int = setting(2, "how many of the newest checkpoints to keep", low=1)
+    keep_every: int = setting(0, "also write one at every multiple of this step, and never delete it; 0: none", low=0)
+    asynchronous: bool = setting(False, "train while a checkpoint is written; needs a copy of it in CPU memory")
 
 
 @dataclass
 class LogConfig:
-    """What is shown and recorded."""
+    """What a run prints and records."""
 
     every: int = setting(10, "optimiser steps between console rows", low=0)
-    console: Literal["auto", "live", "table"] = setting("auto", "live view on a terminal, table elsewhere")
+    console: Literal["auto", "live", "table"] = setting("auto", "auto: live view on a terminal, table elsewhere")
     wandb: Literal["auto", "online", "offline", "disabled"] = setting(
-        "disabled", "auto: online where there is a login and network, else offline"
+        "disabled", "auto: online if there is a login and a network, else offline"
     )
     wandb_project: str = setting("crescendo", "wandb project")
     sample_prompt: str = setting("In 1856, Abraham Lincoln", "prompt of the text samples")
     sample_tokens: int = setting(128, "tokens of a text sample during training; 0: no samples", low=0)
-    demo_tokens: int = setting(512, "tokens of the closing demonstration; 0: none", low=0)
+    demo_tokens: int = setting(512, "tokens of the demonstration at the end; 0: none", low=0)
 
 
 DEFAULT_MODEL = "hlb"
@@ -204,27 +204,27 @@ def model_name(model: Mapping[str, Any]) -> str:
 
 @dataclass
 class RunConfig:
-    """`train` and `plan`: one run."""
+    """`train` and `plan`: the settings of one run."""
 
-    model_scale: float = setting(1.0, "the dial: 1 is 46 M parameters, 148 is 3 B", above=0, high=10_000)
+    model_scale: float = setting(1.0, "size of the model: 1 is 46 M parameters, 148 is 3 B", above=0, high=10_000)
     model: dict[str, Any] = field(
         default_factory=lambda: {"name": DEFAULT_MODEL},
-        metadata={"help": "model.name picks the architecture; model.FIELD overrides one of its fields"},
+        metadata={"help": "model.name selects the architecture; model.FIELD overrides one of its fields"},
     )
     objective: dict[str, Any] = field(
         default_factory=lambda: {"name": "next_token"},
-        metadata={"help": "objective.name picks what is trained on; objective.FIELD sets one of its fields"},
+        metadata={"help": "objective.name selects the training objective; objective.FIELD sets one of its fields"},
     )
     run_dir: str | None = setting(None, "folder of the run; auto: runs/MODEL-SCALE")
-    seed: int = setting(0, "seed of weights, data order and every draw", low=0, high=2**62)
+    seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)
     max_steps: int = setting(1000, "optimiser steps", low=1, high=10**9)
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )
-    float8: bool = setting(False, "multiply by the weights of blocks in fp8 (Ada, Hopper and newer; pays with compile)")
+    float8: bool = setting(False, "products with the blocks' weights in fp8 (Ada, Hopper, newer; use it with compile)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
-    deterministic: bool = setting(False, "deterministic kernels only (on CPU they always are)")
-    profile: bool = setting(False, "record a few steps: a trace and the top operations, in RUN/profile")
+    deterministic: bool = setting(False, "deterministic kernels only (on a CPU they always are)")
+    profile: bool = setting(False, "profile a few steps: a trace and the top operations, in RUN/profile")
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

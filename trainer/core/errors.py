@@ -1,23 +1,23 @@
-"""The exceptions a user is meant to read."""
+"""Exceptions whose messages are written for the user."""
 
 
 class UserError(Exception):
-    """A mistake in input or surroundings, told in one line: what was wrong, where, and what to do.
+    """A mistake in the input or the environment. The message is one line: what was wrong, where, and what to do.
 
-    `python -m trainer` prints it without a traceback and exits with code 2; nothing has been lost or overwritten.
+    `python -m trainer` prints it without a traceback and exits with code 2. No file has been lost or overwritten.
     """
 
 
 class MachineError(UserError):
-    """A fault of the machines and not of what was asked: the same command may work when it is started again."""
+    """A fault of the machine or network, not a mistake of the user: the same command may work if it is run again."""
 
 
 class Damaged(UserError):
-    """Content that was read whole and is not what was written: never an error of reading, which may pass."""
+    """A file was read completely, but its content is not what was written. Read errors, which may pass, are not Damaged."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has asked this process to stop before it had anything to save. line: to tell, where it is known what there is."""
+    """A signal asked this process to stop, and there is nothing more to save. line: a message to print, "" for none."""
 
     def __init__(self, number: int, line: str = "") -> None:
         super().__init__(line)

@@ -1,6 +1,6 @@
-"""Dataclasses <- YAML <- flags. The dataclass is the one source of keys, types, defaults and help.
+"""Fills dataclasses from YAML files and flags. The dataclass defines the keys, types, defaults and help texts.
 
-Every mistake is a `UserError` of one line with the full key, what is allowed and the nearest spelling. No torch import.
+Every mistake raises a `UserError` of one line: the full key, what is allowed and the nearest spelling. No torch import.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ T = TypeVar("T")
 MISSING = dataclasses.MISSING
 ROOT = Path(__file__).parents[2]  # holds configs/, in a checkout and where a wheel is installed
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
-LARGEST = 2**63 - 1  # torch and the files of a run hold integers of 64 bits
+LARGEST = 2**63 - 1  # torch and the files of a run store 64-bit integers
 WORDS_OF_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-# What other trainers call it: the key here, and a word on it.
+# Names from other trainers -> (the key here, an explanation).
 KNOWN_ELSEWHERE = {
     **dict.fromkeys(
         ("epochs", "n_epochs", "num_epochs", "num_train_epochs", "max_epochs"),
-        ("max_steps", "a run's length is given in optimiser steps; `plan` says how many tokens these are"),
+        ("max_steps", "a run's length is given in optimiser steps; `plan` prints how many tokens they are"),
     ),
     **dict.fromkeys(
         ("tokens", "max_tokens", "total_tokens", "n_tokens", "num_tokens"),
@@ -41,7 +41,7 @@ KNOWN_ELSEWHERE = {
     ),
     **dict.fromkeys(
         ("parameters", "n_parameters", "num_parameters", "params", "n_params", "num_params", "size", "model_size"),
-        ("model_scale", "a model's size is given by the dial: 1 is 46 M parameters, 148 is 3 B; `plan` counts them"),
+        ("model_scale", "it sets a model's size: 1 is 46 M parameters, 148 is 3 B; `plan` counts them"),
     ),
     **dict.fromkeys(
         ("steps", "n_steps", "num_steps", "max_iters", "iterations", "train_steps"), ("max_steps", "optimiser steps")
@@ -54,9 +54,9 @@ KNOWN_ELSEWHERE = {
 
 
 def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
-    """A dataclass field with help text and, for numbers, the range low <= x <= high, or x > above.
+    """A dataclass field with help text and, for numbers, the allowed range: low <= x <= high, or x > above.
 
-    A tuple stands for a list default.
+    A tuple as `default` becomes a list.
     """
     metadata = {"help": help, "low": low, "above": above, "high": high}
     if isinstance(default, tuple):
@@ -65,11 +65,11 @@ def setting(default: Any, help: str, low: float | None = None, above: float | No
 
 
 class Repeated(list):
-    """The values of a flag that was given several times: all of them for a list, the last one for anything else."""
+    """The values of a flag that was given several times. A list key takes all of them; any other key takes the last one."""
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a mapping of text; `base: other.yaml` (relative to the file) is read first and built upon."""
+    """A YAML file as a mapping of text. `base: other.yaml` (a path relative to the file) is read first; the file overrides it."""
     layers: list[dict[str, Any]] = []
     seen: list[Path] = []
     wanted: Path | None = user_path(path, "config")
@@ -77,7 +77,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         found = _find_config(wanted, seen)
         content = yaml_text.parse(read_small(found), printable(found))
         if found.resolve() in map(Path.resolve, seen):
-            raise UserError(f"{printable(found)}: `base` leads back to this file; remove the circle")
+            raise UserError(f"{printable(found)}: `base` leads back to this file; remove the cycle")
         seen.append(found)
         if content is None:
             content = {}
@@ -96,14 +96,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _find_config(path: Path, seen: list[Path]) -> Path:
-    """`path`; where it does not exist and is configs/NAME, the config of that name that came with this installation."""
+    """`path`, if it exists. If not, and `path` is configs/NAME: the config of that name in this installation."""
     try:
         path.stat()
         return path
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError:
-        return path  # reading it says what is wrong
+        return path  # the caller reads it and raises a clear error
     beside = seen[-1].parent if seen else Path()
     named = path.relative_to(beside) if path.is_relative_to(beside) else path
     ours = ROOT / "configs" / path.name
@@ -122,11 +122,11 @@ def _near_files(path: Path, besides: list[Path]) -> str:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` laid on top, section by section."""
+    """`base` overridden by the values of `over`, section by section."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict)):
-            merged[key] = merge(merged[key], value or {})  # a section left empty changes nothing
+            merged[key] = merge(merged[key], value or {})  # an empty section changes nothing
         else:
             merged[key] = value
     return merged
@@ -135,7 +135,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def parse_flags(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Command-line words -> (positional words, nested mapping of flag values).
 
-    `--a.b value` and `--a.b=value` set a key; a flag without a value is `true`; a repeated flag makes a `Repeated`.
+    `--a.b value` and `--a.b=value` set a key; a flag without a value is `true`; a repeated flag gives a `Repeated`.
     """
     positional: list[str] = []
     nested: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def parse_flags(words: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, equals, value = word[2:].partition("=")
         if not all(key.split(".")) or key.count(".") >= yaml_text.DEEPEST:
-            raise UserError(f"--{printable(key, 100)}: is no key; a key is words with dots between them, as --optim.lr")
+            raise UserError(f"--{printable(key, 100)}: is not a key; write words joined by dots, such as --optim.lr")
         if not equals:
             has_value = i < len(words) and not words[i].startswith("--")
             value = words[i] if has_value else "true"
@@ -161,10 +161,10 @@ def _put(nested: dict[str, Any], path: list[str], value: str, full: str) -> None
     for part in path[:-1]:
         nested = nested.setdefault(part, {})
         if not isinstance(nested, dict):
-            raise UserError(f"--{printable(full, 100)}: {part} was given both a value and sub-keys")
+            raise UserError(f"--{printable(full, 100)}: {part} got both a value and sub-keys; give only one of them")
     leaf = path[-1]
     if isinstance(nested.get(leaf), dict):
-        raise UserError(f"--{full}: is a section; name one of its keys")
+        raise UserError(f"--{full}: is a section; set one of its keys instead")
     before = nested.get(leaf)
     nested[leaf] = value if before is None else Repeated([*(before if isinstance(before, list) else [before]), value])
 
@@ -186,7 +186,7 @@ def coerced(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, An
             raise UserError(unknown_key(full, known))
         hint = hints[key]
         if value is None and (dataclasses.is_dataclass(hint) or is_free_section(hint)):
-            continue  # a section left empty changes nothing
+            continue  # an empty section changes nothing
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{full}: is a section with keys {', '.join(leaf_keys(hint))}; got {shown(value)}")
@@ -198,12 +198,12 @@ def coerced(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, An
 
 
 def is_free_section(hint: Any) -> bool:
-    """Whether a key holds keys of its own that are known later: those of a model."""
+    """Whether a key holds sub-keys that become known later, such as the fields of a model."""
     return hint is dict or typing.get_origin(hint) is dict
 
 
 def shown(value: Any) -> str:
-    """A value in a message: in quotes where it is text, and short."""
+    """A value for a message: shortened, and quoted if it is text."""
     return printable(repr(value), 100)
 
 
@@ -224,16 +224,14 @@ def _limit(bound: float) -> str:
 
 
 def unknown_key(full: str, known: list[str]) -> str:
-    """The line for a key that does not exist: nearest spelling first, else the keys of that section."""
+    """The message for an unknown key: the nearest spelling if there is one, and the keys that are allowed there."""
     leaf = full.rsplit(".", 1)[-1]
     elsewhere, word = KNOWN_ELSEWHERE.get(leaf, ("", ""))
     if elsewhere in known:
         return f"unknown key {printable(full, 100)}; use {elsewhere}: {word}"
     if full in known:
         section, _, leaf = full.rpartition(".")
-        return (
-            f"unknown key {full}: write the section {section} and in it the key {leaf}, as {section}: {{{leaf}: ...}}"
-        )
+        return f"unknown key {full}: write the key {leaf} inside the section {section}, as {section}: {{{leaf}: ...}}"
     near = difflib.get_close_matches(full, known, 1, 0.6)
     if not near:  # right leaf, wrong section (--lr for --optim.lr), or a near miss of the leaf
         leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
@@ -245,7 +243,7 @@ def unknown_key(full: str, known: list[str]) -> str:
 
 
 def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
-    """Every settable key of a dataclass, dotted, in order."""
+    """All keys of a dataclass that can be set, with dots, in order."""
     hints = typing.get_type_hints(cls)
     keys: list[str] = []
     for f in dataclasses.fields(cls):
@@ -268,7 +266,7 @@ def free_sections(cls: Any, prefix: str = "") -> list[str]:
 
 
 def coerce(hint: Any, value: Any, key: str) -> Any:
-    """`value` (from YAML, or a flag's string) as type `hint`; `UserError` names the key and what is allowed."""
+    """`value` (from YAML or a flag) as type `hint`. The `UserError` names the key and what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         inner = next(a for a in arguments if a is not type(None))
@@ -279,7 +277,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         raise UserError(f"{key}: has no value; expected {describe_type(hint)}")
     if is_free_section(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{key}: is a section; got {shown(value)}")
+            raise UserError(f"{key}: is a section and holds keys; got {shown(value)}")
         return yaml_text.untyped(value)
     if origin is list:
         items = value if isinstance(value, list) else [value]
@@ -297,7 +295,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
 
 def _last(value: Any, hint: Any) -> Any:
-    """Of a flag that was given several times, the last value, unless the key takes a list."""
+    """The last value of a flag that was given several times, unless the key takes a list."""
     return value[-1] if isinstance(value, Repeated) and typing.get_origin(hint) is not list else value
 
 
@@ -320,24 +318,24 @@ def _choice(allowed: tuple[str, ...], value: Any, key: str) -> str:
 
 def _text(value: Any, key: str) -> str:
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
-        return ",".join(_text(item, key) for item in value)  # what a flag writes as words with commas
+        return ",".join(_text(item, key) for item in value)  # a flag would give the same list as "a,b"
     if isinstance(value, (dict, list)):
         raise _wrong(str, value, key)
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python shows bytes that are no text
+    if any("\ud800" <= character <= "\udfff" for character in text):  # placeholders for bytes that are not UTF-8
         raise UserError(f"{key}: {shown(text)} is not valid UTF-8 text")
     return text
 
 
 def _number(hint: Any, value: Any, key: str) -> Any:
-    """An int or a float, exactly what was written; decimal digits alone, so that 010 is ten and 0x10 is refused."""
+    """An int or a float with exactly the written value. Decimal digits only: 010 is ten, and 0x10 raises UserError."""
     text = str(value).strip()
     if isinstance(value, (bool, dict, list)) or len(text) > 400 or not NUMBER.fullmatch(text):
         raise _wrong(hint, value, key)
     number = float(text)
     try:
         exact = Decimal(text)
-    except InvalidOperation:  # an exponent of twenty digits
+    except InvalidOperation:  # the exponent is too long, for example twenty digits
         raise _wrong(hint, value, key) from None
     if number in (float("inf"), float("-inf")) or (number == 0 and exact != 0):
         raise _wrong(hint, value, key)
@@ -354,7 +352,7 @@ def _number(hint: Any, value: Any, key: str) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """A type in words, as help and errors show it."""
+    """A type in words, for help and error messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments if a is not type(None)) + " or auto"
@@ -368,7 +366,7 @@ def describe_type(hint: Any) -> str:
 
 
 def help_text(cls: Any) -> str:
-    """Every key of `cls` with type, default and meaning, a line each."""
+    """Every key of `cls` with its type, default and meaning."""
     lines = []
     for key, hint, default, help in _walk(cls, ""):
         shown = "auto" if default is None else "" if default in ([], "") else f"{default}"

@@ -1,7 +1,7 @@
-"""Sweeps: some keys of a run with several values each, and every combination of them.
+"""Sweeps: several values for some keys of a run, and all combinations of them.
 
-`bench --sweep KEY=V1,V2` and `launch/array.sh ... --KEY V1,V2` read their sweeps here. A comma always separates two values;
-nothing quotes it. A value that holds a comma goes into a config file.
+`bench --sweep KEY=V1,V2` and `launch/array.sh ... --KEY V1,V2` use this module. A comma always separates two values and
+cannot be quoted. Put a value that contains a comma in a config file.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ Sweep = dict[str, list[str]]  # key -> its values
 
 
 def parse_sweep(texts: list[str]) -> Sweep:
-    """The sweep of `KEY=V1,V2` texts. UserError where a text has another form, or no run has that key, or a key stands twice."""
+    """The sweep of `KEY=V1,V2` texts. UserError if a text has another form, a key is unknown, or a key occurs twice."""
     known, sweep = leaf_keys(RunConfig), Sweep()
     free = tuple(f"{section}." for section in free_sections(RunConfig))
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not all(values.split(",")):
-            raise UserError(f"sweep: {text!r} is not KEY=V1,V2; for example --sweep engine.compile=false,true")
+            raise UserError(f"sweep: {text!r} is not KEY=V1,V2; write for example --sweep engine.compile=false,true")
         if key not in known and not key.startswith(free):
             raise UserError(f"sweep: {unknown_key(key, known)}")
         if key in sweep:
-            raise UserError(f"sweep: {key} stands twice; give all its values in one, {key}=V1,V2")
+            raise UserError(f"sweep: {key} occurs twice; give all its values at once, as {key}=V1,V2")
         sweep[key] = values.split(",")
     return sweep
 
 
 def combinations(sweep: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Every combination, as key -> value; the last key changes fastest. One empty combination where there is no key."""
+    """Every combination, as key -> value. The last key changes fastest. Without keys there is one empty combination."""
     for values in itertools.product(*sweep.values()):
         yield dict(zip(sweep, values, strict=True))
 
 
 def changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> RunConfig:
-    """The RunConfig of nested `values`, with a combination laid on top. Raises UserError for a bad key or value."""
+    """The RunConfig of nested `values`, overridden by one combination. Raises UserError for a bad key or value."""
     result = dict(values)
     for key, value in changes.items():
         change: Any = value

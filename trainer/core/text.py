@@ -1,4 +1,4 @@
-"""Text from outside, made fit to be shown."""
+"""Makes text from outside (files, names, messages of libraries) safe to print."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any, TextIO
 
 
 def printable(text: Any, limit: int = 2000) -> str:
-    """`text` in one line that moves no cursor: control characters, odd blanks and lone surrogates are shown as escapes."""
+    """`text` as one line that is safe on a terminal: control characters, unusual spaces and lone surrogates become escapes."""
     words = str(text)
     return _escaped(words[:limit], "") + ("" if len(words) <= limit else "...")
 
 
 def printable_lines(text: str) -> str:
-    """`text` of several lines, as `printable` but for the ends of its lines and its tabs."""
+    """Like `printable`, for several lines: line ends and tabs stay as they are."""
     return _escaped(text, "\n\t")
 
 
 def for_stream(text: str, stream: TextIO) -> str:
-    """`text` as it is for a file or a pipe; where a terminal would obey what stands in it, as `printable_lines`."""
+    """`text` unchanged for a file or a pipe, and `printable_lines(text)` for a terminal, which would obey control characters."""
     return printable_lines(text) if stream.isatty() else text
 
 

@@ -1,4 +1,4 @@
-"""How a model is spread over devices: one class per library, the same few methods on each (see base.Engine)."""
+"""Engines distribute a model over devices: one class per library, all with the same methods (see base.Engine)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from trainer.runtime.distributed import World
 
 
 def refuse_scope(config: Any) -> None:
-    """UserError where the engine cannot give the optimizer what it must see whole, or evaluate with its weights."""
+    """UserError if the engine cannot give the optimizer whole matrices or tensors, or cannot evaluate with its other weights."""
     name, strategy = config.optim.name, config.engine.strategy
     rule = get_rule(name)
     scope = rule.scope
     if rule.evaluates_other_weights and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
-            f"optim.name: {name} evaluates with other weights than it trains, and engine.strategy {strategy} keeps those in "
+            f"optim.name: {name} evaluates with other weights than it trains, but engine.strategy {strategy} keeps those in "
             "pieces of flat vectors; use single, ddp, fsdp, hsdp or zero0"
         )
     needs = "whole matrices" if scope == "matrix" else "whole tensors"
     if scope != "element" and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
-            f"optim.name: {name} needs {needs}, and engine.strategy {strategy} gives the optimizer pieces of flat vectors; "
+            f"optim.name: {name} needs {needs}, but engine.strategy {strategy} gives the optimizer pieces of flat vectors; "
             "use single, ddp, fsdp, hsdp or zero0"
         )
     if scope != "element" and config.engine.offload:
         raise UserError(
-            f"optim.name: {name} needs {needs}, which ranks cannot exchange with engine.offload; leave it out"
+            f"optim.name: {name} needs {needs}, which ranks cannot exchange with engine.offload; turn engine.offload off"
         )
 
 
 def build_engine(plan: Any, world: World) -> Any:
-    """The engine of the plan's `engine.strategy`, holding model and optimiser; imports no library that it does not use."""
+    """The engine of the plan's `engine.strategy`, with model and optimiser. Imports only the libraries that it uses."""
     strategy = plan.config.engine.strategy
     if strategy in ("single", "ddp"):
         from trainer.engine.torch_engine import TorchEngine

@@ -1,4 +1,4 @@
-"""What every engine is: a model spread over devices, one global gradient per step, one update of the weights."""
+"""Base class of all engines: a model distributed over devices, with one global gradient and one weight update per step."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from trainer.runtime.distributed import World
 
 T = TypeVar("T")
 
-ROOM_SHARE = 0.8  # of free memory that gathered weights may take: activations need some, too
+ROOM_SHARE = 0.8  # share of free memory that gathered weights may take; activations need the rest
 
 
 class Engine:
-    """Holds the model and its optimiser. Subclasses spread them; the loop calls the same few methods on each:
+    """Holds the model and its optimiser. Subclasses distribute them. The training loop calls the same methods on all engines:
 
     backward(batch, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
 
-    model: what is trained; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
-    every parameter. local: the part of each parameter that this rank updates, by name; the optimiser sees these and no others.
-    whole_tensors: these are whole parameters. lockstep: every forward pass is a collective, so all ranks must take part in
-    each. part_names: of the further losses, known after the first `backward`.
+    model: the trained model; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
+    every parameter. local: name -> the part of the parameter that this rank updates; the optimiser sees only these parts.
+    whole_tensors: whether these parts are whole parameters. lockstep: whether a forward pass contains collectives, so that
+    all ranks must take part in each. part_names: names of the partial losses, known after the first `backward`.
     """
 
     lockstep = False
     whole_tensors = True
     part_names: tuple[str, ...] = ()
-    _told_of_room = False  # that whole weights do not fit
+    _told_of_room = False  # whether the line that whole weights do not fit was printed
     local: dict[str, nn.Parameter]
     joined: Any
 
@@ -68,25 +68,26 @@ class Engine:
             self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == world.rank)
 
     def parallelize(self, meta: Any) -> Any:
-        """The model on its devices with initial weights, from one without storage; sets `local` and `joined`."""
+        """The model on its devices with initial weights, made from `meta`, which has no storage. Sets `local` and `joined`."""
         raise NotImplementedError
 
     def join(self, model: Any) -> ModelAndObjective:
         return ModelAndObjective(model, self.objective)
 
     def prepare_blocks(self, model: Any) -> None:
-        """fp8, activation checkpointing, then compilation, of each block: before anything that shards them."""
+        """Apply fp8, activation checkpointing, then compilation to each block. Call it before the blocks are sharded."""
         if self.config.float8:
             for block in model.blocks():
                 convert_to_float8(block)
         checkpoint_activations(model, self.config.engine.activation_checkpointing)
         if self.config.engine.compile:
-            Compiled(model, self.world.say_from)  # it may fail on one machine, for which all others then wait
+            Compiled(model, self.world.say_from)  # any rank prints: compilation may fail on one machine only
 
     def initialise(self, model: Any, device: torch.device) -> Any:
-        """Storage on `device` and initial weights: the same for a seed on every device, strategy and number of ranks.
+        """Give `model` storage on `device` and initial weights.
 
-        All ranks call this: UserError on all of them where one has found numbers that are not set.
+        A seed gives the same weights on every device, strategy and number of ranks. All ranks call this. If one rank finds
+        values that were not set, all ranks raise UserError.
         """
         problem = ""
         try:
@@ -99,7 +100,7 @@ class Engine:
         return model
 
     def describe(self) -> str:
-        """One line: what this engine really is, read off the objects it made."""
+        """One line about what this engine really made: strategy, devices, precision, options, and rank 0's parameters."""
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
@@ -112,31 +113,32 @@ class Engine:
         return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
     def held(self) -> int:
-        """How many parameters this rank's optimiser updates."""
+        """Number of parameters that this rank's optimiser updates."""
         return sum(parameter.numel() for parameter in self.local.values())
 
     def autocast(self) -> Any:
-        """Context of every forward pass."""
+        """The context for every forward pass."""
         return autocast(self.device, self.precision)
 
     def gathered(self) -> Any:
-        """Context of forward passes in a row without training between them: text, token by token."""
+        """The context for several forward passes without training between them, such as generating text."""
         return contextlib.nullcontext()
 
     def whole_weights_fit(self) -> bool:
-        """Whether every rank has the memory for all weights in the type to compute in; said once where not. All ranks call this."""
+        """Whether every rank has memory for all weights in compute precision. If not, a line says so once. All ranks call this."""
         whole = (4 if self.precision == "fp32" else 2) * sum(shape.numel() for shape in self.shapes.values())
         fits = whole < ROOM_SHARE * min(self.world.gather(free_bytes(self.device, self.world.local_size)))
         if not (fits or self._told_of_room):
             self._told_of_room = True
             self.world.say(
-                f"text: weights are gathered again for every token: all of them take {whole / 1024**3:.2f} GiB, more than is free"
+                f"text: weights are gathered again for every token, because all weights need {whole / 1024**3:.2f} GiB, more than "
+                "is free"
             )
         return fits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within, the model holds the weights that the optimizer's rule evaluates with; all ranks enter together."""
+        """A context in which the model holds the weights that the optimizer's rule evaluates with. All ranks enter together."""
         others = {self.local[name]: weights for name, weights in self.optimizer.evaluation_weights().items()}
         trained = {parameter: parameter.detach().clone() for parameter in others}
         self.set_weights(others)
@@ -152,45 +154,45 @@ class Engine:
                 parameter.copy_(values)
 
     def agree(self, value: T) -> T:
-        """Rank 0's `value` on all ranks where they generate text together; elsewhere the own."""
+        """With `lockstep`, where all ranks generate text together: rank 0's `value`. Else this rank's own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value
 
     def predict(self, tokens: Tensor, documents: Tensor | None = None, cache: Any = None) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]. documents: [B, T], see Batch; cache: what the model's `new_state` has made."""
+        """Logits [B, T, V] of tokens [B, T]. documents: [B, T], see Batch; cache: a result of the model's `new_state`."""
         return self.joined(tokens_alone(tokens, documents), cache=cache).logits
 
     def count(self, batch: Batch, tokens: int) -> int | Tensor:
-        """By what the loss of a step is divided: what counts in it on all ranks. batch: this rank's; tokens: of all ranks.
+        """The number by which the loss of a step is divided, summed over ranks. batch: of this rank; tokens: of all ranks.
 
-        A number where the size of the step says it; else a scalar on the device, for which nobody waits.
+        An int if every token counts. Else a scalar on the device, for which the host does not wait.
         """
         if self.objective.counts_every_token and "weights" not in batch:
             return tokens
         return self.world.sum(self.objective.count(batch)).float()
 
     def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
-        """Add the gradient of scale * (sum of the objective's losses); ranks are summed by the `last` microbatch.
+        """Add the gradient of scale * (sum of the objective's losses). The `last` microbatch also sums gradients over ranks.
 
         batch: on the device; scale: 1 / `count` of the step. Returns `losses` of this rank.
-        All ranks call this equally often in a step.
+        All ranks call this the same number of times in a step.
         """
         raise NotImplementedError
 
     def documents(self, tokens: Tensor) -> Tensor | None:
-        """[B, T]: the document of each token, where no token attends to another document; else None."""
+        """[B, T]: the document of each token, if tokens attend only within their document; else None."""
         return document_numbers(tokens, self.plan.end_of_text)
 
     def with_documents(self, batch: Batch) -> Batch:
-        """The batch with the document of each token, where no token attends to another document."""
+        """The batch, with the document of each token added if tokens attend only within their document."""
         if "documents" in batch or self.plan.end_of_text is None:
             return batch
         return {**batch, "documents": self.documents(batch["tokens"])}  # type: ignore[typeddict-item]
 
     def losses(self, output: Loss) -> Tensor:
-        """[1 + parts] of a forward pass: the sum less its parts (under next_token the cross-entropy, as validation measures
-        it), and the parts in the order of `part_names`; detached, fp32.
+        """Losses [1 + parts] of a forward pass, detached, in fp32.
 
-        The first is not finite where any of them is not.
+        The first is the sum minus its parts (for next_token the cross-entropy, as validation measures it). The parts follow in
+        the order of `part_names`. The first is not finite if any of the parts is not.
         """
         loss, self.part_names = output.sum.detach(), tuple(output.parts or ())
         if not output.parts:
@@ -199,9 +201,10 @@ class Engine:
         return torch.cat([(loss - parts.sum())[None], parts])
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip, update, project, clear the gradients; returns (global gradient norm before clipping, 1.0 if all was finite else 0.0).
+        """Clip, update, project, clear the gradients.
 
-        step: 0-based; loss: the step's global mean, fp32 scalar on the device. A step that is not finite changes nothing.
+        step: 0-based; loss: the step's global mean, fp32 scalar on the device. Returns (global gradient norm before clipping,
+        1.0 if loss and norm are finite else 0.0). A step that is not finite changes nothing.
         """
         self.collect_gradients()
         norm = self.gradient_norm()
@@ -216,22 +219,22 @@ class Engine:
         return norm, finite
 
     def update(self) -> None:
-        """One step of the optimiser, which is prepared for it."""
+        """One step of the optimiser, after its `prepare`."""
         self.optimizer.step()
 
     def project(self) -> None:
-        """The model's projection, after each update."""
+        """Apply the model's projection after an update."""
         self.model.post_step()
 
     def collect_gradients(self) -> None:
-        """See to it that `.grad` of every tensor in `local` is its part of the global gradient."""
+        """Set `.grad` of every tensor in `local` to its part of the global gradient."""
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the global gradient, fp32 scalar on the device."""
         return torch.linalg.vector_norm(self.local_norms())
 
     def local_norms(self) -> Tensor:
-        """Norm of each gradient held here, in fp32 also where gradients are bf16."""
+        """Norm of each gradient of this rank, in fp32 even if gradients are bf16."""
         gradients = [parameter.grad for parameter in self.local.values() if parameter.grad is not None]
         return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).to(self.device)
 
@@ -239,7 +242,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
-        """For rules that need whole matrices: this rank's part of update(name, whole gradient [m, n], whole weight [m, n]).
+        """For rules that need whole matrices. Returns this rank's part of update(name, whole gradient [m, n], whole weight [m, n]).
 
         `update` runs once for each name, on the rank that owns it. All ranks call this, after `collect_gradients`.
         """
@@ -247,14 +250,14 @@ class Engine:
         return update_copies(tensors, update, self.owners(names))  # type: ignore[arg-type]
 
     def owners(self, names: list[str]) -> dict[str, int]:
-        """Name -> the rank that updates the parameter, where each is updated whole by one rank."""
+        """Name -> rank that owns the parameter, if each parameter is updated whole by one rank."""
         return deal(update_costs({name: self.shapes[name] for name in names}), self.world.size)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay, and evaluation.NAME where that differs."""
-        # A parameter that has had no gradient yet has no state: zeros are what it would begin with.
+        """All tensors to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay; evaluation.NAME if those weights differ."""
+        # A parameter that has had no gradient yet has no state; its state would begin with zeros.
         state, whole = self.optimizer.state, set(self.optimizer.whole)
         self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -266,17 +269,17 @@ class Engine:
         return tensors | {"weight_decay": self.optimizer.decay}
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:
-        """An optimiser tensor of parameter `name` in the form in which checkpoints know the whole."""
+        """An optimiser tensor of parameter `name` as a checkpoint needs it, so that it knows the whole shape."""
         return value
 
     def load(self, path: Any) -> None:
-        """Put back what `tensors` gave, whichever engine saved it. UserError where `path` is of another model."""
+        """Load the tensors that `tensors` gave, from a checkpoint of any engine. UserError if `path` is of another model."""
         from trainer.checkpoint.format import read_into
 
         read_into(path, self.tensors(), self.world)
 
     def close(self) -> None:
-        """Free what would outlive the process group."""
+        """Free resources that would outlive the process group."""
 
 
 def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:
@@ -287,7 +290,7 @@ def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:
 def prepare_device(device: torch.device, deterministic: bool) -> None:
     """Global settings of torch for a run on `device`."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -297,5 +300,5 @@ def prepare_device(device: torch.device, deterministic: bool) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """bf16 compute where the weights are fp32; nothing for the other precisions."""
+    """bf16 compute for precision bf16, whose weights are fp32; no effect for other precisions."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

@@ -1,9 +1,9 @@
 """torch.compile, block by block: the forward and backward of training run compiled code; evaluation and decoding do not.
 
-As activation_checkpointing.py does, this changes the `forward` of a block alone, so hooks on it (FSDP2's, DeepSpeed's) stand outside of what is
-compiled. All blocks of a kind share one compiled code. It is made for any sequence length and microbatch from the beginning, so that
-growing sequences do not compile anew each time (on a CPU once or twice more, where a sum first has more than 4,096 terms), and
-a resumed run computes as one that has seen the shorter ones before.
+Like activation_checkpointing.py, this module replaces only the `forward` of a block. So the hooks on the block (of FSDP2 and
+DeepSpeed) stay outside of the compiled code. All blocks of a kind share the same compiled code. It is compiled with dynamic
+shapes from the start. So growing sequences do not recompile (a CPU recompiles once or twice, when a sum first has more than
+4,096 terms), and a resumed run uses the same code as a run that began with shorter sequences.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from trainer.runtime.device import Target
 
 T = TypeVar("T")
 
-# Block kinds, and sizes that are one and so a code of their own; past it torch would go on eagerly and only log it.
+# Most versions of compiled code: one per kind of block, and one for each size that is 1. Beyond this limit torch would run
+# eagerly and only log it.
 MOST_VERSIONS = 64
 
 
 def choose(strategy: str, target: Target) -> tuple[bool, str]:
-    """(whether to compile where engine.compile does not say, why)."""
+    """(whether to compile if engine.compile is auto, reason)."""
     if target.memory is None:
         return (
             False,
-            "it brings a CPU little (`bench --sweep engine.compile=false,true` measures it) and takes it half a minute",
+            "on a CPU it gains little (`bench --sweep engine.compile=false,true` measures it) and takes half a minute",
         )
     if strategy == "zero3":
-        return False, "DeepSpeed's hooks on the modules of a block stand between what could be compiled"
+        return False, "DeepSpeed's hooks on the modules inside a block break up the code to compile"
     if target.here and importlib.util.find_spec("triton") is None:
         return False, "there is no Triton to compile with"
-    return True, "fewer kernels, each does more"
+    return True, "fewer kernels, and each does more"
 
 
 def keep_compiled_code() -> None:
-    """Compiled code in the user's cache folder, where a later start finds it (torch's own default is emptied at boot)."""
+    """Keep compiled code in the user's cache folder, where a later start finds it (torch's default folder is emptied at boot)."""
     cache = Path.home() / ".cache" / "crescendo" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 class Compiled:
-    """The blocks of a model and its loss, made to compile on their first call in training. say: is told if that fails."""
+    """Makes the blocks of a model and its loss compile on their first call in training. say: prints a line if that fails."""
 
     def __init__(self, model: Any, say: Callable[[str], None]) -> None:
         self.say = say
@@ -59,12 +60,12 @@ class Compiled:
             compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True))
             block.forward = functools.partial(_in_training, block.forward, compiled)
         scorer = self.with_fallback(score_in_tiles, torch.compile(_score_a_vocabulary, dynamic=True))
-        # The objective calls the loss itself, or lets the forward pass do it.
+        # An objective either calls `loss` itself or lets `forward` call it.
         for name in ("forward", "loss"):
             setattr(model, name, scored_by(scorer)(getattr(model, name)))
 
     def with_fallback(self, eager: Callable[..., T], compiled: Callable[..., T]) -> Callable[..., T]:
-        """`compiled`, or `eager` once anything of the model could not be compiled."""
+        """A function that calls `compiled`, or `eager` after any part of the model could not be compiled."""
 
         def call(*args: Any, **kwargs: Any) -> T:
             if self.failed:
@@ -82,10 +83,9 @@ class Compiled:
 
 
 def _score_a_vocabulary(logits: torch.Tensor, *facts: Any) -> None:
-    """score_at_once of rows of one length: only their number changes, so that loads of several entries stay possible."""
-    torch._dynamo.mark_static(
-        logits, 1
-    )  # by its own name, which the compiler must recognise; probed in runtime/compat.py
+    """score_at_once with a fixed row length: only the number of rows is dynamic, which keeps vectorised loads possible."""
+    # Under its own name, because the compiler must recognise it; runtime/compat.py probes it.
+    torch._dynamo.mark_static(logits, 1)
     score_at_once(logits, *facts)
 
 
@@ -94,8 +94,11 @@ def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any
 
 
 def hold_as_compiled(model: Any) -> None:
-    """Have the blocks keep for the backward pass what they keep when compiled: the compiler divides what they compute, and then
-    every operator runs by itself. For tensors without storage, whose numbers do not matter, and one length of sequences."""
+    """Make the blocks save the same tensors for the backward pass as compiled blocks.
+
+    The compiler splits the graph into forward and backward; then every operator runs by itself. This is for tensors without
+    storage, whose values do not matter, and for one sequence length.
+    """
 
     def as_it_is(graph: Any, inputs: Any) -> Any:
         return private("make_boxed_func")(graph.forward)
@@ -112,23 +115,23 @@ def hold_as_compiled(model: Any) -> None:
 
 
 def prepare_compiler() -> None:
-    """Settings of torch.compile for code that is block by block, and kept."""
+    """Settings of torch.compile for code that is compiled block by block and cached."""
     keep_compiled_code()
     set_option("recompile_limit", max(private("recompile_limit"), MOST_VERSIONS))
-    set_option("optimize_ddp", False)  # it would cut blocks where DDP's buckets end
-    # A backward pass that cannot be compiled is found before the forward pass has run, when eager code can still do both.
+    set_option("optimize_ddp", False)  # it would split blocks at the ends of DDP's buckets
+    # Compile the backward pass before the forward pass runs: if this fails, eager code can still run both.
     set_option("force_non_lazy_backward_lowering", True)
-    # It warns that blocks under `selective` must not write in place, whether they do or not.
+    # This logger warns that blocks under `selective` must not write in place, whether they do so or not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
 def of_compiler(error: Exception) -> bool:
-    """Whether torch.compile failed, rather than what it compiles."""
+    """Whether the error comes from torch.compile itself, not from the compiled code."""
     return isinstance(error, private("TorchDynamoException"))
 
 
 def first_line(error: BaseException) -> str:
-    """Type and beginning of an error whose text may be many lines; of what the compiler met, where it says."""
+    """Type and first line of an error. For a compiler's error: of the inner exception, if there is one."""
     error = getattr(error, "inner_exception", None) or error
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

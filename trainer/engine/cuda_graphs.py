@@ -1,8 +1,8 @@
-"""CUDA graphs, by choice: forward and backward of a microbatch recorded once, then launched as one.
+"""CUDA graphs (engine.cuda_graphs): record forward and backward of a microbatch once, then replay them as one launch.
 
-A GPU is done with a small model's microbatch before Python has told it of its hundreds of kernels; a recording tells it at once.
-Replayed, the same kernels read and write the same memory. So what a model keeps between forward passes must stay where it is, as
-parameters and buffers do, and what Python decided while it was recorded stays decided.
+A small model's microbatch has hundreds of kernels. The GPU runs them faster than Python can launch them one by one; a recording
+launches them all at once. A replay runs the same kernels on the same memory. So tensors that a model keeps between forward
+passes must keep their memory, as parameters and buffers do, and decisions that Python made during the recording stay fixed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.layers.flex import masks_read
 from trainer.core.errors import UserError
 from trainer.engine.compilation import first_line
 
-# Microbatches of a shape that run as they are before it is recorded: kernels are compiled and tuned, tables and gradients made.
+# Microbatches of a shape that run normally before the recording. They compile and tune kernels, and create tables and gradients.
 WARM_UP = 2
 
 Call = Callable[[], Tensor]
@@ -26,8 +26,8 @@ Kind = tuple[torch.Size, tuple[str, ...]]  # shape of the tokens, keys of the ba
 
 
 class GraphRecorder(Protocol):
-    """run: make a call now, as it must be made before it is recorded. record: into one that replays it, without making it.
-    forget: the memory of all recordings, of which none will be replayed."""
+    """run: make a call now, in the same way as it will be recorded. record: return a call that replays this one, without making
+    it. forget: free the memory of all recordings; none of them may be replayed afterwards."""
 
     def run(self, call: Call) -> Tensor: ...
 
@@ -37,10 +37,10 @@ class GraphRecorder(Protocol):
 
 
 class CudaGraphRecorder:
-    """Records on the GPU at hand. All recordings share memory for activations, as no two of them run at a time."""
+    """Records on the current GPU. All recordings share memory for activations, because only one runs at a time."""
 
     def __init__(self) -> None:
-        # One stream for both, not the default one: autograd remembers on which a parameter was first used.
+        # `run` and `record` use the same stream, not the default one: autograd remembers on which stream a parameter was first used.
         self._stream = torch.cuda.Stream()
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -52,30 +52,30 @@ class CudaGraphRecorder:
         return result
 
     def record(self, call: Call) -> Call:
-        """UserError where something in `call` cannot be recorded: it waits for the device, say."""
+        """UserError if `call` cannot be recorded, for example because it waits for the device."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         failure: Exception | None = None
         try:
-            # thread_local: threads that read data may use the device meanwhile.
+            # thread_local: threads that read data may use the device during the recording.
             with (
                 masks_read() as masks,
                 torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"),
             ):
                 try:
                     result = call()
-                except Exception as error:  # the recording may not end either, and say so instead
+                except Exception as error:  # ending the recording may also fail and hide this error
                     failure = error
         except RuntimeError as error:
-            torch.cuda.set_stream(before)  # torch leaves its own behind
+            torch.cuda.set_stream(before)  # torch does not restore the stream here
             failure = failure or error
         if isinstance(failure, RuntimeError) and not isinstance(failure, torch.OutOfMemoryError):
             raise UserError(
-                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(failure)}); leave it out"
+                f"engine.cuda_graphs: a microbatch of this model cannot be recorded ({first_line(failure)}); turn cuda_graphs off"
             ) from failure
         if failure is not None:
             raise failure
 
-        kept = graph, result, masks  # what a replay reads and writes stays as long as it may be made
+        kept = graph, result, masks  # a replay reads and writes these, so they must stay alive
 
         def replay() -> Tensor:
             kept[0].replay()
@@ -85,14 +85,15 @@ class CudaGraphRecorder:
 
     def forget(self) -> None:
         torch.cuda.synchronize()  # the last replay may still run
-        self._memory = torch.cuda.graph_pool_handle()  # one whose recordings are gone cannot be used again
+        self._memory = torch.cuda.graph_pool_handle()  # a pool cannot be used again after its recordings are gone
 
 
 class CudaGraphRunner:
     """microbatch(batch of tensors [B, T], scale []) -> losses [1 + parts], recorded once for each shape and kind of batch.
 
-    It adds to gradients, which must stay where they are from one step to the next. Recordings are of one length T: at another,
-    or with more sequences than any has, all are made anew, as memory that they share does not grow with its contents.
+    The recordings add to the gradients, whose memory must stay the same from step to step. All recordings have the same length
+    T. For another length, or for more sequences than in any recording, all recordings are dropped and made again, because the
+    memory that they share cannot grow.
     """
 
     def __init__(self, microbatch: Callable[[Batch, Tensor], Tensor], recorder: GraphRecorder) -> None:
@@ -116,10 +117,10 @@ class CudaGraphRunner:
         for key, copy in own.items():
             copy.copy_(given[key])  # type: ignore[attr-defined]
         own_scale.copy_(scale)
-        return replay().clone()  # the next replay writes over it
+        return replay().clone()  # the next replay overwrites the result
 
     def _forget_others_than(self, shape: torch.Size) -> None:
-        """Where recordings are of another length, or all of fewer sequences."""
+        """Drop all recordings if they all have another length or fewer sequences."""
         sequences, length = shape
         shapes = [shape for shape, _ in self._recordings]
         if shapes and all(other[1] != length or other[0] < sequences for other in shapes):

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: what our config decides, and below it the settings of a user's own deepspeed.json."""
+"""The settings for DeepSpeed: those that our config decides, merged over the user's own deepspeed.json."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trainer.core.files import parse_json, read_small, user_path
 from trainer.core.text import printable
 
 DEEPEST = 32  # levels of a deepspeed.json; DeepSpeed's own settings have four
-BUCKET = 50_000_000  # gradients that DeepSpeed sums at a time
+BUCKET = 50_000_000  # number of gradient elements that DeepSpeed sums at a time
 
-# What a deepspeed.json may not switch on, and what decides it here.
+# Keys that a deepspeed.json may not switch on, and what decides them here.
 DECIDED = {
     "optimizer": "the optimizer is optim.name",
     "scheduler": "learning rates follow from optim.recipe",
     "train_batch_size": "the batch is batch.tokens_per_step",
-    "fp16": "the number format is `precision`, and fp16 is none of them",
+    "fp16": "the number format is `precision`, which has no fp16",
     "amp": "the number format is `precision`",
     "torch_autocast": "the number format is `precision`",
     "activation_checkpointing": "blocks are recomputed by engine.activation_checkpointing",
@@ -26,7 +26,7 @@ DECIDED = {
     "gradient_accumulation_steps": "microbatches follow from batch.tokens_per_microbatch, step by step",
 }
 HARMLESS = (("train_micro_batch_size_per_gpu", 1), ("gradient_accumulation_steps", 1))
-# Where ours and theirs may differ: the key of ours that could be changed instead.
+# DeepSpeed's key -> our key that the user could change instead if the two differ.
 OPPOSITES = {
     "zero_optimization.stage": "engine.strategy",
     "zero_optimization.offload_optimizer.device": "engine.offload",
@@ -36,7 +36,7 @@ OPPOSITES = {
 
 
 def deepspeed_settings(config: Any) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`. UserError where engine.deepspeed_config contradicts the run's config."""
+    """The dictionary for `deepspeed.initialize`. UserError if engine.deepspeed_config contradicts the run's config."""
     ours, path = own_settings(config), config.engine.deepspeed_config
     theirs = {} if path is None else read_settings(path)
     for key, why in DECIDED.items():
@@ -46,7 +46,7 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
             raise UserError(f"engine.deepspeed_config: {path} sets {key}, but {why}; remove it there")
     for section in ("zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"):
         if not isinstance(nested(theirs, section), (dict, type(None))):
-            raise UserError(f'engine.deepspeed_config: {path}: {section} is no section; write it as {{"...": ...}}')
+            raise UserError(f'engine.deepspeed_config: {path}: {section} is not a section; write it as {{"...": ...}}')
     asked = dict(leaves(theirs))
     for key, value in leaves(ours):
         if asked.get(key, value) not in (value, "auto"):
@@ -56,28 +56,28 @@ def deepspeed_settings(config: Any) -> dict[str, Any]:
                 f"{json.dumps(value)}; {instead}remove it there"
             )
     settings = merged(theirs, ours)
-    # DeepSpeed's own default takes 1.9 GiB, however small the model.
+    # DeepSpeed's default takes 1.9 GiB, even for a small model.
     if settings["zero_optimization"].get("reduce_bucket_size", "auto") == "auto":
         settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
     if settings["zero_optimization"]["stage"] == 0:
-        # DeepSpeed's bf16 has no fp32 masters to speak of there (its losses drift): it is autocast; and we clip.
+        # At stage 0 DeepSpeed's bf16 has no usable fp32 masters (its losses drift), so use autocast. Our engine clips.
         settings |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings | {
-        "train_micro_batch_size_per_gpu": 1,  # the loop forms microbatches, another number of them in each step
+        "train_micro_batch_size_per_gpu": 1,  # the training loop forms microbatches, a new number of them in each step
         "gradient_accumulation_steps": 1,
-        "zero_allow_untested_optimizer": True,  # DeepSpeed knows few by name
-        "zero_force_ds_cpu_optimizer": False,  # ours run on CPUs too, without a compiler
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's list of tested optimizers is short
+        "zero_force_ds_cpu_optimizer": False,  # our optimizers run on CPUs too, without a compiler
     }
 
 
 def own_settings(config: Any) -> dict[str, Any]:
-    """What the run's config decides."""
+    """The settings that the run's config decides."""
     stage, bf16 = int(config.engine.strategy[-1]), config.precision == "bf16"
     settings: dict[str, Any] = {
         "gradient_clipping": float(config.optim.clip_norm),
-        "gradient_allreduce_op": "mean",  # `DeepSpeedEngine.backward` counts on it
+        "gradient_allreduce_op": "mean",  # `DeepSpeedEngine.backward` relies on it
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
     }
@@ -85,7 +85,7 @@ def own_settings(config: Any) -> dict[str, Any]:
         settings["zero_optimization"] |= {
             "offload_optimizer": {"device": "cpu" if config.engine.offload else "none"},
             "compute_grad_norm": True,
-            "round_robin_gradients": False,  # else DeepSpeed 0.19 puts a weight we set into another one's place
+            "round_robin_gradients": False,  # else DeepSpeed 0.19 writes a weight that we set to the place of another one
         }
     if stage and bf16:
         settings["bf16"]["check_grad_overflow"] = True  # else a NaN would reach the weights
@@ -94,7 +94,7 @@ def own_settings(config: Any) -> dict[str, Any]:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """The user's deepspeed.json; UserError where it is none."""
+    """The content of the user's deepspeed.json. UserError if it is not valid."""
     file = user_path(path, "engine.deepspeed_config")
     try:
         settings = parse_json(read_small(file), file)
@@ -103,12 +103,12 @@ def read_settings(path: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"engine.deepspeed_config: {error}") from None
     if depth(settings) > DEEPEST:
-        raise UserError(f"engine.deepspeed_config: {printable(file)} has more than {DEEPEST} levels within each other")
+        raise UserError(f"engine.deepspeed_config: {printable(file)} has more than {DEEPEST} levels of nesting")
     return settings
 
 
 def depth(value: Any) -> int:
-    """Levels of objects and lists within each other, counted without recursion."""
+    """Number of nested levels of objects and lists, counted without recursion."""
     levels, at = 0, [value]
     while at := [item for part in at for item in inside(part)]:
         levels += 1
@@ -120,7 +120,7 @@ def inside(value: Any) -> Iterable[Any]:
 
 
 def nested(settings: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
+    """The value of a dotted key; None if the key is missing."""
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -128,7 +128,7 @@ def nested(settings: dict[str, Any], key: str) -> Any:
 
 
 def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no section."""
+    """(dotted key, value) of everything that is not a section."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -137,6 +137,6 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Both, section by section; ours wins (it differs only where theirs says "auto")."""
+    """Both, merged section by section; ours wins (the two differ only where theirs is "auto")."""
     sections = {k: merged(theirs.get(k) or {}, v) if isinstance(v, dict) else v for k, v in ours.items()}
     return theirs | sections

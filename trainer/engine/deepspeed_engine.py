@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: stage 0 copies everything, 1 shards the optimiser, 2 gradients too, 3 weights too.
+"""DeepSpeed's ZeRO: stage 0 replicates everything, 1 shards the optimiser, 2 also gradients, 3 also weights.
 
-DeepSpeed keeps its shards as flat vectors. Checkpoints hold whole parameters instead, each written by one rank, so that they are
-the same as any other engine's; DeepSpeed's own format is not used.
+DeepSpeed keeps its shards as flat vectors. Checkpoints hold whole parameters instead, and one rank writes each of them. So they
+are the same as those of the other engines; DeepSpeed's own format is not used.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from trainer.runtime.distributed import World
 
 
 class DeepSpeedEngine(Engine):
-    """zero0 to zero3. fp32: everything fp32. bf16: at stage 0 by autocast, as ddp; at stages 1 to 3 DeepSpeed's own (bf16 weights
-    and gradients, which add up in fp32; fp32 masters and moments)."""
+    """zero0 to zero3.
+
+    fp32: everything fp32. bf16: at stage 0 autocast, as in ddp; at stages 1 to 3 DeepSpeed's own bf16 (bf16 weights; bf16
+    gradients, summed in fp32; fp32 masters and moments).
+    """
 
     def __init__(self, plan: Any, world: World) -> None:
-        # DeepSpeed reads where it is from the environment; srun and a single process do not say.
+        # DeepSpeed reads device and rank from these variables; srun and a single process do not set them.
         os.environ.setdefault("DS_ACCELERATOR", choose_device(plan.config.device, world.local_rank).type)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it builds
+        with contextlib.redirect_stdout(io.StringIO()):  # else every rank prints its settings
             import deepspeed
             from pydantic import ValidationError
 
@@ -59,7 +62,7 @@ class DeepSpeedEngine(Engine):
                 )
             except ValidationError as error:
                 told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-                raise UserError(f"engine.deepspeed_config: DeepSpeed refuses {told}") from None
+                raise UserError(f"engine.deepspeed_config: DeepSpeed rejects {told}") from None
         world.limit_groups()
         assert self._zero.zero_optimization_stage() == self.stage
         use_linear(plain_linear)
@@ -71,9 +74,9 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             model = self.initialise(meta, self.device)
         elif self.stage < 3:
-            model = with_storage(meta, self.device)  # its values are set once the fp32 masters exist
+            model = with_storage(meta, self.device)  # its values are set after the fp32 masters exist
         else:
-            # By the settings alone: a dtype named here becomes bf16 on devices without fp16 (DeepSpeed 0.19).
+            # Pass only the settings: DeepSpeed 0.19 turns a dtype given here into bf16 on devices without fp16.
             with self._deepspeed.zero.Init(config_dict_or_path=self.settings):
                 model = self.plan.model_class(self.plan.model_config)
         self.prepare_blocks(model)
@@ -82,20 +85,26 @@ class DeepSpeedEngine(Engine):
         return model
 
     def _flat_vectors(self) -> list[Any]:
-        """What the optimiser updates: this rank's fp32 pieces of the groups' flattened parameters."""
+        """The vectors that the optimiser updates: this rank's fp32 pieces of the flattened parameters of each group."""
         if self.stage == 3:
             return deepspeed_attribute(self._zero.optimizer, "fp32_partitioned_groups_flat")
         return [vector for group in self.optimizer.param_groups for vector in group["params"]]
 
     def _make_state(self) -> None:
-        """All of it before the first step: in it, DeepSpeed ties state to parameters when it has made the first group's."""
+        """Create all optimiser state before the first step.
+
+        In that step DeepSpeed links state to parameters already after the first group, before the other groups have state.
+        """
         self.optimizer.allocate(self._flat_vectors())
         if self.stage < 3:
             private("DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state")(self._zero.optimizer)
 
     def _set_initial_weights(self) -> None:
-        """Initial weights in fp32 (DeepSpeed would round them to bf16 first), drawn into shards in CPU memory, gathered and put
-        parameter by parameter: over the devices' own links, which are the fastest there are."""
+        """Set the initial weights in fp32 (DeepSpeed would first round them to bf16).
+
+        They are drawn into shards in CPU memory, then gathered and set one parameter at a time. The gathering runs on the
+        devices, whose links are the fastest.
+        """
         drawn = fully_shard(
             build_meta(self.plan.model_class, self.plan.model_config),
             mesh=init_device_mesh(self.device.type, (self.world.size,)),
@@ -110,16 +119,16 @@ class DeepSpeedEngine(Engine):
         return sum(vector.numel() for vector in self._flat_vectors()) if self.stage else super().held()
 
     def autocast(self) -> Any:
-        """At stages 1 to 3 the weights have the type to compute in already."""
+        """At stages 1 to 3 no autocast, because the weights already have the compute type."""
         return super().autocast() if self.stage == 0 else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """At stage 3 all weights are gathered once within, and not for every pass, where every rank has the memory for them."""
+        """A context that at stage 3 gathers all weights once instead of in every pass, if every rank has memory for them."""
         if self.stage < 3 or not self.whole_weights_fit():
             yield
             return
-        self._zero.empty_partition_cache()  # also waits for what is on its way to a pass that does not come
+        self._zero.empty_partition_cache()  # also waits for weights that were prefetched for a pass that does not come
         offload = deepspeed_attribute(self._zero.optimizer, "parameter_offload")
         coordinator = deepspeed_attribute(offload, "param_coordinator")
         with self._deepspeed.zero.GatheredParameters(list(self.local.values())):
@@ -142,7 +151,7 @@ class DeepSpeedEngine(Engine):
             return super().step(step, loss)
         finite = torch.isfinite(loss).float()
         self.optimizer.prepare(step, finite)
-        self._zero.step()  # norm and clipping by DeepSpeed, which leaves the optimiser out where the norm is not finite
+        self._zero.step()  # DeepSpeed computes the norm and clips; it skips the optimiser if the norm is not finite
         self.project()
         norm = torch.as_tensor(self._zero.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         finite = finite * torch.isfinite(norm)
@@ -153,7 +162,7 @@ class DeepSpeedEngine(Engine):
         self._zero.step()
 
     def project(self) -> None:
-        """At stages 1 to 3 one whole parameter after the other, gathered in fp32."""
+        """At stages 1 to 3: gather one whole parameter at a time in fp32, project it, and set it."""
         if self.stage == 0:
             super().project()
             return
@@ -167,7 +176,7 @@ class DeepSpeedEngine(Engine):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Whole fp32 parameters, and moments as held, in CPU memory; each name on one rank only, dealt by size."""
+        """Whole fp32 parameters, and optimiser state in its own type, in CPU memory. Each name is on one rank, dealt by size."""
         if self.stage == 0:
             return super().tensors()
         owners = deal({name: shape.numel() for name, shape in self.shapes.items()}, self.world.size)
@@ -186,7 +195,7 @@ class DeepSpeedEngine(Engine):
         return kept
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor), one after the other on all ranks together."""
+        """(name, whole tensor), one at a time, on all ranks together."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         held = self.optimizer.state[self._flat_vectors()[0]]
@@ -196,7 +205,7 @@ class DeepSpeedEngine(Engine):
                 if key == STEP:
                     yield f"optimizer.{name}.{key}", value  # all parameters have taken the same steps
                     continue
-                whole = safe_get_full_optimizer_state(parameter, key)  # fp32, whatever it is held in
+                whole = safe_get_full_optimizer_state(parameter, key)  # always fp32, so convert it back
                 yield f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(value.dtype)
 
     def load(self, path: Any) -> None:
@@ -224,7 +233,7 @@ class DeepSpeedEngine(Engine):
             self.optimizer.decay.copy_(decay)
 
     def _put_weight(self, name: str, whole: Tensor) -> None:
-        """Set the fp32 master and the weight that computes, from the whole value, which every rank has."""
+        """Set the fp32 master and the weight for computing from the whole value, which every rank has."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter = self.local[name]
@@ -236,7 +245,7 @@ class DeepSpeedEngine(Engine):
         safe_set_local_fp32_param(parameter, part)
         deepspeed_attribute(parameter, "ds_tensor").data.copy_(part)
         if deepspeed_attribute(parameter, "ds_status") is private("ZeroParamStatus").AVAILABLE:
-            parameter.data.copy_(whole)  # small enough to stay gathered
+            parameter.data.copy_(whole)  # small parameters stay gathered
 
     def _put_state(self, name: str, key: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -254,4 +263,4 @@ class DeepSpeedEngine(Engine):
         return flat.narrow(0, size * self.world.rank, size)
 
     def close(self) -> None:
-        self._zero.destroy()  # else some processes abort at exit
+        self._zero.destroy()  # without it some processes abort at exit

@@ -1,5 +1,5 @@
-"""FSDP2 (torch's fully_shard): weights, gradients and optimiser state cut into shards over all ranks, or, as HSDP, over the
-ranks of one group while the groups hold copies of each other."""
+"""FSDP2 (torch's fully_shard): weights, gradients and optimiser state are sharded over all ranks, or, with HSDP, over the
+ranks of a group, and each group holds a copy of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FsdpEngine(Engine):
 
     fp32: everything fp32. bf16: fp32 shards; blocks are gathered and computed in bf16, gradients summed in fp32. pure_bf16: bf16
     shards and optimiser state, gradients summed in fp32.
-    The optimiser works on the local tensors of the shards: plain tensors, without the cost of DTensor's dispatch.
+    The optimiser works on the local tensors of the shards, which are plain tensors. This avoids the cost of DTensor dispatch.
     """
 
     lockstep = True
@@ -48,15 +48,17 @@ class FsdpEngine(Engine):
         }
         for block in meta.blocks():
             fully_shard(block, **options)
-        # What is in no block is needed at the end of the forward and the beginning of the backward: it stays between.
+        # Parameters outside of the blocks are needed at the end of the forward and at the start of the backward, so they stay
+        # gathered in between.
         self.joined = fully_shard(self.join(meta), **options | {"reshard_after_forward": False})
         model = meta
         assert all(isinstance(module, FSDPModule) for module in (self.joined, *model.blocks()))
         place = torch.device("cpu") if engine.offload else self.device
         self.initialise(model, place)
-        # FSDP takes note of the new storage of its own modules. The model is none: what is in no block belongs to `joined`.
+        # `to` makes FSDP notice the new storage of its modules. Call it on `joined`: the model itself is not an FSDP module, and
+        # its parameters outside of the blocks belong to `joined`.
         self.joined.to(place)
-        for module in model.modules() if engine.offload else ():  # FSDP brings parameters to the device, and no buffers
+        for module in model.modules() if engine.offload else ():  # FSDP moves parameters to the device, but not buffers
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         self._shards: dict[str, Any] = dict(model.named_parameters())
@@ -64,12 +66,12 @@ class FsdpEngine(Engine):
         return model
 
     def autocast(self) -> Any:
-        """Nothing: what is gathered has the type to compute in already."""
+        """No autocast, because gathered weights already have the compute type."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within, each block is gathered once and not for every pass, where every rank has the memory for all of them."""
+        """A context in which each block is gathered once instead of in every pass, if every rank has memory for all blocks."""
         releases = self.config.engine.reshard_after_forward
         blocks = self.model.blocks() if releases and self.whole_weights_fit() else []
         for block in blocks:
@@ -84,7 +86,7 @@ class FsdpEngine(Engine):
     def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
         super().set_weights(weights)
         for module in (self.joined, *self.model.blocks()) if weights else ():
-            module.reshard()  # what is still gathered has the values of before
+            module.reshard()  # weights that are still gathered have the old values
 
     def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
         self.joined.set_requires_gradient_sync(last)
@@ -112,14 +114,14 @@ class FsdpEngine(Engine):
             shard.grad = None
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:
-        """State of the parameter's shape is a shard as the parameter is; the step count is a scalar of its own."""
+        """State with the parameter's shape is sharded like the parameter; the step count is a plain scalar."""
         if value.shape != self.local[name].shape or value.dim() == 0:
             return value
         return as_shard(value, self._shards[name])
 
 
 def device_mesh(device: torch.device, size: int, shard_size: int | None) -> DeviceMesh:
-    """All ranks in one row, or [copies, shards] with `shard_size` neighbouring ranks to a copy of the model."""
+    """All ranks in one dimension, or [copies, shards], where `shard_size` neighbouring ranks hold one copy of the model."""
     if shard_size is None:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))

@@ -1,5 +1,5 @@
-"""Parameters that get no gradient, found before training: ddp and DeepSpeed would fail on them in the middle of it, the
-other strategies would not."""
+"""Finds parameters that get no gradient, before training starts. ddp and DeepSpeed would fail on them during training; the other
+strategies would not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.runtime.compat import fake_tensors
 
 
 def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
-    """UserError names the parameters that one backward pass leaves without a gradient. say: where that cannot be found out."""
+    """UserError names the parameters without a gradient after one backward pass. say: prints a warning if this is unknown."""
     names = plan.unreached
     if names is None:
         try:
@@ -26,21 +26,24 @@ def refuse_unreached(plan: Any, say: Callable[[str], None]) -> None:
         except Exception as error:
             cause = printable(f"{type(error).__name__}: {error}", 200)
             say(
-                f"warning: whether every parameter gets a gradient is not known: tensors without numbers cannot tell ({cause})"
+                f"warning: it is not known whether every parameter gets a gradient: the test without values failed ({cause})"
             )
             return
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise UserError(
             f"model {plan.config.model['name']}: a backward pass gives no gradient to {', '.join(names[:4])}{more}; give one to "
-            "every parameter in each pass, zeros where it plays no part (add 0 * parameter.sum() to what depends on it), and make a "
-            "buffer of what is not trained"
+            "every parameter in each pass, zeros if the pass does not use it (add 0 * parameter.sum() to an output), and make "
+            "tensors that are not trained buffers"
         )
 
 
 def unreached_in_training(plan: Any) -> list[str]:
-    """Names of the parameters without a gradient after a forward pass as in training and, where its graph does not tell, a
-    backward pass. Without numbers, so it takes no memory and hardly any time."""
+    """Names of the parameters without a gradient after a forward pass as in training.
+
+    If the graph of the forward pass does not show them, a backward pass follows. The tensors have no values, so this takes no
+    memory and little time.
+    """
     config = plan.model_class.with_kernels(plan.model_config, "auto")  # the CPU's kernels reach the same parameters
     with (
         fake_tensors(allow_non_fake_inputs=True),
@@ -59,16 +62,16 @@ def unreached_in_training(plan: Any) -> list[str]:
 
 
 def unreached(model: Any, loss: torch.Tensor) -> list[str] | None:
-    """Names of the parameters that the graph of `loss` does not lead to. None: only a backward pass can tell, since an
+    """Names of the parameters that the graph of `loss` does not reach. None if only a backward pass can show them, because an
     autograd.Function in the graph may return None for one of its inputs."""
     met, waiting = {loss.grad_fn, None}, [loss.grad_fn]
     reached: set[Any] = set()
     while waiting:
         node: Any = waiting.pop()
-        function = getattr(node, "_forward_cls", None)  # the autograd.Function whose node it is
+        function = getattr(node, "_forward_cls", None)  # the autograd.Function that made the node
         if function is not None and not getattr(function, "gives_every_gradient", False):
             return None
-        reached.add(getattr(node, "variable", None))  # of the nodes that add up the gradient of a parameter
+        reached.add(getattr(node, "variable", None))  # AccumulateGrad nodes have one: their parameter
         following = {after for after, _ in node.next_functions} - met
         met |= following
         waiting += following

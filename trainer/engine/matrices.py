@@ -1,5 +1,8 @@
-"""Whole tensors for rules that need them (scope matrix or tensor): each has an owner rank, which sees the whole gradient and
-the whole weight, computes the update once, and hands every rank its part."""
+"""Whole tensors for rules that need them (scope matrix or tensor).
+
+Each tensor has an owner rank. The owner gets the whole gradient and the whole weight, computes the update once, and sends every
+rank its part.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# (name, whole gradient [m, n], whole weight [m, n]) -> what the ranks get their parts of [m, n]
+# (name, whole gradient [m, n], whole weight [m, n]) -> whole result [m, n], of which each rank gets its part
 Update = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
-    """Name -> rank: the costliest first, each to the rank that has least so far."""
+    """Name -> rank. Assigns the most expensive first, each to the rank with the least cost so far."""
     loads, owners = [0.0] * ranks, {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         owners[name] = loads.index(min(loads))
@@ -25,14 +28,14 @@ def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
 
 
 def update_costs(shapes: dict[str, torch.Size]) -> dict[str, float]:
-    """What an update costs up to a factor. An [m, n] matrix: products with its smaller Gram matrix, m n min(m, n)."""
+    """Relative cost of an update. For an [m, n] matrix: products with its smaller Gram matrix, m n min(m, n)."""
     return {name: float(shape.numel() * (min(shape) if len(shape) == 2 else 1)) for name, shape in shapes.items()}
 
 
 def update_copies(
     tensors: dict[str, tuple[Tensor, Tensor]], update: Update, owners: dict[str, int]
 ) -> dict[str, Tensor]:
-    """single, ddp: all ranks hold the same whole (gradient, weight); what each owner computes goes to all the others."""
+    """single, ddp: all ranks hold the same whole (gradient, weight). Each owner broadcasts its results to the others."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     updates = {
         name: update(name, gradient, weight).contiguous()
@@ -48,10 +51,10 @@ def update_copies(
 def update_shards(
     tensors: dict[str, tuple[DTensor, DTensor]], update: Update, owners: dict[str, int], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
-    """fsdp, hsdp: (gradient, weight) are cut by rows over the mesh's dimension "shard"; returns this rank's rows of every update.
+    """fsdp, hsdp: (gradient, weight) are sharded by rows over the mesh dimension "shard". Returns this rank's rows of all updates.
 
-    With several copies of the model (hsdp) the owners are dealt out over all ranks: each copy gathers, computes and
-    scatters some of the matrices, then the copies exchange the rows they have.
+    With several copies of the model (hsdp) the owners are spread over all ranks: each copy gathers, computes and scatters some
+    of the matrices, then the copies exchange the resulting rows.
     """
     ranks = mesh.mesh.view(-1, mesh["shard"].size())  # [copies, shards]
     place = {rank: (copy, shard) for copy, row in enumerate(ranks.tolist()) for shard, rank in enumerate(row)}
@@ -71,10 +74,10 @@ def update_shards(
 def _gather_update_scatter(
     tensors: dict[str, tuple[DTensor, DTensor]], update: Update, owners: dict[str, int], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
-    """Within one copy of the model. All gather before any owner computes, so that the owners compute at the same time."""
+    """`update_shards` within one copy of the model. All gathers come first, so that the owners compute at the same time."""
     group, width, rank = mesh.get_group("shard"), mesh["shard"].size(), dist.get_rank()
     padded = {name: [_padded(tensor, width) for tensor in pair] for name, pair in tensors.items()}
-    pieces = {  # of all ranks, at the owner
+    pieces = {  # on the owner: the pieces of all ranks
         name: [[torch.empty_like(part) for _ in range(width)] if owners[name] == rank else None for part in parts]
         for name, parts in padded.items()
     }
@@ -98,7 +101,7 @@ def _gather_update_scatter(
 
 
 def _padded(tensor: DTensor, width: int) -> Tensor:
-    """This rank's rows, and rows of zeros: collectives want equal pieces of all ranks."""
+    """This rank's rows, padded with rows of zeros, because collectives need pieces of equal size."""
     local = tensor.to_local()
     padded = local.new_zeros(-(-tensor.shape[0] // width), *tensor.shape[1:])
     padded[: len(local)] = local

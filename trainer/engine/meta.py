@@ -1,4 +1,4 @@
-"""Models without storage: their shapes, and what is said where one cannot be built."""
+"""Models without storage, and the error if a model cannot be built."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from trainer.core.text import printable
 
 
 def build_meta(model_class: Any, model_config: Any) -> Any:
-    """The model with shapes but no memory. (torch is imported only now: `--help` needs none.)"""
+    """The model on the meta device: shapes without memory. (torch is imported here, because `--help` does not need it.)"""
     from models.counting import build_on_meta
 
     return build_on_meta(model_class, model_config)
 
 
 def flops_per_token(model_class: Any, model_config: Any, length: int) -> int:
-    """Training FLOPs of one token, as the model says. UserError where they cannot be counted."""
+    """Training FLOPs of one token, from the model's own method. UserError if they cannot be counted."""
     with told_of_model(
-        model_class, "flops_per_token must be defined, as the forward pass does not run on the meta device"
+        model_class, "flops_per_token must be defined, because the forward pass does not run on the meta device"
     ):
         return build_meta(model_class, model_config).flops_per_token(length)
 
 
 @contextlib.contextmanager
 def told_of_model(model_class: Any, what: str) -> Iterator[None]:
-    """Turn whatever a model raises within into one line: its name, `what` cannot be, the cause, and the line of its file."""
+    """Turn any exception of a model into a UserError of one line: the model's name, `what`, the cause, and the line in its file.
+
+    what: a sentence that says what failed.
+    """
     from models.base import get_model, model_names
 
     try:

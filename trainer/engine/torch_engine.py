@@ -1,4 +1,4 @@
-"""Plain PyTorch: one device, or whole copies of the model on several (DistributedDataParallel)."""
+"""Plain PyTorch: one device, or a copy of the model on each of several devices (DistributedDataParallel)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trainer.engine.cuda_graphs import CudaGraphRecorder, CudaGraphRunner, Graph
 class TorchEngine(Engine):
     """single and ddp. Every rank holds everything.
 
-    fp32: everything fp32 (on a GPU with TF32 products). bf16: fp32 weights and gradients, bf16 compute by autocast. pure_bf16: bf16 weights and optimiser
-    state; gradients still add up in fp32 over the microbatches and ranks of a step.
+    fp32: everything fp32 (on a GPU with TF32 products). bf16: fp32 weights and gradients, bf16 compute by autocast.
+    pure_bf16: bf16 weights and optimiser state; gradients are still summed in fp32 over the microbatches and ranks of a step.
     """
 
     def parallelize(self, meta: Any) -> Any:
@@ -26,7 +26,7 @@ class TorchEngine(Engine):
         model = self.initialise(meta, self.device)
         self.prepare_blocks(model)
         self.local = dict(model.named_parameters())
-        # DDP would sum bf16 gradients in bf16: there the fp32 sums are reduced by hand after the last microbatch.
+        # DDP would sum bf16 gradients in bf16. So for pure_bf16 `_add_up` reduces the fp32 sums after the last microbatch.
         self._wrapped = self.strategy == "ddp" and self.precision != "pure_bf16"
         self.joined = self.join(model)
         self._module: nn.Module = self.joined
@@ -39,7 +39,7 @@ class TorchEngine(Engine):
         return model
 
     def replay_microbatches(self, recorder: GraphRecorder) -> None:
-        """From now on forward and backward of microbatches are recorded by `recorder` and replayed."""
+        """From now on, `recorder` records forward and backward of microbatches and replays them."""
         self._graph_runner = CudaGraphRunner(self._forward_and_backward, recorder)
 
     def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
@@ -62,12 +62,12 @@ class TorchEngine(Engine):
         return self.losses(output)
 
     def clear_gradients(self) -> None:
-        # DDP's gradients are views of its buckets: let go, a microbatch that is not the last would make others beside them.
-        # Recorded microbatches add to what was there when they were recorded.
+        # DDP's gradients are views of its buckets. Set to None, the next microbatch without sync would allocate new ones.
+        # Recorded microbatches add to the gradient tensors that existed at the recording.
         self.optimizer.zero_grad(set_to_none=not self._wrapped and self._graph_runner is None)
 
     def _add_up(self, last: bool) -> None:
-        """pure_bf16: move the microbatch's gradients into fp32 sums, and back to bf16 once they are complete."""
+        """pure_bf16: add the microbatch's gradients to fp32 sums; after the `last` microbatch convert the sums to bf16."""
         for parameter in self.local.values():
             if parameter.grad is None:
                 continue

@@ -1,4 +1,5 @@
-"""ZeRO-3's hooks ask a coordinator of DeepSpeed's to gather a module's weights before its forward pass and to release them after it."""
+"""A stand-in for DeepSpeed's coordinator. ZeRO-3's hooks call the coordinator to gather a module's weights before its forward
+pass and to release them after it."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from typing import Any
 
 
 class RestingCoordinator:
-    """In the coordinator's place while all weights are gathered: nothing to gather, and nothing is released.
+    """Replaces the coordinator while all weights are gathered. It gathers nothing and releases nothing.
 
-    DeepSpeed's own must not see these passes: it remembers in which order weights are used, and what to release after which
-    module, for the training that goes on afterwards.
+    DeepSpeed's coordinator must not see these passes: it records the order in which weights are used, and which to release after
+    which module, and training continues with this record.
     """
 
     def reset_step(self) -> None:

@@ -1,5 +1,5 @@
-"""ZeRO-3 gathers a weight for a forward pass and drops it afterwards. torch's linear would hold on to it until the backward pass,
-through the transposed view it keeps."""
+"""A linear for ZeRO-3, which gathers a weight for a forward pass and frees it afterwards. torch's linear saves a transposed view
+of the weight, which would keep the gathered weight alive until the backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ plain_linear = torch.nn.functional.linear
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)  # the parameter itself: empty in between, gathered again for the backward pass
+        ctx.save_for_backward(x, weight)  # the parameter itself: empty after forward, gathered again for backward
         ctx.has_bias = bias is not None
         return plain_linear(x, weight, bias)
 
@@ -30,5 +30,5 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out]; keeps of the weight nothing but the parameter."""
+    """x [..., in], weight [out, in] -> [..., out]. For the backward pass it saves only the parameter, not a view of it."""
     return _Linear.apply(x, weight, bias)

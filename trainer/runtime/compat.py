@@ -1,9 +1,9 @@
-"""Every private name of torch and DeepSpeed that the trainer uses, and every change it makes to them for the whole process.
+"""All private names of torch and DeepSpeed that the trainer uses, and all changes it makes to them for the whole process.
 
-Private names may move or change between releases. So each stands in one table, with what needs it and the arguments it is called
-with; `private` gives it, or one clear line. `probe` says what is wrong with one, and a test asks it for each. Looked at: torch
-2.11.0 and 2.13.0 (all of TORCH), DeepSpeed 0.19.8 (all of DEEPSPEED). The models' own are in models/layers/compat.py.
-Nothing is imported before it is asked for.
+Private names may move or change between releases. So one table lists each name, the feature that needs it, and the arguments
+that the trainer passes. `private` returns the object or raises one clear error. `probe` reports what is wrong with a name, and
+a test probes each of them. Checked with torch 2.11.0 and 2.13.0 (all of TORCH) and DeepSpeed 0.19.8 (all of DEEPSPEED). The
+private names that the models use are in models/layers/compat.py. A library is imported only when one of its names is needed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from trainer.core.errors import UserError
 
 
 class Private(NamedTuple):
-    """A name of a library that its documentation does not promise. needed_for: a plural or a name, as in "X needs it".
-    arguments: the names of those that we pass."""
+    """An undocumented name of a library. needed_for: the feature that needs it; arguments: names of the arguments we pass."""
 
     module: str
     name: str
@@ -56,8 +55,8 @@ TORCH = (
     Private(
         "torch.distributed.tensor._dtensor_spec", "TensorMeta", "a checkpoint of fsdp", ("shape", "stride", "dtype")
     ),
-    Private("torch.distributed.distributed_c10d", "_world", "train.timeout"),
-    Private("torch.distributed.distributed_c10d", "_set_pg_timeout", "train.timeout", ("timeout", "group")),
+    Private("torch.distributed.distributed_c10d", "_world", "engine.timeout_minutes"),
+    Private("torch.distributed.distributed_c10d", "_set_pg_timeout", "engine.timeout_minutes", ("timeout", "group")),
     Private("torch.cuda.memory", "_record_memory_history", "--profile", ("stacks", "max_entries")),
     Private("torch.cuda.memory", "_dump_snapshot", "--profile", ("filename",)),
     Private("torch.testing._internal.distributed.fake_pg", "FakeStore", "`check`"),
@@ -97,7 +96,7 @@ _BY_NAME = {entry.name: entry for entry in (*TORCH, *DEEPSPEED)}
 
 
 def private(name: str) -> Any:
-    """What stands under `name` in the tables. UserError, with the remedy, where the installed library has no such thing."""
+    """The object with this `name` in the tables. UserError, with the remedy, if the installed library does not have it."""
     entry = _BY_NAME[name]
     try:
         return operator.attrgetter(name)(importlib.import_module(entry.module))
@@ -115,7 +114,7 @@ def deepspeed_attribute(owner: Any, name: str) -> Any:
 
 
 def probe(entry: Private) -> str:
-    """What is wrong with a private name here; "" where it can be called as we call it."""
+    """What is wrong with a private name in the installed library; "" if it exists and takes our arguments."""
     try:
         found = private(entry.name)
     except UserError as error:
@@ -125,7 +124,7 @@ def probe(entry: Private) -> str:
 
 
 def _arguments(function: Any) -> set[str]:
-    """The names of a function's arguments; of an operator, those of its schemas."""
+    """The names of a function's arguments; for an operator, those of all its schemas."""
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -143,7 +142,7 @@ def _refusal(entry: Private, what: str) -> str:
     return f"{library}: {what}, which {entry.needed_for} needs; install a release that pyproject.toml names"
 
 
-# -- what is built of them -------------------------------------------------------------------------------------------------
+# -- functions that use private names --------------------------------------------------------------------------------------
 
 
 def set_option(name: str, value: Any) -> None:
@@ -153,20 +152,20 @@ def set_option(name: str, value: Any) -> None:
 
 
 def fake_tensors(**options: Any) -> Any:
-    """A context in which tensors have shapes, devices and types, and no numbers; autocast works as with real ones."""
+    """A context in which tensors have shapes, devices and types but no values. Autocast works as with real tensors."""
     return private("FakeTensorMode")(**options)
 
 
 def limit_process_groups(timeout: timedelta) -> None:
-    """Give every process group of this process, also those that libraries have made, this timeout."""
+    """Set this timeout for every process group of this process, also for groups that libraries have made."""
     for group in private("_world").pg_map:
         private("_set_pg_timeout")(timeout, group)
 
 
 def as_shard(values: Any, like: Any) -> Any:
-    """Local `values`, of any type and on any device, as the DTensor that is cut into shards as the DTensor `like` is.
+    """A DTensor that is sharded like the DTensor `like`, with `values`, of any type and device, as the local shard.
 
-    DTensor.from_local would move what is offloaded to the mesh's GPUs, and so give a copy.
+    DTensor.from_local would copy an offloaded shard to a GPU of the mesh.
     """
     from torch.distributed.tensor import DTensor
 
@@ -175,27 +174,31 @@ def as_shard(values: Any, like: Any) -> Any:
 
 
 def use_linear(function: Callable[..., Any]) -> None:
-    """Make `function` torch's linear, of all modules, for the whole process. DeepSpeed puts a version of its own there, which adds
-    the bias in place: into the very product that selective activation checkpointing keeps, so that it is added twice."""
+    """Replace torch.nn.functional.linear by `function`, for all modules of this process.
+
+    DeepSpeed replaces it by a version that adds the bias in place. Selective activation checkpointing saves the product
+    before this addition, so the bias would be added to it twice.
+    """
     import torch
 
     torch.nn.functional.linear = function  # type: ignore[assignment]
 
 
 def leave_out_shared_memory() -> None:
-    """Make DeepSpeed not build its all-reduce in shared memory, which it uses on CPUs and for inference alone.
+    """Stop DeepSpeed from building its shared-memory all-reduce, which it uses only on CPUs and only for inference.
 
-    The build takes a compiler and minutes. One that was killed leaves a lock, for which every later one waits for ever.
+    The build needs a compiler and takes minutes. A build that is killed leaves a lock, and every later build waits for it
+    without end.
     """
     private("build_shm_op")
-    # As an attribute of deepspeed.comm `torch` is PyTorch.
+    # Import the module by name: the attribute deepspeed.comm.torch is PyTorch.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
 
 
 @contextlib.contextmanager
 def pretended_process_group(rank: int, size: int) -> Iterator[None]:
-    """A process group of `size` in which nobody is at the other end: collectives return at once, and compute nothing."""
+    """A fake process group of `size` ranks without other processes: collectives return at once and compute nothing."""
     import torch.distributed as dist
 
     dist.init_process_group("fake", store=private("FakeStore")(), rank=rank, world_size=size)

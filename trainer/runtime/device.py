@@ -1,4 +1,4 @@
-"""The device at hand: which one, its memory, its compute type, its peak."""
+"""The device of this process: choice, memory, precision, peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from trainer.core.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """A GPU to plan for. name: as its driver gives it; gibibytes: of memory as torch sees it, less than the label says;
-    is_ampere: of that generation or a later one (compute capability 8.0), with bf16 units and FlexAttention's kernels;
-    has_fp8: compute capability 8.9."""
+    """A GPU to plan for.
+
+    name: the driver's name for it; gibibytes: memory that torch sees, less than the label says; is_ampere: compute capability
+    8.0 or higher, with bf16 units and FlexAttention's kernels; has_fp8: compute capability 8.9 or higher.
+    """
 
     name: str
     gibibytes: float
@@ -24,8 +26,11 @@ class Gpu(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The device a run is planned for. memory: bytes of a GPU, None on a CPU; flex: whether it has FlexAttention's kernels;
-    here: whether it is the device at hand."""
+    """The device that a run is planned for.
+
+    memory: bytes of a GPU, None on a CPU; flex: whether FlexAttention's kernels run on it; here: whether it is the device of
+    this process.
+    """
 
     memory: int | None
     flex: bool = False
@@ -52,8 +57,8 @@ GPUS = {
     "h200-141gb": Gpu("NVIDIA H200", 139.7, has_fp8=True),
 }
 
-# Dense matrix peak in FLOP/s by exact device name and type of the factors (vendor data sheets, without sparsity). What is
-# not here has no MFU, never a guess.
+# Peak FLOP/s of dense matrix products, by exact device name and number type of the inputs (vendor data sheets, without
+# sparsity). For a device that is not listed no MFU is reported.
 PEAK = {
     "NVIDIA A100-SXM4-40GB": {"bf16": 312e12, "tf32": 156e12},
     "NVIDIA A100-SXM4-80GB": {"bf16": 312e12, "tf32": 156e12},
@@ -65,16 +70,16 @@ PEAK = {
     "NVIDIA L4": {"bf16": 121e12, "tf32": 60e12},
     "NVIDIA L40S": {"bf16": 362e12, "tf32": 183e12},
 }
-FACTORS = {"fp32": "tf32", "bf16": "bf16", "pure_bf16": "bf16"}  # what a GPU multiplies, by precision
+FACTORS = {"fp32": "tf32", "bf16": "bf16", "pure_bf16": "bf16"}  # precision -> number type that a GPU multiplies
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """cpu or cuda:LOCAL_RANK; auto takes a GPU where there is one."""
+    """cpu or cuda:LOCAL_RANK. auto takes a GPU if there is one."""
     available = torch.cuda.is_available()
     if wanted == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")  # `accelerate launch --cpu`
     if wanted == "cuda" and not available:
-        raise UserError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu")
+        raise UserError("device: cuda was requested, but torch sees no CUDA device; use --device cpu")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -86,8 +91,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """CPU: let glibc reuse large freed blocks. By default each big activation is mapped and unmapped anew, and the kernel
-    spends as long clearing pages as the model spends computing."""
+    """On a CPU, let glibc reuse large freed blocks.
+
+    By default glibc maps and unmaps memory for every large activation, and the kernel spends as long clearing pages as the
+    model spends computing.
+    """
     import ctypes
 
     trim_threshold, mmap_max = -1, -4  # mallopt's names for these are M_TRIM_THRESHOLD and M_MMAP_MAX
@@ -98,20 +106,20 @@ def keep_freed_memory() -> None:
 
 
 def thread_line() -> str:
-    """With how many threads a CPU computes, and how to change it; whether others keep the CPUs busy."""
+    """A line with the number of CPU threads, how to change it, and a warning if other programs keep the CPUs busy."""
     threads, cpus = (
         torch.get_num_threads(),
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
     line = f"threads: {threads} of {cpus} CPUs; OMP_NUM_THREADS=N changes it"
-    load = os.getloadavg()[0]  # of the last minute
+    load = os.getloadavg()[0]  # average of the last minute
     if threads > 1 and load > cpus / 2:
-        line += f". Other programs are at work here (load {load:.1f}): threads wait for the slowest, and fewer may be faster"
+        line += f". Other programs use these CPUs (load {load:.1f}): all threads wait for the slowest, so fewer may be faster"
     return line
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why). auto: bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    """(precision, reason). auto: bf16 if the hardware multiplies it natively, else fp32."""
     if wanted != "auto":
         return wanted, "set"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -136,12 +144,12 @@ def cpu_has_bf16() -> bool:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None on a CPU, where memory is not what limits a batch."""
+    """Memory of a GPU; None on a CPU, where memory does not limit the batch."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def free_bytes(device: torch.device, local_size: int) -> int:
-    """Memory that this process may still take: on a CPU its part of what the machine's `local_size` processes have left."""
+    """Memory that this process can still use. On a CPU: its share, 1 / `local_size`, of the machine's free memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -149,15 +157,15 @@ def free_bytes(device: torch.device, local_size: int) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver gives it, or CPU."""
+    """The driver's name for the GPU, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 class HostCopy:
-    """Numbers by name on their way from the device to the host.
+    """An asynchronous copy of named numbers from the device to the host.
 
-    `read` waits for these numbers alone, not for what was launched after them: a plain `.item()` would wait for all of it,
-    and leave the device idle until the next launch.
+    `read` waits only for these numbers, not for kernels that were launched after them. A plain `.item()` would wait for all
+    of these kernels, and the device would then be idle until the next launch.
     """
 
     def __init__(self, **numbers: torch.Tensor) -> None:
@@ -180,17 +188,17 @@ class HostCopy:
 
 
 def peak_flops(device: torch.device, precision: str, float8: bool = False) -> float | None:
-    """FLOP/s to compare with, or None where it is not known for certain, or there is no one peak (a part in fp8)."""
+    """Peak FLOP/s for the MFU; None if the device is not in PEAK, or with float8, which mixes two number types."""
     return peak_of(device_name(device), precision, float8)
 
 
 def peak_of(name: str, precision: str, float8: bool = False) -> float | None:
-    """As `peak_flops`, of a device by name."""
+    """`peak_flops` for a device name."""
     return None if float8 else PEAK.get(name, {}).get(FACTORS[precision])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
+    """Peak memory so far: of torch's allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

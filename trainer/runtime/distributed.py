@@ -1,4 +1,4 @@
-"""The processes of a run: who we are, and the few collectives the loop needs. One process makes no process group."""
+"""The processes of a run: rank, process group, and the collectives that the loop needs. One process needs no process group."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from trainer.runtime import launcher
 from trainer.runtime.compat import limit_process_groups
 from trainer.runtime.host_info import HostInfo, absentees, compare, find_host_info
 
-MEETING_SECONDS = 300.0  # they were all started together
+MEETING_SECONDS = 300.0  # time for all processes to arrive; they were started together
 LOOPBACK = "127.0.0.1"
-CONNECT_SECONDS = 600.0  # NCCL takes seconds, or a minute with a thousand processes
+CONNECT_SECONDS = 600.0  # NCCL needs seconds, or a minute with a thousand processes
 
 T = TypeVar("T")
 
 
 @dataclass
 class World:
-    """This process's place among all of the run."""
+    """Rank of this process, number of processes, and collectives between them."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1  # processes on this machine
-    timeout: timedelta = timedelta(minutes=30)  # of collectives; set by `join`
-    told: set[str] = field(default_factory=set)  # what `decoration` has warned of
+    timeout: timedelta = timedelta(minutes=30)  # of collectives; `join` sets it
+    told: set[str] = field(default_factory=set)  # names for which `decoration` has printed a warning
 
     @property
     def leader(self) -> bool:
@@ -56,20 +56,20 @@ class World:
         return launcher.RankInfo(self.rank, self.size, self.local_rank, self.local_size)
 
     def say(self, text: str) -> None:
-        """Print a line to stderr, on rank 0 alone. Also where nobody reads any more, as after a terminal was closed."""
+        """Print a line to stderr on rank 0 only. A closed stderr, for example of a closed terminal, is not an error."""
         if self.leader:
             with contextlib.suppress(OSError):
                 print(printable_lines(text), file=sys.stderr, flush=True)
 
     def say_from(self, text: str) -> None:
-        """Print a line to stderr on the rank that calls, named where there are several: for what befalls one of them."""
+        """Print a line to stderr on the calling rank, for an event on this rank only. With several ranks the line names it."""
         name = f"[rank {self.rank}, {launcher.own_host(os.environ)}] " if self.size > 1 else ""
         with contextlib.suppress(OSError):
             print(name + printable_lines(text), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def decoration(self, what: str) -> Iterator[None]:
-        """For what training does not need: curves, samples, records for others. A failure is told once, and ends nothing."""
+        """A context for work that training does not need: curves, samples, logs. A failure gives one warning and ends nothing."""
         try:
             yield
         except Exception as error:
@@ -84,7 +84,7 @@ class World:
                 self.say(f"warning: {what}: {text}; training goes on")
 
     def limit_groups(self) -> None:
-        """Give groups that libraries have made the timeout of ours: theirs is torch's own, which users cannot raise."""
+        """Set our timeout for groups that libraries have made. They start with torch's default, which users cannot raise."""
         if dist.is_initialized():
             limit_process_groups(self.timeout)
 
@@ -95,7 +95,10 @@ class World:
         return tensor
 
     def on_leader(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; its UserError or OSError too, so that no rank waits for another."""
+        """Run `work` on rank 0 and return its result on every rank.
+
+        If it raises UserError or OSError, every rank raises a UserError, so that no rank waits for another.
+        """
         if self.size == 1:
             return work()
         box: list[Any] = [None, None]
@@ -120,7 +123,7 @@ class World:
         return values
 
     def stop(self) -> None:
-        """Leave the process group, all together. Only for success: a rank that failed must end and let the launcher know."""
+        """Leave the process group, on all ranks together. Call it only after success: a failed rank must exit with an error."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -128,13 +131,15 @@ class World:
 
 @contextlib.contextmanager
 def bounded(seconds: float, line: str) -> Iterator[None]:
-    """End this process, with a line and exit code 2, if what is within takes so long: NCCL's own calls know no limit, and no
-    signal is heard in them."""
+    """End this process with a line and exit code 2 if the body takes longer than `seconds`.
+
+    NCCL's own calls have no time limit, and Python handles no signal while they run.
+    """
 
     def end() -> None:
         try:
             print(f"error: {line} within {_spell(timedelta(seconds=seconds))}", file=sys.stderr, flush=True)
-        finally:  # also where nobody reads any more
+        finally:  # also if stderr is closed
             os._exit(2)
 
     timer = threading.Timer(seconds, end)
@@ -147,9 +152,9 @@ def bounded(seconds: float, line: str) -> Iterator[None]:
 
 
 def read_world() -> World:
-    """This process's place, whatever the launcher; sees to it that MASTER_ADDR and MASTER_PORT are set if there are several.
+    """The World of this process, under any launcher. With several processes it also sets MASTER_ADDR and MASTER_PORT.
 
-    UserError where the environment is incomplete, or accelerate started fewer processes than it was asked for.
+    UserError if the environment is incomplete, or if accelerate started fewer processes than it was asked for.
     """
     world = World(*launcher.find_rank_info(os.environ))
     if world.size > 1:
@@ -165,21 +170,21 @@ def read_world() -> World:
 
 
 def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone: bool = False) -> None:
-    """Enter the process group. One process makes none, unless `alone` asks for a group of one (fsdp, zero0 to zero3).
+    """Join the process group. A single process makes none, unless `alone` asks for a group of one (fsdp, zero0 to zero3).
 
-    timeout_minutes: how long a collective may take. UserError on every rank, with the same line, where some do not come or
-    do not fit to the others.
+    timeout_minutes: how long a collective may take. If some ranks do not come, or do not fit the others, every rank raises a
+    UserError with the same line.
     """
     if world.size == 1 and not alone:
         return
     from trainer.runtime.device import choose_device
 
-    # FSDP and DeepSpeed call functions that torch has renamed since; it is not for a user to hear of on every rank.
+    # FSDP and DeepSpeed call functions that torch has since renamed; a user does not need this warning from every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Libraries ask the environment, which srun sets otherwise and a single process not at all.
+    # Libraries read these variables. srun sets others, and a single process has none.
     os.environ.update(zip(launcher.NAMES, map(str, world.rank_info), strict=True))
     if world.on_one_machine and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has to reach us
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other machine needs to connect
     world.timeout = timedelta(minutes=timeout_minutes)
     store: dist.Store = dist.HashStore() if world.size == 1 else meet(world, wanted_device)
     device = choose_device(wanted_device, world.local_rank)
@@ -187,13 +192,13 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
     if on_gpu:
         torch.cuda.set_device(device)
     stuck = (
-        "process group: see that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between the machines "
-        f"(NCCL_DEBUG=INFO tells more): rank {world.rank} on {launcher.own_host(os.environ)} is not connected to the others"
+        "process group: check that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface between the machines "
+        f"(NCCL_DEBUG=INFO prints more): rank {world.rank} on {launcher.own_host(os.environ)} is not connected to the others"
     )
     try:
         with bounded(CONNECT_SECONDS, stuck):
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints need gloo beside a GPU
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # offloaded tensors and checkpoints always need gloo
                 store=store,
                 rank=world.rank,
                 world_size=world.size,
@@ -202,17 +207,17 @@ def join(world: World, wanted_device: str, timeout_minutes: float = 30.0, alone:
             )
     except RuntimeError as error:
         raise MachineError(
-            f"process group: the {world.size} processes came to {_meeting_point()} but cannot connect to each other; see "
+            f"process group: the {world.size} processes came to {_meeting_point()} but cannot connect to each other; check "
             "that no firewall is between their machines, and that NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the interface "
             f"between them: {str(error).splitlines()[0]}"
         ) from None
 
 
 def meet(world: World, wanted_device: str) -> dist.Store:
-    """The store in which all processes have posted facts that fit together.
+    """The store in which all processes have posted their facts, after a check that these fit together.
 
-    The last to come compares all facts, and whoever has waited too long names those who are missing: the first of these to
-    write the outcome decides it for all.
+    The last rank to arrive compares all facts. A rank that has waited too long names the missing ranks. The first rank to
+    write an outcome decides for all.
     """
     from trainer.runtime.device import choose_device
 
@@ -220,7 +225,7 @@ def meet(world: World, wanted_device: str) -> dist.Store:
     try:
         device = choose_device(wanted_device, world.local_rank)
     except UserError as error:
-        problem = str(error)  # the others are to end too, and to hear of it
+        problem = str(error)  # post it, so that the other ranks also end and report it
     own = find_host_info(world.rank_info, device, problem)
     patience = min(timedelta(seconds=MEETING_SECONDS), world.timeout)
     store = _attempt_store(world, patience)
@@ -232,26 +237,26 @@ def meet(world: World, wanted_device: str) -> dist.Store:
         outcome = _await_outcome(store, world, patience)
     except RuntimeError as error:
         raise MachineError(
-            f"process group: {_meeting_point()} was there and is gone; see what rank 0 and the launcher printed: "
+            f"process group: the store at {_meeting_point()} is gone; read what rank 0 and the launcher printed: "
             f"{str(error).splitlines()[0]}"
         ) from None
     kind, errors = json.loads(outcome)
     if errors:
         if world.leader:
-            time.sleep(1)  # the store may be in this process: let the others read it
+            time.sleep(1)  # this process may hold the store: let the others read it
         raise (MachineError if kind == "MachineError" else UserError)("; ".join(errors))
     store.set_timeout(world.timeout)
     return store
 
 
 def _await_outcome(store: dist.Store, world: World, patience: timedelta) -> bytes:
-    """What the meeting has come to, decided here if nobody else does in time. Rank 0, which speaks, is the first to lose patience."""
+    """The outcome of the meeting. If no rank decides in time, this rank does; rank 0, which prints, waits the shortest time."""
     try:
         store.wait(["outcome"], patience + timedelta(seconds=0 if world.leader else 10))
     except dist.DistStoreError:
         came = _posted(store, [rank for rank in range(world.size) if store.check([f"facts/{rank}"])])
         missing = absentees(world.size, came, launcher.slurm_hosts(os.environ))
-        line = f"process group: {missing} to {_meeting_point()} within {_spell(patience)}; see what was printed there"
+        line = f"process group: {missing} to {_meeting_point()} within {_spell(patience)}; read the output of the missing ranks"
         store.compare_set("outcome", "", json.dumps(["MachineError", [line, *compare(came)[0]]]))
     return store.get("outcome")
 
@@ -262,8 +267,11 @@ def _posted(store: dist.Store, ranks: Iterable[int]) -> list[HostInfo]:
 
 
 def _attempt_store(world: World, patience: timedelta) -> dist.Store:
-    """Torchrun's store, else one that rank 0 holds, with keys of this run and attempt alone: after a restart the dead ranks' are
-    still in it, and another run's ranks may come to the same port."""
+    """torchrun's store, or one that rank 0 holds, with a prefix for the keys of this run and attempt.
+
+    The prefix is needed because after a restart the store still holds the keys of the dead ranks, and because ranks of another
+    run may use the same port.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holder = world.leader and not _launcher_holds_store()
     try:
@@ -281,27 +289,27 @@ def _attempt_store(world: World, patience: timedelta) -> dist.Store:
     except (OSError, RuntimeError) as error:
         cause = str(error).splitlines()[0]
         if holder:
-            advice = f"cannot listen at {_meeting_point()}; see that no other program has the port"
+            advice = f"cannot listen at {_meeting_point()}; check that no other program uses the port"
         else:
-            advice = f"nobody answers at {_meeting_point()} within {_spell(patience)}; see what rank 0 printed"
-            advice += ", and that this machine reaches that one"
+            advice = f"nobody answers at {_meeting_point()} within {_spell(patience)}; read what rank 0 printed"
+            advice += ", and check that this machine can reach that one"
         raise MachineError(f"process group: {advice}: {cause}") from None
     return dist.PrefixStore(attempt_prefix(), store)
 
 
 def attempt_prefix() -> str:
-    """Of the keys of this attempt of this run. The launch scripts draw a name; torchrun has one of its own."""
+    """The key prefix for this attempt of this run. The launch scripts choose a name for a run; so does torchrun."""
     run = os.environ.get("CRESCENDO_RENDEZVOUS") or os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{run}/attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _launcher_holds_store() -> bool:
-    """Whether torchrun's own process does."""
+    """Whether torchrun's own process holds the store, so that rank 0 does not."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _listen_here(port: int) -> int:
-    """A socket that only this machine can reach; torch's own would listen to all networks."""
+    """The descriptor of a socket that only this machine can reach; torch's own socket would listen on all networks."""
     listening = socket.socket()
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

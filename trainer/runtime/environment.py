@@ -1,4 +1,4 @@
-"""What a process runs on: versions, machine, git state."""
+"""The environment of a process: versions, machine, git state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.runtime.launcher import find_rank_info
 
 
 def environment() -> dict[str, Any]:
-    """Command, versions, machine, processes and git state of this start."""
+    """Time, command, versions, machine, number of processes and git state of this start."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that matter, those that are installed."""
+    """Versions of the packages that matter to a run, as far as they are installed."""
     import importlib.metadata
 
     versions = {}
@@ -42,7 +42,7 @@ def package_versions() -> dict[str, str]:
 
 @functools.cache
 def git_state() -> dict[str, Any] | None:
-    """The commit of this checkout, and whether files differ from it; None where git does not tell."""
+    """The commit of this checkout, and whether files differ from it; None without git or outside a repository."""
     here = Path(__file__).parent
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)

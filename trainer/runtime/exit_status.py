@@ -1,8 +1,8 @@
-"""How a run ended, for the script that started it: launchers do not hand on what their workers exit with.
+"""Tells the script that started a run how the run ended, because launchers do not pass on the exit code of their workers.
 
-The script names a file in CRESCENDO_OUTCOME before it starts the launcher. Its first line begins with `finished`, `stopped`
-(asked to; a checkpoint is written) or `refused` (the same command would fail again). A run that crashed or lost a machine
-writes nothing.
+The script names a file in CRESCENDO_OUTCOME before it starts the launcher. The first line of the file begins with `finished`,
+`stopped` (a signal asked for it; a checkpoint is written) or `refused` (the same command would fail again). A run that
+crashed or lost a machine writes nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ VARIABLE = "CRESCENDO_OUTCOME"
 
 
 def write_exit_status(text: str) -> None:
-    """Append `text` as a line to the file that CRESCENDO_OUTCOME names, if it names one; any rank may."""
+    """Append `text` as one line to the file that CRESCENDO_OUTCOME names, if it is set. Any rank may call it."""
     path = os.environ.get(VARIABLE)
     if not path:
         return
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(" ".join(text.split()) + "\n")
-    except OSError as error:  # the script then takes the run for one that crashed, and starts it again
+    except OSError as error:  # the script then believes that the run crashed, and starts it again
         print(f"warning: {VARIABLE}: {path} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""What each process knows of itself before it joins the others, and what of it does not fit together.
+"""Facts about each process before it joins the process group, and a check that they fit together.
 
-All post their facts where they meet (`distributed.meet`); `compare` ends a run whose machines differ in software or devices.
+Every process posts its facts to the store (`distributed.meet`). `compare` finds machines whose software or devices differ.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from trainer.runtime.launcher import RankInfo
 
 @dataclass(frozen=True)
 class HostInfo:
-    """What is known of one rank without the others. As JSON it goes to the store where they meet."""
+    """What one rank knows about itself. It is posted to the store as JSON."""
 
     rank: int
     host: str
-    peers: tuple[int, int]  # first rank of this machine and the one after its last, as far as it is known
+    peers: tuple[int, int]  # known ranks of this machine: the first one, and the last one plus 1
     device: str = "cpu"  # or cuda
-    problem: str = ""  # why it cannot take part
+    problem: str = ""  # why this rank cannot take part
     software: dict[str, str] = field(default_factory=dict)
-    changed: bool = False  # the checkout has changes that are not committed
-    devices: int = 0  # GPUs that it sees
+    changed: bool = False  # whether the checkout has uncommitted changes
+    devices: int = 0  # number of GPUs that this process sees
     gpu: str = ""  # name and memory
     driver: str = ""
 
 
 def find_host_info(rank_info: RankInfo, device: torch.device | None, problem: str = "") -> HostInfo:
-    """This process's. device: None where it has none, which `problem` explains."""
+    """The HostInfo of this process. device: None if the process has none; `problem` then gives the reason."""
     software = {"python": platform.python_version(), **package_versions()}
-    # One process of a machine asks git, which reads the whole checkout, maybe over a network.
+    # Only one process per machine calls git, which reads the whole checkout, perhaps over a network.
     git = git_state() if rank_info.local_rank == 0 else None
     if git is not None:
         software["git"] = git["sha"][:12]
@@ -66,7 +66,7 @@ def find_host_info(rank_info: RankInfo, device: torch.device | None, problem: st
 
 
 def _driver() -> str:
-    """Version of NVIDIA's driver; "" where there is none."""
+    """Version of the NVIDIA driver; "" if there is none."""
     with contextlib.suppress(OSError):
         found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
         return found.group() if found else ""
@@ -74,21 +74,24 @@ def _driver() -> str:
 
 
 def compare(everyone: Sequence[HostInfo]) -> tuple[list[str], list[str]]:
-    """(errors, warnings): who cannot take part, and what differs. The commonest value, or rank 0's, is taken to be right."""
+    """(errors, warnings). Errors: ranks that cannot take part, different devices or software. Warnings: other differences.
+
+    The most common value counts as right; if several are equally common, the one of the lowest rank.
+    """
     first_of_machine = {one.host: one for one in reversed(everyone) if one.problem}.values()
     errors = [f"{one.problem} ({where([one])})" for one in reversed(first_of_machine)]
     able = [one for one in everyone if not one.problem]
     kinds = _differing(able, "device", lambda one: one.device)
     if kinds:
-        errors.append(f"{'; '.join(kinds)}: see nvidia-smi there and leave that machine out, or --device cpu")
+        errors.append(f"{'; '.join(kinds)}: run nvidia-smi there; leave that machine out, or use --device cpu")
     keys = {key: None for one in able for key in one.software if key not in ("cuda", "nccl") or not kinds}
     software = []
     for key in keys:
-        # Only some ranks ask git; of packages all know whether they are there.
+        # Only some ranks call git, but every rank knows which packages are installed.
         asked = [one for one in able if key != "git" or key in one.software]
         software += _differing(asked, key, lambda one, key=key: one.software.get(key, "missing"))  # type: ignore[misc]
     if software:
-        errors.append(f"preflight: {'; '.join(software)}: make them equal on all machines, or leave those out")
+        errors.append(f"preflight: {'; '.join(software)}: make them equal on all machines, or leave these machines out")
     warnings = _differing(able, "GPU", lambda one: one.gpu) + _differing(able, "driver", lambda one: one.driver)
     asked = [one for one in able if "git" in one.software]
     warnings += _differing(asked, "checkout", lambda one: "changed" if one.changed else "as committed")
@@ -96,7 +99,7 @@ def compare(everyone: Sequence[HostInfo]) -> tuple[list[str], list[str]]:
 
 
 def _differing(everyone: Sequence[HostInfo], name: str, value: Callable[[HostInfo], str]) -> list[str]:
-    """ "NAME is VALUE on WHERE, USUAL elsewhere" for each value but the commonest."""
+    """ "NAME is VALUE on WHERE, USUAL elsewhere" for each value except the most common one."""
     values = [value(one) for one in everyone]
     (usual, _), *others = Counter(values).most_common() or [("", 0)]
     return [
@@ -114,9 +117,10 @@ def where(some: Iterable[HostInfo]) -> str:
 
 
 def absentees(size: int, present: Sequence[HostInfo], hosts: Sequence[str]) -> str:
-    """`ranks 8-15 (node2) have not come`, machines being named as far as they are known; "" where all have.
+    """`ranks 8-15 (node2) have not come`, with the machines that are known; "" if all ranks have come.
 
-    hosts: names of the job's machines, or nothing. A rank whose machine no other rank knows is on one that said nothing.
+    hosts: names of the job's machines, or empty. If no present rank shares a machine with a missing rank, the missing rank
+    is on one of the `hosts` from which no rank has come.
     """
     missing = sorted(set(range(size)) - {one.rank for one in present})
     home = {rank: one.host for one in present for rank in range(*one.peers)}
@@ -129,7 +133,7 @@ def absentees(size: int, present: Sequence[HostInfo], hosts: Sequence[str]) -> s
 
 
 def machines(everyone: Sequence[HostInfo]) -> dict[str, list[int]]:
-    """Host -> its ranks."""
+    """Host name -> its ranks."""
     found: dict[str, list[int]] = {}
     for one in everyone:
         found.setdefault(one.host, []).append(one.rank)

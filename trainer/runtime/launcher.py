@@ -1,7 +1,7 @@
-"""This process's place among all of the run, from the environment variables of what started it.
+"""Rank and world size of this process, from the environment variables of its launcher.
 
-torchrun, `accelerate launch` and `deepspeed` set RANK, WORLD_SIZE and so on; srun sets Slurm's own. Nothing here
-imports torch: the command line asks for its rank before anything else.
+torchrun, `accelerate launch` and `deepspeed` set RANK, WORLD_SIZE and so on; srun sets Slurm's own variables. This module does
+not import torch, because the command line needs its rank before anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Environment = Mapping[str, str]
 
 
 class RankInfo(NamedTuple):
-    """Which of the run's processes this is. local: among those on this machine."""
+    """Rank of this process and number of processes: in the whole run, and on this machine (local)."""
 
     rank: int = 0
     size: int = 1
@@ -29,26 +29,26 @@ class RankInfo(NamedTuple):
     local_size: int = 1
 
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # of a RankInfo's fields, as torchrun has them
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names for the fields of a RankInfo
 REMEDY = "start with torchrun, accelerate launch, deepspeed or srun"
 
 
 def find_rank_info(environ: Environment) -> RankInfo:
-    """This process's place. UserError where the environment says several processes but not which of them this is."""
+    """The RankInfo of this process. UserError if the environment is incomplete or contradicts itself."""
     stated = {name: count(environ, name) for name in NAMES if environ.get(name)}
     if "RANK" in stated and "LOCAL_WORLD_SIZE" not in stated and environ.get("LOCAL_SIZE"):
-        stated["LOCAL_WORLD_SIZE"] = count(environ, "LOCAL_SIZE")  # the deepspeed launcher's name for it
+        stated["LOCAL_WORLD_SIZE"] = count(environ, "LOCAL_SIZE")  # the name that the deepspeed launcher uses
     task = slurm_task(environ)
-    if task is None or len(stated) == len(NAMES):  # a launcher that srun started knows better than srun
+    if task is None or len(stated) == len(NAMES):  # if srun started a launcher, the launcher's values are right
         return _checked(stated, environ)
     for name, value in zip(NAMES, task, strict=True):
         if stated.get(name, value) != value:
-            raise UserError(f"{name}: {stated[name]}, but srun makes it {value} ({task.size} tasks); unset {name}")
+            raise UserError(f"{name}: is {stated[name]}, but srun says {value} ({task.size} tasks); unset {name}")
     return task
 
 
 def _checked(stated: dict[str, int], environ: Environment) -> RankInfo:
-    """The place that the standard names state, once it is sure that they are all there and fit together."""
+    """The RankInfo from the standard names. UserError if one of them is missing or if they contradict each other."""
     if not stated:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if environ.get(name, "1") not in ("", "1"):
@@ -67,7 +67,7 @@ def _checked(stated: dict[str, int], environ: Environment) -> RankInfo:
 
 
 def count(environ: Environment, name: str, default: int | None = None, remedy: str = REMEDY) -> int:
-    """The whole number in a variable. UserError where it holds something else, or nothing and there is no default."""
+    """The integer in a variable. UserError if it holds something else, or if it is empty and there is no default."""
     text = environ.get(name, "")
     if not text and default is not None:
         return default
@@ -77,14 +77,14 @@ def count(environ: Environment, name: str, default: int | None = None, remedy: s
 
 
 def restarts(environ: Environment) -> int:
-    """How often Slurm has started this job again."""
-    return count(environ, "SLURM_RESTART_COUNT", 0, "unset it; Slurm sets it for a job that it starts again")
+    """How often Slurm has restarted this job."""
+    return count(environ, "SLURM_RESTART_COUNT", 0, "unset it; Slurm sets it when it restarts a job")
 
 
 def slurm_task(environ: Environment) -> RankInfo | None:
-    """Our place among the tasks that one srun started; None outside of srun, and in a task that is alone.
+    """The RankInfo among the tasks that one srun started; None outside of srun, and for a single task.
 
-    A batch script is one process although it has SLURM_PROCID and SLURM_NTASKS; SLURM_STEP_ID is set by srun alone.
+    A batch script is one process, although it has SLURM_PROCID and SLURM_NTASKS. Only srun sets SLURM_STEP_ID.
     """
     if not environ.get("SLURM_STEP_ID"):
         return None
@@ -99,20 +99,23 @@ def slurm_task(environ: Environment) -> RankInfo | None:
     node = count(environ, "SLURM_NODEID")
     if node >= len(per_node):
         raise UserError(
-            f"SLURM_STEP_TASKS_PER_NODE: tells nothing of node {node}; start with srun, or torchrun on each node"
+            f"SLURM_STEP_TASKS_PER_NODE: has no entry for node {node}; start with srun, or torchrun on each node"
         )
     return RankInfo(count(environ, "SLURM_PROCID"), size, count(environ, "SLURM_LOCALID"), per_node[node])
 
 
 def find_meeting_point(environ: Environment) -> tuple[str, str]:
-    """Address and port where the processes meet: MASTER_ADDR and MASTER_PORT. srun sets neither: there it is the first
-    host of the step, and a port made of the numbers of job and step, so that two jobs of a machine have two."""
+    """Address and port where the processes meet: MASTER_ADDR and MASTER_PORT.
+
+    srun sets neither. Then the address is the first host of the step, and the port is computed from the numbers of the job
+    and the step, so that two jobs on one machine have different ports.
+    """
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if slurm_task(environ) is not None:
         address = address or _first_host(environ)
         parts = (count(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         mixed = sum(parts, restarts(environ) * 1000)
-        port = port or str(10_000 + mixed % 20_000)  # below the ports that systems give out by themselves
+        port = port or str(10_000 + mixed % 20_000)  # below the ports that the system assigns automatically
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if not value:
             raise UserError(f"{name}: not set, although WORLD_SIZE is {environ.get('WORLD_SIZE')}; {REMEDY}")
@@ -125,19 +128,19 @@ def _first_host(environ: Environment) -> str:
     hosts = slurm_hosts(environ)
     if not hosts:
         raise UserError(
-            f"MASTER_ADDR: `scontrol show hostnames {_slurm_nodes(environ)}` gives no name; export MASTER_ADDR, the first "
-            "node's name"
+            f"MASTER_ADDR: `scontrol show hostnames {_slurm_nodes(environ)}` prints no name; set MASTER_ADDR to the name of "
+            "the first node"
         )
     return hosts[0]
 
 
 def _slurm_nodes(environ: Environment) -> str:
-    """Slurm's own list of names, such as node[1-2,5]; "" outside of Slurm."""
+    """Slurm's list of node names, such as node[1-2,5]; "" outside of Slurm."""
     return environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
 
 
 def slurm_hosts(environ: Environment) -> list[str]:
-    """Names of the machines of the step or the job; none outside of Slurm and where scontrol does not tell."""
+    """Names of the machines of the step or the job; empty outside of Slurm and if scontrol fails."""
     nodes = _slurm_nodes(environ)
     if not any(mark in nodes for mark in ",["):
         return [nodes] if nodes else []
@@ -151,13 +154,15 @@ def slurm_hosts(environ: Environment) -> list[str]:
 
 
 def own_host(environ: Environment) -> str:
-    """This machine's name, as Slurm calls it where it started us."""
+    """The name of this machine: Slurm's name if Slurm started this process, else its host name."""
     return environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def own_ranks(environ: Environment, rank_info: RankInfo) -> tuple[int, int]:
-    """First rank of this machine and the one after its last. Launchers number machine by machine; srun may deal ranks out
-    in another way, so that under it only our own is known."""
+    """First rank on this machine, and its last rank plus 1.
+
+    Launchers number ranks machine by machine. srun may use another order, so under srun only this process's rank is known.
+    """
     if slurm_task(environ) == rank_info:
         return rank_info.rank, rank_info.rank + 1
     first = rank_info.rank - rank_info.local_rank
@@ -165,9 +170,10 @@ def own_ranks(environ: Environment, rank_info: RankInfo) -> tuple[int, int]:
 
 
 def refuse_lost_processes(environ: Environment) -> None:
-    """For a process that is alone. UserError where accelerate was asked for several and started one, as it does on CPU.
+    """For a single process: UserError if accelerate was asked for several processes but started one, as it does on a CPU.
 
-    It sets MASTER_ADDR when it was asked for several. One that its own environment held already says nothing.
+    accelerate sets MASTER_ADDR when it was asked for several. If accelerate's own environment already had MASTER_ADDR, this
+    proves nothing.
     """
     if "ACCELERATE_MIXED_PRECISION" not in environ or "MASTER_ADDR" not in environ or environ.get("WORLD_SIZE"):
         return
@@ -175,14 +181,13 @@ def refuse_lost_processes(environ: Environment) -> None:
         if b"\0MASTER_ADDR=" in b"\0" + Path(f"/proc/{os.getppid()}/environ").read_bytes():
             return
     raise UserError(
-        "accelerate launch: several processes were asked for, but it started only one, as it does on CPU (--cpu, "
+        "accelerate launch: several processes were asked for, but it started only one, as it does on a CPU (--cpu, "
         "MULTI_CPU); use `torchrun --standalone --nproc_per_node N -m trainer ...`, or ask for one process"
     )
 
 
 def unused_tasks(environ: Environment) -> str | None:
-    """For a process that is alone: what to tell the user where it is in a Slurm job's batch script and the job has more
-    tasks, else None."""
+    """For a single process: a note for the user if it runs in the batch script of a Slurm job with more tasks, else None."""
     tasks = environ.get("SLURM_NTASKS") or environ.get("SLURM_JOB_NUM_NODES") or "1"
     if environ.get("SLURM_STEP_ID") or not re.fullmatch("[0-9]{1,9}", tasks) or int(tasks) == 1:
         return None

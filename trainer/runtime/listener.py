@@ -1,7 +1,7 @@
-"""A thread that hears of signals at once, and the stacks that SIGUSR2 asks for.
+"""A thread that receives signals at once, and the stack traces that SIGUSR2 requests.
 
-Python runs a signal's handler in the main thread, between two of its own instructions: not while native code computes, builds or
-waits. But it writes each signal's number into a pipe at once, and a thread reads there.
+Python runs a signal handler in the main thread, between two Python instructions, so it cannot run while native code computes,
+compiles or waits. But Python writes the number of each signal to a pipe at once, and the thread here reads this pipe.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 
 class Listener:
-    """Calls `work(number)` in its thread for each signal that it was told of, whatever the main thread does.
+    """Calls `work(number)` in its own thread for each signal that `hear` registered, whatever the main thread does.
 
-    It needs the GIL: native code that holds that keeps this thread waiting, too. Signals need a Python handler besides.
+    The thread needs the GIL, so native code that holds the GIL delays it. Each signal also needs a Python handler.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class Listener:
         self._works[number] = work
 
     def forget(self, number: int) -> None:
-        """The signal has no work any more. What came before is still dealt with after `drain`."""
+        """Remove the signal's work. Call `drain` first if signals that have already come should still be handled."""
         self._works.pop(number, None)
 
     def drain(self) -> None:
-        """Wait until what has come so far is dealt with."""
+        """Wait, at most one second, until all signals that have come so far are handled."""
         self._drained.clear()
         os.write(self._write, b"\0")
         self._drained.wait(1)
@@ -51,11 +51,11 @@ class Listener:
 
 
 _listener: Listener | None = None
-in_child: list[Callable[[], None]] = []  # what else a forked process has to forget
+in_child: list[Callable[[], None]] = []  # further functions that a forked process calls
 
 
 def listener() -> Listener:
-    """The one of this process; call it in the main thread."""
+    """The Listener of this process. Call it in the main thread."""
     global _listener
     if _listener is None:
         _listener = Listener()
@@ -63,7 +63,7 @@ def listener() -> Listener:
 
 
 def _forget() -> None:
-    """In a forked process, which would write into its parent's pipe."""
+    """Runs in a forked process, which would otherwise write to the pipe of its parent."""
     global _listener
     if _listener is not None:
         signal.set_wakeup_fd(-1)
@@ -77,10 +77,11 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def stacks_on_request() -> None:
-    """From here on SIGUSR2 writes stacks to stderr, and nothing else happens.
+    """From now on SIGUSR2 writes stack traces to stderr and has no other effect.
 
-    First faulthandler's own handler writes that of the thread it interrupts, the main one: it needs no GIL. It must not look at
-    other threads, which run meanwhile and free what it reads. Then the listener, which has the GIL, writes those of all.
+    First faulthandler's handler, which does not need the GIL, writes the stack of the thread that it interrupts, the main
+    thread. It must not read the stacks of other threads, because they keep running and may free what it reads. Then the
+    listener, which holds the GIL, writes the stacks of all threads.
     """
     if threading.current_thread() is threading.main_thread():
         listener().hear(signal.SIGUSR2, _write_all)
@@ -91,14 +92,14 @@ def stacks_on_request() -> None:
 
 def _write_all(number: int) -> None:
     write_stacks("stacks of all threads:\n")
-    # faulthandler forgets it with each signal: a read of a library that is interrupted shall go on, not fail.
+    # faulthandler resets this at each signal. With it, an interrupted system call of a library continues instead of failing.
     signal.siginterrupt(number, False)
 
 
 def write_stacks(title: str) -> None:
-    """Write `title` and the Python stacks of all threads to stderr, in one piece where that is possible: ranks may share it."""
+    """Write `title` and the Python stacks of all threads to stderr, if possible in one piece, because ranks may share stderr."""
     try:
-        descriptor = os.memfd_create("stacks")  # no file: its file system may be what hangs
+        descriptor = os.memfd_create("stacks")  # in memory, because the file system may be what hangs
     except (AttributeError, OSError):  # not Linux, or not allowed
         tell(title.encode())
         faulthandler.dump_traceback(2)
@@ -110,7 +111,7 @@ def write_stacks(title: str) -> None:
 
 
 def tell(text: bytes) -> None:
-    """Write to stderr as far as it takes it. print could wait for a lock that the main thread holds."""
+    """Write to stderr and ignore errors. print could wait for a lock that the main thread holds."""
     with contextlib.suppress(OSError):
         while text:
             text = text[os.write(2, text) :]

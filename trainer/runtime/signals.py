@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1: the run writes a checkpoint after the step it is in, and ends."""
+"""SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1: the run finishes the current step, writes a checkpoint, and ends."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from trainer.runtime.device import HostCopy
 from trainer.runtime.distributed import World
 from trainer.runtime.listener import in_child, listener, tell
 
-# Where ranks heard of several, the first of these counts.
+# If ranks received different signals, the first one in this order counts.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# What must outlive its shell is started with these ignored: by nohup, and in the background of a script.
+# nohup and background jobs of a script start a process with these ignored, so that it outlives its shell.
 MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
-# `timeout`, and launchers on a terminal or under Slurm, deliver one request twice: to the whole group, and passed on.
+# `timeout`, and launchers on a terminal or under Slurm, deliver one request twice: the process group gets the signal, and the
+# launcher passes it on. A second signal within these seconds is the same request.
 SAME_REQUEST_SECONDS = 5.0
-SAME_KEY_SECONDS = 0.25  # the same of a Ctrl-C without a launcher: a finger is slower, `timeout` is faster
-CHECK_SECONDS = 1.0  # at least, between two questions of `StopCheck`, where turns are shorter
+SAME_KEY_SECONDS = 0.25  # for Ctrl-C without a launcher: a user is slower, `timeout` is faster
+CHECK_SECONDS = 1.0  # minimum time between two checks of `StopCheck` if turns are shorter
 
 
 class StopSignals:
-    """Context manager. Until `begin` a signal of STOPPING raises Stopped, as nothing can be lost; from then on it only sets `asked`,
-    and the loop looks there after each step.
+    """Context manager that handles the signals of STOPPING. Outside the main thread it does nothing.
 
-    A further request, but for SIGUSR1, ends the process at once, also in native code. A signal may reach some ranks only: let
-    the ranks agree on one. launched: by a launcher, which passes on what the whole group gets. Outside the main thread
-    nothing changes.
+    Before `begin` a signal raises Stopped, because there is nothing to lose. After `begin` it only sets `asked`, and the loop
+    checks `asked` after each step. A second request ends the process at once, even in native code; SIGUSR1 does not count as
+    one. A signal may reach only some ranks, so the ranks must agree on one (`StopCheck`). launched: whether a launcher started
+    the process; a launcher passes on signals that the whole process group already gets.
     """
 
     def __init__(self, world: World, launched: bool = False) -> None:
@@ -51,7 +52,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            in_child.append(self._restore)  # a forked process must not outlive the SIGTERM of who ends it
+            in_child.append(self._restore)  # SIGTERM must still end a forked process
             for number in STOPPING:
                 if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
                     listener().hear(number, self._hear)
@@ -63,9 +64,8 @@ class StopSignals:
             self._restore()
             in_child.remove(self._restore)
             listener().drain()
-            for (
-                number
-            ) in self._previous:  # else a Ctrl-C long after would count as a further request, and end the process
+            # Without this a much later Ctrl-C would count as the second request and end the process.
+            for number in self._previous:
                 listener().forget(number)
 
     def _restore(self) -> None:
@@ -73,13 +73,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def begin(self, say: Callable[[str], None]) -> None:
-        """Training begins: from here on there is something to save. say: the console's."""
+        """Training begins, so from now on there is something to save. say: prints a line on the console."""
         self._say = say
-        if self.asked is not None:  # Stopped was raised where nothing comes of it, as in a __del__
+        if self.asked is not None:  # Stopped was raised, but where Python ignores exceptions, such as in a __del__
             raise Stopped(self.asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, as soon as that is not in native code."""
+        """Runs in the main thread, as soon as that is not in native code."""
         if self.asked in (None, signal.SIGUSR1):
             self.asked = signal.Signals(number)
         if self._say is None and not self._raised:
@@ -87,9 +87,9 @@ class StopSignals:
             raise Stopped(self.asked)
 
     def _hear(self, number: int) -> None:
-        """In the listener's thread, at once."""
+        """Runs in the listener's thread, at once."""
         now = time.monotonic()
-        counts = number != signal.SIGUSR1  # that is a warning, and a script sends SIGTERM after it
+        counts = number != signal.SIGUSR1  # SIGUSR1 is only a warning; a script sends SIGTERM after it
         by_key = number == signal.SIGINT and not self._launched
         if counts and self._first is None:
             self._first = now
@@ -97,33 +97,34 @@ class StopSignals:
             self._end(signal.Signals(number))
         if self._say is not None and not self._announced:
             self._announced = True
-            # In a thread of its own: the main thread may hold the console's lock, and the next signal must be heard.
+            # In a separate thread: the main thread may hold the console's lock, and this thread must handle the next signal.
             telling = threading.Thread(target=self._say, args=(will_stop_line(signal.Signals(number)),), daemon=True)
             telling.start()
             telling.join(0.2)
 
     def _end(self, number: signal.Signals) -> None:
         if self._world.leader:
-            cursor = "\x1b[?25h\r\n" if sys.stderr.isatty() else ""  # the live view hides it
-            tell(f"{cursor}{number.name} once more: ends at once, without another checkpoint\n".encode())
+            cursor = "\x1b[?25h\r\n" if sys.stderr.isatty() else ""  # show the cursor again, which the live view hides
+            tell(f"{cursor}{number.name} again: ends at once, without another checkpoint\n".encode())
         os._exit(exit_code(number))
 
 
 class StopCheck:
-    """Whether any rank was asked to stop, for a loop whose turns all ranks take equally often.
+    """Finds out whether any rank was asked to stop, in a loop that has the same number of turns on all ranks.
 
-    flags: those of this rank, on its device, one for each of STOPPING and perhaps more after them. The ranks ask each other
-    every few turns, and read the answer when they ask again: nobody waits for the device, and all hear in the same turn.
+    flags: returns this rank's flags as a tensor on its device: one for each signal of STOPPING, perhaps followed by others.
+    The ranks sum their flags every few turns and read the result at the next sum. So no rank waits for the device, and all
+    ranks get the answer in the same turn.
     """
 
     def __init__(self, flags: Callable[[], Tensor], world: World) -> None:
         self._flags, self._world = flags, world
         self._turns, self._next, self._interval = 0, 1, 1  # counted in turns
         self._asked_at = -math.inf
-        self._answer: HostCopy | None = None  # flags, and the seconds since the question before, summed over ranks
+        self._answer: HostCopy | None = None  # flags, and seconds since the previous check, summed over ranks
 
     def heard(self) -> signal.Signals | None:
-        """The signal to stop by. Call it in each turn, on all ranks."""
+        """The signal that asks for a stop, or None. Call it in each turn, on all ranks."""
         self._turns += 1
         if self._turns < self._next:
             return None
@@ -142,31 +143,31 @@ class StopCheck:
 
 
 def first_of(counts: Sequence[float]) -> signal.Signals | None:
-    """Of signals that some ranks have heard, in the order of STOPPING, the one that counts; what stands after them does not."""
+    """The first signal in the order of STOPPING that any rank received. Further values in `counts` are ignored."""
     return next((number for number, count in zip(STOPPING, counts, strict=False) if count), None)
 
 
 def follow_launcher() -> None:
-    """Have the kernel send us SIGTERM when the process that started us ends (Linux).
+    """Make the kernel send SIGTERM to this process when its parent process ends (Linux only).
 
-    For workers of a launcher: `accelerate launch` of one process ends of a SIGTERM without passing it on, and any launcher of a
-    SIGKILL; without it their workers would train on with nobody to stop them.
+    This is for workers of a launcher. On SIGTERM, `accelerate launch` of one process ends without passing the signal on; on
+    SIGKILL every launcher does. Their workers would then keep training, and nothing would stop them.
     """
     parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended just now
+        if os.getppid() != parent:  # the parent ended before the call
             signal.raise_signal(signal.SIGTERM)
 
 
 def exit_code(asked: signal.Signals) -> int:
-    """What shells and launchers take for "ended by that signal": 130 for SIGINT, 143 for SIGTERM."""
+    """The exit code that shells and launchers read as "ended by this signal": 130 for SIGINT, 143 for SIGTERM."""
     return 128 + asked
 
 
 def will_stop_line(asked: signal.Signals) -> str:
-    """What is said at once of a request to stop."""
-    return f"{asked.name}: will stop with a checkpoint once all processes have heard; once more: ends at once"
+    """The line that a request to stop prints at once."""
+    return f"{asked.name}: will stop with a checkpoint once all processes know; a second request ends at once"
 
 
 def stopped_line(asked: signal.Signals, step: int) -> str:
@@ -175,7 +176,7 @@ def stopped_line(asked: signal.Signals, step: int) -> str:
 
 
 def not_begun_line(asked: signal.Signals, newest: int | None) -> str:
-    """The last line of a run that was asked to stop before its first step. newest: step of the newest checkpoint there is."""
+    """The last line of a run that was asked to stop before its first step. newest: step of the newest checkpoint, or None."""
     there = (
         "nothing was saved" if newest is None else f"the same command goes on from the checkpoint of step {newest:,}"
     )

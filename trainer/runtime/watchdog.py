@@ -1,8 +1,8 @@
-"""Several processes: a run in which nobody makes progress is ended by a line that says which rank is behind, and where.
+"""Ends a run of several processes that makes no progress, with a line that says which rank is behind, and where.
 
-Without it the ranks that wait in a collective fail first, at the process group's timeout, and their error names neither.
-Each rank posts where it is to the store; once every rank has stood still for the timeout, the posts tell who did not come.
-Then every rank writes the stacks of its threads to its own stderr, and when all have, they end.
+Without the watchdog, the ranks that wait in a collective fail at the process group's timeout, and their error says neither.
+Each rank posts its position to the store. When no rank has moved for the timeout, the posts show which rank is behind. Then
+every rank writes the stacks of its threads to its own stderr, and when all have done so, they end.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platl
 
 @dataclass(frozen=True)
 class Post:
-    """Where a rank is. `stage` counts the places of a step; `idle` and `unheard` are seconds as in Watchdog."""
+    """The position of a rank. `stage` counts the places of a step; `idle` and `unheard` are in seconds as Watchdog counts them."""
 
     step: int = -1
     stage: int = 0
     place: str = ""
     idle: float = 0.0
-    code: str = ""  # what its main thread executes, once it has been idle for some time
-    waiting: bool = False  # its main thread is in a collective or a backward pass, which may hold one
+    code: str = ""  # the source line that its main thread executes, once it has been idle for some time
+    waiting: bool = False  # whether its main thread is in a collective or in a backward pass, which may contain one
     beat: int = 0
-    unheard: float = 0.0  # set by the reader: since the post last changed
-    limit: float = 0.0  # seconds that a rank may stand there
-    written: bool = False  # its stacks are in its log
+    unheard: float = 0.0  # seconds since the post last changed; the reader sets it
+    limit: float = 0.0  # seconds that a rank may stay at this place
+    written: bool = False  # whether it has written its stacks
     host: str = ""
     pid: int = 0
 
@@ -57,13 +57,14 @@ class Post:
 
 
 class Watchdog:
-    """Ends the process with exit code 1 when no rank has made progress for too long; with one process it never does.
+    """Ends the process with exit code 1 when no rank makes progress for too long. With one process it never ends it.
 
-    Standing still within an optimiser step may take `step_timeout_seconds`, but for the first step, which compiles; anywhere
-    else, and at most, `timeout_seconds`. Start it on every rank after joining the process group, whose own timeout should
-    be longer: this one is kept to a fifth of itself. `at` says where the main thread is. Seconds are those in which this
-    process really ran: a laptop's sleep or a SIGSTOP counts as two ticks. From its start on a SIGUSR2 writes the stacks of
-    all threads to stderr, with one process too, and nothing else happens.
+    The limit is `step_timeout_seconds` within an optimiser step, except in the first step, which compiles. In the first step
+    and everywhere else it is `timeout_seconds`, which is also the upper bound of the step's limit. Start the watchdog on every
+    rank after joining the process group. The process group's own timeout should be longer, because the watchdog may act up
+    to a fifth of its limit late. `at` records where the main thread is. Only seconds in which this process really ran count:
+    a laptop's sleep or a SIGSTOP counts as two ticks. From the start of the watchdog, SIGUSR2 writes the stacks of all
+    threads to stderr and does nothing else, also with one process.
     """
 
     def __init__(self, world: World, timeout_seconds: float, step_timeout_seconds: float = math.inf) -> None:
@@ -73,9 +74,10 @@ class Watchdog:
         self._host = socket.gethostname()
         self._first_step: int | None = None
         self._now = (0, 0, "start", timeout_seconds)
-        self._stands = self._now, 0.0  # where the main thread was at the last tick, and for how many seconds
+        # Where the main thread was at the last tick, and for how many seconds it had been there.
+        self._stands = self._now, 0.0
         self._clock = self._reached = 0.0
-        self._heard: dict[int, tuple[Post, float]] = {}  # each rank's last post, and the clock when it was new
+        self._heard: dict[int, tuple[Post, float]] = {}  # the last post of each rank, and the clock when it was new
         self._closed, self._ending, self._written = threading.Event(), False, False
         self._main = threading.main_thread().ident
         self._threads: list[threading.Thread] = []
@@ -84,15 +86,16 @@ class Watchdog:
             return
         self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self._prefix = f"{attempt_prefix()}/watchdog/"
-        # A store whose process is stopped never answers, whatever its timeout: one thread talks to it, the other does not.
+        # If the process that holds the store is stopped, the store never answers, despite its timeout. So only one of the two
+        # threads talks to the store.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._exchange)]
         for thread in self._threads:
             thread.start()
 
     def at(self, step: int, place: str, in_step: bool = False) -> None:
-        """The main thread has come to `place` of optimiser step `step`; in_step: it is part of the step itself.
+        """Record that the main thread is at `place` of optimiser step `step`. in_step: whether this is part of the step itself.
 
-        Within a step all ranks should come through the same places: the one that passed the fewest is taken to be behind.
+        Within a step all ranks must pass the same places: the rank that has passed the fewest counts as behind.
         """
         if in_step and self._first_step is None:
             self._first_step = step
@@ -101,19 +104,20 @@ class Watchdog:
         self._now = (step, stage + 1 if step == then else 0, place, limit)
 
     def close(self) -> None:
-        """Stop watching, also when an exception ends the run: the run's end by the watchdog makes collectives fail elsewhere.
+        """Stop watching. Call it on every rank before the ranks leave the process group, or the store may disappear first.
 
-        Call it on every rank before they leave the process group, else the first to leave takes the store away.
+        Call it also when an exception ends the run. The exception may come from a collective that failed because the watchdog
+        is ending the run on another rank.
         """
         if self._ending:
-            time.sleep(12 * self._tick)  # the line is out, and this process about to end: no traceback after it
+            time.sleep(12 * self._tick)  # the process ends during this sleep, so no traceback follows the line
         self._closed.set()
         for thread in self._threads:
             thread.join(timeout=1)
 
     # -- the thread that keeps the time ------------------------------------------------------------------------------
 
-    # It reads no source lines, as `whereabouts` does: where a file system hangs, this thread must still end the run.
+    # Unlike `whereabouts`, this thread reads no source lines: it must end the run even if a file system hangs.
 
     def _watch(self) -> None:
         last, moved = time.monotonic(), 0.0
@@ -125,7 +129,7 @@ class Watchdog:
             if place is not self._stands[0]:
                 moved = self._clock
             idle, limit = self._clock - moved, place[-1]
-            # One assignment: the seconds of a long place with the limit of the short one after it would end the run.
+            # Assign both at once: the seconds of a long place with the limit of a short place after it would end the run.
             self._stands = place, idle
             if not self._ending and idle >= limit and self._clock - self._reached >= limit / 4:
                 tell(f"error: {self._no_store()}\n".encode())
@@ -142,15 +146,16 @@ class Watchdog:
         limit = self._stands[0][-1]
         return (
             f"[rank {self._world.rank}] no progress for {limit:.4g} s at {self._where}; the store at "
-            f"{self._address} is gone or stopped, so that where the other ranks are is unknown: look first at rank 0's machine"
+            f"{self._address} is gone or stopped, so it is unknown where the other ranks are: look first at rank 0's machine"
         )
 
     def _end(self) -> None:
-        """Write the stacks and end the process, but not before the others have written: a launcher kills them at the first end.
+        """Write the stacks, wait until the other ranks have written theirs, and end the process.
 
-        Without the store nobody knows who has written; the others then have the same eight ticks to notice it themselves.
+        A launcher kills all ranks when the first one ends. Without the store no rank knows which ranks have written; the
+        others then have the same eight ticks to notice that the run stands still.
         """
-        time.sleep(min(self._tick, 1.0))  # where all ranks share a terminal, the line that says why comes first
+        time.sleep(min(self._tick, 1.0))  # if all ranks share a terminal, the line with the reason must come first
         write_stacks(f"[rank {self._world.rank} on {self._host}, {self._where}] stacks of its threads:\n")
         self._written = True
         for fifth in range(5 * 8):
@@ -159,11 +164,14 @@ class Watchdog:
             if fifth == 5 * 5:
                 self._ask_the_silent()
             time.sleep(self._tick / 5)
-        time.sleep(self._tick)  # the store, which rank 0 may hold, stays until the others have read it too
+        time.sleep(self._tick)  # rank 0 may hold the store; the others must read it before this process ends
         os._exit(1)
 
     def _ask_the_silent(self) -> None:
-        """Ask those on this machine who have not written. One who holds the GIL cannot; faulthandler's handler does not need it."""
+        """Send SIGUSR2 to the ranks on this machine that have not written their stacks.
+
+        In such a rank native code may hold the GIL, so that its watchdog cannot write. faulthandler's handler needs no GIL.
+        """
         posts = {rank: post for rank, (post, _) in list(self._heard.items()) if post.host == self._host}
         if self._world.rank != min((rank for rank, post in posts.items() if post.written), default=None):
             return
@@ -181,14 +189,14 @@ class Watchdog:
             for beat in itertools.count(1):
                 post = replace(self._own_post(), beat=beat)
                 store.set(f"{self._prefix}{self._world.rank}", json.dumps(asdict(post)))
-                # With the main thread at work nobody needs to know where the others are, and the store is spared.
+                # While the main thread makes progress, the other posts are not needed; reading none spares the store.
                 posts = self._read(store) if self._standing or self._ending else {}
                 if not self._ending:
                     self._judge(store, posts)
                 self._reached = self._clock
                 if self._closed.wait(self._tick / 5 if self._ending else self._tick):
                     return
-        except RuntimeError:  # rank 0 is gone; _watch says so if the run stands still
+        except RuntimeError:  # rank 0 is gone; _watch reports this if the run stands still
             pass
 
     @property
@@ -204,14 +212,14 @@ class Watchdog:
     def _read(self, store: dist.Store) -> dict[int, Post]:
         for rank in range(self._world.size):
             key = f"{self._prefix}{rank}"
-            # get would wait for a rank that has not posted yet.
+            # get alone would wait for a rank that has not posted yet.
             post = Post(**json.loads(store.get(key))) if store.check([key]) else Post(limit=self._timeout)
             if rank not in self._heard or self._heard[rank][0].beat != post.beat:
                 self._heard[rank] = post, self._clock
         return {rank: replace(post, unheard=self._clock - new) for rank, (post, new) in self._heard.items()}
 
     def _judge(self, store: dist.Store, posts: dict[int, Post]) -> None:
-        """Let this process end where another rank has said so, or where the posts do; posts: every rank's, or none."""
+        """Decide to end this process if another rank has decided so, or if no rank moves. posts: of every rank, or empty."""
         claim = f"{self._prefix}verdict"
         if store.check([claim]):
             self._ending = True
@@ -227,7 +235,7 @@ class Watchdog:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether process `pid` has a handler for signal `number`, which else may kill it. False where there is no /proc."""
+    """Whether process `pid` has a handler for signal `number`; without one the signal may kill it. False without /proc."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -239,7 +247,7 @@ def catches(pid: int, number: int) -> bool:
 def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
     """("file:line in function: source" of the innermost frame outside of libraries, whether it may be waiting for ranks).
 
-    Where the innermost frame of all is a library's, it follows after " > ".
+    If the innermost frame of all belongs to a library, it follows after " > ".
     """
     if frame is None:
         return "unknown", False
@@ -251,7 +259,7 @@ def whereabouts(frame: FrameType | None) -> tuple[str, bool]:
     source = linecache.getline(own.f_code.co_filename, own.f_lineno).strip()
     text = _spot(own) + (f": {source[:60]}" if source else "")
     path, function = inner.f_code.co_filename.replace(os.sep, "/"), inner.f_code.co_name
-    # NCCL's collectives return at once; who waits for them waits for the device.
+    # NCCL's collectives return at once; code that waits for their result waits for the device.
     waiting = (
         any(part in path for part in ("/torch/distributed/", "/torch/cuda/")) or function == "_engine_run_backward"
     )
@@ -264,27 +272,27 @@ def _spot(frame: FrameType) -> str:
 
 
 def patience(posts: Mapping[int, Post]) -> float:
-    """Seconds for which all ranks may stand still: the limit where the rank that is behind stands.
+    """Seconds for which all ranks may stand still: the limit at the place of the rank that is behind.
 
-    Whoever waits in a collective waits for a rank that has not come to it, thus for one that has passed fewer places: the
-    limit of its own place says nothing then. And those ahead have made every call that the one behind makes, so that
-    their limits say nothing about it. So rank 0 may save for long while others wait in the next step, and a rank lost in
-    a step soon ends a run whose others wait in a validation. That they do wait still matters: a post may be merely lost.
+    The other ranks are ahead: they have passed more places and wait in a collective for the rank behind, so the limits of
+    their own places do not matter. Two examples: rank 0 may take long to save while the others already wait in the next step;
+    and a rank that hangs within a step soon ends the run, even if the others wait in a validation, which has a longer limit.
+    The caller still checks that all ranks stand still, because a post may only be lost.
     """
     least = min((post.step, post.stage) for post in posts.values())
     return max(post.limit for post in posts.values() if (post.step, post.stage) == least)
 
 
 def verdict(posts: Mapping[int, Post], seconds: float, key: str) -> str:
-    """One line: which ranks hold the others up and where, after `seconds` without progress. posts: every rank's.
+    """One line that says which ranks hold up the others, and where, after `seconds` without progress. posts: of every rank.
 
-    key: of the config, to raise where the ranks are only slow.
+    key: the config key to raise if the ranks are only slow.
     """
     blamed = {rank for rank, post in posts.items() if post.unheard >= seconds / 2}
     if blamed:
         unheard = min(posts[rank].unheard for rank in blamed)
         blame = [
-            f"{rank_names(ranks)} {'has' if len(ranks) == 1 else 'have'} not been heard of for {unheard:.3g} s, last from {where}"
+            f"{rank_names(ranks)} {'has' if len(ranks) == 1 else 'have'} reported nothing for {unheard:.3g} s, last at {where}"
             for where, ranks in _groups(posts, blamed)
         ]
     else:
@@ -309,7 +317,7 @@ def verdict(posts: Mapping[int, Post], seconds: float, key: str) -> str:
 
 
 def _groups(posts: Mapping[int, Post], ranks: Iterable[int]) -> list[tuple[str, set[int]]]:
-    """The places of `ranks` with who is there, those behind first."""
+    """The places of `ranks` and the ranks at each place, beginning with those behind."""
     found: dict[str, set[int]] = {}
     for rank in sorted(ranks, key=lambda rank: (posts[rank].step, posts[rank].stage, rank)):
         found.setdefault(posts[rank].where, set()).add(rank)
@@ -317,7 +325,7 @@ def _groups(posts: Mapping[int, Post], ranks: Iterable[int]) -> list[tuple[str, 
 
 
 def _codes(posts: Mapping[int, Post], ranks: Iterable[int]) -> str:
-    """What `ranks` execute, as "ranks 0-2: CODE | rank 3: CODE"."""
+    """The code that `ranks` execute, as "ranks 0-2: CODE | rank 3: CODE"."""
     found: dict[str, set[int]] = {}
     for rank in sorted(ranks):
         found.setdefault(posts[rank].code, set()).add(rank)
