@@ -265,7 +265,7 @@ class TransformerConfig:
             for name in names:
                 if getattr(self, name) != defaults[name] and not has_meaning(self):
                     raise ValueError(
-                        f"{name} has a meaning only with {what}; without it, it must be its default {defaults[name]!r}, "
+                        f"{name} has a meaning only with {what}; without that it must be {defaults[name]!r}, its default, "
                         f"not {getattr(self, name)!r}"
                     )
 
