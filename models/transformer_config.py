@@ -321,7 +321,7 @@ class TransformerConfig:
             )
         if self.hidden_ratio and round(self.hidden_ratio * self.d_model) < 1:
             raise ValueError(
-                f"hidden_ratio must give the MLP at least one channel: {self.d_model} (d_model) times {self.hidden_ratio} is none"
+                f"hidden_ratio must give the MLP at least one channel: {self.d_model} (d_model) times {self.hidden_ratio} rounds to 0"
             )
         if self.pattention_of and self.attention == "latent":
             raise ValueError(
