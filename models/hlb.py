@@ -148,7 +148,7 @@ class Hlb(LanguageModel):
         return Reach(distance, visible)
 
     def _flex_refusal(self, length: int, device: torch.device) -> str | None:
-        """Why attention over `length` tokens does not use Flex; None where it does."""
+        """Why attention over `length` tokens does not use Flex; None if it does."""
         if self.config.attention_kernel != "auto":
             return None if self.config.attention_kernel == "flex" else "asked for"
         if self.config.position_bias_quantised:

@@ -91,7 +91,7 @@ class DecodingState:
             self._grown, self._recurrent = {}, {}
             return
         if self._grown:
-            raise ValueError("rows cannot begin anew alone: the keys and values of all rows have one length")
+            raise ValueError("single rows cannot be reset: the keys and values of all rows have the same length")
         self._recurrent = {key: value.index_fill(0, rows, 0) for key, value in self._recurrent.items()}
 
     def select(self, rows: Tensor) -> None:

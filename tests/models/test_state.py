@@ -205,7 +205,7 @@ def test_a_reset_state_begins_anew():
     first = read(model, state, tokens)
     state.reset()
     assert state.length == 0 == state.nbytes and torch.equal(read(model, state, tokens), first)
-    with pytest.raises(ValueError, match="rows cannot begin anew alone"):
+    with pytest.raises(ValueError, match="single rows cannot be reset"):
         state.reset(torch.tensor([0]))
     state.crop(0)
     assert torch.equal(read(model, state, tokens), first)
