@@ -27,8 +27,8 @@ _planning = False
 
 @contextlib.contextmanager
 def planning_for_gpu() -> Iterator[None]:
-    """In this context models choose FlexAttention as on a GPU that supports it. Tensors without storage then stand for the
-    tensors that its kernel holds."""
+    """In this context models choose FlexAttention as on a GPU that supports it. Attention of tensors without storage then holds
+    the same tensors as its kernel."""
     global _planning
     _planning = True
     try:
