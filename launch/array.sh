@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A sweep as a job array: every combination of the values given, each element a run folder of its own in runs/NAME.
+# A sweep as a job array: one element per combination of values, each with its own run folder in runs/NAME.
 #
 #   launch/array.sh NAME [sbatch options] -- CONFIG.yaml[,CONFIG.yaml ...] [--key value[,value ...] ...]
 #   launch/array.sh dial --nodes=1 --gpus-per-node=8 --time=8:00:00 -- configs/hlb.yaml --model_scale 0.5,1,2 --seed 0,1
 #
-# AT_ONCE limits how many run at a time. The same command again goes on with what is not finished.
+# AT_ONCE limits how many run at a time. The same command again continues the elements that are not finished.
 set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 [ -f launch/multinode.sh ] || fail "there is no launch/multinode.sh here; start launch/array.sh in the project's folder"

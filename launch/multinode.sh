@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train under Slurm on any number of nodes and GPUs. Stops with a checkpoint in time, starts itself again, goes on.
+# Train under Slurm on any number of nodes and GPUs. Stops with a checkpoint before the time limit, requeues itself, and continues.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 launch/multinode.sh CONFIG.yaml [--key value ...]
 #
-# From the project's folder. launch/site.env, where there is one, says what is special about the cluster (site.env.example
-# lists the variables). Everything a run leaves is in its folder; launch/README.md tells of signals, requeueing and faults.
+# Submit it from the project's folder. launch/site.env, if it exists, has the settings of the cluster (site.env.example lists the
+# variables). A run writes everything into its folder. launch/README.md explains signals, requeueing and faults.
 #
 #SBATCH --job-name=crescendo
 #SBATCH --ntasks-per-node=1
@@ -21,19 +21,19 @@ patiently() { for _ in 1 2 3 4 5; do "$@" && return; sleep 10; done; return 1; }
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 
-# USR1 is --signal's warning before the time limit (and at preemption, where the cluster sends it). TERM is Slurm ending the
-# job: its steps get it too, and a user's scancel must stay one. The launchers know TERM alone.
+# USR1 is the warning of --signal before the time limit (and at preemption, if the cluster sends it). Slurm sends TERM to end the
+# job, also to its steps; a job that a user ended with scancel must not start again. The launchers handle only TERM.
 asked='' told_them='' late='' srun=''
 on_warning() {
-  [ -z "$asked" ] || return 0  # the processes take a second SIGTERM for impatience
+  [ -z "$asked" ] || return 0  # a second SIGTERM makes the processes end at once, without a checkpoint
   asked=USR1
-  say "SIGUSR1: the processes shall write a checkpoint and stop"
+  say "SIGUSR1: asking the processes to write a checkpoint and stop"
   [ -z "$srun" ] || stop_processes
 }
 stop_processes() {
   [ -z "$told_them" ] || return 0
   told_them=yes
-  touch "$LOG_DIR/stop"  # for a node whose launcher has yet to begin
+  touch "$LOG_DIR/stop"  # for a node whose launcher has not started yet
   patiently scancel --signal=TERM "$job" &
   { sleep "$STOP_SECONDS"; kill -ALRM $$; } &
 }
@@ -42,24 +42,24 @@ trap on_warning USR1
 trap on_end TERM
 trap 'late=yes' ALRM
 
-# -- where we are ------------------------------------------------------------------------------------------------------
+# -- project, site settings, arguments, nodes --------------------------------------------------------------------------
 
 need SLURM_JOB_ID "start this script with sbatch"
 need SLURM_SUBMIT_DIR "start this script with sbatch"
-# Slurm runs a copy of this script from its own spool folder, so that $0 does not lead to the others.
+# Slurm runs a copy of this script from its own spool folder, so $0 does not lead to the other scripts.
 project=${CRESCENDO_HOME:-$SLURM_SUBMIT_DIR}
 [ -f "$project/launch/node.sh" ] ||
   fail "SLURM_SUBMIT_DIR: there is no launch/node.sh in $project; submit from the project's folder or export CRESCENDO_HOME"
-export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}  # this checkout, and not another that may be installed
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}  # use this checkout, not an installed package
 site=${SITE_ENV:-$project/launch/site.env}
 if [ -f "$site" ]; then
   echo "settings of the site: $site"
-  set -a +eu; . "$site"; set +a -eu  # what `module load` runs knows neither -e nor -u
+  set -a +eu; . "$site"; set +a -eu  # the scripts of `module load` fail under -e and -u
 elif [ -n "${SITE_ENV:-}" ]; then
   fail "SITE_ENV: there is no file $SITE_ENV"
 fi
 
-if [ "${1:-}" = --elements ]; then  # launch/array.sh wrote a file for each element: a word of its command in each line
+if [ "${1:-}" = --elements ]; then  # launch/array.sh wrote a file for each element, with one word of its command per line
   need SLURM_ARRAY_TASK_ID "--elements goes with sbatch --array, as launch/array.sh does it"
   [ -f "${2:-}/$SLURM_ARRAY_TASK_ID" ] || fail "--elements: there is no ${2:-}/$SLURM_ARRAY_TASK_ID"
   mapfile -t element < "$2/$SLURM_ARRAY_TASK_ID"
@@ -69,56 +69,56 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 [ $# -gt 0 ] || fail "no config; sbatch ... launch/multinode.sh CONFIG.yaml [--key value ...]"
 
-# The last element of an array has the array's number as its own, and requeueing that would requeue all elements.
+# The last element of an array has the same job number as the array, and requeueing this number would requeue all elements.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
 need SLURM_JOB_NUM_NODES "start this script with sbatch"
 need SLURM_JOB_CPUS_PER_NODE "start this script with sbatch"
-cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)  # "16(x2),8": of the smallest machine
+cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)  # "16(x2),8": the CPUs of the smallest machine
 NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 need NPROC_PER_NODE "ask for GPUs with --gpus-per-node, or export NPROC_PER_NODE, the processes per node"
 LAUNCHER=${LAUNCHER:-torchrun}
 PYTHON=${PYTHON:-python}
-STOP_SECONDS=${STOP_SECONDS:-150}  # for a checkpoint after the warning; less than the 180 of --signal
+STOP_SECONDS=${STOP_SECONDS:-150}  # time for a checkpoint after the warning; less than the 180 of --signal
 MAX_REQUEUES=${MAX_REQUEUES:-50}
 
-# SLURM_RESTART_COUNT is not set in the first try, and may be that of a job that submitted this one.
+# SLURM_RESTART_COUNT is not set in the first try, and can come from a job that submitted this one.
 restarts=$(patiently scontrol show job "$job" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || true
-need restarts "scontrol show job $job does not tell how often it was restarted"
+need restarts "scontrol show job $job does not show the number of restarts"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || fail "SLURM_JOB_NODELIST: $SLURM_JOB_NODELIST is ${#hosts[@]} names for $SLURM_JOB_NUM_NODES nodes"
 NNODES=$SLURM_JOB_NUM_NODES
 MASTER_ADDR=${hosts[0]}
-# Another one for every job, as jobs may share a machine, and for every try, as the last one's processes may linger on a
-# machine that was lost; below the ports that systems give out by themselves.
+# A different port for every job, because jobs can share a machine, and for every try, because processes of the last try can
+# remain on a lost machine. It is below the ports that systems assign automatically.
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID * 7 + restarts * 1009) % 20000))}
 RENDEZVOUS=$job-$restarts
-CRESCENDO_RENDEZVOUS=$RENDEZVOUS-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')  # no rank of another run shall be taken for ours
+CRESCENDO_RENDEZVOUS=$RENDEZVOUS-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')  # a rank of another run must not count as ours
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
-# torch.compile's helpers: by default up to 32 in each process.
+# Compiler workers of torch.compile; the default is up to 32 in each process.
 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
 
-# Words before every command on a node: a container's options for srun, and its command line.
+# The words before every command on a node: srun with the container's options, and the container's command line.
 inside=()
 if [ -n "${SRUN_ARGS:-}${CONTAINER:-}" ]; then inside=(srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="$cpus" ${SRUN_ARGS:-} ${CONTAINER:-}); fi
 RUN_DIR=$("${inside[@]}" "$PYTHON" -m trainer train "$@" --print_run_dir) || {
   status=$?
   [ "$status" = 2 ] || fail "PYTHON: $PYTHON -m trainer ended with $status on $MASTER_ADDR; see what it printed"
-  exit 2  # it has said why
+  exit 2  # the command has printed why
 }
 job_logs=$RUN_DIR/logs/$job
 LOG_DIR=$job_logs/try-$restarts
-CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/runtime/exit_status.py writes it: launchers do not hand on exit codes
+CRESCENDO_OUTCOME=$LOG_DIR/outcome  # trainer/runtime/exit_status.py writes it, because launchers do not pass on exit codes
 mkdir -p "$LOG_DIR"
 rm -f "$CRESCENDO_OUTCOME" "$LOG_DIR/stop"
-unset NODE_RANK  # torchrun.sh's; here it is Slurm's
+unset NODE_RANK  # only torchrun.sh uses it; here Slurm sets the node's rank
 export NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RENDEZVOUS CRESCENDO_RENDEZVOUS LAUNCHER PYTHON LOG_DIR CRESCENDO_OUTCOME OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
 export SLURM_RESTART_COUNT=$restarts PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Between passing SIGTERM on and SIGKILL torchrun and accelerate wait 30 s: too short for a large checkpoint.
+# By default torchrun and accelerate send SIGKILL 30 s after SIGTERM, which is too early for a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_SECONDS
 
-# What job.txt tells of the environment: these names alone, as others may hold a secret under any name.
+# job.txt shows only these environment variables, because any other variable may hold a secret.
 told='(SLURM_(JOB_(ID|NAME|PARTITION|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS)|ARRAY_(JOB|TASK)_ID|CLUSTER_NAME|SUBMIT_(DIR|HOST))'
 told+='|SLURM_(GPUS_(ON|PER)_NODE|CPUS_(ON_NODE|PER_TASK)|MEM_PER_(NODE|CPU|GPU)|NTASKS|N?TASKS_PER_NODE|RESTART_COUNT)'
 told+='|CUDA_(HOME|VISIBLE_DEVICES)|NCCL_[A-Z0-9_]+|(GLOO|TP)_SOCKET_IFNAME|OMP_NUM_THREADS|TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS)'
@@ -134,7 +134,7 @@ say "run $RUN_DIR, log of every process in $LOG_DIR"
 
 # -- train, until the end or a signal ----------------------------------------------------------------------------------
 
-newest_checkpoint() {  # its name; the manifest is what is written last
+newest_checkpoint() {  # prints its name; a checkpoint is complete when it has a manifest, which is written last
   local manifest newest=''
   for manifest in "$RUN_DIR"/checkpoints/step-*/manifest.json; do [ ! -f "$manifest" ] || newest=${manifest%/*}; done
   echo "${newest##*/}"
@@ -146,19 +146,19 @@ if [ -z "$asked" ]; then
   srun --export=ALL --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 --wait=60 --label ${SRUN_ARGS:-} ${CONTAINER:-} bash "$project/launch/node.sh" "$@" &
   srun=$!
-  [ -z "$asked" ] || stop_processes  # the signal came between the last lines
-  # A trapped signal ends `wait` too. In the foreground srun would hold traps back until it ends.
+  [ -z "$asked" ] || stop_processes  # the signal came after the test above and before srun started
+  # srun runs in the background, because bash runs traps only after a foreground command has ended. A trapped signal also ends `wait`.
   while [ -z "$late" ]; do
     wait "$srun" && status=0 || status=$?
     kill -0 "$srun" 2>/dev/null || break
   done
 fi
 
-# -- what now? ---------------------------------------------------------------------------------------------------------
+# -- after training: end or requeue ------------------------------------------------------------------------------------
 
 requeue() {  # REASON
   [ "$restarts" -lt "$MAX_REQUEUES" ] || { say "$1; not started again: MAX_REQUEUES is $MAX_REQUEUES"; exit 1; }
-  # A job that Slurm has begun to end (scancel, a lost node) or to run elsewhere is not ours to requeue, although it would let us.
+  # Do not requeue a job that Slurm has begun to end (scancel, a lost node) or to run elsewhere, although Slurm would allow it.
   local facts
   facts=$(patiently scontrol --oneliner show job "$job") || true
   [ "$asked" != TERM ] && [[ $facts = *"JobState=RUNNING "*"Restarts=$restarts "* ]] || { say "$1; ended by Slurm"; exit 143; }
@@ -192,7 +192,7 @@ if [ "$asked" = USR1 ]; then
   stop_if_in_vain warned 5
   requeue "${late:+not all processes stopped within $STOP_SECONDS s; }${progress:-no new checkpoint}"
 fi
-# The grace time of a preemption, whose signal may reach the processes alone.
+# In the grace time of a preemption, the signal may reach only the processes, not this script.
 [[ $outcome != stopped* ]] || requeue "$outcome; ${progress:-no new checkpoint}"
 
 say "failed (srun: $status); ${progress:-no new checkpoint}"
@@ -201,4 +201,4 @@ silent=$(patiently sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --forma
   awk '$2 ~ /[*]|down|fail/ {print $1}' | sort -u | tr '\n' ' ') || true
 [ -z "$silent" ] || requeue "not answering: $silent"
 stop_if_in_vain failed 2
-if [ -n "$progress" ]; then requeue "it may go on"; else requeue "once more"; fi
+if [ -n "$progress" ]; then requeue "the run made progress"; else requeue "once more"; fi

@@ -1,9 +1,9 @@
-"""The elements of a sweep, for array.sh: every combination of values given with commas between them, each checked.
+"""Write and check the elements of a sweep for array.sh: every combination of comma-separated values.
 
     python launch/sweep.py FOLDER CONFIG.yaml[,CONFIG.yaml ...] [--key value[,value ...] ...]
 
-Writes FOLDER/elements/0, 1, ...: the words of a `train` command, one in each line, with a run folder in FOLDER of its own,
-named after what differs. Prints a line for each.
+Writes FOLDER/elements/0, 1, ...: the words of a `train` command, one per line. Each element has its own run folder in FOLDER,
+named after its config and values. Prints a line for each element.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.core.text import printable
 
 
 class Word(NamedTuple):
-    """A word of a command: `prefix` and `value`. key: what takes the value; "" for a word without one."""
+    """A word of a command: `prefix` and `value`. key: the key that the value belongs to; "" for a word without a value."""
 
     prefix: str
     value: str
@@ -29,7 +29,7 @@ class Word(NamedTuple):
 
 
 def split_words(words: list[str]) -> list[Word]:
-    """The words after the config, which give values as --key VALUE or --key=VALUE."""
+    """Parse the words after the config: --key VALUE or --key=VALUE."""
     found, key = [], ""
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -43,7 +43,7 @@ def split_words(words: list[str]) -> list[Word]:
 
 
 def elements(folder: Path, words: list[str]) -> list[list[str]]:
-    """The commands' words. UserError where one is no valid command, or two would train in one folder."""
+    """The words of each command. UserError if a command is not valid, or if two would train in one folder."""
     if not words or words[0].startswith("-"):
         raise UserError("no config; CONFIG.yaml comes first, then --key value")
     if any("\n" in word for word in words):
@@ -70,11 +70,11 @@ def elements(folder: Path, words: list[str]) -> list[list[str]]:
 
 
 def write(folder: Path, commands: list[list[str]]) -> None:
-    """A file for each command. UserError where the folder holds another sweep."""
+    """Write a file for each command. UserError if the folder holds another sweep."""
     texts = {str(number): "\n".join(command) + "\n" for number, command in enumerate(commands)}
     if folder.exists():
         if texts != {path.name: path.read_text() for path in folder.iterdir()}:
-            raise UserError(f"{folder}: holds another sweep; choose another name, or delete that folder")
+            raise UserError(f"{folder}: holds another sweep; choose another name, or delete this folder")
         return
     folder.mkdir(parents=True)
     for name, text in texts.items():

@@ -1,1 +1,1 @@
-"""The zoo: every architecture meets the contract of `models/base.py` and knows nothing of the trainer."""
+"""The models: each follows the contract of `models/base.py` and does not depend on the trainer."""

@@ -6,7 +6,7 @@ A model is a config dataclass plus an `nn.Module`, joined by one decorator:
     class Mine(LanguageModel):
         Config = MineConfig
 
-`python -m trainer check FILE` then checks what is promised below. Models import nothing of `trainer`.
+`python -m trainer check FILE` then checks the promises below. Models import nothing from `trainer`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from models import counting
 from models.state import DecodingState, State
 
 IGNORE = -1  # a target that does not count
-Cache = DecodingState  # its name in models written for crescendo-lm 0.2.0 and earlier
+Cache = DecodingState  # the name that models for crescendo-lm 0.2.0 and earlier use
 
 
 class Batch(TypedDict, total=False):
-    """What one forward and backward pass reads: tensors [B, T, ...]. An objective may ask for further keys.
+    """The input of one forward and backward pass: tensors [B, T, ...]. An objective may need further keys.
 
-    tokens: int64. targets: int64, IGNORE where it does not count. weights: what each target counts, absent: 1.
-    documents: the number of each token's document, another one where one starts; no token attends to another document.
+    tokens: int64. targets: int64, IGNORE if a target does not count. weights: weight of each target (absent: 1).
+    documents: the document number of each token. It changes at each new document; no token attends to another document.
     """
 
     tokens: Tensor
@@ -49,18 +49,18 @@ class Batch(TypedDict, total=False):
 
 
 class Hidden(NamedTuple):
-    """What the blocks computed. states: [B, T, D], what the output projection reads; heads: what further heads read besides."""
+    """The output of the blocks. states: [B, T, D], input of the output projection; heads: additional input of further heads."""
 
     states: Tensor
     heads: Any = None
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: a tuple, since FSDP and DeepSpeed look for the tensors in it.
+    """The result of a forward pass. It is a tuple, because FSDP and DeepSpeed look for tensors in tuples.
 
     loss: cross-entropy in nats, mean or sum over the targets that count, fp32 scalar (None without targets)
-    logits: [B, T, V] (None with targets, so that a loss may be fused with the head)
-    parts: further losses by name, already inside `loss` (None: there are none)
+    logits: [B, T, V] (None with targets, so that the loss can be fused with the head)
+    parts: further losses by name, already included in `loss` (None: there are none)
     """
 
     loss: Tensor | None = None
@@ -69,18 +69,18 @@ class Output(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How a parameter that fuses several matrices is cut: into parts of these sizes, by name, side by side along `dim`."""
+    """How a parameter that fuses several matrices splits: into consecutive parts along `dim`, given as name -> size."""
 
     dim: int
     sizes: dict[str, int]
 
 
 class LanguageModel(nn.Module):
-    """Base of every model. Subclasses define `Config` and all that raises here; the rest has a sane default."""
+    """Base of every model. Subclasses define `Config` and every method that raises here; the rest has a sensible default."""
 
     Config: ClassVar[type]
     roles: ClassVar[tuple[str, ...]] = ("matrix", "embedding", "head", "norm", "bias", "position")
-    # Roles of the model's own, as "decay vector" or "hash table" -> the one of `roles` that an optimiser treats them as.
+    # The model's own roles, such as "decay vector" or "hash table" -> the entry of `roles` that an optimiser treats them as.
     further_roles: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
         tokens: Tensor,  # [B, T] int64
         *,
         documents: Tensor | None = None,  # [B, T], see Batch
-        state: Any = None,  # the State that `new_state` made: `tokens` follow those already read
+        state: Any = None,  # the State from `new_state`: `tokens` continue the tokens that it has read
     ) -> Hidden:
         raise NotImplementedError
 
@@ -105,10 +105,10 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # [B, T] int64
-        targets: Tensor | None = None,  # [B, T], IGNORE where it does not count
+        targets: Tensor | None = None,  # [B, T], IGNORE if it does not count
         documents: Tensor
-        | None = None,  # [B, T] number of its document, another one where one starts; none attends to another
-        cache: Any = None,  # the State that `new_state` made: `tokens` follow those already read
+        | None = None,  # [B, T] document number of each token, changes at each new document; see Batch
+        cache: Any = None,  # the State from `new_state`: `tokens` continue the tokens that it has read
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
     ) -> Output:
         hidden = self.hidden(tokens, documents=documents, state=cache)
@@ -118,10 +118,10 @@ class LanguageModel(nn.Module):
         return Output(loss=loss, parts=parts or None)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set every parameter and buffer. Called on a model that was built on the meta device (see `materialise`): what
-        `__init__` gives them is lost.
+        """Set every parameter and buffer. The model was built on the meta device (see `materialise`), so values from
+        `__init__` are lost.
 
-        generator: of the CPU; the same seed gives the same weights on every device and under every sharding.
+        generator: a CPU generator; the same seed gives the same weights on every device and under every sharding.
         """
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self) -> dict[str, list[str]]:
-        """Role -> names (as in `named_parameters`); every parameter stands under exactly one of `roles` or `further_roles`."""
+        """Role -> names (as in `named_parameters`). Every parameter has exactly one role, of `roles` or `further_roles`."""
         raise NotImplementedError
 
     # -- defaults ----------------------------------------------------------------------------------------------------
@@ -145,55 +145,55 @@ class LanguageModel(nn.Module):
     def loss(
         self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, parts): what the model trains on with next tokens as targets, see Output; by default the sum of `nll`.
+        """(loss, parts): the training loss for next tokens as targets, see Output; by default the sum or mean of `nll`.
 
-        weights: of the targets; only with reduction "sum".
+        weights: weight of each target; only with reduction "sum".
         """
         total = self.nll(hidden, targets, weights).sum()
         return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
 
     kernel_fields: ClassVar[tuple[str, ...]] = ()  # fields of Config that name a kernel; all know "auto" and "torch"
-    device_kernels: ClassVar[tuple[str, ...]] = ()  # their values that only some devices can run
-    masks_documents: ClassVar[bool] = False  # True: `documents` are honoured
-    decodes_incrementally: ClassVar[bool] = True  # False: `new_state` gives None
-    optim_defaults: ClassVar[dict[str, float]] = {}  # settings of `optim` it is meant to be trained with, unless set
-    max_context: int | None = None  # longest sequence the model can take; None: any
+    device_kernels: ClassVar[tuple[str, ...]] = ()  # values of `kernel_fields` that only some devices can run
+    masks_documents: ClassVar[bool] = False  # True: the model keeps `documents` apart
+    decodes_incrementally: ClassVar[bool] = True  # False: `new_state` returns None
+    optim_defaults: ClassVar[dict[str, float]] = {}  # the model's own defaults for the `optim` section
+    max_context: int | None = None  # longest sequence that the model accepts; None: any
 
     def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> State | None:
-        """What incremental decoding of `batch` texts remembers; None: the whole context is computed for each token.
+        """The memory of incremental decoding of `batch` texts; None: the whole context is computed for each token.
 
-        max_length: most tokens of a text (None: not known). device, dtype: of the activations, for what is allocated here.
-        The default grows with the first tokens and takes batch, device and type from them.
+        max_length: maximum number of tokens of a text (None: not known). device, dtype: of the activations, for tensors that
+        are allocated here. The default allocates nothing yet: it takes batch, device and dtype from the first tokens.
         """
         return DecodingState(max_length) if self.decodes_incrementally else None
 
-    # Sizes. The defaults count on the meta device; an override must say the same, and `check` holds it to that.
+    # Sizes. The defaults count on the meta device. An override must return the same numbers; `check` tests this.
 
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> Any:
-        """The Config at this `model_scale`, with `choices` of its fields kept; ValueError where no Config has them.
+        """The Config at this `model_scale`. It keeps the fields in `choices`; ValueError if no Config can have them.
 
         Without choices its parameter count is within 3 % of `target_parameters`. The default searches over d_model, n_layers
-        and, where the Config has one, n_heads; all other fields keep their defaults.
+        and, if the Config has it, n_heads; all other fields keep their defaults.
         """
         return counting.find_shape(cls, vocab_size, target_parameters, choices)
 
     @classmethod
     def count_parameters(cls, config: Any) -> int:
-        """The number of parameters; one that stands under several names counts once."""
+        """The number of parameters; a parameter with several names counts once."""
         return counting.parameters_of(cls, config)  # type: ignore[arg-type]
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Training FLOPs of one token in a sequence of this length.
 
-        The convention: 2 per multiply-add; the backward pass takes twice the forward pass; attention counts the whole
-        [T, T] square, whatever is masked; what is no matrix product, embedding lookups among it, counts nothing. The default
-        counts a forward pass on the meta device.
+        The convention: 2 FLOPs per multiply-add; the backward pass counts twice the forward pass; attention counts the whole
+        [T, T] square, also its masked part; operations that are not matrix products, such as embedding lookups, count 0.
+        The default counts a forward pass on the meta device.
         """
         config = type(self).with_kernels(self.config, "torch")  # fused kernels pad their inputs
         return counting.training_flops_of(type(self), config, sequence_length) // sequence_length  # type: ignore[arg-type]
 
-    # Kernels. What the trainer asks of a Config, so that it knows none of its fields.
+    # Kernels. The trainer asks these questions about a Config, so that it need not know its fields.
 
     @classmethod
     def with_kernels(cls, config: Any, kernel: str) -> Any:
@@ -202,20 +202,20 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def without_device_kernels(cls, config: Any) -> Any:
-        """`config` with "auto" in place of kernels that only some devices can run."""
+        """`config` with "auto" instead of kernels that only some devices can run."""
         named = [name for name in cls.kernel_fields if getattr(config, name) in cls.device_kernels]
         return replace(config, **dict.fromkeys(named, "auto"))
 
     @classmethod
     def recording_refusal(cls, config: Any) -> str | None:
-        """Why a CUDA graph cannot record the forward pass; None where it can."""
+        """Why a CUDA graph cannot record the forward pass; None if it can."""
         return None
 
     @classmethod
     def check_sizes(cls, config: Any, tokens: int | None = None, longest: int | None = None) -> None:
-        """ValueError, which begins with the name of a field, where the config does not suit the run.
+        """Raise ValueError, which begins with the name of a field, if the config does not suit the run.
 
-        tokens: size of the tokenizer; longest: tokens of the longest training sequence. None: not known yet.
+        tokens: vocabulary size of the tokenizer; longest: tokens of the longest training sequence. None: not known yet.
         """
 
     @classmethod
@@ -224,11 +224,11 @@ class LanguageModel(nn.Module):
         return {}
 
     def caps_logits(self) -> bool:
-        """Whether the loss bends the logits, for which it needs a copy of them."""
+        """Whether the loss soft-caps the logits, for which it needs a copy of them."""
         return False
 
     def names_by_role(self) -> dict[str, list[str]]:
-        """`parameter_groups` with each further role under the one that it is treated as; an unknown role stays as it is."""
+        """`parameter_groups`, with each further role replaced by the role that it is treated as; an unknown role stays unchanged."""
         by_role: dict[str, list[str]] = {}
         for role, names in self.parameter_groups().items():
             by_role.setdefault(self.further_roles.get(role, role), []).extend(names)
@@ -237,24 +237,24 @@ class LanguageModel(nn.Module):
     def fused_matrices(self) -> dict[str, Split]:
         """Name of a parameter that holds several matrices, such as queries, keys and values -> how it splits into them.
 
-        For optimisers that treat each matrix as a whole. A parameter that is not named is one matrix.
+        For optimisers that treat each matrix as a whole. A parameter that is not listed is one matrix.
         """
         return {}
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
-        """Name of a parameter -> what projects it in place after each optimiser step (none by default).
+        """Name of a parameter -> function that projects it in place after each optimiser step (none by default).
 
-        It is handed the whole parameter, plain or as a DTensor that is cut into shards.
+        The function gets the whole parameter, as a plain tensor or as a sharded DTensor.
         """
         return {}
 
     def post_step(self) -> None:
-        """Apply `projections`. An override may do more, but ZeRO stages 1 to 3, which know of `projections` alone, refuse it."""
+        """Apply `projections`. An override may do more, but ZeRO stages 1 to 3 refuse it, because they apply only `projections`."""
         for name, project in self.projections().items():
             project(self.get_parameter(name))
 
     def token_embedding(self) -> nn.Embedding:
-        """The [V, d] table that tokens are looked up in."""
+        """The [V, d] embedding table of the tokens."""
         return self.embedding  # type: ignore[return-value]
 
     def tied_embedding(self) -> bool:
@@ -262,9 +262,9 @@ class LanguageModel(nn.Module):
         return False
 
     def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
-        """One line on the kernels that train on `device` (None: where the weights are), in the type of autocast or of the
-        weights, and why ("" where there was no choice). documents: whether they are to be kept apart. ValueError where one that
-        the config names cannot do this.
+        """One line that names the kernels for training on `device` (None: the device of the weights), in the dtype of autocast or
+        of the weights, and why ("" if there was no choice). documents: whether documents must be kept apart. ValueError if a
+        kernel that the config names cannot do this.
         """
         return ""
 
@@ -273,13 +273,13 @@ class LanguageModel(nn.Module):
 
 
 class Unset(ValueError):
-    """`init_weights` has left out some of a model's numbers; one line names them."""
+    """`init_weights` did not set some parameters or buffers; one line names them."""
 
 
 def materialise(model: Any, device: torch.device, generator: torch.Generator) -> Any:
-    """A model that was built on the meta device, on `device` with its initial weights; Unset where `init_weights` leaves any out.
+    """Move a model from the meta device to `device` and set its initial weights; Unset if `init_weights` leaves any out.
 
-    Of a sharded model each rank fills and checks its own shards, without communication.
+    For a sharded model, each rank fills and checks its own shards, without communication.
     """
     model = with_storage(model, device)
     model.init_weights(generator)
@@ -288,7 +288,7 @@ def materialise(model: Any, device: torch.device, generator: torch.Generator) ->
 
 
 def with_storage(model: Any, device: torch.device) -> Any:
-    """A model without storage, on `device`, with numbers that mean "not set"; parameters that were one stay one."""
+    """Allocate a model without storage on `device`, filled with values that mean "not set"; tied parameters stay tied."""
     tied = ties(model)
     model = model.to_empty(device=device)
     for name, first in tied.items():
@@ -303,9 +303,10 @@ def with_storage(model: Any, device: torch.device) -> Any:
 
 
 def refuse_unset(model: Any, given: Container[str] = ()) -> None:
-    """Unset, by name, where a model still holds numbers that `with_storage` has put there, in whole tensors or in parts of them.
+    """Raise Unset, with names, if a tensor of the model or a part of it still holds the values of `with_storage`.
 
-    given: names of those that somebody else has set. A float that is NaN counts as not set. One pass over the weights; the device is waited for once.
+    given: names that other code has set; they are not checked. A float that is NaN counts as not set. This reads the weights
+    once and waits for the device once.
     """
     names, flags = [], []
     for name, values in _held(model):
@@ -315,8 +316,8 @@ def refuse_unset(model: Any, given: Container[str] = ()) -> None:
     unset = [name for name, flag in zip(names, torch.stack(flags).tolist(), strict=True) if flag] if flags else []
     if unset:
         raise Unset(
-            f"init_weights does not set {_listed(unset)}: a model is built without storage, so that what __init__ gives "
-            "parameters and buffers is lost; set them in init_weights (in a part of the transformer: in its reset)"
+            f"init_weights does not set {_listed(unset)}: a model is built without storage, so the values that __init__ gives "
+            "to parameters and buffers are lost; set them in init_weights (in a part of the transformer: in its reset)"
         )
     lost = [
         f"{name}.{attribute}".lstrip(".")
@@ -326,7 +327,7 @@ def refuse_unset(model: Any, given: Container[str] = ()) -> None:
     ]
     if lost:
         raise Unset(
-            f"{_listed(lost)} is neither parameter nor buffer: a model is built without storage, so that its values are lost; "
+            f"{_listed(lost)} is neither parameter nor buffer: a model is built without storage, so its values are lost; "
             "make it a buffer (register_buffer) and set it in init_weights"
         )
 
@@ -336,11 +337,11 @@ _INTEGERS = {
     2: torch.int16,
     4: torch.int32,
     8: torch.int64,
-}  # by bytes; also what bools are looked at as
+}  # by size in bytes; bools are also viewed as these
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The numbers held here of each parameter and buffer."""
+    """The local tensor of each parameter and buffer."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         yield name, (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
@@ -350,7 +351,7 @@ def _has_nan(values: Tensor) -> bool:
 
 
 def _unset_integer(values: Tensor) -> int:
-    """Bytes of 0xA5: of four or eight of them no model makes use, and none of one is a bool."""
+    """All bytes 0xA5: no model uses this value as an integer of four or eight bytes, and it is not a valid bool."""
     return int.from_bytes(b"\xa5" * values.itemsize, "little", signed=True)
 
 
@@ -361,17 +362,17 @@ def _any_unset(values: Tensor) -> Tensor:
     same = values.view(_INTEGERS[values.itemsize]) == _unset_integer(values)
     if values.dtype == torch.bool or values.itemsize >= 4 or values.numel() == 0:
         return same.any()
-    return same.all()  # small integers may hold any number, but hardly this one throughout
+    return same.all()  # a small integer may have this value, but hardly in the whole tensor
 
 
 def _listed(names: list[str]) -> str:
-    """The first of the names."""
+    """The first four names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
 
 def ties(model: Any) -> dict[str, str]:
-    """Further name -> first name of each parameter that stands under several."""
+    """Further name -> first name, for each parameter with several names."""
     first: dict[Any, str] = {}
     return {
         name: first[parameter]
@@ -384,9 +385,9 @@ def ties(model: Any) -> dict[str, str]:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats, fp32 scalar; logits [B, T, V] of any type (the log-sum-exp is fp32), targets [B, T].
+    """Cross-entropy in nats, fp32 scalar; logits [B, T, V] of any dtype (the log-sum-exp is fp32), targets [B, T].
 
-    Where all targets are IGNORE the sum is 0 with zero gradients, the mean is NaN.
+    If all targets are IGNORE, the sum is 0 with zero gradients, and the mean is NaN.
     """
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
@@ -400,7 +401,7 @@ def token_losses(logits: Tensor, targets: Tensor, weights: Tensor | None = None)
 
 
 class LogitsAsHidden:
-    """A model that defines `forward` alone, as an objective sees it: the hidden states are the logits themselves."""
+    """Wraps a model that defines only `forward`, so that an objective can use it: its hidden states are the logits."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -428,9 +429,9 @@ class LogitsAsHidden:
 
 
 def with_hidden(model: Any) -> Any:
-    """The model, where its `hidden` and `logits` say what it computes; else a LogitsAsHidden.
+    """The model itself, if its `hidden` and `logits` define what it computes; otherwise a LogitsAsHidden.
 
-    They do not where a class defines `forward` and inherits `hidden` from a parent: then its `forward` may compute something else.
+    If a class defines `forward` and inherits `hidden` from a parent, its `forward` may compute something else.
     """
     for cls in type(model).__mro__:
         if "hidden" in vars(cls):
@@ -452,7 +453,7 @@ _TO_DEFINE = ("Config", "init_weights", "blocks", "parameter_groups")
 
 
 def register(name: str):
-    """Class decorator: make a model known under `name`, which can be taken once. TypeError for a model without its members."""
+    """Class decorator: register a model under `name`, which must be unique. TypeError if the model lacks a required member."""
 
     def add(cls: type[LanguageModel]) -> type[LanguageModel]:
         missing = [member for member in _TO_DEFINE if not _defines(cls, member)]
@@ -474,13 +475,13 @@ def _defines(cls: type[LanguageModel], member: str) -> bool:
 
 
 class BrokenModel(ImportError):
-    """A module that should register models cannot be imported; one line says which, why, and where in it."""
+    """A module that should register models cannot be imported; one line says which module, why, and at which line."""
 
 
 def load_models() -> None:
-    """Import the zoo, and what installed packages offer under the entry point group `crescendo.models`.
+    """Import the models of this package, and those of installed packages in the entry point group `crescendo.models`.
 
-    BrokenModel where that fails.
+    BrokenModel if an import fails.
     """
     for module in _zoo_modules(importlib.import_module("models")):
         with told_in_one_line(module):
@@ -492,16 +493,16 @@ def load_models() -> None:
 
 @contextlib.contextmanager
 def told_in_one_line(module: str) -> Iterator[None]:
-    """Turn whatever an import of `module` raises into a BrokenModel."""
+    """Turn any error while importing `module` into a BrokenModel."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # a script may end as soon as it is imported
+    except (Exception, SystemExit) as error:  # a script may call sys.exit when it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise BrokenModel(f"cannot import {module}: {cause}{_place(error)}") from error
 
 
 def _place(error: BaseException) -> str:
-    """The last line that ran in the last module that was being imported, as " (FILE, line N)"; "" where none was found."""
+    """The last line that ran in the module that was being imported last, as " (FILE, line N)"; "" if none was found."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [frame.filename for frame in frames if frame.name == "<module>"]
     lines = [frame.lineno for frame in frames if frame.filename in files[-1:]]
@@ -520,5 +521,5 @@ def model_names() -> list[str]:
 
 
 def get_model(name: str) -> type[LanguageModel]:
-    """The class registered under `name`; `KeyError` where there is none."""
+    """The class registered under `name`; `KeyError` if there is none."""
     return _REGISTRY[name]

@@ -1,4 +1,4 @@
-"""Fields of a model's Config: a default, a help text, the range of a number; and what a saved Config of before lacks."""
+"""Fields of a model's Config: a default, a help text, the range of a number. Also completes a saved Config with newer fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from models.base import get_model, load_models, model_names
 
-MOST = 2**31 - 1  # of any integer, in models that state no range
+MOST = 2**31 - 1  # largest absolute value of an integer field without a range
 
 
 def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
@@ -18,13 +18,13 @@ def setting(default: Any, help: str, low: float | None = None, above: float | No
 
 
 def check_ranges(config: Any) -> None:
-    """ValueError, naming the field, unless each number of a Config is finite and in the range of its field."""
+    """ValueError, with the name of the field, unless each number of a Config is finite and in the range of its field."""
     for field in dataclasses.fields(config):
         check_range(field, getattr(config, field.name))
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
-    """ValueError unless `value`, where it is a number, is finite and in the range of the field."""
+    """ValueError if `value` is a number that is not finite or not in the range of the field."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -41,16 +41,16 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def kernel_fields_of(name: Any) -> tuple[str, ...]:
-    """The `kernel_fields` of the model that is registered under `name`; none of a model that is not."""
+    """The `kernel_fields` of the model that is registered under `name`; () if there is no such model."""
     load_models()
     return get_model(name).kernel_fields if name in model_names() else ()
 
 
 def with_later_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The model section of a stored config, and the fields that its model has got since, as they change nothing.
+    """The model section of a stored config, completed with fields that its model got later, at values that change nothing.
 
-    A field comes with a default that leaves a model what it was. That is the default in the class that brings it; a preset,
-    whose Config derives from that class, may have another one. A model that is not registered is left alone.
+    A new field has a default that leaves older models unchanged, in the class that introduces it. A preset, whose Config
+    derives from that class, may have another default, which is not used here. A model that is not registered stays unchanged.
     """
     load_models()
     if saved.get("name") not in model_names():

@@ -1,4 +1,4 @@
-"""Sizes that follow from the code of a model: it is built, and run, on the meta device, where tensors have shapes and no numbers."""
+"""Counts parameters and FLOPs of a model: it is built and run on the meta device, where tensors have shapes but no values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers.shapes import shape_for
 
-KEPT = 4096  # counts that a process remembers; the search for a shape asks for some hundred
+KEPT = 4096  # number of cached counts per process; the search for a shape needs some hundred
 
 
 class _NoInitialisers(TorchFunctionMode):
-    """Skips torch.nn.init: layers call it in `__init__`, and on the meta device it sets nothing and takes half of the time."""
+    """Skips torch.nn.init: layers call it in `__init__`. On the meta device it has no effect, but takes half of the time."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -34,14 +34,14 @@ def build_on_meta(model_class: Any, config: Any) -> Any:
 
 @functools.lru_cache(maxsize=KEPT)
 def parameters_of(model_class: Any, config: Any) -> int:
-    """The number of parameters; one that stands under several names counts once."""
+    """The number of parameters; a parameter with several names counts once."""
     return sum(parameter.numel() for parameter in build_on_meta(model_class, config).parameters())
 
 
 def estimate_parameters(model_class: Any, config: Any) -> int:
-    """`parameters_of`, from the two shallowest models that the Config allows: each layer more adds what the last one added.
+    """Estimate `parameters_of` from the two shallowest models that the Config allows: every further layer adds their difference.
 
-    The search for a shape asks for many deep models. Exact where these layers have one size.
+    This makes the search for a shape fast, which counts many deep models. It is exact if these layers have the same size.
     """
     shallow = 1
     while shallow + 1 < config.n_layers:
@@ -49,7 +49,7 @@ def estimate_parameters(model_class: Any, config: Any) -> int:
             few, more = (
                 parameters_of(model_class, replace(config, n_layers=depth)) for depth in (shallow, shallow + 1)
             )
-        except ValueError:  # what else is chosen needs more layers
+        except ValueError:  # other choices in the Config need more layers
             shallow *= 2
         else:
             return few + (config.n_layers - shallow) * (more - few)
@@ -58,27 +58,27 @@ def estimate_parameters(model_class: Any, config: Any) -> int:
 
 @functools.lru_cache(maxsize=KEPT)
 def training_flops_of(model_class: Any, config: Any, length: int) -> int:
-    """FLOPs of training on one sequence of `length` tokens: three times those of the forward pass, without what is recomputed.
+    """FLOPs of training on one sequence of `length` tokens: three times the forward pass, without recomputation.
 
-    A multiply-add counts as 2; what is no matrix product, embedding lookups among it, as nothing.
+    A multiply-add counts as 2; operations that are not matrix products, such as embedding lookups, count as 0.
     """
-    model = build_on_meta(model_class, config).requires_grad_(False)  # modules' hooks want a graph otherwise
+    model = build_on_meta(model_class, config).requires_grad_(False)  # otherwise hooks of modules need a graph
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
     from models.layers.linear_cross_entropy import (
         score_nothing,
         scored_by,
-    )  # which imports models.base, as that does this
+    )  # imported here, because it imports models.base, which imports this module
 
-    # Scores are no products, and of a long sequence they are millions of calls.
+    # Scores are not matrix products, and a long sequence would need millions of calls for them.
     with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), FlopCounterMode(display=False) as counter:
         model(tokens, targets=tokens)
     return 3 * counter.get_total_flops()
 
 
 def find_shape(model_class: Any, vocab_size: int, target: int, choices: Mapping[str, Any]) -> Any:
-    """The Config with about `target` parameters: the search of `shape_for` over d_model, n_layers and, where there is one, n_heads.
+    """The Config with about `target` parameters: `shape_for` searches over d_model, n_layers and, if the Config has it, n_heads.
 
-    ValueError where the Config has no d_model and n_layers, or where no shape is near the target.
+    ValueError if the Config has no d_model and n_layers, or if no shape is near the target.
     """
     names = {field.name for field in fields(model_class.Config)}
     if not {"d_model", "n_layers"} <= names:

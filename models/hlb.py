@@ -1,7 +1,7 @@
 """hlb-gpt's network (github.com/tysam-code/hlb-gpt): attention and MLP fused in one block, one head, one norm.
 
-Half of a block's GeGLU channels stay local and half are the attention's values. There are no positions but one learned
-slope per layer, a bias linear in the distance (like ALiBi, arXiv 2108.12409, with the slope learned).
+Half of a block's GeGLU channels stay local and half are the attention's values. Positions enter only through a bias that is linear
+in the distance, with one learned slope per layer (like ALiBi, arXiv 2108.12409, but with a learned slope).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.positions import number_documents
 from models.state import DecodingState
 
-QUANTISED_CONTEXT = 1024  # length of the original's table of positions
+QUANTISED_CONTEXT = 1024  # length of hlb-gpt's table of positions
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class HlbConfig:
     d_model: int = setting(384, "width of the residual stream and of the attention's values", low=1, high=10**6)
     n_layers: int = setting(8, "blocks", low=1, high=1000)
     qk_divisor: int = setting(8, "queries and keys are d_model // qk_divisor wide", low=1)
-    expand_factor: int = setting(2, "GeGLU channels per d_model; all but d_model stay local", low=1, high=1000)
+    expand_factor: int = setting(2, "GeGLU channels per d_model; all except d_model stay local", low=1, high=1000)
     position_bias_quantised: bool = setting(
-        False, "repeat the original's bfloat16 distances (wrong by up to 4), to reproduce it"
+        False, "use bfloat16 distances (wrong by up to 4), to reproduce hlb-gpt exactly"
     )
     attention_kernel: str = setting("auto", "auto, flex (fused, no [T, T] tensor) or torch (plain products)")
     norm_eps: float = setting(1e-5, "added to the variance in LayerNorm", above=0, high=10**6)
@@ -63,7 +63,7 @@ class HlbConfig:
 
 
 class LatentAttention(nn.Module):
-    """x + W_out [local, softmax(q k^T / sqrt(d_qk) + softplus(m) (j - i)) values]; x [B, T, D]."""
+    """x + W_out [local, softmax(q k^T / sqrt(d_qk) + softplus(m) (j - i)) values], with x [B, T, D] and q, k, local, values from x."""
 
     def __init__(self, config: HlbConfig, layer: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
         self.norm = nn.LayerNorm(d, eps=config.norm_eps, bias=False)
         self.expand = nn.Linear(d, sum(self.widths), bias=False)
         self.project = nn.Linear(d_expand, d, bias=False)
-        self.position_bias = nn.Parameter(torch.ones(1))  # m; [1], since FSDP shards no scalars
+        self.position_bias = nn.Parameter(torch.ones(1))  # m; shape [1], because FSDP cannot shard scalars
 
     def forward(self, x: Tensor, reach: Reach | BlockMask, cache: DecodingState | None = None) -> Tensor:
         q, k, linear, gate = self.expand(self.norm(x)).split(self.widths, dim=-1)
@@ -137,7 +137,7 @@ class Hlb(LanguageModel):
         j = torch.arange(start + length, device=device)
         i = j[start:, None]
         if self.config.position_bias_quantised:
-            # The original rounds positions -1023 .. 0 to bf16 and reads shorter sequences off the coarse end.
+            # hlb-gpt rounds positions -1023 .. 0 to bf16, and takes those of shorter sequences from the coarse end.
             table = torch.arange(1 - QUANTISED_CONTEXT, 1, device=device).bfloat16()
             distance = table[j] - table[i]
         else:
@@ -148,11 +148,11 @@ class Hlb(LanguageModel):
         return Reach(distance, visible)
 
     def _flex_refusal(self, length: int, device: torch.device) -> str | None:
-        """Why attention over `length` tokens does not use Flex; None where it does."""
+        """Why attention over `length` tokens does not use Flex; None if it does."""
         if self.config.attention_kernel != "auto":
             return None if self.config.attention_kernel == "flex" else "asked for"
         if self.config.position_bias_quantised:
-            return "the quantised bias is a table"
+            return "the quantised bias is a lookup table"
         return flex_refusal(length, self.config.d_qk, compute_dtype(self.embedding.weight, device), device)
 
     def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
@@ -175,7 +175,7 @@ class Hlb(LanguageModel):
         for block in self.modules():
             if isinstance(block, LatentAttention):
                 normal_(block.expand.weight, 0.5 * std / self.config.expand_factor, generator)
-                # 1/L, not 1/sqrt(2L)
+                # scaled by 1/L, not by 1/sqrt(2L) as in GPT-2
                 normal_(block.project.weight, std / self.config.expand_factor / self.config.n_layers, generator)
                 nn.init.ones_(block.norm.weight)
                 nn.init.ones_(block.position_bias)
@@ -198,4 +198,6 @@ class Hlb(LanguageModel):
 
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> HlbConfig:
-        return replace(HlbConfig.for_scale(scale, vocab_size), **choices)  # the target is this law's own count
+        return replace(
+            HlbConfig.for_scale(scale, vocab_size), **choices
+        )  # the target is the parameter count of this law

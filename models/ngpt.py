@@ -1,7 +1,7 @@
 """nGPT (arXiv 2410.01131): embeddings, the vectors in every matrix, and hidden states all have Euclidean norm 1.
 
-A block moves the hidden state h along the sphere, by learned shares of the way: h <- Norm(h + |alpha| (Norm(f(h)) - h)).
-There are no other norms, no biases and no weight decay; after each optimiser step the matrices are normalised again.
+A block moves the hidden state h on the sphere by a learned step size alpha: h <- Norm(h + |alpha| (Norm(f(h)) - h)).
+There are no other norms, no biases and no weight decay. After each optimiser step the matrices are normalised again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ class NgptConfig:
     vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
     d_model: int = setting(768, "dimensions of the sphere that hidden states are on", low=1, high=10**6)
     n_layers: int = setting(12, "blocks", low=1, high=1000)
-    n_heads: int = setting(12, "attention heads; divides d_model into heads of even width", low=1)
+    n_heads: int = setting(12, "attention heads; must divide d_model into heads of even width", low=1)
     alpha_init: float = setting(
-        0.05, "share of the way to its own output that each half of a block begins with", above=0, high=10**6
+        0.05, "initial step size of attention and MLP: the part of the way to their output", above=0, high=10**6
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"n_heads must divide d_model ({self.d_model}) into even widths, {self.n_heads} does not")
+            raise ValueError(
+                f"n_heads must divide d_model ({self.d_model}) into even widths, but {self.n_heads} does not"
+            )
 
 
 class Scale(nn.Module):
-    """A learned vector [size] whose value is stored * init / scale, with stored = scale at first.
+    """A learned vector [size] with the value stored * init / scale, where stored = scale at the start.
 
-    So it begins as `init`, whatever `scale` is, and a step of Adam, which moves what is stored by about the learning
-    rate, moves the value init / scale times as far.
+    So the value starts at `init` for every `scale`. A step of Adam changes `stored` by about the learning rate, and the value
+    init / scale times as much.
     """
 
     def __init__(self, size: int, init: float, scale: float) -> None:
@@ -62,7 +64,7 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each moves h [B, T, D] on the sphere."""
+    """Attention, then the MLP. Both move h [B, T, D] on the sphere."""
 
     def __init__(self, config: NgptConfig, layer: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class Block(nn.Module):
         self.n_heads = config.n_heads
         self.rotary = Rotary(d // config.n_heads)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.qk_scale = Scale(d, 1.0, scale)  # s_qk: a vector of its own for every head
+        self.qk_scale = Scale(d, 1.0, scale)  # s_qk: a separate vector for every head
         self.attention_out = nn.Linear(d, d, bias=False)
         self.attention_alpha = Scale(d, config.alpha_init, scale)
         self.mlp_in = nn.Linear(d, 8 * d, bias=False)  # u and v
@@ -82,7 +84,7 @@ class Block(nn.Module):
     def forward(
         self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None = None
     ) -> Tensor:
-        """positions: [T] or [B, T]; visible: as scaled_dot_product_attention takes it, None for causal among h's own."""
+        """positions: [T] or [B, T]; visible: mask for scaled_dot_product_attention, None for causal attention within h."""
         h = step_on_sphere(h, self.attention(h, positions, visible, cache), self.attention_alpha())
         return step_on_sphere(h, self.mlp(h), self.mlp_alpha())
 
@@ -94,14 +96,14 @@ class Block(nn.Module):
         q, k = ((unit(self.rotary.rotate_query(x, positions)) * qk_scale).to(v.dtype) for x in (q, k))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, dim=2)
-        # Of unit vectors the products are at most 1: they are scaled up, not down.
+        # Products of unit vectors are at most 1, so they are scaled up, not down.
         scale = math.sqrt(q.shape[-1])
         attended = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, scale=scale)
         return self.attention_out(attended.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        uv = self.mlp_in(h)  # [B, T, 8 D]; products of unit vectors, of size 1 / sqrt(D): SiLU would be linear there
+        uv = self.mlp_in(h)  # [B, T, 8 D]; products of unit vectors have size 1 / sqrt(D), where SiLU is nearly linear
         u, v = (uv * (self.mlp_scale() * math.sqrt(h.shape[-1])).to(uv.dtype)).chunk(2, dim=-1)
         return self.mlp_out(u * F.silu(v))
 
@@ -112,14 +114,14 @@ def unit(x: Tensor) -> Tensor:
 
 
 def step_on_sphere(h: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """Norm(h + |alpha| (Norm(target) - h)); h, target [B, T, D], alpha [D] -> [B, T, D] in the type of h."""
+    """Norm(h + |alpha| (Norm(target) - h)); h, target [B, T, D], alpha [D] -> [B, T, D] in the dtype of h."""
     wide = torch.promote_types(h.dtype, torch.float32)
     return unit(h.to(wide).lerp(unit(target).to(wide), alpha.abs().to(wide))).to(h.dtype)
 
 
 @torch.no_grad()
 def normalise_(weight: Tensor, dim: int) -> None:
-    """Divide a matrix, of any type and sharding, by its norms along `dim`, in place."""
+    """Divide a matrix by its norms along `dim`, in place; any dtype, plain or sharded."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight.div_(torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=wide))
 
@@ -153,7 +155,7 @@ class Ngpt(LanguageModel):
         elif start > 0:
             visible = j <= j[start:, None]  # [T, start + T]
 
-        h = self.embedding(tokens)  # [B, T, D], unit vectors as all that follow
+        h = self.embedding(tokens)  # [B, T, D]; unit vectors, as are all later hidden states
         for block in self.layers:
             h = block(h, positions, visible, state)
         if state is not None:
@@ -172,18 +174,18 @@ class Ngpt(LanguageModel):
         return linear_cross_entropy(hidden.states, self.scaled_head(), targets, reduction, weights=weights), {}
 
     def scaled_head(self) -> Tensor:
-        """The output projection [V, D] times its scales: less than to scale the logits [B, T, V]."""
+        """The output projection [V, D] times its scales: cheaper than scaling the logits [B, T, V]."""
         weight = self.head.weight
         return weight * self.logit_scale().to(weight.dtype)[:, None]
 
     def projections(self) -> dict[str, Callable[[Tensor], None]]:
-        """Each vector of length D: rows, but columns of the matrices that lead back to h."""
-        # By name: ZeRO-3's parameters have no dimensions between their uses.
+        """Normalise all vectors of length D: the rows of a matrix, or the columns if its output is added to h."""
+        # Decided by name, because parameters under ZeRO-3 have no shape between uses.
         matrices = (name for name, _ in self.named_parameters() if name.endswith(".weight"))
         return {name: partial(normalise_, dim=0 if "_out." in name else 1) for name in matrices}
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices are N(0, 1/D), normalised before they are cut into shards: that way no rank needs another."""
+        """Matrices are N(0, 1/D). They are normalised before they are split into shards, so that no communication is needed."""
         for name, project in self.projections().items():
             parameter = self.get_parameter(name)
             values = torch.randn(parameter.shape, generator=generator, device="cpu") * self.config.d_model**-0.5

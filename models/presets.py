@@ -1,4 +1,4 @@
-"""Well-known decoders: sets of the switches of `transformer.py`, each under its name."""
+"""Well-known decoders: named sets of the switches of `transformer.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.transformer_config import TransformerConfig
 
 
 def with_defaults(name: str, base: type[TransformerConfig] = TransformerConfig, **choices: Any) -> Any:
-    """A Config called `name` that is `base` with `choices` as defaults."""
+    """A Config class called `name`: `base` with `choices` as defaults."""
     own = [(f.name, f.type, field(default=choices.pop(f.name, f.default), metadata=f.metadata)) for f in fields(base)]
     if choices:
         raise TypeError(f"no such fields: {', '.join(choices)}")
@@ -27,7 +27,7 @@ def with_defaults(name: str, base: type[TransformerConfig] = TransformerConfig, 
 class Gpt2(Transformer):
     """GPT-2 (Radford et al. 2019), after OpenAI's code: learned positions, pre-norm blocks, biases, tied head.
 
-    OpenAI's own weights need mlp gelu_tanh and vocab_size 50257.
+    OpenAI's weights need mlp gelu_tanh and vocab_size 50257.
     """
 
     Config = with_defaults("Gpt2Config", norm="layer", bias=True, positions="learned", max_context=1024, mlp="gelu")
@@ -35,15 +35,15 @@ class Gpt2(Transformer):
 
 @register("llama")
 class Llama(Transformer):
-    """Llama (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no bias, untied head; the shape of transformers' own."""
+    """Llama (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no bias, untied head; default sizes as in transformers."""
 
     Config = with_defaults("LlamaConfig", tied=False)
 
 
 @register("minimal-sota")
 class MinimalSota(Transformer):
-    """Minimal-SoTA-LLM: Llama with a fourth of the key and value heads, as in Mistral 7B (arXiv 2310.06825), but without its
-    window of 4,096 tokens and its MLP of 3.5 d_model; no weights or code of that project are public to compare with.
+    """Minimal-SoTA-LLM: Llama with a quarter of the key and value heads, as in Mistral 7B (arXiv 2310.06825), but without Mistral's
+    window of 4,096 tokens and MLP of 3.5 d_model. That project has no public weights or code to compare with.
     """
 
     Config = with_defaults("MinimalSotaConfig", tied=False, n_kv_heads=3)
@@ -51,8 +51,8 @@ class MinimalSota(Transformer):
 
 @register("pico")
 class Pico(Transformer):
-    """picoGPT: GPT-2's MLP, RMSNorm, rotary positions, grouped queries, one standard deviation for every matrix. Channels i and
-    i + D/2 turn together, in picoGPT 2i and 2i + 1: the same network with its channels in another order. No dropout.
+    """picoGPT: GPT-2's MLP, RMSNorm, rotary positions, grouped queries, one standard deviation for every matrix. Here channels i
+    and i + D/2 rotate together, in picoGPT 2i and 2i + 1: the same network with its channels in another order. No dropout.
     """
 
     Config = with_defaults("PicoConfig", mlp="gelu", n_kv_heads=6, init="normal")
@@ -60,9 +60,9 @@ class Pico(Transformer):
 
 @register("transformer++")
 class TransformerPlusPlus(Transformer):
-    """GPT2_Reproduction's Transformer++: rotary, RMSNorm, SwiGLU of 4 d_model, biases in attention alone.
+    """GPT2_Reproduction's Transformer++: rotary positions, RMSNorm, SwiGLU of 4 d_model, biases only in attention.
 
-    124 M by the dial is narrower than at GPT-2's dimensions, where it has 151,935,744 parameters; hidden_ratio 0 gives 8/3.
+    At GPT-2's dimensions it has 151,935,744 parameters, so at 124 M the dial makes it narrower. hidden_ratio 0 gives 8/3.
     """
 
     Config = with_defaults("TransformerPlusPlusConfig", hidden_ratio=4.0, attention_bias="all")
@@ -71,7 +71,7 @@ class TransformerPlusPlus(Transformer):
 @register("blagpt")
 class BlaGpt(Transformer):
     """BlaGPT's default of November 2024: grouped queries, QK-norm, norms on both ends of a branch, SwiGLU of 4 d_model, biases on
-    q, k, v; rope_theta 10,000 and no z-loss, of which some of its later commits had 1e6 and 1e-4.
+    q, k, v; rope_theta 10,000 and no z-loss (some later commits of BlaGPT have 1e6 and 1e-4).
     """
 
     Config = with_defaults(
@@ -87,8 +87,8 @@ class BlaGpt(Transformer):
 
 @register("blagpt-best")
 class BlaGptBest(Transformer):
-    """The best of BlaGPT's ablations of November 2024 (it reports 3.2993): pre-norm, biases everywhere, branches that start at
-    zero. The records that it has reported since use other parts.
+    """The best of BlaGPT's ablations of November 2024 (BlaGPT reports 3.2993): pre-norm, biases everywhere, branches that start at
+    zero. BlaGPT's later records use other parts.
     """
 
     Config = with_defaults("BlaGptBestConfig", n_kv_heads=4, qk_norm=True, zero_init=True, hidden_ratio=4.0, bias=True)
@@ -97,7 +97,7 @@ class BlaGptBest(Transformer):
 @register("tokenformer")
 class TokenFormer(Transformer):
     """TokenFormer (arXiv 2410.23168) in BlaGPT's block: every projection attends to parameter tokens. The paper's own block has
-    LayerNorms without parameters and turns a fourth of the channels.
+    LayerNorms without parameters and rotates a quarter of the channels.
     """
 
     Config = with_defaults(
@@ -108,7 +108,7 @@ class TokenFormer(Transformer):
 @register("modded")
 class Modded(Transformer):
     """Ideas of modded-nanogpt's records of December 2024 in this decoder: QK-norm, squared ReLU, three value embeddings, skips
-    from the embedding and between halves, soft-cap. It is none of these records: models/README.md says in what it differs.
+    from the embedding and between halves, soft-cap. It is none of these records: models/README.md lists the differences.
     """
 
     Config = with_defaults(
@@ -128,9 +128,9 @@ class Modded(Transformer):
 
 
 def gpt2_config(theirs: Any) -> Any:
-    """The Config of a `gpt2` that computes what a Hugging Face `GPT2LMHeadModel` of the config `theirs` does.
+    """The Config of a `gpt2` that computes the same as a Hugging Face `GPT2LMHeadModel` with the config `theirs`.
 
-    ValueError, naming the field of theirs, where it asks for what this decoder does not do.
+    ValueError, with the name of their field, if it needs something that this decoder does not have.
     """
     needed = {
         "model_type": "gpt2",
@@ -158,10 +158,10 @@ def gpt2_config(theirs: Any) -> Any:
 
 
 def llama_config(theirs: Any) -> Any:
-    """The Config of a `llama` that computes what a Hugging Face `LlamaForCausalLM` of the config `theirs` does, also its
-    `rope_scaling`.
+    """The Config of a `llama` that computes the same as a Hugging Face `LlamaForCausalLM` with the config `theirs`, including
+    its `rope_scaling`.
 
-    ValueError, naming the field of theirs, where it asks for what this decoder does not do.
+    ValueError, with the name of their field, if it needs something that this decoder does not have.
     """
     biases = bool(theirs.attention_bias), bool(getattr(theirs, "mlp_bias", False))
     _refuse_others(theirs, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1.0})
@@ -190,7 +190,7 @@ def _refuse_others(theirs: Any, needed: dict[str, Any]) -> None:
             raise ValueError(f"{name} {found!r} is not implemented here, only {value!r}")
 
 
-# rope_type of transformers -> ours, and the names of its numbers.
+# rope_type of transformers -> (our rope_scaling, their key -> our field).
 _ORIGINAL = {"factor": "rope_factor", "original_max_position_embeddings": "rope_original_context"}
 _BANDS = {"low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
 ROPE_TYPES: dict[str, tuple[str, dict[str, str]]] = {
@@ -202,7 +202,7 @@ ROPE_TYPES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def _rope_choices(theirs: Any) -> dict[str, Any]:
-    """The fields of ours for what transformers 4 has in `rope_theta` and `rope_scaling`, 5 in `rope_parameters`."""
+    """Our fields for `rope_theta` and `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5."""
     given = dict(getattr(theirs, "rope_parameters", None) or getattr(theirs, "rope_scaling", None) or {})
     theta = given.pop("rope_theta", None) or theirs.rope_theta
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
@@ -229,15 +229,18 @@ OPENAI_NAMES = {
     "mlp.up": "mlp.c_fc",
     "mlp.out": "mlp.c_proj",
 }
-OPENAI_MASKS = ("attn.bias", "attn.masked_bias")  # buffers of a layer in older files: the causal mask and its -inf
+OPENAI_MASKS = (
+    "attn.bias",
+    "attn.masked_bias",
+)  # buffers of each layer in older files: the causal mask and its fill value
 
 
 @torch.no_grad()
 def load_openai_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
-    """Copy OpenAI's weights out of the state dict of a Hugging Face `GPT2LMHeadModel` of the same sizes into a `gpt2`; see
+    """Copy OpenAI's weights from the state dict of a Hugging Face `GPT2LMHeadModel` into a `gpt2` of the same sizes; see
     `gpt2_config`.
 
-    KeyError or RuntimeError where names or shapes do not match, or weights are left over; attention masks are no weights.
+    KeyError or RuntimeError if names or shapes do not match, or if weights are left over. Attention masks are ignored.
     """
     sources = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
     for layer in range(model.config.n_layers):
@@ -261,7 +264,7 @@ LLAMA_NAMES = {
     "attention.out": "self_attn.o_proj",
     "mlp.out": "mlp.down_proj",
 }
-# Ours are one matrix: the rows of theirs, one after the other.
+# Each of ours is one matrix: the rows of their matrices, concatenated in this order.
 LLAMA_JOINED = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -270,10 +273,10 @@ LLAMA_JOINED = {
 
 @torch.no_grad()
 def load_llama_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
-    """Copy the state dict of a Hugging Face `LlamaForCausalLM` of the same sizes into a `llama`.
+    """Copy the state dict of a Hugging Face `LlamaForCausalLM` into a `llama` of the same sizes.
 
-    Both rotate channels i and i + head_dim / 2 together. Weights do not say how: build the model of `llama_config`. KeyError or RuntimeError where names or shapes do not match, or
-    weights are left over.
+    Build the model with `llama_config`: weights do not contain the rotary settings. Both models rotate channels i and
+    i + head_dim / 2 together. KeyError or RuntimeError if names or shapes do not match, or if weights are left over.
     """
     names = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     sources: dict[str, tuple[str, ...]] = {
@@ -294,7 +297,7 @@ def load_llama_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
 
 
 def _refuse_leftovers(left: set[str], model: Transformer, weights: dict[str, Tensor], embedding: str) -> None:
-    """RuntimeError if any name is left; the copy of its embedding that a tied model has as head is not."""
+    """RuntimeError if any name is left; for a tied model, a head that equals the embedding is allowed."""
     if model.head is None and torch.equal(weights.get("lm_head.weight", weights[embedding]), weights[embedding]):
         left = left - {"lm_head.weight"}
     if left:

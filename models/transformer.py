@@ -2,8 +2,8 @@
 
     embedding [+ positions] -> blocks -> norm -> output projection
 
-A block has two branches, attention and MLP, which read the residual stream and add to it. What a switch turns on is made in
-`__init__`; the forward pass asks for no names. `presets.py` gives well-known sets of switches their names.
+A block has two branches, attention and MLP, which read the residual stream and add to it. `__init__` creates the modules that the
+switches select; the forward pass does not look at names. `presets.py` defines well-known sets of switches, by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from models.transformer_config import TransformerConfig
 
 
 class ForFurtherHeads(NamedTuple):
-    """What heads of later tokens read. output, before: of the last block and into it, [B, T, D]; documents: [B, T]."""
+    """Input of the heads that predict later tokens. output, before: output and input of the last block, [B, T, D];
+    documents: [B, T]."""
 
     output: Tensor
     before: Tensor
@@ -71,7 +72,7 @@ class Transformer(LanguageModel):
         self.keep_weights = nn.Parameter(torch.empty(c.n_layers)) if c.x0_skip else None
         self.x0_weights = nn.Parameter(torch.empty(c.n_layers)) if c.x0_skip else None
         self.skip_weights = nn.Parameter(torch.empty(c.n_layers // 2)) if c.unet_skips and c.n_layers > 1 else None
-        self.norm = norm_of(c, c.norm_placement != "post")  # under post the last block ends in one
+        self.norm = norm_of(c, c.norm_placement != "post")  # with "post" the last block already ends with a norm
         self.head = None if c.tied else nn.Linear(d, c.vocab_size, bias=False)
         self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
         self.max_context = c.max_context or None
@@ -91,7 +92,7 @@ class Transformer(LanguageModel):
         return Hidden(self.norm(narrowed(x)), further)
 
     def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
-        """Positions, and what each query sees under every window there is."""
+        """Positions, and for every window size what each query sees."""
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
         device, length = tokens.device, tokens.shape[1]
@@ -99,7 +100,7 @@ class Transformer(LanguageModel):
         if self.max_context is not None and start + length > self.max_context:
             raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
         kernel, _ = self.choose_kernel(device, start, length, documents is not None)
-        # Of what is cached, layers with a window have the last w - 1 tokens.
+        # Layers with a window w hold only the last w - 1 cached tokens.
         attention_masks = {
             w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, documents, device)
             for w in self.windows
@@ -110,7 +111,7 @@ class Transformer(LanguageModel):
         return Context(positions, attention_masks, kernel)
 
     def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
-        """(name, why) of what computes attention on `device`; start: tokens cached before."""
+        """(name of the kernel that computes attention on `device`, why); start: number of cached tokens."""
         c = self.config
         return choose_kernel(
             c.attention_kernel,
@@ -142,7 +143,7 @@ class Transformer(LanguageModel):
     def trunk(
         self, x: Tensor, tables: list[Tensor], context: Context, cache: DecodingState | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All blocks, with what goes around them: (output, input of the last block, values for a further block)."""
+        """All blocks with the skips around them: (output, input of the last block, values for a further block)."""
         x0, before, values = x, x, None
         outputs: list[Tensor] = []
         half = self.config.n_layers // 2
@@ -159,14 +160,14 @@ class Transformer(LanguageModel):
         return x, before, values
 
     def states_of_heads(self, hidden: Hidden) -> list[Tensor]:
-        """What the output projection of each prediction head reads: [B, T, D] each, the next token's first."""
+        """The input of each prediction head's output projection, [B, T, D] each; the next token's head comes first."""
         return [hidden.states, *(head(*hidden.heads[:4], self.norm) for head in self.further)]
 
     def unembedding(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Hidden) -> Tensor:
-        """[B, T, V], those of rows that are padding -inf."""
+        """[B, T, V]; -inf for padding rows of the vocabulary."""
         c = self.config
         logits = F.linear(hidden.states, self.unembedding())
         if c.final_softcap:
@@ -183,7 +184,7 @@ class Transformer(LanguageModel):
     def loss(
         self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, parts) of every prediction head."""
+        """(loss, parts) over all prediction heads."""
         c = self.config
         if self.single_loss is not None and weights is None:
             softcap = c.final_softcap or None
@@ -241,13 +242,13 @@ class Transformer(LanguageModel):
                 weights.fill_(start)
 
     def _std(self, module: nn.Module, name: str, layer: int | None) -> float:
-        """Standard deviation of a matrix; layer: of the block whose branch it ends, None for all others."""
+        """Standard deviation of a matrix. layer: index of the block if the matrix ends a branch, otherwise None."""
         c = self.config
         if module is self.head or module in [head.unembedding for head in self.further]:
             return HEAD_STDS.get(c.init, STDS[c.init])(c.init_std, c.d_model, None, c.n_layers)
         weight = module.get_parameter(name)
         d_in = weight.shape[0 if name == "values" else 1]  # the values of a Pattention are [slots, d_out]
-        ends = name != "keys"  # nor do the keys of a Pattention end a branch: its values do
+        ends = name != "keys"  # in a Pattention the values end the branch, not the keys
         std = STDS[c.init](c.init_std, d_in, layer if ends else None, c.n_layers)
         return std * c.n_streams ** START_SCALES[c.hyper_start] if layer is not None and ends else std
 
@@ -281,7 +282,7 @@ class Transformer(LanguageModel):
             raise ValueError(f"unpadded_vocab: {config.unpadded_vocab} is smaller than the tokenizer's {tokens}")
         if longest is not None and config.window > longest:
             raise ValueError(
-                f"window: {config.window} is more than the longest sequence ({longest}), so it would limit nothing; lower it "
+                f"window: {config.window} is more than the longest sequence ({longest}), so it has no effect; lower it "
                 "or leave it out"
             )
 
@@ -295,7 +296,7 @@ class Transformer(LanguageModel):
     # -- sizes -----------------------------------------------------------------------------------------------------
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """As counted, without the windows: the convention wants the whole square."""
+        """The counted FLOPs without windows, because the convention counts the whole [T, T] square."""
         config = self.with_kernels(self.config, "torch")  # fused kernels pad their inputs
         if config.window:
             config = replace(config, window=max(config.window, sequence_length))
@@ -305,10 +306,10 @@ class Transformer(LanguageModel):
     def config_for_scale(
         cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any
     ) -> TransformerConfig:
-        """GPT-2's aspect and heads of about 64 channels, under the switches in `choices` and those of the preset."""
+        """A shape near GPT-2's aspect ratio with heads of about 64 channels, under the switches of `choices` and the preset."""
         default = cls.Config()
         group = default.n_heads // default.kv_heads
-        together = 2 if choices.get("attention", default.attention) == "differential" else 1  # heads of one map
+        together = 2 if choices.get("attention", default.attention) == "differential" else 1  # heads per attention map
         tables = choices.get("value_embeddings", default.value_embeddings)
 
         def of_shape(width: int, n_heads: int) -> TransformerConfig:
@@ -320,17 +321,17 @@ class Transformer(LanguageModel):
         return shape_for(partial(estimate_parameters, cls), target_parameters, of_shape, choices)
 
 
-# Standard deviation of a matrix: (init_std, its inputs, layer of the branch it ends or None, layers).
+# Standard deviation of a matrix, from (init_std, input width, index of the layer if it ends a branch else None, number of layers).
 STDS = {
     "gpt2": lambda std, d_in, layer, n: std if layer is None else std / math.sqrt(2 * n),
     "normal": lambda std, d_in, layer, n: std,
-    # By fan-in, shrinking with depth, cut off at three standard deviations (OLMo's, arXiv 2402.00838).
+    # By fan-in, smaller with depth, cut off at three standard deviations (OLMo's, arXiv 2402.00838).
     "mitchell": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * (layer + 1))) ** -0.5,
     # By fan-in (the widths of muP, arXiv 2203.03466, without its learning rates).
     "width_scaled": lambda std, d_in, layer, n: (d_in * (1 if layer is None else 2 * n)) ** -0.5,
 }
 
-# Of an output projection that is not the embedding, where it differs.
+# The same for an untied output projection, if it differs.
 HEAD_STDS = {"width_scaled": lambda std, d_in, layer, n: 1 / d_in}
 
 
@@ -339,7 +340,7 @@ def _embedding_std(config: TransformerConfig, width: int) -> float:
 
 
 def _role(module: nn.Module, owner: str, kind: str) -> str:
-    """The role of parameter `kind` of `module`, by names alone: ZeRO-3's parameters have no dimensions between their uses."""
+    """The role of parameter `kind` of `module`. It uses names, not shapes: between uses, parameters under ZeRO-3 have no shape."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Linear) and kind == "weight":

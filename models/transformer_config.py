@@ -1,4 +1,4 @@
-"""Every switch of the decoder in `transformer.py`: a field, what it may be, and which combinations cannot be or are known to fail."""
+"""Every switch of the decoder in `transformer.py`: a field, its values, and the combinations that are impossible or known to fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICES: dict[str, Collection[str]] = {
     "norm_placement": tuple(NORM_PLACES),
     "positions": ("learned", "rotary", "alibi", "none"),
     "rope_scaling": SCALINGS,
-    "attention": ChainMap[str, Any]({"latent": LatentAttention}, HEADS),  # also what a plug-in adds to HEADS
+    "attention": ChainMap[str, Any]({"latent": LatentAttention}, HEADS),  # includes what a plug-in adds to HEADS later
     "attention_bias": ("none", "qkv", "all"),
     "attention_gate": ("none", "head", "channel"),
     "attention_kernel": ("auto", "torch", "sdpa", "flex", "flash"),
@@ -36,8 +36,8 @@ CHOICES: dict[str, Collection[str]] = {
 }
 PATTENTION_OF = ("qkv", "out", "mlp")
 
-# Fields, and what gives them a meaning: without it they must be what they are by default, or whoever set them would be
-# waiting for an effect that cannot come.
+# Fields -> the condition under which they have an effect. Without it they must have their defaults, because a user who sets
+# such a field expects an effect.
 MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
     ("rope_theta", "rope_fraction", "rope_scaling", "rope_factor", "rope_original_context"): (
         "positions rotary",
@@ -51,7 +51,7 @@ MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
     ),
     ("kv_rank", "q_rank", "rope_dim"): ("attention latent", lambda c: c.attention == "latent"),
     ("window_pattern",): ("a window", lambda c: c.window),
-    ("mlp", "d_hidden", "hidden_ratio"): ("an MLP that is no pattention", lambda c: "mlp" not in c.pattention),
+    ("mlp", "d_hidden", "hidden_ratio"): ("an MLP without pattention", lambda c: "mlp" not in c.pattention),
     ("pattention_slots",): ("pattention of qkv or out", lambda c: "qkv" in c.pattention or "out" in c.pattention),
     ("pattention_mlp_slots",): ("pattention of mlp", lambda c: "mlp" in c.pattention),
     ("pattention_mode",): ("pattention", lambda c: c.pattention),
@@ -72,7 +72,7 @@ class TransformerConfig:
     # -- shape
     vocab_size: int = _field(50304, "rows of the embedding and of the output projection", low=1, high=LONGEST)
     unpadded_vocab: int = _field(
-        0, "tokens that exist; rows from there on are padding, never predicted (0: all exist)", high=LONGEST
+        0, "tokens that exist; later rows are padding and never predicted (0: all rows exist)", high=LONGEST
     )
     d_model: int = _field(768, "width of the residual stream", low=1)
     n_layers: int = _field(12, "blocks", low=1, high=DEEPEST)
@@ -80,57 +80,64 @@ class TransformerConfig:
     n_kv_heads: int = _field(0, "heads of keys and values, shared by groups of query heads (0: n_heads; 1: MQA)")
     head_dim: int = _field(0, "channels of a head (0: d_model / n_heads)")
     max_context: int = _field(
-        0, "longest sequence (0: any; learned positions need it, as rows of their table)", high=LONGEST
+        0, "longest sequence (0: any); learned positions need it as the length of their table", high=LONGEST
     )
     bias: bool = _field(False, "bias in every linear layer and LayerNorm")
     # -- norms
     norm: str = _field("rms", "layer, rms (RMSNorm, arXiv 1910.07467) or dyt (DyT, arXiv 2503.10622)")
     norm_placement: str = _field(
         "pre",
-        "pre, post (after the sum, the first Transformer's), pre_post (on both ends of each branch, Gemma 2) or branch (on what "
-        "a branch adds, OLMo 2)",
+        "pre, post (after the sum, as in the first Transformer), pre_post (on both ends of each branch, Gemma 2) or branch (on "
+        "the output of a branch, OLMo 2)",
     )
     norm_eps: float = _field(1e-5, "added to the variance", above=0)
-    qk_norm: bool = _field(False, "RMSNorm of each query and key head by itself, before rotation")
+    qk_norm: bool = _field(False, "RMSNorm of each query and key head separately, before rotation")
     # -- positions
     positions: str = _field("rotary", "learned, rotary (arXiv 2104.09864), alibi (arXiv 2108.12409) or none")
     rope_theta: float = _field(10000.0, "base of the rotary wavelengths", above=1, high=1e12)
     rope_local_theta: float = _field(
-        0.0, "the same in layers with a window, which rope_scaling leaves alone (Gemma 3; 0: as all others)", high=1e12
+        0.0, "rope_theta in layers with a window, without rope_scaling (Gemma 3; 0: as in all other layers)", high=1e12
     )
     rope_fraction: float = _field(1.0, "part of a head's channels that is rotated")
     rope_scaling: str = _field(
-        "none", "none, interpolate, ntk (whatever the length, unlike `dynamic` in transformers), yarn, llama3 or xpos"
+        "none",
+        "none, interpolate, ntk (the same for every length, unlike `dynamic` in transformers), yarn, llama3 or xpos",
     )
-    rope_factor: float = _field(1.0, "how many times longer than in training sequences are, for rope_scaling")
+    rope_factor: float = _field(1.0, "for rope_scaling: length of sequences over the length in training")
     rope_original_context: int = _field(
-        0, "length trained at, for yarn and llama3; xpos scales nothing at half of it", high=LONGEST
+        0, "length in training, for yarn and llama3; for xpos the scale is 1 at half of it", high=LONGEST
     )
-    rope_low_freq_factor: float = _field(1.0, "llama3: pairs of fewer turns over the original context are interpolated")
-    rope_high_freq_factor: float = _field(4.0, "llama3: pairs of more turns over the original context stay as they are")
+    rope_low_freq_factor: float = _field(
+        1.0, "llama3: pairs with fewer turns over the original context are interpolated"
+    )
+    rope_high_freq_factor: float = _field(4.0, "llama3: pairs with more turns over the original context stay unchanged")
     rope_mscale_all_dim: float = _field(
-        0.0, "latent attention with yarn: its temperature for all scores, as strong as this (DeepSeek V2 0.707, V3 1)"
+        0.0, "latent attention with yarn: strength of yarn's temperature on all scores (DeepSeek V2 0.707, V3 1)"
     )
     # -- attention
     attention: str = _field("softmax", "softmax, differential (arXiv 2410.05258) or latent (MLA, arXiv 2405.04434)")
     attention_kernel: str = _field("auto", "auto, torch (plain products), sdpa, flex or flash (flash-attn)")
-    window: int = _field(0, "tokens a query sees, itself included (0: all before it)", high=LONGEST)
+    window: int = _field(0, "tokens that a query sees, including its own (0: all before it)", high=LONGEST)
     window_pattern: str = _field("", "S: layer with the window, L: without; repeated over the layers (empty: all S)")
     attention_softcap: float = _field(0.0, "c: scores become c tanh(score / c) (Gemma 2: 50; 0: none)")
-    attention_bias: str = _field("none", "qkv (Qwen2), all (and of the output) or none: biases where `bias` is off")
+    attention_bias: str = _field("none", "biases when `bias` is off: qkv (Qwen2), all (also the output) or none")
     attention_gate: str = _field("none", "none, head or channel: sigmoid gate on the heads' output (arXiv 2505.06708)")
     forget_gate: bool = _field(False, "scores decay by learned gates, forgetting attention (arXiv 2503.02130)")
-    kv_shift: bool = _field(False, "mix in the keys and values of the token before (arXiv 2411.19574)")
+    kv_shift: bool = _field(False, "mix in the keys and values of the previous token (arXiv 2411.19574)")
     value_residual: bool = _field(False, "mix in the first layer's values (ResFormer, arXiv 2410.17897)")
     kv_rank: int = _field(0, "latent attention: width of the cached latent (0: 4 head_dim)")
-    q_rank: int = _field(0, "latent attention: width of the queries' latent (0: none)")
-    rope_dim: int = _field(0, "latent attention: rotated channels beside each head's own (0: head_dim / 2)")
+    q_rank: int = _field(0, "latent attention: width of the queries' latent (0: no latent)")
+    rope_dim: int = _field(0, "latent attention: rotated channels in addition to head_dim (0: head_dim / 2)")
     # -- MLP and projections
     mlp: str = _field("swiglu", ", ".join(ACTIVATIONS))
     d_hidden: int = _field(0, "hidden width of the MLP (0: by hidden_ratio)")
-    hidden_ratio: float = _field(0.0, "hidden width over d_model (0: 4, with gates 8/3 rounded up, so as many weights)")
-    hidden_multiple: int = _field(256, "what an inferred 8/3 d_model is rounded up to a multiple of", low=1)
-    pattention: str = _field("", "projections that attend to parameters: of qkv, out, mlp (TokenFormer, 2410.23168)")
+    hidden_ratio: float = _field(
+        0.0, "hidden width over d_model (0: 4; with gates 8/3 rounded up, about as many weights)"
+    )
+    hidden_multiple: int = _field(256, "an inferred 8/3 d_model is rounded up to a multiple of this", low=1)
+    pattention: str = _field(
+        "", "projections that attend to parameters: any of qkv, out, mlp (TokenFormer, 2410.23168)"
+    )
     pattention_slots: int = _field(0, "parameter tokens of qkv and out (0: d_model)")
     pattention_mlp_slots: int = _field(0, "parameter tokens of the MLP (0: 4 d_model)")
     pattention_mode: str = _field("l2_norm_gelu", "l2_norm_gelu, gelu_l2_norm or softmax")
@@ -142,7 +149,9 @@ class TransformerConfig:
         "plain", "std of the branches' last matrices under hyper-connections: plain, shrunk or grown by sqrt(n_streams)"
     )
     x0_skip: bool = _field(False, "every block's input is a learned mix of the stream and the embedding")
-    unet_skips: bool = _field(False, "the second half of the blocks also gets the outputs of the first, last first")
+    unet_skips: bool = _field(
+        False, "the second half of the blocks also gets the outputs of the first half, in reverse order"
+    )
     value_embeddings: int = _field(0, "tables of token embeddings mixed into the values of the first and last layers")
     # -- embedding, head and loss
     tied: bool = _field(True, "the output projection is the embedding")
@@ -153,14 +162,16 @@ class TransformerConfig:
     n_predict: int = _field(
         1, "tokens predicted at once (multi-token prediction, arXiv 2404.19737)", low=1, high=DEEPEST
     )
-    prediction_heads: str = _field("linear", "linear (a norm each) or transformer (a block each, the paper's)")
+    prediction_heads: str = _field("linear", "linear (one norm each) or transformer (one block each, as in the paper)")
     share_unembedding: bool = _field(True, "all prediction heads use one output projection")
-    prediction_weights: str = _field("", "factor of each head's loss, the first 1: 1,0.5,0.25 (empty: all 1)")
-    kernels: str = _field("auto", "auto, torch or liger (its RMSNorm, SwiGLU and loss), for all but attention")
+    prediction_weights: str = _field("", "factor of each head's loss; the first is 1: 1,0.5,0.25 (empty: all 1)")
+    kernels: str = _field(
+        "auto", "for everything except attention: auto, torch or liger (its RMSNorm, SwiGLU and loss)"
+    )
     # -- initialisation
     init: str = _field("gpt2", "gpt2 (residual projections / sqrt(2 L)), normal, mitchell (OLMo) or width_scaled")
     init_std: float = _field(
-        0.02, "standard deviation of embeddings (but under mitchell), and of matrices under gpt2 and normal", above=0
+        0.02, "standard deviation of embeddings (except under mitchell), and of matrices under gpt2 and normal", above=0
     )
     zero_init: bool = _field(
         False, "branches start at zero: their last matrix, or the gain of the norm that follows it"
@@ -190,7 +201,7 @@ class TransformerConfig:
         return self.pattention_mlp_slots or 4 * self.d_model
 
     def inferred(self) -> dict[str, int]:
-        """What a 0 stands for, by field: of those fields that this decoder has a use for."""
+        """Field -> the number that a 0 in it stands for, for fields that have an effect in this decoder."""
         rope, rank, _ = latent_widths(self)
         latent = {"kv_rank": rank, "rope_dim": rope}
         heads = latent if self.attention == "latent" else {"n_kv_heads": self.kv_heads}
@@ -208,7 +219,7 @@ class TransformerConfig:
 
     @property
     def streams(self) -> int:
-        """Residual streams of hyper-connections; 0 without."""
+        """Number of residual streams of hyper-connections; 0 without them."""
         return self.n_streams if self.residual.endswith("hyper") else 0
 
     @property
@@ -221,18 +232,18 @@ class TransformerConfig:
         return [float(text) for text in self.prediction_weights.split(",") if text] or [1.0] * self.n_predict
 
     def window_of(self, layer: int) -> int:
-        """The window of a layer, 0 where it sees everything."""
+        """The window of a layer; 0 if it has none."""
         pattern = self.window_pattern or "S"
         return self.window if pattern[layer % len(pattern)] == "S" else 0
 
     def value_table_of(self, layer: int) -> int | None:
-        """Which table of value embeddings a layer gets: the first k layers and, the same in the same order, the last k."""
+        """Which table of value embeddings a layer gets: the first k layers get tables 0 to k - 1, and so do the last k layers."""
         for table in (layer, layer - (self.n_layers - self.value_embeddings)):
             if 0 <= table < self.value_embeddings:
                 return table
         return None
 
-    # -- what cannot be --------------------------------------------------------------------------------------------
+    # -- checks ----------------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -254,15 +265,17 @@ class TransformerConfig:
             for name in names:
                 if getattr(self, name) != defaults[name] and not has_meaning(self):
                     raise ValueError(
-                        f"{name} has a meaning only with {what}; here it must be {defaults[name]!r}, as by default, "
+                        f"{name} has a meaning only with {what}; without that it must be {defaults[name]!r}, its default, "
                         f"not {getattr(self, name)!r}"
                     )
 
     def _check_heads(self) -> None:
         if not self.head_dim and self.d_model % self.n_heads:
-            raise ValueError(f"n_heads must divide d_model ({self.d_model}), {self.n_heads} does not; or set head_dim")
+            raise ValueError(
+                f"n_heads must divide d_model ({self.d_model}), but {self.n_heads} does not; or set head_dim"
+            )
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads must divide n_heads ({self.n_heads}), {self.kv_heads} does not")
+            raise ValueError(f"n_kv_heads must divide n_heads ({self.n_heads}), but {self.kv_heads} does not")
         if self.positions == "learned" and not self.max_context:
             raise ValueError("max_context must be set with learned positions: it is the length of their table")
         if self.positions == "rotary":
@@ -281,24 +294,24 @@ class TransformerConfig:
         if 2 * self.value_embeddings > self.n_layers:
             raise ValueError(f"value_embeddings must be at most n_layers / 2 ({self.n_layers // 2})")
         if self.attention == "differential" and self.kv_heads % 2:
-            raise ValueError(f"n_kv_heads must be even for differential attention, {self.kv_heads} is not")
+            raise ValueError(f"n_kv_heads must be even for differential attention, but {self.kv_heads} is not")
         if self.attention_kernel == "sdpa" and self.attention_softcap:
-            raise ValueError("attention_kernel must not be sdpa with attention_softcap, which it does not have")
+            raise ValueError("attention_kernel must not be sdpa with attention_softcap: sdpa has no soft-cap")
         if self.attention_kernel == "flash" and (self.forget_gate or self.positions == "alibi"):
             raise ValueError(
-                "attention_kernel must not be flash with alibi or forget_gate, whose biases it does not take"
+                "attention_kernel must not be flash with alibi or forget_gate: flash does not support their biases"
             )
         if self.attention == "latent":
             self._check_latent()
 
     def _check_latent(self) -> None:
         if self.positions != "rotary":
-            raise ValueError("positions must be rotary with latent attention, which has channels of its own for them")
+            raise ValueError("positions must be rotary with latent attention, which has separate channels for rotation")
         for name in ("n_kv_heads", "qk_norm", "kv_shift", "value_residual", "value_embeddings"):
             if getattr(self, name):
-                raise ValueError(f"{name} does not go with latent attention, whose keys and values are one latent")
+                raise ValueError(f"{name} cannot be used with latent attention: its keys and values share one latent")
         if self.attention_gate != "none" or self.forget_gate:
-            raise ValueError("attention_gate and forget_gate do not go with latent attention")
+            raise ValueError("attention_gate and forget_gate cannot be used with latent attention")
 
     def _check_block(self) -> None:
         unknown = set(self.pattention_of) - set(PATTENTION_OF)
@@ -308,25 +321,27 @@ class TransformerConfig:
             )
         if self.hidden_ratio and round(self.hidden_ratio * self.d_model) < 1:
             raise ValueError(
-                f"hidden_ratio must leave the MLP a channel: of d_model ({self.d_model}) {self.hidden_ratio} is none"
+                f"hidden_ratio must give the MLP at least one channel: {self.d_model} (d_model) times {self.hidden_ratio} rounds to 0"
             )
         if self.pattention_of and self.attention == "latent":
-            raise ValueError("pattention does not go with latent attention, whose projections are products of two")
+            raise ValueError(
+                "pattention cannot be used with latent attention: its projections are products of two matrices"
+            )
         if {"out", "mlp"} & set(self.pattention_of) and self.zero_init:
             if self.norm_placement not in ("pre_post", "branch"):
                 raise ValueError(
-                    "zero_init must be off with pattention of out or mlp, or norm_placement be pre_post or branch"
+                    "zero_init must be off with pattention of out or mlp, unless norm_placement is pre_post or branch"
                 )
         if self.block != "serial":
             if self.norm_placement != "pre":
-                raise ValueError(f"norm_placement must be pre with block {self.block}: its branches share one sum")
+                raise ValueError(f"norm_placement must be pre with block {self.block}: its two branches share one sum")
             if self.streams:
                 raise ValueError(f"residual must be plain or weighted with block {self.block}, not {self.residual}")
         if self.block == "parallel" and (self.pattention_of or self.attention == "latent"):
-            raise ValueError("block parallel fuses plain projections; use parallel_two_norms here")
+            raise ValueError("block parallel can only fuse plain projections; use parallel_two_norms")
         if self.block == "parallel" and self.attention_bias != "none" and not self.bias:
             raise ValueError(
-                "attention_bias must be none with block parallel, whose matrices are the MLP's too; set bias"
+                "attention_bias must be none with block parallel: attention and MLP share its matrices; set bias instead"
             )
         if self.norm_placement == "post" and self.streams:
             raise ValueError(f"norm_placement must not be post with residual {self.residual}")
@@ -343,6 +358,6 @@ class TransformerConfig:
         usable = all(0 <= weight < math.inf for weight in weights)
         if len(weights) != self.n_predict or weights[0] != 1 or not usable:
             raise ValueError(
-                f"prediction_weights must be n_predict ({self.n_predict}) numbers, finite and not negative, the first 1, "
+                f"prediction_weights must be n_predict ({self.n_predict}) finite numbers, not negative, with 1 as the first, "
                 f"not {self.prediction_weights!r}"
             )

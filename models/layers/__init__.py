@@ -1,4 +1,4 @@
-"""What the architectures share."""
+"""Building blocks that the architectures share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @torch.no_grad()
 def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = None) -> None:
-    """Fill `parameter`, of any type, device and sharding, with N(0, std^2) drawn from `generator` (of the CPU).
+    """Fill `parameter`, of any dtype, device and sharding, with N(0, std^2) from `generator` (a CPU generator).
 
-    The whole tensor is drawn in fp32 on the CPU and cut to the shard held here, so one seed means one set of weights
+    The whole tensor is drawn in fp32 on the CPU, and each rank keeps its own shard. So one seed gives the same weights
     on every device and under every sharding.
     """
     fill_(parameter, torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32) * std)
@@ -21,14 +21,14 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = N
 
 @torch.no_grad()
 def truncated_normal_(parameter: Tensor, std: float, generator: torch.Generator | None = None) -> None:
-    """As `normal_`, without what is more than three standard deviations from 0."""
+    """As `normal_`, but truncated at three standard deviations from 0."""
     values = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
     fill_(parameter, torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator))
 
 
 @torch.no_grad()
 def fill_(parameter: Tensor, values: Tensor) -> None:
-    """Copy whole `values`, which every rank has, into a parameter of any type, device and sharding. No communication."""
+    """Copy the whole tensor `values`, which every rank has, into a parameter of any dtype, device and sharding, without communication."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(
             values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -37,17 +37,17 @@ def fill_(parameter: Tensor, values: Tensor) -> None:
 
 
 def compute_dtype(weight: Tensor, device: torch.device) -> torch.dtype:
-    """The type of a product with `weight` on `device`: that of autocast, where it is on."""
+    """The dtype of a product with `weight` on `device`: autocast's dtype if autocast is on, else that of the weight."""
     return autocast_dtype(device.type) or weight.dtype
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type that autocast computes in; None where it is off. The meta device has none."""
+    """The dtype that autocast computes in; None if it is off. The meta device has no autocast."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Switches autocast off, on any device. (torch's own context raises on the meta device.)"""
+    """A context that switches autocast off on any device. (torch's own context raises on the meta device.)"""
     return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

@@ -1,14 +1,14 @@
-"""Causal attention over heads, computed by one of several kernels, and the choice among them.
+"""Causal attention over heads, computed by one of several kernels, and the choice of the kernel.
 
-All compute softmax_j( cap(scale q_i k_j) + bias_i - bias_j ) v_j over the keys j that query i sees, softmax in fp32:
+All kernels compute softmax_j( cap(scale q_i k_j) + bias_i - bias_j ) v_j over the keys j that query i sees, softmax in fp32:
 
-    q [B, H, Tq, D], k [B, G, Tk, D], v [B, G, Tk, Dv] -> [B, H, Tq, Dv] in the type of v
+    q [B, H, Tq, D], k [B, G, Tk, D], v [B, G, Tk, Dv] -> [B, H, Tq, Dv] in the dtype of v
 
 - Query head h reads key head h // (H / G): grouped-query attention (arXiv 2305.13245).
 - The queries are the last Tq of the Tk positions, so causality is aligned to the bottom right.
 - cap(s) = softcap tanh(s / softcap), before the mask (Gemma 2, arXiv 2408.00118); softcap 0: none.
-- attention_bias: None, or fp32 [1 or B, H, Tk]. -slope j makes ALiBi (arXiv 2108.12409), the running sum of the log forget
-  gates makes forgetting attention (arXiv 2503.02130); gradients flow into it.
+- attention_bias: None, or fp32 [1 or B, H, Tk]. -slope j gives ALiBi (arXiv 2108.12409); the running sum of the log forget
+  gates gives forgetting attention (arXiv 2503.02130). Gradients flow into it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FLASH_MIN_VERSION = (2, 6)  # the first with a soft-cap
 
 
 class AttentionMask(NamedTuple):
-    """What each query sees, at most one of the three: all up to itself with none, the last `window` of it with that."""
+    """What each query sees. At most one field is set; with none, a query sees everything up to itself; with `window`, the last
+    `window` tokens of that."""
 
     window: int = 0
     mask: Tensor | None = None  # [Tq, Tk] or [B, 1, Tq, Tk] bool
@@ -41,10 +42,10 @@ class AttentionMask(NamedTuple):
 def make_attention_mask(
     kernel: str, start: int, length: int, window: int, documents: Tensor | None, device: torch.device
 ) -> AttentionMask:
-    """The mask of `length` queries after `start` cached tokens; make one per forward pass and distinct window.
+    """The mask of `length` queries after `start` cached tokens; make one per forward pass and window size.
 
-    window: a query sees itself and the window - 1 tokens before it; 0: all of them.
-    documents: [B, length] or None; must be None where start > 0.
+    window: a query sees itself and the window - 1 tokens before it; 0: all tokens before it.
+    documents: [B, length] or None; must be None if start > 0.
     """
     if window >= start + length:
         window = 0
@@ -53,7 +54,7 @@ def make_attention_mask(
 
 
 def _dense_mask(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> AttentionMask:
-    """For torch and sdpa: a mask only where neither plain causality nor blocks of the window's size do."""
+    """For torch and sdpa: a mask tensor only if neither plain causality nor blocks of the window's size suffice."""
     in_blocks = start == 0 and length > 2 * window > 0
     sees_all = window == 0 and (start == 0 or length == 1)
     if documents is None and (in_blocks or sees_all):
@@ -81,7 +82,7 @@ def _flash_mask(start: int, length: int, window: int, documents: Tensor | None, 
 
 
 def _band(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
-    """[Tq, Tk] bool: causal, aligned to the bottom right, and within the window where that is not 0."""
+    """[Tq, Tk] bool: causal, aligned to the bottom right, and within the window if it is not 0."""
     j = torch.arange(n_keys, device=device)
     i = j[n_keys - n_queries :, None]
     return (j <= i) & (i - j < window) if window else j <= i
@@ -100,13 +101,13 @@ def attend_torch(
     softcap: float = 0.0,
     attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """The reference, which can do everything: plain products in the type of q, k and v, all between them in fp32."""
+    """The reference, which supports everything: plain products in the dtype of q, k and v, everything between them in fp32."""
     if attention_mask.window:
         return _attend_in_blocks(
             attend_torch, q, k, v, attention_mask.window, scale=scale, softcap=softcap, attention_bias=attention_bias
         )
     n_queries, n_keys = q.shape[2], k.shape[2]
-    # The query heads that share a key head stand below each other as rows, so keys and values are not repeated.
+    # The query heads that share a key head become rows of one matrix, so keys and values are not repeated.
     scores = _rows_by_key_head(q, k) @ k.mT  # [B, G, H/G Tq, Tk]
     scores = scores.view(*q.shape[:3], n_keys).float() * scale  # [B, H, Tq, Tk]
     if softcap:
@@ -127,7 +128,7 @@ def _rows_by_key_head(x: Tensor, k: Tensor) -> Tensor:
 def _pairwise_bias(attention_bias: Tensor, n_queries: int) -> Tensor:
     """bias_i - bias_j, [1 or B, H, Tq, Tk] fp32.
 
-    The softmax over j does not see bias_i, whose gradient is exactly 0; it stays in for small, precise numbers.
+    bias_i has no effect on the softmax over j, so its gradient is exactly 0. It is subtracted to keep the numbers small and precise.
     """
     own = attention_bias.detach()[..., attention_bias.shape[-1] - n_queries :]
     return own[..., :, None] - attention_bias[..., None, :]
@@ -143,9 +144,9 @@ def attend_sdpa(
     softcap: float = 0.0,
     attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention. ValueError for a soft-cap, which it has not.
+    """torch's scaled_dot_product_attention. ValueError for a soft-cap, which it does not have.
 
-    attention_bias becomes a [Tq, Tk] bias per head in the type of q, with which no fused kernel trains: only for tests in fp32.
+    attention_bias becomes a [Tq, Tk] bias per head in the dtype of q. No fused kernel can train with it: only for tests in fp32.
     """
     if softcap:
         raise ValueError("attention_kernel sdpa has no soft-cap; use torch, flex or flash")
@@ -162,7 +163,7 @@ def attend_sdpa(
         visible = _band(n_queries, n_keys, 0, q.device) if mask is None else mask
         mask = _pairwise_bias(attention_bias, n_queries).masked_fill(~visible, -math.inf).to(q.dtype)
         is_causal = False
-    width = max(q.shape[-1], value_dim)  # flash wants one width; channels of zeros change no score
+    width = max(q.shape[-1], value_dim)  # flash needs one width; zero channels do not change the scores
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     k, v = _repeat_unless_fused(q, k, v, mask)
     shared = _holds(q.shape[1] != k.shape[1])
@@ -171,15 +172,15 @@ def attend_sdpa(
 
 
 def _holds(comparison: bool) -> bool:
-    """A bool even where the compiler compares symbols, which torch's attention functions do not take."""
+    """A real bool, also when the compiler compares symbols, because torch's attention functions do not accept symbolic bools."""
     return True if comparison else False
 
 
 def _repeat_unless_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values repeated to H heads where a GPU's fused kernel could not share them.
+    """Keys and values, repeated to H heads if a GPU's fused kernel could not share them.
 
-    Of the kernels inside, only flash shares them on every GPU, in half precision without a mask. The memory-efficient
-    one does not, and the plain one that would take its place holds [Tq, Tk] scores.
+    Of the kernels inside sdpa, only flash can share them on every GPU, in half precision without a mask. The memory-efficient
+    kernel cannot, and the plain kernel that torch would use instead holds [Tq, Tk] scores.
     """
     shared = q.shape[1] // k.shape[1]
     flash = mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= FLASH_MAX_WIDTH
@@ -198,9 +199,9 @@ def _attend_in_blocks(
     attention_bias: Tensor | None,
     **options,
 ) -> Tensor:
-    """Attention within a window in O(T window), Tq = Tk = T: blocks of `window` queries see their own and the last.
+    """Attention within a window in O(T window), Tq = Tk = T: a block of `window` queries sees its own and the previous block.
 
-    The first block is plainly causal; all others share one [window, 2 window] mask.
+    The first block is plainly causal; all other blocks share one [window, 2 window] mask.
     """
     batch_size, _, length, _ = q.shape
     head = slice(None), slice(None), slice(window)
@@ -212,7 +213,7 @@ def _attend_in_blocks(
         attention_bias=None if attention_bias is None else attention_bias[head],
         **options,
     )
-    padding = -length % window  # padded queries see themselves, and no other query sees padded keys
+    padding = -length % window  # padded queries see themselves, so no row is empty; no other query sees padded keys
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
     k, v = (_batch_of_blocks(x, 2 * window, window) for x in (k, v))
     q = _batch_of_blocks(q[:, :, window:], window, window)
@@ -226,7 +227,7 @@ def _attend_in_blocks(
 
 
 def _batch_of_blocks(x: Tensor, size: int, step: int) -> Tensor:
-    """[B, H, T, C] -> [B n, H, size, C]: all stretches of `size` tokens that begin at multiples of `step`."""
+    """[B, H, T, C] -> [B n, H, size, C]: all slices of `size` tokens that begin at multiples of `step`."""
     return x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
@@ -240,13 +241,15 @@ def attend_flex(
     softcap: float = 0.0,
     attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """FlexAttention, one compiled kernel on CUDA (elsewhere eager, for tests); as many queries as keys."""
+    """FlexAttention, one compiled kernel on CUDA (elsewhere eager, for tests). The number of queries and keys must be equal."""
     if attention_bias is not None:
-        # One copy for each row: the kernel adds up the gradient by atomics, slow if rows shared an address.
+        # One copy for each row: the kernel sums the gradient with atomics, which are slow if rows share an address.
         attention_bias = attention_bias.expand(q.shape[0], -1, -1).contiguous()
         own = attention_bias.detach()  # see _pairwise_bias
 
-    cap = torch.full((), softcap, device=q.device) if softcap else None  # a second float would break the compiler
+    cap = (
+        torch.full((), softcap, device=q.device) if softcap else None
+    )  # a tensor, because a second float breaks the compiler
 
     def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
@@ -270,7 +273,7 @@ def attend_flash(
     softcap: float = 0.0,
     attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """flash-attn (arXiv 2307.08691), whose causality is aligned to the bottom right. ValueError for an attention_bias."""
+    """flash-attn (arXiv 2307.08691); its causal mask is aligned to the bottom right. ValueError for an attention_bias."""
     if attention_bias is not None:
         raise ValueError("attention_kernel flash takes no attention bias; use flex or torch")
     from flash_attn import flash_attn_func
@@ -324,11 +327,11 @@ def choose_kernel(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[str, str]:
-    """(name of the kernel, why): `wanted` where it can, the fastest that can for "auto".
+    """(name of the kernel, why): `wanted` if it is possible; for "auto" the fastest possible kernel.
 
-    window: some query has more tokens before it than the window holds. cached: keys of earlier tokens are held.
-    length: queries. dtype: of q, k and v. A named flex or flash gives way to sdpa or torch when decoding, and flex for
-    short sequences. ValueError for an unknown name and for a kernel that can never do what is asked.
+    window: some query has more tokens before it than the window holds. cached: there are keys of earlier tokens.
+    length: number of queries. dtype: of q, k and v. When decoding, sdpa or torch replaces flex and flash even if they are
+    named; the same holds for flex on short sequences. ValueError for an unknown name, and for a kernel that can never do this.
     """
     case = _Case(head_dim, value_dim, softcap, attention_bias, window, documents, cached, length, dtype, device)
     if wanted == "auto":
@@ -365,7 +368,7 @@ def _sdpa_refusal(case: _Case) -> str | None:
     if case.softcap:
         return "it has no soft-cap"
     if case.attention_bias and case.dtype.itemsize < 4:
-        return "it takes position biases and forget gates in the type of the queries, which must not be half precision"
+        return "it takes position biases and forget gates in the dtype of the queries, which must not be half precision"
     return None
 
 
@@ -375,7 +378,7 @@ def _flex_refusal(case: _Case) -> str | None:
     if refusal := flex.width_refusal(case.head_dim, case.value_dim, case.dtype):
         return refusal
     if case.attention_bias and torch.are_deterministic_algorithms_enabled():
-        return "it adds up the gradients of forget gates in no fixed order"
+        return "it sums the gradients of forget gates in no fixed order"
     return None
 
 
@@ -389,7 +392,7 @@ def _flash_refusal(case: _Case) -> str | None:
     if case.attention_bias or case.documents:
         return "it takes no " + ("position biases or forget gates" if case.attention_bias else "documents")
     if case.head_dim != case.value_dim or case.head_dim > FLASH_MAX_WIDTH:
-        return f"keys and values must be of one width, at most {FLASH_MAX_WIDTH}"
+        return f"keys and values must have the same width, at most {FLASH_MAX_WIDTH}"
     return None
 
 
@@ -402,7 +405,7 @@ _REFUSALS: dict[str, Callable[[_Case], str | None]] = {
 
 
 def _passing_refusal(name: str, case: _Case) -> str | None:
-    """Why a kernel that can do the rest is not for these lengths."""
+    """Why an otherwise possible kernel does not suit these lengths."""
     if name in ("flex", "flash") and case.cached:
         return "decoding"
     return f"fewer than {flex.MIN_LENGTH} tokens" if name == "flex" and case.length < flex.MIN_LENGTH else None
@@ -410,7 +413,7 @@ def _passing_refusal(name: str, case: _Case) -> str | None:
 
 @functools.cache
 def _flash_version() -> tuple[int, ...]:
-    """(major, minor) of the installed flash-attn, () without."""
+    """(major, minor) of the installed flash-attn; () if it is not installed."""
     try:
         return tuple(map(int, importlib.metadata.version("flash-attn").split(".")[:2]))
     except importlib.metadata.PackageNotFoundError:

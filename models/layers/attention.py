@@ -1,10 +1,10 @@
-"""Attention of a block: projections, and between them the heads with whatever the config switches on.
+"""Attention of a block: projections, and between them the heads with the parts that the config switches on.
 
     softmax       queries, keys and values per head; keys and values shared by groups of heads (GQA, arXiv 2305.13245)
     differential  the difference of two softmax maps (arXiv 2410.05258)
     latent        keys and values are read from one cached latent per token (MLA, arXiv 2405.04434)
 
-`attend.py` does the softmax itself, by a kernel chosen by name.
+`attend.py` computes the softmax itself, with a kernel chosen by name.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from models.state import DecodingState
 
 
 class Context(NamedTuple):
-    """What all blocks know of the tokens. Integers and masks only: mixed-precision wrappers would round other numbers.
+    """What all blocks know about the tokens. It has only integers and masks, because mixed-precision wrappers would round floats.
 
-    positions: [T] or [B, T] of each token in its document. attention_masks: what queries see, by window.
+    positions: [T] or [B, T], of each token in its document. attention_masks: what queries see, for each window size.
     """
 
     positions: Tensor
@@ -37,7 +37,7 @@ class Context(NamedTuple):
 
 
 class Joined(nn.ModuleList):
-    """Several projections of one input, side by side."""
+    """Several projections of one input, concatenated."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self], dim=-1)
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.heads = HEADS[config.attention](config, layer)
         self.qkv: nn.Module
         if "qkv" in config.pattention_of:
-            # Three, each with its own sum over the slots, as TokenFormer has it.
+            # Three projections, each with its own sum over the slots, as in TokenFormer.
             self.qkv = Joined(Pattention(d, width, slots, mode) for width in self.heads.widths)
         else:
             self.qkv = nn.Linear(d, sum(self.heads.widths), bias=config.qkv_has_bias)
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class SoftmaxHeads(nn.Module):
-    """From queries, keys and values side by side [B, T, (H + 2 G) head_dim] to the heads' outputs [B, T, H head_dim]."""
+    """Concatenated queries, keys and values [B, T, (H + 2 G) head_dim] -> outputs of the heads [B, T, H head_dim]."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class SoftmaxHeads(nn.Module):
         if self.shift is not None:
             k, v = self.shift(k, v, context, cache)
         if self.passes_values_on and values is None:
-            values = v  # of the first layer
+            values = v  # this is the first layer
         elif self.value_mix is not None:
             v = self.value_mix(v, values)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H or G, T, head_dim]
@@ -121,7 +121,7 @@ class SoftmaxHeads(nn.Module):
         return attended.flatten(2), values
 
     def attention_bias(self, x: Tensor, k: Tensor, cache: DecodingState | None) -> Tensor | None:
-        """What scores gain from key to query, see attend.py: fp32 [1 or B, H, T_k], or None."""
+        """The bias of the scores, see attend.py: fp32 [1 or B, H, T_k], or None."""
         attention_bias = None if self.slopes is None else self.slopes(k.shape[2])
         if self.forget is None:
             return attention_bias
@@ -136,7 +136,7 @@ class SoftmaxHeads(nn.Module):
 
 
 class DifferentialHeads(SoftmaxHeads):
-    """softmax_1 v - lambda softmax_2 v, a norm per head (arXiv 2410.05258): H / 2 heads whose values are twice as wide."""
+    """softmax_1 v - lambda softmax_2 v, then a norm per head (arXiv 2410.05258): H / 2 heads with values of twice the width."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__(config, layer)
@@ -163,9 +163,9 @@ class DifferentialHeads(SoftmaxHeads):
 
 
 class LatentAttention(nn.Module):
-    """Keys and values are two products of a latent c [B, T, kv_rank]; one key of rope_dim channels, shared by all heads,
-    carries the position. The cache holds c and that key alone, and decoding multiplies queries instead of keys: W_UK is
-    absorbed in them, W_UV in what comes out (arXiv 2405.04434)."""
+    """Keys and values are two projections of a latent c [B, T, kv_rank]. One key of rope_dim channels, shared by all heads,
+    carries the position. The cache holds only c and this key. Decoding multiplies queries instead of keys: the queries absorb
+    W_UK, the output absorbs W_UV (arXiv 2405.04434)."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class LatentAttention(nn.Module):
         k_rotated = self.rotary.rotate_key(k_rotated[:, None], context.positions)  # [B, 1, T, rope_dim]
         if cache is not None:
             latent, k_rotated = cache.extend(self.layer, latent, k_rotated, dim=2, window=self.window)
-        # A prompt is cheaper with keys of head_dim channels than of kv_rank, and goes through the kernels of training.
+        # For a prompt, keys of head_dim channels are cheaper than keys of kv_rank, and the kernels of training can be used.
         attend = self.expanded if latent.shape[2] == x.shape[1] else self.absorbed
         attended = attend(q, q_rotated, latent, k_rotated, context)  # [B, H, T, head_dim]
         return self.out(attended.transpose(1, 2).flatten(2)), values
@@ -208,13 +208,13 @@ class LatentAttention(nn.Module):
         return {"down": {"latent": self.rank, "rotated key": self.rope_dim}, "up": {"key": width, "value": width}}
 
     def expanded(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
-        """Keys and values of every head, as in training."""
+        """Attention with the keys and values of every head, as in training."""
         k, v = self.up(latent[:, 0]).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         k = torch.cat((k, k_rotated.expand(-1, self.n_heads, -1, -1)), dim=-1)
         return self.attend(torch.cat((q, q_rotated), dim=-1), k, v, context)
 
     def absorbed(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
-        """All heads read the same latent: it is the one key and the one value."""
+        """Attention where all heads use the latent itself as their one key and one value."""
         of_keys, of_values = self.up.weight.unflatten(0, (2, self.n_heads, -1)).unbind()  # [H, head_dim, rank]
         q = torch.cat((q @ of_keys.to(q.dtype), q_rotated), dim=-1)  # [B, H, T, rank + rope_dim]
         read = self.attend(q, torch.cat((latent, k_rotated), dim=-1), latent, context)  # [B, H, T, rank]
@@ -234,10 +234,10 @@ def latent_widths(config: Any) -> tuple[int, int, int]:
 
 
 def rotary(config: Any, width: int, window: int) -> Rotary:
-    """The rotation that the config asks for, of heads of `width` channels, in a layer with this window (0: none)."""
+    """The rotary embedding of the config for heads of `width` channels, in a layer with this window (0: none)."""
     if window and config.rope_local_theta:
         return Rotary(width, config.rope_local_theta, config.rope_fraction)
-    # With rope_mscale_all_dim the temperature is in the scale of all scores.
+    # With rope_mscale_all_dim, the scale of all scores already contains the temperature.
     temperature = 1.0 if config.rope_mscale_all_dim else None
     how = rope_scaling(config)
     return Rotary(width, config.rope_theta, config.rope_fraction, *how, temperature=temperature)
@@ -265,12 +265,12 @@ def gated(config: Any) -> bool:
 
 
 def mixes_values(config: Any, layer: int) -> bool:
-    """Whether values from elsewhere are mixed into those of this layer."""
+    """Whether other values (of the first layer or of a table) are mixed into the values of this layer."""
     return (config.value_residual and layer > 0) or config.value_table_of(layer) is not None
 
 
 class ValueMix(nn.Module):
-    """a v + b values, with a and b learned, from a half each."""
+    """a v + b values, with learned a and b that start at 0.5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,8 +286,8 @@ class ValueMix(nn.Module):
 
 
 class KeyValueShift(nn.Module):
-    """Per head a k_t + b k_{t-1}, and so the values (arXiv 2411.19574); at the start a is drawn evenly from 0 to 1 and b = 1 - a.
-    A document's first token has no token before it."""
+    """Per head a k_t + b k_{t-1}, and the same for values (arXiv 2411.19574). At the start a is drawn from U(0, 1), and b = 1 - a.
+    For the first token of a document, the previous key and value are 0."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -316,12 +316,12 @@ class KeyValueShift(nn.Module):
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """x.cumsum(1), x [B, T, H]; bit for bit again where that is asked for: torch's on CUDA refuses to then."""
+    """x.cumsum(1), x [B, T, H]. Under deterministic algorithms on CUDA it uses sum_by_doubling, because torch's cumsum raises there."""
     return sum_by_doubling(x) if x.is_cuda and torch.are_deterministic_algorithms_enabled() else x.cumsum(dim=1)
 
 
 def sum_by_doubling(x: Tensor) -> Tensor:
-    """x.cumsum(1) in ceil(log2 T) additions, each of a copy shifted twice as far as the last."""
+    """x.cumsum(1) in ceil(log2 T) additions of a shifted copy; the shift doubles each time."""
     shift = 1
     while shift < x.shape[1]:
         x = x + F.pad(x[:, :-shift], (0, 0, shift, 0))
@@ -330,7 +330,7 @@ def sum_by_doubling(x: Tensor) -> Tensor:
 
 
 class ForgetGate(nn.Module):
-    """The running sum of log f_t, f_t = sigmoid(w x_t + b) per head (arXiv 2503.02130), fp32."""
+    """The running sum of log f_t, with f_t = sigmoid(w x_t + b) per head (arXiv 2503.02130), in fp32."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""A block of the decoder: its two branches, their norms, and how they join the residual stream.
-
-Every part has a `size`, its number of parameters by formula.
-"""
+"""A block of the decoder: its two branches, their norms, and how they join the residual stream."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection, Plain, Weighted, narrow
 from models.state import DecodingState
 
-# (before the branch, after the branch, after the sum): where a norm stands.
+# Where the norms are: (before the branch, after the branch, after the sum).
 NORM_PLACES = {
     "pre": (True, False, False),
     "post": (False, False, True),
@@ -45,7 +42,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), each sum by a residual connection; x [B, T, D] or [B, T, n, D]."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), each added by a residual connection; x [B, T, D] or [B, T, n, D]."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -60,7 +57,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """values: what this layer's values are mixed with, or None; returns (x, values for the next layer)."""
+        """values: mixed into this layer's values, or None; returns (x, values for the next layer)."""
         h, kept = self.attention_join.mix(x)
         attended, values = self.attention(self.attention_norm(h), values, context, cache)
         x = self.attention_last(self.attention_join.merge(x, self.attention_post(attended), kept))
@@ -73,12 +70,12 @@ class Block(nn.Module):
         return [self.attention.out, self.mlp if isinstance(self.mlp, Pattention) else self.mlp.out]  # type: ignore[list-item]
 
     def branch_ends(self) -> list[nn.Module]:
-        """The norm that ends each branch, where there is one: its gain starts at zero under zero_init."""
+        """The norm at the end of each branch, if there is one: with zero_init its gain starts at zero."""
         return [post for post in (self.attention_post, self.mlp_post) if not isinstance(post, nn.Identity)]
 
 
 class ParallelBlock(nn.Module):
-    """x + attention(norm(x)) + MLP(norm(x)) with one norm, one matrix into both branches and one out of both (PaLM,
+    """x + attention(norm(x)) + MLP(norm(x)) with one norm, and one input and one output matrix for both branches (PaLM,
     arXiv 2204.02311); x [B, T, D]."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -128,7 +125,7 @@ class ParallelBlockTwoNorms(Block):
 
 
 def attention_class(config: Any) -> Any:
-    """The branch that `attention` names: latent, or one whose heads are an entry of HEADS."""
+    """The attention branch for the switch `attention`: latent, or one with heads from HEADS."""
     return LatentAttention if config.attention == "latent" else Attention
 
 
@@ -136,8 +133,8 @@ BLOCKS: dict[str, Any] = {"serial": Block, "parallel": ParallelBlock, "parallel_
 
 
 class FurtherHead(nn.Module):
-    """Predicts the token `index` places after the next one (arXiv 2404.19737): from the last hidden states, or with a block
-    of its own beside the trunk's last, which is the block of the first head."""
+    """Predicts the token `index` places after the next one (arXiv 2404.19737): from the last hidden states, or with its own
+    block parallel to the trunk's last block, which belongs to the first head."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()
@@ -151,7 +148,7 @@ class FurtherHead(nn.Module):
     def forward(
         self, x: Tensor, before: Tensor, values: Tensor | None, context: Context, last_norm: nn.Module
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; before: what the trunk's last block reads; last_norm: the trunk's, which follows a block."""
+        """[B, T, D] -> [B, T, D]; before: input of the trunk's last block; last_norm: the trunk's final norm, used after a block."""
         if self.block is None:
             return self.norm(narrowed(x))
         return last_norm(narrowed(self.block(before, values, context)[0]))
@@ -181,5 +178,5 @@ JOINS: dict[str, Any] = {
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """The sum of the streams where there are several."""
+    """The sum of the streams, if there are several."""
     return x if x.ndim == 3 else narrow(x)

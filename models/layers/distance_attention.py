@@ -1,8 +1,8 @@
 """Single-head causal attention with a learned slope over the distance, and values wider than its queries and keys.
 
-score(i, j) = q_i k_j / sqrt(d_qk) + slope (j - i), as in ALiBi (arXiv 2108.12409) but with the slope learned. Two
-kernels compute it, `attend_dense` and `attend_flex`; distances, bias and softmax are fp32 in both (the product q k^T is in
-the type of q in the first).
+score(i, j) = q_i k_j / sqrt(d_qk) + slope (j - i), as in ALiBi (arXiv 2108.12409) but with a learned slope. Two
+kernels compute it, `attend_dense` and `attend_flex`. In both, distances, bias and softmax are fp32 (`attend_dense` computes
+q k^T in the dtype of q).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from models.layers import flex
 
-FLEX_VALUE_WIDTH = 128  # widest value one Flex kernel holds well
+FLEX_VALUE_WIDTH = 128  # largest value width that suits one Flex kernel
 
 
 class Reach(NamedTuple):
     """What each query sees, and how far away it is."""
 
-    # [Tq, Tk] j - i: integers, which mixed-precision wrappers leave alone; bf16 only to emulate hlb's rounding
+    # [Tq, Tk] j - i: integers, because mixed-precision wrappers do not round them; bf16 only to emulate hlb-gpt's rounding
     distance: Tensor
     visible: Tensor  # [Tq, Tk] or [B, Tq, Tk] bool
 
@@ -31,8 +31,8 @@ class Reach(NamedTuple):
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, reach: Reach) -> Tensor:
     """softmax(q k^T / sqrt(d_qk) + slope (j - i)) v; q [B, Tq, d_qk], k [B, Tk, d_qk], v [B, Tk, D] -> [B, Tq, D].
 
-    Plain products on purpose: the fused kernels of scaled_dot_product_attention take a learned bias in the type of q
-    only, and positions must not be in half precision.
+    It uses plain products, because the fused kernels of scaled_dot_product_attention take a learned bias only in the dtype of
+    q, and positions must not be in half precision.
     """
     if reach.distance.is_floating_point():
         slope = slope.to(reach.distance.dtype)
@@ -41,16 +41,16 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, reach: Reach) -
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: BlockMask) -> Tensor:
-    """The same as `attend_dense` in one FlexAttention kernel, whose scores are fp32; q, k, v as long as each other.
+    """The same as `attend_dense` in one FlexAttention kernel, with fp32 scores; q, k and v have the same length.
 
-    Values of D channels are too wide for it, so chunks of them stand as heads that share q and k (views, no copies).
+    Values of D channels are too wide for the kernel, so chunks of them become heads that share q and k (views, no copies).
     """
     length, d_qk, d_v = q.shape[1], q.shape[2], v.shape[2]
     width = max(flex.MIN_WIDTH, min(FLEX_VALUE_WIDTH, d_v))
     n_chunks = -(-d_v // width)
     v = _widened(v, n_chunks * width).unflatten(-1, (n_chunks, width)).transpose(1, 2)  # [B, chunks, T, width]
     q, k = (_widened(x, max(flex.MIN_WIDTH, d_qk)).unsqueeze(1).expand(-1, n_chunks, -1, -1) for x in (q, k))
-    # One copy of the slope per query: the kernel adds up its gradient by atomics, slow if all fell on one address.
+    # One copy of the slope per query: the kernel sums its gradient with atomics, which are slow on a single address.
     slopes = slope.expand(length).contiguous()
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, block_mask: Bloc
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
-    """x with zeros for channels up to `width`. (F.pad would copy x where there are none to add.)"""
+    """x padded with zero channels to `width`. (F.pad would copy x even if there is nothing to add.)"""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def flex_refusal(length: int, d_qk: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `attend_dense` is the better or only choice for training at this length; None where Flex is."""
+    """Why `attend_dense` is the better or only choice for training at this length; None if Flex is better."""
     refusal = flex.device_refusal(device)
     refusal = refusal or flex.width_refusal(max(flex.MIN_WIDTH, d_qk), flex.MIN_WIDTH, dtype)
     if refusal is None and torch.are_deterministic_algorithms_enabled():
-        refusal = "it adds up the slope's gradient in no fixed order"
+        refusal = "it sums the slope's gradient in no fixed order"
     if refusal is None and length < flex.MIN_LENGTH:
         refusal = f"fewer than {flex.MIN_LENGTH} tokens"
     return refusal and f"flex: {refusal}"

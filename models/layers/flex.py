@@ -1,4 +1,4 @@
-"""torch's FlexAttention (arXiv 2412.05496): where it runs, the masks of blocks it wants, and what stands for it in plans."""
+"""torch's FlexAttention (arXiv 2412.05496): where it runs, its block masks, and an operator that replaces it in memory plans."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from models.layers.compat import raise_recompile_limit
 
-MIN_LENGTH = 128  # it works on blocks of 128 x 128
-MIN_WIDTH = 16  # Triton multiplies no tiles narrower than this
-MAX_WIDTH = 256  # of a head's channels; wider ones exceed the shared memory of a multiprocessor
+MIN_LENGTH = 128  # FlexAttention works on blocks of 128 x 128
+MIN_WIDTH = 16  # Triton cannot multiply narrower tiles
+MAX_WIDTH = 256  # channels of a head; wider heads exceed the shared memory of a multiprocessor
 MAX_WIDTH_FP32 = 128
-MAX_VALUE_WIDTH = 128  # where wider than queries, whose width alone decides about the tiles of the backward pass
+MAX_VALUE_WIDTH = (
+    128  # for values wider than queries, because only the width of queries decides the tiles of the backward pass
+)
 
 _planning = False
 
 
 @contextlib.contextmanager
 def planning_for_gpu() -> Iterator[None]:
-    """Within, models choose FlexAttention as on a GPU that has it, and tensors without storage hold what its kernel holds."""
+    """In this context models choose FlexAttention as on a GPU that supports it. Attention of tensors without storage then holds
+    the same tensors as its kernel."""
     global _planning
     _planning = True
     try:
         yield
     finally:
         _planning = False
-        for made in (causal_blocks, window_blocks):  # of tensors without storage
+        for made in (causal_blocks, window_blocks):  # drop masks that were made of tensors without storage
             made.cache_clear()
 
 
 def device_refusal(device: torch.device) -> str | None:
-    """Why FlexAttention cannot train on a device; None where it can."""
+    """Why FlexAttention cannot train on a device; None if it can."""
     if _planning:
         return None
     if device.type != "cuda":
@@ -48,17 +51,19 @@ def device_refusal(device: torch.device) -> str | None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA, eager for tests elsewhere."""
+    """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA; elsewhere eager, for tests."""
     if _planning:
         return held_by_flex(q, k, v)[0]
-    if torch.compiler.is_compiling():  # with the block around it; `suited` could not be traced
-        bool(q.shape[2] % MIN_LENGTH == 0)  # asked, so that the compiler knows, and leaves out checks of bounds
+    if torch.compiler.is_compiling():  # compiled with its block; the compiler cannot trace `suited`
+        bool(
+            q.shape[2] % MIN_LENGTH == 0
+        )  # evaluated, so that the compiler knows the result and can omit bounds checks
         return flex_attention(q, k, v, **options)
     return suited(flex_attention, q.device)(q, k, v, **options)
 
 
 def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str | None:
-    """Why heads of so many channels are not for FlexAttention's kernels; None where they are."""
+    """Why FlexAttention's kernels do not support heads with this number of channels; None if they do."""
     most = MAX_WIDTH if dtype.itemsize == 2 else MAX_WIDTH_FP32
     if not all(MIN_WIDTH <= width <= most for width in (query_width, value_width)):
         return f"heads must have {MIN_WIDTH} to {most} channels" + " in fp32" * (most == MAX_WIDTH_FP32)
@@ -68,25 +73,25 @@ def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str
 
 
 def suited(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """One of torch's functions for FlexAttention, on CUDA compiled."""
+    """One of torch's functions for FlexAttention; compiled on CUDA."""
     return compiled(function) if device.type == "cuda" else function
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Any:
-    """The function as fused kernels, which all models of a process share."""
-    # One kernel per length, batch size and gradient mode: more than the default limit, past which it would run unfused.
+    """The function as compiled kernels, which all models of a process share."""
+    # One kernel per length, batch size and gradient mode: more than the default limit, above which it would run unfused.
     raise_recompile_limit(64)
-    # Else `selective` would not see, and so not keep, what a kernel of its own in an eager block gives.
+    # Without this option, `selective` checkpointing cannot see (and keep) the output of a kernel compiled inside an eager block.
     return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
 
-# Operators, so that activation checkpointing and the compiler treat them as FlexAttention's.
+# These are operators, so that activation checkpointing and the compiler treat them like FlexAttention's.
 
 
 @torch.library.custom_op("crescendo::held_by_flex", mutates_args=())
 def held_by_flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """For tensors without storage: the output of FlexAttention and, held with it for the backward pass, the log of its sums."""
+    """For tensors without storage: the output of FlexAttention, and the log-sum-exp that it keeps for the backward pass."""
     raise NotImplementedError("it has no numbers")
 
 
@@ -94,14 +99,14 @@ def held_by_flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def gradients_of_flex(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v."""
+    """The gradients of q, k and v, for tensors without storage."""
     raise NotImplementedError("it has no numbers")
 
 
 @held_by_flex.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape, order = (*q.shape[:3], v.shape[-1]), [*sorted(range(3), key=q.stride, reverse=True), 3]
-    out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(4)])  # laid out as q is
+    out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(4)])  # same memory layout as q
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -110,7 +115,7 @@ def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tens
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-HELD_BY_FLEX = torch.ops.crescendo.held_by_flex.default  # as activation checkpointing meets it
+HELD_BY_FLEX = torch.ops.crescendo.held_by_flex.default  # the operator as activation checkpointing sees it
 
 
 def _hold(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,15 +129,15 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
 held_by_flex.register_autograd(_gradients, setup_context=_hold)
 
 
-MASKS_KEPT = 16  # of each kind: more than a run has lengths and windows, while text may have any number of lengths
+MASKS_KEPT = 16  # of each kind: more than a run has lengths and windows; a limit is needed, because generation can have any length
 
-_readers: list[list[BlockMask]] = []  # who holds on to the masks that are handed out now
+_readers: list[list[BlockMask]] = []  # lists that currently collect the masks in use
 
 
 @contextlib.contextmanager
 def masks_read() -> Iterator[list[BlockMask]]:
-    """Within, all masks that are handed out are added to the list: recorded microbatches (engine.cuda_graphs), which read them
-    where they are, must keep them."""
+    """In this context every returned mask is also added to the list. Recorded microbatches (engine.cuda_graphs) read masks at fixed
+    addresses, so they must keep them alive."""
     masks: list[BlockMask] = []
     _readers.append(masks)
     try:
@@ -142,7 +147,7 @@ def masks_read() -> Iterator[list[BlockMask]]:
 
 
 def kept(make: Callable[..., BlockMask]) -> Any:
-    """`make` that remembers the masks that were last asked for."""
+    """`make` with a cache of the most recent masks."""
     remembered = functools.lru_cache(maxsize=MASKS_KEPT)(make)
 
     @functools.wraps(make)
@@ -159,8 +164,8 @@ def kept(make: Callable[..., BlockMask]) -> Any:
 @kept
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
     """Every token sees itself and those before it; made once per length."""
-    with torch.inference_mode(False):  # made while evaluating, it must still serve in training
-        make = suited(create_block_mask, device)  # eager, it would take some [T, T]
+    with torch.inference_mode(False):  # a mask made during evaluation must also work in training
+        make = suited(create_block_mask, device)  # eager code would need several [T, T] tensors
         return make(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
 
 
@@ -168,17 +173,19 @@ def causal_blocks(length: int, device: torch.device) -> BlockMask:
 def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
     """Every token sees itself and the window - 1 before it; made once per length and window."""
     with torch.inference_mode(False):
-        reach = torch.full((), window, device=device)  # a tensor: one compiled kernel serves every window
+        reach = torch.full((), window, device=device)  # a tensor, so that one compiled kernel works for every window
         make = suited(create_block_mask, device)
         return make(lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device)
 
 
 def document_blocks(documents: Tensor, window: int = 0) -> BlockMask:
-    """Causal, and within the window where that is not 0, within each document; documents [B, T].
+    """Causal within each document, and within the window if it is not 0; documents [B, T].
 
-    They differ from batch to batch, so on CUDA a fused kernel makes them: eager, that takes some [B, T, T] each time.
+    These masks differ from batch to batch, so on CUDA a compiled kernel makes them: eager code needs several [B, T, T] tensors.
     """
-    reach = torch.full((), window or documents.shape[1], device=documents.device)  # filled there, without waiting
+    reach = torch.full(
+        (), window or documents.shape[1], device=documents.device
+    )  # filled on the device, without waiting
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])

@@ -1,8 +1,8 @@
-"""Linear layers that multiply in fp8 (arXiv 2209.05433): twice the products per second of bf16 on GPUs that have it.
+"""Linear layers that multiply in fp8 (arXiv 2209.05433), at twice the speed of bf16 on GPUs that support it.
 
-Each factor of a product is scaled as a whole, by its largest entry of this very call: e4m3 (3 bits of mantissa) for
-inputs and weights, e5m2 (2 bits, more range) for the gradients of outputs. Parameters stay what they were: names, types,
-initialisation and checkpoints are those of nn.Linear.
+Each tensor in a product has one scale, from its largest entry in the current call. Inputs and weights use e4m3 (3 bits of
+mantissa), gradients of outputs use e5m2 (2 bits, more range). Parameters do not change: names, dtypes, initialisation and
+checkpoints are those of nn.Linear.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from models.layers import autocast_dtype
 from models.layers.compat import scaled_product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # the GPU's fp8 products want every dimension divisible by it
-MIN_RATIO = 2.0**-100  # of largest entry to largest number of the type: a tensor of zeros has a finite scale too
+MULTIPLE = 16  # the GPU's fp8 products need every dimension to be divisible by this
+MIN_RATIO = (
+    2.0**-100
+)  # least ratio of the largest entry to the largest fp8 number, so that a tensor of zeros has a finite scale
 
 
 class Float8Linear(nn.Linear):
     """nn.Linear with its three products (output, gradients of input and weight) in fp8. Made by `convert_to_float8`.
 
-    Evaluation computes in fp8 too, so that its loss is that of the model which is trained.
+    Evaluation also computes in fp8, so that its loss is that of the trained model.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the type that nn.Linear gives: x's, or autocast's."""
+        """x [..., in] -> [..., out], in the output dtype of nn.Linear: that of x, or autocast's."""
         dtype = autocast_dtype(x.device.type) or x.dtype
         rows = x.reshape(-1, self.in_features)  # [N, in]
         n = len(rows)
-        if n % MULTIPLE:  # N is what the weight's gradient sums over; rows of zeros add nothing to it
+        if n % MULTIPLE:  # the weight's gradient sums over the N rows; rows of zeros add nothing to it
             rows = F.pad(rows, (0, 0, 0, -n % MULTIPLE))
         out = _Product.apply(rows, self.weight, dtype)[:n].view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(dtype)
@@ -41,9 +43,9 @@ class Float8Linear(nn.Linear):
 class _Product(torch.autograd.Function):
     """x [N, in], weight [out, in] -> x weight^T [N, out] in `dtype`; all three dimensions divisible by MULTIPLE.
 
-    Kept for the backward pass: x in fp8, half of what bf16 takes; and the parameter itself. Its fp8 copy would take a
-    byte per parameter all the way, and hold whole weights where they are sharded; the backward pass needs it transposed, so
-    it has to write it anew in any case.
+    The backward pass keeps x in fp8 (half the memory of bf16) and the parameter itself, not the parameter's fp8 copy. That copy
+    would take a byte per parameter until the backward pass, and would hold whole weights if they are sharded. The backward pass
+    needs it transposed, so it has to make a new copy anyway.
     """
 
     @staticmethod
@@ -53,8 +55,8 @@ class _Product(torch.autograd.Function):
         weight8 = _cast(weight, weight_scale, E4M3)
         ctx.save_for_backward(x8, x_scale, weight, weight_scale)
         ctx.x_dtype = x.dtype
-        # Fast accumulation keeps some 14 bits of a partial sum (arXiv 2412.19437): enough for the output, while the
-        # gradients' sums, over more terms, are kept in fp32.
+        # Fast accumulation keeps about 14 bits of a partial sum (arXiv 2412.19437). This is enough for the output; gradients
+        # are sums of more terms and accumulate in fp32.
         return scaled_product(x8, weight8.t(), x_scale, weight_scale, dtype, fast=True)
 
     @staticmethod
@@ -64,12 +66,12 @@ class _Product(torch.autograd.Function):
         gradient8 = _cast(gradient, scale, E5M2)  # [N, out]
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            columns = _cast(weight.t(), weight_scale, E4M3).t()  # [out, in], column by column
+            columns = _cast(weight.t(), weight_scale, E4M3).t()  # [out, in], column-major
             dx = scaled_product(gradient8, columns, scale, weight_scale, gradient.dtype, fast=False).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            columns = x8.t().contiguous().t()  # [N, in], column by column
+            columns = x8.t().contiguous().t()  # [N, in], column-major
             rows = gradient8.t().contiguous()  # [out, N]
-            # In the parameter's type at once: no rounding to bf16 in between, and no pass to undo it.
+            # Directly in the dtype of the parameter, so that it is not rounded to bf16 first.
             dweight = scaled_product(rows, columns, scale, x_scale, weight.dtype, fast=False)
         return dx, dweight, None
 
@@ -77,25 +79,25 @@ class _Product(torch.autograd.Function):
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Power of two, an fp32 scalar on x's device: the largest |x| / scale is in [max / 2, max) of the fp8 `dtype`.
 
-    To scale by a power of two is exact, and below max nothing saturates: all that is lost is the mantissa's bits.
-    An Inf or NaN in x gives an infinite scale. Finite entries then become 0, which the scale turns to 0 * Inf, and
-    others NaN: nothing that is computed from x comes out as a number, whatever the cast makes of an Inf.
+    Scaling by a power of two is exact, and nothing below max saturates, so only bits of the mantissa are lost.
+    An Inf or NaN in x gives an infinite scale. Finite entries then become 0, and 0 * Inf is NaN when the scale is applied
+    again; other entries become NaN. So every result is NaN, whatever the cast does with an Inf.
     """
     low, high = torch.aminmax(x)
     ratio = torch.maximum(-low, high).float() / torch.finfo(dtype).max
     bits = ratio.clamp(min=MIN_RATIO).view(torch.int32)
-    return 2 * (bits & 0x7F800000).view(torch.float32)  # the exponent alone; that of a NaN is Inf's
+    return 2 * (bits & 0x7F800000).view(torch.float32)  # keep only the exponent; NaN has the exponent of Inf
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale in fp8, row by row in memory."""
+    """x / scale in fp8, row-major."""
     return (x / scale).to(dtype).contiguous()
 
 
 def convert_to_float8(module: nn.Module) -> tuple[int, list[str]]:
-    """Make the linear layers in `module` compute in fp8, in place: (how many, names of those left out).
+    """Make the linear layers in `module` compute in fp8, in place: (number of converted layers, names of those left out).
 
-    Left out are layers with a dimension that is not divisible by 16. Before compilation, sharding and wrapping.
+    Layers with a dimension that is not divisible by 16 are left out. Call this before compilation, sharding and wrapping.
     """
     count, left_out = 0, []
     for name, layer in module.named_modules():
@@ -110,7 +112,7 @@ def convert_to_float8(module: nn.Module) -> tuple[int, list[str]]:
 
 
 def float8_refusal(device: torch.device) -> str | None:
-    """Why `device` has no use of fp8; None where it multiplies it."""
+    """Why fp8 is of no use on `device`; None if the device has fp8 units."""
     if device.type != "cuda":
         return f"a {device.type.upper()} has no units for fp8, and would only emulate it"
     if torch.version.hip is not None:

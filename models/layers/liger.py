@@ -1,8 +1,9 @@
-"""Liger's Triton kernels (arXiv 2410.10989) where they compute what the decoder does: RMSNorm, SwiGLU, head and loss in one.
+"""Liger's Triton kernels (arXiv 2410.10989) that compute the same as the decoder: RMSNorm, SwiGLU, and head with loss.
 
-Its GEGLU is another (of the tanh GELU), and its LayerNorm and DyT round elsewhere; those stay torch's. The compiler does not
-look into these functions, whose traced kernels are reported to go wrong (RMSNorm) or slower than its own (SwiGLU,
-github.com/linkedin/Liger-Kernel/issues/1330): it breaks its graph at them, and leaves a block alone that recomputes them.
+Liger's GEGLU uses the tanh GELU, and its LayerNorm and DyT round at other places, so torch computes these three. The compiler
+does not trace the functions here, because traced Liger kernels are reported to be wrong (RMSNorm) or slower than the compiler's
+own (SwiGLU, github.com/linkedin/Liger-Kernel/issues/1330). It breaks its graph at them, and does not compile blocks that
+recompute them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from models.layers.linear_cross_entropy import divisor
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norms import RMSNorm
 
-MIN_VERSION = (0, 8, 4)  # before, soft-capped losses counted the columns that fill up the last block
+MIN_VERSION = (0, 8, 4)  # in older versions, soft-capped losses counted the padding columns of the last block
 
 
 def take_over(model: Any, config: Any) -> list[str]:
-    """Have Liger compute the RMSNorms and SwiGLUs among the modules of `model`; returns what of it Liger computes.
+    """Let Liger compute all RMSNorms and SwiGLUs in `model`; returns the names of the parts that Liger computes.
 
-    "loss" among that means that `linear_cross_entropy` is to be called.
+    If "loss" is among them, the caller must use `linear_cross_entropy`.
     """
     taken = {}
     for module in model.modules():
@@ -38,7 +39,7 @@ def take_over(model: Any, config: Any) -> list[str]:
 
 
 def describe(taken: list[str], config: Any, device: torch.device) -> str:
-    """What computes all but attention, and why; "" where there was no choice. ValueError as in `require`."""
+    """Which kernels compute everything except attention, and why; "" if there was no choice. ValueError as in `require`."""
     if config.kernels == "liger":
         require(device)
         refusal = _loss_refusal(config)
@@ -75,7 +76,7 @@ def require(device: torch.device) -> None:
 
 @functools.cache
 def _version() -> tuple[int, ...]:
-    """Of the installed liger-kernel, () without."""
+    """Version of the installed liger-kernel; () if it is not installed."""
     try:
         return tuple(
             int(part) for part in importlib.metadata.version("liger-kernel").split(".")[:3] if part.isdecimal()
@@ -86,21 +87,21 @@ def _version() -> tuple[int, ...]:
 
 @torch.compiler.disable
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `norms.rms_norm`: statistics in fp32, rounded to the type of x before the gain."""
+    """As `norms.rms_norm`: statistics in fp32, rounded to the dtype of x before the gain."""
     require(x.device)
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # In place it would write into a gradient that the residual stream still needs.
+    # Not in place: that would overwrite a gradient that the residual stream still needs.
     return LigerRMSNormFunction.apply(x, weight.to(x.dtype), eps, 0.0, "llama", False)
 
 
 @torch.compiler.disable
 def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 hidden], the gate first -> [..., hidden]."""
+    """[..., 2 hidden], with the gate first -> [..., hidden]."""
     require(x.device)
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    # Its gradient comes back as rows, whatever the shape of x.
+    # Flattened, because Liger returns the gradient as rows for every shape of x.
     return LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
@@ -108,9 +109,9 @@ def swiglu(x: Tensor) -> Tensor:
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", *, softcap: float | None = None
 ) -> Tensor:
-    """As `linear_cross_entropy.linear_cross_entropy`; but it waits for the GPU, to count the targets.
+    """As `linear_cross_entropy.linear_cross_entropy`, but it waits for the GPU to count the targets.
 
-    x must need a gradient where the weight does. A second backward pass would give wrong gradients.
+    If the weight needs a gradient, x must need one too. A second backward pass would give wrong gradients.
     """
     require(x.device)
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction

@@ -1,7 +1,7 @@
-"""Output projection and cross-entropy in one, a chunk of rows at a time: [tokens, V] logits are never held.
+"""Output projection and cross-entropy together, one chunk of rows at a time: [tokens, V] logits are never held.
 
-The gradients of x and weight are taken chunk by chunk in the forward pass, as Liger does (arXiv 2410.10989): three matrix
-products in all, none repeated, and nothing of the size of the logits is kept for the backward pass.
+The forward pass also computes the gradients of x and weight, chunk by chunk, as in Liger (arXiv 2410.10989): three matrix
+products in total, none repeated. The backward pass keeps nothing of the size of the logits.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from models.base import IGNORE
 from models.layers import autocast_dtype, without_autocast
 
-# Logits held at once. Every chunk reads and writes the whole gradient of the weight, so rows per chunk decide the speed, not
-# bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260 rows
-# 1.0 to 1.4 times, 2000 no less. GPUs want at least as many (github.com/linkedin/Liger-Kernel/pull/1414): the product with
-# the weight has (rows / 128) (D / 128) tiles for its some hundred multiprocessors.
+# Bytes of logits held at a time. Every chunk reads and writes the whole gradient of the weight, so the speed depends on the rows per
+# chunk, not on bytes: on a CPU core (V = 50304, D = 384 and 768) 125 rows take 1.2 (fp32) to 2.3 (bf16) times as long as 1000, 260
+# rows 1.0 to 1.4 times, and 2000 are not faster. GPUs need at least as many (github.com/linkedin/Liger-Kernel/pull/1414): the
+# product with the weight has (rows / 128) (D / 128) tiles for the roughly hundred multiprocessors.
 CHUNK_BYTES = 64 << 20
 CHUNK_BYTES_OF_GPU = 512 << 20
 MIN_CHUNK_ROWS = 1024
-ROWS_OF_GPU = 128  # whole tiles of products, and rows of fp32 facts that begin where vectors of them may
-# Scores in fp32 held at once, a part of the chunk: in a core's cache, where the passes over them cost least; elsewhere as many
-# as hide the launch of a kernel.
+ROWS_OF_GPU = 128  # gives whole tiles of products, and slices of fp32 vectors that start at aligned addresses
+# Bytes of fp32 scores held at a time, for a part of a chunk. On a CPU they fit a core's cache, where passes over them are cheapest;
+# on a GPU there are enough to hide the launch of a kernel.
 TILE_BYTES_PER_CORE = 2 << 20
 TILE_BYTES = 64 << 20
 
 
 class _Form(NamedTuple):
-    """What the caller asked for; vocab_size: rows of the weight that are no padding."""
+    """The options of the caller; vocab_size: rows of the weight that are not padding."""
 
     softcap: float | None
     z_loss: float
@@ -53,12 +53,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats of the logits x weight^T + bias, fp32 scalar: mean or sum over the targets that are not IGNORE.
 
-    x: [..., D]; weight: [V, D]; bias: [V]; targets: [...]; weights: [...], factor of each target's loss. Products are in the type of x and weight, or in autocast's;
-    softmax and sums are fp32 (fp64 for fp64). Where all targets are IGNORE the sum is 0, the mean NaN, the gradients zero.
+    x: [..., D]; weight: [V, D]; bias: [V]; targets: [...]; weights: [...], factor of each target's loss. Products are in the
+    dtype of x and weight, or autocast's; softmax and sums are fp32 (fp64 for fp64). If all targets are IGNORE, the sum is 0, the
+    mean is NaN, and the gradients are zero.
     softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
     z_loss: coefficient of logsumexp^2, added to the loss of each token (PaLM, arXiv 2204.02311).
-    vocab_size: rows of the weight from there on are padding: never predicted, without gradient.
-    The gradients are handed over in the first backward pass: a second one, or one through them, is a RuntimeError.
+    vocab_size: the rows of the weight from this index on are padding: never predicted, without gradient.
+    The first backward pass releases the gradients: a second backward pass, or a double backward pass, is a RuntimeError.
     """
     return weighted_linear_cross_entropy(
         x,
@@ -87,9 +88,9 @@ def weighted_linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_cross_entropy` with a weight for each row: (loss, cross-entropies [...], z-losses [...]).
 
-    row_weights: [...], factor of each row's loss; divide_by: scalar by which their sum is divided (None: 1).
-    Both are constants to autograd. The loss is the sum of the other two, divided; these are weighted, fp32, without
-    gradient, and 0 at IGNORE.
+    row_weights: [...], factor of each row's loss; divide_by: scalar that divides their sum (None: 1).
+    Both are constants for autograd. The cross-entropies and z-losses are weighted, fp32, without gradient, and 0 at IGNORE;
+    the loss is their sum, divided.
     """
     device = x.device.type
     dtype = autocast_dtype(device) or x.dtype
@@ -113,8 +114,8 @@ def linear_nll(
 ) -> Tensor:
     """The cross-entropy of each token in nats, times its weight: fp32, in the shape of `targets`, 0 at IGNORE.
 
-    As in `linear_cross_entropy`, no more than a chunk of the logits is ever held. Each token may get a gradient of its own:
-    the backward pass computes the logits again, a fourth matrix product.
+    As in `linear_cross_entropy`, at most one chunk of the logits is held at a time. Each token can get a different gradient, so
+    the backward pass computes the logits again: a fourth matrix product.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -145,16 +146,16 @@ class _LinearNll(torch.autograd.Function):
 
 
 def divisor(targets: Tensor, reduction: str) -> Tensor | None:
-    """What `reduction` divides a sum of losses by: mean, the number of targets that are not IGNORE; sum, None."""
+    """The divisor of a sum of losses: for mean the number of targets that are not IGNORE, for sum None."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
     return (targets != IGNORE).sum() if reduction == "mean" else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """x [N, D], targets [N] -> scalar, [N], [N]. Makes the gradients of x, weight and bias in the forward pass."""
+    """x [N, D], targets [N] -> scalar, [N], [N]. The forward pass computes the gradients of x, weight and bias."""
 
-    gives_every_gradient = True  # to what needs one (see trainer/engine/gradients.py)
+    gives_every_gradient = True  # to every input that needs one (see trainer/engine/gradients.py)
 
     @staticmethod
     def forward(
@@ -205,7 +206,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         cross_entropies, z_losses = ((losses * factors).where(counted, 0) for losses in (cross_entropies, z_losses))
         total = cross_entropies.sum() + z_losses.sum()
-        # Attributes, not saved tensors: those would still be held while the backward pass hands them over.
+        # Attributes, not saved tensors, because autograd would still hold saved tensors while the backward pass returns them.
         ctx.gradients = [(dx, x.dtype), (dweight, weight.dtype), (dbias, wide if bias is None else bias.dtype)]
         ctx.factor = 1.0 if divide_by is None else divide_by.clamp(min=1).to(wide).reciprocal()
         ctx.mark_non_differentiable(cross_entropies, z_losses)
@@ -216,7 +217,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice; leave out create_graph")
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy has handed its gradients over: one backward pass per forward pass")
+            raise RuntimeError(
+                "linear_cross_entropy has released its gradients: only one backward pass per forward pass"
+            )
         factor = gradient * ctx.factor
         scaled = [
             None if made is None else made.to(factor.dtype).mul_(factor).to(dtype) for made, dtype in ctx.gradients
@@ -227,7 +230,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @contextlib.contextmanager
 def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
-    """Within, `scorer` (score_in_tiles, or score_at_once compiled) does what training does to chunks of logits."""
+    """In this context, training applies `scorer` (score_in_tiles, or a compiled score_at_once) to chunks of logits."""
     token = _scorer.set(scorer)
     try:
         yield
@@ -236,7 +239,7 @@ def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
 
 
 def score_nothing(*facts: Any) -> None:
-    """The scorer for tensors without storage, where only what is held counts: it holds nothing, and two chunks are as good as all."""
+    """The scorer for tensors without storage, where only held memory counts: it holds nothing, and two chunks stand for all."""
 
 
 def score_in_tiles(
@@ -248,7 +251,7 @@ def score_in_tiles(
     form: _Form,
     train: bool = True,
 ) -> None:
-    """Fill in both losses [n] of a chunk; if `train`, make its logits [n, V] the gradient of factors times losses."""
+    """Fill in both losses [n] of a chunk; if `train`, overwrite its logits [n, V] with the gradient of factors times losses."""
     tile = _tile_rows(logits, factors.dtype)
     for start in range(0, len(logits), tile):
         part = slice(start, start + tile)
@@ -271,8 +274,8 @@ def _score_tile(
     if form.softcap is not None:
         bent = (scores / form.softcap).tanh_()
         scores = bent * form.softcap
-    probabilities = scores.softmax(-1)  # one kernel, where logsumexp and exp are five
-    log_sum = scores.amax(-1) - probabilities.amax(-1).log()  # the largest probability, unlike the target's, is never 0
+    probabilities = scores.softmax(-1)  # one kernel instead of five for logsumexp and exp
+    log_sum = scores.amax(-1) - probabilities.amax(-1).log()  # the largest probability is never 0, unlike the target's
     column = labels[:, None]
     torch.sub(log_sum, scores.gather(1, column)[:, 0], out=cross_entropies)
     torch.mul(log_sum.square(), form.z_loss, out=z_losses)
@@ -288,7 +291,7 @@ def _score_tile(
 def score_at_once(
     logits: Tensor, labels: Tensor, factors: Tensor, cross_entropies: Tensor, z_losses: Tensor, form: _Form
 ) -> None:
-    """As `score_in_tiles` in training, for torch.compile to make few kernels of: nothing in place but the results."""
+    """As `score_in_tiles` in training, written for torch.compile to fuse into few kernels: only the results are written in place."""
     scores = logits.to(factors.dtype)
     if form.softcap is not None:
         bent = (scores / form.softcap).tanh()
@@ -299,7 +302,7 @@ def score_at_once(
     of_label = scores.gather(1, labels[:, None])[:, 0]
     cross_entropies.copy_(log_sum - of_label)
     z_losses.copy_(form.z_loss * log_sum.square())
-    # Powers again, of other numbers: those of the sum would have to be held until here.
+    # Computes exp again, of other numbers, because the exponentials of the sum would have to be held until here.
     gradient = (scores - log_sum[:, None]).exp() * (1 + 2 * form.z_loss * log_sum)[:, None] - is_label.to(scores.dtype)
     if form.softcap is not None:
         gradient = gradient * (1 - bent.square())
@@ -307,7 +310,7 @@ def score_at_once(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a b, or = a b for the `first`; fp32 also where a and b are not."""
+    """total += a b, or total = a b if `first`; total may be fp32 even if a and b are not."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
@@ -317,10 +320,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool, softcap: bool = False) -> int:
-    """Most bytes of a chunk of logits, `itemsize` each, and the tiles in fp32 of it, for the loss of `rows`."""
+    """Maximum bytes for the loss of `rows` rows: a chunk of logits, of `itemsize` bytes each, and its tiles in fp32."""
     entries = int(min(rows, _most_rows(vocab_size, itemsize, on_gpu))) * vocab_size
     tile = min(4 * entries, _tile_bytes(on_gpu))
-    # Scores and probabilities; fp32 logits are scores themselves. A soft-cap makes other scores, and keeps what it bent.
+    # Scores and probabilities; fp32 logits are used as scores. A soft-cap needs new scores, and keeps its tanh.
     tiles = 3 if softcap else 1 if itemsize == 4 else 2
     return entries * itemsize + tiles * tile
 
@@ -331,7 +334,7 @@ def _most_rows(vocab_size: int, itemsize: int, on_gpu: bool) -> int:
 
 
 def _chunk_rows(rows: int, vocab_size: int, itemsize: int, on_gpu: bool) -> int:
-    """Rows per chunk: the same in all of them, but for the last."""
+    """Rows per chunk: the same in all chunks except the last."""
     chunks = max(1, -(-rows // _most_rows(vocab_size, itemsize, on_gpu)))
     even = max(1, -(-rows // chunks))
     return even if chunks == 1 or not on_gpu else -(-even // ROWS_OF_GPU) * ROWS_OF_GPU

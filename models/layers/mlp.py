@@ -1,4 +1,4 @@
-"""The MLP of a block, by its activation: plain (2 matrices, 4 d hidden) or gated (3 matrices, 8/3 d, so as many parameters)."""
+"""Activations of a block's MLP: plain (2 matrices, hidden width 4 d) or gated (3 matrices, 8/3 d: the same number of parameters)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """apply: [..., inputs * hidden] -> [..., hidden]; where there are two inputs the gate is the first half."""
+    """apply: [..., inputs * hidden] -> [..., hidden]; with two inputs the gate is the first half."""
 
     inputs: int
     apply: Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ ACTIVATIONS = {
 
 
 def hidden_width(activation: str, d_model: int, multiple: int) -> int:
-    """4 d_model, or 8/3 d_model rounded up to a multiple where there are two inputs."""
+    """4 d_model; with two inputs 8/3 d_model, rounded up to a multiple of `multiple`."""
     if ACTIVATIONS[activation].inputs == 1:
         return 4 * d_model
     return -(-8 * d_model // (3 * multiple)) * multiple

@@ -1,4 +1,4 @@
-"""Multi-token prediction: head i of n learns the token i places ahead, head 1 the next one (arXiv 2404.19737)."""
+"""Multi-token prediction: head i of n predicts the token i places ahead, so head 1 the next token (arXiv 2404.19737)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from models.layers.linear_cross_entropy import divisor, weighted_linear_cross_en
 
 
 def shifted_targets(targets: Tensor, i: int, documents: Tensor | None = None) -> Tensor:
-    """targets[:, t + i] at t, IGNORE in the tail and where position t + i is of another document than t; all [B, T]."""
+    """targets[:, t + i] at position t; IGNORE at the end, and if positions t + i and t are in different documents; all [B, T]."""
     shifted = F.pad(targets, (0, i), value=IGNORE)[:, i:]
     if documents is None:
         return shifted
-    return shifted.where(F.pad(documents, (0, i))[:, i:] == documents, IGNORE)  # what pads is ignored already
+    return shifted.where(F.pad(documents, (0, i))[:, i:] == documents, IGNORE)  # padded targets are IGNORE already
 
 
 def multi_token_loss(
@@ -33,23 +33,25 @@ def multi_token_loss(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, parts) of n heads: the sum of their cross-entropies in nats, each by its weight; fp32 scalars.
+    """(loss, parts) of n heads: the sum of their weighted cross-entropies in nats; fp32 scalars.
 
-    hidden: of each head, [B, T, D]; weights: [V, D], the unembedding of all heads, or one for each; targets: [B, T].
-    reduction: sum over all targets of all heads, or mean: that sum divided by the number of head 1's targets.
-    head_weights: of each head, the first 1, so that the loss less its parts is the cross-entropy of the next token.
-    target_weights: [B, T], factor of each target's loss, with every head; None: 1.
-    parts: the further heads' shares of the loss (head_2, ...) and, with z_loss, that of all z-losses; without gradient.
+    hidden: [B, T, D] of each head; weights: [V, D], one unembedding for all heads, or a list with one per head; targets: [B, T].
+    reduction: sum over all targets of all heads, or mean: this sum divided by the number of head 1's targets.
+    head_weights: weight of each head. The first is 1, so that the loss minus its parts is the cross-entropy of the next token.
+    target_weights: [B, T], factor of each target's loss in every head; None: 1.
+    parts: the parts of the loss from further heads (head_2, ...) and, with z_loss, from all z-losses; without gradient.
 
-    softcap, z_loss, vocab_size: as in linear_cross_entropy. ValueError where the heads do not match.
+    softcap, z_loss, vocab_size: as in linear_cross_entropy. ValueError if the numbers of heads do not match.
     With one [V, D] the rows of all heads go through one call of the loss, which holds a chunk of logits at a time and
-    one gradient of the matrix: memory of O(V + D), not O(n V + D), which the paper gets from heads one after another.
+    one gradient of the matrix: memory of O(V + D), not O(n V + D). The paper reaches this by running one head after another.
     """
     n = len(hidden)
     if len(head_weights) != n or head_weights[0] != 1:
-        raise ValueError(f"head_weights must be {n} numbers, one for each head, the first 1, not {list(head_weights)}")
+        raise ValueError(
+            f"head_weights must be {n} numbers, one for each head, with 1 as the first, not {list(head_weights)}"
+        )
     labels = [shifted_targets(targets, i, documents) for i in range(n)]
-    # Filled on the device: a tensor made of a list would be a copy to wait for.
+    # Filled on the device, because a tensor made from a list would be a copy that waits for the device.
     wide = torch.promote_types(hidden[0].dtype, torch.float32)
     factors = [torch.full_like(targets, factor, dtype=wide) for factor in head_weights]
     if target_weights is not None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), back in the type of x, times a gain (arXiv 1910.07467); x [..., width], no bias.
+    """x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a gain (arXiv 1910.07467); x [..., width], no bias.
 
-    The mean and the division are fp32 (fp64 for fp64). compute: what does it, `rms_norm` or another with its signature.
+    The mean and the division are fp32 (fp64 for fp64). compute: the function used, `rms_norm` or another with its signature.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -30,14 +30,14 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference; x [..., width], weight [width]."""
-    # Without a weight F.rms_norm computes in fp32 whatever x is. Autocast on a GPU gives fp32 back.
+    # Without a weight, F.rms_norm computes in fp32 for every dtype of x. Under autocast on a GPU it also returns fp32.
     return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
 
 
 class DyT(nn.Module):
-    """Dynamic tanh, in place of a norm: weight tanh(alpha x) + bias (arXiv 2503.10622); x [..., width].
+    """Dynamic tanh instead of a norm: weight tanh(alpha x) + bias (arXiv 2503.10622); x [..., width].
 
-    The tanh is fp32 (fp64 for fp64): the gradient of alpha is a sum over every entry of x.
+    The tanh is fp32 (fp64 for fp64), because the gradient of alpha is a sum over every entry of x.
     """
 
     def __init__(self, width: int, bias: bool = True) -> None:
@@ -65,7 +65,7 @@ NORMS = tuple(_MAKERS)
 
 
 def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
-    """The norm of this name, one of NORMS, over [..., width]; RMSNorm has no bias, DyT no eps. ValueError otherwise."""
+    """The norm named `kind`, one of NORMS, over [..., width]; RMSNorm has no bias, DyT no eps. ValueError for other names."""
     return _MAKERS[_known(kind)](width, eps, bias)
 
 
@@ -79,8 +79,8 @@ def _known(kind: str) -> str:
 def set_gain(norm: nn.Module, value: float) -> None:
     """Set all parameters of a norm: the gain to `value`, a bias to 0, DyT's alpha to 0.5.
 
-    A gain of 0 on a branch's output makes the block the identity, with gradients of the usual size. A projection of zeros
-    under a norm would be the identity too, but the slope of a norm at 0 is 1 / sqrt(eps).
+    A gain of 0 on a branch's output makes the block the identity, with gradients of the usual size. A zero projection before
+    a norm would also give the identity, but the slope of a norm at 0 is 1 / sqrt(eps).
     """
     norm.get_parameter("weight").fill_(value)
     for name, parameter in norm.named_parameters():

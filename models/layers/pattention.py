@@ -1,6 +1,6 @@
-"""TokenFormer's Pattention (arXiv 2410.23168): a matrix of weights becomes attention to learned key and value tokens.
+"""TokenFormer's Pattention (arXiv 2410.23168): attention to learned key and value tokens replaces a weight matrix.
 
-Widening the network then means appending tokens (`grown`), and the function it computes stays the same.
+To widen the network, append tokens (`grown`): the function that it computes stays the same.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to the mean square of a row, so that a row of zeros is finite and its gradient too (1e5 times what comes in). So
-# small because scores are small where values are (an average over a long context): it must not count beside 1e-6.
+# Added to the mean square of a row, so that a row of zeros has a finite result and a finite gradient (1e5 times the incoming
+# one). It is so small because small inputs (averages over a long context) give small scores: it must be negligible against 1e-6.
 EPS = 1e-10
 
 
 class Pattention(nn.Module):
     """weigh(x keys^T) values, without 1 / sqrt(d), bias and dropout. Raises ValueError for an unknown mode.
 
-    keys: [slots, d_in], values: [slots, d_out]; drawn by the model.
-    tau: sqrt(slots) at the start, fp32 [1], in the state dict: it stays when slots are added. Where a model is cast to
-    bf16 it rounds with the rest, a factor within 2^-8 of 1.
+    keys: [slots, d_in], values: [slots, d_out]; the model draws them.
+    tau: sqrt(initial slots), fp32 [1], in the state dict, because it does not change when slots are added. If the model is cast
+    to bf16, tau is rounded too, by a factor within 2^-8 of 1.
     mode: a key of MODES.
     """
 
@@ -49,13 +49,13 @@ class Pattention(nn.Module):
 
 
 def grown(pattention: Pattention, values: Tensor) -> Pattention:
-    """A copy with further slots, computing the same function: zero keys and the given values [extra, d_out].
+    """A copy with further slots that computes the same function: zero keys and the given values [extra, d_out].
 
-    A zero key weighs nothing, gelu(0) = 0, and tau stays. The values must not be zero, or neither they nor the keys
-    would ever have a gradient. Raises ValueError in mode softmax, where a zero key takes weight from the others.
+    A zero key has weight 0, because gelu(0) = 0 and tau stays the same. The values must not be zero: otherwise neither they nor
+    the keys would ever get a gradient. Raises ValueError in mode softmax, where a zero key takes weight from the others.
     """
     if pattention.mode == "softmax":
-        raise ValueError("mode softmax cannot grow: a new slot takes weight from the others, whatever its key")
+        raise ValueError("mode softmax cannot grow: a new slot with any key takes weight from the others")
     larger = copy.deepcopy(pattention)
     old_keys, old_values = pattention.keys.detach(), pattention.values.detach()
     new_keys = old_keys.new_zeros(values.shape[0], old_keys.shape[1])
@@ -65,10 +65,10 @@ def grown(pattention: Pattention, values: Tensor) -> Pattention:
 
 
 def _normalise(x: Tensor, tau: Tensor) -> Tensor:
-    """x tau / |x| along the last axis: a root mean square of 1, were there tau^2 entries. Statistics in fp32."""
+    """x tau / |x| along the last axis: with tau^2 entries, the root mean square is 1. Statistics in fp32."""
     statistics = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics)
-    return (x * ((norm / tau).square() + EPS).rsqrt()).to(x.dtype)  # rounded once: the factor itself is not
+    return (x * ((norm / tau).square() + EPS).rsqrt()).to(x.dtype)  # rounded only here, not the factor
 
 
 def _l2_norm_gelu(scores: Tensor, tau: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Positions inside attention: rotary embeddings with their ways to longer contexts, and ALiBi's slopes.
+"""Positions inside attention: rotary embeddings, with extensions to longer contexts, and ALiBi's slopes.
 
-Positions are integers, angles fp32 (fp64 for fp64), whatever the type of queries and keys and under autocast: bf16 tells
-no two neighbours apart above 256.
+Positions are integers and angles are fp32 (fp64 for fp64), for every dtype of queries and keys and under autocast, because
+bf16 cannot distinguish neighbouring positions above 256.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-XPOS_GAMMA = 0.4  # arXiv 2212.10554: the larger, the weaker the decay
+XPOS_GAMMA = 0.4  # arXiv 2212.10554: a larger value means a weaker decay
 XPOS_SCALE = 512  # tokens per power of zeta
-YARN_FAST, YARN_SLOW = 32, 1  # arXiv 2309.00071: turns over the original context, left alone above, interpolated below
+# arXiv 2309.00071: pairs with more than FAST turns over the original context stay, those with fewer than SLOW are interpolated.
+YARN_FAST, YARN_SLOW = 32, 1
 
 
 class Scaling(NamedTuple):
-    """How `Rotary` reaches a longer context."""
+    """How `Rotary` extends to a longer context."""
 
     name: str = "none"
     factor: float = 1.0
@@ -31,26 +32,26 @@ class Scaling(NamedTuple):
 
 
 class Rotary(nn.Module):
-    """Rotary position embeddings (arXiv 2104.09864): channel pair i of queries and keys, turned by position * theta^(-2i/r).
+    """Rotary position embeddings (arXiv 2104.09864): rotates channel pair i of queries and keys by position * theta^(-2i/r).
 
-    Only the first r = fraction * head_dim channels turn; pair i is channels (i, i + r/2), as in Llama ("half-split").
-    scaling, one of SCALINGS, is how a context `factor` times as long as the trained one is reached:
-      none         not at all
+    Only the first r = fraction * head_dim channels rotate; pair i is channels (i, i + r/2), as in Llama ("half-split").
+    scaling, one of SCALINGS, says how to reach a context `factor` times as long as in training:
+      none         no extension
       interpolate  positions / factor (arXiv 2306.15595)
-      ntk          a larger theta, whatever the length: the fastest pair stays, the slowest is `factor` times slower. What
-                   Hugging Face calls `dynamic` follows the length of the text, and is not here
-      yarn         pair by pair between the two, by the turns a pair makes over `original_context` tokens, and a temperature
-                   for the softmax in both queries and keys (arXiv 2309.00071; what Hugging Face calls `yarn`). It
-                   multiplies the channels that turn: with fraction < 1, and in latent attention, their share of the
-                   scores alone, as Hugging Face has it too
-      llama3       pair by pair, by the turns a pair makes over `original_context` tokens: above high_freq_factor left alone,
-                   below low_freq_factor divided by `factor`, mixed between (Llama 3.1; what Hugging Face calls `llama3`)
-      xpos         scores that fade with distance (arXiv 2212.10554), for causal attention. Position original_context // 2 has
-                   scale 1, whatever the length, so that cached keys stay right. Fp32 and bf16 overflow 35,000 tokens from
+      ntk          a larger theta, the same for every length: the fastest pair is unchanged, the slowest is `factor` times
+                   slower. (`dynamic` of Hugging Face depends on the length of the text, and is not available here.)
+      yarn         each pair is unchanged, interpolated or between the two, by the number of its turns over `original_context`
+                   tokens, and a temperature of the softmax multiplies queries and keys (arXiv 2309.00071; `yarn` of Hugging
+                   Face). It multiplies only the channels that rotate: with fraction < 1, and in latent attention, it
+                   changes only their part of the scores, as in Hugging Face
+      llama3       each pair by the number of its turns over `original_context` tokens: unchanged above high_freq_factor,
+                   divided by `factor` below low_freq_factor, mixed between them (Llama 3.1; `llama3` of Hugging Face)
+      xpos         scores that decay with distance (arXiv 2212.10554), for causal attention. Position original_context // 2
+                   has scale 1 for every length, so that cached keys stay valid. Fp32 and bf16 overflow 35,000 tokens from
                    there, fp16 some 4,000.
-    ValueError, naming the fields rope_theta, rope_fraction, rope_scaling, rope_factor, rope_original_context,
-    rope_low_freq_factor and rope_high_freq_factor. temperature: in the place of yarn's.
-    The frequencies are a buffer of integers, the bits of fp32 numbers, which casting the model to bf16 leaves alone.
+    A ValueError names the field: rope_theta, rope_fraction, rope_scaling, rope_factor, rope_original_context,
+    rope_low_freq_factor or rope_high_freq_factor. temperature: replaces yarn's temperature.
+    The frequencies are an integer buffer with the bits of fp32 numbers, so that casting the model to bf16 does not change them.
     """
 
     bits: Tensor
@@ -71,7 +72,7 @@ class Rotary(nn.Module):
         how = Scaling(scaling, factor, original_context, low_freq_factor, high_freq_factor)
         self.width = r = check_rotary(head_dim, theta, fraction, how)
         frequencies = _FREQUENCIES[scaling](theta, r, how)
-        self._rows = [[-w for w in frequencies] + frequencies]  # [1, r]; the signs are those of the sines
+        self._rows = [[-w for w in frequencies] + frequencies]  # [1, r]; the signs become those of the sines
         own = yarn_temperature(factor) if scaling == "yarn" else 1.0
         self._temperature = own if temperature is None else temperature
         self._decays = scaling == "xpos"
@@ -83,15 +84,15 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Set the buffer; to be called once the module is on a device with memory."""
+        """Set the buffer; call this when the module is on a real device."""
         self.bits.copy_(_bits_of(self._rows))
 
     def rotate_query(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q [B, H, T, D], positions [T] or [B, T] integers -> [B, H, T, D] in the type of q."""
+        """q [B, H, T, D], positions [T] or [B, T] integers -> [B, H, T, D] in the dtype of q."""
         return self._rotate(q, positions, 1)
 
     def rotate_key(self, k: Tensor, positions: Tensor) -> Tensor:
-        """As `rotate_query`; the two differ in xPos alone."""
+        """As `rotate_query`; the two differ only for xpos."""
         return self._rotate(k, positions, -1)
 
     def _rotate(self, x: Tensor, positions: Tensor, side: int) -> Tensor:
@@ -112,13 +113,13 @@ class Rotary(nn.Module):
 
 def _bits_of(rows: list[list[float]]) -> Tensor:
     """The bits of fp32 numbers, as integers."""
-    # Not by a tensor of floats: where DeepSpeed makes the weights in bf16 it would be one of bf16.
+    # Not through a float tensor: when DeepSpeed builds the weights in bf16, that tensor would be bf16 too.
     bits = [struct.unpack(f"{len(row)}i", struct.pack(f"{len(row)}f", *row)) for row in rows]
     return torch.tensor(bits, dtype=torch.int32, device="cpu")
 
 
 def check_rotary(head_dim: int, theta: float, fraction: float, how: Scaling) -> int:
-    """The number of channels that turn; ValueError, naming the fields, where it cannot be."""
+    """The number of channels that rotate; ValueError, with the names of the fields, if the settings are impossible."""
     width = _rotated_width(head_dim, fraction)
     _check_scaling(theta, how, width)
     return width
@@ -132,7 +133,7 @@ def _rotated_width(head_dim: int, fraction: float) -> int:
     width = round(fraction * head_dim) if 0 < fraction <= 1 else 0
     if width < 2 or width % 2 or abs(width - fraction * head_dim) > 1e-6:
         raise ValueError(
-            f"rope_fraction must make an even number of a head's {head_dim} channels, at least 2 and at most all, "
+            f"rope_fraction must select an even number of a head's {head_dim} channels, at least 2 and at most all, "
             f"not {fraction} of them"
         )
     return width
@@ -147,14 +148,18 @@ def _check_scaling(theta: float, how: Scaling, width: int) -> None:
     if not 1 <= factor < math.inf:
         raise ValueError(f"rope_factor must be at least 1, not {factor}")
     if factor != 1 and scaling in ("none", "xpos"):
-        raise ValueError(f"rope_factor must be 1 with rope_scaling {scaling}, which has no use of it, not {factor}")
+        raise ValueError(f"rope_factor must be 1 with rope_scaling {scaling}, which does not use it, not {factor}")
     if scaling == "ntk" and width < 4:
-        raise ValueError("rope_scaling must not be ntk where 2 channels rotate: the fastest pair is the slowest, too")
+        raise ValueError(
+            "rope_scaling must not be ntk if only 2 channels rotate: the one pair is both the fastest and the slowest"
+        )
     if original_context < (1 if scaling in ("yarn", "llama3") else 0):
-        raise ValueError(f"rope_original_context must be the tokens trained on before, not {original_context}")
+        raise ValueError(
+            f"rope_original_context must be the sequence length of earlier training, not {original_context}"
+        )
     if original_context and scaling not in ("yarn", "llama3", "xpos"):
         raise ValueError(
-            f"rope_original_context must be 0 with rope_scaling {scaling}, which has no use of it, not {original_context}"
+            f"rope_original_context must be 0 with rope_scaling {scaling}, which does not use it, not {original_context}"
         )
     if not 0 < low < high < math.inf:
         raise ValueError(f"rope_low_freq_factor must be above 0 and below rope_high_freq_factor ({high}), not {low}")
@@ -176,7 +181,7 @@ def _ntk(theta: float, r: int, how: Scaling) -> list[float]:
 
 
 def yarn_temperature(factor: float, strength: float = 1.0) -> float:
-    """What YaRN multiplies both queries and keys by; strength: DeepSeek's mscale."""
+    """The factor by which YaRN multiplies both queries and keys; strength: DeepSeek's mscale."""
     return 0.1 * strength * math.log(factor) + 1
 
 
@@ -215,7 +220,7 @@ SCALINGS = tuple(_FREQUENCIES)
 
 
 def _xpos_decay(r: int) -> list[float]:
-    """log2 of a query's growth per token, by channel: log2(zeta_i) / 512."""
+    """log2 of a query's scale factor per token, for each channel: log2(zeta_i) / 512."""
     zeta = [(2 * i + XPOS_GAMMA * r) / ((1 + XPOS_GAMMA) * r) for i in range(r // 2)]
     return [math.log2(z) / XPOS_SCALE for z in zeta] * 2
 
@@ -226,7 +231,7 @@ def _xpos_decay(r: int) -> list[float]:
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder W_q or W_k from pairs (2i, 2i + 1), as Meta and Mistral publish them, to the pairs (i, i + D/2) used here.
 
-    weight: [n_heads * D, ...], or its bias; n_heads: of keys for W_k. Every channel of a head must rotate.
+    weight: [n_heads * D, ...], or its bias; n_heads: for W_k the number of key heads. Every channel of a head must rotate.
     """
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -242,7 +247,8 @@ def to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
 def alibi_slopes(n_heads: int) -> list[float]:
     """Slopes of ALiBi's bias -slope * distance, one per head, all above 0 (arXiv 2108.12409).
 
-    2^(-8/n), 2^(-16/n), ... for n a power of two. Else those of the power of two below, then every other one of that above.
+    2^(-8/n), 2^(-16/n), ... if n is a power of two. Otherwise the slopes of the power of two below n, then every other slope of
+    the power of two above.
     """
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
@@ -251,7 +257,7 @@ def alibi_slopes(n_heads: int) -> list[float]:
 
 
 class Alibi(nn.Module):
-    """Per head what makes its scores fall with the distance, by a slope of its own; kept as bits, as `Rotary`'s."""
+    """ALiBi's bias: the scores of each head fall with the distance, by its own slope. The slopes are kept as bits, as in `Rotary`."""
 
     bits: Tensor
 
@@ -263,7 +269,7 @@ class Alibi(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Set the buffer; to be called once the module is on a device with memory."""
+        """Set the buffer; call this when the module is on a real device."""
         self.bits.copy_(_bits_of([self._slopes]))
 
     def forward(self, n_keys: int) -> Tensor:
@@ -272,13 +278,13 @@ class Alibi(nn.Module):
 
 
 def number_documents(documents: Tensor) -> Tensor:
-    """The documents of each row numbered 0, 1, ... in their order; [B, T] -> [B, T]. A number that returns is another document,
-    so that none attends to one that ended before; nothing waits for the device."""
+    """Number the documents of each row 0, 1, ... in their order; [B, T] -> [B, T]. If an old number occurs again later, it is a new
+    document, so that no document attends to one that has ended. This does not wait for the device."""
     return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(dim=1)
 
 
 def positions_in_documents(documents: Tensor) -> Tensor:
-    """Position of each token in its own document, 0 at every change of number; documents [B, T] -> [B, T]."""
+    """Position of each token in its document, 0 wherever the document number changes; documents [B, T] -> [B, T]."""
     t = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return t - torch.where(starts, t, 0).cummax(dim=1).values

@@ -1,4 +1,4 @@
-"""How a branch (attention or MLP, with its own norm) joins the residual stream: plain, weighted, by hyper-connections.
+"""How a branch (attention or MLP, with its own norm) joins the residual stream: plain, weighted, or with hyper-connections.
 
 x, kept = connection.mix(stream)
 stream = connection.merge(stream, branch(x), kept)
@@ -16,15 +16,15 @@ from models.layers import fill_, without_autocast
 
 
 class Residual(nn.Module):
-    """Base of the three. Parameters are used in `forward` alone, none in `merge`."""
+    """Base of the three connections. Only `forward` uses parameters; `merge` uses none."""
 
     def mix(self, stream: Tensor) -> tuple[Tensor, Any]:
-        """(the branch's input [B, T, D], what `merge` needs)."""
-        # A call of the module, not of `forward`: ZeRO-3 gathers its parameters for that and for nothing else.
+        """(input of the branch [B, T, D], what `merge` needs)."""
+        # Call the module, not `forward`: ZeRO-3 gathers parameters only when the module is called.
         return self(stream)
 
     def merge(self, stream: Tensor, branch_output: Tensor, kept: Any) -> Tensor:
-        """The stream after the branch, whose output is [B, T, D]."""
+        """The stream after the branch; branch_output: [B, T, D]."""
         raise NotImplementedError
 
     def roles(self) -> dict[str, str]:
@@ -43,7 +43,7 @@ class Plain(Residual):
 
 
 class Weighted(Residual):
-    """weight stream + branch with a learned weight, 1 at the start; stream [B, T, D]."""
+    """weight * stream + branch, with a learned weight that starts at 1; stream [B, T, D]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +62,9 @@ class Weighted(Residual):
         return {"weight": "norm"}
 
 
-# Exponent of n_streams by which the last matrix of a branch starts smaller or larger. The paper scales it "by a factor of
-# sqrt(n)", so that the summed streams keep their size, and does not say which way. `plain` alone is Pre-Norm at the start.
+# Power of n_streams that scales the initial standard deviation of a branch's last matrix. The paper scales it "by a factor of
+# sqrt(n)", so that the sum of the streams keeps its size, but does not say in which direction. Only `plain` equals Pre-Norm at
+# the start.
 START_SCALES = {"plain": 0.0, "shrunk": -0.5, "grown": 0.5}
 
 
@@ -73,13 +74,13 @@ class HyperConnection(Residual):
         input of the branch  A_m^T H     A_m [n, 1], at the start one-hot at stream `index` mod n
         next streams  A_r^T H + B^T o    A_r [n, n], at the start the identity; B [1, n], at the start ones
 
-    so that at the start each stream is that of a Pre-Norm network. The branch has its own norm, after the mixing. With
-    `dynamic` each of the three has s tanh(norm(H) W) added: norm is a LayerNorm without gain and bias; at first W is 0
-    and both s (one for B, one for A_m and A_r) are 0.01. Coefficients and mixing are in fp32 whatever the type of H.
+    so at the start each stream equals that of a Pre-Norm network. The branch has its own norm, after the mixing. With
+    `dynamic`, s tanh(norm(H) W) is added to each of the three: norm is a LayerNorm without gain and bias. At the start W is 0
+    and both s (one for B, one for A_m and A_r) are 0.01. Coefficients and mixing are fp32 for every dtype of H.
 
-    index: the running number of the branch in the network. Raises ValueError for less than one stream.
-    static: B, A_m and A_r by row of [n, n + 2]. Flat, since what has two dimensions or more decays, and these must not.
-    dynamic_weight: W transposed, [n + 2, D]: decays. dynamic_scale: the two s, [2].
+    index: number of the branch in the network, counted from 0. Raises ValueError for less than one stream.
+    static: B, A_m and A_r as columns of one [n, n + 2] matrix, flattened, because parameters with two or more dimensions get
+    weight decay, and these must not. dynamic_weight: W transposed, [n + 2, D], with weight decay. dynamic_scale: the two s, [2].
     """
 
     def __init__(self, d_model: int, n_streams: int, index: int, dynamic: bool) -> None:
@@ -106,16 +107,16 @@ class HyperConnection(Residual):
         with without_autocast(streams.device.type):
             h = streams.to(torch.promote_types(streams.dtype, torch.float32))
             b, a = self._coefficients(h)  # [B, T, n, 1], [B, T, n, n + 1]
-            # The product gives (A_r - 1)^T H, added to H later: TF32 would round H itself in every block.
+            # The product is (A_r - 1)^T H, and H is added later. Otherwise TF32 would round H itself in every block.
             a = a - F.pad(torch.eye(n, dtype=h.dtype, device=h.device), (1, 0))
             mixed = a.transpose(-1, -2) @ h  # [B, T, n + 1, D]
         x, change = mixed.split([1, n], dim=2)
         return x.squeeze(2).to(streams.dtype), (change, b)
 
     def _coefficients(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """B^T [B, T, n, 1] and [A_m | A_r] [B, T, n, n + 1], in the type of h [B, T, n, D]."""
+        """B^T [B, T, n, 1] and [A_m | A_r] [B, T, n, n + 1], in the dtype of h [B, T, n, D]."""
         n = self.n_streams
-        # Of full shape also where static: one batched product is twice as fast as [n, n + 1] against [B, T, n, D].
+        # Expanded to the full shape even if static: one batched product is twice as fast as [n, n + 1] times [B, T, n, D].
         static = self.static.to(h.dtype).view(n, n + 2).expand(*h.shape[:2], n, n + 2)
         b, a = static.split([1, n + 1], dim=-1)
         if not self.dynamic:
@@ -134,10 +135,10 @@ class HyperConnection(Residual):
 
 
 def widen(x: Tensor, n: int) -> Tensor:
-    """n streams of the embedded tokens: [B, T, D] -> [B, T, n, D], copies."""
+    """n copies of the embedded tokens as streams: [B, T, D] -> [B, T, n, D]."""
     return x.unsqueeze(2).repeat(1, 1, n, 1)
 
 
 def narrow(streams: Tensor) -> Tensor:
-    """Their sum, for the final norm and the head: [B, T, n, D] -> [B, T, D]."""
+    """The sum of the streams, for the final norm and the head: [B, T, n, D] -> [B, T, D]."""
     return streams.sum(dim=2)

@@ -1,4 +1,4 @@
-"""Width, depth and heads for a number of parameters."""
+"""Finds width, depth and number of heads for a given number of parameters."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 STEPS = (64, 32, 16, 8)
-WIDTHS = 128  # of each step: up to 8192, 4096, ..., which at any depth leaves one within 3 % of most targets
-HEAD_DIM = 64  # channels of a head, where they divide the width
-FAR = 1.5  # times the target, or that part of it: no longer a model of about that size
+WIDTHS = 128  # widths to try per step: up to 8192, 4096, ...; at any depth, one is within 3 % of most targets
+HEAD_DIM = 64  # preferred channels of a head, if they divide the width
+FAR = 1.5  # a count above FAR times or below 1 / FAR of the target is too far from it
 
 
 def shape_for(
     count: Callable[[Any], int], target: int, of_shape: Callable[[int, int], Any], choices: Mapping[str, Any]
 ) -> Any:
-    """The config whose count is nearest `target`, of the d_model, n_layers and n_heads in `choices` where these are given.
+    """The config with a count near `target`. It keeps d_model, n_layers and n_heads if they are in `choices`.
 
-    of_shape: width and number of heads -> the shallowest config there is, `choices` kept; ValueError where there is none.
-    The number of heads is the best (see `head_counts`) that of_shape does not refuse. ValueError where it refuses all, or
-    where nothing is near the target.
+    of_shape: width and number of heads -> the shallowest possible config with `choices`; ValueError if there is none.
+    The number of heads is the best one (see `head_counts`) that of_shape accepts. ValueError if it accepts none, or if
+    no config is near the target.
     """
 
     def of_width(width: int) -> Any:
@@ -40,9 +40,9 @@ def shape_for(
 
 
 def head_counts(width: int) -> list[int]:
-    """Numbers of heads, best first, that divide `width` into heads of an even width, at least 16; 1 where none does.
+    """Numbers of heads, best first, that divide `width` into heads of an even width of at least 16; [1] if there are none.
 
-    Heads of 32 channels and more are better than smaller ones, then those nearest 64.
+    Heads of at least 32 channels come before smaller ones; among them, the nearest to 64 comes first.
     """
     small = [n for n in range(1, math.isqrt(max(width, 0)) + 1) if width % n == 0]
     channels = {c for n in small for c in (n, width // n) if c % 2 == 0 and c >= 16}
@@ -50,19 +50,20 @@ def head_counts(width: int) -> list[int]:
 
 
 def fit_depth(count: Callable[[Any], int], config: Any, target: int) -> Any:
-    """`config`, deeper by the number of layers that brings count(config) nearest the target."""
+    """`config` with the number of added layers that brings count(config) nearest to the target."""
     deeper = replace(config, n_layers=config.n_layers + 1)
     first, per_layer = count(config), count(deeper) - count(config)
     return replace(config, n_layers=config.n_layers + max(0, round((target - first) / per_layer)))
 
 
 def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[int], Any]) -> Any:
-    """The shape nearest GPT-2's aspect (width = 64 depth) whose count is within 3 % of the target.
+    """The shape nearest to GPT-2's aspect ratio (width = 64 depth) whose count is within 3 % of the target.
 
-    of_width: the config of a width, or ValueError where there is none. Widths are whole tiles of matrix products: multiples
-    of 64, from 1024 on of 128. Parts of tiles, as large as can be, are for targets that no coarser width meets, or only
-    at twice too deep or shallow where finer ones are not (few parameters, most of them embeddings). Where no
-    width meets the target the nearest is taken. ValueError if that is off by more than a factor FAR, or no width will do.
+    of_width: returns the config of a width, or raises ValueError if there is none. Widths are whole tiles of matrix products:
+    multiples of 64, from 1024 on of 128. Finer steps (parts of tiles, the largest first) are used only if no coarser width meets
+    the target, or if all that do are more than twice too deep or too shallow and finer ones are not (few parameters, most of
+    them embeddings). If no width meets the target, the nearest is taken; ValueError if its count is off by more than a
+    factor FAR, or if no width is possible.
     """
 
     def miss(config: Any) -> float:
@@ -83,26 +84,26 @@ def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[
                 refusal = error
                 continue
             shapes.append(config)
-            # Asked once depth has ended to fall: it takes long to count what is deep.
+            # Count only when the depth no longer falls, because counting a deep model takes long.
             if config.n_layers == depth and count(config) > FAR * target:
-                break  # wider ones have more still
+                break  # wider configs have even more parameters
             depth = config.n_layers
         if not shapes:
-            raise refusal  # it is not the width that cannot be
+            raise refusal  # every width was refused, so the width is not the reason
         shapes.sort(key=aspect)
         best = next((config for config in shapes if miss(config) < 0.03), None)
         if best is not None and aspect(best) < math.log(2):
             break
     if best is None:
         return _near_enough(min(shapes, key=miss), count, target)
-    # At a chosen depth all have nearly one aspect, whatever it is: widths within 3 % of a count differ by 6 % at most.
+    # With a chosen depth all candidates have nearly the same aspect: widths within 3 % of a count differ by 6 % at most.
     most = max(math.log(2), aspect(best) + 0.1)
     near = [config for config in shapes if aspect(config) < most and miss(config) < 0.03]
     return min(near, key=lambda config: (_parts_of_tile(config.d_model), aspect(config)))
 
 
 def _near_enough(config: Any, count: Callable[[Any], int], target: int) -> Any:
-    """`config`; ValueError where its count is more than a factor FAR off."""
+    """Return `config`; ValueError if its count is off by more than a factor FAR."""
     n = count(config)
     if not target / FAR <= n <= target * FAR:
         raise ValueError(

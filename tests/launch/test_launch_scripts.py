@@ -135,7 +135,7 @@ def test_each_process_has_its_share_of_the_cpus(tmp_path):
 def test_an_unknown_launcher_is_named():
     names = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RENDEZVOUS", "PYTHON", "LOG_DIR")
     line = failure("node.sh", "x.yaml", LAUNCHER="mpirun", **dict.fromkeys(names, "1"))
-    assert line == "error: LAUNCHER: mpirun is none of torchrun, accelerate and deepspeed"
+    assert line == "error: LAUNCHER: mpirun is not one of torchrun, accelerate, deepspeed"
 
 
 def sweep(folder: Path, *words) -> subprocess.CompletedProcess:

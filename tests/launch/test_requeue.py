@@ -67,7 +67,7 @@ def attempt(tmp_path):
             True,
             "stopped by SIGTERM; newest checkpoint step-00000005; starting again",
         ),
-        ({"STEP": "step-00000005"}, 1, True, "it may go on; starting again"),
+        ({"STEP": "step-00000005"}, 1, True, "the run made progress; starting again"),
         ({"NODE": "down*"}, 1, True, "not answering: node1 ; starting again"),
         ({}, 1, True, "once more; starting again"),
         ({"RESTARTS": "50"}, 1, False, "once more; not started again: MAX_REQUEUES is 50"),

@@ -343,7 +343,7 @@ def choose(wanted="auto", **changes):
         ({"window": True}, "flash", "no [T, T]"),
         ({"softcap": 30.0}, "flash", "no [T, T]"),
         ({"softcap": 30.0, "dtype": torch.float32}, "flex", "flash: it computes in fp16 and bf16, not float32"),
-        ({"window": True, "value_dim": 128}, "flex", "one width"),
+        ({"window": True, "value_dim": 128}, "flex", "same width"),
         ({"documents": True}, "flex", "flash: it takes no documents"),
         ({"attention_bias": True}, "flex", "flash: it takes no position biases"),
         ({"documents": True, "length": 127}, "sdpa", "flex: fewer than 128 tokens"),
@@ -411,7 +411,7 @@ def test_automatic_choice_on_a_cpu(changes, name, why):
         ("flash", {"documents": True}, "it takes no documents; use auto, torch or sdpa or flex"),
         ("flash", {"attention_bias": True}, "forget gates"),
         ("flash", {"dtype": torch.float32}, "not float32"),
-        ("flash", {"value_dim": 128}, "one width"),
+        ("flash", {"value_dim": 128}, "same width"),
     ],
 )
 def test_a_named_kernel_that_cannot_is_an_error(gpu, wanted, changes, message):

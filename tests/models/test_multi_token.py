@@ -245,7 +245,7 @@ def test_under_autocast_the_losses_are_fp32():
 def test_heads_that_do_not_match_are_refused():
     hidden, weights, targets = inputs()
     for wrong in ((1.0,), (1.0, 1.0, 1.0), (1.0,) * 5, (0.25,) * 4):
-        with pytest.raises(ValueError, match="head_weights must be 4 numbers, one for each head, the first 1"):
+        with pytest.raises(ValueError, match="head_weights must be 4 numbers, one for each head, with 1 as the first"):
             multi_token_loss(hidden, weights, targets, "mean", head_weights=wrong)
     with pytest.raises(ValueError, match="weights must be one matrix or one for each of 4 heads, not 2"):
         multi_token_loss(hidden, [weights] * 2, targets, "mean", head_weights=FACTORS)

@@ -112,7 +112,7 @@ def test_room_for_a_known_length_is_allocated_once():
     k, buffers = grow(state, 1000)
     assert buffers == 1 and k.untyped_storage().nbytes() == 4 * 4 * 1000
     assert state.nbytes == 2 * 4 * 4 * 1000
-    with pytest.raises(ValueError, match="made for 1000 tokens, and 1001 are to be read"):
+    with pytest.raises(ValueError, match="made for 1000 tokens, but 1001 are to be read"):
         state.append("keys", torch.ones(1, 1, 1, 4), dim=2)
 
 
@@ -205,7 +205,7 @@ def test_a_reset_state_begins_anew():
     first = read(model, state, tokens)
     state.reset()
     assert state.length == 0 == state.nbytes and torch.equal(read(model, state, tokens), first)
-    with pytest.raises(ValueError, match="rows cannot begin anew alone"):
+    with pytest.raises(ValueError, match="single rows cannot be reset"):
         state.reset(torch.tensor([0]))
     state.crop(0)
     assert torch.equal(read(model, state, tokens), first)

@@ -202,7 +202,7 @@ def test_calm(job, calm):
 def test_warned(job, calm):
     """Three times in one run."""
     assert job.ended() == ("COMPLETED", "0:0", "3"), job.text
-    assert job.text.count("SIGUSR1: the processes shall write a checkpoint") == 3
+    assert job.text.count("SIGUSR1: asking the processes to write a checkpoint") == 3
     assert job.text.count("stopped by SIGTERM at step") == 3
     assert_same_run(job.run, calm)
 
@@ -228,7 +228,7 @@ def test_time_limit(job, calm):
     """The real one. Slurm looks every half minute, so that on a busy machine a try may end before its first step."""
     state, code, restarts = job.ended()
     assert (state, code) == ("COMPLETED", "0:0") and int(restarts) >= 1, job.text
-    assert job.text.count("SIGUSR1: the processes shall write a checkpoint") >= int(restarts)
+    assert job.text.count("SIGUSR1: asking the processes to write a checkpoint") >= int(restarts)
     assert_same_run(job.run, calm)
 
 
