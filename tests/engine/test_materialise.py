@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.base import Unset, materialise, refuse_unset, register, with_storage
+from models.base import register
+from models.materialise import Unset, materialise, refuse_unset, with_storage
 from models.presets import Gpt2
 from trainer.commands.train import run
 from trainer.core.config import RunConfig

@@ -10,7 +10,8 @@ from conftest import tiny_values
 from safetensors.torch import load_file
 from test_zoo import build as zoo_model
 
-from models.base import get_model, ties, with_storage
+from models.base import get_model
+from models.materialise import ties, with_storage
 from trainer.checkpoint import format as checkpoint
 from trainer.commands.evaluate import EvaluateConfig
 from trainer.commands.evaluate import run as evaluate

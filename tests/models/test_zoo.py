@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import beyond
 
-from models.base import get_model, load_models, materialise, model_names
+from models.base import get_model, load_models, model_names
+from models.materialise import materialise
 from trainer.planning import dial
 from trainer.testing import numbers, sizes
 from trainer.testing.subject import SCALE, VOCAB, Skipped, Subject, distance, gradients, train

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.base import Batch, Unset, materialise
+from models.base import Batch
 from models.layers.float8 import convert_to_float8
+from models.materialise import Unset, materialise
 from trainer.checkpoint.format import EVALUATION
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers

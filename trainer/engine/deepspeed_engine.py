@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from models.base import Batch, ties, with_storage
+from models.base import Batch
+from models.materialise import ties, with_storage
 from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings

@@ -109,8 +109,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
     import torch
 
-    from models.base import Unset
     from models.config import kernel_fields_of
+    from models.materialise import Unset
     from trainer.checkpoint import format as checkpoint
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
@@ -153,7 +153,7 @@ def load_model(model_class: Any, model_config: Any, path: Path, device: Any, wor
     """The model on `device` with the weights of the checkpoint at `path`; Unset where a weight is in neither."""
     import torch
 
-    from models.base import refuse_unset, with_storage
+    from models.materialise import refuse_unset, with_storage
     from trainer.checkpoint import format as checkpoint
 
     tensors = checkpoint.load(path, "model.", world, device, checkpoint.EVALUATION)

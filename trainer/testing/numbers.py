@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.base import IGNORE, materialise
+from models.base import IGNORE
+from models.materialise import materialise
 from models.state import State
 from trainer.runtime.compat import pretended_process_group
 from trainer.testing.subject import (

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import IGNORE, Batch, LanguageModel, materialise
+from models.base import IGNORE, Batch, LanguageModel
+from models.materialise import materialise
 from trainer.engine.meta import build_meta
 from trainer.planning import dial
 

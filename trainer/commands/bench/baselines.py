@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.base import cross_entropy, get_model, materialise
+from models.base import cross_entropy, get_model
+from models.materialise import materialise
 from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
 from trainer.commands.bench.variants import Candidate

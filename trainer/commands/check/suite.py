@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from models.base import Unset, get_model, load_models, model_names
+from models.base import get_model, load_models, model_names
+from models.materialise import Unset
 from trainer.commands.check import CheckConfig
 from trainer.commands.plugins import import_plugin
 from trainer.core.errors import UserError
