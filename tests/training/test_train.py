@@ -282,7 +282,7 @@ def test_removed_checkpoints_are_told_and_rows_kept(finished, tmp_path, capsys):
     run({"run_dir": str(folder)})
     said = capsys.readouterr().err
     assert (
-        "has no checkpoint: the run starts at step 0; metrics.jsonl of before is kept as metrics.before-1.jsonl" in said
+        "has no checkpoint: the run starts at step 0; the old metrics.jsonl is kept as metrics.before-1.jsonl" in said
     )
     assert (folder / "metrics.before-1.jsonl").read_bytes() == before
     assert losses(folder) == losses(finished)
