@@ -1,4 +1,4 @@
-"""`train`: from the plan to the trained model. step.py makes one optimiser step; this file decides when to evaluate, save, stop."""
+"""`train`: from the plan to the trained model. step.py makes one optimiser step; this file decides when to evaluate or stop."""
 
 from __future__ import annotations
 
