@@ -502,7 +502,7 @@ class Needing:
 def test_a_model_that_is_not_written_out_cannot_be_opened(registered):
     registered("mine", type("Mine", (Gpt2,), {"Config": Needing}))
     config = build(RunConfig, {"model": {"name": "mine", "vocab_size": "320"}})
-    with pytest.raises(UserError, match="^model.width: the config of the run does not say it"):
+    with pytest.raises(UserError, match="^model.width: the config of the run does not set it"):
         written_out(config)
     config.model["width"] = "64"  # text, as flags and YAML give it
     assert written_out(config)[1] == Needing(320, 64)
