@@ -71,7 +71,9 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     rule = "at least: with a multiplier of one; " if plan.config.batch.dynamic else ""
     rule += f"at {rate:,.0f} tokens/s, by {row['name']} of {path}"
     if plan.processes != row["processes"]:
-        rule += f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, as if speed grew with their number"
+        rule += (
+            f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, if speed grows with their number"
+        )
     cost = None if price is None else hours * price * plan.processes
     if cost is not None:
         rule += f"; {cost:,.2f} at {price:g} an hour and device"

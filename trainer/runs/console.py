@@ -50,7 +50,7 @@ class Figures:
         self._loss, self._rate = RunningMean(), RunningMean()
 
     def add(self, facts: dict[str, Any]) -> dict[str, str]:
-        """facts: step, max_steps, loss, val, bits/byte, tokens/s, MFU (a fraction), ETA (seconds); None where there is none."""
+        """facts: step, max_steps, loss, val, bits/byte, tokens/s, MFU (a fraction), ETA (seconds). None: no value."""
         self._loss.add(facts["loss"])
         self._rate.add(facts["tokens/s"])
         rate = self._rate.mean

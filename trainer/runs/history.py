@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-POINTS = 2000  # of a long run; at most twice as many
+POINTS = 2000  # the least for a long run; it has at most twice as many
 STEP_KEYS = ("tokens", "seconds", "loss", "grad_norm", "lr", "tokens_per_second")
 EVALUATION_KEYS = ("tokens", "seconds", "val_loss", "val_bits_per_byte")
 

@@ -94,8 +94,8 @@ def opening(run: Run) -> str:
     threads = f"\n{thread_line()}" if run.device.type == "cpu" else ""
     return (
         f"\nengine: {run.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
-        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
-        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {run.config.optim.lr:.8f}"
+        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at the start, "
+        f"{tokens // lengths[-1]:,} of {lengths[-1]} at the end; lr {run.config.optim.lr:.8f}"
     )
 
 

@@ -183,7 +183,7 @@ class Run:
         self.owed = None
 
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run."""
+        """What a checkpoint's manifest says about the run."""
         self.state.seconds, self.state.norm = seconds, self.last_norm()
         return {
             "tokens": self.state.tokens,

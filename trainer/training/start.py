@@ -74,7 +74,7 @@ def run_joined(
     the command; stored: the run that goes on; config: both together."""
     join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, must report first
     dataset = agree_on_dataset(config, world)
-    # Rank 0 plans. The others take its plan, and its error where there is one.
+    # Rank 0 plans. The others take its plan, or its error.
     plan, plan_text = world.on_leader(lambda: make_plan(given, stored, config, dataset))
     config = plan.config
     if world.size == 1:

@@ -31,7 +31,7 @@ class StepResult:
     sequence_length: int
     batch_multiplier: int
     lr: float
-    part_names: tuple[str, ...]  # of the further losses
+    part_names: tuple[str, ...]  # names of the further losses, in the order of `parts`
     measured: HostCopy
 
     def wait(self) -> None:
