@@ -45,9 +45,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (at least one token id) by up to `max_new_tokens` tokens. Returns only the new tokens.
 
-    runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding
-    and never sampled. end: id that ends a text (not returned). stopped(index of the prompt, its new tokens): whether that text
-    ends here.
+    runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on
+    are padding and never sampled. end: id that ends a text (not returned). stopped(index of the prompt, its new tokens):
+    whether that text ends here.
+
     Prompts of different length share a batch without padding: the model still reads a longer prompt while it already
     continues a shorter one. Each text has its own random generator, so it does not depend on the others in the batch.
     """

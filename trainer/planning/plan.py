@@ -47,7 +47,7 @@ class Plan:
     parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
     """
 
-    config: Any  # a RunConfig; not typed so, since its `None`s are gone
+    config: Any  # a RunConfig; typed Any, since its `None`s are gone
     model_class: Any
     model_config: Any
     entries: tuple[PlanEntry, ...]
@@ -281,7 +281,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
     epochs = facts["epochs_at_least"]
     memory = facts["memory_bytes"]
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
-    for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they come last
+    for outside in ("activations without checkpointing", "in CPU memory"):  # outside the sum; they come last
         parts = parts.replace(f", {outside}", f"; {outside}")
     derived = [
         PlanEntry("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),

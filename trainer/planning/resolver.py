@@ -41,7 +41,7 @@ class PlanEntry:
 class Draft:
     """A config on its way to a plan, and the entries so far. A draft never changes: every rule returns a new one."""
 
-    config: Any  # a RunConfig; not typed so, since its `None`s go one by one
+    config: Any  # a RunConfig; typed Any, since its `None`s go one by one
     entries: tuple[PlanEntry, ...] = ()
 
     def note(self, key: str, value: Any, rule: str) -> Draft:
