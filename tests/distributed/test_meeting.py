@@ -144,7 +144,7 @@ def test_no_room_for_a_checkpoint(environment, tiny_dataset, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_values(tiny_dataset, tmp_path / "run")))
     done = ranks(2, environment("full", 1), "train", tmp_path / "run.yaml")
     assert done.returncode != 0
-    assert re.match(r"error: run_dir: 1 kB free at .*, and a checkpoint takes \d+ kB", own_line(done.stderr))
+    assert re.match(r"error: run_dir: 1 kB free at .*, but a checkpoint takes \d+ kB", own_line(done.stderr))
 
 
 def test_a_rank_without_a_device_is_heard_by_all(environment):

@@ -124,9 +124,9 @@ def test_recordings_are_given_up_once_one_must_be_larger(tiny_dataset, tmp_path)
     "gpu, settings, why",
     [
         (None, {"device": "cpu"}, "a CPU has none"),
-        ("a100-40gb", {"engine": {"strategy": "fsdp"}}, "fsdp sums gradients while they are made"),
+        ("a100-40gb", {"engine": {"strategy": "fsdp"}}, "fsdp sums gradients during the backward"),
         ("a100-40gb", {"precision": "pure_bf16"}, "pure_bf16 moves the gradients"),
-        ("a100-40gb", {"engine": {"activation_checkpointing": "selective"}}, "recomputing asks for the state"),
+        ("a100-40gb", {"engine": {"activation_checkpointing": "selective"}}, "activation checkpointing reads"),
         ("a100-40gb", {"model": {"name": "llama", "kernels": "liger"}}, "Liger's loss waits for the device"),
     ],
 )

@@ -143,7 +143,7 @@ def test_past_its_context_a_model_reads_the_last_tokens():
             with torch.no_grad():
                 ids.append(int(runner.model(torch.tensor([ids[-limit:]])).logits[0, -1, :VOCAB].argmax()))
         assert continued == ids[len(prompt) :]
-    assert said == ["text: longer than the model's context: the last 8 tokens count"]
+    assert said == ["text: longer than the model's context: only the last 8 tokens are used"]
 
 
 # -- models that take no cache ----------------------------------------------------------------------------------------------

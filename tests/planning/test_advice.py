@@ -26,10 +26,10 @@ def test_few_parameters_outside_embeddings_are_told(non_embedding):
 
 def test_few_tokens_of_the_run_or_of_the_text_are_told():
     (line,) = advice(plan(), 119_000_000)
-    assert line.startswith("119,000,000 tokens of the run for 60,000,000 parameters") and "are 2 each" in line
+    assert line.startswith("119,000,000 tokens of the run for 60,000,000 parameters") and "are 2 per parameter" in line
     assert line.endswith("or more steps, reaches a lower loss")
     few, many = advice(plan(1_400_000_000, 1_300_000_000, 7_000_000), 10**9)
-    assert few.startswith("7,000,000 tokens of text for 1,300,000,000 parameters") and "are 0.0054 each" in few
+    assert few.startswith("7,000,000 tokens of text for 1,300,000,000 parameters") and "are 0.0054 per parameter" in few
     assert few.endswith("or more text, reaches a lower loss")
     assert many.startswith("the run reads its text 142.9 times")
 

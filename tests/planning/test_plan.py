@@ -458,7 +458,7 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     hours = p.minimum_tokens(plan) / 2000 / 3600
     assert found.hours == pytest.approx(hours, abs=5e-4) and found.tokens_per_second == 2000
     assert found.cost == pytest.approx(hours * 3.6 * 2)
-    assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "as if speed grew" in found.rule
+    assert f"{hours * 3.6 * 2:,.2f} at 3.6 an hour and device" in found.rule and "if speed grows" in found.rule
     assert found.rule.startswith("at least: with a multiplier of one; at 2,000 tokens/s, by at 1000.0 of runs/bench-2/")
 
 
@@ -502,7 +502,7 @@ class Needing:
 def test_a_model_that_is_not_written_out_cannot_be_opened(registered):
     registered("mine", type("Mine", (Gpt2,), {"Config": Needing}))
     config = build(RunConfig, {"model": {"name": "mine", "vocab_size": "320"}})
-    with pytest.raises(UserError, match="^model.width: the config of the run does not say it"):
+    with pytest.raises(UserError, match="^model.width: the config of the run does not set it"):
         written_out(config)
     config.model["width"] = "64"  # text, as flags and YAML give it
     assert written_out(config)[1] == Needing(320, 64)

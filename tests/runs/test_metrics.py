@@ -268,7 +268,7 @@ def test_lines_that_are_no_rows_are_kept_aside_and_told(tmp_path):
         assert (tmp_path / "metrics.jsonl.damaged").read_text(errors="surrogateescape") == "".join(odd)
         assert bool(said) == (times == 1)
         if said:
-            assert said[0].endswith("5 lines are no rows (line 2); kept in metrics.jsonl.damaged")
+            assert said[0].endswith("5 lines are not rows (line 2); kept in metrics.jsonl.damaged")
 
 
 def test_samples_after_the_checkpoint_are_cut_off(tmp_path):

@@ -274,7 +274,7 @@ def test_room_for_checkpoints():
     assert check_room(short, Path("runs/x"), 5 * GB, 15 * GB) == []
     (warning,) = check_room(short, Path("runs/x"), 10 * GB, 30 * GB)
     assert warning == "20 GB free at runs/x on node3; the checkpoints to come take 30 GB (checkpoint.keep)"
-    with pytest.raises(UserError, match="run_dir: 20 GB free at runs/x on node3, and a checkpoint takes 21 GB"):
+    with pytest.raises(UserError, match="run_dir: 20 GB free at runs/x on node3, but a checkpoint takes 21 GB"):
         check_room(short, Path("runs/x"), 21 * GB, 63 * GB)
 
 

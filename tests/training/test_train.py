@@ -282,7 +282,7 @@ def test_removed_checkpoints_are_told_and_rows_kept(finished, tmp_path, capsys):
     run({"run_dir": str(folder)})
     said = capsys.readouterr().err
     assert (
-        "has no checkpoint: the run starts at step 0; metrics.jsonl of before is kept as metrics.before-1.jsonl" in said
+        "has no checkpoint: the run starts at step 0; the old metrics.jsonl is kept as metrics.before-1.jsonl" in said
     )
     assert (folder / "metrics.before-1.jsonl").read_bytes() == before
     assert losses(folder) == losses(finished)
@@ -429,11 +429,11 @@ def test_a_config_of_another_model_is_named(finished, tmp_path):
 def test_a_changed_row_of_metrics_is_told(finished, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "r")
     run({"run_dir": str(folder), "max_steps": 13})
-    assert "are not those that the run has written" not in capsys.readouterr().err
+    assert "are not the ones that this run wrote" not in capsys.readouterr().err
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text().replace('"step": 3, "tokens": ', '"step": 3, "tokens": 1', 1))
     run({"run_dir": str(folder), "max_steps": 14})
-    assert "metrics.jsonl: the rows up to step 13 are not those that the run has written" in capsys.readouterr().err
+    assert "metrics.jsonl: the rows up to step 13 are not the ones that this run wrote" in capsys.readouterr().err
 
 
 def test_a_state_of_another_version_is_named(finished, tmp_path):
@@ -586,7 +586,7 @@ def test_wrong_tokenizer_is_refused(finished, tmp_path):
         lambda line: None,
     )
     line = error_line(forked_trainer("evaluate", finished, "--data.path", tmp_path / "d"))
-    assert "was prepared with tokenizer train-bpe:270, the run with bytes" in line
+    assert "was prepared with tokenizer train-bpe:270, but the run uses bytes" in line
 
 
 # -- around the loop ------------------------------------------------------------------------------------------------------

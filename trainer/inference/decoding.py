@@ -1,4 +1,4 @@
-"""Text from a model, a batch of prompts at a time: decoded incrementally where the model can."""
+"""Text from a model, a batch of prompts at a time. Decoding is incremental (with a cache) if the model supports it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable
 
 CHECKED_TOKENS = 8  # to find out whether a model decodes incrementally
-PROMPT_TAIL = 16  # tokens of a prompt that decide how the next one is written
+PROMPT_TAIL = 16  # last tokens of a prompt; `continuation` decodes them together with the new tokens
 
-_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # what has been said of a model
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # topics reported, by model
 
 
 def tell(text: str) -> None:
-    """A line to stderr."""
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -43,13 +43,14 @@ def generate(
     stopped: Callable[[int, list[int]], bool] = lambda row, new: False,
     say: Callable[[str], None] = tell,
 ) -> list[list[int]]:
-    """Continue each prompt (token ids, at least one each) by up to `max_new_tokens`; returns the new tokens only.
+    """Continue each prompt (at least one token id) by up to `max_new_tokens` tokens. Returns only the new tokens.
 
-    runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on are padding
-    and never sampled. end: id that ends a text (not returned). stopped(number of the prompt, new tokens): whether that text
-    ends after the last of these.
-    Prompts of different length share a batch without padding: a longer one goes on reading while a shorter one already
-    writes. Each text has its own generator, so it does not depend on the others in the batch.
+    runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on
+    are padding and never sampled. end: id that ends a text (not returned). stopped(index of the prompt, its new tokens):
+    whether that text ends here.
+
+    Prompts of different length share a batch without padding: the model still reads a longer prompt while it already
+    continues a shorter one. Each text has its own random generator, so it does not depend on the others in the batch.
     """
     if max_new_tokens == 0:
         return [[] for _ in prompts]
@@ -61,7 +62,7 @@ def generate(
     done = [False] * len(prompts)
     at = min(len(prompt) for prompt in prompts)
     column = torch.tensor([prompt[:at] for prompt in prompts], device=device)  # [B, at], then [B, 1]
-    # The last token is not read.
+    # The last token is sampled, but never read.
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
     reader = Reader(runner, vocab_size, len(prompts), longest, say)
     while not all(done):
@@ -86,14 +87,14 @@ def generate(
 
 
 class Reader:
-    """Reads texts from left to right: only what is new where the model can do so, else all that its context holds again."""
+    """Reads texts from left to right. With a cache the model reads only the new tokens, else its whole context each time."""
 
     def __init__(self, runner: Any, vocab_size: int, batch: int, max_length: int, say: Callable[[str], None]) -> None:
-        """batch: texts; max_length: most tokens of one of them."""
+        """batch: number of texts; max_length: most tokens of a text."""
         self.runner, self.say = runner, say
         self.limit: int | None = runner.model.max_context
-        self.context: Tensor | None = None  # [B, T] of the tokens that still count
-        # Ranks that compute together must decide alike.
+        self.context: Tensor | None = None  # [B, T], the tokens within the model's context
+        # Ranks that compute together must make the same choice.
         why_not = runner.agree(why_not_incremental(runner, vocab_size))
         longest = max_length if self.limit is None else min(max_length, self.limit)
         self.state = None if why_not else new_state(runner, batch, longest)
@@ -101,13 +102,15 @@ class Reader:
             self.say_once("cache", f"text: the whole context is computed again for every token: {why_not}")
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The next tokens [B, T] of all texts -> logits of what follows them, fp32 [B, V] on the CPU."""
+        """Read the next tokens [B, T] of all texts. Returns the logits of the token after them, fp32 [B, V] on the CPU."""
         held = self.context
         self.context = context = tokens if held is None else torch.cat((held, tokens), dim=1)
         if self.limit is not None and context.shape[1] > self.limit:
             self.context = context = context[:, -self.limit :]
             self.state = None  # every token's position has changed
-            self.say_once("context", f"text: longer than the model's context: the last {self.limit} tokens count")
+            self.say_once(
+                "context", f"text: longer than the model's context: only the last {self.limit} tokens are used"
+            )
         with self.runner.autocast():
             if self.state is None:
                 logits = self.runner.predict(context)
@@ -116,7 +119,7 @@ class Reader:
         return logits[:, -1].float().cpu()
 
     def say_once(self, topic: str, text: str) -> None:
-        """Of a model whose samples are many."""
+        """Say `text` once per model and topic. A run takes many samples of one model."""
         topics = _told.setdefault(self.runner.model, set())
         if topic not in topics:
             topics.add(topic)
@@ -124,9 +127,9 @@ class Reader:
 
 
 def why_not_incremental(runner: Any, vocab_size: int) -> str:
-    """Why a model cannot be fed one token after the other, found by trying on a few tokens; "" where it can.
+    """Why a model cannot decode incrementally, found by a trial on a few tokens; "" if it can.
 
-    It can where a cache gives the logits of the whole, up to half of the digits that the products have.
+    It can if the logits with a cache are those of the whole text, to half of the digits that the products have.
     """
     model = runner.model
     length = min(CHECKED_TOKENS, model.max_context or CHECKED_TOKENS)
@@ -143,7 +146,7 @@ def why_not_incremental(runner: Any, vocab_size: int) -> str:
             ).float()
         except Exception as error:
             return f"with a cache the model fails ({type(error).__name__}: {printable(error, 200)})"
-    counted = whole.isfinite()  # what is masked is -inf
+    counted = whole.isfinite()  # masked logits are -inf
     if not counted.any():
         return ""
     apart = (cached - whole)[counted].abs().max().item()
@@ -154,18 +157,18 @@ def why_not_incremental(runner: Any, vocab_size: int) -> str:
 
 
 def new_state(runner: Any, batch: int, max_length: int) -> State | None:
-    """The model's, in the type that the runner computes in."""
+    """The model's decoding state, in the type that the runner computes in."""
     dtype = torch.float32 if runner.precision == "fp32" else torch.bfloat16
     return runner.model.new_state(batch, max_length, runner.device, dtype)
 
 
 def rounding(runner: Any) -> float:
-    """Relative rounding of the runner's products."""
+    """Relative rounding error of the runner's matrix products."""
     if any(isinstance(module, Float8Linear) for module in runner.model.modules()):
         return torch.finfo(E4M3).eps
     if runner.precision != "fp32":
         return torch.finfo(torch.bfloat16).eps
-    return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 there
+    return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 on a GPU
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator) -> int:
@@ -189,11 +192,11 @@ def cut_at(text: str, stops: list[str]) -> str:
 
 
 def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """What the `new` tokens add to the text of the prompt. By themselves they may lack the space before the first word, which
-    some decoders leave out at the beginning of a text."""
+    """The text that the `new` tokens add to the prompt. They are decoded after the end of the prompt: some decoders leave out
+    the space before the first word of a text."""
     tail = prompt[-PROMPT_TAIL:]
     before, whole = tokenizer.decode(tail), tokenizer.decode(tail + new)
-    # Not simply cut off: where the prompt ends within a character, the new tokens complete it.
+    # Compare the texts: where the prompt ends within a character, the new tokens complete it, and len(before) is wrong.
     return whole[len(os.path.commonprefix([before, whole])) :]
 
 

@@ -1,7 +1,8 @@
-"""Validation loss, by two protocols, during training and as a verb.
+"""Validation loss by two protocols, during training and for `evaluate`.
 
-full: the split in order, windows that do not overlap, every token a target once: the same figure on any number of devices.
-hlb:  150 random windows as in hlb-gpt, seeded; kept to compare with its 3.80.
+full: the split in order, in windows that do not overlap. Every token is a target once. The figure is the same on any number
+      of devices.
+hlb:  150 random windows as in hlb-gpt, from a seed; for comparison with hlb-gpt's 3.80.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from trainer.data.stream import Split, ordered_windows
 from trainer.recipes.hlb import evaluation_shape, tokens_per_microbatch
 from trainer.runtime.distributed import World
 
-# fp32 logits held at once, by type of device: evaluation is not worth more memory than training, and a CPU is faster with less.
+# fp32 logits held at once, by type of device. Evaluation should not need more memory than training; a CPU is faster with less.
 LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-KNOWN_SHARE = 0.999  # of a split's tokens: where fewer count, their bytes are an estimate
+KNOWN_SHARE = 0.999  # of a split's tokens: if fewer count, their bytes are an estimate
 LEAST_TOKENS = {"full": 2, "hlb": 3, "both": 3}  # of a split
 ESTIMATED = {
     "full": "the split's bytes, in proportion to the tokens that counted",
@@ -42,11 +43,11 @@ def full(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """Loss over the split in order. runner: has model, predict(), device, autocast() and documents(), as an engine does; at: told the
-    progress, on all ranks equally often, and may raise to break it off.
+    """Loss over the split in order. runner: has model, predict(), device, autocast() and documents(), as an engine does; at:
+    called with the progress, equally often on all ranks; it may raise to stop the evaluation.
 
-    Returns loss (nats per token), perplexity, bits_per_byte (and whether it is an estimate, and with it word_perplexity, since
-    the bytes of the tokens that counted are not known exactly), word_perplexity, accuracy, tokens, windows.
+    Returns loss (nats per token), perplexity, bits_per_byte, bits_per_byte_is_estimate (then word_perplexity is one too: bytes
+    and words of a part of the split are not known exactly), word_perplexity, accuracy, tokens, windows.
     """
     windows = list(ordered_windows(split, length, max_tokens))
     rows = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
@@ -63,7 +64,7 @@ def full(
     nats, correct, count = world.sum(totals).tolist()
     share = (
         count / split.counts.tokens
-    )  # bytes and words are known for the whole split, of which the first token is no target
+    )  # bytes and words are known only for the whole split, whose first token is not a target
     loss = nats / count
     return {
         "loss": loss,
@@ -89,7 +90,7 @@ def hlb(
 ) -> dict[str, Any]:
     """hlb-gpt's protocol at `scale`: random windows of 1024 tokens with replacement, drawn from (seed, step)."""
     length = min(1024, runner.model.max_context or 1024, split.counts.tokens - 2)
-    batch, steps = evaluation_shape(tokens_per_microbatch(scale))  # as on its own A100, whatever the device here
+    batch, steps = evaluation_shape(tokens_per_microbatch(scale))  # as on hlb-gpt's own A100, on any device
     draw = random.Random(f"{seed}:{step}:hlb evaluation")
     starts = [draw.randrange(split.counts.tokens - length - 1) for _ in range(batch * steps)]
     totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
@@ -113,23 +114,23 @@ def hlb(
 
 
 def check_enough(split: Split, protocol: str, key: str) -> None:
-    """UserError where the split is too short for `protocol`, the value of `key`."""
+    """UserError if the split is too short for `protocol`, the value of `key`."""
     if split.counts.tokens < LEAST_TOKENS[protocol]:
         raise UserError(
-            f"{key}: {protocol} needs at least {LEAST_TOKENS[protocol]} tokens, and the {split.name} split of "
+            f"{key}: {protocol} needs at least {LEAST_TOKENS[protocol]} tokens, but the {split.name} split of "
             f"{printable(split.folder)} has {split.counts.tokens}; prepare more text for it"
         )
 
 
 def turns(world: World, windows: int, rows: int) -> range:
-    """First windows of this rank's chunks of `rows`, dealt out in turn. All ranks have equally many, the last of some beyond
-    the end: empty. So they can agree on something in each, and take part in collectives of the forward pass."""
+    """The first window of each of this rank's chunks of `rows`. Ranks take chunks in turn. All have equally many; the last
+    chunk of some ranks is empty. So each chunk can use collectives, in the forward pass and in `at`."""
     stride = world.size * rows
     return range(world.rank * rows, -(-windows // stride) * stride, stride)
 
 
 def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
-    """(sum of losses, right guesses, targets) of a batch [B, T], as fp64 scalars on the device."""
+    """(sum of losses, correct predictions, targets) of a batch [B, T], as fp64 scalars on the device."""
     tokens, targets = tokens.to(runner.device), targets.to(runner.device)
     training = runner.model.training
     runner.model.eval()
@@ -147,7 +148,7 @@ def rows_at_once(vocab_size: int, length: int, device_type: str) -> int:
 
 
 def safe_exp(x: float) -> float:
-    """e^x, at its largest where it would overflow."""
+    """e^x, with x capped at 700 so that it does not overflow."""
     return math.exp(min(x, 700.0))
 
 
@@ -161,7 +162,7 @@ def validate(
     max_tokens: int = 0,
     at: Callable[[str], None] = lambda where: None,
 ) -> dict[str, Any]:
-    """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first named is the run's val_loss."""
+    """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first one there gives the run's val_loss."""
     results: dict[str, Any] = {}
     if config.evaluation.protocol in ("full", "both"):
         length = config.evaluation.sequence_length

@@ -17,5 +17,5 @@ def hlb_parameters(d_model: int, n_layers: int, vocab_size: int) -> int:
 
 
 def target_parameters(scale: float, vocab_size: int) -> int:
-    """What every architecture aims at (within 3 %) at this scale: hlb's own count with this vocabulary."""
+    """The number of parameters that every architecture meets within 3 % at this scale: hlb's count with this vocabulary."""
     return hlb_parameters(*dimensions(scale), vocab_size)

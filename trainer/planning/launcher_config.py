@@ -1,7 +1,7 @@
-"""What `accelerate launch` and its config ask of the engine, brought together with the run's own config.
+"""What `accelerate launch` and its config ask of the engine, merged with the run's own config.
 
-accelerate hands its config on as environment variables (utils/launch.py of accelerate 1.15). It only launches: our own
-engines carry out what it chose.
+accelerate passes its config on as environment variables (utils/launch.py of accelerate 1.15). It only launches: our own
+engines do what its config asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.runtime.launcher import Environment, count, find_rank_info, slurm_t
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """What the launcher's own config asks for; None where it says nothing, or no more than its default."""
+    """What the launcher's own config asks for. None: it says nothing, or only its default."""
 
     launcher: str
     strategy: str | None = None
@@ -33,7 +33,7 @@ class LauncherConfig:
 
 
 REMEDY = "accelerate sets it from its config's parallelism_config"
-SHARDING = {  # FSDP_SHARDING_STRATEGY, which may also be a number from 1: strategy, reshard_after_forward
+SHARDING = {  # FSDP_SHARDING_STRATEGY, by name or by number from 1: (strategy, reshard_after_forward)
     "FULL_SHARD": ("fsdp", None),
     "SHARD_GRAD_OP": ("fsdp", False),
     "NO_SHARD": ("ddp", None),
@@ -43,7 +43,7 @@ SHARDING = {  # FSDP_SHARDING_STRATEGY, which may also be a number from 1: strat
 
 
 def read_launcher_config(environ: Environment) -> LauncherConfig:
-    """What `accelerate launch` and its config ask for. UserError for what would change the run and is not there."""
+    """What `accelerate launch` and its config ask for. UserError for what would change the run but is not supported."""
     if _is_true(environ, "ACCELERATE_USE_MEGATRON_LM"):
         raise _unsupported("distributed_type MEGATRON_LM", "choose FSDP or DEEPSPEED")
     launcher_config: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def _unsupported(what: str, remedy: str) -> UserError:
 
 
 def _fsdp(environ: Environment) -> dict[str, Any]:
-    """Version 1 has named strategies, version 2 a switch. Its false and FULL_SHARD are defaults, and ask for nothing."""
+    """Version 1 names strategies, version 2 has a switch for resharding. Other settings are None at accelerate's default."""
     named = environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
     if named in ("1", "2", "3", "4", "5"):
         named = dict(enumerate(SHARDING, start=1)).get(int(named), named)
@@ -127,7 +127,7 @@ def _parallelism(environ: Environment) -> dict[str, Any]:
 
 
 def _deepspeed(environ: Environment) -> dict[str, Any]:
-    """`reconcile` reads a deepspeed_config_file. Gradient accumulation is no wish: the batch of a run decides it."""
+    """`reconcile` reads a deepspeed_config_file. Gradient accumulation is ignored: the batch of a run decides it."""
     path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     for what in ("OPTIMIZER", "PARAM"):
@@ -146,8 +146,8 @@ def _deepspeed(environ: Environment) -> dict[str, Any]:
 def reconcile(config: RunConfig, launcher_config: LauncherConfig, size: int) -> list[tuple[str, Any, str]]:
     """Fill in place what `config` leaves open and the launcher, or a deepspeed.json, asks for.
 
-    Returns (key, value, rule) of each key filled. UserError where the config and the launcher want different things, or
-    the strategy does not go with `size` processes. A strategy that nobody asked for stays "auto".
+    Returns (key, value, rule) of each key filled. UserError if the config and the launcher ask for different values, or the
+    strategy does not work with `size` processes. If nothing asks for a strategy, it stays "auto".
     """
     filled: list[tuple[str, Any, str]] = []
 
@@ -167,7 +167,7 @@ def reconcile(config: RunConfig, launcher_config: LauncherConfig, size: int) -> 
         ("deepspeed_config", None), ("compile", None),
     ):  # fmt: skip
         fill("engine", name, getattr(launcher_config, name), left_open, source)
-    if engine.activation_checkpointing in ("auto", "none"):  # every-N and selective say more than accelerate can
+    if engine.activation_checkpointing in ("auto", "none"):  # accelerate cannot express every-N and selective
         fill("engine", "activation_checkpointing", launcher_config.activation_checkpointing, "auto", source)
     fill("optim", "clip_norm", launcher_config.clip_norm, None, source)
     if launcher_config.mixed_precision and config.precision not in ("auto", launcher_config.mixed_precision):
@@ -192,7 +192,7 @@ def reconcile(config: RunConfig, launcher_config: LauncherConfig, size: int) -> 
 
 
 def check_strategy(strategy: str, size: int) -> None:
-    """UserError where `strategy` does not go with `size` processes; fsdp and zeroN go with one too."""
+    """UserError if `strategy` does not work with `size` processes. fsdp and zeroN also work with one."""
     if strategy == "single" and size > 1:
         raise UserError(f"engine.strategy: single, but {size} processes were started; use ddp or start one process")
     if strategy in ("ddp", "hsdp") and size == 1:

@@ -1,4 +1,4 @@
-"""Memory of a run before it is one: models without storage, what they keep for the backward pass, what fits a device."""
+"""The memory of a run, estimated before it starts: models without storage, what they keep for backward, what fits a device."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
 
-# Bytes per parameter by precision; those of the optimizer's state ("moments") its rule says. pure_bf16 adds its gradients up in fp32; bf16 computes with bf16 copies of the weights.
+# Bytes per parameter, by precision. The optimizer's rule gives those of its state ("moments"). pure_bf16 sums its gradients in
+# fp32; bf16 computes with bf16 copies of the weights.
 PARTS = {
     "fp32": {"weights": 4, "gradients": 4},
     "bf16": {"weights": 4, "gradients": 4, "bf16 copies": 2},
     "pure_bf16": {"weights": 2, "gradients": 6},
 }
-# FSDP gathers its copies a few blocks at a time, and adds pure_bf16's gradients up in the unsharded ones.
+# FSDP gathers its copies a few blocks at a time, and sums pure_bf16's gradients in the unsharded gradients.
 FSDP_PARTS = {
     "fp32": {"weights": 4, "gradients": 4},
     "bf16": {"weights": 4, "gradients": 4},
     "pure_bf16": {"weights": 2, "gradients": 2},
 }
-# DeepSpeed holds fp32 masters besides the moments; its bf16 gradients are added up in fp32.
+# DeepSpeed holds fp32 masters besides the moments, and sums its bf16 gradients in fp32.
 ZERO_PARTS = {
     "fp32": {"weights": 4, "gradients": 4, "masters": 4},
     "bf16": {"weights": 2, "gradients": 6, "masters": 4},
 }
 ORDER = ("weights", "gradients", "masters", "moments", "bf16 copies")
-ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within so many stay gathered
+ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within it stay gathered
 SHARDED = {
     "zero1": {"masters", "moments"},
     "zero2": {"masters", "moments", "gradients"},
@@ -56,10 +57,10 @@ OFFLOADED = {
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a run lies on its devices. processes: of the whole run; shards: those that share one copy of the model; narrow: the
-    moments of fp32 weights are bf16; flex: attention may be FlexAttention's; compiled: by torch.compile, block by block;
-    deterministic: by kernels that add in a fixed order alone; recorded: engine.cuda_graphs, whose recordings keep their
-    activations beside those of microbatches that run as they are, and all gradients; optimizer: optim.name."""
+    """How a run is laid out on its devices. processes: of the whole run; shards: processes that share one copy of the model;
+    narrow: the moments of fp32 weights are bf16; flex: attention may use FlexAttention; compiled: by torch.compile, block by
+    block; deterministic: only kernels that add in a fixed order; recorded: engine.cuda_graphs, whose graphs keep their own
+    activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name."""
 
     strategy: str
     precision: str
@@ -77,7 +78,8 @@ class ParallelLayout:
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
-        """That of a RunConfig on devices as a trainer.runtime.device.Target; strategy, shards: where engine's are not yet decided."""
+        """The layout of a RunConfig on devices as `target`, a trainer.runtime.device.Target. strategy, shards: if not yet
+        decided in the config."""
         from trainer.engine import compilation
 
         engine = config.engine
@@ -91,16 +93,16 @@ class ParallelLayout:
 
     @property
     def compute(self) -> str:
-        """fp32, autocast (fp32 weights and residual stream, bf16 products) or bf16 (all of it)."""
+        """fp32, autocast (fp32 weights and residual stream, bf16 products) or bf16 (everything)."""
         if self.precision == "fp32":
             return "fp32"
         return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
 
 
 class SavedActivations(NamedTuple):
-    """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there are
-    tensors of T x V numbers among them, as those models have that do not call linear_cross_entropy; unreached: parameters that get
-    no gradient, None where the graph does not tell (see engine/gradients.py)."""
+    """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there is a
+    tensor of T x V numbers among them (in models that do not call linear_cross_entropy); unreached: parameters that get no
+    gradient, None if the graph does not tell (see engine/gradients.py)."""
 
     total: int
     blocks: list[int]
@@ -110,13 +112,13 @@ class SavedActivations(NamedTuple):
 
 _measured: dict[
     tuple[Any, ...], SavedActivations
-] = {}  # a process plans the same model several times, and a measure takes seconds
+] = {}  # a cache: a process plans the same model several times, and measuring takes seconds
 
 
 class MemoryEstimate:
-    """What a model asks of a device at one sequence length. Models are built without storage; measures are kept.
+    """The memory that a model needs at one sequence length. Models are built without storage; measurements are cached.
 
-    documents: whether it is told which document each token is of; objective: the section of a resolved config.
+    documents: whether the model is given the document number of each token; objective: the section of a resolved config.
     """
 
     def __init__(
@@ -132,13 +134,13 @@ class MemoryEstimate:
         self._model = model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
-        # Gathered at a time: two blocks (one computes, the next is on its way) and what is in no block.
+        # Gathered at once: two blocks (one computes while the next is gathered) and what is outside the blocks.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
         self.caps_logits = model.caps_logits()
-        self.head = model.token_embedding().weight.numel()  # numbers of the output projection, which has its shape
+        self.head = model.token_embedding().weight.numel()  # numbers in the output projection, which has this shape
 
     def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
-        """Bytes on one device besides activations and the loss, by part. accumulates: a step may have several microbatches."""
+        """Bytes on one device, by part, without activations and loss. accumulates: a step may have several microbatches."""
         fsdp, zero = layout.strategy in ("fsdp", "hsdp"), layout.strategy in ("zero1", "zero2", "zero3")
         parts: dict[str, float] = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
         narrow = layout.narrow or layout.precision == "pure_bf16"
@@ -151,7 +153,7 @@ class MemoryEstimate:
             for part in ORDER
             if part in parts
         }
-        # The loss makes the head's gradient while all activations are held: whole, in fp32, from bf16 products.
+        # The loss computes the head's gradient while all activations are held: unsharded, in fp32, from bf16 products.
         state["head gradient"] = self.head * (4 + 2 * (layout.compute != "fp32"))
         if fsdp or layout.strategy == "zero3":
             kept = ZERO3_REUSE if layout.strategy == "zero3" else 0 if layout.reshard else self.parameters
@@ -173,12 +175,12 @@ class MemoryEstimate:
         """Bytes of `state` that are held in the loss of a step's last microbatch, together with all activations."""
         gradients = state["gradients"]
         if layout.strategy in ("fsdp", "hsdp"):
-            absent = gradients  # shards of them follow in the backward pass
+            absent = gradients  # the backward pass makes their shards later
         elif layout.precision == "pure_bf16":
-            absent = gradients // 3 if accumulates else gradients  # those in bf16, beside fp32 sums
+            absent = gradients // 3 if accumulates else gradients  # the bf16 ones; fp32 sums are held
         else:  # other strategies hold buffers for gradients from the beginning
             absent = gradients if layout.strategy == "single" and not (accumulates or layout.recorded) else 0
-            absent += state["buckets"] if layout.strategy == "zero2" else 0  # made in the backward pass
+            absent += state["buckets"] if layout.strategy == "zero2" else 0  # the backward pass makes them
         return sum(state.values()) - absent
 
     @staticmethod
@@ -187,10 +189,10 @@ class MemoryEstimate:
         return sum(state.values()) - sum(state.get(part, 0) for part in GONE_BEFORE_UPDATE)
 
     def activations(self, layout: ParallelLayout, how: str) -> int:
-        """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, one block's recomputation.
+        """Bytes that one sequence holds at the end of the forward pass and, with checkpointing, in one block's recomputation.
 
-        how: engine.activation_checkpointing. Exact but for buffers of the engine, fragmentation, and what biases of scores
-        (ALiBi, forget gates, hlb's slopes) hold under FlexAttention, some bytes per token and head.
+        how: engine.activation_checkpointing. Exact except for buffers of the engine, fragmentation, and some bytes per token
+        and head that biases of scores (ALiBi, forget gates, hlb's slopes) hold under FlexAttention.
         """
         kept, plain = self._measure(layout, how), self._measure(layout, "none")
         block = max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
@@ -201,9 +203,9 @@ class MemoryEstimate:
         return (2 if layout.recorded else 1) * self._measure(layout, how).total
 
     def loss(self, layout: ParallelLayout, how: str, tokens: float) -> float:
-        """Bytes that the loss of a microbatch of so many tokens takes for a while, when all activations are held.
+        """Temporary bytes of the loss of a microbatch of `tokens` tokens, while all activations are held.
 
-        A chunk of logits; of a model that holds them all already, their gradient in fp32 and in the compute type.
+        A chunk of logits. If the model already holds all logits: their gradient, in fp32 and in the compute type.
         """
         from models.layers.linear_cross_entropy import working_bytes
 
@@ -213,14 +215,14 @@ class MemoryEstimate:
         return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, self.caps_logits)
 
     def tokens_that_fit(self, memory: int | None, layout: ParallelLayout, how: str, accumulates: bool) -> float:
-        """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch; no limit on a CPU (None).
+        """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch. No limit on a CPU (None).
 
-        hlb's C is of a run in pure bf16; fp32 weights, moments and losses take more.
+        hlb's C comes from a run in pure bf16; fp32 weights, moments and losses need more.
         """
         if memory is None:
             return float("inf")
         one, loss = self.activations(layout, how), self.loss(layout, how, self.length)
-        most = self.loss(layout, how, float("inf"))  # what chunks keep the loss of any number of tokens to
+        most = self.loss(layout, how, float("inf"))  # the limit for any number of tokens, due to chunks
         state = self.state(layout, accumulates)
         if self.in_update(state) > 0.9 * memory:
             return 0
@@ -228,19 +230,19 @@ class MemoryEstimate:
         return int(max(0, room / (one + loss), (room - most) / one)) * self.length
 
     def most_held(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
-        """Most bytes held at a time with microbatches of so many sequences."""
+        """Peak bytes with microbatches of `sequences` sequences."""
         state = self.state(layout, accumulates)
         return max(self.in_microbatch(layout, how, sequences, accumulates), self.in_update(state))
 
     def in_microbatch(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
-        """Most bytes held in a microbatch: in its loss or, with checkpointing, when the first block is recomputed after it."""
+        """Peak bytes of a microbatch: in its loss or, with checkpointing, in the recomputation of the first block after it."""
         state, kept = self.state(layout, accumulates), self.kept(layout, how)
         block = self.activations(layout, how) - kept
         loss = int(self.loss(layout, how, sequences * self.length))
         return self.in_loss(state, layout, accumulates) + sequences * kept + max(sequences * block, loss)
 
     def unreached(self, layout: ParallelLayout, how: str) -> list[str] | None:
-        """Names of the parameters that get no gradient, as far as the forward pass tells; measured already where a run was planned."""
+        """Names of the parameters that get no gradient, as far as the forward pass tells. Cached if the run was planned."""
         return self._measure(layout, how).unreached
 
     def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
@@ -266,15 +268,15 @@ def saved_activations(
     """What is alive after the forward pass of one sequence, its loss included.
 
     Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
-    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective: see MemoryEstimate. A model that cannot be
-    compiled is measured as it is, and so trained.
+    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective: see MemoryEstimate.
+    A model that cannot be compiled trains uncompiled, so it is measured uncompiled.
     """
     from trainer.engine import compilation
 
     asked = model_class, model_config, objective, length, compute, how, documents, flex
     what = (
-        f"its forward pass under the objective {objective['name']} does not run on tensors without values, by which memory is "
-        "planned (no .item(), .tolist(), numpy)"
+        f"its forward pass under the objective {objective['name']} does not run on tensors without values, as planning "
+        "does (no .item(), .tolist(), numpy)"
     )
     with told_of_model(model_class, what):
         if not compiled:
@@ -286,7 +288,7 @@ def saved_activations(
                 raise
             return _saved_activations(*asked)
         finally:
-            private("reset")()  # the compiler keeps code by function, and would try this one at every call
+            private("reset")()  # the compiler keeps its code by function, and would try this code at every later call
 
 
 def _saved_activations(
@@ -308,7 +310,7 @@ def _saved_activations(
     from trainer.objectives.base import ModelAndObjective
 
     model_config = model_class.without_device_kernels(model_config)
-    # Not the meta device: fake CPU tensors choose fused kernels, and know autocast, as real ones do.
+    # Not the meta device: fake CPU tensors choose fused kernels and support autocast, as real tensors do.
     with fake_tensors(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
@@ -343,7 +345,7 @@ def _saved_activations(
 
 @contextlib.contextmanager
 def _determinism(wanted: bool) -> Any:
-    """As the run will ask for it: some kernels are refused then."""
+    """Determinism as in the run, where torch refuses some kernels."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:
@@ -354,7 +356,7 @@ def _determinism(wanted: bool) -> Any:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: Any) -> Any:
-    """Parameters made within are of `dtype`. (A model of fake tensors cannot be converted.)"""
+    """Parameters made inside have this `dtype`. (A model of fake tensors cannot be converted.)"""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -364,7 +366,7 @@ def _default_dtype(dtype: Any) -> Any:
 
 
 def _alive_tensors(model: Any) -> Any:
-    """A mode that watches the memory which operators take; `bytes` is what of it is still held."""
+    """A dispatch mode that watches the memory that operators allocate. `bytes` is how much of it is still held."""
 
     weak_reference, tree_leaves = private("StorageWeakRef"), private("tree_leaves")
     copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
@@ -374,20 +376,21 @@ def _alive_tensors(model: Any) -> Any:
 
         @classmethod
         def ignore_compile_internals(cls) -> bool:
-            return True  # else nothing would be compiled under this mode; what compiled code runs is seen all the same
+            return True  # else nothing is compiled under this mode; it still sees the operators of compiled code
 
         def __init__(self) -> None:
             super().__init__()
             tensors = (*model.parameters(), *model.buffers())
             self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
-            self.vectors: set[Any] = set()  # made of parameters; held by every layer, and so they count
-            # Bytes, shape of the last tensor, and what takes the bytes off when the storage goes: no call looks at all of them.
+            self.vectors: set[Any] = set()  # made from parameters; each layer holds its own, so they count
+            # Bytes, shape of the last tensor, and a reference that subtracts the bytes when the storage goes. So no call has to
+            # scan them all.
             self.storages: dict[Any, tuple[int, torch.Size, weakref.ref[Any]]] = {}
             self.bytes = 0
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
-            # Matrices made of parameters alone, as copies for autocast and room for gradients, are one per run, not per sequence.
+            # Matrices made only from parameters (copies for autocast, room for gradients) exist once per run, not per sequence.
             given = [self.reference(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             of_parameters = bool(given) and all(x in self.own or x in self.vectors for x in given)
             for tensor in tree_leaves(out):
@@ -418,9 +421,9 @@ def _alive_tensors(model: Any) -> Any:
 
 
 def expected_memory(plan: Any) -> dict[str, int]:
-    """Bytes on one device: by part, and as "total" the most that is held at a time, which may be less than their sum.
+    """Bytes on one device, by part. "total" is the peak, which may be less than the sum of the parts.
 
-    Outside the total stand, where they are, "activations without checkpointing" and what each process has "in CPU memory".
+    The total excludes "activations without checkpointing" and each process's bytes "in CPU memory"; either may be absent.
     """
     batch, how = plan.config.batch, plan.config.engine.activation_checkpointing
     layout, length = ParallelLayout.of(plan.config, plan.processes, plan.target), batch.sequence_length
@@ -429,7 +432,7 @@ def expected_memory(plan: Any) -> dict[str, int]:
         plan.model_class, plan.model_config, length, config.data.separate_documents, config.objective
     )
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
-    share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into parts as even as can be
+    share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into even parts
     parts = -(-share // max(1, batch.tokens_per_microbatch // length))
     first, second = -(-share // parts), (share + parts - 2) // parts
     memory = estimate.state(layout, parts > 1)

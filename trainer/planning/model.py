@@ -1,4 +1,4 @@
-"""The `model` section of a config: which class it names, and its values by the types of that class's own Config."""
+"""The `model` section of a config: the class that it names, and its values in the types of that class's own Config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.planning.run_config import folder_of, plugins_of
 
 def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     """(name, class, the fields of its Config that the config gives). Raises UserError, which names model.KEY, for a model that
-    nobody has registered, a key that its Config does not have, or a value of another type."""
+    is not registered, a key that its Config does not have, or a value of another type."""
     from models.base import get_model, load_models, model_names
 
     load_models()
@@ -27,7 +27,7 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
 
 
 def written_out(config: RunConfig) -> tuple[Any, Any]:
-    """(model class, its Config) where the config gives all that the model needs, as the config.yaml of a run does."""
+    """(model class, its Config), from a config that gives all that the model needs, as a run's config.yaml does."""
     name, model_class, given = read_model(config)
     missing = [
         field.name
@@ -35,7 +35,7 @@ def written_out(config: RunConfig) -> tuple[Any, Any]:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise UserError(f"model.{missing[0]}: the config of the run does not say it; write it into the section model")
+        raise UserError(f"model.{missing[0]}: the config of the run does not set it; add it to the section model")
     try:
         return model_class, model_class.Config(**given)
     except ValueError as error:
@@ -43,7 +43,7 @@ def written_out(config: RunConfig) -> tuple[Any, Any]:
 
 
 def check_vocabulary(model_class: Any, model_config: Any, tokenizer_size: int) -> None:
-    """UserError where the tokenizer has ids that the model has no row for."""
+    """UserError if the tokenizer has ids for which the model has no row."""
     if model_config.vocab_size < tokenizer_size:
         raise UserError(f"model.vocab_size: {model_config.vocab_size} is smaller than the tokenizer's {tokenizer_size}")
     try:
@@ -55,14 +55,14 @@ def check_vocabulary(model_class: Any, model_config: Any, tokenizer_size: int) -
 def _unknown(name: str, names: list[str], config: RunConfig) -> str:
     folder = folder_of(config)
     plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
-    ways = f"{folder} was started with {plugins}: add that" if plugins else "--plugin MODULE for one of your own"
+    ways = f"{folder} was started with {plugins}: add it" if plugins else "--plugin MODULE for one of your own"
     near = _nearest_name(name, names)
     hint = f"; did you mean {near}?" if near else ""
     return f"model.name: {name!r} is not known (allowed: {', '.join(names)}; {ways}){hint}"
 
 
 def _nearest_name(name: str, names: list[str]) -> str:
-    """The name with the most similar spelling, whatever its case and punctuation; "" where none is near."""
+    """The name with the most similar spelling, without case and punctuation; "" if none is near."""
 
     def plain(text: str) -> str:
         return "".join(c for c in text.casefold() if c.isalnum() or c == "+")

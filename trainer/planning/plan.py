@@ -1,7 +1,7 @@
 """`plan`: every number of a run before the run, each with the rule it came from.
 
 `resolve` fills every `None` of a RunConfig; `train` runs on the result and `plan` prints it. Models are only built on
-the meta device, so 3 B parameters plan on a laptop.
+the meta device, so a laptop can plan 3 B parameters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Plan:
     parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
     """
 
-    config: Any  # a RunConfig; not typed so, since its `None`s are gone
+    config: Any  # a RunConfig; typed Any, since its `None`s are gone
     model_class: Any
     model_config: Any
     entries: tuple[PlanEntry, ...]
@@ -55,12 +55,12 @@ class Plan:
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
     target: Any  # the trainer.runtime.device.Target of every process
-    end_of_text: int | None = None  # id that ends a document, where none attends to another
-    train_tokens: int | None = None  # of the training split, where it exists already
-    unreached: list[str] | None = None  # parameters that get no gradient; None: the measure of memory does not tell
+    end_of_text: int | None = None  # id that ends a document, if none attends to another
+    train_tokens: int | None = None  # of the training split, if it exists already
+    unreached: list[str] | None = None  # parameters that get no gradient; None: not known
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs. It finds the model's classes by name: pickle cannot send those that a function has made."""
+        """What another process needs. It finds the model's classes by name: pickle cannot send classes made in a function."""
         return {name: value for name, value in vars(self).items() if name not in ("model_class", "model_config")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Plan:
 def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
     """Fill every `None` and `auto` of `config` by a rule. On a resolved config it changes nothing.
 
-    dataset: the DatasetInfo to train on, where it exists already; world: size and local_size of a World or RankInfo, by default
+    dataset: the DatasetInfo to train on, if it exists already; world: size and local_size of a World or RankInfo, by default
     what the launcher says; gpu: a trainer.runtime.device.Gpu to plan for, by default the device at hand.
     """
     world = world or find_rank_info(os.environ)
@@ -147,7 +147,7 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
     with told_of_model(model_class, "it cannot be built on the meta device"):
         try:
             for field in dataclasses.fields(model_class.Config):
-                check_range(field, choices.get(field.name))  # before a shape is looked for
+                check_range(field, choices.get(field.name))  # before the search for a shape
             model_config: Any = model_class.config_for_scale(config.model_scale, target_parameters=target, **choices)
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
@@ -168,7 +168,7 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
 
 
 def choose_objective(draft: Draft) -> Draft:
-    """The objective's settings, by the types of its own Config."""
+    """The objective's settings, in the types of its own Config."""
     from trainer.objectives import resolve_objective
 
     given = draft.config.objective
@@ -182,7 +182,7 @@ def choose_objective(draft: Draft) -> Draft:
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
-    """Vocabulary of a tokenizer that no dataset has been prepared with yet."""
+    """Vocabulary size of a tokenizer before its dataset is prepared."""
     # The text decides how many characters it has; 128 is about an alphabet, its capitals and punctuation.
     known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257, "chars": 128}
     name, _, size = tokenizer.partition(":")
@@ -190,7 +190,7 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
         return int(size)
     if tokenizer in known:
         return known[tokenizer]
-    from trainer.data.tokenizers import get_tokenizer  # files on this machine; no network is asked
+    from trainer.data.tokenizers import get_tokenizer  # reads files on this machine, never the network
 
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
@@ -234,7 +234,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def minimum_tokens(plan: Plan) -> int:
-    """Tokens of the whole run while hlb's multiplier stays at one (exact where the batch is fixed)."""
+    """Tokens of the whole run if hlb's multiplier stays at one (exact for a fixed batch)."""
     batch, total, done = plan.config.batch, 0, 0
     for i, length in enumerate(plan.sequence_lengths):
         last = length == plan.sequence_lengths[-1]
@@ -257,18 +257,18 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
     epochs = facts["epochs_at_least"]
     memory = facts["memory_bytes"]
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
-    for outside in ("activations without checkpointing", "in CPU memory"):  # the sum; they stand last
+    for outside in ("activations without checkpointing", "in CPU memory"):  # outside the sum; they come last
         parts = parts.replace(f", {outside}", f"; {outside}")
     derived = [
         PlanEntry("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
-        PlanEntry("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order trained on"),
+        PlanEntry("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order of training"),
         PlanEntry("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
         PlanEntry(
             "tokens",
             facts["tokens_at_least"],
             "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
         ),
-        *([] if epochs is None else [PlanEntry("epochs", epochs, f"of {plan.train_tokens:,} tokens, in the same way")]),
+        *([] if epochs is None else [PlanEntry("epochs", epochs, f"tokens / {plan.train_tokens:,} training tokens")]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
     entries = [*plan.entries, *law_rows(plan), *derived, *more]

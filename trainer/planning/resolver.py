@@ -1,6 +1,6 @@
-"""The rules that fill what a RunConfig leaves open, section by section, each value noted with the rule it came from.
+"""The rules that fill what a RunConfig leaves open, section by section. Each value is noted with the rule it came from.
 
-Each rule is a function from a `Draft`, and the facts that it needs, to a new draft. plan.py says in which order they follow.
+A rule is a function from a `Draft`, and the facts that it needs, to a new draft. plan.py sets their order.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ MOST_PARAMETERS = 10**13
 
 @dataclass(frozen=True)
 class Draft:
-    """A config on its way to a plan, and the entries so far. Nothing changes a draft: every rule returns another one."""
+    """A config on its way to a plan, and the entries so far. A draft never changes: every rule returns a new one."""
 
-    config: Any  # a RunConfig; not typed so, since its `None`s go one by one
+    config: Any  # a RunConfig; typed Any, since its `None`s go one by one
     entries: tuple[PlanEntry, ...] = ()
 
     def note(self, key: str, value: Any, rule: str) -> Draft:
         return replace(self, entries=(*self.entries, PlanEntry(key, value, rule)))
 
     def set(self, section: str, key: str, value: Any) -> Draft:
-        """With another value of SECTION.KEY; "" is the section of the keys at the top."""
+        """A draft with a new value of SECTION.KEY. "" is the section of the top-level keys."""
         if not section:
             return replace(self, config=replace(self.config, **{key: value}))
         part = replace(getattr(self.config, section), **{key: value})
         return replace(self, config=replace(self.config, **{section: part}))
 
     def fill(self, section: str, key: str, value: Any, rule: str) -> Draft:
-        """With a value of SECTION.KEY by a rule, unless the user or the launcher has set one; noted in either case."""
+        """A draft with SECTION.KEY set by a rule, unless the user or the launcher has set it. Notes it in either case."""
         given = getattr(getattr(self.config, section) if section else self.config, key)
         if given not in (None, "auto"):
             value, rule = given, "set"
@@ -57,7 +57,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules ask of a model. meta: without storage; non_embedding: parameters without embeddings and head."""
+    """What the rules need of a model. meta: model without storage; non_embedding: parameters without embeddings and head."""
 
     name: str
     model_class: Any
@@ -68,7 +68,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, name: str, model_class: Any, config: Any) -> ModelFacts:
-        """UserError where the model cannot be built, or its count of parameters is wrong or beyond any machine."""
+        """UserError if the model cannot be built, or its count of parameters is wrong or beyond any machine."""
         with told_of_model(model_class, "it cannot be built on the meta device"):
             parameters = model_class.count_parameters(config)
             if parameters > MOST_PARAMETERS:
@@ -110,7 +110,7 @@ def choose_hardware(draft: Draft, model: ModelFacts, gpu: Any) -> tuple[Draft, A
         target = Target.elsewhere(gpu)
         fastest = "bf16" if gpu.is_ampere else "fp32"
         given = config.precision != "auto"
-        precision, rule = (config.precision, "set") if given else (fastest, f"what the {gpu.name} multiplies")
+        precision, rule = (config.precision, "set") if given else (fastest, f"fastest on the {gpu.name}")
     if config.float8 and no_float8 is not None:
         raise UserError(f"float8: {no_float8}; leave it out")
     draft = draft.set("", "precision", precision).note("precision", precision, rule)
@@ -129,7 +129,7 @@ def check_kernels(config: Any, model: ModelFacts, device: Any, precision: str) -
 
 
 def choose_recipe(draft: Draft) -> Draft:
-    """The recipe made for the model, else plain."""
+    """The recipe that was made for the model, else plain."""
     if draft.config.optim.recipe != "auto":
         return draft
     name = recipe_for(draft.config.model["name"])
@@ -137,7 +137,7 @@ def choose_recipe(draft: Draft) -> Draft:
 
 
 def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
-    """Lengths of sequences, and tokens of a step. stored: tokens of a sample of the dataset."""
+    """Sequence lengths, and tokens of a step. stored: tokens of a sample in the dataset."""
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
@@ -151,7 +151,7 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
 
 
 def check_lengths(batch: Any, model: ModelFacts, stored: int) -> None:
-    """UserError where the lengths of a run do not go together, or not with the model or the data."""
+    """UserError if the lengths of a run do not fit each other, the model or the data."""
     start, longest, max_context = batch.sequence_start, batch.sequence_length, model.meta.max_context
     if start > longest:
         raise UserError(f"batch.sequence_start: {start} is more than batch.sequence_length, {longest}")
@@ -177,8 +177,8 @@ def most_tokens_per_step(batch: Any) -> float:
 
 
 def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, world: Any, target: Any) -> Draft:
-    """Strategy and activation checkpointing, by what one sequence (or the microbatch that was set) needs. UserError where the
-    device is too small to train."""
+    """Strategy and activation checkpointing, by the memory that one sequence (or the microbatch that was set) needs. UserError
+    if the device is too small to train."""
     from trainer.engine import activation_checkpointing, compilation
 
     config = draft.config
@@ -207,10 +207,10 @@ def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, wor
 
 
 def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> Draft:
-    """Type of the optimizer's state. options, rule: how the run is made to fit, and why so."""
+    """Type of the optimizer's state. options, rule: how the run is made to fit, and why."""
     if draft.config.precision == "pure_bf16":
         if draft.config.optim.state_precision == "fp32":
-            raise UserError("optim.state_precision: fp32, but with precision pure_bf16 moments are bf16 as the weights")
+            raise UserError("optim.state_precision: fp32, but with pure_bf16 the moments are bf16 like the weights")
         options, rule = options._replace(narrow=True), "that of the weights"
     elif not options.narrow:
         rule = "that of the weights"
@@ -218,7 +218,7 @@ def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> D
 
 
 def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any) -> Draft:
-    """Tokens that one device takes in one forward and backward pass: those of hlb's law, as far as the memory holds them."""
+    """Tokens of one forward and backward pass on one device: those of hlb's law, lowered to what the memory holds."""
     config, batch = draft.config, draft.config.batch
     longest, how = batch.sequence_length, config.engine.activation_checkpointing
     capacity: float = tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
@@ -238,7 +238,7 @@ def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, ta
 
 
 def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
-    """Settings that the model is made for first, then those of the recipe."""
+    """First the settings that the model is made for, then those of the recipe."""
     optim = draft.config.optim
     rule_config(get_rule(optim.name), {}, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:

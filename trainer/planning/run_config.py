@@ -1,9 +1,9 @@
-"""The config of a run that is there: how it is stored, what of it may change, and what a command makes of it.
+"""The config of an existing run: how it is stored, what may change, and how a command is merged with it.
 
-    # crescendo-lm 0.2.0, config format 2, digest 5f1c...     the release that wrote it, and a digest of all but comments
+    # crescendo-lm 0.2.0, config format 2, digest 5f1c...     the release that wrote it, and a digest of all except comments
     model_scale: 1.0                                          every key, nothing left to infer
 
-A config of format 1 has no such line. A key that an older release did not know means what that release did.
+A config of format 1 has no such line. A key that an older release did not know stands for what that release did.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ENVIRONMENT = "environment.jsonl"
 CONFIG_FORMAT = 2
 HEADER = re.compile(r"# crescendo-lm (\S+), config format ([0-9]+), digest ([0-9a-f]{64})")
 
-# What may change between the parts of one run, besides the kernels of its model: where it computes and what it reports, not what
-# it computes.
+# Keys that may change when a run goes on, besides the kernels of its model: where it computes and what it reports, not what it
+# computes.
 CHANGEABLE = (
     "run_dir",
     "max_steps",
@@ -48,7 +48,7 @@ CHANGEABLE = (
     "log.",
 )
 
-# What goes with a strategy and a number of processes: with others it is decided anew.
+# Keys that depend on the strategy and the number of processes. If either changes, they are decided anew.
 BY_STRATEGY = (
     "strategy",
     "shard_size",
@@ -66,7 +66,7 @@ def default_run_dir(config: RunConfig) -> str:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where the run of a config lives, whether it says so or not."""
+    """The run folder of a config: its run_dir, or the default."""
     return user_path(default_run_dir(config) if config.run_dir is None else config.run_dir, "run_dir")
 
 
@@ -79,7 +79,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def keep_changed_config(folder: Path) -> None:
-    """Before config.yaml is written again: where it is not what was written, keep it under another name."""
+    """Before config.yaml is written again: if it was changed meanwhile, keep it under another name."""
     try:
         if (folder / CONFIG).exists():
             _read(folder)
@@ -88,7 +88,7 @@ def keep_changed_config(folder: Path) -> None:
 
 
 def seal(text: str, release: str, version: str) -> str:
-    """`text` under the line that says who wrote it, and its digest."""
+    """`text` below a line that gives the release that wrote it, and its digest."""
     return f"# crescendo-lm {release}, config format {version}, digest {_digest(text, release, version)}\n{text}"
 
 
@@ -100,10 +100,10 @@ def _digest(text: str, release: str, version: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StoredConfig:
-    """The values of a run's config.yaml, `ABSENT_MEANS` filled in, and what is known of who wrote it.
+    """The values of a run's config.yaml, with `ABSENT_MEANS` filled in, and the release that wrote it.
 
-    given: the keys that stand in the file, dotted; release: of crescendo-lm, "" where nothing tells; processes: of the last
-    start, None where that is not known.
+    given: the dotted keys in the file; release: of crescendo-lm, "" if not known; processes: of the last start, None if not
+    known.
     """
 
     folder: Path
@@ -113,7 +113,7 @@ class StoredConfig:
     processes: int | None = None
 
     def build(self, values: dict[str, Any] | None = None) -> RunConfig:
-        """The RunConfig of these values, or of `values`; UserError names the release that knows a key that this one does not."""
+        """The RunConfig of these values, or of `values`. For an unknown key, UserError names the release that wrote it."""
         try:
             build(RunConfig, self.values)
         except UserError as error:
@@ -127,7 +127,7 @@ class StoredConfig:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a run: a config.yaml, and what only a run writes beside it."""
+    """Whether `folder` holds a run: a config.yaml with a run's header, or with other files of a run beside it."""
     config = folder / CONFIG
     if not config.is_file():
         return False
@@ -138,8 +138,8 @@ def is_run(folder: Path) -> bool:
 def read_config(folder: Path, say: Callable[[str], None]) -> StoredConfig:
     """The config of the run in `folder`.
 
-    Where config.yaml is not what was written, the config that the newest good checkpoint was made with is taken instead, which
-    is said; UserError where there is none.
+    If config.yaml was changed after it was written, this takes the config of the newest good checkpoint and says so. UserError
+    if there is none.
     """
     try:
         values, release = _read(folder)
@@ -150,7 +150,7 @@ def read_config(folder: Path, say: Callable[[str], None]) -> StoredConfig:
                 f"{error}; put it back as it was, or remove its first line to keep the change, and give changes as flags"
             ) from None
         values, release = found
-        say(f"{error}; taken instead: the config of the newest good checkpoint (give changes as flags)")
+        say(f"{error}; the config of the newest good checkpoint is used instead (give changes as flags)")
     given = set(flat(values))
     for key, value in ABSENT_MEANS.items():
         if key not in given:
@@ -166,7 +166,7 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str]:
-    """Values and release of config.yaml. Damaged where it is not what was written."""
+    """Values and release of config.yaml. Damaged if it was changed after it was written."""
     path = folder / CONFIG
     try:
         text = read_small(path).decode("utf-8")
@@ -180,13 +180,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
     if header is not None and header[3] != _digest(text, header[1], header[2]):
         raise Damaged(f"{path}: its digest is not that of its content; it was changed after it was written")
     if header is None and text.startswith("# crescendo-lm "):
-        raise Damaged(f"{path}: its first line is not as it was written")
+        raise Damaged(f"{path}: its first line was changed after it was written")
     release = header[1] if header else _last_start(folder).get("versions", {}).get("crescendo-lm", "")
     return load_yaml(path), release
 
 
 def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str] | None:
-    """Values and release of the config in the newest good checkpoint; None where there is none that a digest covers."""
+    """Values and release of the config in the newest good checkpoint; None if no digest covers one."""
     from trainer.checkpoint import format as checkpoint
 
     chosen = checkpoint.choose(folder / "checkpoints", None, say)
@@ -202,9 +202,9 @@ def _from_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str
 
 
 def read_run(given: dict[str, Any], say: Callable[[str], None]) -> StoredConfig | None:
-    """The config of the run that a `train` command goes on with; None where it starts a new run. A start reads it once.
+    """The config of the run that a `train` command goes on with; None if it starts a new run. A start reads it once.
 
-    UserError where the folder holds something else.
+    UserError if the folder holds something else.
     """
     from trainer.checkpoint.format import found
 
@@ -221,9 +221,9 @@ def read_run(given: dict[str, Any], say: Callable[[str], None]) -> StoredConfig 
 
 
 def merge_run(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> dict[str, Any]:
-    """The values of a `train` command laid on top of those of its run. processes: of this start.
+    """The values of a `train` command, merged over those of its run. processes: of this start.
 
-    With another number of processes, or another strategy, all that goes with a strategy is decided anew.
+    With another number of processes or another strategy, the keys of BY_STRATEGY are decided anew.
     """
     if stored is None:
         return given
@@ -237,13 +237,13 @@ def merge_run(given: dict[str, Any], stored: StoredConfig | None, processes: int
 
 
 def merged_config(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> RunConfig:
-    """As `merge_run`, built. Raises UserError for a bad key or value."""
+    """The RunConfig of `merge_run`'s values. Raises UserError for a bad key or value."""
     values = merge_run(given, stored, processes)
     return build(RunConfig, values) if stored is None else stored.build(values)
 
 
 def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """The lines that `environment` has written, one for each start; what is no such line is told and left out."""
+    """The lines that `environment` wrote, one for each start. A damaged line is reported and left out."""
     try:
         lines = read_small(folder / ENVIRONMENT).splitlines()
     except UserError:
@@ -256,14 +256,14 @@ def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]
 
 
 def _last_start(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """What `environment` said of the last start in this folder; empty where that is not known."""
+    """What `environment` wrote of the last start in this folder; empty if not known."""
     start = next(reversed([{}, *_starts(folder, say)]))
     kinds = {"command": list, "versions": dict, "processes": int}
     return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
 
 
 def plugins_of(folder: Path) -> list[str]:
-    """The modules that the last start in this folder named by --plugin; none of them is imported."""
+    """The modules that the last start in this folder named with --plugin. This does not import them."""
     try:
         plugins = parse_flags([str(word) for word in _last_start(folder).get("command", [])])[1].get("plugin", [])
     except UserError:
@@ -272,12 +272,12 @@ def plugins_of(folder: Path) -> list[str]:
 
 
 def changeable(model_name: Any) -> tuple[str, ...]:
-    """Beginnings of the dotted keys whose values may change between the parts of a run of this model."""
+    """Prefixes of the dotted keys whose values may change when a run of this model goes on."""
     return (*CHANGEABLE, *(f"model.{field}" for field in kernel_fields_of(model_name)))
 
 
 def drop_inferred(values: dict[str, Any], may_change: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    """Without the keys that say `auto`: on resumption what was inferred then holds, but for what may change."""
+    """`values` without the keys that say `auto`: a resumed run keeps what was inferred, except for keys that may change."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -290,10 +290,10 @@ def drop_inferred(values: dict[str, Any], may_change: tuple[str, ...], prefix: s
 def check_unchanged(
     stored: StoredConfig, config: RunConfig, given: dict[str, Any], resolve: Callable[[RunConfig], RunConfig]
 ) -> None:
-    """UserError where a command asks of an existing run something other than it was started with.
+    """UserError if a command sets a key of an existing run to another value than at its start, and the key may not change.
 
-    config: resolved; given: what the command says; resolve(config) -> the config with nothing left to infer, called only for
-    a key that the run's release did not know and that the command names.
+    config: resolved; given: values of the command; resolve(config) -> the config with nothing left to infer, called only if the
+    command names a key that the run's release did not know.
     """
     before, after = flat(stored.build()), flat(config)
     new = {
@@ -316,7 +316,7 @@ def check_unchanged(
 
 
 def check_trained_with(before: Any, config: RunConfig, manifest: Path) -> None:
-    """UserError where the run's config is not the one that a checkpoint was made with. before: the config in its manifest."""
+    """UserError if the run's config is not the one that a checkpoint was made with. before: the config in its manifest."""
     if not isinstance(before, dict):
         raise Damaged(f"checkpoint: {manifest} does not say with which config it was made")
     then, now = flat(before), flat(config)

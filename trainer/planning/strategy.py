@@ -1,4 +1,4 @@
-"""Which strategy spreads the model over the processes there are, and which activations are computed twice: what fits decides."""
+"""Chooses the strategy that spreads the model over the processes, and the activation checkpointing, by what fits the memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from trainer.core.errors import UserError
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.runtime.device import GPUS, Target
 
-CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the one that holds least
+CHECKPOINTING = ("none", "selective", "full")  # from the fastest to the one that needs least memory
 
 
 def refuse_contradictions(config: Any) -> None:
-    """UserError where settings of a decided engine section do not go together."""
+    """UserError if settings contradict each other. The engine section is decided."""
     engine, strategy = config.engine, config.engine.strategy
     if config.precision == "pure_bf16" and strategy.startswith("zero"):
         raise UserError(
@@ -42,18 +42,18 @@ def refuse_contradictions(config: Any) -> None:
 
 
 def check_graphs(config: Any, target: Target, model_refusal: str | None) -> None:
-    """UserError where engine.cuda_graphs cannot be had; config: resolved."""
+    """UserError if engine.cuda_graphs is set but not possible. config: resolved."""
     engine = config.engine
     if not engine.cuda_graphs:
         return
     if target.memory is None:
         why = "a CPU has none"
     elif engine.strategy != "single":
-        why = f"{engine.strategy} sums gradients while they are made"
+        why = f"{engine.strategy} sums gradients during the backward pass"
     elif config.precision == "pure_bf16":
         why = "pure_bf16 moves the gradients of each microbatch"
     elif engine.activation_checkpointing != "none":
-        why = "recomputing asks for the state of random numbers"
+        why = "activation checkpointing reads the random number state"
     elif model_refusal is not None:
         why = model_refusal
     else:
@@ -62,7 +62,7 @@ def check_graphs(config: Any, target: Target, model_refusal: str | None) -> None
 
 
 def check_shard_size(shard_size: int, processes: int) -> None:
-    """UserError unless hsdp's groups come out even."""
+    """UserError unless hsdp's groups are equally large."""
     if processes % shard_size:
         raise UserError(
             f"engine.shard_size: {shard_size} does not divide the {processes} processes of this run; choose a divisor"
@@ -70,7 +70,7 @@ def check_shard_size(shard_size: int, processes: int) -> None:
 
 
 class MemoryOptions(NamedTuple):
-    """How a run is made to fit. recompute: engine.activation_checkpointing; narrow: the optimizer's state in bf16."""
+    """How a run is made to fit. checkpointing: engine.activation_checkpointing; narrow: the optimizer's state in bf16."""
 
     checkpointing: str
     narrow: bool
@@ -79,8 +79,8 @@ class MemoryOptions(NamedTuple):
 class StrategySelector:
     """Decides by what fits.
 
-    config: RunConfig, its precision and sequence length decided; world: size and local_size; target: the device, as all
-    others; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
+    config: RunConfig, its precision and sequence length decided; world: has size and local_size; target: the device of every
+    process; wanted: tokens that a device must hold in one microbatch; step: most tokens of an optimiser step.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class StrategySelector:
         self.memory = target.memory
         asked, state = config.engine.activation_checkpointing, config.optim.state_precision
         checkpointing = CHECKPOINTING if asked == "auto" else (asked,)
-        fixed = config.precision == "pure_bf16" or state != "auto"  # there they are bf16 as the weights are
-        # What gives the same weights first, from the fastest to the one that holds least.
+        fixed = config.precision == "pure_bf16" or state != "auto"  # pure_bf16: bf16 like the weights
+        # First the options that give the same weights. Among these, from the fastest to the one that needs least memory.
         self.options = [
             MemoryOptions(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in checkpointing
         ]
@@ -104,11 +104,11 @@ class StrategySelector:
         return fit >= self.wanted
 
     def accumulates(self, layout: ParallelLayout) -> bool:
-        """Whether a step may take several microbatches of what is wanted."""
+        """Whether a step may need several microbatches of `wanted` tokens."""
         return self.step > self.wanted * layout.processes
 
     def needed(self, layout: ParallelLayout, options: MemoryOptions) -> int:
-        """Bytes that microbatches of what is wanted are expected to need."""
+        """Expected bytes with microbatches of `wanted` tokens."""
         layout = replace(layout, narrow=options.narrow)
         sequences = max(1, self.wanted // self.estimate.length)
         return self.estimate.most_held(layout, options.checkpointing, sequences, self.accumulates(layout))
@@ -117,7 +117,7 @@ class StrategySelector:
         return ParallelLayout.of(self.config, self.world.size, self.target, strategy, shards)
 
     def strategy(self) -> tuple[str, bool, str]:
-        """(strategy, offload, why) where engine.strategy is auto."""
+        """(strategy, offload, why) for engine.strategy auto."""
         size, offload = self.world.size, self.config.engine.offload
         if offload:
             return "fsdp", True, "engine.offload needs shards"
@@ -127,7 +127,7 @@ class StrategySelector:
             return "single", False, "one process on a CPU"
         if self.fits(self.options[-1], self.layout("single")):
             return "single", False, f"one process; its GPU's {self.room} hold the run"
-        why = f"not one sequence fits {self.room} by any other means: weights and optimiser in CPU memory"
+        why = f"nothing else fits even one sequence in {self.room}: weights and optimiser in CPU memory"
         return "fsdp", True, why
 
     def _several(self) -> tuple[str, bool, str]:
@@ -141,28 +141,28 @@ class StrategySelector:
         why += "; with all in CPU memory" * offload
         if size == local_size:
             return "fsdp", offload, f"{why}: shards over the {size} processes of this machine"
-        # Between machines it is slow: rather compute activations twice than gather weights from another machine.
+        # Links between machines are slow: it is better to recompute activations than to gather weights from another machine.
         even = local_size > 1 and size % local_size == 0
         if even and self.fits(self.options[-1], self.layout("hsdp", local_size)):
             return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
-        return "fsdp", offload, f"{why}, nor one machine's: shards over all {size} processes"
+        return "fsdp", offload, f"{why}, nor the GPUs of one machine: shards over all {size} processes"
 
     def choose_options(self, layout: ParallelLayout) -> tuple[MemoryOptions, str]:
-        """(means, why) of what is auto of engine.activation_checkpointing and optim.state_precision."""
+        """(options, why) for engine.activation_checkpointing and optim.state_precision where they are auto."""
         if self.memory is None:
-            return self.options[0], "memory of a CPU is not what limits a batch"
-        # Of what lies in CPU memory, half as much frees nothing here.
+            return self.options[0], "memory of a CPU does not limit a batch"
+        # With offloading, the state is in CPU memory: a smaller state frees nothing on the GPU.
         options_here = [options for options in self.options if not (layout.offload and options.narrow)] or self.options
         for options in options_here:
             if self.fits(options, layout):
                 without = (
-                    "" if options is self.options[0] else f"; without, {self.wanted:,} tokens do not fit {self.room}"
+                    "" if options is self.options[0] else f"; without it {self.wanted:,} tokens do not fit {self.room}"
                 )
                 return options, "the fastest that fits" + without
-        return options_here[-1], f"the least there is, and yet {self.wanted:,} tokens exceed 90 % of {self.room}"
+        return options_here[-1], f"the least there is, but {self.wanted:,} tokens still exceed 90 % of {self.room}"
 
     def refuse_the_impossible(self, layout: ParallelLayout, options: MemoryOptions) -> None:
-        """UserError, with what would do, where not even one sequence is expected to fit the whole memory of the GPU."""
+        """UserError, which names what would fit, if `wanted` tokens are not expected to fit the whole memory of the GPU."""
         needed = self.needed(layout, options)
         if self.memory is None or needed <= self.memory:
             return
@@ -174,7 +174,7 @@ class StrategySelector:
         )
 
     def ways_out(self, layout: ParallelLayout) -> list[str]:
-        """What else would hold one sequence: offloading, more processes, another GPU, each the least that does."""
+        """What would fit: offloading, more processes or another GPU; of each the smallest that does."""
         sharded = replace(layout, strategy="fsdp", offload=False)
         ways, least = [], self.options[-1]
 

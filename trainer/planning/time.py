@@ -12,12 +12,12 @@ from trainer.engine.meta import flops_per_token
 from trainer.planning.plan import Plan, minimum_tokens
 from trainer.recipes import PlanEntry
 
-MFUS = (0.5, 0.2)  # of what such models reach: large ones on one GPU, and small ones or many GPUs
+MFUS = (0.5, 0.2)  # typical values: of large models on one GPU, and of small models or many GPUs
 
 
 class Time(NamedTuple):
-    """What a whole run takes. hours, tokens_per_second, cost: None where they are not known; hours_range: without a bench, from
-    the device's peak at MFUS."""
+    """What a whole run takes. hours, tokens_per_second, cost: None if not known; hours_range: without a bench, from the
+    device's peak at MFUS."""
 
     rule: str
     hours: float | None = None
@@ -32,9 +32,9 @@ class Time(NamedTuple):
 
 
 def find_bench(plan: Plan, device: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest bench.json in runs/ that has this model on such a device, and its row of the trainer that is most like the plan.
+    """The newest bench.json in runs/ that has this model on such a device, and its trainer row that is most like the plan.
 
-    Like it in any case: precision, fp8 and length of sequences.
+    The row always has the plan's precision, fp8 and sequence length.
     """
     wanted = dataclasses.asdict(plan.config)
     for path in sorted(Path("runs").glob("bench-*/bench.json"), reverse=True):
@@ -55,13 +55,13 @@ def _same_work(config: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _settings_in_common(config: dict[str, Any], other: dict[str, Any]) -> int:
-    """How many of the settings that make a step faster or slower."""
+    """How many of the settings that affect the speed of a step are equal."""
     engine = [key for key in config["engine"] if config["engine"][key] == other["engine"].get(key)]
     return len(engine) + (config["batch"]["tokens_per_microbatch"] == other["batch"]["tokens_per_microbatch"])
 
 
 def expected_time(plan: Plan, device: str, price: float | None) -> Time:
-    """Hours of the whole run, and money where a price per hour is given, by the newest bench of this model."""
+    """Hours of the whole run, and its cost if a price per hour is given, from the newest bench of this model."""
     found = find_bench(plan, device)
     if found is None:
         return _time_by_peak(plan, device, price)
@@ -71,7 +71,9 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     rule = "at least: with a multiplier of one; " if plan.config.batch.dynamic else ""
     rule += f"at {rate:,.0f} tokens/s, by {row['name']} of {path}"
     if plan.processes != row["processes"]:
-        rule += f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, as if speed grew with their number"
+        rule += (
+            f" with {row['processes']} process{'es' if row['processes'] > 1 else ''}, if speed grows with their number"
+        )
     cost = None if price is None else hours * price * plan.processes
     if cost is not None:
         rule += f"; {cost:,.2f} at {price:g} an hour and device"
@@ -79,13 +81,13 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
 
 
 def _time_by_peak(plan: Plan, device: str, price: float | None) -> Time:
-    """What a run takes at MFUS of the device's peak, where that is known."""
+    """What a run takes at MFUS of the device's peak, if that is known."""
     from trainer.runtime.device import peak_of
 
     rule = f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
     peak = peak_of(device, plan.config.precision, plan.config.float8)
     if peak is None:
-        return Time(f"{rule}; nor is a peak of FLOP/s known to guess by")
+        return Time(f"{rule}; no estimate, since the device's peak FLOP/s is not known")
     batch = plan.config.batch
     flops = flops_per_token(plan.model_class, plan.model_config, batch.sequence_length)
     least, most = (minimum_tokens(plan) * flops / (peak * plan.processes * mfu) / 3600 for mfu in MFUS)

@@ -52,7 +52,7 @@ def build_optimizer(
     scope = get_rule(config.optim.name).scope
     names = matrices_of(model, shapes) if scope == "matrix" else set(shapes)
     groups = with_rule(groups, config.optim.name, names)
-    # State of bf16 parameters is bf16 as it is.
+    # The state of bf16 parameters is bf16 in any case.
     narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
     first_loss = math.log(plan.model_config.vocab_size)  # of a model that knows nothing
     decay_of = partial(weight_decay, base=weight_decay_base(sum(shape.numel() for shape in shapes.values())))

@@ -3,16 +3,16 @@
 The laws are hlb-gpt's (tuned at 46 M and 1.5 B parameters and interpolated between; an "alpha" of its author), with
 N = parameters. `tests/recipes/test_scaling.py` holds the whole table from scale 0.5 to 148.
 
-The recipe is that of hlb-gpt 0.4.1 but for what follows:
+The recipe is that of hlb-gpt 0.4.1, with these differences:
 
-- Decay of the first step: 16 b^-ln(V), as if the loss was that of no knowledge. hlb-gpt's matrices decay by 16, the value its
-  optimiser is made with, at 2 % of lr: each loses a thousandth (8e-4 at model_scale 1), once.
-- The norm of a gradient counts for the size of the batch one step later (`BatchMultiplier`): hlb-gpt waits for it.
-- Decay follows the mean loss of the step over all its microbatches and devices; hlb-gpt's that of the last microbatch.
+- Decay of the first step: 16 b^-ln(V), from the loss of a model that knows nothing. hlb-gpt decays its matrices by 16, the
+  initial value of its optimiser, at 2 % of lr: each loses a thousandth (8e-4 at model_scale 1), once.
+- A gradient norm changes the size of the batch one step later (`BatchMultiplier`); hlb-gpt waits for the norm.
+- Decay follows the mean loss of the step over all its microbatches and devices; hlb-gpt's follows the last microbatch.
 - Embedding gradients are divided by the counts of the whole step; hlb-gpt's by those of each microbatch
   (optim.embedding_frequency microbatch).
 - The multiplier of the batch is bounded (batch.n_max), and its draws follow from the seed and the step.
-- Weights, moments and sums of gradients are fp32, distances exact; hlb-gpt's bf16 throughout (precision pure_bf16,
+- Weights, moments and sums of gradients are fp32, and distances exact; hlb-gpt uses bf16 throughout (precision pure_bf16,
   model.position_bias_quantised).
 """
 
@@ -33,7 +33,7 @@ from trainer.recipes.recipe import Default, PlanEntry, Recipe
 # One calibrated point: the tokens that fit a 40 GB A100 at scale 1 and length 1024 in hlb-gpt.
 CALIBRATED_CAPACITY = 114_688
 CALIBRATED_BYTES = 40 * 1024**3
-CPU_CAPACITY = 4_096  # a laptop: not its memory but its patience and caches limit a microbatch
+CPU_CAPACITY = 4_096  # of a laptop, where caches and waiting time limit a microbatch, not memory
 EVALUATION_TOKENS = 153_600
 
 
@@ -87,18 +87,18 @@ class GradNormLaw:
 
 
 def evaluation_shape(microbatch_tokens: int, length: int = 1024) -> tuple[int, int]:
-    """(sequences per batch, batches) of hlb's validation: 150 windows of 1024 tokens, floors and all."""
+    """(sequences per batch, batches) of hlb's validation: 150 windows of 1024 tokens, rounded down as in hlb-gpt."""
     batch = max(1, microbatch_tokens // length // 16)
     return batch, EVALUATION_TOKENS // length // batch
 
 
 @dataclass
 class BatchMultiplier:
-    """hlb's dithered batch: n follows the gradient norm's law, the integer k of the next step is n rounded at random.
+    """hlb's dithered batch: n follows the gradient norm's law; the integer k of the next step is n, rounded at random.
 
     `k` multiplies `tokens_per_step`. The draw depends on (seed, step) only, so all ranks and a resumed run agree.
-    The original has no bound on n; here n <= n_max, since a gradient norm held up by weight decay would grow it for ever. And
-    here a norm counts one step later, when it has long left the device: the original waits for it.
+    hlb-gpt does not bound n. Here n <= n_max, since a gradient norm that weight decay keeps high would grow n without end. Here
+    a norm counts one step later, when it has already left the device; hlb-gpt waits for it.
     """
 
     law: GradNormLaw
@@ -111,7 +111,7 @@ class BatchMultiplier:
     every = 5  # steps between updates of n
 
     def after_step(self, step: int, norm_before: float | None) -> None:
-        """Update after 0-based `step`; norm_before: global norm of the whole gradient of the step before it, where known."""
+        """Update after 0-based `step`; norm_before: global norm of the whole gradient of the step before it, if known."""
         seen = step - 1
         if seen % self.every == 0 and norm_before is not None and math.isfinite(norm_before):
             ratio = norm_before / math.sqrt(self.n_parameters) / self.law.target(seen)
@@ -168,8 +168,8 @@ class Hlb(Recipe):
     def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
         """The four groups of hlb-gpt, by role.
 
-        A matrix that is both embedding and head is the head's: 32 lr is for rows that are only looked up; as a head they
-        diverge.
+        A matrix that is both embedding and head is in the head's group: 32 lr is for rows that are only looked up; a head
+        diverges.
         """
         optim, by_role = config.optim, names_by_role(model)
         if model.tied_embedding():
@@ -226,4 +226,4 @@ def evaluation_rows(config: Any) -> list[PlanEntry]:
     if config.evaluation.protocol == "full":
         return []
     batch, steps = evaluation_shape(tokens_per_microbatch(config.model_scale))
-    return [PlanEntry("hlb validation", f"{batch} x {steps}", "windows of 1,024 at once x batches, from C")]
+    return [PlanEntry("hlb validation", f"{batch} x {steps}", "windows of 1,024 a batch x batches, from C")]

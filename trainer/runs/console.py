@@ -21,14 +21,14 @@ LEFT_OUT = ("MFU", "bits/byte", "tokens/s")  # in this order on narrow terminals
 GAP = "  "
 DECAY = 0.95  # of a running mean: it covers about the last 20 steps
 MOST_COLUMNS = 100
-# The terminal shows Ctrl-C as ^C behind the last line of the live view. There must be room for it: on a new line it
-# would move the view down, and the top of the old one would stay.
+# The terminal prints ^C for Ctrl-C after the last line of the live view. The line needs room for it: on a new line, ^C
+# would push the view down, and the top of the old view would stay on the screen.
 ROOM_FOR_KEYS = 6
-REDRAW_SECONDS = 0.25  # at least, between two drawings of the live view
+REDRAW_SECONDS = 0.25  # minimum time between two redraws of the live view
 
 
 class RunningMean:
-    """Each value weighs DECAY times as much as the one after it. None does not count."""
+    """Each value weighs DECAY times as much as the next one. None is ignored."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
@@ -44,13 +44,13 @@ class RunningMean:
 
 
 class Figures:
-    """The texts that both views show, from the facts of one step after the other."""
+    """Turns the facts of each step into the texts that both views show."""
 
     def __init__(self) -> None:
         self._loss, self._rate = RunningMean(), RunningMean()
 
     def add(self, facts: dict[str, Any]) -> dict[str, str]:
-        """facts: step, max_steps, loss, val, bits/byte, tokens/s, MFU (a fraction), ETA (seconds); None where there is none."""
+        """facts: step, max_steps, loss, val, bits/byte, tokens/s, MFU (a fraction), ETA (seconds). None: no value."""
         self._loss.add(facts["loss"])
         self._rate.add(facts["tokens/s"])
         rate = self._rate.mean
@@ -79,7 +79,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: Any, width: int = 12) -> str:
-    """A float with 4 decimals, or with as many as `width` has room for, or as a power of ten. Anything else as it is."""
+    """A float with 4 decimals, with fewer where `width` is too small, else in scientific notation. Other values as `str`."""
     if not isinstance(value, float):
         return str(value)
     texts = [f"{value:.{decimals}f}" for decimals in (4, 3, 2, 1)]
@@ -87,7 +87,7 @@ def format_number(value: Any, width: int = 12) -> str:
 
 
 def fitting(width: int) -> tuple[str, ...]:
-    """The columns that a line of `width` characters has room for."""
+    """The columns that fit a line of `width` characters."""
     names = list(COLUMNS)
     for name in LEFT_OUT:
         if len(format_row({}, names)) > width:
@@ -100,10 +100,10 @@ def format_row(texts: dict[str, str], names: Sequence[str] = COLUMNS) -> str:
 
 
 def line_width() -> int:
-    """Characters of a line of the terminal that stderr is; 100 where it is none."""
+    """Width of the terminal on stderr, in characters; 100 if stderr is not a terminal."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or MOST_COLUMNS  # 0: one that does not know
-    except (OSError, ValueError):  # ValueError: a stand-in without a file
+        return os.get_terminal_size(sys.stderr.fileno()).columns or MOST_COLUMNS  # 0: size unknown
+    except (OSError, ValueError):  # ValueError: stderr is replaced by an object without a file descriptor
         return MOST_COLUMNS
 
 
@@ -131,13 +131,13 @@ class Table:
         self._print(text)
 
     def close(self) -> None:
-        """The last rule; notes may follow."""
+        """Print the last rule. Notes may follow it."""
         if not self._closed:
             self._closed = True
             self._print(self._rule)
 
     def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody reads any more
+        with contextlib.suppress(OSError):  # the reader of the pipe has ended
             print(printable_lines(text), file=sys.stderr, flush=True)
 
 
@@ -150,13 +150,13 @@ class Live:
 
         self._title = title
         self._console = Console(stderr=True)
-        # Drawn by `step`, not by a thread of rich's: two that write at a time tear the panel.
+        # `step` draws the panel, not rich's own thread: two threads that write at once would break it.
         self._live = RichLive(console=self._console, auto_refresh=False)
         self._live.start()
         self._drawn = -math.inf
         self._figures = Figures()
         self._texts: dict[str, str] = {}
-        self._shown: dict[str, str] = {}  # the last text of each name, so that results of validation stay
+        self._shown: dict[str, str] = {}  # the last text of each name: validation results stay visible
 
     def step(self, facts: dict[str, Any]) -> None:
         """Count a step and show it."""
@@ -192,18 +192,18 @@ class Live:
     def say(self, text: str) -> None:
         from rich.text import Text
 
-        with contextlib.suppress(OSError):  # nobody reads any more
-            # Not markup=False: the panel is drawn with the options of this call.
+        with contextlib.suppress(OSError):  # the reader of the pipe has ended
+            # A Text, not markup=False: rich also redraws the panel with the options of this call.
             self._console.print(Text(printable_lines(text)))
 
     def close(self) -> None:
-        """The panel stays as it is; notes may follow below it."""
+        """Stop redrawing. The panel stays on the screen; notes may follow below it."""
         with contextlib.suppress(OSError):
             self._live.stop()
 
 
 class Silent:
-    """What ranks other than 0 say."""
+    """The console of ranks other than 0: it prints nothing."""
 
     def step(self, facts: dict[str, Any]) -> None:
         """Nothing."""
@@ -219,7 +219,7 @@ class Silent:
 
 
 def open_console(kind: str, leader: bool, title: str) -> Table | Live | Silent:
-    """The console of `log.console` on rank 0; silence elsewhere."""
+    """The console that `log.console` chooses, on rank 0; Silent on other ranks."""
     if not leader:
         return Silent()
     if kind == "live" or (kind == "auto" and sys.stderr.isatty()):

@@ -21,7 +21,8 @@ from trainer.runtime.environment import environment
 
 @contextlib.contextmanager
 def locked(folder: Path, patience: float = 0) -> Iterator[None]:
-    """Hold the run folder for this process. A kill releases it; a second run in the same folder is refused after `patience` seconds."""
+    """Lock the run folder for this process. A kill releases the lock. UserError if another process still holds it after
+    `patience` seconds."""
     from filelock import FileLock, Timeout
 
     try:
@@ -43,32 +44,32 @@ def locked(folder: Path, patience: float = 0) -> Iterator[None]:
 def write_start(
     folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path, say: Callable[[str], None]
 ) -> None:
-    """Everything that says what this run is: config.yaml, plan.txt, dataset.json, tokenizer.json; a line of environment.jsonl."""
+    """Write the files that describe the run: config.yaml, plan.txt, dataset.json, tokenizer.json, a line of environment.jsonl."""
     for name in ("dataset.json", "tokenizer.json"):
         _copy(dataset_folder / name, folder / name, plan_text is not None, say)
     if plan_text is not None:
         write_file(folder / "plan.txt", plan_text + "\n")
     _append_line(folder / ENVIRONMENT, environment())
     keep_changed_config(folder)
-    write_config(folder, config)  # last: a folder with it can be resumed
+    write_config(folder, config)  # last, since a folder with config.yaml can be resumed
 
 
 def _copy(source: Path, target: Path, new: bool, say: Callable[[str], None]) -> None:
-    """Have the content of `source` in `target`. In the folder of a new run, UserError where something else has that name."""
+    """Make `target` a copy of `source`. In the folder of a new run, UserError if `target` already holds something else."""
     content = read_small(source)
     held = read_small(target) if target.exists() else b""
     if held == content:
         return
-    # What a start that was cut off has left is a beginning of the content, or zeros that stand for what was never written.
+    # A start that was killed may leave the beginning of the content, or zeros where data never reached the disk.
     if new and not content.startswith(held.rstrip(b"\0")):
-        raise UserError(f"run_dir: {target} is there and belongs to other data; choose another --run_dir")
+        raise UserError(f"run_dir: {target} exists and belongs to other data; choose another --run_dir")
     if held:
-        say(f"{target} is not that of the run's data; it is written again")
+        say(f"{target} does not match the run's data; it is replaced")
     write_file(target, content)
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a sealed JSON object to a file of lines; a last line that a kill has cut off stays a line of its own."""
+    """Append a JSON object with its digest to a file of lines. A last line that a kill cut off stays a separate line."""
     before = read_small(path) if path.exists() else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"

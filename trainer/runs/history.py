@@ -1,4 +1,4 @@
-"""What the curves of a run are drawn from: as much memory and time after a million steps as after ten thousand."""
+"""The data behind a run's curves. It is bounded: a million steps take as much memory and time as ten thousand."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 
-POINTS = 2000  # at least, once a run is long enough; at most twice as many
+POINTS = 2000  # the least for a long run; it has at most twice as many
 STEP_KEYS = ("tokens", "seconds", "loss", "grad_norm", "lr", "tokens_per_second")
 EVALUATION_KEYS = ("tokens", "seconds", "val_loss", "val_bits_per_byte")
 
 
 class History:
-    """Takes row after row of metrics.jsonl. A point is the mean of `every` neighbouring steps; NaN where nothing was finite.
+    """Collects the rows of metrics.jsonl. A point is the mean of `every` neighbouring steps; NaN if none was finite.
 
-    When there are 2 * POINTS of them neighbours become one. Of as many evaluations every second is left out.
+    At 2 * POINTS points, each pair of neighbours becomes one point. At 2 * POINTS evaluations, every second one is dropped.
     """
 
     def __init__(self) -> None:
         self.every = 1
         self._points: list[np.ndarray] = []  # each [len(STEP_KEYS) + 2]: means, then the lowest and the highest loss
-        self._open: list[np.ndarray] = []  # fewer than `every` steps, which are no point yet; each [len(STEP_KEYS) + 2]
+        self._open: list[np.ndarray] = []  # steps of the next point, fewer than `every`; each [len(STEP_KEYS) + 2]
         self._evaluations: list[np.ndarray] = []  # each [len(EVALUATION_KEYS)]
 
     def add(self, row: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class History:
                 self._evaluations = self._evaluations[1::2]
 
     def steps(self) -> dict[str, np.ndarray]:
-        """STEP_KEYS, loss_low and loss_high -> [points], the last one of fewer steps maybe."""
+        """STEP_KEYS, loss_low and loss_high -> [points]. The last point may cover fewer steps."""
         points = [*self._points, *([merged(self._open)] if self._open else [])]
         columns = np.array(points).reshape(len(points), len(STEP_KEYS) + 2).T
         return dict(zip((*STEP_KEYS, "loss_low", "loss_high"), columns, strict=True))
@@ -54,7 +54,7 @@ def numbers(row: dict[str, Any], keys: tuple[str, ...]) -> np.ndarray:
 
 
 def merged(points: list[np.ndarray]) -> np.ndarray:
-    """One point for several: means of what is finite, the lowest low and the highest high."""
+    """Merge points into one: the mean of the finite values, the lowest loss_low and the highest loss_high."""
     if len(points) == 1:
         return points[0]
     block = np.array(points)  # [points, columns]
@@ -66,7 +66,7 @@ def merged(points: list[np.ndarray]) -> np.ndarray:
 
 
 def smoothed(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Mean of the neighbours of each value, within `share` of all of them and of as many on both sides; NaN does not count."""
+    """Centred moving average over `share` of all values. It stays symmetric: near the ends it covers fewer. NaN is ignored."""
     half = int(len(values) * share / 2)
     if half == 0:
         return values

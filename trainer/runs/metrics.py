@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per optimiser step, each step once, also after a run has gone on from a checkpoint."""
+"""metrics.jsonl: one row per optimiser step. Each step appears once, even after a run resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from trainer.core.text import printable
 from trainer.runs.history import History
 
 KEYS = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "tokens_per_second", "seconds")
-FORMER_KEY = "microbatch_steps"  # of batch_multiplier, in runs of 0.2.0 and before
-LINE_BYTES = 1 << 20  # no row is longer
+FORMER_KEY = "microbatch_steps"  # the name of batch_multiplier in runs of 0.2.0 and earlier
+LINE_BYTES = 1 << 20  # longest row
 
 
 class MetricsFile:
-    """Rows of metrics.jsonl. A resumed run drops the rows past its checkpoint; lines that are no rows are put aside and told.
+    """Rows of metrics.jsonl. A resumed run drops the rows after its checkpoint, and moves lines that are not rows to
+    metrics.jsonl.damaged with a warning.
 
-    What cannot be written now is kept, and written with a later row: `write` and `sync` raise MachineError meanwhile.
+    Where a write fails, `write` and `sync` raise MachineError. The rows stay in memory, and the next call tries again.
     """
 
     def __init__(self, path: Path, resume_step: int, say: Callable[[str], None], expected: str = "") -> None:
-        """expected: `digest` when the checkpoint was saved that the run goes on from; "" where nothing tells."""
+        """expected: the `digest` in the checkpoint that the run resumes from; "" if there is none."""
         self.path, self.history = path, History()
         self._digest = hashlib.sha256()
         self._unwritten = b""
@@ -39,9 +40,7 @@ class MetricsFile:
         except OSError as error:
             raise system_error(error, f"{printable(path)}: cannot be read or written") from None
         if expected and expected != self.digest:
-            say(
-                f"warning: {printable(path)}: the rows up to step {resume_step:,} are not those that the run has written"
-            )
+            say(f"warning: {printable(path)}: the rows up to step {resume_step:,} are not the ones that this run wrote")
 
     @property
     def digest(self) -> str:
@@ -49,7 +48,7 @@ class MetricsFile:
         return self._digest.hexdigest()
 
     def _rewind(self, resume_step: int, say: Callable[[str], None]) -> None:
-        """Keep the rows up to `resume_step`, byte for byte, and put aside what is none."""
+        """Keep the rows up to `resume_step`, byte for byte. Move lines that are not rows to another file."""
         odd: list[tuple[int, bytes]] = []
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -68,7 +67,7 @@ class MetricsFile:
                 file.writelines(line for _, line in odd)
                 file.flush()
                 os.fsync(file.fileno())
-            count = "1 line is no row" if len(odd) == 1 else f"{len(odd)} lines are no rows"
+            count = "1 line is not a row" if len(odd) == 1 else f"{len(odd)} lines are not rows"
             say(f"warning: {printable(self.path)}: {count} (line {odd[0][0]}); kept in {aside.name}")
         temporary.rename(self.path)
         sync_path(self.path.parent)
@@ -81,7 +80,7 @@ class MetricsFile:
         self._flush()
 
     def sync(self) -> None:
-        """On disk now: called before a checkpoint that a resumed run would continue from."""
+        """Put all rows on disk. Called before a checkpoint is saved, from which the run may resume."""
         self._flush()
         try:
             os.fsync(self._descriptor or 0)
@@ -95,7 +94,7 @@ class MetricsFile:
             self._close()
 
     def _flush(self) -> None:
-        """Byte by byte, so that it is known what is written after a failure within a row."""
+        """Write what is in memory. After a failure within a row, `_unwritten` is exactly what the file lacks."""
         try:
             self._open()
             while self._unwritten:
@@ -104,11 +103,11 @@ class MetricsFile:
             raise self._failed(error) from None
 
     def _failed(self, error: OSError) -> MachineError:
-        self._close()  # a handle of a network file system may stay stale for ever
+        self._close()  # on a network file system a stale handle may never recover
         rows = self._unwritten.count(b"\n")
         return MachineError(
             f"{printable(self.path)}: cannot be written: {printable(error.strerror or error)}; "
-            f"{rows} rows wait in memory for a later try"
+            f"{rows} rows wait in memory for the next try"
         )
 
     def _open(self) -> None:
@@ -121,16 +120,16 @@ class MetricsFile:
             try:
                 os.close(descriptor)
             except OSError:
-                pass  # what a write or fsync has not told of before
+                pass  # an error that no write or fsync reported
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; lines that are none are left out."""
+    """All complete rows. Other lines are skipped."""
     return [row for _, _, row in _lines(path) if row is not None]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """(number from 1, line with its end, its row or None); a last line that a kill has cut off is left out."""
+    """(number from 1, line with its newline, its row or None). A last line that a kill cut off is skipped."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LINE_BYTES):
@@ -141,7 +140,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The row in a line, with the keys of today; None where it is none that was written here."""
+    """The row in a line, with today's keys; None if it is not a row of metrics.jsonl."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -150,7 +149,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def checked_row(row: Any) -> dict[str, Any] | None:
-    """`row`, where it is one that was written here."""
+    """`row` with today's keys, if it is a row of metrics.jsonl; else None."""
     if not isinstance(row, dict) or not row.keys() >= set(KEYS):
         return None
     numbers = all(type(row[key]) in (int, float, type(None)) for key in KEYS)
@@ -161,7 +160,7 @@ def checked_row(row: Any) -> dict[str, Any] | None:
 
 
 def rewind_samples(path: Path, resume_step: int) -> None:
-    """Cut the samples that were written after the checkpoint of `resume_step` off samples.txt: they will be written again."""
+    """Cut the samples after step `resume_step` off samples.txt. The resumed run writes them again."""
     if not path.exists():
         return
     with path.open("r+b") as file:

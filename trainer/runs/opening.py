@@ -24,8 +24,8 @@ from trainer.planning.run_config import (
 class OpenRun:
     """A run's model with the weights of one checkpoint, ready to evaluate or to write text.
 
-    config: as the run was trained with, but for the device, the precision and what only training needs
-    end_of_text: id that ends a document, where no document attends to another
+    config: the run's own, except for the device, the precision and what only training needs
+    end_of_text: id of the token that ends a document, if documents do not attend to each other; else None
     """
 
     folder: Path
@@ -52,20 +52,20 @@ class OpenRun:
         return autocast(self.device, self.precision)
 
     def documents(self, tokens: Any) -> Any:
-        """[B, T]: the document of each token, where none attends to another; else None."""
+        """[B, T]: the document number of each token, if documents do not attend to each other; else None."""
         from trainer.data.documents import document_numbers
 
         return document_numbers(tokens, self.end_of_text)
 
     def split(self, data: DataConfig, name: str) -> Any:
-        """A split of `data` (the run's own dataset where no path is given); its tokenizer must be the run's."""
+        """A split of `data`, or of the run's own dataset if no path is given. Its tokenizer must be the run's."""
         from trainer.data.stream import Split, find_dataset
 
         data = data if data.path is not None else self.config.data
         file = Path(data.path or "").expanduser()
         if file.is_file():
             raise UserError(
-                f"data.path: {printable(file)} is a file, and a dataset is a folder: run `python -m trainer prepare "
+                f"data.path: {printable(file)} is a file, but a dataset is a folder: run `python -m trainer prepare "
                 f"--source {file} --validation_source {file} --tokenizer {self.folder / 'tokenizer.json'} --out DIR` and give DIR"
             )
         info = find_dataset(data)
@@ -74,7 +74,7 @@ class OpenRun:
         if info.tokenizer.sha256 != self.tokenizer.sha256:
             raise UserError(
                 f"data.path: {data.path} was prepared with tokenizer {info.tokenizer.name}, "
-                f"the run with {self.tokenizer.name}; prepare it with --tokenizer {self.folder / 'tokenizer.json'}"
+                f"but the run uses {self.tokenizer.name}; prepare it with --tokenizer {self.folder / 'tokenizer.json'}"
             )
         return Split(data, info, name)
 
@@ -82,20 +82,22 @@ class OpenRun:
         limit = self.model.max_context
         if length < 1 or (limit is not None and length > limit):
             raise UserError(
-                f"sequence_length: {length} is not within 1 and the model's context of {limit or 'any length'}"
+                f"sequence_length: {length} is not between 1 and the model's context of {limit or 'any length'}"
             )
 
 
 def stored_run(run_dir: str, say: Callable[[str], None]) -> tuple[Path, StoredConfig]:
-    """The folder that the user names, and the config of the run in it; UserError where there is none."""
+    """The folder that the user names, and the config of the run in it. UserError if it holds no run."""
     folder = user_path(run_dir, "run_dir")
     if not is_run(folder):
-        raise UserError(f"run_dir: {folder} is not a run folder (it has no {CONFIG}, or nothing else of a run)")
+        raise UserError(
+            f"run_dir: {folder} is not a run folder (it has no {CONFIG}, or none of the other files of a run)"
+        )
     return folder, read_config(folder, say)
 
 
 def without_training(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's values without those that only training on its device needs: they do not bind one process that reads the run."""
+    """A run's values without those that only training needs: a single process that reads the run may not support them."""
     kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
     for section, names in {
         "batch": ("device_token_capacity", "tokens_per_microbatch"),
@@ -106,7 +108,7 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
-    """Load a run folder; UserError where it is none, has no checkpoint, or only damaged ones."""
+    """Load a run folder. UserError if it is not one, has no checkpoint, or only damaged ones."""
     import torch
 
     from models.config import kernel_fields_of
@@ -127,7 +129,8 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
         changes["precision"] = precision
     config = stored.build(without_training(stored.values | changes))
     kernels = kernel_fields_of(model_name(config.model))
-    config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")  # nor do the kernels of its machine
+    # The kernels of the training machine may not exist here.
+    config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")
     place = choose_device(device, world.local_rank)
     config.precision, _ = choose_precision(config.precision, place)  # type: ignore[assignment]
     dataset = DatasetInfo.load(folder)
@@ -150,7 +153,7 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
 
 
 def load_model(model_class: Any, model_config: Any, path: Path, device: Any, world: Any) -> Any:
-    """The model on `device` with the weights of the checkpoint at `path`; Unset where a weight is in neither."""
+    """The model on `device` with the weights of the checkpoint at `path`. Unset if neither it nor init_weights sets a value."""
     import torch
 
     from models.materialise import refuse_unset, with_storage
@@ -159,7 +162,7 @@ def load_model(model_class: Any, model_config: Any, path: Path, device: Any, wor
     tensors = checkpoint.load(path, "model.", world, device, checkpoint.EVALUATION)
     with told_of_model(model_class, "it cannot be built on the meta device"):
         model = with_storage(build_meta(model_class, model_config), device)
-    model.init_weights(torch.Generator())  # for what no checkpoint holds: buffers that follow from the config
+    model.init_weights(torch.Generator())  # sets what a checkpoint does not hold: buffers that follow from the config
     checkpoint.put_into(model, tensors, path, assign=True)
     refuse_unset(model, given=tensors)
     return model

@@ -17,22 +17,22 @@ DOTS = {"marker": "o", "markersize": 3, "color": "C1"}
 
 
 def draw(history: History, out: Path, title: str) -> None:
-    """Write the picture; needs two steps at least, else writes nothing."""
+    """Write the picture. With fewer than two steps, write nothing."""
     steps, evaluations = history.steps(), history.evaluations()
     if len(steps["loss"]) < 2:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font lacks
+        warnings.simplefilter("ignore")  # about characters that the font lacks
         picture = render(steps, evaluations, title.replace("$", r"\$"))
     write_file(out, picture)
-    gc.collect()  # a figure and its parts hold each other, 9 MB of them; a run's collector is off
+    gc.collect()  # a figure is 9 MB of reference cycles, and automatic collection is off during a run
 
 
 def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Margins set by hand: a run waits for the picture, which takes half as long again where the layout is worked out.
+    # Margins are set by hand: an automatic layout takes half as long again, and the run waits for the picture.
     figure = Figure(figsize=(15, 7.5))
     FigureCanvasAgg(figure)
     axes = figure.subplots(
@@ -75,12 +75,12 @@ def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], tit
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=100, format="png", pil_kwargs={"compress_level": 1})  # a third of the time
+    figure.savefig(picture, dpi=100, format="png", pil_kwargs={"compress_level": 1})  # takes a third of the time
     return picture.getvalue()
 
 
 def loss_range(smooth: np.ndarray, validation: np.ndarray) -> tuple[float | None, float | None]:
-    """The lowest and highest loss to show: without the fall of the first steps, which would leave no room for the rest."""
+    """The lowest and highest loss to show. The steep fall of the first steps is left out: it would flatten the rest."""
     shown = np.concatenate([smooth[len(smooth) // 20 :], validation])
     shown = shown[np.isfinite(shown)]
     if len(shown) == 0 or shown.min() == shown.max():

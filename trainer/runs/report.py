@@ -1,4 +1,4 @@
-"""Reports each optimiser step, and the time it took: console, metrics.jsonl, wandb, curves.png."""
+"""Reports each optimiser step and the time it took, on the console and in metrics.jsonl, wandb and curves.png."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Clock:
 
 
 class Report:
-    """The voice of a run."""
+    """All reports of a run."""
 
     def __init__(
         self, folder: Path, plan: Any, world: Any, engine: Any, step: int, seconds: float, rows: str = ""
     ) -> None:
-        """rows: the digest of metrics.jsonl that the checkpoint has which the run goes on from."""
+        """rows: the digest of metrics.jsonl in the checkpoint that the run resumes from."""
         self.config, self.world, self.engine = plan.config, world, engine
         self.clock = Clock(seconds)
-        # Not of the engine's model: where its weights are cut into parts (zero3) it would count those of one part, or none.
+        # Not from the engine's model: with partitioned weights (zero3) that would count one part of them, or none.
         self._flops = {t: flops_per_token(plan.model_class, plan.model_config, t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._first = True
@@ -60,9 +60,9 @@ class Report:
         self.console = open_console(plan.config.log.console, world.leader, self.title)
 
     def stamp(self) -> None:
-        """Count the time since the last stamp to the step that was launched last.
+        """Add the time since the last stamp to the step that was launched last.
 
-        On a GPU the loop runs one step ahead of the device, and so does this attribution; sums are right.
+        On a GPU the loop runs one step ahead of the device, and so do these times. Their sums are right.
         """
         now = self.clock.seconds
         self._elapsed += now - self._stamped
@@ -73,7 +73,7 @@ class Report:
         self.stamp()
 
     def row(self, m: Any) -> dict[str, Any]:
-        """The row of step `m`, a StepResult, as yet without an evaluation. Once for each step, in their order."""
+        """The row of step `m`, a StepResult, still without an evaluation. Call this once per step, in order."""
         elapsed, self._elapsed = self._elapsed, 0.0
         if self._first:
             self._first = False
@@ -99,7 +99,7 @@ class Report:
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
     def write(self, row: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
-        """Report the row of a step, with the results of an evaluation made after it."""
+        """Report the row of a step, with the results of an evaluation after it."""
         best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
         row = row | {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
         if validation and "full" in validation and "hlb" in validation:
@@ -136,7 +136,7 @@ class Report:
         }
 
     def sync(self) -> str:
-        """Rows on disk, before a checkpoint that continues from them; their digest ("" on ranks that keep none)."""
+        """Put the rows on disk before a checkpoint is saved. Returns their digest ("" on ranks without metrics.jsonl)."""
         if self._metrics is None:
             return ""
         with self.world.decoration("metrics.jsonl"):
@@ -144,7 +144,7 @@ class Report:
         return self._metrics.digest
 
     def draw_curves(self) -> None:
-        """curves.png of the run so far."""
+        """Draw curves.png of the run so far."""
         if self._metrics is not None:
             with self.world.decoration("curves.png"):
                 from trainer.runs import plots
@@ -154,7 +154,7 @@ class Report:
     def close(self) -> None:
         self.console.close()
         if self._metrics is not None:
-            self.world.told.discard("metrics.jsonl")  # what is lost now is lost
+            self.world.told.discard("metrics.jsonl")  # report a failure again: these rows are lost
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.close()
             self._wandb.close()

@@ -1,4 +1,4 @@
-"""Weights & Biases, by choice: it never stands in a run's way."""
+"""Weights & Biases. It is optional, and its failures never stop a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FINISH_SECONDS = 60.0
 
 
 class Wandb:
-    """A wandb run, offline without login or network; a resumed run goes on under its id. Call it on rank 0."""
+    """A wandb run, offline without login or network. A resumed run keeps its id. Only rank 0 makes one."""
 
     def __init__(self, mode: str, project: str, folder: Path, config: dict[str, Any], world: World) -> None:
         self._run: Any = None
@@ -47,7 +47,7 @@ class Wandb:
             except Exception as error:
                 reason = printable(" ".join(f"{error}".split()), 100)
                 self._world.say(f"wandb: no login or network ({reason}); recording offline under {folder / 'wandb'}")
-                if known:  # its service holds on to the id that it could not begin
+                if known:  # the service keeps the id of a run that failed to start
                     run_id = secrets.token_hex(6)
         return wandb.init(mode="offline", id=run_id, settings=wandb.Settings(silent=True), **settings)
 
@@ -58,7 +58,7 @@ class Wandb:
                 self._run.log(values, step=row["step"])
 
     def close(self) -> None:
-        """Send what is left, for a minute at most."""
+        """Send what is left. Wait at most a minute."""
         if self._run is None:
             return
         with self._world.decoration("wandb"):
@@ -66,11 +66,13 @@ class Wandb:
             sending.start()
             sending.join(FINISH_SECONDS)
             if sending.is_alive():
-                raise TimeoutError(f"not all is sent after {FINISH_SECONDS:.0f} s; `wandb sync` sends the rest")
+                raise TimeoutError(
+                    f"not everything was sent within {FINISH_SECONDS:.0f} s; `wandb sync` sends the rest"
+                )
 
 
 def chosen_mode(mode: str, environ: Mapping[str, str]) -> str:
-    """`log.wandb` as the environment lets it be: WANDB_MODE can make it quieter, for a machine without network."""
+    """The mode from `log.wandb` and WANDB_MODE, which can only make it offline or disabled, for a machine without network."""
     wanted = environ.get("WANDB_MODE", "").lower()
     if mode == "disabled" or wanted == "disabled":
         return "disabled"
@@ -78,7 +80,7 @@ def chosen_mode(mode: str, environ: Mapping[str, str]) -> str:
 
 
 def _run_id(file: Path) -> str:
-    """A random id, written once into the run folder: a resumed run has the same, a new one in its place has not."""
+    """A random id, stored in the run folder. A resumed run finds it there; a new run in its place gets another id."""
     if not file.exists():
         file.write_text(secrets.token_hex(6), encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()

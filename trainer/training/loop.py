@@ -1,4 +1,4 @@
-"""`train`: from the plan to the trained model. step.py makes one optimiser step; here is when to evaluate, save and stop."""
+"""`train`: from the plan to the trained model. step.py makes one optimiser step; this file decides when to evaluate or stop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ COLLECT_EVERY = 50  # optimiser steps, the same on all ranks
 
 
 def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.Signals | None:
-    """From the plan to the trained model; returns the signal that stopped it early. plan_text: of a new run; None: go on with an
-    old one, whose max_steps was steps_before."""
+    """From the plan to the trained model. Returns the signal that stopped the run early, if any. plan_text: None to go on
+    with an old run, whose max_steps was steps_before."""
     from trainer.data.tokenizers import Tokenizer
 
     config, world = run.config, run.world
@@ -47,13 +47,13 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )
     world.say(f"{plan_text or ''}\n\noptimiser groups\n{run.engine.optimizer.table()}".lstrip() + "\n" + opening(run))
-    told = run.state.step - (run.owed is not None)  # the last step of which rows and samples are kept
+    told = run.state.step - (run.owed is not None)  # the last step whose row and sample are kept
     report = Report(run.folder, run.plan, world, run.engine, told, run.state.seconds, run.rows)
     try:
         run.signals.begin(report.console.say)
         with collecting_by_hand():
             asked = loop(run, report, tokenizer)
-        report.console.close()  # what follows stands below it
+        report.console.close()  # the next lines are printed below it
         if asked is None:
             finish(run, report, tokenizer)
         else:
@@ -66,7 +66,7 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
 
 
 def start_anew(folder: Path, say: Callable[[str], None]) -> None:
-    """Before step 0 in a folder that has rows or samples already: say so, and keep them under other names."""
+    """Before step 0: if the folder already has rows or samples, keep them under other names, and say so."""
     for name in ("metrics.jsonl", "samples.txt"):
         path = folder / name
         if not path.is_file() or path.stat().st_size == 0:
@@ -75,33 +75,33 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
         while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
             number += 1
         path.rename(kept)
-        say(f"{folder} has no checkpoint: the run starts at step 0; {name} of before is kept as {kept.name}")
+        say(f"{folder} has no checkpoint: the run starts at step 0; the old {name} is kept as {kept.name}")
 
 
 def tell_schedule(run: Run, steps_before: int) -> None:
-    """Say what another max_steps does to the learning rates of a run that goes on."""
+    """Say how a new max_steps changes the learning rates of a run that goes on."""
     line = schedule_change(run.config, steps_before, run.state.step)
     if line:
         run.world.say(line)
 
 
 def opening(run: Run) -> str:
-    """What it is that trains, and how the batch begins and ends."""
+    """The lines before training: engine, kernels, parameters, and the batch at the first and the last sequence length."""
     lengths, tokens = run.plan.sequence_lengths, run.config.batch.tokens_per_step
     with autocast(run.device, run.config.precision):
-        # Offloaded weights are on another device.
+        # Pass the run's device: offloaded weights are on another one.
         kernels = run.model.describe_kernels(run.device, run.config.data.separate_documents)
     threads = f"\n{thread_line()}" if run.device.type == "cpu" else ""
     return (
         f"\nengine: {run.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
-        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at first, "
-        f"{tokens // lengths[-1]:,} of {lengths[-1]} at last; lr {run.config.optim.lr:.8f}"
+        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at the start, "
+        f"{tokens // lengths[-1]:,} of {lengths[-1]} at the end; lr {run.config.optim.lr:.8f}"
     )
 
 
 @contextlib.contextmanager
 def collecting_by_hand() -> Iterator[None]:
-    """Within, Python's garbage collector runs only when called: by itself it would stop one process after the other."""
+    """Inside, Python's garbage collector runs only when called. By itself it would pause one process after the other."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -113,11 +113,11 @@ def collecting_by_hand() -> Iterator[None]:
 
 
 def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Step, and at their intervals evaluate, sample and save. Returns the signal that ended it before the last step, or before
-    the evaluation of the last step was made.
+    """Make the optimiser steps; evaluate, sample and save at their intervals. Returns the signal that ended the loop before the
+    last step or its evaluation was done, if any.
 
-    All decisions are taken here. What the device measured of a step is looked at when the next step has been launched, so
-    the device never waits; all ranks see the same numbers, and so decide the same.
+    All decisions are made here. The loop reads the results of a step after it has launched the next one, so the device never
+    waits. All ranks see the same numbers, so they decide the same.
     """
     config, state = run.config, run.state
     check_finite = FiniteCheck(config.optim, report.console.say)
@@ -155,13 +155,13 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         evaluate = due(config.evaluation.every)
         if not (stop is not None or evaluate or save or due(config.log.every)):
             continue
-        result.wait()  # for the device, which may wait for other ranks: still part of the step
+        result.wait()  # the device may wait for other ranks, which is part of the step's time
         run.watchdog.at(state.step, "log row")
         report.stop_clock()
         row, unreported, validation = report.row(result), None, None
         if evaluate and stop is None:
             validation, stop = validated(run)
-        owed = row if evaluate and stop is not None else None  # its evaluation is left to the process that goes on
+        owed = row if evaluate and stop is not None else None  # the process that goes on makes its evaluation
         if owed is None:
             report.write(row, validation)
         check_finite(row)
@@ -177,7 +177,7 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
 
 
 def validated(run: Run) -> tuple[dict[str, Any] | None, signal.Signals | None]:
-    """(results of the run's evaluation, None), or (None, the signal that broke it off)."""
+    """(results of the run's evaluation, None), or (None, the signal that stopped it)."""
     try:
         return run.validate(), None
     except Stopped as stop:
@@ -185,7 +185,7 @@ def validated(run: Run) -> tuple[dict[str, Any] | None, signal.Signals | None]:
 
 
 def show_progress(run: Run, report: Report, tokenizer: Any) -> None:
-    """A text sample and the curves, after an evaluation. The last sample is the closing demonstration."""
+    """Write a text sample and the curves after an evaluation. After the last step, `finish` writes the sample."""
     step, tokens = run.state.step, run.config.log.sample_tokens
     if tokens and step < run.config.max_steps:
         run.write_sample(tokenizer, tokens, f"step {step}")
@@ -194,8 +194,8 @@ def show_progress(run: Run, report: Report, tokenizer: Any) -> None:
 
 
 def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> signal.Signals | None:
-    """Make the evaluation that the checkpoint owes which the run goes on from, and write its `row`. Returns the signal that broke
-    it off."""
+    """Make the evaluation that was still to be made when the run's checkpoint was saved, and write its `row`. Returns the
+    signal that stopped it, if any."""
     report.stop_clock()
     validation, stop = validated(run)
     if stop is None:
@@ -207,9 +207,10 @@ def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> si
 
 
 class FiniteCheck:
-    """Called with each step's row. A step that is not finite has changed nothing; it is skipped and said, or ends the run.
+    """Checks each step's row. A step with a loss or gradient that is not finite changes nothing. It is skipped with a message,
+    or ends the run.
 
-    optim: OptimConfig; UserError as its non_finite and max_skips say.
+    optim: OptimConfig; its non_finite and max_skips decide when to raise UserError.
     """
 
     def __init__(self, optim: Any, say: Callable[[str], None]) -> None:
@@ -223,14 +224,14 @@ class FiniteCheck:
             return
         if self._optim.non_finite == "stop" or self._skips > self._optim.max_skips:
             raise UserError(
-                f"step {step}: loss or gradient is not finite ({self._skips} in a row); it did not touch the weights; go on "
+                f"step {step}: loss or gradient is not finite ({self._skips} in a row); the weights are unchanged; go on "
                 "from the last checkpoint with --optim.non_finite skip, or start with a lower --optim.lr in another --run_dir"
             )
         self._say(f"step {step}: loss or gradient is not finite; the step is skipped")
 
 
 def finish(run: Run, report: Report, tokenizer: Any) -> None:
-    """The closing demonstration and where everything lies."""
+    """Print the closing demonstration, the results, and where the files are."""
     text = ""
     if run.config.log.demo_tokens:
         sample = run.write_sample(tokenizer, run.config.log.demo_tokens, f"step {run.state.step}, final")

@@ -1,7 +1,8 @@
-"""Preflight: what differs between the machines of a run, and which of them is slow, said before training begins.
+"""Preflight: reports, before training begins, how the machines of a run differ and which of them is slow.
 
-That the processes fit together is seen to where they meet (trainer/runtime/host_info.py). `measure` follows, in lockstep: clocks,
-free disk, a matrix product on every rank, an all-reduce, and the links between machines; `judge` names what is slow or short.
+trainer/runtime/host_info.py checks that the processes fit together when they meet. After that, `measure` runs on all ranks
+in lockstep: clocks, free disk, a matrix product on every rank, an all-reduce, and the links between machines. `judge` warns
+of what is slow or short.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World
 from trainer.runtime.host_info import HostInfo, compare, find_host_info, machines, rank_names, where
 
-SLOW = 0.7  # of the median: below it a rank or a machine is named
-CLOCK_SECONDS = 3.0  # clocks further apart are named
-TEMPORARY_BYTES = 10**9  # free space for temporary files below which there is a warning
+SLOW = 0.7  # of the median speed: warn of a rank or a machine below it
+CLOCK_SECONDS = 3.0  # warn of clocks further apart
+TEMPORARY_BYTES = 10**9  # warn of less free space for temporary files
 ROUNDS = 5  # of each measurement
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank. Rates are in FLOP/s and bytes/s."""
+    """The measurements of one rank. Rates are in FLOP/s and bytes/s."""
 
     flops: float
     free_run: int  # bytes at the run folder
     free_temporary: int
-    clock: list[tuple[float, float]] = field(default_factory=list)  # own time before and after collectives
-    bus: float = 0.0  # of the all-reduce
-    links: dict[tuple[int, int], float] = field(default_factory=dict)  # by the numbers of two machines, each direction
+    clock: list[tuple[float, float]] = field(default_factory=list)  # own time before and after each collective
+    bus: float = 0.0  # bus bandwidth of the all-reduce
+    links: dict[tuple[int, int], float] = field(default_factory=dict)  # by the indices of two machines, each direction
 
 
 def measure(world: World, everyone: Sequence[HostInfo], device: torch.device, folder: Path) -> Measured:
@@ -64,12 +65,12 @@ def measure(world: World, everyone: Sequence[HostInfo], device: torch.device, fo
 
 
 def _line_up(world: World) -> None:
-    """No rank leaves before all have come."""
+    """A barrier: no rank leaves before all have entered."""
     world.sum(torch.zeros(1))
 
 
 def _free(path: Path) -> int:
-    """Bytes that may be written at `path`, or where it will be."""
+    """Free bytes at `path`, or at its nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -77,7 +78,7 @@ def _free(path: Path) -> int:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> list[float]:
-    """Of each of some calls, after one to warm up."""
+    """Seconds of each of ROUNDS calls, after one call to warm up."""
     taken = []
     for _ in range(1 + ROUNDS):
         begin = time.perf_counter()
@@ -89,7 +90,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> list[float]:
 
 
 def _matmul(world: World, device: torch.device) -> float:
-    """FLOP/s of the fastest of some products, while all ranks multiply. The fastest: what else runs for a moment is no fault."""
+    """FLOP/s of the fastest of ROUNDS calls, while all ranks multiply. So a brief load by other programs does not count."""
     on_gpu = device.type == "cuda"
     n, times = (8192, 8) if on_gpu else (256, 8)
     native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -113,14 +114,14 @@ def _all_reduce(world: World, device: torch.device) -> float:
 
 
 def all_reduce_bytes(device: str) -> int:
-    """Large enough for a link's full speed, and little time on a slow one."""
+    """Enough bytes for a link's full speed, but few enough for a slow link."""
     return 64 * 2**20 if device == "cuda" else 4 * 2**20
 
 
 def _exchange_along_ring(
     world: World, everyone: Sequence[HostInfo], device: torch.device
 ) -> dict[tuple[int, int], float]:
-    """Bytes/s in each direction between this machine and its neighbours, measured by the first rank of each."""
+    """Bytes/s in each direction between this machine and its neighbours, measured by each machine's first rank."""
     firsts = [ranks[0] for ranks in machines(everyone).values()]
     size = all_reduce_bytes(device.type) // 4
     rates = {}
@@ -135,7 +136,7 @@ def _exchange_along_ring(
 
 
 def _exchange(size: int, peer: int, device: torch.device) -> Callable[[], None]:
-    """Sends `size` bytes to `peer` while as many come from it."""
+    """A function that sends `size` bytes to `peer` and receives as many from it at the same time."""
     out, into = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
     def work() -> None:
@@ -147,7 +148,7 @@ def _exchange(size: int, peer: int, device: torch.device) -> Callable[[], None]:
 
 
 def pairings(count: int) -> list[list[tuple[int, int]]]:
-    """The links of a ring of machines in turns, in none of which a machine has two of them."""
+    """The links of a ring of `count` machines, in turns. In each turn a machine has at most one link."""
     if count < 3:
         return [[(0, 1)]] if count == 2 else []
     links = [(number, (number + 1) % count) for number in range(count)]
@@ -166,10 +167,10 @@ class Survey:
     measured: list[Measured]
 
     def clocks(self) -> dict[str, tuple[float, float]]:
-        """By machine: seconds that its clock is ahead of the first machine's, and the error of that.
+        """By machine: seconds that its clock is ahead of the first machine's, and the error of that figure.
 
-        No rank leaves a collective before all have entered it. So one's entry is before the other's exit, both ways round,
-        which bounds the difference of their clocks from both sides however long messages take.
+        No rank leaves a collective before all have entered it. So of two ranks, each enters before the other leaves. This
+        bounds the difference of their clocks from both sides, however long messages take.
         """
         first, found = self.measured[0].clock, {}
         for host, ranks in machines(self.host_infos).items():
@@ -180,12 +181,12 @@ class Survey:
         return found
 
     def speeds(self) -> list[float]:
-        """Of each rank's product, relative to the median."""
+        """Speed of each rank's matrix product, relative to the median."""
         middle = statistics.median_high(one.flops for one in self.measured)
         return [one.flops / middle for one in self.measured]
 
     def links(self) -> dict[tuple[str, str], float]:
-        """Bytes/s of each link between two machines, as the slower end saw it."""
+        """Bytes/s of each link between two machines, as the slower end measured it."""
         hosts = list(machines(self.host_infos))
         rates: dict[tuple[str, str], float] = {}
         for one in self.measured:
@@ -194,18 +195,18 @@ class Survey:
         return rates
 
     def free(self, value: Callable[[Measured], int]) -> tuple[int, str]:
-        """(bytes, host) of the machine with the least."""
+        """(bytes, host) of the machine with the least free space."""
         return min((value(one), host_info.host) for one, host_info in zip(self.measured, self.host_infos, strict=True))
 
 
 def survey(world: World, device: torch.device, folder: Path) -> Survey:
-    """All ranks call this and have the whole of it. folder: where checkpoints go."""
+    """All ranks call this, and each gets the survey of all. folder: where checkpoints go."""
     everyone = world.gather(find_host_info(world.rank_info, device))
     return Survey(everyone, world.gather(measure(world, everyone, device, folder)))
 
 
 def judge(seen: Survey) -> list[str]:
-    """Warnings: what differs, and whose clock, compute, links or temporary folder are not as they should be."""
+    """Warnings about differences between machines, wrong clocks, slow ranks, slow links and full temporary folders."""
     warnings = compare(seen.host_infos)[1]
     clocks = seen.clocks()
     right = statistics.median_low(ahead for ahead, _ in clocks.values())
@@ -229,7 +230,7 @@ def judge(seen: Survey) -> list[str]:
 
 
 def _judge_links(links: dict[tuple[str, str], float]) -> list[str]:
-    """Machines all of whose links are slow, and slow links between machines that have a faster one."""
+    """Warnings about machines whose links are all slow, and about single slow links between other machines."""
     best = {host: max(rate for ends, rate in links.items() if host in ends) for host in dict.fromkeys(sum(links, ()))}
     if len(best) < 3:
         return []
@@ -242,14 +243,14 @@ def _judge_links(links: dict[tuple[str, str], float]) -> list[str]:
 
 
 def check_room(seen: Survey, folder: Path, checkpoint: int, more: int) -> list[str]:
-    """Warnings about free disk; UserError where not one checkpoint fits.
+    """Warnings about free disk. UserError if not even one checkpoint fits.
 
-    checkpoint: bytes of one; more: of all that will be there at once, less those that are there.
+    checkpoint: bytes of one checkpoint; more: bytes of all that will exist at once, minus those that exist already.
     """
     free, host = seen.free(lambda one: one.free_run)
     if free < checkpoint:
         raise UserError(
-            f"run_dir: {_size(free)} free at {folder} on {host}, and a checkpoint takes {_size(checkpoint)}; make room or "
+            f"run_dir: {_size(free)} free at {folder} on {host}, but a checkpoint takes {_size(checkpoint)}; make room or "
             "choose another --run_dir"
         )
     if free < more:
@@ -260,7 +261,7 @@ def check_room(seen: Survey, folder: Path, checkpoint: int, more: int) -> list[s
 
 
 def summary(seen: Survey) -> str:
-    """One line."""
+    """The survey in one line."""
     hosts, first, several = machines(seen.host_infos), seen.host_infos[0], len(seen.host_infos) > 1
     sizes = {len(ranks) for ranks in hosts.values()}
     count = (
@@ -287,7 +288,7 @@ def summary(seen: Survey) -> str:
 
 
 def table(seen: Survey) -> str:
-    """A line per machine."""
+    """The survey as a table, with a line per machine."""
     clocks, links = seen.clocks(), seen.links()
     rows = [("machine", "processes", "device", "free for runs", "temporary", "clock", "matmul", "links")]
     for host, ranks in machines(seen.host_infos).items():
@@ -331,7 +332,7 @@ def _rate(rate: float) -> str:
 
 
 def before_training(plan: Any, world: World) -> None:
-    """For several processes: the survey's line and its warnings. UserError on all ranks where no checkpoint would fit."""
+    """With several processes, say the survey's line and warnings. UserError on all ranks if not even one checkpoint fits."""
     if world.size == 1:
         return
     from trainer.checkpoint.format import found
@@ -341,7 +342,7 @@ def before_training(plan: Any, world: World) -> None:
     prepare_device(device, config.deterministic)  # cuBLAS reads its settings at the first product of the process
     folder = Path(config.run_dir).expanduser()
     seen = survey(world, device, folder)
-    # Weights and two moments, whatever the engine; buffers and tied weights' second names are small beside them.
+    # Weights and two moments, with every engine. Buffers and the second names of tied weights are small in comparison.
     checkpoint = plan.parameters * 3 * (2 if config.precision == "pure_bf16" else 4)
 
     def tell() -> None:

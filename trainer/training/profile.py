@@ -1,4 +1,4 @@
-"""`--profile`: a trace and a table of the top operations of a few steps; and what is said of memory that ran out.
+"""`--profile`: a trace and a table of the top operations of a few steps. Also the error message when GPU memory runs out.
 
 Every rank writes RUN/profile/trace-rankN.json.gz (for https://ui.perfetto.dev), rank 0 also RUN/profile/operations.txt.
 """
@@ -22,7 +22,7 @@ from trainer.runtime.compat import private
 SKIP, WARM_UP, RECORD = 3, 2, 3  # steps: the first ones compile and make the optimiser's state
 TOP = 20
 NAME, SHAPES = 48, 40  # columns of the table, in characters
-HISTORY = 100_000  # allocations and frees that are remembered, at some kB each
+HISTORY = 100_000  # allocations and frees that the allocator remembers, at a few kB each
 COMPILED = "## Call CompiledFxGraph"  # torch.compile's annotation around the code it made
 COLLECTIVES = (
     "c10d::",
@@ -34,18 +34,18 @@ Span = tuple[float, float]  # begin and end, in us
 
 
 def window(steps: int) -> tuple[int, int, int]:
-    """(skipped, warm-up, recorded) steps of a run that has `steps` to go; a short one skips less, then records less."""
+    """(skipped, warm-up, recorded) steps of a run with `steps` left. A short run skips fewer, then records fewer."""
     record = max(0, min(RECORD, steps - 1))
     warm_up = min(WARM_UP, steps - record)
     return min(SKIP, steps - record - warm_up), warm_up, record
 
 
 class Profiler:
-    """Records a few steps of a run, writes its files once and is done; the figures hold all that the loop does in them.
+    """Records a few steps of a run and writes its files once. The figures include all that the loop does in these steps.
 
-    The loop calls `step_done` after each optimiser step and `close` at its end, however it ends. first_step, last_step:
-    steps of the run done before the first call and after the last. say: is given one line, which names the files or
-    tells why there are none. On a GPU it also has the allocator remember who allocated what, for the snapshot of
+    The loop calls `step_done` after each optimiser step, and `close` when it ends for any reason. first_step, last_step:
+    steps of the run done before the first call and after the last. say: called with one line, which names the files or
+    the reason why there are none. On a GPU the allocator also records which code allocates what, for the snapshot of
     `explain_out_of_memory`.
     """
 
@@ -65,11 +65,11 @@ class Profiler:
         self._begin, self._end = skip + warm_up, skip + warm_up + record
         self._began = 0.0
         quiet_profiler()
-        warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # torch 2.11 says it of a single cycle too
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")  # torch 2.11 warns even of a single cycle
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            # Some 2 us for each allocation and free: too dear for every run. Turned off, it would forget what it knows.
+            # Costs about 2 us per allocation and free: too much for every run. Turning it off would drop its records.
             private("_record_memory_history")(stacks="python", max_entries=HISTORY)
         schedule = torch.profiler.schedule(
             skip_first=skip, wait=0, warmup=max(1, warm_up), active=max(1, record), repeat=1
@@ -78,7 +78,7 @@ class Profiler:
         self._profile.start()
 
     def step_done(self) -> None:
-        """Go on to the next step; waits for the device where recording begins and where it ends."""
+        """Go on to the next step. Waits for the device when recording begins and when it ends."""
         if self._profile is None:
             return
         self._done += 1
@@ -92,7 +92,7 @@ class Profiler:
             self._began = time.perf_counter()
 
     def close(self) -> None:
-        """Stop, and write what was recorded; nothing where that has been done."""
+        """Stop, and write what was recorded. A second call does nothing."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
@@ -113,7 +113,7 @@ class Profiler:
         self.say(f"profile of steps {first} to {last} in {self.folder / 'profile'}: {names}")
 
     def _write(self, profile: Any, steps: int, wall_ms: float, title: str) -> str:
-        """Write this rank's files; returns their names."""
+        """Write this rank's files. Returns their names."""
         folder = self.folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         trace = f"trace-rank{self.rank}.json.gz"
@@ -132,22 +132,22 @@ class Profiler:
 
 @dataclass
 class Recording:
-    """What the recorded events say. Times in us, of all recorded steps together."""
+    """The figures of the recorded events. Times are in us, summed over all recorded steps."""
 
     place: str  # where the operations' time was spent
     operations: dict[tuple[str, str], tuple[int, float]]  # by name and input shapes: calls, own time
-    total: float  # own time of all operations, also of kernels that no operation is known to have started
+    total: float  # own time of all operations, and of kernels that no known operation started
     computation: list[Span]
     communication: list[Span]
 
     @classmethod
     def of(cls, events: Iterable[Any], device: torch.device) -> Recording:
-        """Sort out the profiler's FunctionEvents."""
+        """The figures of the profiler's FunctionEvents."""
         return cls.on_gpu(list(events)) if device.type == "cuda" else cls.on_cpu(list(events))
 
     @classmethod
     def on_gpu(cls, events: list[Any]) -> Recording:
-        """Kernels and copies, told by the operators that started them; NCCL's collectives are kernels."""
+        """Kernels and copies, by the operators that started them. NCCL's collectives are kernels."""
         kernels = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
         collectives = [e for e in kernels if e.name.startswith("nccl")]
         others = [e for e in kernels if not e.name.startswith("nccl")]
@@ -159,9 +159,9 @@ class Recording:
 
     @classmethod
     def on_cpu(cls, events: list[Any]) -> Recording:
-        """Operators of the thread that trains; gloo's collectives are annotated on gloo's own threads.
+        """Operators of the training thread. gloo annotates its collectives on its own threads.
 
-        An annotation by Python (ProfilerStep, FSDP's) may hold nothing but waiting, so its own time does not count.
+        An annotation by Python (ProfilerStep, FSDP's) may contain only waiting, so its own time does not count.
         """
         main = next(e.thread for e in events if e.name.startswith("ProfilerStep"))
         operators = [
@@ -177,7 +177,7 @@ class Recording:
         )
 
     def render(self, steps: int, wall_ms: float) -> str:
-        """The table of operations and the totals below it. wall_ms: of all recorded steps."""
+        """The table of operations, and the totals below it. wall_ms: wall-clock of all recorded steps."""
         lines = [
             f"Own time of operations on {self.place}, without that of operations they call.\n",
             f"{'operation':{NAME}}  {'input shapes':{SHAPES}}  calls/step    ms/step   share",
@@ -193,7 +193,7 @@ class Recording:
         return "\n".join([*lines, "", *self.totals(steps, wall_ms)])
 
     def totals(self, steps: int, wall_ms: float) -> list[str]:
-        """Wall-clock, busy device, collectives: a line each, in ms per step."""
+        """A line each for wall-clock, busy device and collectives, in ms per step."""
         busy, communicating, hidden = (
             us / 1000 / steps
             for us in (
@@ -216,7 +216,7 @@ class Recording:
 
 
 def by_operation(timed: Iterable[tuple[Any, float]]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Calls and time summed by name and input shapes, of (event, its own time in us); without those that took none."""
+    """Calls and time summed by name and input shapes, from (event, its own time in us). Events without time are left out."""
     rows: dict[tuple[str, str], tuple[int, float]] = {}
     for event, own in timed:
         if own > 0:
@@ -228,12 +228,12 @@ def by_operation(timed: Iterable[tuple[Any, float]]) -> dict[tuple[str, str], tu
 
 
 def whole_spans(events: Iterable[Any]) -> list[Span]:
-    """From the begin of each event to its end."""
+    """(begin, end) of each event."""
     return [(e.time_range.start, e.time_range.end) for e in events]
 
 
 def own_spans(event: Any) -> list[Span]:
-    """The parts of an event in none of the events it encloses."""
+    """The parts of an event outside the events that it encloses."""
     spans, at = [], event.time_range.start
     for begin, end in sorted(whole_spans(event.cpu_children)):
         spans.append((at, begin))
@@ -252,7 +252,7 @@ def covered(spans: list[Span]) -> float:
 
 
 def common(first: list[Span], second: list[Span]) -> float:
-    """Length of what the unions of two lists of intervals share."""
+    """Length of the intersection of the unions of two lists of intervals."""
     return covered(first) + covered(second) - covered(first + second)
 
 
@@ -262,20 +262,20 @@ def share(part: float, whole: float) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """`text`, or as much of it as fits with dots for the rest."""
+    """`text`, cut with dots to at most `width` characters."""
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def quiet_profiler() -> None:
-    """Without the lines that the profiler's library writes to stderr."""
+    """Silence the lines that the profiler's library writes to stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(folder: Path, rank: int, device: torch.device, advice: Callable[[], str]) -> Iterator[None]:
-    """Where a GPU's memory runs out within, write RUN/profile/memory-rankN.pickle and raise UserError.
+    """If a GPU's memory runs out inside, write RUN/profile/memory-rankN.pickle and raise UserError.
 
-    advice: says what to set to what; asked only then. Under --profile the snapshot also tells who allocated what.
+    advice: returns which settings to change; called only then. With --profile the snapshot also shows which code allocated it.
     """
     try:
         yield
@@ -286,20 +286,20 @@ def explain_out_of_memory(folder: Path, rank: int, device: torch.device, advice:
 
 
 def what_ran_out(error: torch.OutOfMemoryError) -> str:
-    """One line: what was asked for and what was held. (torch's own advice about fragments is left out.)"""
+    """One line: what was requested and what was held. (torch's own advice about fragmentation is left out.)"""
     return " ".join(str(error).partition("If reserved")[0].split()).rstrip(".")
 
 
 def write_snapshot(folder: Path, rank: int) -> str:
-    """Write what the CUDA allocator holds; returns where that is and how to look at it, or why it could not be."""
+    """Write a snapshot of the CUDA allocator. Returns where it is and how to view it, or why it could not be written."""
     path = folder / "profile" / f"memory-rank{rank}.pickle"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         private("_dump_snapshot")(str(path))
-    except Exception as failure:  # whatever it is, the memory that ran out must be told
+    except Exception as failure:  # the out-of-memory error must be reported in any case
         why = " ".join(f"{type(failure).__name__}: {failure}".split())
         return f"no snapshot of the memory could be written ({why})"
     return (
         f"what held the memory is in {path}: open it at https://pytorch.org/memory_viz or with "
-        f"`python -m torch.cuda._memory_viz trace_plot {path} -o out.html`; under --profile it also names the code"
+        f"`python -m torch.cuda._memory_viz trace_plot {path} -o out.html`; with --profile it also names the code"
     )

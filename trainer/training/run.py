@@ -1,4 +1,4 @@
-"""The parts of a run put together: where it is in its data, what it evaluates, what it keeps. loop.py says when."""
+"""The parts of a run put together: its place in the data, its evaluation, its checkpoints. loop.py decides when to use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.step import StepResult, own_flags
 
-OWED = "row"  # key of a manifest: the row of its step in metrics.jsonl, where the evaluation that belongs there was not made
+OWED = "row"  # key of a manifest: the metrics.jsonl row of its step, if the evaluation in that row is still to be made
 
 
 @dataclass
@@ -42,11 +42,11 @@ class State:
     seconds: float = 0.0
     n: float = 0.0  # hlb's batch multiplier, and its dithered value for the next step
     k: int = 1
-    norm: float | None = None  # gradient norm of the last step, as its checkpoint has it
+    norm: float | None = None  # gradient norm of the last step, set when a checkpoint is saved
 
     @classmethod
     def stored(cls, values: Any, where: Path) -> State:
-        """The state in a manifest. Damaged where a value is none that a run can have."""
+        """The state in a manifest. Damaged if it has a value that no run can have."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or values.keys() != fields:
             raise Damaged(
@@ -85,9 +85,7 @@ class Run:
         self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
         self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
-        self.owed: dict[str, Any] | None = (
-            None  # row of the checkpoint's step, where its evaluation is still to be made
-        )
+        self.owed: dict[str, Any] | None = None  # row of the checkpoint's step, if its evaluation is still to be made
         self.last: StepResult | None = None  # of the last step of this process
         embedding = self.model.token_embedding()
         embedding.scale_grad_by_freq = config.optim.embedding_frequency == "microbatch"
@@ -96,7 +94,7 @@ class Run:
     # -- one optimiser step (step.py) --------------------------------------------------------------------------------
 
     def last_norm(self) -> float | None:
-        """Gradient norm of the last step, which may have been one before a restart."""
+        """Gradient norm of the last step, possibly one before a restart."""
         return self.state.norm if self.last is None else self.last.grad_norm
 
     def position(self) -> int:
@@ -106,11 +104,11 @@ class Run:
         return self.stream.start(self.state.position, length, before)
 
     def read(self, length: int, sequences: int) -> Tensor:
-        """This rank's sequences of the step, each with its last target, on the device; begins to read those of the next step."""
+        """This rank's sequences of the step, each with its last target, on the device. Starts to read the next step's."""
         position = self.position()
         first, count = self.share(sequences)
         rows = torch.from_numpy(self.stream.windows(position, length, first, count))
-        self.stream.read_ahead(position + sequences * length, length, first, count)  # guessing that nothing grows
+        self.stream.read_ahead(position + sequences * length, length, first, count)  # a guess: nothing grows
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def share(self, sequences: int) -> tuple[int, int]:
@@ -122,9 +120,9 @@ class Run:
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, Any]:
-        """The run's protocols on the validation split; the last time, and where max_tokens is 0, on the whole of it.
+        """The run's protocols on the validation split: on all of it after the last step, or if max_tokens is 0.
 
-        Stopped, on all ranks, where one was asked to stop meanwhile: it may take longer than a cluster waits.
+        Raises Stopped on all ranks if one is asked to stop: the evaluation may take longer than a cluster waits.
         """
         step = self.state.step
         self.watchdog.at(step, "validation")
@@ -150,13 +148,13 @@ class Run:
             )
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
-        """A text sample, appended to samples.txt; returns it ("" on ranks that take no part)."""
-        self.watchdog.at(self.state.step, "text sample")  # also who takes no part: it counts places
+        """Append a text sample to samples.txt. Returns it ("" on ranks that take no part)."""
+        self.watchdog.at(self.state.step, "text sample")  # on all ranks, since the watchdog counts places
         if not (self.world.leader or self.engine.lockstep):
             return ""
         prompt = self.config.log.sample_prompt
         limit = self.model.max_context
-        if limit is not None:  # beyond it every token would cost a whole context
+        if limit is not None:  # beyond the context, each token costs a forward pass over all of it
             tokens = max(1, min(tokens, limit - len(tokenizer.encode(prompt))))
         with self.engine.evaluating(), self.engine.gathered():
             new = complete(self.engine, tokenizer, [prompt], tokens, [], self.world.say, seed=self.config.seed)
@@ -172,20 +170,20 @@ class Run:
     # -- keeping -----------------------------------------------------------------------------------------------------
 
     def save(self, seconds: float, rows: str = "", owed: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl; owed: the step's row, which is not
-        in there yet, as its evaluation is still to be made."""
+        """Write a checkpoint of everything needed to go on. rows: the digest of metrics.jsonl; owed: the step's row, if it
+        is not in there yet because its evaluation is still to be made."""
         self.watchdog.at(self.state.step, "saving")
         facts = self.facts(seconds, rows) | ({} if owed is None else {OWED: owed})
         self.saver.save(self.state.step, self.engine.tensors(), facts)
 
     def settle(self, rows: str) -> None:
-        """What the checkpoint that the run goes on from owed is made up for. rows: the digest of metrics.jsonl, with its row."""
+        """Note in the run's checkpoint that its missing evaluation is made. rows: the digest of metrics.jsonl with that row."""
         path = self.saver.folder / checkpoint.step_name(self.state.step)
         self.world.on_leader(lambda: checkpoint.amend(path, {"metrics": rows, OWED: None}))
         self.owed = None
 
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run."""
+        """What a checkpoint's manifest says about the run."""
         self.state.seconds, self.state.norm = seconds, self.last_norm()
         return {
             "tokens": self.state.tokens,
@@ -199,7 +197,7 @@ class Run:
         }
 
     def restore(self) -> bool:
-        """Go on from the newest good checkpoint; False where there is none."""
+        """Go on from the newest good checkpoint. False if there is none."""
         chosen = checkpoint.go_on_from(self.folder / "checkpoints", self.world)
         if chosen is None:
             return False
@@ -207,7 +205,7 @@ class Run:
         if manifest.get("fingerprint") != self.dataset.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
-                "give the run its data back or choose another --run_dir"
+                "set --data.path to that data or choose another --run_dir"
             )
         check_trained_with(manifest.get("config"), self.config, path / checkpoint.MANIFEST)
         self.go_on(path, manifest)
@@ -215,11 +213,11 @@ class Run:
         return True
 
     def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Take up the state and the tensors of a checkpoint, whatever config it was made with."""
+        """Load the state and the tensors of a checkpoint, whatever config it was made with."""
         self.state = State.stored(manifest.get("state"), path / checkpoint.MANIFEST)
         self.rows = str(manifest.get("metrics", ""))
         self.owed = manifest.get(OWED)
         if self.owed is not None and (checked_row(self.owed) is None or self.owed["step"] != self.state.step):
-            raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is no row of step {self.state.step}")
+            raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is not a row of step {self.state.step}")
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k

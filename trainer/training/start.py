@@ -1,4 +1,4 @@
-"""From the values of a `train` command to a run that trains, and what is said at its end."""
+"""From the values of a `train` command to a run that trains, and the exit status at its end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(given: dict[str, Any]) -> None:
     values = merge_run(given, stored, world.size)
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config = merged_config(given, stored, world.size)
-    obtain_dataset(config, world)  # before the process group, which would not wait as long as this may take
+    obtain_dataset(config, world)  # before the process group, whose timeout may be shorter than this takes
     launched = read_launcher_config(os.environ).launcher not in ("python", "srun")
     with StopSignals(world, launched) as signals:
         if launched:
@@ -59,7 +59,7 @@ def start(given: dict[str, Any]) -> None:
 
 
 def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
-    """`stop` with the line that says what there is; the script that started us may start us again."""
+    """`stop` with a line that names the last checkpoint. Writes the exit status for a script that may start us again."""
     number = signal.Signals(stop.number)
     if world.leader:
         write_exit_status(f"stopped by {number.name} before training began")
@@ -70,11 +70,11 @@ def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
 def run_joined(
     given: dict[str, Any], stored: StoredConfig | None, config: RunConfig, world: World, signals: StopSignals
 ) -> signal.Signals | None:
-    """The run, from the process group's beginning to its end; returns the signal that ended it early. given: what the command
-    says; stored: the run that goes on; config: both together."""
-    join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, speaks first
+    """The run, from the process group's beginning to its end. Returns the signal that ended it early, if any. given: values of
+    the command; stored: the run that goes on; config: both together."""
+    join(world, config.device, 2 * config.engine.timeout_minutes)  # the watchdog, which knows more, must report first
     dataset = agree_on_dataset(config, world)
-    # Rank 0 plans. The others take its plan, and its error where there is one.
+    # Rank 0 plans. The others take its plan, or its error.
     plan, plan_text = world.on_leader(lambda: make_plan(given, stored, config, dataset))
     config = plan.config
     if world.size == 1:
@@ -82,7 +82,7 @@ def run_joined(
     with contextlib.ExitStack() as stack:
         folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
-        # What is left of a job's try on a machine that was cut off holds the folder until its own watchdog ends it.
+        # A process of an earlier try may survive on a machine that was cut off. It locks the folder until its watchdog ends it.
         patience = 2 * min(limits) if restarts(os.environ) else 0
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
@@ -92,7 +92,7 @@ def run_joined(
         with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(config)):
             steps_before = None if stored is None else stored.build().max_steps
             asked = train(Run(plan, world, dataset, watchdog, signals), plan_text, steps_before)
-    if world.leader:  # before the other ranks leave: launchers end all processes when the first ends badly
+    if world.leader:  # before the other ranks leave: launchers end all processes when the first one fails
         write_exit_status("finished" if asked is None else f"stopped by {asked.name}")
     world.stop()
     return asked
@@ -101,7 +101,7 @@ def run_joined(
 def make_plan(
     given: dict[str, Any], stored: StoredConfig | None, config: RunConfig, dataset: DatasetInfo
 ) -> tuple[Plan, str | None]:
-    """The plan, and its text for a new run. UserError where a run was started otherwise."""
+    """The plan, and its text for a new run. UserError if an existing run was started with other values."""
     plan = resolve(config, dataset)
     if stored is None:
         return plan, render(plan)
@@ -110,7 +110,7 @@ def make_plan(
 
 
 def ways_out(config: Any) -> str:
-    """What to try where memory ran out. config: resolved."""
+    """What to try after memory ran out. config: resolved."""
     batch, engine = config.batch, config.engine
     ways = []
     if batch.tokens_per_microbatch > batch.sequence_length:

@@ -31,11 +31,11 @@ class StepResult:
     sequence_length: int
     batch_multiplier: int
     lr: float
-    part_names: tuple[str, ...]  # of the further losses
+    part_names: tuple[str, ...]  # names of the further losses, in the order of `parts`
     measured: HostCopy
 
     def wait(self) -> None:
-        """Until the device has finished the step."""
+        """Wait until the device has finished the step."""
         self.measured.read()
 
     @property
@@ -50,7 +50,7 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are finite; else the step changed nothing."""
+        """Whether loss and gradient are finite. If not, the step changed nothing."""
         return self.measured.read()["finite"][0] > 0
 
     @property
@@ -75,7 +75,7 @@ def optimiser_step(run: Run) -> StepResult:
     length = run.plan.sequence_length(step)
     sequences = state.k * (run.config.batch.tokens_per_step // length)
     counted = sequences * length  # tokens of this step on all ranks
-    torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # dropout and the like
+    torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # for dropout, for example
 
     watchdog.at(step + 1, "reading data", in_step=True)
     position = run.position()
@@ -90,7 +90,7 @@ def optimiser_step(run: Run) -> StepResult:
         losses = losses + run.engine.backward(part, 1 / count, last)
 
     watchdog.at(step + 1, "loss and update", in_step=True)
-    # The flags travel with the loss: all ranks learn of them at the same step, without another all-reduce.
+    # The flags are summed with the loss: all ranks see them at the same step, without another all-reduce.
     flags = own_flags(run)
     losses, flags = run.world.sum(torch.cat([losses / count, flags])).split([len(losses), len(flags)])
     norm, finite = run.engine.step(step, losses[0])
@@ -121,7 +121,7 @@ def optimiser_step(run: Run) -> StepResult:
 
 
 def own_flags(run: Run) -> Tensor:
-    """What all ranks must learn of this one: each signal of STOPPING if it came, then a failed save; fp32 [len(STOPPING) + 1]."""
+    """Flags of this rank for all ranks: one per signal of STOPPING, then one for a failed save; fp32 [len(STOPPING) + 1]."""
     asked, failed = run.signals.asked, run.saver.failed
     if asked is None and not failed:
         return run.no_flags  # nothing is copied to the device in an ordinary step
@@ -129,8 +129,8 @@ def own_flags(run: Run) -> Tensor:
 
 
 def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> Iterator[tuple[Batch, bool]]:
-    """`batch` cut along dimension 0, and whether a part is the last: every rank yields the same number."""
-    largest = -(-sequences // run.world.size)  # share of any rank
+    """Cut `batch` along dimension 0; yield each part, and whether it is the last. Every rank yields equally many parts."""
+    largest = -(-sequences // run.world.size)  # share of a rank
     fit = max(1, run.config.batch.tokens_per_microbatch // length)
     count = -(-largest // fit)
     parts: list[Any] = [{} for _ in range(count)]
@@ -138,9 +138,7 @@ def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> Iterato
         for part, values in zip(parts, value.tensor_split(count), strict=True):  # type: ignore[attr-defined]
             part[key] = values
     for number, part in enumerate(parts, 1):
-        if (
-            len(part["tokens"]) == 0
-        ):  # fewer sequences than on other ranks: a row that does not count joins the collectives
+        if len(part["tokens"]) == 0:  # fewer sequences than on other ranks: a row without targets joins the collectives
             part = {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
             part["targets"] = torch.full_like(part["targets"], IGNORE)
         yield part, number == count
