@@ -145,7 +145,7 @@ def test_nothing_is_tried_on_weights_that_are_not_set(capsys):
     assert kinds[0] == "FAILED" and set(kinds[1:]) == {"skipped"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "mine (test_check.Forgetful)"
-    assert lines[2].endswith("not tried until init_weights sets everything, from the seed alone")
+    assert lines[2].endswith("not tried, because this failed: init_weights sets everything, from the seed alone")
 
 
 def test_a_model_that_keeps_all_trains_and_resumes():
