@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 class PlanConfig(RunConfig):
     """`plan`: a run's keys, and the machines to plan for."""
 
-    device: str = setting(
-        "auto", "auto, cpu, cuda, or a GPU to plan for that this machine need not have, such as a100-40gb"
-    )  # type: ignore[assignment]
+    device: str = setting("auto", "auto, cpu, cuda, or a GPU to plan for, such as a100-40gb")  # type: ignore[assignment]
     world_size: int | None = setting(None, "number of processes; auto: as many as were started", low=1)
     processes_per_machine: int = setting(8, "how many of the world_size processes one machine runs", low=1)
     price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)

@@ -39,9 +39,7 @@ def _import_file(given: str) -> ModuleType:
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
     if loaded is not None or not name.isidentifier():
-        name = "plugin_" + "".join(
-            c if c.isalnum() else "_" for c in name
-        )  # so that it replaces no module of that name
+        name = "plugin_" + "".join(c if c.isalnum() else "_" for c in name)  # replaces no module of that name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -168,9 +168,7 @@ class TransformersBaseline(Baseline):
     """A model of the same shape from `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
 
     def make_model(self) -> Any:
-        sys.modules.setdefault(
-            "torchvision", cast(Any, None)
-        )  # a torchvision built for another torch would break the import
+        sys.modules.setdefault("torchvision", cast(Any, None))  # if built for another torch, it would break the import
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -256,13 +254,7 @@ COUNTERPARTS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
 }
 OF_SHAPE = {"vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context"}
 OF_SHAPE |= {"d_hidden", "hidden_ratio", "hidden_multiple"}  # an error in these shows in the number of parameters
-OF_THE_OUTSET = {
-    "attention_kernel",
-    "kernels",
-    "init",
-    "init_std",
-    "zero_init",
-}  # kernels and initial weights may differ
+OF_THE_OUTSET = {"attention_kernel", "kernels", "init", "init_std", "zero_init"}  # kernels, initial weights: may differ
 
 
 def baselines(config: BenchConfig, like: Candidate) -> list[Baseline]:
@@ -273,9 +265,7 @@ def baselines(config: BenchConfig, like: Candidate) -> list[Baseline]:
     if wanted is None:
         wanted = ["bare", "transformers"] if installed and model in COUNTERPARTS else ["bare"]
     if "transformers" in wanted and not installed:
-        raise UserError(
-            "baselines: transformers is not installed; run `pip install transformers`, or use --baselines bare"
-        )
+        raise UserError("baselines: transformers is not installed; `pip install transformers`, or use --baselines bare")
     if "transformers" in wanted and model not in COUNTERPARTS:
         raise UserError(
             f"baselines: no counterpart of {model} in transformers is known (only of {', '.join(COUNTERPARTS)}); use --baselines bare"
