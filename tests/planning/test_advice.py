@@ -50,7 +50,7 @@ def test_another_max_steps_shows_what_the_learning_rate_becomes():
     line = schedule_change(config(200), 100, 100)
     # At the end of the old cosine 0.1 of the peak; in the new one at 90 of 190: 0.1 + 0.45 (1 + cos(pi 90 / 190)).
     assert "the learning rate of step 101 is 0.000587, not 0.0001, and 0.0001 at step 200" in line
-    assert line.startswith("max_steps: 200 in the place of 100")
+    assert line.startswith("max_steps: 200 instead of 100")
 
 
 @pytest.mark.parametrize("before", [200, None, "many"])

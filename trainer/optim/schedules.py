@@ -15,9 +15,9 @@ def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> flo
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
-    """What another max_steps does to the learning rate of a run that goes on after `step`; "" where it does nothing.
+    """How a new max_steps changes the learning rate of a run that continues after `step`; "" if it changes nothing.
 
-    config: resolved; before: max_steps of the run until now.
+    config: resolved, with the new max_steps; before: max_steps of the run until now.
     """
     optim, now = config.optim, config.max_steps
     if optim.recipe == "hlb" or before == now or not isinstance(before, int):
@@ -26,13 +26,13 @@ def schedule_change(config: Any, before: Any, step: int) -> str:
         optim.lr * warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction) for total in (before, now)
     )
     return (
-        f"max_steps: {now:,} in the place of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} is "
+        f"max_steps: {now:,} instead of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} is "
         f"{new:.3g}, not {old:.3g}, and {optim.lr * optim.final_lr_fraction:.3g} at step {now:,}"
     )
 
 
 def sequence_length(step: int, start: int, longest: int, double_every: int) -> int:
-    """Length trained on at 0-based `step`: doubles after each `double_every` finished steps, so step 0..80 stay at the start."""
+    """Sequence length at 0-based `step`. It doubles every `double_every` steps, for the first time at step double_every + 1."""
     if double_every == 0:
         return longest
     doublings = max(0, (step - 1) // double_every)
@@ -40,7 +40,7 @@ def sequence_length(step: int, start: int, longest: int, double_every: int) -> i
 
 
 def sequence_lengths(start: int, longest: int, double_every: int) -> list[int]:
-    """The lengths a run passes through, in order."""
+    """The sequence lengths of a run, in order."""
     if double_every == 0:
         return [longest]
     lengths = [start]
