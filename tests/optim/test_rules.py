@@ -138,7 +138,7 @@ def test_a_state_that_load_does_not_bring_back_is_found(registry):
                 p.sub_(group.lr * finite * last)
 
     register_optimizer("elsewhere")(Elsewhere)
-    with pytest.raises(Failed, match="the step after loading is another one"):
+    with pytest.raises(Failed, match="the step after loading differs from the original"):
         optimizers.state_carries_a_run(optimizers.RuleSubject("elsewhere", Elsewhere))
 
 
