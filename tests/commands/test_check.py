@@ -114,7 +114,7 @@ def made(check, model_class):
         ("documents", Mingling, "document .* among others .* and alone: they differ by"),
         ("loss", Halved, "the loss minus its parts and the cross-entropy of the logits"),
         ("ignored targets", Flat, "the sum and the mean times the targets that count"),
-        ("no targets", Flat, "where every target is IGNORE, the sum is"),
+        ("no targets", Flat, "if every target is IGNORE, the sum is"),
         ("decoding", Deaf, "logits of 24 calls with a cache and of the whole"),
         ("flops", Boastful, r"flops_per_token\(64\) is [\d,]+, but the count is"),
         ("gradients", Idle, "positions.weight gets no gradient"),

@@ -412,7 +412,7 @@ def test_other_json_in_a_folder_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *(("a.csv", "is a table; make rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
+        *(("a.csv", "is a table; convert it to rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
         *(
             ("a.npy", "holds numbers"),
             ("a.zip", "is packed"),

@@ -27,7 +27,7 @@ class GenerateConfig:
         1.0, "sample among the likeliest that hold this share of probability; 1: off", above=0, high=1
     )
     stop: list[str] = setting((), "end a text where one of these strings appears; repeat the flag for several")
-    seed: int = setting(0, "seed of the sampling", low=0, high=2**62)
+    seed: int = setting(0, "seed for sampling", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
     precision: Precision = setting("auto", "compute type; the weights do not change")
 

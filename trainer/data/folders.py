@@ -36,7 +36,7 @@ REFUSED = {
     **dict.fromkeys(ARCHIVES, "is packed; unpack it first (.jsonl, .ndjson and .json may be .gz or .zst)"),
     **dict.fromkeys(
         TABLES,
-        "is a table; make rows of JSON of it: python -c \"import pandas; pandas.read_csv('FILE')"
+        "is a table; convert it to rows of JSON: python -c \"import pandas; pandas.read_csv('FILE')"
         ".to_json('NEW.jsonl', orient='records', lines=True)\"",
     ),
     **dict.fromkeys(DATABASES, "is not a supported format; write its text to a .parquet or .jsonl file"),
@@ -176,7 +176,7 @@ def _size(files: list[Path]) -> int:
 
 
 def _split_named(path: Path) -> str | None:
-    """The split in the name of a file, or otherwise of a folder above it. If one name holds several: test, then validation."""
+    """The split in the name of a file, otherwise of a folder above it. If one name holds several: test first, train last."""
     for part in reversed(path.parts):
         words = (word.strip("0123456789") for word in re.split(r"[^a-z0-9]+", part.lower()))
         found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}

@@ -78,7 +78,7 @@ class Source:
         return "validation" if drawn or document == second else "train"
 
     def _second_document(self) -> int:
-        """Number of the document that is always held out: 1, unless that row is empty and no other is drawn."""
+        """Number of the document that is always held out: 1; if that row is empty and no other is drawn, the second one with text."""
         rows = any(kind_of(path) == "rows" for path in self.files) and self.document_start is None
         if not rows or self.split or self.named or self.ends:
             return 1

@@ -24,7 +24,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)  # from a scheduler, or from a terminal
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Within the block, signals that end a process act like Ctrl-C, so that no files are left behind. Then the old handlers return."""
+    """Within the block, signals that end a process act like Ctrl-C, so that no files are left behind. The old handlers are restored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -152,9 +152,9 @@ def ignored_targets_do_not_count(subject: Subject) -> None:
 def nothing_that_counts_is_a_zero_loss(subject: Subject) -> None:
     model, tokens = subject.model, subject.tokens
     loss, found = gradients(model, tokens, torch.full_like(tokens, IGNORE), reduction="sum")
-    require(loss == 0, f"where every target is IGNORE, the sum is {loss.item():.3g}")
+    require(loss == 0, f"if every target is IGNORE, the sum is {loss.item():.3g}, not 0")
     for name, gradient in found.items():
-        require(gradient is not None and not gradient.any(), f"where every target is IGNORE, {name} has a gradient")
+        require(gradient is not None and not gradient.any(), f"if every target is IGNORE, {name} still has a gradient")
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def too_long_a_sequence_is_refused(subject: Subject) -> None:
             named = str(limit + 1) in str(error) and str(limit) in str(error)
             require(named, f"the error of {limit + 1} tokens does not name both lengths: {error}")
         else:
-            require(False, f"{limit + 1} tokens are taken, and max_context is {limit}")
+            require(False, f"{limit + 1} tokens are accepted, but max_context is {limit}")
 
     refused(functools.partial(model, longer))
     if (state := state_of(model, 1)) is not None:
@@ -314,9 +314,9 @@ CHECKS = [
     Check("causality", "no token sees the future", no_token_sees_the_future),
     Check("loss", "the loss is the cross-entropy of the logits", loss_is_the_cross_entropy),
     Check("ignored targets", "targets that are IGNORE do not count", ignored_targets_do_not_count),
-    Check("no targets", "with nothing that counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
+    Check("no targets", "if no target counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
     Check("documents", "documents do not see each other", documents_are_kept_apart),
-    Check("decoding", "decoding with a cache equals the whole", cached_decoding_equals_the_whole),
+    Check("decoding", "decoding with a cache gives the same logits", cached_decoding_equals_the_whole),
     Check("bf16", "under autocast to bf16 the loss is near fp32's", bf16_is_near_fp32),
     Check("context", "more than max_context tokens are refused", too_long_a_sequence_is_refused),
     Check("learning", "the loss falls on one batch", loss_falls_on_one_batch),

@@ -80,7 +80,7 @@ def roles_hold_every_parameter_once(subject: Subject) -> None:
     require(not twice, f"under several roles: {twice}")
     missing, foreign = ", ".join(sorted(own.keys() - set(names))), ", ".join(sorted(set(names) - own.keys()))
     require(not missing, f"without a role: {missing}")
-    require(not foreign, f"no parameter of the model: {foreign}")
+    require(not foreign, f"not a parameter of the model: {foreign}")
     tied, heads = model.tied_embedding(), model.names_by_role().get("head", [])
     require(tied == (not heads), f"tied_embedding() is {tied}, with {len(heads)} heads")
 
@@ -104,7 +104,7 @@ def blocks_hold_most_parameters(subject: Subject) -> None:
     blocks = model.blocks()
     if subject.choices and len(blocks) < 2:
         raise Skipped("the chosen fields leave fewer than two blocks")
-    require(len(blocks) > 1, f"blocks() has {len(blocks)} at scale {SEVERAL_BLOCKS}")
+    require(len(blocks) > 1, f"blocks() returns {len(blocks)} at scale {SEVERAL_BLOCKS}, not several")
     inside = [id(parameter) for block in blocks for parameter in block.parameters()]
     require(len(set(inside)) == len(inside), "blocks share parameters")
     held = sum(parameter.numel() for block in blocks for parameter in block.parameters())

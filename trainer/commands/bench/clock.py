@@ -24,7 +24,7 @@ def synchronise(device: torch.device) -> None:
 
 
 class PhaseClock:
-    """Marks where phases begin and end: by CUDA events on a GPU, which make nothing wait, by the wall clock on a CPU."""
+    """Marks where phases begin and end: with CUDA events on a GPU (the host does not wait), with the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

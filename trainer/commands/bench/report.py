@@ -191,7 +191,7 @@ def reading(first: Candidate, rows: list[dict[str, Any]], order: str, config: Be
         f"spread: interquartile range / median; {how}",
         f"MFU: tokens/s x FLOPs per token / (peak x devices); peak of {name!r}, {known}; FLOPs: {flops_line(rows)}",
         "ms/step and phases: medians of one process, measured in separate steps; communication: any collective under way, "
-        "which overlaps the other phases; the trainer's forward includes the head's backward, which its loss computes at once",
+        "which overlaps the other phases; the trainer's forward includes the head's backward (its loss computes both)",
         f"peak GiB: the most that {counted} handed out, from building to the end of the second step; "
         "expected: what `plan` expects for these settings",
         "first step: includes building and compiling; code that an earlier row or bench has compiled is only loaded",

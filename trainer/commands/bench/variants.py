@@ -56,7 +56,7 @@ class Candidate:
         raise NotImplementedError
 
     def step(self) -> int:
-        """One optimiser step; returns its tokens on all ranks. Need not wait for the device."""
+        """One optimiser step; returns its tokens on all ranks. It need not wait for the device."""
         raise NotImplementedError
 
     def watch(self, clock: PhaseClock) -> None:

@@ -34,7 +34,7 @@ def run(config: CheckConfig) -> None:
 
 VERB = Verb(
     name="check",
-    help="whether a model or an optimizer keeps its contract: one line per promise",
+    help="whether a model, an optimizer or an objective keeps its contract: one line per promise",
     config=CheckConfig,
     run=run,
     alone=True,
