@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("key", ["device", "data.threads"])
 def test_what_one_process_has_once_is_not_compared(key):
-    with pytest.raises(UserError, match=f"^sweep: {key} is the same for all"):
+    with pytest.raises(UserError, match=f"^sweep: one process cannot compare several values of {key}"):
         comparable({key: ["1", "2"]})
 
 

@@ -112,11 +112,11 @@ def made(check, model_class):
         ("initial weights", Restless, "init_weights draws from torch's global generator"),
         ("causality", Prophetic, "token 1 changes the logits of those before it"),
         ("documents", Mingling, "document .* among others .* and alone: they differ by"),
-        ("loss", Halved, "the loss less its parts and the cross-entropy of the logits"),
+        ("loss", Halved, "the loss minus its parts and the cross-entropy of the logits"),
         ("ignored targets", Flat, "the sum and the mean times the targets that count"),
-        ("no targets", Flat, "where every target is IGNORE, the sum is"),
+        ("no targets", Flat, "if every target is IGNORE, the sum is"),
         ("decoding", Deaf, "logits of 24 calls with a cache and of the whole"),
-        ("flops", Boastful, r"flops_per_token\(64\) is [\d,]+, counted are"),
+        ("flops", Boastful, r"flops_per_token\(64\) is [\d,]+, but the count is"),
         ("gradients", Idle, "positions.weight gets no gradient"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_broken_promise_is_named(check, model_class, why):
 
 def test_what_is_not_promised_is_skipped():
     kind, why = made("decoding", Whole)
-    assert kind == "skipped" and "new_state gives None" in why
+    assert kind == "skipped" and "new_state returns None" in why
 
 
 def test_an_exception_is_told_with_its_place():
@@ -145,7 +145,7 @@ def test_nothing_is_tried_on_weights_that_are_not_set(capsys):
     assert kinds[0] == "FAILED" and set(kinds[1:]) == {"skipped"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "mine (test_check.Forgetful)"
-    assert lines[2].endswith("not tried until init_weights sets everything, from the seed alone")
+    assert lines[2].endswith("not tried, because this failed: init_weights sets everything, from the seed alone")
 
 
 def test_a_model_that_keeps_all_trains_and_resumes():
@@ -314,7 +314,7 @@ class NoParameter(Split3):
         ("roles", Again, "a further role is one of matrix, .* already"),
         ("fused matrices", Split3, r"its dimension 0 does not split into \{'query': 1, 'key': 1\}"),
         ("fused matrices", NoDimension, "it has no dimension 2"),
-        ("fused matrices", NoParameter, "qkv is no parameter of the model"),
+        ("fused matrices", NoParameter, "qkv is not a parameter of the model"),
     ],
 )
 def test_roles_and_splits_that_cannot_be_are_told(check, model_class, why):

@@ -221,7 +221,7 @@ def test_shards_of_another_dataset_are_found(copy, tiny_dataset, tmp_path):
     """Also without digests: the fingerprint is computed anew."""
     as_format_1(copy)
     change(copy / "train" / "index.json", lambda index: index["shards"][0]["raw_data"]["hashes"].update(xxh64="0" * 16))
-    with pytest.raises(Damaged, match="the fingerprint in .* is not that of its tokenizer and shards"):
+    with pytest.raises(Damaged, match="the fingerprint in .* does not match its tokenizer and shards"):
         find(copy)
 
 

@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_its_data_from_another_folder(elsewhere):
     said = []
     data = elsewhere / "first" / "data"
     assert settled({"data": {"path": "data"}}, data, said) == str(data)
-    assert re.fullmatch(f"data.path: there is nothing at {elsewhere}/second/data; going on with {data}, .*", said[0])
+    assert re.fullmatch(f"data.path: there is nothing at {elsewhere}/second/data; using {data}, .*", said[0])
     assert settled({}, data) == str(data)
     data.rmdir()
     assert settled({"data": {"path": "data"}}, data) == str(elsewhere / "second" / "data")
@@ -65,7 +65,7 @@ def test_moved_data_may_be_named(elsewhere):
 
 def test_an_old_run_with_a_relative_path_says_what_to_do(elsewhere, monkeypatch):
     with pytest.raises(
-        UserError, match=f"started with data, and there is no such folder in {elsewhere}/second; go on from"
+        UserError, match=f"started with data, and there is no such folder in {elsewhere}/second; continue in"
     ):
         settled({}, "data")
     monkeypatch.chdir(elsewhere / "first")
@@ -81,7 +81,9 @@ def test_a_rank_that_sees_nothing_gives_up_and_names_itself(tmp_path, monkeypatc
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setattr(obtain, "UNSEEN_SECONDS", 0.3)
     config = build(RunConfig, {"data": {"path": str(tmp_path / "data"), "source": "x.txt"}})
-    with pytest.raises(MachineError, match=f"rank 3 on node7 has seen nothing at {tmp_path}/data for 0 s, nor .*share"):
+    with pytest.raises(
+        MachineError, match=f"rank 3 on node7 has seen nothing at {tmp_path}/data for 0 s, and no sign .*share"
+    ):
         obtain_dataset(config, OTHER)
 
 
@@ -102,7 +104,7 @@ def test_waiting_goes_on_while_rank_0_prepares(tmp_path, monkeypatch):
     thread.join()
     assert [path.name for path in folder.parent.iterdir()] == ["data"]
     folder.rename(folder.with_name(".data.partial"))
-    with pytest.raises(MachineError, match="its preparation does not go on"):
+    with pytest.raises(MachineError, match="its preparation makes no progress"):
         wait_for(folder, OTHER, 0.4)
 
 
@@ -130,7 +132,7 @@ def test_all_ranks_see_the_same_dataset_or_none_starts(copy, tmp_path):
     world = Two(same.fingerprint)
     assert agree_on_dataset(config, world) == same and world.said == []
     with pytest.raises(
-        UserError, match="rank 1 on node8 sees another dataset at .* than rank 0 on .* .fingerprints 000000000000"
+        UserError, match="rank 1 on node8 sees a different dataset at .* than rank 0 on .* .fingerprints 000000000000"
     ):
         agree_on_dataset(config, Two("0" * 64))
     with pytest.raises(MachineError, match=r"no network \(rank 1 on node8\)"):

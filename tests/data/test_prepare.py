@@ -470,11 +470,11 @@ def test_dataset_mistakes(tmp_path):
         return str(caught.value)
 
     assert f"--out {tmp_path / 'none'}`, or set data.source" in load_error(tmp_path / "none")
-    assert "where it was moved, give its --data.path" in load_error(tmp_path / "none")
+    assert "if it was moved, give its --data.path" in load_error(tmp_path / "none")
     assert "has no dataset.json" in load_error(tmp_path)
     write_rows(tmp_path / "a.jsonl")
     assert (
-        f"is a file and no prepared dataset; run `python -m trainer prepare --source {tmp_path}/a.jsonl"
+        f"is a file, not a prepared dataset; run `python -m trainer prepare --source {tmp_path}/a.jsonl"
         in load_error(tmp_path / "a.jsonl")
     )
     _, out = make(tmp_path, source=str(tmp_path / "a.jsonl"))
@@ -676,5 +676,5 @@ def test_an_endless_search_is_told_and_control_c_ends_it(tmp_path, monkeypatch, 
     else:
         with pytest.raises(UserError, match="no text for the validation split"):
             prepare.prepare(wanted, log)
-    assert len(said) == 1 and said[0].startswith("document_start: has been looked for in one line of ")
+    assert len(said) == 1 and said[0].startswith("document_start: the search in one line of ")
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -115,7 +115,7 @@ def test_damaged_download_is_refused_and_not_kept(copy, cache):
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + b"?")
     with pytest.raises(
-        Damaged, match=r"cannot fetch shard .*: twice it came damaged .*; copy the prepared dataset there"
+        Damaged, match=r"cannot fetch shard .*: it arrived damaged twice .*; copy the prepared dataset there"
     ):
         read(copy, cache)
     assert not list(cache.rglob("*.mds"))

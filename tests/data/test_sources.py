@@ -88,7 +88,7 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path):
     assert notes() == []
     for name in ("a.html", "b.html", "LICENCE"):
         (tmp_path / name).write_text(name)
-    assert notes() == [f"{tmp_path}: left out what is no text by its name: 2 .html, 1 without a suffix"]
+    assert notes() == [f"{tmp_path}: left out files whose names are not those of text: 2 .html, 1 without a suffix"]
     assert notes(tmp_path / "LICENCE") == []
 
 
@@ -412,9 +412,14 @@ def test_other_json_in_a_folder_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *(("a.csv", "is a table; make rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
-        *(("a.npy", "holds numbers"), ("a.zip", "is packed"), ("a.txt.gz", "is packed"), ("a.pdf", "is no plain text")),
-        ("a.arrow", "is read by other programs"),
+        *(("a.csv", "is a table; convert it to rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
+        *(
+            ("a.npy", "holds numbers"),
+            ("a.zip", "is packed"),
+            ("a.txt.gz", "is packed"),
+            ("a.pdf", "is not plain text"),
+        ),
+        ("a.arrow", "is not a supported format"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, name, message):
@@ -551,7 +556,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (inside / "one.txt").symlink_to(outside / "b.txt")
     assert train(inside) == ["b", "c", "b", "a"]
     (inside / "z" / "gone").symlink_to(tmp_path / "nowhere")
-    assert f"{inside / 'z' / 'gone'}: is a link to nothing" in error(inside)
+    assert f"{inside / 'z' / 'gone'}: is a broken link" in error(inside)
 
 
 def test_what_cannot_be_read_stops(tmp_path, monkeypatch):
@@ -606,7 +611,7 @@ def test_files_are_of_the_split_that_their_names_say(tmp_path, train_file, valid
     assert all(str(Path(valid)) in text for text in found["validation"])
     assert all(str(Path(train_file)) in text or text == "about it\n" for text in found["train"])
     note = open_source(str(tmp_path), CorpusConfig()).notes[0]
-    assert "2 for train, 1 for validation; left out are 1 others" in note
+    assert "2 for train, 1 for validation; left out: 1 others" in note
     # With a validation source of its own such a folder gives its training text, and as such its validation text.
     assert documents(tmp_path, "train")["train"] == found["train"]
     assert documents(tmp_path, "validation")["validation"] == found["validation"]
@@ -623,7 +628,7 @@ def test_such_names_among_many_others_are_chance(tmp_path):
     found = documents(tmp_path)
     assert sum(map(len, found.values())) == 60
     assert (
-        "1 files with validation or test in their names (such as test.jsonl) are read as all others"
+        "1 files with validation or test in their names (such as test.jsonl) are read like all others"
         in (open_source(str(tmp_path), CorpusConfig()).notes[0])
     )
 

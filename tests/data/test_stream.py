@@ -154,5 +154,5 @@ def test_a_sample_of_a_strange_shape_or_with_unknown_ids_is_damage(split, monkey
     split.sample(0)
     for tokens in (np.zeros(64, np.uint16), np.full(65, 257, np.uint16)):
         monkeypatch.setattr(type(split._readers[0]), "get_item", lambda self, index, tokens=tokens: {"tokens": tokens})
-        with pytest.raises(Damaged, match="holds a sample that is no 65 ids below 257"):
+        with pytest.raises(Damaged, match="holds a sample that is not 65 ids below 257"):
             split.sample(0)

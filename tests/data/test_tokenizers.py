@@ -235,7 +235,7 @@ def test_state_that_cuts_or_pads_is_switched_off(tmp_path, key, state):
     )
     tokenizer = get_tokenizer(str(path))
     assert tokenizer.encode("a b a b").tolist() == [0, 1, 0, 1]
-    assert tokenizer.notes == [f"tokenizer tokenizer: {key} in it switched off; no text is cut or padded"]
+    assert tokenizer.notes == [f"tokenizer tokenizer: switched off its {key}; no text is cut or padded"]
     tokenizer.save(tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text())[key] is None
     assert hashlib.sha256((tmp_path / "again.json").read_bytes()).hexdigest() == tokenizer.sha256
@@ -252,7 +252,7 @@ def test_merges_are_never_dropped_at_random(trained, tmp_path):
     content["model"]["dropout"] = 0.5
     (tmp_path / "random.json").write_text(json.dumps(content))
     tokenizer = get_tokenizer(str(tmp_path / "random.json"))
-    assert tokenizer.sha256 == trained.sha256 and "dropout in it switched off" in tokenizer.notes[0]
+    assert tokenizer.sha256 == trained.sha256 and "switched off its dropout" in tokenizer.notes[0]
     stored = Tokenizer.from_file(tmp_path / "random.json")
     assert stored.encode(CORPUS[0]).tolist() == trained.encode(CORPUS[0]).tolist()
     assert stored.sha256 == hashlib.sha256((tmp_path / "random.json").read_bytes()).hexdigest()
@@ -331,7 +331,7 @@ def test_the_end_of_text_can_be_named(trained, tmp_path):
     again = Tokenizer.from_file(tmp_path / "named.json", eot_id=299)
     assert (again.eot_id, again.sha256, again.vocab_size) == (299, named.sha256, 300)
     assert 299 not in again.encode("a <|im_end|> b")
-    with pytest.raises(UserError, match="end_of_text: 'nope' is no token of tokenizer chat "):
+    with pytest.raises(UserError, match="end_of_text: 'nope' is not a token of tokenizer chat "):
         get_tokenizer(str(path), end_of_text="nope")
     with pytest.raises(UserError, match="end_of_text: 'nope'"):
         get_tokenizer("bytes", end_of_text="nope")

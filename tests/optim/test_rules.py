@@ -138,7 +138,7 @@ def test_a_state_that_load_does_not_bring_back_is_found(registry):
                 p.sub_(group.lr * finite * last)
 
     register_optimizer("elsewhere")(Elsewhere)
-    with pytest.raises(Failed, match="the step after loading is another one"):
+    with pytest.raises(Failed, match="the step after loading differs from the original"):
         optimizers.state_carries_a_run(optimizers.RuleSubject("elsewhere", Elsewhere))
 
 
@@ -172,7 +172,7 @@ def test_element_rules_keep_state_of_the_parameters_shape():
             return {"rows": (shape[:1], dtype)}
 
     with pytest.raises(
-        UserError, match="optimizer Rows: state 'rows' .* has shape .3,.; a rule of scope element keeps"
+        UserError, match="optimizer Rows: state 'rows' .* has shape .3,.; a rule of scope element must keep"
     ):
         rule.state_bytes(Rows(), torch.Size((3, 4)), torch.float32)
 
@@ -180,7 +180,7 @@ def test_element_rules_keep_state_of_the_parameters_shape():
 @pytest.mark.parametrize(
     "optim, line",
     [
-        ({"name": "lyon"}, "^optim.name: 'lyon' is not known .allowed: adamw, .*--plugin FILE.py names the file"),
+        ({"name": "lyon"}, "^optim.name: 'lyon' is not known .allowed: adamw, .*--plugin FILE.py for one of your own"),
         (
             {"name": "lion", "settings": {"beta3": 1}},
             "^unknown key optim.settings.beta3; did you mean optim.settings.beta",

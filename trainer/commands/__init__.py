@@ -1,6 +1,6 @@
-"""The verbs of the command line. Each file or folder here declares its own in a `Verb`; to add a verb, add a file.
+"""The verbs of the command line. Each file or folder here declares its own as a `Verb`; to add a verb, add a file.
 
-`python -m trainer --help` imports all of these files. So they import torch, and all that is slow to import, only in the
+`python -m trainer --help` imports all of these files. So they import torch and other slow modules only inside the
 functions that do the work.
 """
 
@@ -18,28 +18,28 @@ Values = dict[str, Any]
 
 
 def config_file(word: str, flags: Values) -> Values:
-    """The word before the flags is a config file."""
+    """Read the word before the flags as a config file."""
     return load_yaml(word)
 
 
 def run_folder(word: str, flags: Values) -> Values:
-    """The word before the flags is a config file, or else the folder of a run."""
+    """Read the word before the flags as a config file if it ends in .yaml or .yml, otherwise as a run's folder."""
     return load_yaml(word) if word.endswith((".yaml", ".yml")) else {"run_dir": word}
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What the command line has to know of a verb.
+    """What the command line needs to know about a verb.
 
     name: one word, or two; help: one line
     config: the dataclass of its keys
-    run: does the work, run(config) or, where `json` is true, run(config, as_json)
-    alone: where a launcher starts several processes, rank 0 runs the verb and the others end at once
-    json: whether it has --json
-    positional: (word, flags) -> the values which the word before the flags stands for
-    read: values -> the first argument of `run`; by default a `config`
+    run: does the work; called as run(config) or, if `json` is true, run(config, as_json)
+    alone: if a launcher starts several processes, rank 0 runs the verb and the others exit at once
+    json: whether the verb has the flag --json
+    positional: (word, flags) -> the values that the word before the flags stands for
+    read: values -> the first argument of `run`; by default an instance of `config`
     resolved: that argument -> what --print_config shows
-    interrupted: what an interrupt says before the verb itself listens to signals
+    interrupted: the message of an interrupt that comes before the verb handles signals itself
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`evaluate`: the loss of a checkpoint on a split, by one protocol or both."""
+"""`evaluate`: measures the loss of a checkpoint on a split, by one protocol or both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.core.text import printable
 class EvaluateConfig:
     """`evaluate`: loss of a run's checkpoint on a validation split."""
 
-    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")
@@ -31,7 +31,7 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig, as_json: bool = False) -> None:
-    """The verb: the loss of a checkpoint on its own validation split or on another dataset with the same tokenizer."""
+    """Run the verb: print a checkpoint's loss on its own validation split, or on another dataset with the same tokenizer."""
     from trainer.inference.evaluation import check_enough, validate
     from trainer.runs.opening import open_run
     from trainer.runtime.distributed import join, read_world
@@ -44,7 +44,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     trained = opened.config
     length = config.sequence_length or trained.evaluation.sequence_length or trained.batch.sequence_length
     if length is None:
-        raise UserError("sequence_length: the config of the run does not say it; give --sequence_length")
+        raise UserError("sequence_length: the run's config does not set it; give --sequence_length")
     opened.check_length(length)
     protocol = dataclasses.replace(trained.evaluation, protocol=config.protocol, sequence_length=length)
     asked = dataclasses.replace(trained, evaluation=protocol)
@@ -72,7 +72,7 @@ def render(report: dict[str, Any]) -> str:
             ]
             lines.append(f"{protocol}: " + ", ".join(shown))
             if values["bits_per_byte_is_estimate"]:
-                lines[-1] += f" (what is per byte or word is an estimate: {ESTIMATED[protocol]})"
+                lines[-1] += f" (figures per byte or word are estimates: {ESTIMATED[protocol]})"
     return "\n".join(lines)
 
 

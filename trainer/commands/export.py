@@ -1,17 +1,17 @@
-"""`export`: a checkpoint's weights in one place, for programs that know nothing of runs.
+"""`export`: writes a checkpoint's weights to one folder, for programs that know nothing about runs.
 
-    model.safetensors   by the model's own names; past SHARD_BYTES model-00001-of-0000N.safetensors and so on, with
-                        model.safetensors.index.json (which name lies in which file), as the Hugging Face hub has it
+    model.safetensors   under the model's own parameter names; above SHARD_BYTES model-00001-of-0000N.safetensors and so on,
+                        with model.safetensors.index.json (which file holds which name), as on the Hugging Face hub
     config.json         model, config (the fields of its Config), step, tokens, precision, crescendo (the version)
     tokenizer.json
 
-Where the weights were trained (devices, processes, strategy) leaves no trace in the files. To load them again:
+The files do not depend on how the weights were trained (devices, processes, strategy). To load them again:
 
     about = json.loads(Path("export/config.json").read_text())
     models.base.load_models()  # or import the module that registers the model
     model_class = models.base.get_model(about["model"])
     model = model_class(model_class.Config(**about["config"]))
-    model.init_weights()  # for what no file holds: buffers that follow from the config
+    model.init_weights()  # sets what no file holds: buffers that follow from the config
     model.load_state_dict(safetensors.torch.load_file("export/model.safetensors"))  # several files: their union
 """
 
@@ -34,22 +34,22 @@ from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
 from trainer.core.settings import setting
 
-SHARD_BYTES = 2 << 30  # about what is held in memory at once; a larger tensor has a file of its own
+SHARD_BYTES = 2 << 30  # about the most held in memory at once; a larger tensor gets a file of its own
 PREFIX = "model."
 
 
 @dataclass
 class ExportConfig:
-    """`export`: a checkpoint's weights in one place, for other programs."""
+    """`export`: which checkpoint to write, and where."""
 
-    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     to: Literal["safetensors"] = setting("safetensors", "format of the weights")
     out: str | None = setting(None, "folder to write; must not exist; auto: RUN/export-STEP")
 
 
 def run(config: ExportConfig) -> None:
-    """The verb. One process, on the CPU; nothing is overwritten and nothing half done stays."""
+    """Run the verb in one process, on the CPU. It overwrites nothing, and removes a partial export if it fails."""
     from models.config import kernel_fields_of
     from trainer.checkpoint import format as checkpoint
     from trainer.runs.opening import stored_run
@@ -59,10 +59,10 @@ def run(config: ExportConfig) -> None:
         raise UserError("run_dir: name the run's folder, as in `python -m trainer export runs/NAME`")
     say = World().say
     folder, stored = stored_run(config.run_dir, say)
-    trained = stored.build()  # everything inferred is written out there
+    trained = stored.build()  # the stored config holds every inferred value
     fields = dict(trained.model)
     kernels = kernel_fields_of(model_name(fields))
-    fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # those of this machine do not bind another
+    fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # another machine chooses its own kernels
     chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
     if chosen is None:
         raise UserError(f"run_dir: {folder} has no checkpoint yet")
@@ -85,7 +85,7 @@ def run(config: ExportConfig) -> None:
 
 @contextlib.contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its name if the block succeeds, and is removed if not."""
+    """Yield an empty folder beside `out`. It is renamed to `out` if the block succeeds, and removed if not."""
     if os.path.lexists(out):
         raise UserError(f"out: {out} exists already; choose another folder or remove it first")
     partial = out.with_name(out.name + ".tmp")
@@ -102,7 +102,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 
 def write_weights(path: Path, out: Path, limit: int) -> None:
-    """The tensors under PREFIX of the checkpoint at `path`, as safetensors of up to `limit` bytes each."""
+    """Write the checkpoint's tensors whose names begin with PREFIX, as safetensors files of up to `limit` bytes each."""
     import safetensors
     from safetensors.torch import save_file
 
@@ -129,7 +129,7 @@ def write_weights(path: Path, out: Path, limit: int) -> None:
 
 
 def divide(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in their order, in lists of at most `limit` bytes together; a larger one alone."""
+    """Yield the names in order, in lists whose tensors have at most `limit` bytes together; a larger tensor stands alone."""
     names: list[str] = []
     held = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""`generate`: prompts continued by the model of a run."""
+"""`generate`: continues prompts with the model of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.core.text import for_stream
 class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
-    run_dir: str | None = setting(None, "folder of the run (may stand without its flag)")
+    run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
     max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
@@ -27,18 +27,18 @@ class GenerateConfig:
         1.0, "sample among the likeliest that hold this share of probability; 1: off", above=0, high=1
     )
     stop: list[str] = setting((), "end a text where one of these strings appears; repeat the flag for several")
-    seed: int = setting(0, "seed of the draws", low=0, high=2**62)
+    seed: int = setting(0, "seed for sampling", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
-    precision: Precision = setting("auto", "compute type; none of the weights change")
+    precision: Precision = setting("auto", "compute type; the weights do not change")
 
 
 def run(config: GenerateConfig) -> None:
-    """The verb: print each prompt with its continuation to stdout."""
+    """Run the verb: print each prompt with its continuation to stdout."""
     from trainer.inference.decoding import complete
     from trainer.runs.opening import open_run
 
     if "" in config.stop:
-        raise UserError("stop: is empty; every text holds the empty string")
+        raise UserError("stop: is empty; give a text of at least one character")
     opened = open_run(config.run_dir, config.step, config.device, config.precision)
     prompts = config.prompt or [opened.config.log.sample_prompt]
     texts = complete(
@@ -59,7 +59,7 @@ def run(config: GenerateConfig) -> None:
 
 
 def write(text: str) -> None:
-    """To stdout; what its encoding has no characters for becomes question marks."""
+    """Write to stdout; characters that its encoding lacks become question marks."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
 

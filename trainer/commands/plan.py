@@ -1,4 +1,4 @@
-"""`plan`: every number of a run before the run, each with the rule it came from."""
+"""`plan`: prints every number of a run before it starts, each with the rule it came from."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class PlanConfig(RunConfig):
     """`plan`: a run's keys, and the machines to plan for."""
 
-    device: str = setting("auto", "auto, cpu, cuda, or a GPU that need not be here, such as a100-40gb")  # type: ignore[assignment]
-    world_size: int | None = setting(None, "processes; auto: as many as were started", low=1)
-    processes_per_machine: int = setting(8, "of world_size", low=1)
-    price: float | None = setting(None, "of a device for an hour, in any currency", above=0)
+    device: str = setting("auto", "auto, cpu, cuda, or a GPU to plan for, such as a100-40gb")  # type: ignore[assignment]
+    world_size: int | None = setting(None, "number of processes; auto: as many as were started", low=1)
+    processes_per_machine: int = setting(8, "how many of the world_size processes one machine runs", low=1)
+    price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -48,7 +48,7 @@ def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
 
 
 def run(config: PlanConfig, as_json: bool = False) -> None:
-    """The verb: print the plan to stdout (a table, or one JSON object)."""
+    """Run the verb: print the plan to stdout (a table, or one JSON object)."""
     from trainer.planning.plan import render, summary
     from trainer.planning.time import expected_time
 

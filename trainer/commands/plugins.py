@@ -1,4 +1,4 @@
-"""Plug-ins: modules and files of the user's own, which register models or optimizers."""
+"""Plug-ins: the user's own modules and files, which register models, optimizers or objectives."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trainer.core.errors import UserError
 
 
 def import_plugin(given: str) -> ModuleType:
-    """Import a plug-in by its module's name, or by the path of its .py file. UserError in one line where that fails."""
+    """Import a plug-in by its module's name, or by the path of its .py file. Raises a one-line UserError if that fails."""
     from models.base import BrokenModel, told_in_one_line
 
     try:
         if given.endswith(".py") or os.sep in given:
             return _import_file(given)
-        # `crescendo`, unlike `python -m trainer`, does not look in the current folder. Last, so that nothing there hides another.
+        # `crescendo`, unlike `python -m trainer`, does not search the current folder. It comes last, so that it hides no module.
         _look_in(Path.cwd())
         with told_in_one_line(given):
             return importlib.import_module(given)
@@ -28,7 +28,7 @@ def import_plugin(given: str) -> ModuleType:
 
 
 def _import_file(given: str) -> ModuleType:
-    """The module of a file, under the file's name; what lies beside the file can be imported by it."""
+    """Import a file as the module of that name; it can import modules that lie beside it."""
     from models.base import BrokenModel, told_in_one_line
 
     path = Path(given).expanduser().resolve()
@@ -39,12 +39,12 @@ def _import_file(given: str) -> ModuleType:
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
     if loaded is not None or not name.isidentifier():
-        name = "plugin_" + "".join(c if c.isalnum() else "_" for c in name)  # hides no module of that name
+        name = "plugin_" + "".join(c if c.isalnum() else "_" for c in name)  # replaces no module of that name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     _look_in(path.parent)
-    sys.modules[name] = module  # where dataclasses look up their types
+    sys.modules[name] = module  # dataclasses look up their types there
     try:
         with told_in_one_line(given):
             spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""`preflight`: what differs between the machines of a run, and which is slow."""
+"""`preflight`: shows what differs between the machines of a run, and which one is slow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from trainer.commands import Verb
 from trainer.core.config import RunConfig
 from trainer.core.text import printable_lines
 
-VERB_MINUTES = 5.0  # the verb: without progress for so long it ends
+VERB_MINUTES = 5.0  # the verb ends after this long without progress
 
 
 def run(config: RunConfig) -> None:
-    """The verb: a table on stdout, without a run. Of the config it needs device, run_dir and engine.timeout_minutes."""
+    """Run the verb: print a table to stdout. It starts no run, and reads only device, run_dir and engine.timeout_minutes."""
     from trainer.runtime.device import choose_device
     from trainer.runtime.distributed import join, read_world
     from trainer.runtime.watchdog import Watchdog

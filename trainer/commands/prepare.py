@@ -1,4 +1,4 @@
-"""`prepare`: text to MDS shards."""
+"""`prepare`: turns text into MDS shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from trainer.core.config import PrepareConfig
 
 
 def run(config: PrepareConfig) -> None:
-    """The verb `prepare`. Raises UserError."""
+    """Run the verb. Raises UserError."""
     from trainer.data.prepare import prepare
 
     prepare(config)

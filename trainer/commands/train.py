@@ -1,4 +1,4 @@
-"""`train`: a new run, or one that goes on from its newest good checkpoint."""
+"""`train`: starts a run, or continues one from its newest good checkpoint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer.runtime.launcher import find_rank_info
 
 
 def run(given: Values) -> None:
-    """The verb. given: values of the YAML file and the flags, by the keys of RunConfig."""
+    """Run the verb. given: values of the YAML file and the flags, by the keys of RunConfig."""
     from trainer.training.start import start
 
     start(given)
 
 
 def config_or_run(word: str, flags: Values) -> Values:
-    """The word is a config file, or the folder of a run or the config.yaml in it. Such a run goes on where the folder is now."""
+    """The word is a config file, a run's folder, or the config.yaml in it. A run continues where its folder is now, even if moved."""
     from trainer.planning.run_config import CONFIG, is_run
 
     folder = Path(word).parent
@@ -30,13 +30,13 @@ def config_or_run(word: str, flags: Values) -> Values:
 
 
 def checked(values: Values) -> Values:
-    """The values themselves: `start` lays them on top of those in the run's folder. UserError for a wrong key or value."""
+    """Return the values unchanged: `start` puts them over those stored in the run's folder. Raises UserError for a wrong key or value."""
     build(RunConfig, values)
     return values
 
 
 def resolved(given: Values) -> Any:
-    """The config with nothing left to infer, for --print_config."""
+    """The config with all values inferred, for --print_config."""
     from trainer.data.stream import find_dataset
     from trainer.planning.plan import resolve
     from trainer.planning.run_config import merged_config, read_run
@@ -47,7 +47,7 @@ def resolved(given: Values) -> Any:
 
 VERB = Verb(
     name="train",
-    help="train; in an existing run folder: go on from its newest good checkpoint",
+    help="train; in an existing run folder: continue from its newest good checkpoint",
     config=RunConfig,
     run=run,
     positional=config_or_run,

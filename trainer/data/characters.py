@@ -10,11 +10,11 @@ import numpy as np
 
 UNKNOWN = "<unk>"
 CODE_POINTS = 0x110000  # of Unicode
-SURROGATES = slice(0xD800, 0xE000)  # halves of pairs, which are no text
+SURROGATES = slice(0xD800, 0xE000)  # halves of surrogate pairs, which are not text
 
 
 def learn_characters(texts: Iterable[str]) -> list[str]:
-    """The different characters of all `texts`, by code point. A lone surrogate is none: its row is refused when it is encoded."""
+    """The different characters of all `texts`, by code point, except lone surrogates: encoding refuses a row that holds one."""
     seen = np.zeros(CODE_POINTS, bool)
     for text in texts:
         seen[code_points(text, "surrogatepass")] = True
@@ -67,7 +67,7 @@ class CharacterTable:
 
     @classmethod
     def of(cls, content: dict[str, Any], eot: str) -> CharacterTable | None:
-        """The table of a tokenizer.json as `character_json` writes it; None where it is another kind of tokenizer."""
+        """The table of a tokenizer.json as `character_json` writes it; None if it is another kind of tokenizer."""
         model = content["model"]
         odd = ("merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback")
         steps = (content.get("normalizer"), content.get("pre_tokenizer"))
@@ -82,7 +82,7 @@ class CharacterTable:
         return cls(characters, model["vocab"][UNKNOWN])
 
     def __call__(self, text: str) -> tuple[np.ndarray, str]:
-        """The ids of `text`, uint32, and the characters of it that have none; white space is not counted."""
+        """The ids of `text`, uint32, and its characters that have none, except white space."""
         ids = self._ids[code_points(text)]
         lost = np.flatnonzero(ids == self._unknown)
         return ids, "".join(text[at] for at in lost if not text[at].isspace())

@@ -1,4 +1,4 @@
-"""What a process that works for another one does first."""
+"""What a worker process does first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from multiprocessing.connection import wait
 
 
 def begin_child() -> None:
-    """Leave Ctrl-C to the parent, which it reaches too, and end when the parent does."""
+    """Ignore Ctrl-C, which reaches the parent too, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers to end, and they would wait for work for ever."""
+    """End with the parent. A killed parent cannot stop its workers, and they would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

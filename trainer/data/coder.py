@@ -1,4 +1,4 @@
-"""Encoding with the tokenizers library, such that text never becomes the end-of-text id and nothing of it is lost unseen."""
+"""Encoding with the tokenizers library. Text never becomes the end-of-text id, and every character that has no id is reported."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 
-OUT_OF_REACH = "\U0010ffff"  # no character; before a token of the model's vocabulary, it keeps text from spelling that
-# What leaves every character of a text there in some form.
+OUT_OF_REACH = "\U0010ffff"  # not a character; put before a token of a vocabulary, so that no text spells it
+# Normalizers and pre-tokenizers that keep every character of a text in some form.
 LOSSLESS = {
     *("ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"),
     *("NFC", "Prepend"),
 }
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # Llama's; listed as special in some files, but needed for what is no token
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # Llama's; some files list them as special, but byte fallback needs them
 
 
 def _byte_characters() -> list[str]:
@@ -31,12 +31,12 @@ def _byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
-UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # no other byte is in any text
+UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # no other byte occurs in UTF-8
 BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
 class Coder:
-    """Encodes text as the tokenizer.json `content` does, which `library` was made of; `eot` ends documents."""
+    """Encodes text as the tokenizer.json `content` does. library: made from `content`; eot: the token that ends documents."""
 
     def __init__(self, library: Any, content: dict[str, Any], eot: str, name: str):
         import tokenizers
@@ -53,13 +53,13 @@ class Coder:
         unknown = _unknown_id(content["model"])
         self._without_text = [self._eot_id] if unknown is None else [self._eot_id, unknown]
         self._removes = not all(map(_keeps_characters, _steps(content)))
-        # Models that begin with characters. BPE without an unknown token leaves one out without a trace.
+        # Models that begin with characters. BPE without an unknown token silently leaves out an unknown character.
         self._by_character = "merges" in content["model"] or isinstance(content["model"]["vocab"], list)
-        self._always_look = self._removes or (self._by_character and unknown is None)  # not seen in the ids
+        self._always_look = self._removes or (self._by_character and unknown is None)  # the ids do not show losses
         self._has_id: dict[str, bool] = {}
 
     def __call__(self, text: str) -> tuple[np.ndarray, str]:
-        """The ids of `text`, uint32, and the characters of it that no id stands for; white space is not counted."""
+        """The ids of `text`, uint32, and its characters that no id stands for, except white space."""
         with native_errors(self._what):
             if self._always_look and not self._by_character:
                 ids, lost = self._covering(text)
@@ -71,7 +71,7 @@ class Coder:
         return ids[ids != self._eot_id], lost
 
     def _without_id(self, text: str) -> str:
-        """The characters of `text` that by themselves give no ids but those of a character that is in no vocabulary."""
+        """The characters of `text` that, encoded alone, give only the ids of a character that no vocabulary has."""
         characters = set(text)
         for new in characters - self._has_id.keys():
             ids, nothing = (self._library.encode(one, add_special_tokens=False).ids for one in (new, OUT_OF_REACH))
@@ -81,8 +81,8 @@ class Coder:
         return "".join(character for character in text if not self._has_id[character])
 
     def _covering(self, text: str) -> tuple[np.ndarray, str]:
-        """The ids of `text`, and the characters that no id but the unknown one stands for."""
-        encoding = self._library.encode(text, add_special_tokens=False)  # slower, but knows what each id stands for
+        """The ids of `text`, and the characters that no id stands for, not counting the unknown id."""
+        encoding = self._library.encode(text, add_special_tokens=False)  # slower, but gives the span of each id
         ids = np.array(encoding.ids, np.uint32)
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)[~np.isin(ids, self._without_text)]
         size = len(text) + 1
@@ -92,16 +92,16 @@ class Coder:
 
 
 def _unknown_id(model: dict[str, Any]) -> int | None:
-    """The id of what is not in the vocabulary, None where the model has none."""
+    """The id for text that is not in the vocabulary, None if the model has none."""
     if isinstance(model["vocab"], list):
         return model.get("unk_id")
     return model["vocab"].get(model.get("unk_token"))
 
 
 def encoding_only(content: dict[str, Any], eot: str) -> dict[str, Any]:
-    """A tokenizer.json that encodes as `content` does, but never gives `eot` or another special token for their spelling.
+    """A tokenizer.json that encodes like `content`, but never turns the spelling of `eot` or another special token into the token.
 
-    Where the model's own vocabulary holds such a token, it is renamed there to what no text holds.
+    If the model's own vocabulary holds such a token, the token is renamed there to a string that no text holds.
     """
     added = [
         {**token, "special": token.get("special") or token["content"] == eot}
@@ -119,7 +119,7 @@ def encoding_only(content: dict[str, Any], eot: str) -> dict[str, Any]:
             model["merges"] = [both for both in pairs if special.isdisjoint((*both, "".join(both)))]
         renamed = special & _tokens(content["model"])
         added = [token for token in added if token["content"] not in renamed]
-    # Special tokens that are added after the model, and a trim of what an id stands for, are of no use here.
+    # The post-processor adds special tokens and trims spans; neither is wanted here.
     return {**content, "post_processor": None, "model": model, "added_tokens": added}
 
 
@@ -148,7 +148,7 @@ def _tokens(model: dict[str, Any]) -> set[str]:
 
 
 def keeps_all_text(content: dict[str, Any]) -> bool:
-    """Whether each character of any text is in the ids: its bytes are in the vocabulary, and nothing is removed before."""
+    """Whether the ids keep every character of any text: all bytes are in the vocabulary, and no step before removes any."""
     steps = _steps(content)
     if not all(map(_keeps_characters, steps)):
         return False
@@ -162,7 +162,7 @@ def keeps_all_text(content: dict[str, Any]) -> bool:
 
 
 def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """What happens to text before the model sees it: normalizers and pre-tokenizers, one by one."""
+    """The steps before the model: all normalizers and pre-tokenizers, without nesting."""
     waiting = [content.get("normalizer"), content.get("pre_tokenizer")]
     found = []
     while waiting:
@@ -175,7 +175,7 @@ def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _keeps_characters(step: dict[str, Any]) -> bool:
-    """Whether each character is there in some form after a step."""
+    """Whether a step keeps every character in some form."""
     if step["type"] == "Replace":
         return bool(step["content"])
     if step["type"] in ("Split", "Punctuation"):
@@ -190,7 +190,7 @@ def pair(merge: Any) -> list[str]:
 
 @contextlib.contextmanager
 def native_errors(what: str) -> Iterator[None]:
-    """Errors of the tokenizers library as one line; its panics are no Exceptions."""
+    """Turn errors of the tokenizers library into one-line UserErrors, and also its panics, which are not Exceptions."""
     try:
         yield
     except UnicodeError:
@@ -205,10 +205,10 @@ def native_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Nothing reaches stderr: the library's panics are written there before they can be told in one line."""
+    """Within the block nothing reaches stderr: the library prints its panics there before `native_errors` can report them."""
     try:
         kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # no stderr to keep silent
+    except OSError:  # there is no stderr
         yield
         return
     try:

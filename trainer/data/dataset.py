@@ -5,11 +5,11 @@
     DIR/{train,validation}/     index.json and shard.*.mds, one column `tokens`
 
 A split is one stream of tokens: its documents in order, each followed by the end-of-text id. Stored sample i holds the
-stream's tokens [i*L, i*L + L], both ends included, so neighbours share one token and every token but the first is a
-target exactly once. Only the last sample may be shorter (two tokens at least). Nothing is padded.
+stream's tokens [i*L, i*L + L], both ends included, so neighbours share one token and every token except the first is a
+target exactly once. Only the last sample may be shorter (at least two tokens). Nothing is padded.
 
-What decides the tokens (the tokenizer, the sample length, the shards) is covered by the fingerprint, everything else here
-and every index.json by the digest of dataset.json. Format 1 had neither that digest nor those of the index files.
+The fingerprint covers what decides the tokens: the tokenizer, the sample length and the shards. The digest of dataset.json covers
+everything else in it, and every index.json. Format 1 had neither that digest nor those of the index files.
 """
 
 from __future__ import annotations
@@ -72,20 +72,20 @@ class DatasetInfo:
     def load(cls, path: str | Path) -> DatasetInfo:
         """The description in the local folder `path`, of a dataset or of a run, compared with the tokenizer.json beside it.
 
-        Raises UserError where there is none, Damaged where it is not what was written.
+        Raises UserError if there is none, Damaged if it is not what was written.
         """
         folder = Path(path).expanduser()
         if not present(folder):
             raise UserError(_missing(folder))
         if folder.is_file():
             raise UserError(
-                f"{folder}: is a file and no prepared dataset; run `python -m trainer prepare --source {folder} --out DIR` "
-                "(with --tokenizer RUN/tokenizer.json where it is for a run that exists) and give that folder"
+                f"{folder}: is a file, not a prepared dataset; run `python -m trainer prepare --source {folder} --out DIR` "
+                "(with --tokenizer RUN/tokenizer.json if it is for an existing run) and give that folder"
             )
         for name in (FILE, TOKENIZER):
             if not present(folder / name):
                 raise UserError(
-                    f"{folder}: has no {name}, so it is no dataset or an unfinished copy; copy or prepare it again"
+                    f"{folder}: has no {name}, so it is not a dataset, or an unfinished copy; copy or prepare it again"
                 )
         info = cls.from_json(read_small(folder / FILE), str(folder / FILE))
         if sha256_of(folder / TOKENIZER) != info.tokenizer.sha256:
@@ -97,7 +97,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> DatasetInfo:
-        """The description in `text`, checked as far as it speaks of itself; `where` names the file in error lines."""
+        """The description in `text`, checked without reading other files; `where` names the file in error lines."""
         try:
             content = parse_json(text, FILE)
         except Damaged as error:
@@ -122,7 +122,7 @@ class DatasetInfo:
         return info
 
     def _check(self) -> None:
-        """ValueError where a value is none that `prepare` writes."""
+        """Raises ValueError if `prepare` would not write such a value."""
         tokenizer = self.tokenizer
         hex_digits(self.fingerprint, "fingerprint")
         hex_digits(tokenizer.sha256, "tokenizer.sha256")
@@ -133,7 +133,7 @@ class DatasetInfo:
         wrong = [name for name, value in texts.items() if not isinstance(value, str)]
         wrong += [name for name in ("arguments", "versions") if not isinstance(getattr(self, name), dict)]
         if wrong:
-            raise ValueError(f"{wrong[0]} is of another type")
+            raise ValueError(f"{wrong[0]} has the wrong type")
         if self.dtype != dtype_of(tokenizer.vocab_size):
             raise ValueError(f"dtype {self.dtype!r} is not that of {tokenizer.vocab_size} ids")
         if not self.splits or not set(self.splits) <= set(SPLITS):
@@ -152,7 +152,7 @@ class DatasetInfo:
 
     @property
     def sealed(self) -> bool:
-        """Whether a digest covers the counts; those of format 1 have to be taken as they are."""
+        """Whether a digest covers the counts. The counts of format 1 cannot be checked."""
         return self.format > 1
 
     def save(self, folder: str | Path) -> None:
@@ -166,12 +166,12 @@ def _missing(folder: Path) -> str:
     return (
         f"no dataset at {folder}{where}{' (its preparation did not finish)' if unfinished else ''}: "
         f"run `python -m trainer prepare --source ... --out {folder}`, or set data.source; "
-        "where it was moved, give its --data.path"
+        "if it was moved, give its --data.path"
     )
 
 
 def present(path: Path) -> bool:
-    """Whether there is something at `path`. Raises MachineError or UserError where that cannot be told."""
+    """Whether `path` exists. Raises MachineError or UserError if the system cannot tell."""
     try:
         return path.exists()
     except OSError as error:
@@ -184,31 +184,31 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def whole_number(value: Any, name: str, low: int = 0, high: int | None = None) -> int:
-    """`value` where it is an integer from `low` to `high`, else ValueError."""
+    """Returns `value` if it is an integer from `low` to `high`; otherwise raises ValueError."""
     if type(value) is not int or value < low or (high is not None and value > high):
         raise ValueError(f"{name} is {printable(repr(value), 60)}")
     return value
 
 
 def hex_digits(value: Any, name: str, count: int = 64) -> str:
-    """`value` where it is `count` hexadecimal digits, else ValueError."""
+    """Returns `value` if it is `count` hexadecimal digits; otherwise raises ValueError."""
     if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{count}}}", value):
         raise ValueError(f"{name} is {printable(repr(value), 90)}")
     return value
 
 
 def partial_folder(out: Path) -> Path:
-    """Where `prepare` writes until everything is there and the folder takes its name."""
+    """The folder that `prepare` writes to, and renames to `out` when everything is in it."""
     return out.parent / f".{out.name}.partial"
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file. Raises MachineError or UserError where it cannot be read."""
+    """sha256 of a file. Raises MachineError or UserError if it cannot be read."""
     return _digest(path, hashlib.sha256())
 
 
 def xxh64_of(path: Path) -> str:
-    """xxh64 of a file, as index.json holds it. Raises MachineError or UserError where it cannot be read."""
+    """xxh64 of a file, as index.json holds it. Raises MachineError or UserError if it cannot be read."""
     import xxhash
 
     return _digest(path, xxhash.xxh64())

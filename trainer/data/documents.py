@@ -1,4 +1,4 @@
-"""Which document of its row each token is of."""
+"""Which document of its row each token belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of one tokenising process: batches of pieces to arrays of ids. Imports neither torch nor streaming."""
+"""The work of one tokenising process: it turns batches of pieces into arrays of ids. Imports neither torch nor streaming."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
-    """Group pieces of one split to units of work. The order within a split is kept."""
+    """Group pieces of the same split into units of work. The order within a split is kept."""
     waiting: dict[str, Batch] = {}
     sizes: dict[str, int] = {}
     for piece in pieces:
@@ -49,9 +49,9 @@ def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 
 
 class Encoder:
-    """Tokenises batches with the tokenizer.json at `path`, where `eot_id` ends documents, to ids of type `dtype`.
+    """Tokenises batches with the tokenizer.json at `path` to ids of type `dtype`; `eot_id` ends documents.
 
-    field: names the text in rows of JSON. skip_bad_rows: count them, and go on.
+    field: the field of JSON rows that holds the text. skip_bad_rows: count bad rows, and continue.
     """
 
     def __init__(self, path: Path, eot_id: int, dtype: str, field: str, skip_bad_rows: bool):
@@ -78,7 +78,7 @@ class Encoder:
                     skipped += 1
                     continue
                 if not text:
-                    continue  # an empty row is no document
+                    continue  # an empty row is not a document
                 size += bytes_of_text
                 words += _word_count(text)
                 for part in cut(text):
@@ -100,14 +100,14 @@ class Encoder:
             return self._tokenizer.encode_telling_losses(text)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except Exception as error:  # whatever the tokenizer library raises, the reader wants to know where
+        except Exception as error:  # whatever the tokenizer library raises, the message says where
             raise UserError(
                 f"{where}: cannot be tokenised ({type(error).__name__}: {printable(error, 200)})"
             ) from error
 
 
 def _word_count(text: str) -> int:
-    """How many words `text` has, without a list of all of them."""
+    """How many words `text` has, counted without a list of all words."""
     if len(text) <= SPLIT:
         return len(text.split())
     starts = range(0, len(text), SPLIT)
@@ -119,7 +119,7 @@ _encoder: Encoder | None = None
 
 
 def start_process(*arguments: Any) -> None:
-    """Make a new process ready for `encode_batch`; with an Encoder's arguments."""
+    """Make a new process ready for `encode_batch`. arguments: those of Encoder."""
     global _encoder
     begin_child()
     _encoder = Encoder(*arguments)

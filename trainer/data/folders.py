@@ -1,4 +1,4 @@
-"""Which files a source names, of which format they are, and which split their names speak of."""
+"""Which files a source names, which formats they have, and which splits their names indicate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# Files that no one means to be read as text, although every byte of some is UTF-8.
+# Files that are not meant to be read as text, although some are valid UTF-8.
 ARCHIVES = (*(".gz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"),)
 TABLES = (".csv", ".tsv", ".psv")
 DATABASES = (*(".arrow", ".feather", ".avro", ".orc", ".h5", ".hdf5", ".sqlite", ".db", ".pkl", ".pickle", ".lance"),)
@@ -36,17 +36,17 @@ REFUSED = {
     **dict.fromkeys(ARCHIVES, "is packed; unpack it first (.jsonl, .ndjson and .json may be .gz or .zst)"),
     **dict.fromkeys(
         TABLES,
-        "is a table; make rows of JSON of it: python -c \"import pandas; pandas.read_csv('FILE')"
+        "is a table; convert it to rows of JSON: python -c \"import pandas; pandas.read_csv('FILE')"
         ".to_json('NEW.jsonl', orient='records', lines=True)\"",
     ),
-    **dict.fromkeys(DATABASES, "is read by other programs; write its text to a .parquet or .jsonl file"),
-    **dict.fromkeys(DOCUMENTS, "is no plain text; convert it to a .txt file first"),
+    **dict.fromkeys(DATABASES, "is not a supported format; write its text to a .parquet or .jsonl file"),
+    **dict.fromkeys(DOCUMENTS, "is not plain text; convert it to a .txt file first"),
     **dict.fromkeys(NUMBERS, "holds numbers (token ids or weights of another program); give the text instead"),
 }
 
 
 def kind_of(path: Path) -> str:
-    """The format of a file by its name, in capital letters or not: "rows", "parquet" or "text"."""
+    """The format of a file by its name, in upper or lower case: "rows", "parquet" or "text"."""
     name = path.name.lower()
     if name.endswith(ROW_SUFFIXES):
         return "rows"
@@ -54,9 +54,9 @@ def kind_of(path: Path) -> str:
 
 
 def find_files(spec: str, key: str, text_field: str) -> tuple[list[Path], list[str]]:
-    """The files that `spec` names, and lines on what is left out; `key` is the setting that holds `spec`.
+    """The files that `spec` names, and notes on what is left out; `key` is the setting that holds `spec`.
 
-    Raises UserError where there is nothing to read, or something that cannot be read.
+    Raises UserError if there is nothing to read, or if a file cannot be read.
     """
     if spec.startswith("hf://"):
         return [], []
@@ -97,15 +97,15 @@ def _of_folder(folder: Path, spec: str, text_field: str) -> tuple[list[Path], li
     named = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts[:5]) + ", and others" * (
         len(counts) > 5
     )
-    return files, [f"{printable(spec)}: left out what is no text by its name: {named}"]
+    return files, [f"{printable(spec)}: left out files whose names are not those of text: {named}"]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` but hidden ones. Links to folders are followed; each folder is read once, so loops end."""
+    """All files below `folder` except hidden ones. It follows links to folders, and reads each folder once, so loops end."""
     seen: set[tuple[int, int]] = set()
     links = [folder]
     while links:
-        waiting = [links.pop(0)]  # the folders without any link come first, so that links never rename their files
+        waiting = [links.pop(0)]  # real folders come before links, so that links never rename their files
         while waiting:
             here = waiting.pop()
             try:
@@ -118,7 +118,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                 for entry in shown:
                     path = here / entry.name
                     if entry.is_symlink() and not path.exists():
-                        raise UserError(f"{printable(path)}: is a link to nothing; mend or remove it")
+                        raise UserError(f"{printable(path)}: is a broken link; repair or remove it")
                     if not entry.is_dir():
                         yield path
                     else:
@@ -134,12 +134,12 @@ def _check_access(files: list[Path]) -> None:
 
 
 def _holds_rows(path: Path, text_field: str) -> bool:
-    """Whether a .json file of a folder holds rows with text, rather than something about the others."""
+    """Whether a .json file of a folder holds rows with text, rather than information about other files."""
     with path.open("rb") as file:
         line = file.readline(BLOCK).removeprefix(b"\xef\xbb\xbf")
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # also a row longer than a block: then its beginning decides
+    except (ValueError, RecursionError):  # a row longer than a block also fails; its beginning decides
         return len(line) == BLOCK and f'"{text_field}"'.encode() in line
     return isinstance(row, dict) and (text_field in row or text_field.split(".")[0] in row)
 
@@ -159,10 +159,10 @@ def _stdlib(spec: str) -> list[Path]:
 
 
 def splits_by_name(files: list[Path], folder: Path) -> tuple[dict[Path, str], bool]:
-    """The split that the name of each file speaks of, if it does, and whether the folder is laid out by such names.
+    """The split that each file's name indicates, if any, and whether the folder is laid out by such names.
 
-    It is if there is training text and other text by name, and that is most of the files or of the text: among many
-    documents a few with such names are chance.
+    It is, if the names indicate training text and other text, and such files are most of the files or have most of the text.
+    A few such names among many documents are chance.
     """
     named = {path: split for path in files if (split := _split_named(path.relative_to(folder)))}
     splits = set(named.values())
@@ -176,7 +176,7 @@ def _size(files: list[Path]) -> int:
 
 
 def _split_named(path: Path) -> str | None:
-    """The split in the name of a file or else of a folder above it; of several in one name not the training split."""
+    """The split in the name of a file, otherwise of a folder above it. If one name holds several: test first, train last."""
     for part in reversed(path.parts):
         words = (word.strip("0123456789") for word in re.split(r"[^a-z0-9]+", part.lower()))
         found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}

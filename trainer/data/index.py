@@ -1,7 +1,7 @@
-"""`index.json` of a split, which lists its shards: checked to be what `prepare` writes before any of them is touched.
+"""`index.json` lists the shards of a split. It must be what `prepare` writes; this is checked before any shard is touched.
 
-It may come from a stranger's remote, and the library that reads shards trusts it: names become paths, encodings become
-decoders, compressed shards are unpacked to whatever size. So nothing of it is used that has not been looked at here.
+The file may come from a stranger's remote, and the library that reads shards trusts it: names become paths, encodings become
+decoders, compressed shards are unpacked to any size. So every value is checked here before it is used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shard:
 
 
 def read_index(folder: Path, split: str, info: DatasetInfo) -> list[Shard]:
-    """The shards of a split of the dataset in `folder`. Raises Damaged where index.json is missing or not what was written."""
+    """The shards of a split of the dataset in `folder`. Raises Damaged if index.json is missing or not what was written."""
     path = folder / split / FILE
     if not dataset.present(path):
         raise Damaged(f"data: {path} is missing or damaged: there is no such file; copy or prepare the dataset again")
@@ -53,17 +53,17 @@ def read_index(folder: Path, split: str, info: DatasetInfo) -> list[Shard]:
 
 
 def check_fingerprint(folder: Path, info: DatasetInfo) -> None:
-    """Raises Damaged where the dataset in `folder` is not the one that `info` describes: small files only are read."""
+    """Raises Damaged if the dataset in `folder` is not the one that `info` describes. Reads only small files."""
     hashes = {split: [shard.xxh64 for shard in read_index(folder, split, info)] for split in info.splits}
     if dataset.fingerprint(info.tokenizer.sha256, info.sample_length, hashes) != info.fingerprint:
         raise Damaged(
-            f"data: the fingerprint in {folder / dataset.FILE} is not that of its tokenizer and shards: one of these files was "
-            "changed or is of another dataset; copy or prepare the data again"
+            f"data: the fingerprint in {folder / dataset.FILE} does not match its tokenizer and shards: one of these files was "
+            "changed or belongs to another dataset; copy or prepare the data again"
         )
 
 
 def _shards(index: dict[str, Any], split: str, info: DatasetInfo) -> list[Shard]:
-    """ValueError, KeyError, TypeError, AttributeError or Damaged where something is not as `prepare` writes it."""
+    """Raises ValueError, KeyError, TypeError, AttributeError or Damaged if something is not as `prepare` writes it."""
     if set(index) != {"shards", "version"}:
         raise ValueError(f"its keys are {', '.join(index)}")
     _expect(index["version"], 2, "version")
@@ -100,7 +100,7 @@ def _shard(entry: dict[str, Any], number: int, info: DatasetInfo) -> Shard:
     return Shard(
         name,
         whole_number(raw["bytes"], "bytes", 1, 2**32 - 1),  # offsets in a shard are uint32
-        whole_number(entry["samples"], "samples"),  # 0 where a single sample is more than a shard should hold
+        whole_number(entry["samples"], "samples"),  # 0 if a single sample is larger than a shard should be
         hex_digits(raw["hashes"]["xxh64"], "xxh64", 16),
     )
 

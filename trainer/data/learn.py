@@ -1,4 +1,4 @@
-"""Learning the vocabulary of `train-bpe`: native code that no signal interrupts, so in a process that can be ended."""
+"""Learning the vocabulary of `train-bpe`. No signal interrupts this native code, so it runs in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.core.errors import MachineError, UserError
 from trainer.data.child import begin_child
 from trainer.data.coder import BYTE_CHARACTERS, native_errors, silent_stderr
 
-TRAINING_CHARACTERS = 64 << 20  # of the corpus' first training text; more hardly changes the merges
+TRAINING_CHARACTERS = 64 << 20  # from the start of the training text; more hardly changes the merges
 Learned = tuple[dict[str, int], list[Any]]  # vocabulary and merges
 
 
@@ -39,7 +39,7 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def learn_in_child(size: int, texts: Iterable[str]) -> Learned:
-    """`learn_bpe` in a process of its own, which ends when a signal interrupts this one."""
+    """`learn_bpe` in a separate process, which is killed if a signal interrupts this one."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_learn_for_parent, args=(theirs, size), daemon=True)

@@ -1,4 +1,4 @@
-"""The door to mosaicml-streaming: its import, past what nothing here needs, its writer and its reader."""
+"""The interface to mosaicml-streaming: its import without the parts that nothing here needs, its writer and its reader."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.data.dataset import SplitInfo
 from trainer.data.encode import Encoded
 from trainer.data.index import Shard
 
-# Importing these takes torchvision, which may have been built for another torch, and transformers: together longer than all
-# else at the start of a process.
+# These parts import torchvision, which may be built for another torch, and transformers. Together that takes longer than
+# everything else at the start of a process.
 UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal", "streaming.base.dataloader")
 APPENDED = 1 << 20  # tokens copied at a time; one row may have many more
 
@@ -24,7 +24,7 @@ def import_streaming() -> ModuleType:
     """The `streaming` package without the parts that nothing here needs; prints nothing."""
     if "streaming" not in sys.modules:
         sys.modules.update((name, ModuleType(name)) for name in UNUSED)
-        sys.modules["streaming.base.dataloader"].StreamingDataLoader = None  # type: ignore[attr-defined]  # is exported
+        sys.modules["streaming.base.dataloader"].StreamingDataLoader = None  # type: ignore[attr-defined]  # the package exports it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import streaming
@@ -53,7 +53,7 @@ def open_shard(folder: Path, shard: Shard, dtype: str) -> Any:
 
 
 def samples_in(head: bytes) -> int:
-    """How many samples a shard holds that begins with these 4 bytes."""
+    """The number of samples of a shard, from its first 4 bytes."""
     return int.from_bytes(head[:4], "little")
 
 

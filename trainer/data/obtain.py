@@ -1,4 +1,4 @@
-"""How a run comes to its dataset: the same one on every rank, prepared first where it has to be, waited for within bounds."""
+"""How a run gets its dataset: rank 0 prepares it if it is missing, the others wait with a time limit, and all must see the same."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from trainer.runtime.launcher import own_host
 if TYPE_CHECKING:
     from trainer.runtime.distributed import World
 
-# That a rank waits where it sees nothing being prepared: rank 0 may be later, and so may a network's news.
+# How long a rank waits that sees no preparation: rank 0 may start later, and a network file system may show files late.
 UNSEEN_SECONDS = 90.0
 BEAT_SECONDS = 5.0
 
 
 def absolute_paths(given: dict[str, Any], values: dict[str, Any], before: dict[str, Any], say: Say) -> dict[str, Any]:
-    """`given` with data.path and data.cache absolute, so that the run can be gone on with from any folder.
+    """`given` with absolute data.path and data.cache, so that the run can be continued from any folder.
 
-    values: all that the command asks for; before: those of the run's folder, empty for a new run. UserError where an existing
-    run's path is relative to a folder that is not this one.
+    values: all values of this command; before: those of the run's folder, empty for a new run. Raises UserError if an existing
+    run's path is relative to a folder other than this one.
     """
     data, own = build(DataConfig, _data(values), "data."), build(DataConfig, _data(before), "data.")
     paths: dict[str, Any] = {}
@@ -52,23 +52,21 @@ def _data(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_the_run(folder: Path, own: Path, asked: bool, say: Say) -> Path:
-    """Where the data of an existing run is, when there is nothing at `folder`, which the command means; own: as the run has it; asked:
-    whether the command named one."""
+    """The data folder of an existing run if there is nothing at `folder`, the path of this command. own: the path stored in the run;
+    asked: whether the command named a path."""
     if not asked and not own.is_absolute():
         raise UserError(
             f"data.path: this run was started with {own}, and there is no such folder in {Path.cwd()}; "
-            "go on from the folder in which it was started, or give --data.path"
+            "continue in the folder where it was started, or give --data.path"
         )
     if folder == own or not present(own):
         return folder
-    say(
-        f"data.path: there is nothing at {folder.absolute()}; going on with {own.absolute()}, which this run has read so far"
-    )
+    say(f"data.path: there is nothing at {folder.absolute()}; using {own.absolute()}, which this run has read so far")
     return own
 
 
 def obtain_dataset(config: RunConfig, world: World) -> None:
-    """See to it that `data.path` exists: rank 0 prepares it from `data.source` where it does not, the others wait for it."""
+    """Make sure that `data.path` exists: if it does not, rank 0 prepares it from `data.source`, and the others wait for it."""
     data = config.data
     if data.path is None:
         raise UserError(
@@ -91,8 +89,8 @@ def obtain_dataset(config: RunConfig, world: World) -> None:
 
 
 def wait_for(folder: Path, world: World, limit: float) -> None:
-    """Return when the dataset is at `folder`. MachineError when there was no sign for `limit` seconds that it is being prepared;
-    sooner where there never was one."""
+    """Return when the dataset is at `folder`. Raises MachineError after `limit` seconds without a sign that it is being prepared, and
+    after UNSEEN_SECONDS if there never was one."""
     sign, since = sign_of_life(folder), time.monotonic()
     while not present(folder):
         time.sleep(0.2)
@@ -101,15 +99,15 @@ def wait_for(folder: Path, world: World, limit: float) -> None:
             sign, since = now, time.monotonic()
         waited = time.monotonic() - since
         if waited > (min(limit, UNSEEN_SECONDS) if sign is None else limit):
-            what = "nor a sign that it is being prepared" if sign is None else "and its preparation does not go on"
+            what = "and no sign that it is being prepared" if sign is None else "and its preparation makes no progress"
             raise MachineError(
                 f"data.path: rank {world.rank} on {own_host(os.environ)} has seen nothing at {folder.absolute()} for {waited:.0f} s, "
-                f"{what}; data.path has to be a folder that all machines of the run share, or be prepared on each of them"
+                f"{what}; data.path must be a folder that all machines of the run share, or be prepared on each of them"
             )
 
 
 def sign_of_life(folder: Path) -> Any:
-    """What changes while a dataset is being prepared for `folder`; None where nothing is."""
+    """A value that changes while a dataset is being prepared for `folder`; None if there is no sign of that."""
     found = []
     for path in (beat_of(folder), partial_folder(folder)):
         with contextlib.suppress(OSError):
@@ -118,18 +116,18 @@ def sign_of_life(folder: Path) -> Any:
 
 
 def beat_of(folder: Path) -> Path:
-    """The file whose time says that rank 0 is still preparing a dataset for `folder`, long before there is anything of it."""
+    """The file whose time shows that rank 0 is preparing a dataset for `folder`, even long before any of it is written."""
     return Path(f"{partial_folder(folder)}.beat")
 
 
 @contextlib.contextmanager
 def beating(path: Path) -> Iterator[None]:
-    """Within, the time of the file `path` is set to now every few seconds; it is gone afterwards."""
+    """Within the block, touch the file `path` every BEAT_SECONDS; remove it afterwards."""
     done = threading.Event()
 
     def beat() -> None:
         while True:
-            with contextlib.suppress(OSError):  # prepare tells what is wrong with this disk
+            with contextlib.suppress(OSError):  # prepare reports what is wrong with this disk
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
             if done.wait(BEAT_SECONDS):
@@ -147,14 +145,14 @@ def beating(path: Path) -> Iterator[None]:
 
 
 def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
-    """The dataset, the same for all ranks. UserError on every rank, with the same line, where one sees none or another."""
+    """The dataset, which is the same for all ranks. If a rank sees none or another one, all ranks raise the same UserError."""
     found: DatasetInfo | UserError | None
     try:
         found = find_dataset(config.data, world.say_from if world.local_rank == 0 else lambda line: None)
         found = found or UserError(f"data.path: there is no dataset at {config.data.path} any more")
     except UserError as error:
         found = error
-    except OSError as error:  # told to the others, too, which would wait for this rank
+    except OSError as error:  # sent to the other ranks too, which would wait for this one
         found = system_error(error, f"data.path: {error.filename or config.data.path}")
     views = world.gather((found if isinstance(found, UserError) else found.fingerprint, own_host(os.environ)))
     for rank, (view, host) in enumerate(views):
@@ -162,13 +160,13 @@ def agree_on_dataset(config: RunConfig, world: World) -> DatasetInfo:
             raise view if world.size == 1 else type(view)(f"{view} (rank {rank} on {host})")
         if view != views[0][0]:
             raise UserError(
-                f"data.path: rank {rank} on {host} sees another dataset at {config.data.path} than rank 0 on {views[0][1]} "
+                f"data.path: rank {rank} on {host} sees a different dataset at {config.data.path} than rank 0 on {views[0][1]} "
                 f"(fingerprints {view[:12]} and {views[0][0][:12]}); give all machines the same one"
             )
     assert isinstance(found, DatasetInfo)
     if not found.sealed:
         world.say(
             f"data.path: {config.data.path} was prepared before datasets had digests: nothing proves its counts of bytes and words, "
-            "from which bits/byte follow; a dataset prepared today has one"
+            "from which bits/byte follow; a newly prepared dataset has a digest"
         )
     return found

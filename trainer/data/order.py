@@ -1,13 +1,13 @@
 """Which windows a run trains on at a position of its data, from (seed, position) alone.
 
-A position counts tokens of the shuffled stream since the start of the run: epoch, sample and offset follow from it, so a run
-goes on in the middle of an epoch or past its end, with any number of ranks and threads.
+A position counts tokens of the shuffled stream since the start of the run: epoch, sample and offset follow from it. So a run
+continues in the middle of an epoch or past its end, with any number of ranks and threads.
 
 samples: samples in random order, each read from its beginning to its end. While sequences are short, those of one step are
-         neighbours of the same text. Runs from before there was a choice have this order.
-windows: the samples of a group stand side by side as rows of a table, whose columns are windows. A step reads down a
-         column, so all its windows are of other texts as long as it has fewer than a group has samples. At the full length a
-         sample is one window, and the order that of samples.
+         neighbours in the same text. Older runs, from before the key `data.order` existed, have this order.
+windows: the samples of a group are the rows of a table, whose columns are windows. A step reads down a column, so all its
+         windows are from different texts if it has fewer windows than a group has samples. At the full length a sample is
+         one window, and the order is the same as that of `samples`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 SHUFFLE_BLOCK = 2**18  # samples shuffled together: shards are visited in random order, a few at a time
-GROUP_TOKENS = 2**22  # of windows: 8 or 16 MiB in memory; when sequences double, half of a group at most is passed over
+GROUP_TOKENS = 2**22  # of `windows`: 8 or 16 MiB in memory; when sequences double, at most half of a group is skipped
 
 
 class Order:
@@ -33,7 +33,7 @@ class Order:
         self._blocks = LruCache(2)  # a step may straddle two blocks
 
     def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The samples that stand at `places` of `epoch`: [n] -> [n]."""
+        """The samples at `places` of `epoch`: [n] -> [n]."""
         blocks, offsets = np.divmod(np.asarray(places), SHUFFLE_BLOCK)
         samples = np.empty(blocks.shape, np.int64)
         for block in map(int, np.unique(blocks)):
@@ -52,14 +52,14 @@ class Order:
 
 
 class LruCache:
-    """The results for the last few keys."""
+    """Keeps the results of the last few keys."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._results: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
 
     def get(self, key: tuple[int, ...], compute: Callable[..., np.ndarray]) -> np.ndarray:
-        """`compute(*key)`, or what it gave before."""
+        """`compute(*key)`, or its kept result."""
         if key not in self._results:
             self._results[key] = compute(*key)
             if len(self._results) > self._limit:
@@ -68,20 +68,20 @@ class LruCache:
 
 
 class SampleOrder:
-    """`data.order: samples`. Windows of T tokens start at multiples of T; where T has grown, fewer than T tokens are passed over."""
+    """`data.order: samples`. Windows of T tokens start at multiples of T; when T grows, fewer than T tokens are skipped."""
 
-    reused = 0  # samples worth keeping, because a later step reads on in them
+    reused = 0  # samples worth keeping, because a later step reads more of them
 
     def __init__(self, order: Order, sample_length: int) -> None:
         self.order, self.sample_length = order, sample_length
         self.epoch_tokens = order.n_samples * sample_length
 
     def start(self, position: int, length: int, before: int) -> int:
-        """Where a step of windows of `length` tokens begins that comes after one at `position`, of windows of `before` tokens."""
+        """Where the next step begins, with windows of `length` tokens, if steps with windows of `before` tokens led to `position`."""
         return -(-position // length) * length
 
     def windows(self, position: int, length: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample and offset in it of windows `first` .. `first + count` of a step that begins at `position`: [count], [count]."""
+        """The samples, and the offsets in them, of windows `first` .. `first + count` of the step at `position`: [count], [count]."""
         at = position + (first + np.arange(count)) * length
         epochs, tokens = np.divmod(at, self.epoch_tokens)
         places, offsets = np.divmod(tokens, self.sample_length)
@@ -91,24 +91,24 @@ class SampleOrder:
 class WindowOrder:
     """`data.order: windows`. An epoch is cut into groups of about GROUP_TOKENS, a group into columns of one window per sample.
 
-    Columns follow each other as the text does, so what was read down to some row of some column leaves every sample with a
-    rest that begins at one of two offsets. When the length grows, reading goes on at the first column of the new length of
-    which nothing was read, or in the middle of one of which nothing was read from here on: no token is a target twice in an
-    epoch, and where the length doubles at most half a column of the new length is passed over.
+    Columns follow each other in the order of the text. So after reading down to some row of a column, the unread rest of every
+    sample begins at one of two offsets. When the length grows, reading continues at the first column of the new length that is
+    fully unread, or in the middle of a column whose rows are unread from there on. So no token is a target twice in an epoch,
+    and when the length doubles, at most half a column of the new length is skipped.
     """
 
     def __init__(self, order: Order, sample_length: int) -> None:
         self.order, self.sample_length = order, sample_length
         self.epoch_tokens = order.n_samples * sample_length
         groups = min(order.n_samples, -(-self.epoch_tokens // GROUP_TOKENS))
-        # In samples; groups differ by one at most.
+        # In samples; sizes of groups differ by at most one.
         self._ends = order.n_samples * np.arange(1, groups + 1) // groups
         self._begins = np.concatenate([[0], self._ends[:-1]])
         self._rows = LruCache(8)
         self.reused = int((self._ends - self._begins).max())
 
     def start(self, position: int, length: int, before: int) -> int:
-        """Where a step of windows of `length` tokens begins that comes after one at `position`, of windows of `before` tokens."""
+        """Where the next step begins, with windows of `length` tokens, if steps with windows of `before` tokens led to `position`."""
         if length == before:
             return position
         epoch, token = divmod(position, self.epoch_tokens)
@@ -116,14 +116,14 @@ class WindowOrder:
         begin = int(self._begins[group]) * self.sample_length
         samples = int(self._ends[group] - self._begins[group])
         column, row = divmod((token - begin) // before, samples)
-        unread = column * before  # offset at which the rest of the rows from `row` on begins
+        unread = column * before  # offset of the unread rest in the rows from `row` on
         if row and (unread % length or length < before):
-            unread, row = unread + before, 0  # where the rest of the rows above `row` begins
+            unread, row = unread + before, 0  # offset of the unread rest in the rows above `row`
         offset = -(-unread // length) * length
         return epoch * self.epoch_tokens + begin + offset * samples + row * length
 
     def windows(self, position: int, length: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample and offset in it of windows `first` .. `first + count` of a step that begins at `position`: [count], [count]."""
+        """The samples, and the offsets in them, of windows `first` .. `first + count` of the step at `position`: [count], [count]."""
         at = position + (first + np.arange(count)) * length
         epochs, tokens = np.divmod(at, self.epoch_tokens)
         groups = np.searchsorted(self._ends, tokens // self.sample_length, side="right")
@@ -140,7 +140,7 @@ class WindowOrder:
         return per_epoch(self.order, epochs, begins + rows), offsets
 
     def _permute(self, epoch: int, group: int, offset: int) -> np.ndarray:
-        """The order of a column's rows. That of the first is the order of samples; by its offset, it is the same for all lengths."""
+        """The order of a column's rows: the order of samples in the first. It depends on the offset, so it is the same for all lengths."""
         rows = int(self._ends[group] - self._begins[group])
         if offset == 0:
             return np.arange(rows)

@@ -1,4 +1,4 @@
-"""Documents in small pieces: joined from what a reader gives, cut where that changes no token."""
+"""Documents in small pieces: joined from the parts that a reader yields, and cut where a cut changes no token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHUNK = 1 << 16  # characters, so at most 256 KiB of UTF-8
 
 
 class Piece(NamedTuple):
-    """A part of a document: text, or a raw row of JSON that a tokenising process parses; `where` serves error lines."""
+    """A part of a document: text, or a raw row of JSON that a tokenising process parses; `where` is for error lines."""
 
     data: str | bytes
     ends_document: bool
@@ -20,12 +20,12 @@ class Piece(NamedTuple):
     split: str = "train"
 
     def text(self, field: str) -> str:
-        """The text; `field` names where a row holds it. Raises BadRow."""
+        """The text; `field` is the field of a row that holds it. Raises BadRow."""
         return self.data if isinstance(self.data, str) else readers.row_text(self.data, field, self.where)
 
 
 def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:
-    """Join (text, opens a document) parts to documents and cut these to pieces of at most CHUNK characters."""
+    """Join (text, opens a document) parts into documents, and cut these into pieces of at most CHUNK characters."""
     held: list[str] = []
     size = 0
     for text, opens in parts:
@@ -44,7 +44,7 @@ def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """`text` in parts of at most CHUNK characters, cut where that does not change its tokens if it has such a place."""
+    """`text` in parts of at most CHUNK characters, cut where that does not change its tokens, if there is such a place."""
     start = 0
     while len(text) - start > CHUNK:
         end = _cut_place(text, start, start + CHUNK)
@@ -56,8 +56,8 @@ def cut(text: str) -> Iterator[str]:
 def _cut_place(text: str, start: int, end: int) -> int:
     """Where to cut text[start:end], which more text follows.
 
-    In front of a lone space between two other characters a word begins in GPT-2's pre-tokenisation and in all that
-    came after it, so that cut is exact. So is, for GPT-2's, one behind a lone line end. The rest is for odd texts.
+    A cut before a single space between two other characters is exact: a word begins there in GPT-2's pre-tokenisation and in
+    all later ones. For GPT-2's, a cut after a single line end is exact too. The other cuts are for unusual texts.
     """
     for mark, behind in ((" ", 0), ("\n", 1)):
         at = text.rfind(mark, start + 1, end - 1)
@@ -89,12 +89,12 @@ def lines(chunks: Iterable[str], document_start: re.Pattern[str]) -> Iterator[tu
 
 
 def _line_end(chunk: str) -> str:
-    """What ends the lines of a text that begins with `chunk`: a carriage return alone in files of old Macs."""
+    """What ends the lines of a text that begins with `chunk`: in files of old Macs, a carriage return alone."""
     return "\r" if "\r" in chunk[:-1] and "\n" not in chunk else "\n"
 
 
 def opens(document_start: re.Pattern[str], line: str) -> bool:
-    """Whether a line (or row) opens a document; `$` is also in front of a carriage return, as DOS and Windows write it."""
+    """Whether a line (or row) opens a document; `$` also matches before a carriage return, as DOS and Windows write it."""
     if line.endswith("\r\n"):
         line = line[:-2] + "\n"
     return document_start.search(line.removesuffix("\r")) is not None

@@ -1,4 +1,4 @@
-"""`prepare`: text to MDS shards, on all cores, in order, in bounded memory; the target appears whole or not at all."""
+"""`prepare`: turns text into MDS shards, on all cores, in order, in bounded memory; the target appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from trainer.data.tokenizers import Tokenizer, get_tokenizer
 
 
 def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
-    """Write the dataset that `config` describes to `config.out`, which must not exist, and describe it.
+    """Write the dataset that `config` describes to `config.out`, which must not exist; returns its description.
 
-    The shards are the same bytes for any number of workers. Raises UserError, and then leaves nothing behind.
+    The shards are the same bytes for any number of workers. If it raises UserError, it leaves nothing behind.
     """
     out = _checked_target(config)
     with signals_as_interrupts(), one_line_errors(out):
@@ -60,7 +60,7 @@ def _checked_target(config: PrepareConfig) -> Path:
     for key, value in asdict(config).items():
         if isinstance(value, str) and not value.isprintable() and _has_surrogates(value):
             raise UserError(
-                f"{key}: {printable(value)} is not UTF-8, so dataset.json could not hold it; rename or mend it"
+                f"{key}: {printable(value)} is not UTF-8, so dataset.json could not hold it; rename or correct it"
             )
     return user_path(config.out, "out").absolute()
 
@@ -108,7 +108,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
 
 
 def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokenizer:
-    """The tokenizer of `config`; one that is trained sees training text only."""
+    """The tokenizer of `config`; if it is trained, it sees only training text."""
     if config.tokenizer.startswith("train-bpe"):
         log(f"training {config.tokenizer} on the first text of {printable(config.source)}")
     elif config.tokenizer == "chars":
@@ -134,7 +134,7 @@ def _training_texts(source: Source) -> Iterator[str]:
 def _encoded(
     batches: Iterable[encode.Batch], arguments: tuple[Path, int, str, str, bool], workers: int
 ) -> Generator[encode.Encoded, None, None]:
-    """Encoded batches in the order of `batches`; `arguments` make an Encoder."""
+    """Encoded batches in the order of `batches`; arguments: those of Encoder."""
     if workers == 1:
         yield from map(encode.Encoder(*arguments), batches)
         return
@@ -146,7 +146,7 @@ def _encoded(
 
 
 def in_order(pool: Any, batches: Iterable[encode.Batch], limit: int) -> Iterator[encode.Encoded]:
-    """Results of `pool` in the order of `batches`, of which at most `limit` are read and not yet yielded."""
+    """Results of `pool` in the order of `batches`. At most `limit` batches are read ahead of the results that are yielded."""
     waiting: deque[Any] = deque()
     for batch in batches:
         waiting.append(pool.submit(encode.encode_batch, batch))
@@ -157,21 +157,21 @@ def in_order(pool: Any, batches: Iterable[encode.Batch], limit: int) -> Iterator
 
 
 class Flaws:
-    """What could not be kept of the text: rows that were skipped, and characters without an id."""
+    """The text that could not be kept: rows that were skipped, and characters without an id."""
 
     def __init__(self) -> None:
         self._rows, self._first_row = 0, ""
         self._bytes, self._characters = 0, ""
 
     def add(self, encoded: encode.Encoded) -> None:
-        """Count those of a batch."""
+        """Count the flaws of a batch."""
         self._first_row = self._first_row or encoded.first_skipped
         self._rows += encoded.skipped_rows
         self._characters = "".join(dict.fromkeys(self._characters + encoded.lost))[:10]
         self._bytes += encoded.lost_bytes
 
     def tell(self, sources: list[Source], splits: dict[str, SplitInfo], log: Log) -> None:
-        """Say how much it was."""
+        """Log how much text was lost."""
         rows = self._rows + sum(source.skipped_rows for source in sources)
         if rows:
             first = self._first_row or next(source.first_skipped for source in sources if source.skipped_rows)
@@ -206,8 +206,8 @@ def _summary(splits: dict[str, SplitInfo], seconds: float, config: PrepareConfig
     share = splits["validation"].bytes / size
     if not config.validation_source and is_far(share, config.validation_fraction):
         log(
-            f"warning: validation is {share:.2%} of the text, where validation_fraction is {config.validation_fraction:.2%}: few "
-            "documents, or the names of files, decide it; give more documents, or set validation_source"
+            f"warning: validation is {share:.2%} of the text, but validation_fraction is {config.validation_fraction:.2%}: there are "
+            "few documents, or the names of files decide the split; give more documents, or set validation_source"
         )
     log(f"{size / 1e6:.1f} MB tokenised in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
 
@@ -219,5 +219,5 @@ def _versions() -> dict[str, str]:
 
 
 def _cores() -> int:
-    """Cores this process may use, which under a scheduler are fewer than the machine has."""
+    """Number of cores that this process may use; under a scheduler, fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

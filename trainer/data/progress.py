@@ -1,4 +1,4 @@
-"""How far `prepare` is."""
+"""The progress of `prepare`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.data.pieces import opens
 from trainer.data.sources import Source
 
 Log = Callable[[str], None]
-STILL_SECONDS = 30.0  # in which one line is searched, until that is told
+STILL_SECONDS = 30.0  # a search in one line is reported after this time
 
 
 def say(line: str) -> None:
@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """How far reading is: one line rewritten each second on a terminal, a plain line every ten seconds elsewhere."""
+    """Shows how far reading is: one line rewritten each second on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self, sources: list[Source], log: Log):
         self._sources = sources
@@ -35,7 +35,7 @@ class Progress:
         self._bytes = 0
 
     def advance(self, size: int) -> None:
-        """`size` more bytes of text are tokenised."""
+        """Count `size` more bytes of tokenised text."""
         self._bytes += size
         now = time.monotonic()
         if now - self._shown >= (1 if self._live else 10):
@@ -63,15 +63,16 @@ class Progress:
 
 @contextlib.contextmanager
 def telling_of_endless_search(log: Log) -> Iterator[None]:
-    """Within, say it where document_start has been looked for in one and the same line for long: some patterns take for ever.
+    """Within the block, log a line if document_start has been searched in the same line for long: some patterns never finish.
 
-    By an alarm: `re` lets no other thread run meanwhile, but heeds signals. Outside the main thread nothing is told.
+    It uses an alarm: during a search `re` lets no other thread run, but it lets signals interrupt it. Outside the main thread,
+    or if SIGALRM has another handler, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
         yield
         return
-    seen: str | None = None  # the line that was searched at the alarm before
-    told = False  # of that one
+    seen: str | None = None  # the line that was searched at the previous alarm
+    told = False  # whether that line has been reported
 
     def look(number: int, frame: FrameType | None) -> None:
         nonlocal seen, told
@@ -82,9 +83,9 @@ def telling_of_endless_search(log: Log) -> Iterator[None]:
         if line is not None and line is seen and not told:
             told = True
             log(
-                f"document_start: has been looked for in one line of {len(line):,} characters for {STILL_SECONDS:g} s "
-                f"({printable(line, 60)}); a repetition within a repetition, as in (a+)+, may take for ever: Ctrl-C ends "
-                "prepare, and a plainer pattern is quick"
+                f"document_start: the search in one line of {len(line):,} characters has taken {STILL_SECONDS:g} s so far "
+                f"({printable(line, 60)}); a repetition inside a repetition, as in (a+)+, may never finish: stop prepare with "
+                "Ctrl-C, and use a simpler pattern"
             )
         seen = line
         signal.setitimer(

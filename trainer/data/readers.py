@@ -17,10 +17,10 @@ from trainer.core.errors import MachineError, UserError
 from trainer.core.text import printable
 
 BLOCK = 1 << 18  # bytes
-ROW_BYTES = 1 << 28  # of one row of JSON, which is parsed as a whole
-ZSTD_FED = 1 << 12  # bytes given to zstd at a time, so that what they expand to stays below 128 MiB
-ZSTD_WINDOW = 1 << 31  # the format's largest; `zstd --long` and `--ultra` write such
-PARQUET_BATCH = 1 << 24  # bytes of a column that are read at a time, about
+ROW_BYTES = 1 << 28  # most bytes of one row of JSON, which is parsed as a whole
+ZSTD_FED = 1 << 12  # bytes given to zstd at a time, so that their expansion stays below 128 MiB
+ZSTD_WINDOW = 1 << 31  # the format's largest; `zstd --long` and `--ultra` write such windows
+PARQUET_BATCH = 1 << 24  # about how many bytes of a column are read at a time
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -39,7 +39,7 @@ class CountedFile(io.FileIO):
         self._on_read = on_read
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; the number of bytes."""
+        """Fill `buffer`; returns the number of bytes."""
         count = super().readinto(buffer) or 0
         self._on_read(count)
         return count
@@ -48,7 +48,7 @@ class CountedFile(io.FileIO):
 def read_text(file: BinaryIO, path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """The UTF-8 text of `file` between the byte offsets `start` and `stop`, in blocks, line ends as they are.
 
-    A byte order mark at the beginning of the file is no text.
+    A byte order mark at the beginning of the file is left out.
     """
     file.seek(start)
     rest = b""
@@ -71,14 +71,14 @@ def read_text(file: BinaryIO, path: Path, start: int = 0, stop: int | None = Non
 
 
 def refuse_utf16(block: bytes, at: int, where: str) -> None:
-    """UserError where `block`, read at byte `at`, is UTF-16 or full of NUL bytes, which UTF-8 text is not."""
+    """Raises UserError if `block`, read at byte `at`, is UTF-16 or has many NUL bytes: it is not UTF-8 text."""
     if at == 0 and block.startswith(UTF16_MARKS):
         raise UserError(f"{where}: is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     zeros = block.count(0)
     if zeros * 100 > (BLOCK if at else len(block)):
         raise UserError(
             f"{where}: {zeros / len(block):.0%} of the {len(block):,} bytes from byte {at} on are zero, so it is UTF-16 or "
-            "no text; convert it to UTF-8 (iconv -f UTF-16LE -t UTF-8 FILE > NEW), or mend the file"
+            "not text; convert it to UTF-8 (iconv -f UTF-16LE -t UTF-8 FILE > NEW), or repair the file"
         )
 
 
@@ -109,7 +109,7 @@ def read_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _unpacked(file: BinaryIO, path: Path) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
-    """What a file holds, unpacked by its suffix, and the errors of unpacking."""
+    """The content of a file, unpacked as its suffix says, and the exceptions that unpacking may raise."""
     suffix = path.suffix.lower()
     if suffix not in (".gz", ".zst"):
         return file, ()
@@ -123,7 +123,7 @@ def _unpacked(file: BinaryIO, path: Path) -> tuple[BinaryIO, tuple[type[Exceptio
 
 
 class ZstdFile(io.RawIOBase):
-    """What the frames of a .zst file hold. Unlike the library's own reader it knows a last frame that was cut off."""
+    """The unpacked content of a .zst file. Unlike the library's own reader, it detects a last frame that was cut off."""
 
     def __init__(self, file: BinaryIO, zstandard: Any):
         self._file = file
@@ -133,11 +133,11 @@ class ZstdFile(io.RawIOBase):
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; the number of bytes. Raises EOFError where the file ends inside a frame."""
+        """Fill `buffer`; returns the number of bytes. Raises EOFError if the file ends inside a frame."""
         while not self._ready:
             packed = self._packed or self._file.read(ZSTD_FED)
             if not packed:
@@ -168,7 +168,7 @@ def row_text(line: bytes, field: str, where: str) -> str:
 
 
 def utf8_size(text: str, where: str) -> int:
-    """How many bytes `text` has. Raises BadRow on half a surrogate pair, which escapes of JSON can hold."""
+    """How many bytes `text` has in UTF-8. Raises BadRow on half a surrogate pair, which JSON escapes can produce."""
     if text.isascii():
         return len(text)
     try:
@@ -215,7 +215,7 @@ def _parquet_fields(fields: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _parquet_rows(metadata: Any, field: str) -> int:
-    """How many rows to read at a time: fewer where they are long."""
+    """How many rows to read at a time: fewer if rows are long."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
@@ -223,7 +223,7 @@ def _parquet_rows(metadata: Any, field: str) -> int:
 
 
 def _values(column: Any, nested: list[str]) -> list[Any]:
-    """The values of a column, or of a field in its structs; text comes as bytes, whose UTF-8 nobody has checked yet."""
+    """The values of a column, or of a field in its structs; text comes as bytes, which may not be valid UTF-8."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -244,8 +244,8 @@ def read_hub(spec: str, field: str, bad: OnBadRow) -> Iterator[str]:
     datasets = _optional("datasets", "hf", spec)
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # its retries would drown the one line below
-    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # reading data runs no code of its authors
+    huggingface_hub.logging.set_verbosity_error()  # its lines about retries would hide the one below
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # reading data must not run its authors' code
     path, _, split = spec.removeprefix("hf://").partition(":")
     parts = path.split("/")
     if not all(parts) or len(parts) > 3:
@@ -271,12 +271,12 @@ def read_hub(spec: str, field: str, bad: OnBadRow) -> Iterator[str]:
 
 
 def hub_error(error: Exception) -> type[UserError]:
-    """The kind of an error of the Hugging Face hub's libraries: one of the network may pass."""
+    """The class for an error of the Hugging Face hub's libraries: MachineError for one of the network, which may pass."""
     return MachineError if any(word in type(error).__name__ for word in ("Connect", "Timeout")) else UserError
 
 
 def _field(row: Any, field: str, where: str) -> str:
-    """The text of a row in `field`, where `a.b` is also b in a."""
+    """The text in `field` of a row; `a.b` may also mean field b inside field a."""
     if not isinstance(row, dict):
         raise BadRow(f"{where}: expected a JSON object, found {type(row).__name__}")
     if field in row:
@@ -293,7 +293,7 @@ def _text(value: Any, field: str, where: str) -> str:
     if isinstance(value, str):
         return value
     if value is None:
-        return ""  # as an empty text, which is no document
+        return ""  # like an empty text, which is not a document
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

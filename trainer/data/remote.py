@@ -1,10 +1,10 @@
-"""Datasets that lie elsewhere (s3://, gs://, hf://, file:// for a slow mount), kept on this machine under their fingerprint.
+"""Remote datasets (s3://, gs://, hf://, file:// for a slow mount), cached on this machine under their fingerprint.
 
-    CACHE/addresses/ADDRESS.json    which dataset was last seen at an address, for when it cannot be reached
-    CACHE/FINGERPRINT/              the dataset, as `prepare` wrote it; shards come when they are needed
+    CACHE/addresses/ADDRESS.json    which dataset was last seen at an address, in case it cannot be reached
+    CACHE/FINGERPRINT/              the dataset, as `prepare` wrote it; shards are fetched when they are needed
 
-dataset.json is fetched anew at every start, so a dataset prepared again is seen. Everything is fetched into a folder of its
-own, checked there, and only then takes its name: what a kill leaves behind is never read.
+dataset.json is fetched again at every start, so a dataset that was prepared again is noticed. Every file is fetched into a
+scratch folder, checked there, and only then moved to its place. So what a killed process leaves behind is never read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trainer.data.index import Shard
 from trainer.data.mds import import_streaming
 
 TRIES = 3
-SECONDS = 120.0  # of one download without progress
-LOCK_SECONDS = 1800.0  # that another process may take to fetch a shard
+SECONDS = 120.0  # limit of one download without progress
+LOCK_SECONDS = 1800.0  # limit for another process to fetch a shard
 SCRATCH = ".fetching-"
-# Errors of the libraries that no second try mends, and the one among "no such file" that means "no network".
+# Library errors for which another try is useless, and those that look like a missing file but mean "no network".
 LASTING = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 PASSING = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
 
@@ -39,12 +39,12 @@ Say = Callable[[str], None]
 
 
 def is_remote(path: str) -> bool:
-    """Whether the dataset lies elsewhere and is cached here."""
+    """Whether the dataset is remote and is cached here."""
     return "://" in path
 
 
 def cache_folder(data: DataConfig, info: DatasetInfo) -> Path:
-    """The folder that holds this remote dataset here."""
+    """The folder of the cache that holds this remote dataset."""
     return _root(data) / info.fingerprint[:32]
 
 
@@ -53,8 +53,8 @@ def _root(data: DataConfig) -> Path:
 
 
 def find(data: DataConfig, say: Say) -> DatasetInfo:
-    """The dataset that lies at `data.path` now, its small files fetched and checked; where it cannot be reached, the one seen
-    there last, and that is said."""
+    """The dataset that is at `data.path` now, with its small files fetched and checked. If it cannot be reached: the one last seen
+    there, and a line says so."""
     address, root = data.path or "", _root(data)
     own_folder(root / "addresses")
     note = root / "addresses" / f"{hashlib.sha256(address.encode()).hexdigest()[:32]}.json"
@@ -87,18 +87,18 @@ def find(data: DataConfig, say: Say) -> DatasetInfo:
 
 
 def keep(path: Path, content: bytes | str) -> None:
-    """Write a small file of the cache."""
+    """Write a small file into the cache."""
     with system_errors(f"data.cache: {path}: cannot be written"):
         write_file(path, content)
 
 
 def _holds(folder: Path, text: bytes) -> bool:
-    """Whether the description of the dataset with this dataset.json is in `folder`, whole."""
+    """Whether `folder` holds the whole description of the dataset with this dataset.json."""
     try:
         _description(folder)
         return read_small(folder / dataset.FILE) == text
     except UserError:
-        return False  # then it is fetched again
+        return False  # the caller fetches it again
 
 
 def _last_seen(data: DataConfig, note: Path) -> DatasetInfo | None:
@@ -111,7 +111,7 @@ def _last_seen(data: DataConfig, note: Path) -> DatasetInfo | None:
 
 
 def _description(folder: Path) -> DatasetInfo:
-    """The dataset that `folder` of the cache describes. UserError where that is not there, damaged, or leads elsewhere."""
+    """The dataset that `folder` of the cache describes. Raises UserError if a file of it is missing, damaged or a link."""
     info = DatasetInfo.load(folder)
     names = [dataset.FILE, dataset.TOKENIZER, *(f"{split}/{index.FILE}" for split in info.splits)]
     links = [path for name in names for path in (folder / name, (folder / name).parent) if path.is_symlink()]
@@ -122,7 +122,7 @@ def _description(folder: Path) -> DatasetInfo:
 
 
 def fetch_shard(address: str, split: str, shard: Shard, folder: Path) -> None:
-    """Have a shard in `folder` whole; one that is damaged there is replaced. Raises Damaged where the remote's own is."""
+    """Make sure that `folder` holds a shard, whole; a damaged one is replaced. Raises Damaged if the remote's own is damaged."""
     path = folder / split / shard.basename
     own_folder(folder)
     own_folder(path.parent)
@@ -140,7 +140,7 @@ def fetch_shard(address: str, split: str, shard: Shard, folder: Path) -> None:
                 return
             if last:
                 raise Damaged(
-                    f"data: cannot fetch shard {shard.basename} of {address}: twice it came damaged ({arrived.stat().st_size:,} "
+                    f"data: cannot fetch shard {shard.basename} of {address}: it arrived damaged twice ({arrived.stat().st_size:,} "
                     f"bytes, xxh64 {dataset.xxh64_of(arrived)}; {shard.bytes:,} and {shard.xxh64} expected); copy the prepared "
                     "dataset there again"
                 )
@@ -153,7 +153,7 @@ def is_whole(path: Path, shard: Shard) -> bool:
 
 
 def fetch(address: str, name: str, folder: Path) -> None:
-    """Download `name` of the dataset at `address` to `folder`. Raises UserError, or MachineError where it may work later."""
+    """Download `name` of the dataset at `address` to `folder`. Raises UserError, or MachineError if it may work later."""
     import_streaming()
     from streaming.base.storage.download import CloudDownloader
 
@@ -173,7 +173,7 @@ def fetch(address: str, name: str, folder: Path) -> None:
 
 
 def kind_of(error: Exception) -> type[UserError]:
-    """MachineError for an error of a downloader that may pass, UserError for one that the user has to mend."""
+    """MachineError for an error of a downloader that may pass, UserError for one that the user must fix."""
     status = _http_status(error)
     if status is not None:
         return UserError if 400 <= status < 500 and status not in (408, 425, 429) else MachineError
@@ -197,13 +197,13 @@ def _http_status(error: Any) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says."""
+    """A library's error as one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
 
 
 @contextlib.contextmanager
 def system_errors(what: str) -> Iterator[None]:
-    """Errors of the system within are told in one line, which begins with `what`."""
+    """Turn system errors within the block into a one-line error that begins with `what`."""
     try:
         yield
     except OSError as error:
@@ -211,7 +211,7 @@ def system_errors(what: str) -> Iterator[None]:
 
 
 def own_folder(path: Path) -> None:
-    """Make a folder of the cache. One that is a link would lead what is written there elsewhere."""
+    """Make a folder of the cache. Raises UserError if it is a link, which would send files elsewhere."""
     with system_errors(f"data.cache: {path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -220,7 +220,7 @@ def own_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder of the cache against the other processes of this machine."""
+    """Lock a folder of the cache against the other processes of this machine."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
@@ -240,7 +240,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder within `folder`, which has to be locked; it is gone afterwards, and so is what a killed process left."""
+    """An empty folder within `folder`, which must be locked. It is removed afterwards; what a killed process left is removed first."""
     with system_errors(f"data.cache: {folder}: cannot be written"):
         for left in folder.glob(f"{SCRATCH}*"):
             shutil.rmtree(left, ignore_errors=True)

@@ -19,7 +19,7 @@ from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
 from trainer.data.pieces import Piece, lines, opens, to_pieces
 from trainer.data.readers import BadRow
 
-FAR_ABOVE = 0.1  # a share of validation text that is never right where 1 % was asked for
+FAR_ABOVE = 0.1  # a share of validation text that is never right if 1 % was asked for
 BIG = 100  # a file that is at least a hundredth of the text can decide the share alone
 
 
@@ -27,10 +27,10 @@ BIG = 100  # a file that is at least a hundredth of the text can decide the shar
 class Source:
     """One source. `files` is empty for hf://; `split` is the split of all its documents, None: hold some out.
 
-    Documents are held out as follows. `named` files are of the split that their name speaks of. The files of `ends` are one
-    document each: its last `validation_fraction` (by bytes, from the next line start on) is a validation document. So
-    is a lone text file without document_start. In all other cases a document goes to validation if the hash of its number
-    is below `validation_fraction`, and the second document always does, so that there is one however few there are.
+    Documents are held out as follows. `named` files belong to the split in their name. Each file of `ends` is cut in two: its
+    last `validation_fraction` (by bytes, from the next line start on) is a validation document. A single text file without
+    document_start is in `ends`. In all other cases a document goes to validation if the hash of its number is below
+    `validation_fraction`; the second document always does, so that there is one even among few documents.
     """
 
     spec: str
@@ -42,14 +42,14 @@ class Source:
     skip_bad_rows: bool = False
     named: dict[Path, str] = field(default_factory=dict)
     ends: frozenset[Path] = frozenset()
-    notes: list[str] = field(default_factory=list)  # what the user should know of how it is read
+    notes: list[str] = field(default_factory=list)  # what the user should know about how it is read
     bytes_read: int = 0
     skipped_rows: int = 0  # rows that were read here and left out as bad
     first_skipped: str = ""  # what was wrong with the first of them
 
     @property
     def total_bytes(self) -> int | None:
-        """Size of the files on disk, None where it cannot be known."""
+        """Size of the files on disk, None if it is not known."""
         return sum(path.stat().st_size for path in self.files) if self.files else None
 
     def pieces(self) -> Iterator[Piece]:
@@ -68,7 +68,7 @@ class Source:
             raise UserError(f"{printable(self.spec)}: is empty; there must be some text")
 
     def _split_of_file(self, path: Path | None) -> str | None:
-        """The split of all documents of a file; None: each is drawn."""
+        """The split of all documents of a file; None: drawn for each document."""
         if self.split or not (self.named or self.ends):
             return self.split
         return self.named.get(path, "train") if path else None
@@ -78,7 +78,7 @@ class Source:
         return "validation" if drawn or document == second else "train"
 
     def _second_document(self) -> int:
-        """Number of the document that is held out in any case: 1, unless that one is an empty row and none else is drawn."""
+        """Number of the document that is always held out: 1; if that row is empty and no other is drawn, the second one with text."""
         rows = any(kind_of(path) == "rows" for path in self.files) and self.document_start is None
         if not rows or self.split or self.named or self.ends:
             return 1
@@ -159,9 +159,9 @@ class Source:
 
 
 def open_source(spec: str, config: CorpusConfig, split: str | None = None) -> Source:
-    """The source that `spec` names, with the options of `config`. Raises UserError where there is nothing to read.
+    """The source that `spec` names, with the options of `config`. Raises UserError if there is nothing to read.
 
-    `split` takes every document; None holds documents out for validation.
+    split: the split of every document; None: hold documents out for validation.
     """
     try:
         start = re.compile(config.document_start) if config.document_start else None
@@ -199,15 +199,15 @@ def open_sources(config: CorpusConfig) -> list[Source]:
 
 
 def _heed_names(source: Source, folder: Path) -> None:
-    """Where the names of a folder's files speak of splits, each file is of its split, and test files are of none."""
+    """If the names of a folder's files indicate splits, each file belongs to its split, and test files are left out."""
     named, laid_out = splits_by_name(source.files, folder)
     if not laid_out:
         others = [path for path, split in named.items() if split != "train"]
         if others and source.split is None:
             source.notes.append(
                 f"{printable(source.spec)}: {len(others)} files with validation or test in their names (such as "
-                f"{printable(others[0].relative_to(folder))}) are read as all others, as no files are named for training or "
-                "most have other names; set validation_source to hold them out"
+                f"{printable(others[0].relative_to(folder))}) are read like all others, because no files are named for training "
+                "or most have other names; set validation_source to hold them out"
             )
         return
     wanted = {source.split} if source.split else {"train", "validation"}
@@ -221,8 +221,8 @@ def _heed_names(source: Source, folder: Path) -> None:
     left_out = [f"{path.relative_to(folder)}" for path in source.files if path not in set(kept)]
     names = printable(", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5))
     source.notes.append(
-        f"{printable(source.spec)}: its names say which split a file is of: {told}"
-        + (f"; left out are {len(left_out)} others ({names})" if left_out else "")
+        f"{printable(source.spec)}: the names of files decide their split: {told}"
+        + (f"; left out: {len(left_out)} others ({names})" if left_out else "")
     )
     source.files = kept
     if source.split is None and "validation" in named.values():
@@ -230,7 +230,7 @@ def _heed_names(source: Source, folder: Path) -> None:
 
 
 def _choose_ends(source: Source) -> None:
-    """Hold out the ends of text files where whole ones cannot make a validation split of the size that was asked for."""
+    """Hold out the ends of text files if whole files cannot make a validation split of the size that was asked for."""
     texts = source.document_start is None and all(kind_of(path) == "text" for path in source.files)
     if not texts or not source.files:
         return
@@ -266,7 +266,7 @@ def _drawn(document: int, fraction: float) -> bool:
 
 
 def _middle(path: Path, fraction: float) -> int:
-    """Byte offset at which the last `fraction` of a file begins: at a line if there is one to begin at, else at a word."""
+    """Byte offset at which the last `fraction` of a file begins: at the start of a line if there is one, else of a word."""
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{printable(path)}: is empty; there must be some text")
@@ -278,7 +278,7 @@ def _middle(path: Path, fraction: float) -> int:
     with path.open("rb") as file:
         file.seek(first)
         text = file.read(wanted - first + 1)
-    for mark in (b"\r", b" "):  # old Macs end lines so; a text may be one line
+    for mark in (b"\r", b" "):  # line ends of old Macs; a text of one line
         at = text.rfind(mark, 0, -1)
         if at >= 0:
             return first + at + 1
@@ -291,7 +291,7 @@ def _middle(path: Path, fraction: float) -> int:
 
 
 def _line_start(path: Path, fraction: float) -> int | None:
-    """Byte offset of the line start that ends the training part; where the last line is too long, its own start."""
+    """Byte offset of the line start that ends the training part; if the last line is too long, its own start."""
     size = path.stat().st_size
     wanted = position = int(size * (1 - fraction))
     with path.open("rb") as file:

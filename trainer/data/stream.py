@@ -1,10 +1,10 @@
 """MDS shards -> batches, at a position that is one global number.
 
-mosaicml-streaming supplies the format and the remotes; what is checked, the cache and the order are ours. A run's place in its
-data is (seed, fingerprint, position), position being the tokens passed so far. So a run resumes in the middle of an epoch or
-past its end with any number of ranks and threads, and the sequence length may grow at any step. (The library's own iterator
-keeps its state in shared memory, ends an epoch silently at a missing shard, trusts local files without looking at their
-hashes, and index files whatever they say.)
+mosaicml-streaming supplies the format and the downloads; the checks, the cache and the order are our own. A run's place in its
+data is (seed, fingerprint, position); the position counts the tokens passed so far. So a run resumes in the middle of an epoch
+or past its end with any number of ranks and threads, and the sequence length may grow at any step. (The library's own iterator
+keeps its state in shared memory, silently ends an epoch at a missing shard, does not check the hashes of local files, and trusts
+index files.)
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from trainer.data.mds import open_shard, samples_in
 from trainer.data.order import ORDERS, Order
 from trainer.data.remote import Say, is_remote
 
-MOST_AT_ONCE = 16  # samples that a thread reads before it looks for more to do
+MOST_AT_ONCE = 16  # most samples that a thread reads in one task
 
 
 def say(line: str) -> None:
-    """The default way to tell what the user should know: a line on stderr."""
+    """The default log: a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def find_dataset(data: DataConfig, say: Say = say) -> DatasetInfo | None:
-    """What is known of the dataset at `data.path`, checked as far as its small files go; None where nothing has been prepared
-    there yet. say: takes a line where a remote one cannot be reached.
+    """The description of the dataset at `data.path`, with its small files checked; None if nothing has been prepared there yet.
+    say: called with a line if a remote dataset cannot be reached.
 
-    Raises Damaged where the small files contradict each other, other UserErrors where there is no dataset.
+    Raises Damaged if the small files contradict each other, another UserError if there is no dataset.
     """
     if data.path is None:
         return None
@@ -98,12 +98,12 @@ class Split:
             tokens = self._readers[which][index - int(self._starts[which])]["tokens"]
         except OSError as error:
             raise system_error(error, f"data: {path}: cannot be read") from None
-        except Exception as error:  # whatever the decoder makes of bytes that a stranger wrote
+        except Exception as error:  # whatever the decoder raises on bytes that a stranger wrote
             raise Damaged(f"data: {path} cannot be read: {remote.one_line(error)}") from None
         length = min(self.length + 1, self.counts.tokens - index * self.length)
         if tokens.shape != (length,) or tokens.max() >= self.info.tokenizer.vocab_size:
             raise Damaged(
-                f"data: {path} holds a sample that is no {length} ids below {self.info.tokenizer.vocab_size}; "
+                f"data: {path} holds a sample that is not {length} ids below {self.info.tokenizer.vocab_size}; "
                 "prepare the data again"
             )
         return tokens
@@ -120,7 +120,7 @@ class Split:
         return self.folder / self.name / shard.basename
 
     def _check_size(self, shard: Shard) -> None:
-        """That the shard is there, has its size and, where no digest of the index says so, its number of samples."""
+        """Check that the shard exists and has its size and, if no digest covers the index, its number of samples."""
         path = self._path(shard)
         try:
             size = path.stat().st_size
@@ -143,7 +143,7 @@ class Split:
             )
 
     def _prepare(self, which: int) -> None:
-        """Have the shard here and whole: downloaded where remote, its hash equal to the index's."""
+        """Make sure that the shard is here and whole: download it if it is remote, and compare its hash with the index."""
         with self._locks[which]:
             if self._ready[which]:
                 return
@@ -162,7 +162,7 @@ class Split:
 class TrainStream:
     """The training split as an endless stream of windows, read ahead by threads.
 
-    order: "samples" or "windows", as in trainer/data/order.py, which says what a position is.
+    order: "samples" or "windows", see trainer/data/order.py, which also explains positions.
     """
 
     def __init__(self, split: Split, seed: int, threads: int = 4, order: str = "samples") -> None:
@@ -177,11 +177,11 @@ class TrainStream:
         self._order = ORDERS[order](Order(split.shard_sizes, self.n_samples, seed), split.length)
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="data")
-        # Tokens, or the task that reads them and their place among what it reads; last used last.
+        # Sample -> its tokens, or (the task that reads it, its place in the task's result); last used last.
         self._samples: OrderedDict[int, np.ndarray | tuple[Future, int]] = OrderedDict()
 
     def start(self, position: int, length: int, before: int | None = None) -> int:
-        """Where a step of `length`-token windows at `position` begins; before: length of the windows that led there."""
+        """Where the step at `position` begins, with windows of `length` tokens; before: length of the windows that led there."""
         return self._order.start(position, length, before or length)
 
     def epoch(self, position: int) -> float:
@@ -199,7 +199,7 @@ class TrainStream:
         return out
 
     def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
-        """Begin to read what `windows` will be asked for next; a wrong guess costs time, never correctness."""
+        """Begin to read what `windows` is expected to need next; a wrong guess costs time, never correctness."""
         samples, _ = self._order.windows(self.start(position, length), length, first, count)
         wanted = self._begin_to_read(samples)
         while len(self._samples) > len(wanted) + self._order.reused:
@@ -209,7 +209,7 @@ class TrainStream:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin_to_read(self, samples: np.ndarray) -> list[int]:
-        """Have the threads read those of `samples` that are not here yet; returns each of them once."""
+        """Let the threads read those of `samples` that are not in memory yet; returns all of them, each once."""
         wanted = list(dict.fromkeys(samples.tolist()))
         missing = [sample for sample in wanted if sample not in self._samples]
         size = max(1, min(MOST_AT_ONCE, len(missing) // self._threads))

@@ -1,4 +1,4 @@
-"""The folder that `prepare` writes: it appears whole or not at all, whatever ends the work."""
+"""The folder that `prepare` writes: it appears whole or not at all, however the work ends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.core.files import may_pass, sync_path
 from trainer.core.text import printable
 from trainer.data.dataset import partial_folder
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, or of a terminal that closes
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # from a scheduler, or from a terminal that closes
 
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Signals that end a process act as Ctrl-C does, so that nothing is left behind; what they did before is put back."""
+    """Within the block, signals that end a process act like Ctrl-C, so that no files are left behind. The old handlers are restored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,7 @@ def signals_as_interrupts() -> Iterator[None]:
 
 @contextmanager
 def one_line_errors(out: Path) -> Iterator[None]:
-    """Whatever ends the work, told in one line."""
+    """Turn whatever ends the work into a one-line error."""
     name = printable(out)
     try:
         try:
@@ -73,7 +73,7 @@ def one_line_errors(out: Path) -> Iterator[None]:
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its name if the block succeeds, and is removed if not."""
+    """Yield an empty folder beside `out`. It is renamed to `out` if the block succeeds, and removed if not."""
     import filelock
 
     _refuse_existing(out)

@@ -25,17 +25,17 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 class Tokenizer:
-    """Text to ids and back. Text never becomes the end-of-text id or another special token: these are spelled in pieces.
+    """Turns text into ids and back. Text never becomes the end-of-text id or another special token: its spelling is encoded in pieces.
 
-    `notes` are lines on what the user should know of it.
+    notes: lines that tell the user about changes to the tokenizer.
     """
 
     def __init__(self, data: bytes, name: str, end: str | int | None = None, new: bool = False):
-        """`data` is the content of a tokenizer.json. Raises UserError if it is none.
+        """data: the content of a tokenizer.json. Raises UserError if it is not one.
 
-        end: the token (or, of a stored tokenizer, its id) that ends documents; None: the first of END_OF_TEXT that is there,
-        which is appended where there is none. new: of a new dataset, so state that would cut, pad or vary ids is not stored;
-        else `data` is known by its hash.
+        end: the token (or, for a stored tokenizer, its id) that ends documents; None: the first of END_OF_TEXT that it has; if it
+        has none, END_OF_TEXT[0] is appended. new: for a new dataset, so state that would cut, pad or vary ids is not stored;
+        otherwise `data` must keep its hash.
         """
         self.name = name
         self.notes: list[str] = []
@@ -47,14 +47,14 @@ class Tokenizer:
             if new:
                 data = usable
                 told = " and ".join(switched_off)
-                self.notes.append(f"tokenizer {name}: {told} in it switched off; no text is cut or padded")
+                self.notes.append(f"tokenizer {name}: switched off its {told}; no text is cut or padded")
         eot, appended = _end_token(library, content, name, end)
         library.add_special_tokens([eot])  # marks it as special if it is there, appends it if not
         if appended:
             data = library.to_str().encode()
             self.notes.append(
-                f"tokenizer {name}: has none of {', '.join(END_OF_TEXT)}, so {eot} was appended to end documents; if another "
-                f"token shall, name it with end_of_text (its special tokens: {_special(content)})"
+                f"tokenizer {name}: has none of {', '.join(END_OF_TEXT)}, so {eot} was appended to end documents; to use another "
+                f"token, name it with end_of_text (its special tokens: {_special(content)})"
             )
         self.eot_id = int(library.token_to_id(eot))
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
@@ -97,7 +97,7 @@ class Tokenizer:
             return self.encode_telling_losses(text)[0]
 
     def encode_telling_losses(self, text: str) -> tuple[np.ndarray, str]:
-        """The ids of `text`, and the characters of it that no id stands for; white space that is left out is not counted."""
+        """The ids of `text`, and its characters that no id stands for, except white space."""
         if self._byte_ids is not None:
             return self._byte_ids[np.frombuffer(text.encode("utf-8"), np.uint8)], ""
         if self._fast is not None:
@@ -153,7 +153,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _end_token(library: Any, content: dict[str, Any], name: str, end: str | int | None) -> tuple[str, bool]:
-    """The token that ends documents, and whether it is to be appended."""
+    """The token that ends documents, and whether it must be appended."""
     if end is None:
         found = next((token for token in END_OF_TEXT if library.token_to_id(token) is not None), None)
         return found or END_OF_TEXT[0], found is None
@@ -161,7 +161,7 @@ def _end_token(library: Any, content: dict[str, Any], name: str, end: str | int 
     if token is not None and library.token_to_id(token) is not None:
         return token, False
     raise UserError(
-        f"end_of_text: {printable(end)!r} is no token of tokenizer {name} (its special tokens: {_special(content)})"
+        f"end_of_text: {printable(end)!r} is not a token of tokenizer {name} (its special tokens: {_special(content)})"
     )
 
 
@@ -178,7 +178,7 @@ def get_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that `spec` names (see `--tokenizer`); `chars` and `train-bpe:N` learn from `texts`. Raises UserError.
 
-    end_of_text: the token that ends documents. learn: what learns a BPE, in this process or in another.
+    end_of_text: the token that ends documents. learn: the function that learns a BPE, in this process or in another.
     """
     if spec == "bytes":
         vocabulary = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
@@ -205,7 +205,7 @@ def get_tokenizer(
 def _download(name: str) -> str:
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # its retries would drown the one line below
+    huggingface_hub.logging.set_verbosity_error()  # its lines about retries would hide the one below
     try:
         cached = huggingface_hub.try_to_load_from_cache(HUB[name], "tokenizer.json")
         return cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(HUB[name], "tokenizer.json")

@@ -1,4 +1,4 @@
-"""What a model is trained on: what a batch holds, its loss, and by what the loss is divided.
+"""Objectives: what a batch holds, its loss, and what the loss is divided by.
 
 An objective is one file: a Config, a class and a decorator.
 
@@ -9,7 +9,7 @@ An objective is one file: a Config, a class and a decorator.
         def forward(self, model, batch):
             return Loss(sum, self.count(batch))
 
-`--plugin FILE.py --objective.name mine` trains with it; `python -m trainer check FILE.py` checks what base.py promises.
+`--plugin FILE.py --objective.name mine` trains with it; `python -m trainer check FILE.py` checks the contract of base.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_OBJECTIVE = {"name": "next_token"}
 
 
 def load_objectives() -> None:
-    """Import the modules of this folder, and what installed packages offer under the entry point group `crescendo.objectives`."""
+    """Import the modules of this folder, and those that installed packages name in the entry point group `crescendo.objectives`."""
     for found in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{found.name}")
     for entry in importlib.metadata.entry_points(group="crescendo.objectives"):
@@ -41,7 +41,7 @@ def load_objectives() -> None:
 
 
 def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
-    """The section `objective` of a config with all fields of the objective's own Config. UserError where it cannot be."""
+    """The section `objective` of a config with all fields of the objective's own Config. Raises UserError for a wrong key or value."""
     load_objectives()
     name = options.get("name", DEFAULT_OBJECTIVE["name"])
     if name not in REGISTRY:
@@ -58,8 +58,8 @@ def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_objective(options: Mapping[str, Any]) -> Objective:
-    """The objective of a resolved section. UserError where it holds parameters or buffers: no engine would train or move them."""
-    load_objectives()  # a rank that did not make the plan has not looked for any yet
+    """The objective of a resolved section. Raises UserError if it holds parameters or buffers: no engine trains or moves them."""
+    load_objectives()  # a rank that did not make the plan has not loaded them yet
     name, fields = options["name"], {key: value for key, value in options.items() if key != "name"}
     cls = REGISTRY[name]
     objective = cls(cls.Config(**fields))

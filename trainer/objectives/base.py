@@ -12,30 +12,30 @@ from models.base import IGNORE, Batch, Output, with_hidden
 
 
 class Loss(NamedTuple):
-    """What an objective computes on a batch: a tuple, since FSDP and DeepSpeed look for the tensors in it.
+    """What an objective computes on a batch. It is a tuple because FSDP and DeepSpeed search it for tensors.
 
-    sum: fp32 scalar, the sum of the losses of what counts. count: fp64 scalar, what counts, as `Objective.count` says.
-    parts: further losses by name, already inside `sum` (None: there are none).
+    sum: fp32 scalar, the sum of the losses of the targets that count. count: fp64 scalar, as in `Objective.count`.
+    parts: further losses by name, already included in `sum` (None: there are none).
     """
 
     sum: Tensor
-    count: Tensor  # type: ignore[assignment]  # a tuple's own `count` is not missed
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not needed
     parts: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class NoConfig:
-    """Of an objective without settings."""
+    """The Config of an objective without settings."""
 
 
 class Objective(nn.Module):
     """Base of every objective. A step minimises the sum of `Loss.sum` over all microbatches and ranks, divided by the sum of
-    `count`: how the batch is divided changes nothing.
+    `count`. So the result does not depend on how the batch is divided.
     """
 
     Config: ClassVar[type] = NoConfig
     counts_every_token: ClassVar[bool] = (
-        False  # True: without weights, all tokens of a step count 1, so its size says it
+        False  # True: without weights every token counts 1, so a step's count is its size
     )
 
     def __init__(self, config: Any) -> None:
@@ -43,14 +43,14 @@ class Objective(nn.Module):
         self.config = config
 
     def forward(self, model: Any, batch: Batch) -> Loss:
-        """model: has hidden, logits, nll and loss of `LanguageModel`, and can be called as one; batch: tensors [B, T]."""
+        """model: has the methods hidden, logits, nll and loss of `LanguageModel`, and can be called like it; batch: tensors [B, T]."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor:
-        """What `forward` counts in this batch, from the batch alone: fp64 scalar on its device.
+        """The count that `forward` returns for this batch, computed from the batch alone: fp64 scalar on its device.
 
-        It is known before the first backward pass, so that gradients are of the mean from the beginning. By default the sum
-        of the weights of the targets that are not IGNORE.
+        The trainer calls it before the first backward pass, so that all gradients are gradients of the mean. By default it is
+        the sum of the weights of the targets that are not IGNORE (without weights: their number).
         """
         counted = batch["targets"] != IGNORE
         weights = batch.get("weights")
@@ -63,7 +63,7 @@ REGISTRY: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str) -> Any:
-    """Class decorator: make an objective known under `name`, which can be taken once. TypeError where it defines no forward."""
+    """Class decorator: register an objective as `name`. Raises TypeError if it defines no forward, ValueError if the name is taken."""
 
     def add(cls: type[Objective]) -> type[Objective]:
         if cls.forward is Objective.forward:
@@ -77,14 +77,14 @@ def register_objective(name: str) -> Any:
 
 
 class ModelAndObjective(nn.Module):
-    """What DDP, FSDP and DeepSpeed wrap: they see every forward pass, whichever methods of the model the objective calls."""
+    """The module that DDP, FSDP and DeepSpeed wrap: they see every forward pass, whichever methods of the model the objective calls."""
 
     def __init__(self, model: Any, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
     def forward(self, batch: Batch, cache: Any = None) -> Loss | Output:
-        """The objective's Loss of a batch with targets; of one without, the model's Output with the logits."""
+        """For a batch with targets, the objective's Loss; for one without, the model's Output with the logits."""
         if "targets" in batch:
             return self.objective(with_hidden(self.model), batch)
         return self.model(batch["tokens"], documents=batch.get("documents"), cache=cache)

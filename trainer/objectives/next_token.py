@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token: what language models are pretrained with."""
+"""Cross-entropy of the next token: the usual objective of pretraining."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.objectives.base import Loss, Objective, register_objective
 
 @register_objective("next_token")
 class NextToken(Objective):
-    """The model's own training loss, further heads and z-loss included, each target by its weight."""
+    """The model's own training loss, including further heads and z-loss; each target counts with its weight."""
 
     counts_every_token = True
 

@@ -13,7 +13,7 @@ from trainer.optim.rule import STEP, Declared, GroupSettings, OptimizerRule, reg
 
 @dataclass
 class AdamWConfig:
-    """What is not set here is the recipe's, group by group."""
+    """Fields that the user does not set come from the recipe, group by group."""
 
     beta1: float = setting(0.9, "decay of the mean of gradients", low=0, high=0.99999)
     beta2: float = setting(0.95, "decay of the mean of squared gradients", low=0, high=0.99999)
@@ -22,16 +22,16 @@ class AdamWConfig:
 
 @register_optimizer("adamw")
 class AdamW(OptimizerRule):
-    """Moments are held in the parameter's type or in bf16.
+    """Moments have the parameter's type or bf16.
 
-    bf16 moments of fp32 parameters: the update is computed in fp32 from them, and what they become is rounded to nearest
-    (see narrow_state.py). That loses a change of less than half a spacing, which lies between 2^-9 and 2^-8 of a bf16
-    number. With beta2 = 0.95 a step takes 5 % off a second moment whose gradient is 0, so it follows all the way down
-    (0.999 would take off 0.1 % < 2^-9: it could never fall). It rests only where the squared gradient is within
-    2^-8 / 0.05 = 8 % of it, 4 % in the root that divides; a first moment rests within 2^-8 / 0.1 = 4 % of the gradient with
-    beta1 = 0.9, within 1 % with 0.6. The roundings of many steps add up to no more than that either, 2^-8 / (1 - beta) of
-    the largest moment among them, and mostly cancel where gradients fluctuate. Tiny moments are as safe as in fp32, whose
-    exponents bf16 has.
+    bf16 moments of fp32 parameters: the update is computed from them in fp32, and the new moments are rounded to nearest
+    (see narrow_state.py). Rounding loses a change of less than half a spacing; half a spacing is between 2^-9 and 2^-8 of a
+    bf16 number. With beta2 = 0.95 and a gradient of 0, a step takes 5 % off a second moment, so it falls all the way (0.999
+    would take off 0.1 % < 2^-9: it could never fall). A second moment stands still only if the squared gradient is within
+    2^-8 / 0.05 = 8 % of it, 4 % in the root that divides. A first moment stands still within 2^-8 / 0.1 = 4 % of the gradient
+    with beta1 = 0.9, within 1 % with 0.6. The rounding errors of many steps together have the same bound, 2^-8 / (1 - beta)
+    of the largest moment among them, and mostly cancel if gradients fluctuate. Tiny moments are as safe as in fp32, because
+    bf16 has the same range of exponents.
     """
 
     Config = AdamWConfig
@@ -62,5 +62,5 @@ class AdamW(OptimizerRule):
             eps=group.config.eps,
             amsgrad=False,
             maximize=False,
-            found_inf=1 - finite,  # the kernel changes nothing where it is 1
+            found_inf=1 - finite,  # the kernel changes nothing if it is 1
         )

@@ -1,4 +1,4 @@
-"""hlb's scaling of embedding gradients by how often each token stands in the batch."""
+"""hlb's scaling of embedding gradients by how often each token occurs in the batch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class FrequencyScaling:
-    """Divides the gradient of each row of an embedding by the number of times its token stands in the step's global batch.
+    """Divides the gradient of each row of an embedding by the number of times its token occurs in the step's global batch.
 
-    It is done where the gradient enters the embedding, position by position, so it is the same however the embedding's own
-    gradient is then summed, sharded or flattened.
+    It divides the gradient at the embedding's output, position by position. So the result does not depend on how the
+    embedding's own gradient is then summed, sharded or flattened.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -21,12 +21,12 @@ class FrequencyScaling:
         embedding.register_forward_hook(self._watch)
 
     def count(self, tokens: Tensor, world: Any) -> None:
-        """Count a step's tokens over all ranks; tokens: [B, T], those of this rank in all its microbatches."""
+        """Count a step's tokens over all ranks. tokens: [B, T], this rank's tokens of all its microbatches."""
         flat = tokens.flatten()
         counts = torch.zeros(self.rows, device=tokens.device)  # [V]
         counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))  # bincount would wait for the device
         counts = world.sum(counts).clamp_(min=1)
-        # Where it was: a recorded microbatch reads it there.
+        # In place: a microbatch recorded as a CUDA graph reads the counts at this address.
         self.counts = counts if self.counts is None else self.counts.copy_(counts)
 
     def _watch(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups. Which groups there are, a recipe says."""
+"""Parameter groups. A recipe decides which groups there are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trainer.optim.rule import DEFAULT_RULE, get_rule, state_bytes
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, by name, that share settings. schedule: 0-based step -> multiplier of lr; settings: by name of a rule, what
-    the recipe sets of its Config."""
+    """Parameters, by name, that share settings. schedule: 0-based step -> multiplier of lr; settings: name of a rule -> the fields
+    of its Config that the recipe sets."""
 
     name: str
     parameters: list[str]
@@ -27,7 +27,7 @@ class Group:
 
 
 def names_by_role(model: Any) -> dict[str, list[str]]:
-    """Role -> names of parameters. Raises ValueError unless every parameter stands under exactly one known role."""
+    """Role -> names of parameters. Raises ValueError unless every parameter has exactly one known role."""
     named = [name for name, _ in model.named_parameters()]
     by_role: dict[str, list[str]] = {role: [] for role in model.roles}
     seen: list[str] = []
@@ -49,7 +49,7 @@ def matrices_of(model: Any, shapes: dict[str, torch.Size]) -> set[str]:
 
 
 def state_bytes_per_parameter(rule: str, model: Any, narrow: bool) -> float:
-    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: in bf16, else in fp32."""
+    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     chosen, rest = get_rule(rule), get_rule(DEFAULT_RULE)
     own = matrices_of(model, shapes) if chosen.scope == "matrix" else set(shapes)
@@ -59,7 +59,7 @@ def state_bytes_per_parameter(rule: str, model: Any, narrow: bool) -> float:
 
 
 def with_rule(groups: list[Group], rule: str, names: set[str] | None = None) -> list[Group]:
-    """The groups updated by `rule`; with `names`, those parameters alone: the rest of their group stays with its own rule."""
+    """The groups, now updated by `rule`. With `names`, only these parameters change their rule; the rest of a group keeps its own."""
     split = []
     for group in groups:
         chosen = [name for name in group.parameters if names is None or name in names]

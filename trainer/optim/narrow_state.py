@@ -1,4 +1,4 @@
-"""State in bf16 of fp32 parameters: rules compute with fp32 copies, a piece at a time, and what they give is rounded to nearest."""
+"""bf16 state of fp32 parameters: rules compute with fp32 copies, a piece at a time, and their results are rounded to nearest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trainer.optim.rule import STEP
 
-# Numbers updated at a time; a multiple of any vector's width, so that no bit depends on where a parameter is cut. CPU: the
-# fp32 copies (8 MiB with two moments) stay in a cache, and threads seldom wait for each other. GPU: each launch has much to
-# do, and 128 MiB of copies are freed before the next activations.
+# Numbers updated at a time: a multiple of every vector width, so that the results are bit for bit the same wherever a parameter
+# is cut. CPU: the fp32 copies (8 MiB with two moments) stay in a cache, and threads seldom wait for each other. GPU: each
+# launch has much work, and the copies (128 MiB) are freed before the next activations.
 PIECE = {"cpu": 2**20, "cuda": 2**24}
 
 Update = Callable[[list[Tensor], list[Tensor], list[dict[str, Tensor]]], None]  # (parameters, gradients, states)
@@ -26,7 +26,7 @@ def is_narrow(parameter: Tensor, state: dict[str, Tensor]) -> bool:
 def update_in_pieces(
     parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
 ) -> None:
-    """`update` with fp32 copies of narrow state, of some numbers at a time. Where it changes nothing, neither do the copies."""
+    """Call `update` with fp32 copies of narrow state, PIECE numbers at a time. If it changes nothing, the state stays as it was."""
     first = parameters[0]
     cut = [key for key in states[0] if key != STEP]
     narrow = [key for key in cut if states[0][key].itemsize < first.itemsize]
@@ -54,7 +54,7 @@ def update_in_pieces(
 def update_whole(
     parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
 ) -> None:
-    """As `update_in_pieces`, for rules that must see each parameter whole: one parameter after the other."""
+    """Like `update_in_pieces`, for rules that must see each parameter whole: one parameter at a time."""
     for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
         wide = {key: value.to(parameter.dtype) for key, value in state.items() if value.itemsize < parameter.itemsize}
         update([parameter], [gradient], [{**state, **wide}])
@@ -63,13 +63,13 @@ def update_whole(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A view [n] of its numbers in the order of memory, in which gradient and state lie as their parameter does."""
+    """A view [n] of the numbers in memory order, which is the same for a parameter, its gradient and its state."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def batches(rows: list[list[Any]], size: int) -> Iterator[list[list[Any]]]:
-    """Cut rows of [n] tensors (the last of a row is no such tensor, and stays whole) into pieces of at most `size` numbers;
-    yield them by column, as many at a time as have at most `size` numbers together."""
+    """Cut the [n] tensors of each row into pieces of at most `size` numbers; the last entry of a row is not a tensor and is not
+    cut. Yield batches of pieces with at most `size` numbers together, as columns."""
     batch: list[tuple[Any, ...]] = []
     held = 0
     for *tensors, whole in rows:

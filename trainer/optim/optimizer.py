@@ -20,11 +20,12 @@ Exchange = Callable[[list[str], Callable[[str, Tensor, Tensor], Tensor]], dict[s
 class Optimizer(torch.optim.Optimizer):
     """Groups with their schedules, each updated by its rule.
 
-    DeepSpeed takes it as it is: it puts flat vectors of its own in the place of the parameters (`param_groups`, `state`), and
-    may call `step` for some groups at a time. It changes nothing where a step is not finite, and nothing waits for the device.
+    DeepSpeed uses it unchanged: DeepSpeed replaces the parameters with its own flat vectors (in `param_groups` and `state`), and
+    may call `step` for some groups at a time. A step that is not finite changes nothing, and no step waits for the device.
 
-    decay_of: the weight decay of a step by the loss of the step before, for groups with loss_driven_decay; narrow: hold state of fp32 parameters in bf16; given: by
-    name of a rule, what the user sets of its Config; whole: names whose parameters must be seen whole, which this rank does not update by itself.
+    decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
+    in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: names of parameters whose update must
+    see them whole, by `exchange`.
     """
 
     finite: Tensor
@@ -63,7 +64,7 @@ class Optimizer(torch.optim.Optimizer):
         self.decay = decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
 
     def prepare(self, step: int, finite: Tensor) -> None:
-        """Everything `step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""
+        """Set everything that `step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""
         for group, settings in zip(self.groups, self.param_groups, strict=True):
             settings["lr"] = group.lr * group.schedule(step)
         self.finite = finite
@@ -86,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._local[name].copy_(part)
 
     def _update_whole(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor:
-        """On the rank that owns it: the whole new weight."""
+        """The whole new weight; called on the rank that owns the parameter."""
         parameter, weight = self._local[name], weight.clone()
         self._update(self._group_of[parameter], [weight], [gradient], [self.state[parameter]])
         return weight
@@ -94,10 +95,11 @@ class Optimizer(torch.optim.Optimizer):
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
-        # A copy to another device that the host does not wait for: offloaded parameters are on the CPU.
+        # Offloaded parameters are on the CPU. The host does not wait for this copy.
         finite = self.finite.to(parameters[0].device)
         if STEP in states[0]:
-            torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))  # one tensor would be read
+            # A list, because _foreach_add_ would read the value of a single tensor.
+            torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))
         settings = GroupSettings(group["lr"], group["weight_decay"], group["config"])
         rule = self.rules[group["rule"]]
 
@@ -112,16 +114,16 @@ class Optimizer(torch.optim.Optimizer):
             update_whole(parameters, gradients, states, update)
 
     def follow(self, loss: Tensor, finite: Tensor) -> None:
-        """After the update: the decay of the next step. loss: global mean of this one, fp32 scalar on the device."""
+        """After the update: set the decay of the next step. loss: global mean of this step, fp32 scalar on the device."""
         self.decay.copy_(torch.where(finite > 0, self._decay_of(loss), self.decay))
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """By name, what to evaluate with in the place of this rank's parameters; those that differ alone."""
+        """Name -> weights to evaluate with instead of this rank's parameter; only parameters for which they differ."""
         found = {}
         for group, settings in zip(self.groups, self.param_groups, strict=True):
             rule = self.rules[group.rule]
             if not rule.evaluates_other_weights:
-                continue  # DeepSpeed's flat vectors, which have no names, are of such rules
+                continue  # always so for DeepSpeed's flat vectors, which have no names
             for name, parameter in zip(group.parameters, settings["params"], strict=True):
                 if parameter in self.state:  # it has been trained
                     found[name] = rule.evaluation_weights(parameter.detach(), self.state[parameter])
@@ -133,14 +135,14 @@ class Optimizer(torch.optim.Optimizer):
         return self.param_groups[0]["lr"]
 
     def allocate(self, tensors: Iterable[Tensor]) -> None:
-        """State of zero for each of `tensors`, as before the first step, to load a checkpoint into."""
+        """Allocate state of zeros for each of `tensors`, as before the first step; a checkpoint can be loaded into it."""
         for tensor in tensors:
-            # DeepSpeed's flat vectors stand in no group here; they have one rule.
+            # DeepSpeed's flat vectors are in no group here; all have the same rule.
             rule = self.rules[self._group_of.get(tensor, self.param_groups[0])["rule"]]
             self._allocate(tensor, rule, tensor.shape)
 
     def allocate_whole(self, names: Iterable[str]) -> None:
-        """As `allocate`, for parameters that this rank owns and updates whole."""
+        """Like `allocate`, for parameters that this rank owns and updates whole."""
         for name in names:
             parameter = self._local[name]
             self._allocate(parameter, self.rules[self._group_of[parameter]["rule"]], self.shapes[name])
@@ -148,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):
     def _allocate(self, tensor: Tensor, rule: OptimizerRule, shape: torch.Size) -> None:
         dtype = torch.bfloat16 if self.narrow else tensor.dtype
         self.state[tensor] = {
-            key: torch.zeros_like(tensor, dtype=kind)  # in memory as the parameter is, also where that is by columns
+            key: torch.zeros_like(tensor, dtype=kind)  # with the parameter's strides, also column-major ones
             if size == tensor.shape
             else torch.zeros(size, dtype=kind, device=tensor.device)
             for key, (size, kind) in declared_state(rule, shape, dtype).items()
@@ -169,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters by type and device, as kernels over lists want them."""
+    """The parameters grouped by type and device, as foreach kernels need them."""
     found: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         found.setdefault((parameter.dtype, parameter.device), []).append(parameter)

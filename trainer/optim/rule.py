@@ -11,7 +11,7 @@
         def update(self, group, parameters, gradients, states, finite):
             ...                                     # in place
 
-`python -m trainer check FILE.py` tries what a rule promises.
+`python -m trainer check FILE.py` tests whether a rule keeps the contract.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from trainer.core.settings import build
 Scope = Literal["element", "tensor", "matrix"]
 Declared = dict[str, tuple[torch.Size, torch.dtype]]
 STEP = "step"  # the state that counts a parameter's steps
-DEFAULT_RULE = "adamw"  # also of what a rule of scope matrix does not update
+DEFAULT_RULE = "adamw"  # also updates what a rule of scope matrix does not
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What the parameters of one group share in a step. lr: by its schedule; config: the rule's Config."""
+    """What the parameters of one group share in a step. lr: with the schedule applied; config: the rule's Config."""
 
     lr: float
     weight_decay: float
@@ -44,21 +44,21 @@ class GroupSettings:
 class OptimizerRule:
     """How gradients change parameters.
 
-    scope: what `update` must see whole. element: nothing, each number is updated by itself, so the trainer may give any
-    piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: as tensor, and an update is so
-    costly that each matrix is updated by one rank only; parameters without the role `matrix` are updated by AdamW.
+    scope: what `update` must see whole. element: nothing; each number is updated independently, so the trainer may pass any
+    piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: like tensor, but only one rank
+    updates each matrix, because an update is costly; AdamW updates the parameters without the role `matrix`.
     """
 
     Config: ClassVar[type]
     scope: ClassVar[Scope] = "element"
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
-        """Name -> (shape, type) of what is remembered of a parameter of this shape; it begins as zeros.
+        """Name -> (shape, type) of the state of a parameter of this shape. All state begins as zeros.
 
-        dtype: the type for state of the parameter's shape: the parameter's own, or bf16 where optim.state_precision says so.
-        A state "step" of shape () is the number of steps of this parameter: the trainer counts them, before `update`. With
-        scope element every other state has the parameter's shape. Checkpoints hold the state under these names, and the
-        memory plan counts it.
+        dtype: the type for state of the parameter's shape: the parameter's own, or bf16 if optim.state_precision says so.
+        A state "step" of shape () counts the steps of this parameter; the trainer increments it before `update`. With scope
+        element every other state has the parameter's shape. Checkpoints hold the state under these names, and the memory
+        plan counts it.
         """
         raise NotImplementedError
 
@@ -70,17 +70,17 @@ class OptimizerRule:
         states: list[dict[str, Tensor]],
         finite: Tensor,
     ) -> None:
-        """One step, in place, of parameters that share a type and a device. Their states have their type, but for "step".
+        """One step, in place, of parameters that share a type and a device. All states except "step" have the same type.
 
-        finite: fp32 scalar on their device: 1.0, or 0.0 where loss or gradient is not finite: then no parameter and no state
-        may change. Reading it here would make Python wait for the device: multiply by it, or select with torch.where.
+        finite: fp32 scalar on their device: 1.0, or 0.0 if loss or gradient is not finite. If it is 0.0, no parameter and no
+        state may change. Do not read it, since Python would wait for the device: multiply by it, or use torch.where.
         """
         raise NotImplementedError
 
     def evaluation_weights(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The weights of this parameter (or shard) to validate, generate and export with: averages, for example.
 
-        Only rules of scope element may define it. Checkpoints hold both, and training goes on with the parameter.
+        Only rules of scope element may define it. Checkpoints hold both, and training continues with the parameter.
         """
         return parameter
 
@@ -93,7 +93,8 @@ _REGISTRY: dict[str, type[OptimizerRule]] = {}
 
 
 def register_optimizer(name: str) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:
-    """Class decorator: make a rule known as optim.name `name`, which can be taken once. TypeError where a member is missing."""
+    """Class decorator: register a rule as optim.name `name`. Raises TypeError for a missing or wrong member, ValueError if the name
+    is taken."""
 
     def add(cls: type[OptimizerRule]) -> type[OptimizerRule]:
         missing = [member for member in ("state", "update") if getattr(cls, member) is getattr(OptimizerRule, member)]
@@ -120,22 +121,22 @@ def registered_rules() -> dict[str, type[OptimizerRule]]:
 
 
 def get_rule(name: str) -> OptimizerRule:
-    """The rule registered under `name`. UserError where there is none."""
+    """The rule registered under `name`. Raises UserError if there is none."""
     if name not in _REGISTRY:
         raise UserError(
             f"optim.name: {name!r} is not known (allowed: {', '.join(sorted(_REGISTRY))}); "
-            "--plugin FILE.py names the file that registers another"
+            "--plugin FILE.py for one of your own"
         )
     return _REGISTRY[name]()
 
 
 def rule_config(rule: OptimizerRule, recipe: dict[str, Any], given: dict[str, Any]) -> Any:
-    """The rule's Config: its defaults, over them what the recipe sets, over these what the user sets. UserError for a bad key."""
+    """The rule's Config: its defaults, overridden by the recipe's values, then by the user's. Raises UserError for a bad key."""
     return build(rule.Config, {**recipe, **given}, "optim.settings.")
 
 
 def declared_state(rule: OptimizerRule, shape: torch.Size, dtype: torch.dtype) -> Declared:
-    """`rule.state`, checked. UserError where an element rule has state that cannot be cut as its parameter is."""
+    """`rule.state`, checked. Raises UserError if a rule of scope element has state that cannot be cut like its parameter."""
     declared = rule.state(shape, dtype)
     for name, (its_shape, _) in declared.items():
         if name == STEP and its_shape == ():
@@ -143,7 +144,7 @@ def declared_state(rule: OptimizerRule, shape: torch.Size, dtype: torch.dtype) -
         if rule.scope == "element" and its_shape != shape:
             raise UserError(
                 f"optimizer {type(rule).__name__}: state {name!r} of a parameter of shape {tuple(shape)} has shape "
-                f"{tuple(its_shape)}; a rule of scope element keeps state of the parameter's shape, others need scope tensor"
+                f"{tuple(its_shape)}; a rule of scope element must keep state of the parameter's shape; other state needs scope tensor"
             )
     return declared
 

@@ -14,7 +14,7 @@ def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> flo
 
 
 def sequence_length(step: int, start: int, longest: int, double_every: int) -> int:
-    """Length trained on at 0-based `step`: doubles after each `double_every` finished steps, so step 0..80 stay at the start."""
+    """Sequence length at 0-based `step`. It doubles every `double_every` steps, for the first time at step double_every + 1."""
     if double_every == 0:
         return longest
     doublings = max(0, (step - 1) // double_every)
@@ -22,7 +22,7 @@ def sequence_length(step: int, start: int, longest: int, double_every: int) -> i
 
 
 def sequence_lengths(start: int, longest: int, double_every: int) -> list[int]:
-    """The lengths a run passes through, in order."""
+    """The sequence lengths of a run, in order."""
     if double_every == 0:
         return [longest]
     lengths = [start]

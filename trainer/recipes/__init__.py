@@ -29,7 +29,7 @@ def recipe_rows(config: Any, parameters: int, tied: bool) -> list[PlanEntry]:
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
-    """As Recipe.schedule_change. before: as a stored config says it; "" where that is no number, or the same."""
+    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one."""
     if before == config.max_steps or not isinstance(before, int):
         return ""
     return RECIPES[config.optim.recipe].schedule_change(config, before, step)

@@ -57,8 +57,8 @@ class Recipe:
         return []
 
     def schedule_change(self, config: Any, before: int, step: int) -> str:
-        """What another max_steps does to the learning rate of a run that goes on after `step`; "" where it does nothing.
+        """How a new max_steps changes the learning rate of a run that continues after `step`; "" if it changes nothing.
 
-        config: resolved; before: max_steps of the run until now, another number than config.max_steps.
+        config: resolved, with the new max_steps; before: max_steps of the run until now, which differs.
         """
         return ""

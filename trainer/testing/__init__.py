@@ -1,1 +1,1 @@
-"""The contract that models promise, as checks: behind `python -m trainer check` and in the tests."""
+"""The contracts of models, optimizers and objectives as checks, for `python -m trainer check` and for the tests."""

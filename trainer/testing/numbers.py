@@ -57,7 +57,7 @@ def weights_depend_on_the_seed_alone(subject: Subject) -> None:
 
 
 def shards_are_parts_of_the_whole(subject: Subject) -> None:
-    """Rank 1 of 2, with nobody at the other end: initialising needs no communication."""
+    """Initialise as rank 1 of 2, while rank 0 does not exist: initialising must need no communication."""
     whole = subject.build()
     with pretended_process_group(rank=1, size=2):
         model = subject.meta_at(SCALE)
@@ -71,13 +71,13 @@ def shards_are_parts_of_the_whole(subject: Subject) -> None:
             expected = chunks[1] if len(chunks) > 1 else parameter[:0]
             require(
                 torch.equal(sharded[name].to_local(), expected),
-                f"{name}: its second shard is not the second half of the whole; draw and fill by models.layers' normal_ and fill_",
+                f"{name}: its second shard is not the second half of the whole; initialise with normal_ and fill_ of models.layers",
             )
 
 
 def gradients_reach_every_parameter(subject: Subject) -> None:
     model, tokens, targets = subject.model, subject.tokens, subject.targets
-    train(model, tokens, targets, steps=2)  # what follows a matrix that starts at zero gets its gradient then
+    train(model, tokens, targets, steps=2)  # before, no gradient passes a matrix that starts at zero
     found = gradients(model, tokens, targets)[1]
     for name, gradient in found.items():
         require(gradient is not None, f"{name} gets no gradient")
@@ -127,13 +127,15 @@ def no_token_sees_the_future(subject: Subject, tolerance: float = 1e-5) -> None:
 def loss_is_the_cross_entropy(subject: Subject) -> None:
     model, tokens, targets = subject.model, subject.tokens, subject.targets
     output = model(tokens, targets)
-    require(output.logits is None, "with targets there are logits: they would be held beside the loss")
+    require(output.logits is None, "with targets the model still returns logits: they take memory beside the loss")
     kind = f"{output.loss.dtype}, {list(output.loss.shape)}"
     require(output.loss.shape == () and output.loss.dtype == torch.float32, f"the loss is {kind}, not an fp32 scalar")
     parts = sum(part.double() for part in (output.parts or {}).values())
     log_probabilities = model(tokens).logits.double().log_softmax(-1)
     expected = -log_probabilities.gather(-1, targets[..., None]).mean()
-    require_close(output.loss.double() - parts, expected, "the loss less its parts and the cross-entropy of the logits")
+    require_close(
+        output.loss.double() - parts, expected, "the loss minus its parts and the cross-entropy of the logits"
+    )
 
 
 @torch.no_grad()
@@ -151,9 +153,9 @@ def ignored_targets_do_not_count(subject: Subject) -> None:
 def nothing_that_counts_is_a_zero_loss(subject: Subject) -> None:
     model, tokens = subject.model, subject.tokens
     loss, found = gradients(model, tokens, torch.full_like(tokens, IGNORE), reduction="sum")
-    require(loss == 0, f"where every target is IGNORE, the sum is {loss.item():.3g}")
+    require(loss == 0, f"if every target is IGNORE, the sum is {loss.item():.3g}, not 0")
     for name, gradient in found.items():
-        require(gradient is not None and not gradient.any(), f"where every target is IGNORE, {name} has a gradient")
+        require(gradient is not None and not gradient.any(), f"if every target is IGNORE, {name} still has a gradient")
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def documents_are_kept_apart(subject: Subject) -> None:
         raise Skipped("masks_documents is false")
     lengths = [length // 4, 1, length // 3]
     lengths.append(length - sum(lengths))
-    for numbers in ([0, 1, 2, 3], [7, 1, 7, 1]):  # a number that returns is another document's
+    for numbers in ([0, 1, 2, 3], [7, 1, 7, 1]):  # a number that occurs again is a new document
         documents = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths)).expand(ROWS, length)
         packed = model(tokens, documents=documents).logits
         for start, stop in itertools.pairwise([0, *itertools.accumulate(lengths)]):
@@ -176,7 +178,7 @@ def documents_are_kept_apart(subject: Subject) -> None:
 def cached_decoding_equals_the_whole(subject: Subject) -> None:
     model, tokens, length = subject.model, subject.tokens, subject.length
     if state_of(model, ROWS) is None:
-        raise Skipped("new_state gives None: text is written with the whole context computed for every token")
+        raise Skipped("new_state returns None: generation computes the whole context again for every token")
     whole, third = model(tokens).logits, max(1, length // 3)
     for chunks in (
         [1] * length,
@@ -193,7 +195,7 @@ def cached_decoding_equals_the_whole(subject: Subject) -> None:
 
 
 def state_can_be_changed(subject: Subject) -> None:
-    """Texts that decode together can be reordered, begun anew and, where the state allows it, cropped."""
+    """The state of texts that decode together can be reordered, reset and, if the state allows it, cropped."""
     model, tokens, length = subject.model, subject.tokens, subject.length
     whole, half = model(tokens).logits, max(1, length // 2)
 
@@ -247,7 +249,7 @@ def too_long_a_sequence_is_refused(subject: Subject) -> None:
             named = str(limit + 1) in str(error) and str(limit) in str(error)
             require(named, f"the error of {limit + 1} tokens does not name both lengths: {error}")
         else:
-            require(False, f"{limit + 1} tokens are taken, and max_context is {limit}")
+            require(False, f"{limit + 1} tokens are accepted, but max_context is {limit}")
 
     refused(functools.partial(model, longer))
     if (state := state_of(model, 1)) is not None:
@@ -259,11 +261,11 @@ def too_long_a_sequence_is_refused(subject: Subject) -> None:
 
 
 def loss_falls_on_one_batch(subject: Subject) -> None:
-    """At one of two learning rates: how large a step they bear differs."""
+    """At one of two learning rates, since models tolerate different ones."""
     tokens, targets = subject.tokens, subject.targets
     runs = [train(subject.model, tokens, targets, steps=40, lr=lr) for lr in (3e-3, 1e-2)]
     first, last = runs[0][0], min(losses[-1] for losses in runs)
-    require(last < 0.5 * first, f"40 steps on one batch bring the loss from {first:.3g} to {last:.3g} only")
+    require(last < 0.5 * first, f"40 steps on one batch bring the loss only from {first:.3g} to {last:.3g}")
 
 
 def recomputed_blocks_give_the_same_gradients(subject: Subject) -> None:
@@ -272,16 +274,16 @@ def recomputed_blocks_give_the_same_gradients(subject: Subject) -> None:
     for block in model.blocks():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     again, recomputed = gradients(model, tokens, targets)
-    require(torch.equal(again, loss), "under activation checkpointing the loss is another")
+    require(torch.equal(again, loss), "under activation checkpointing the loss differs")
     for name, gradient in recomputed.items():
         same = gradient is not None and plain[name] is not None and distance(gradient, plain[name]) == 0  # type: ignore[arg-type]
-        require(same, f"under activation checkpointing the gradient of {name} is another")
+        require(same, f"under activation checkpointing the gradient of {name} differs")
 
 
 def flops_are_those_counted(subject: Subject, may_leave_out: bool = True) -> None:
-    """Within 2 %: the first block's input and nothing else saves a product (embedding lookups cost nothing).
+    """Within 2 %: the backward pass saves one product, the gradient of the first block's input (embedding lookups cost nothing).
 
-    may_leave_out: the model may spare some of what the convention counts, the whole square of attention.
+    may_leave_out: the model may compute less than what the convention counts, the whole square of attention.
     """
     model = subject.model
     lengths = [length for length in (64, 256) if model.max_context is None or length <= model.max_context]
@@ -297,7 +299,7 @@ def flops_are_those_counted(subject: Subject, may_leave_out: bool = True) -> Non
         least = said - per_length * length if may_leave_out else said
         require(
             0.98 * least <= counted <= 1.02 * said,
-            f"flops_per_token({length}) is {said:,}, counted are {counted:,.0f} (2 per multiply-add, attention over the "
+            f"flops_per_token({length}) is {said:,}, but the count is {counted:,.0f} (2 per multiply-add, attention over the "
             "whole square, the backward pass twice the forward pass)",
         )
 
@@ -313,12 +315,12 @@ CHECKS = [
     Check("causality", "no token sees the future", no_token_sees_the_future),
     Check("loss", "the loss is the cross-entropy of the logits", loss_is_the_cross_entropy),
     Check("ignored targets", "targets that are IGNORE do not count", ignored_targets_do_not_count),
-    Check("no targets", "with nothing that counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
+    Check("no targets", "if no target counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
     Check("documents", "documents do not see each other", documents_are_kept_apart),
-    Check("decoding", "decoding with a cache equals the whole", cached_decoding_equals_the_whole),
+    Check("decoding", "decoding with a cache gives the same logits", cached_decoding_equals_the_whole),
     Check("bf16", "under autocast to bf16 the loss is near fp32's", bf16_is_near_fp32),
     Check("context", "more than max_context tokens are refused", too_long_a_sequence_is_refused),
     Check("learning", "the loss falls on one batch", loss_falls_on_one_batch),
-    Check("flops", "flops_per_token is what is counted", flops_are_those_counted),
+    Check("flops", "flops_per_token agrees with a count", flops_are_those_counted),
     Check("recomputation", "activation checkpointing changes nothing", recomputed_blocks_give_the_same_gradients),
 ]

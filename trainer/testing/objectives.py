@@ -25,7 +25,7 @@ def loss_of(module: ModelAndObjective, batch: Batch) -> Loss:
 
 
 def gradients_of(module: ModelAndObjective, batches: list[Batch]) -> dict[str, Tensor]:
-    """Of the sums of all batches, divided by the sum of their counts."""
+    """Gradients of the sum over all batches, divided by the sum of their counts."""
     module.zero_grad()
     losses = [loss_of(module, batch) for batch in batches]
     count = sum(loss.count for loss in losses)
@@ -44,7 +44,7 @@ def losses_are_finite_scalars(subject: Subject) -> None:
 
 
 def count_is_that_of_the_targets(subject: Subject) -> None:
-    """The sum of the weights of the targets that are not IGNORE, or their number."""
+    """The count is the sum of the weights of the targets that are not IGNORE; without weights, their number."""
     module, batch = joined(subject), subject.batch
     weighted = batch["weights"][batch["targets"] != IGNORE].double().sum()
     require_close(loss_of(module, batch).count.double(), weighted, "count and the weights of the targets")
@@ -52,7 +52,7 @@ def count_is_that_of_the_targets(subject: Subject) -> None:
     number = (batch["targets"] != IGNORE).sum().double()
     require_close(loss_of(module, batch).count.double(), number, "count and the number of the targets without weights")
     before = module.objective.count(batch).double()
-    require_close(before, number, "count(batch), which is asked before the forward pass, and that number")
+    require_close(before, number, "count(batch), called before the forward pass, and that number")
 
 
 def what_does_not_count_changes_nothing(subject: Subject) -> None:
@@ -69,7 +69,7 @@ def what_does_not_count_changes_nothing(subject: Subject) -> None:
 
 
 def microbatches_change_nothing(subject: Subject) -> None:
-    """The gradient of sum / count, whole and as one of microbatches that count differently."""
+    """The gradient of sum / count is the same for the whole batch and for microbatches with different counts."""
     module, batch = joined(subject), subject.batch
     whole = {name: gradient.clone() for name, gradient in gradients_of(module, [batch]).items()}
     for cuts in ([1, 3], [1, 1, 1, 1]):

@@ -16,7 +16,7 @@ from trainer.testing.subject import Check, Failed, Skipped, require, require_clo
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "row": (24,)}
 STEPS = 3
-RATES = (0.1, 0.01, 0.001)  # learning rates to try: each rule has another scale
+RATES = (0.1, 0.01, 0.001)  # learning rates to try: each rule needs its own scale
 
 
 @dataclass
@@ -34,7 +34,7 @@ class RuleSubject:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the parameters that it is tried on."""
+        """The shapes of the parameters that it is tested on."""
         matrices_only = self.rule_class.scope == "matrix"
         return {name: torch.Size(shape) for name, shape in SHAPES.items() if len(shape) == 2 or not matrices_only}
 
@@ -114,7 +114,7 @@ def state_is_what_is_declared(subject: RuleSubject) -> None:
         require(not torch.equal(value, then), f"state {name} is declared, but {STEPS} steps do not change it")
     changed = [key for key in vars(rule) if key not in own or own[key] is not vars(rule)[key]]
     require(
-        not changed, f"the rule itself remembers {', '.join(changed)}: no checkpoint holds that; declare it in `state`"
+        not changed, f"the rule itself keeps {', '.join(changed)}, which no checkpoint holds; declare it in `state`"
     )
     for name in trial.parameters:
         require(not torch.equal(after[name], before[name]), f"{STEPS} steps do not change the parameter {name}")
@@ -128,7 +128,7 @@ def state_carries_a_run(subject: RuleSubject) -> None:
     resumed.steps = trial.steps
     for one in (trial, resumed):
         one.step(gradients_of(one, STEPS))
-    require_equal(resumed.tensors(), trial.tensors(), "the step after loading is another one")
+    require_equal(resumed.tensors(), trial.tensors(), "the step after loading differs from the original")
 
 
 def nothing_that_is_not_finite_counts(subject: RuleSubject) -> None:
@@ -138,7 +138,7 @@ def nothing_that_is_not_finite_counts(subject: RuleSubject) -> None:
     for bad in (float("nan"), float("inf")):
         trial.step({name: torch.full_like(p, bad) for name, p in trial.parameters.items()}, finite=0.0)
         require_equal(trial.tensors(), before, f"a step with gradients of {bad} changes something")
-    # As where a loss is not finite, and gradients are.
+    # As when the loss is not finite but the gradients are.
     trial.step(gradients_of(trial, 1), finite=0.0)
     require_equal(trial.tensors(), before, "a step with finite = 0 changes something")
 
@@ -153,7 +153,7 @@ def a_quadratic_is_minimised(subject: RuleSubject) -> None:
             loss = min(loss, quadratic(trial))
         ratios[lr] = loss / first
     told = ", ".join(f"{ratio:.2f} with lr {lr:g}" for lr, ratio in ratios.items())
-    require(min(ratios.values()) < 0.5, f"|w|^2 / 2 falls at best to a share of {told} in 100 steps")
+    require(min(ratios.values()) < 0.5, f"in 100 steps |w|^2 / 2 falls only to these shares of its start: {told}")
 
 
 def quadratic(trial: Trial) -> float:
@@ -182,12 +182,12 @@ def halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 class _Watched(TorchDispatchMode):
-    """Fails where a number of a tensor is asked for in Python."""
+    """Fails if Python reads the value of a tensor."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             raise Failed(
-                "`update` reads a number of a tensor in Python (as .item(), float() or `if` do): a GPU would wait"
+                "`update` reads a tensor's value in Python (as .item(), float() or `if` do): it would wait for a GPU"
             )
         return function(*args, **(kwargs or {}))
 
@@ -204,17 +204,17 @@ def bf16_state_is_enough(subject: RuleSubject) -> None:
     declared = trial.optimizer.rules[subject.name].state(shape, torch.bfloat16)
     narrow = [key for key, (_, dtype) in declared.items() if dtype == torch.bfloat16]
     wide = [key for key, (size, dtype) in declared.items() if size == shape and dtype != torch.bfloat16 and key != STEP]
-    require(not wide, f"state {', '.join(wide)} ignores the type that `state` is given")
+    require(not wide, f"`state` ignores the type that it is given for {', '.join(wide)}")
     if not narrow:
         raise Skipped("it has no state of the parameter's shape")
 
 
 CHECKS = [
-    Check("state", "its state is what it declares, all of it", state_is_what_is_declared, True),
+    Check("state", "it declares all of its state", state_is_what_is_declared, True),
     Check("resume", "state that is saved and loaded gives the same next step", state_carries_a_run),
     Check("finite", "a step that is not finite changes nothing", nothing_that_is_not_finite_counts),
     Check("quadratic", "it decreases a quadratic", a_quadratic_is_minimised),
-    Check("shards", "shards of a parameter are updated as the whole", shards_are_updated_alike),
+    Check("shards", "shards of a parameter are updated like the whole", shards_are_updated_alike),
     Check("narrow", "its state can be held in bf16", bf16_state_is_enough),
     Check("wait", "no step waits for the device", no_step_waits_for_the_device),
 ]

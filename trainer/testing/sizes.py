@@ -1,4 +1,4 @@
-"""Checks of what a model says about itself, without numbers: its Config, counts, roles, blocks."""
+"""Checks of what a model declares about itself, without computing with it: its Config, counts, roles, blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config_is_documented(subject: Subject) -> None:
 def config_goes_through_json(subject: Subject) -> None:
     config = subject.config_at(SCALE)
     again = subject.model_class.Config(**json.loads(json.dumps(asdict(config))))
-    require(again == config, f"written as JSON and read, {config} is {again}")
+    require(again == config, f"written to JSON and read back, {config} becomes {again}")
 
 
 def config_refuses_the_impossible(subject: Subject) -> None:
@@ -56,12 +56,12 @@ def parameters_follow_the_dial(subject: Subject) -> None:
         except ValueError as error:
             if not subject.choices:
                 raise
-            raise Skipped(f"what is chosen leaves no shape at scale {scale:g}: {error}") from None
+            raise Skipped(f"the chosen fields allow no shape at scale {scale:g}: {error}") from None
         held = sum(parameter.numel() for parameter in model.parameters())
         said = subject.model_class.count_parameters(model.config)
         require(said == held, f"at scale {scale:g} count_parameters says {said:,}, the model has {held:,}")
         if abs(held / target - 1) > 0.03 and subject.choices:
-            raise Skipped(f"what is chosen leads to {held:,} parameters at scale {scale:g}, the target is {target:,}")
+            raise Skipped(f"the chosen fields lead to {held:,} parameters at scale {scale:g}, the target is {target:,}")
         require(abs(held / target - 1) <= 0.03, f"{held:,} parameters at scale {scale:g}, the target is {target:,}")
 
 
@@ -80,7 +80,7 @@ def roles_hold_every_parameter_once(subject: Subject) -> None:
     require(not twice, f"under several roles: {twice}")
     missing, foreign = ", ".join(sorted(own.keys() - set(names))), ", ".join(sorted(set(names) - own.keys()))
     require(not missing, f"without a role: {missing}")
-    require(not foreign, f"no parameter of the model: {foreign}")
+    require(not foreign, f"not a parameter of the model: {foreign}")
     tied, heads = model.tied_embedding(), model.names_by_role().get("head", [])
     require(tied == (not heads), f"tied_embedding() is {tied}, with {len(heads)} heads")
 
@@ -89,10 +89,10 @@ def fused_matrices_split(subject: Subject) -> None:
     model = subject.meta_at(SCALE)
     splits = model.fused_matrices()
     if not splits:
-        raise Skipped("it declares none")
+        raise Skipped("it declares no fused matrices")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, (dim, sizes) in splits.items():
-        require(name in shapes, f"{name} is no parameter of the model")
+        require(name in shapes, f"{name} is not a parameter of the model")
         shape = tuple(shapes[name])
         require(-len(shape) <= dim < len(shape), f"{name} is {shape}: it has no dimension {dim}")
         fits = len(sizes) > 1 and min(sizes.values()) > 0 and sum(sizes.values()) == shape[dim]
@@ -103,16 +103,16 @@ def blocks_hold_most_parameters(subject: Subject) -> None:
     model = subject.meta_at(SEVERAL_BLOCKS)
     blocks = model.blocks()
     if subject.choices and len(blocks) < 2:
-        raise Skipped("what is chosen leaves fewer than two")
-    require(len(blocks) > 1, f"blocks() has {len(blocks)} at scale {SEVERAL_BLOCKS}")
+        raise Skipped("the chosen fields leave fewer than two blocks")
+    require(len(blocks) > 1, f"blocks() returns {len(blocks)} at scale {SEVERAL_BLOCKS}, not several")
     inside = [id(parameter) for block in blocks for parameter in block.parameters()]
     require(len(set(inside)) == len(inside), "blocks share parameters")
     held = sum(parameter.numel() for block in blocks for parameter in block.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     if subject.choices and held <= 0.9 * total:
-        raise Skipped(f"what is chosen leaves them {held:,} of {total:,} parameters")
+        raise Skipped(f"the chosen fields leave the blocks {held:,} of {total:,} parameters")
     require(
-        held > 0.9 * total, f"blocks hold {held:,} of {total:,} parameters: what is in none is never sharded by itself"
+        held > 0.9 * total, f"blocks hold {held:,} of {total:,} parameters: those outside are never sharded separately"
     )
 
 

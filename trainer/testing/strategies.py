@@ -1,4 +1,4 @@
-"""Checks of a model in the hands of the trainer: steps on every strategy that one process can have, and checkpoints."""
+"""Checks of a model inside the trainer: steps with every strategy that works in one process, and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from trainer.testing.subject import SCALE, Check, Skipped, Subject, require, req
 
 SPREAD = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 STEPS = 2  # the second shows what the first has changed
-# Sums in another order: some 1e-6 relative; a lost share or a wrong mean is of order 0.1 to 1.
+# A different order of sums changes about 1e-6 relative; a lost share or a wrong mean changes 0.1 to 1.
 SAME = 1e-4
 
 
 @contextlib.contextmanager
 def group_of_one() -> Iterator[None]:
-    """Within, there is a process group, of this process alone."""
+    """Within the block there is a process group that holds only this process."""
     join(World(), "cpu", alone=True)
     try:
         yield
@@ -51,7 +51,7 @@ def plan_of(subject: Subject, strategy: str, **settings: Any) -> Any:
         "engine": {"strategy": strategy},
         **settings,
     }
-    # One process, but ddp is for several; in a group of one it computes what it does among them.
+    # A plan for ddp needs several processes; in a group of one, ddp computes the same as among several.
     world = World(size=2, local_size=2) if strategy == "ddp" else World()
     return resolve(build(RunConfig, values), world=world)
 
@@ -77,13 +77,13 @@ def one_device_trains(subject: Subject) -> None:
     with engine_of(subject, "single") as engine:
         losses = losses_of(engine, subject, 0, STEPS)
     require(torch.tensor(losses).isfinite().all(), f"the losses of {STEPS} steps are {losses}")
-    require(losses[0] != losses[1], f"a step changes nothing: the losses of {STEPS} are {losses}")
+    require(losses[0] != losses[1], f"a step changes nothing: the losses of {STEPS} steps are {losses}")
 
 
 def spread_trains_the_same(subject: Subject, strategy: str) -> None:
     try:
         plan_of(subject, strategy)
-    except UserError as error:  # what is not installed, or does not go with this model
+    except UserError as error:  # it is not installed, or does not work with this model
         raise Skipped(str(error)) from None
     with engine_of(subject, "single") as engine:
         alone = losses_of(engine, subject, 0, STEPS)
@@ -103,11 +103,11 @@ def checkpoints_carry_a_run(subject: Subject) -> None:
         with engine_of(subject, "single", seed=1) as engine:
             engine.load(path)
             resumed = losses_of(engine, subject, STEPS, STEPS)
-    require(resumed == went_on, f"after a checkpoint the losses are {resumed}, without {went_on}")
+    require(resumed == went_on, f"after loading a checkpoint the losses are {resumed}, without loading {went_on}")
 
 
 def training_begins(subject: Subject) -> None:
-    """What `train` itself looks at before its first step."""
+    """The check that `train` itself makes before its first step."""
     warnings: list[str] = []
     refuse_unreached(plan_of(subject, "single"), warnings.append)
     require(not warnings, "; ".join(warnings))
@@ -115,7 +115,7 @@ def training_begins(subject: Subject) -> None:
 
 CHECKS = [
     Check("start", "training begins", training_begins, True),
-    Check("checkpoint", "a run goes on from its checkpoint, bit for bit", checkpoints_carry_a_run),
+    Check("checkpoint", "a run continues from its checkpoint, bit for bit", checkpoints_carry_a_run),
     Check("single", "one device trains it", one_device_trains),
     *(
         Check(name, f"{name} trains the same", functools.partial(spread_trains_the_same, strategy=name))

@@ -1,4 +1,4 @@
-"""A small model that checks are made on, and what a check says."""
+"""The small model that is checked, and the results of a check."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Failed(AssertionError):
 
 
 class Skipped(Exception):
-    """A promise that this model does not make, or that cannot be tried here; one line says why."""
+    """A promise that this model does not make, or that cannot be tested here; one line says why."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise and what tries it, which raises Failed or Skipped. needed: without it no later check can be made.
+    """A promise and the function that tests it. needed: if this check fails, all later ones are skipped.
 
-    run: takes what is checked: a Subject or, in optimizers.py, a RuleSubject.
+    run: raises Failed or Skipped; its argument is a Subject or, in optimizers.py, a RuleSubject.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Check:
 
 @dataclass
 class Subject:
-    """The model that is checked, or that an objective is checked on.
+    """The model that is checked, or that an objective is checked with.
 
     choices: fields of its Config that the user has set; objective: section `objective` of a config; weighted: whether targets
-    have weights; lacks: the promise of a needed check that has failed.
+    have weights; lacks: the promise of a needed check that failed, or "".
     """
 
     name: str
@@ -65,7 +65,7 @@ class Subject:
         return self.model_class.config_for_scale(scale, vocab_size, target, **self.choices)
 
     def meta_at(self, scale: float, vocab_size: int = VOCAB) -> Any:
-        """Without storage."""
+        """The model without storage."""
         return build_meta(self.model_class, self.config_at(scale, vocab_size))
 
     def build(self, seed: int = 0) -> Any:
@@ -97,7 +97,7 @@ class Subject:
 
     @property
     def batch(self) -> Batch:
-        """`tokens` and `targets`; where weighted, twice, with weights and with targets that do not count."""
+        """`tokens` and `targets`; if weighted, repeated twice, with weights and with some targets that do not count."""
         if not self.weighted:
             return {"tokens": self.tokens, "targets": self.targets}
         tokens, targets = self.tokens.repeat(2, 1), self.targets.repeat(2, 1)
@@ -107,19 +107,19 @@ class Subject:
 
 
 def require(kept: Any, told: str) -> None:
-    """Failed, with what is `told`, unless the promise is kept."""
+    """Raise Failed with the message `told` unless `kept` is true."""
     if not kept:
         raise Failed(told)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference of entries; infinite where only one is a number."""
+    """Largest difference of entries; infinite if an entry is a number in only one of the two."""
     differing = (a - b)[a != b].abs().nan_to_num(torch.inf)
     return differing.max().item() if len(differing) else 0.0
 
 
 def require_close(a: Tensor, b: Tensor, told: str, tolerance: float = 1e-5) -> None:
-    """Failed where two results differ by more than the tolerance, times their size where that is above 1."""
+    """Raise Failed if two results differ by more than the tolerance, times their largest entry if that is above 1."""
     size = max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0)
     apart = distance(a, b)
     require(apart <= tolerance * size, f"{told}: they differ by {apart:.3g}")

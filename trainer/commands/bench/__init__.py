@@ -1,4 +1,4 @@
-"""`bench`: what a training step costs. Also `bench data` and `bench checkpoint`. README.md explains the files they write.
+"""`bench`: measures what a training step costs. Also `bench data` and `bench checkpoint`. README.md explains the files they write.
 
 compare.py: the verb `bench`; variants.py: what it compares; baselines.py: with what; turns.py and clock.py: how it measures;
 report.py: table, JSON and plot; data.py, checkpoint.py: the other two verbs.
@@ -22,12 +22,13 @@ class BenchConfig(RunConfig):
     baselines: list[Literal["bare", "eager", "transformers"]] | None = setting(
         None,
         "bench: bare (a plain PyTorch loop), transformers (the same shape there), eager (whole logits, dense attention, "
-        "nothing compiled); auto: the first two, where they are",
+        "nothing compiled); auto: bare, and transformers if available",
     )
-    rounds: int = setting(5, "turns that each of them takes, after one to warm up", low=1)
+    rounds: int = setting(5, "turns that each candidate takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)
     bench_dir: str | None = setting(
-        None, "folder of bench.md, .json and .png, on the disk that `bench checkpoint` measures; auto: runs/bench-TIME"
+        None,
+        "folder for bench.md, .json and .png; `bench checkpoint` measures the disk it is on; auto: runs/bench-TIME",
     )
 
 
@@ -54,21 +55,21 @@ def run_checkpoint(config: BenchConfig, as_json: bool) -> None:
 
 STEP = Verb(
     name="bench",
-    help="speed and memory of a training step: sweeps, beside a bare PyTorch loop and transformers",
+    help="speed and memory of a training step: sweeps, compared with a bare PyTorch loop and transformers",
     config=BenchConfig,
     run=run,
     json=True,
 )
 DATA = Verb(
     name="bench data",
-    help="speed of loader and tokenizer, against what training consumes",
+    help="speed of loader and tokenizer, compared with what training consumes",
     config=BenchConfig,
     run=run_data,
     json=True,
 )
 CHECKPOINT = Verb(
     name="bench checkpoint",
-    help="speed of saving and loading, against a plain file",
+    help="speed of saving and loading, compared with a plain file",
     config=BenchConfig,
     run=run_checkpoint,
     json=True,

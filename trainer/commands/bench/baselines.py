@@ -30,7 +30,7 @@ from trainer.runtime.distributed import World
 
 
 class Reader:
-    """This rank's rows of each step, straight from the stream: equally many on every rank."""
+    """Reads this rank's rows of each step straight from the stream; every rank has the same number of rows."""
 
     def __init__(self, plan: Plan, dataset: Any, world: World) -> None:
         config = plan.config
@@ -43,19 +43,19 @@ class Reader:
         self.position = 0
 
     def read(self) -> Tensor:
-        """[rows, length + 1] int64 in CPU memory; begins to read those of the next step."""
+        """Returns [rows, length + 1] int64 in CPU memory, and starts to read the rows of the next step."""
         rows = self.stream.windows(self.position, self.length, self.first, self.sequences)
         self.position += self.step_tokens
         self.stream.read_ahead(self.position, self.length, self.first, self.sequences)
         return torch.from_numpy(rows)
 
     def read_tokens(self) -> int:
-        """Read a step; returns how many tokens that were."""
+        """Read a step; returns its number of tokens."""
         return self.read()[:, 1:].numel()
 
 
 class Baseline(Candidate):
-    """The loop everyone writes first: autocast, fused AdamW, clipping, DDP where there are several processes."""
+    """The loop everyone writes first: autocast, fused AdamW, clipping, DDP if there are several processes."""
 
     kind = "baseline"
 
@@ -110,22 +110,22 @@ class Baseline(Candidate):
             clock.watch(self, method, phase)
 
     def close(self) -> None:
-        if hasattr(self, "reader"):  # not where building failed
+        if hasattr(self, "reader"):  # missing if `build` failed
             self.reader.stream.close()
-        # Also what `watch` has put in the place of methods.
+        # The last four are the wrappers that `watch` puts over methods.
         for name in ("model", "optimizer", "reader", "read", "forward", "backward", "update"):
             self.__dict__.pop(name, None)
         super().close()
 
     def needs(self, **otherwise: Any) -> dict[str, int]:
-        """otherwise: what is unlike the plan in config.engine."""
+        """otherwise: settings that replace those of the plan's config.engine."""
         config, strategy = self.plan.config, "ddp" if self.world.size > 1 else "single"
         engine = dataclasses.replace(config.engine, **{"strategy": strategy, "offload": False, **otherwise})
         config = dataclasses.replace(config, engine=engine)
         return expected_memory(dataclasses.replace(self.plan, config=config, model_config=self.model_config()))
 
     def model_config(self) -> Any:
-        """Of our own model, where that is what trains."""
+        """The model config that `needs` counts with."""
         return self.plan.model_config
 
 
@@ -162,14 +162,14 @@ class EagerBaseline(Baseline):
     def needs(self, **otherwise: Any) -> dict[str, int]:
         needs = super().needs(compile=False, activation_checkpointing="none", **otherwise)
         logits = self.plan.config.batch.tokens_per_microbatch * self.plan.model_config.vocab_size
-        return needs | {"total": needs["total"] + 12 * logits}  # as they are, in fp32, and the gradient of that
+        return needs | {"total": needs["total"] + 12 * logits}  # the logits, their fp32 copy, and its gradient
 
 
 class TransformersBaseline(Baseline):
-    """The same shape in `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
+    """A model of the same shape from `transformers`, with its own loss and PyTorch's attention; compiled if the first variant is."""
 
     def make_model(self) -> Any:
-        sys.modules.setdefault("torchvision", cast(Any, None))  # one built for another torch would break the import
+        sys.modules.setdefault("torchvision", cast(Any, None))  # if built for another torch, it would break the import
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -184,12 +184,12 @@ class TransformersBaseline(Baseline):
         return model.train()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        # It shifts the labels itself, and so leaves out the last target of each row.
+        # The model shifts the labels itself, so it leaves out the last target of each row.
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss * tokens.numel()
 
 
 def counterpart(name: str, config: Any) -> Any:
-    """`transformers`' model that computes what ours called `name` does. ValueError where it cannot."""
+    """The `transformers` model that computes the same as our model `name`. Raises ValueError if there is none."""
     make, followed = COUNTERPARTS[name]
     defaults = type(config)()
     for field in sorted({field.name for field in dataclasses.fields(config)} - followed - OF_SHAPE - OF_THE_OUTSET):
@@ -203,7 +203,7 @@ def counterpart(name: str, config: Any) -> Any:
 
 
 def gpt2_counterpart(config: Any) -> Any:
-    """`transformers`' GPT-2 of the shape of a `gpt2`; without dropout, as ours."""
+    """The GPT-2 of `transformers` in the shape of our `gpt2`, which also has no dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if config.mlp not in ACTIVATION_OF:
@@ -227,7 +227,7 @@ def gpt2_counterpart(config: Any) -> Any:
 
 
 def llama_counterpart(config: Any) -> Any:
-    """`transformers`' Llama of the shape of a `llama`."""
+    """The Llama of `transformers` in the shape of our `llama`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -247,29 +247,29 @@ def llama_counterpart(config: Any) -> Any:
     )
 
 
-ACTIVATION_OF = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}  # mlp -> theirs
-# model.name -> maker of its counterpart, and the switches that it follows.
+ACTIVATION_OF = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}  # our mlp -> their activation
+# model.name -> (function that makes the counterpart, fields of Config that the counterpart supports).
 COUNTERPARTS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
     "gpt2": (gpt2_counterpart, {"mlp", "norm_eps"}),
     "llama": (llama_counterpart, {"norm_eps", "rope_theta", "tied"}),
 }
 OF_SHAPE = {"vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "max_context"}
-OF_SHAPE |= {"d_hidden", "hidden_ratio", "hidden_multiple"}  # all of them show in the number of parameters
-OF_THE_OUTSET = {"attention_kernel", "kernels", "init", "init_std", "zero_init"}  # how, and from which weights
+OF_SHAPE |= {"d_hidden", "hidden_ratio", "hidden_multiple"}  # an error in these shows in the number of parameters
+OF_THE_OUTSET = {"attention_kernel", "kernels", "init", "init_std", "zero_init"}  # kernels, initial weights: may differ
 
 
 def baselines(config: BenchConfig, like: Candidate) -> list[Baseline]:
-    """The baselines that `baselines` names, of the shape and batch of `like`; by default those that there are."""
+    """The baselines that config.baselines names, with the shape and batch of `like`; by default those that are available."""
     model = like.plan.config.model["name"]
     installed = importlib.util.find_spec("transformers") is not None
     wanted = config.baselines
     if wanted is None:
         wanted = ["bare", "transformers"] if installed and model in COUNTERPARTS else ["bare"]
     if "transformers" in wanted and not installed:
-        raise UserError("baselines: transformers is not installed; `pip install transformers`, or --baselines bare")
+        raise UserError("baselines: transformers is not installed; `pip install transformers`, or use --baselines bare")
     if "transformers" in wanted and model not in COUNTERPARTS:
         raise UserError(
-            f"baselines: transformers has no counterpart of {model} here (there is one of {', '.join(COUNTERPARTS)}); --baselines bare"
+            f"baselines: no counterpart of {model} in transformers is known (only of {', '.join(COUNTERPARTS)}); use --baselines bare"
         )
     kinds: dict[str, type[Baseline]] = {"bare": BareLoop, "eager": EagerBaseline, "transformers": TransformersBaseline}
     names = {"bare": "bare loop", "eager": "eager", "transformers": "transformers"}

@@ -1,4 +1,4 @@
-"""`bench checkpoint`: how fast checkpoints are written and read, against a plain file as large on the same disk."""
+"""`bench checkpoint`: measures how fast checkpoints are written and read, against a plain file of the same size on the same disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMES = ("waiting", "saving", "loading", "plain_writing", "plain_reading")
 
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
-    """The verb: writes bench.json and bench.md, prints the table or the JSON to stdout. One variant after the other."""
+    """Run the verb: measure one variant after the other, write bench.json and bench.md, print the table or the JSON to stdout."""
     world, found, left_out, _ = enter(config)
     world.on_leader(lambda: bench_folder(config))
     rows: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
 
 
 def measure_checkpoint(variant: Variant, config: BenchConfig) -> dict[str, Any]:
-    """A row of the report: size, and medians over the rounds of the TIMES in seconds; a round before them warms up."""
+    """A row of the report: the size, and the median over the rounds of each of TIMES in seconds. One earlier round warms up."""
     world = variant.world
     variant.build()
     variant.step()
@@ -60,7 +60,7 @@ def measure_checkpoint(variant: Variant, config: BenchConfig) -> dict[str, Any]:
 
 
 def measure_round(variant: Variant, saver: Saver, folder: Path, number: int) -> tuple[dict[str, float], int]:
-    """Seconds by name of TIMES, and bytes, of one save and load, and of a plain file as large."""
+    """Save and load once, then write and read a plain file of the same size; returns (seconds by name of TIMES, bytes)."""
     world, engine = variant.world, variant.run.engine
     path = folder / checkpoint.step_name(number)
     times = {}
@@ -116,8 +116,8 @@ def checkpoint_report(config: BenchConfig, first: Variant, rows: list[dict[str, 
             ]
         )
     notes = [
-        f"medians of {config.rounds} rounds after one to warm up; saving ends when all is on the disk (fsync), loading "
-        "checks the hashes and reads from the page cache, as the plain file is read",
+        f"medians of {config.rounds} rounds after one to warm up; saving ends when everything is on the disk (fsync); loading "
+        "checks the hashes; loading and plain file both read from the page cache",
         *left_out,
     ]
     body = device_facts(first) | {"rounds": config.rounds, "rows": rows, "notes": left_out}

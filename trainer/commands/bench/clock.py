@@ -1,4 +1,4 @@
-"""Clocks of `bench`: phases of a step on the device's own time, collectives, memory, compilations."""
+"""The measurements of `bench`: phases of a step in the device's own time, collectives, peak memory, compilations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PHASES = ("data", "forward", "backward", "optimiser")
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was told."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PhaseClock:
-    """Marks where phases begin and end: CUDA events on a GPU, so that nothing waits, the wall clock on a CPU."""
+    """Marks where phases begin and end: with CUDA events on a GPU (the host does not wait), with the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,7 +51,7 @@ class PhaseClock:
         setattr(owner, method, timed)
 
     def watch_module(self, module: nn.Module, phase: str) -> None:
-        """Time every forward pass of `module` from now on, with what other hooks do in it (FSDP's gathering)."""
+        """Time every forward pass of `module` from now on, including other hooks (FSDP's all-gather)."""
 
         def begin(*_: Any) -> None:
             self._began = self._mark()
@@ -65,10 +65,10 @@ class PhaseClock:
     def measure(self, step: Callable[[], object], steps: int) -> dict[str, float | None]:
         """Medians over `steps` steps, in ms: of each phase, "other" and the whole "step".
 
-        The phase backward is taken to have been watched with the forward pass in it; forward is None, and its time
-        backward's, where it never ran by itself (engine.cuda_graphs).
+        The watched phase "backward" contains the forward pass, so the time of "forward" is subtracted from it. If the forward
+        pass never ran as a separate call (engine.cuda_graphs), "forward" is None and "backward" has the time of both.
         """
-        step()  # the first one under watch may compile anew
+        step()  # the first watched step may recompile
         synchronise(self.device)
         taken = []
         for _ in range(steps):
@@ -92,7 +92,7 @@ class PhaseClock:
 
 
 def communication_ms(step: Callable[[], object], steps: int, device: torch.device) -> float | None:
-    """Time of a step with any collective under way, alone or beside computation; None where the profiler saw none."""
+    """Milliseconds of a step with any collective under way, beside computation or not; None if the profiler saw none."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -101,7 +101,7 @@ def communication_ms(step: Callable[[], object], steps: int, device: torch.devic
         for _ in range(steps):
             step()
         synchronise(device)
-    # gloo's collectives are annotated on its threads, NCCL's are kernels.
+    # The profiler records gloo's collectives as annotations on gloo's threads, and NCCL's as kernels.
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
@@ -111,14 +111,14 @@ def communication_ms(step: Callable[[], object], steps: int, device: torch.devic
 
 
 class PeakMemory:
-    """Most bytes that torch's allocator has handed out at a time within the context, beyond what it held before."""
+    """Peak bytes that torch's allocator hands out within the context, beyond what was in use before it."""
 
     bytes = 0
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """The CUDA allocator counts by itself; the CPU's tells the profiler of every block."""
+    """Measure PeakMemory. The CUDA allocator counts its own peak; the CPU allocator reports every block to the profiler."""
     peak = PeakMemory()
     if device.type == "cuda":
         synchronise(device)

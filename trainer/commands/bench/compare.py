@@ -1,4 +1,4 @@
-"""`bench`: every combination of a sweep, and its baselines beside them, measured in one process."""
+"""`bench`: measures every combination of a sweep, and baselines beside them, in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.runtime.distributed import World, join, read_world
 
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
-    """The verb: writes bench.json, bench.md and bench.png, and prints the table or the JSON to stdout."""
+    """Run the verb: write bench.json, bench.md and bench.png, and print the table or the JSON to stdout."""
     world, found, notes, _ = enter(config)
     first, memory = found[0], memory_of_process(found[0].device, world)
     candidates: list[Candidate] = [*found]
@@ -38,10 +38,10 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
 
 
 def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
-    """The process group, the variants of the sweep (at least one, none built), a line on each combination that cannot run here,
-    and the dataset, prepared if need be."""
+    """Returns the process group, the variants of the sweep (at least one, none built), a note on each combination that cannot run
+    here, and the dataset (prepared first if it is missing)."""
     if config.profile:
-        raise UserError("profile: a bench records phases alone; `train --profile` records operations")
+        raise UserError("profile: bench records only phases; `train --profile` records operations")
     world = read_world()
     obtain_dataset(config, world)
     join(world, config.device, config.engine.timeout_minutes, alone=True)

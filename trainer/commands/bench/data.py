@@ -1,4 +1,4 @@
-"""`bench data`: how fast the loader gives tokens and the tokenizer makes them, against what training consumes."""
+"""`bench data`: measures how fast the loader delivers tokens and the tokenizer makes them, against what training consumes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from trainer.data.dataset import DatasetInfo
 from trainer.data.stream import Split, local_folder
 from trainer.data.tokenizers import Tokenizer
 
-SECONDS = 0.5  # that one measurement takes, unless the data ends before
-TEXT_TOKENS = 1 << 17  # of the dataset, spelled out for the tokenizer
-ENOUGH = 20  # times what training consumes: the loader is then never what a step waits for
+SECONDS = 0.5  # length of one measurement, unless the data ends earlier
+TEXT_TOKENS = 1 << 17  # tokens of the dataset that are decoded to text for the tokenizer
+ENOUGH = 20  # times what training consumes: then no step waits for the loader
 
 
 def run(config: BenchConfig, as_json: bool = False) -> None:
-    """The verb: writes bench.json and bench.md, and prints the table or the JSON to stdout.
+    """Run the verb: write bench.json and bench.md, and print the table or the JSON to stdout.
 
-    Numbers of the loader are those of rank 0 while all ranks read; what training consumes is shared out among them.
+    The loader's numbers are those of rank 0 while all ranks read. They are compared with one rank's share of what training
+    consumes.
     """
     if config.sweep:
-        raise UserError("sweep: bench data measures one configuration; start it once for each")
+        raise UserError("sweep: bench data measures one configuration; start it once for each configuration")
     world, (variant,), _, dataset = enter(config)
     loader = {"cold": cold_rates(config, variant), "warm": warm_rates(config, variant)}
     tokenizer = tokenizer_rates(config, variant, dataset) if world.leader else []
@@ -44,7 +45,7 @@ def run(config: BenchConfig, as_json: bool = False) -> None:
 def cold_rates(config: BenchConfig, variant: Variant) -> list[float]:
     """Tokens per second of reading steps as training does, for each round of at most one epoch.
 
-    Shards are out of the page cache as far as the system does that, and their hashes have to be checked.
+    Before each round the shards are dropped from the page cache, if the system can do that. Their hashes are checked again.
     """
     rates = []
     for _ in range(config.rounds):
@@ -56,7 +57,7 @@ def cold_rates(config: BenchConfig, variant: Variant) -> list[float]:
 
 
 def warm_rates(config: BenchConfig, variant: Variant) -> list[float]:
-    """The same from the page cache, hashes checked before, epoch after epoch."""
+    """The same with shards in the page cache, hashes checked before, and any number of epochs."""
     reader = Reader(variant.plan, variant.dataset, variant.world)
     rates = [rate_of(reader.read_tokens) for _ in range(config.rounds + 1)]
     reader.stream.close()
@@ -64,7 +65,7 @@ def warm_rates(config: BenchConfig, variant: Variant) -> list[float]:
 
 
 def rate_of(work: Callable[[], int], most: float = math.inf) -> float:
-    """What `work` does per second, called until SECONDS have passed or it has done `most`."""
+    """What `work` does per second. It is called until SECONDS have passed or it has done `most`."""
     begin, total = time.perf_counter(), 0
     while True:
         total += work()
@@ -74,7 +75,7 @@ def rate_of(work: Callable[[], int], most: float = math.inf) -> float:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Ask the system (Linux) to forget what it holds of the files there."""
+    """Ask the system (Linux) to drop the folder's files from the page cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.iterdir():
@@ -126,9 +127,9 @@ def data_report(
     table = [["", "tokens/s", "spread", "MB/s", "/ training"], *map(cells, rows)]
     notes = [
         f"loader: {run.data.threads} threads reading steps of {run.batch.tokens_per_step:,} tokens, in one of "
-        f"{variant.world.size} process(es) that all read; MB as stored ({bytes_per_token} bytes a token); / training: over "
-        f"one process's share of what training consumes, {ENOUGH} or more wanted",
-        "cold: shards asked out of the page cache, hashes checked; warm: neither",
+        f"{variant.world.size} process(es) that all read; MB as stored ({bytes_per_token} bytes a token); / training: divided by "
+        f"one process's share of what training consumes, should be {ENOUGH} or more",
+        "cold: shards dropped from the page cache, hashes checked; warm: neither",
         f"tokenizer: {dataset.tokenizer.name}, one process; MB of text ({text_bytes:.2f} bytes a token)",
     ]
     body = device_facts(variant) | {"rounds": config.rounds, "rows": rows, "notes": []}

@@ -29,7 +29,7 @@ MISSING = "n/a"
 
 @dataclass
 class Report:
-    """What was found. body: for the JSON; table: header and rows; notes: lines below; bars: name -> samples to plot."""
+    """The results. body: for the JSON; table: header and rows; notes: lines below; bars: name -> samples to plot."""
 
     config: BenchConfig
     kind: str  # train, data or checkpoint
@@ -54,7 +54,7 @@ class Report:
 
 
 def bench_folder(config: BenchConfig) -> Path:
-    """Where the files go; made if it is not there."""
+    """The folder for the files; created if it is missing."""
     if config.bench_dir is None:
         config.bench_dir = str(Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S"))
     folder = user_path(config.bench_dir, "bench_dir")
@@ -63,7 +63,7 @@ def bench_folder(config: BenchConfig) -> Path:
 
 
 def train_report(config: BenchConfig, candidates: list[Candidate], together: bool, notes: list[str]) -> Report:
-    """That of `bench`: a row for each candidate, with ratios to the baselines and to the first variant."""
+    """The report of `bench`: a row for each candidate, with ratios to the baselines and to the first variant."""
     first = candidates[0]
     variants = [one for one in candidates if one.kind == "trainer"]
     references = [one for one in candidates if one.kind == "baseline"] + ([first] if len(variants) > 1 else [])
@@ -93,7 +93,7 @@ def train_report(config: BenchConfig, candidates: list[Candidate], together: boo
 
 
 def device_facts(one: Candidate) -> dict[str, Any]:
-    """Where it was measured, for the JSON."""
+    """The devices that it was measured on, for the JSON."""
     return {
         "device": device_name(one.device),
         "device_memory_bytes": memory_bytes(one.device),
@@ -111,7 +111,7 @@ def title(one: Candidate) -> str:
 
 
 def row(one: Candidate, references: list[Candidate]) -> dict[str, Any]:
-    """All that is known of a candidate, for the JSON."""
+    """All measurements of a candidate, for the JSON."""
     config, record = one.plan.config, one.record
     length = config.batch.sequence_length
     flops = flops_per_token(one.plan.model_class, one.plan.model_config, length)
@@ -145,7 +145,7 @@ def distribution(samples: list[float]) -> dict[str, Any]:
 
 
 def ratio(one: Any, other: Any) -> float:
-    """Median over the rounds of one's rate over the other's, each taken relative to the first candidate beside it."""
+    """Median over the rounds of the rate of `one` over that of `other`, each first divided by its `beside` (see Record)."""
     pairs = zip(one.rates, one.beside, other.rates, other.beside, strict=False)
     return statistics.median((rate / beside) / (rate2 / beside2) for rate, beside, rate2, beside2 in pairs)
 
@@ -172,12 +172,12 @@ def show(value: float | None, form: str) -> str:
 
 
 def reading(first: Candidate, rows: list[dict[str, Any]], order: str, config: BenchConfig) -> list[str]:
-    """How the table is to be read."""
+    """How to read the table."""
     counted = "CUDA's allocator" if first.device.type == "cuda" else "torch's CPU allocator (by its profiler)"
     how = {
         "in turns": "all in memory at once, taking turns",
-        "one by one": "one by one, as they would not fit the memory together or share compiled code; the first again after "
-        "each, and ratios relative to that",
+        "one by one": "one by one, because together they would not fit into memory or would share compiled code; the first "
+        "again after each, and ratios relative to it",
     }[order]
     peaks = {entry["config"]["precision"]: entry["peak_flops"] for entry in rows}
     name = device_name(first.device)
@@ -186,21 +186,21 @@ def reading(first: Candidate, rows: list[dict[str, Any]], order: str, config: Be
         for precision, peak in peaks.items()
     )
     lines = [
-        f"{settings_line(first.plan.config)}, if the name of a row says nothing else",
+        f"{settings_line(first.plan.config)}, unless the name of a row says otherwise",
         f"tokens/s: of all processes; median of {config.rounds} rounds of {config.steps_per_round} steps after one to warm up; "
         f"spread: interquartile range / median; {how}",
         f"MFU: tokens/s x FLOPs per token / (peak x devices); peak of {name!r}, {known}; FLOPs: {flops_line(rows)}",
-        "ms/step and phases: medians of one process, in steps of their own; communication: any collective under way, "
-        "which overlaps the other phases; the trainer's forward holds the head's backward, whose gradients its loss makes",
-        f"peak GiB: most that {counted} handed out at a time, from building to the end of the second step; "
-        "expected: what `plan` says of these settings",
-        "first step: with building and compiling; what an earlier row or bench has compiled already is only loaded",
+        "ms/step and phases: medians of one process, measured in separate steps; communication: any collective under way, "
+        "which overlaps the other phases; the trainer's forward includes the head's backward (its loss computes both)",
+        f"peak GiB: the most that {counted} handed out, from building to the end of the second step; "
+        "expected: what `plan` expects for these settings",
+        "first step: includes building and compiling; code that an earlier row or bench has compiled is only loaded",
     ]
     return lines + [f"{entry['name']}: {entry['details']['what']}" for entry in rows if "what" in entry["details"]]
 
 
 def settings_line(config: Any) -> str:
-    """What was measured, as far as it is one for all rows."""
+    """The settings of the first candidate, which hold for all rows unless a row's name says otherwise."""
     batch, engine = config.batch, config.engine
     return (
         f"{config.precision}, sequences of {batch.sequence_length:,}, {batch.tokens_per_step:,} tokens per step in microbatches of "
@@ -210,11 +210,9 @@ def settings_line(config: Any) -> str:
 
 
 def flops_line(rows: list[dict[str, Any]]) -> str:
-    """How they are counted, and how many."""
+    """How FLOPs are counted, and how many there are."""
     counts = ", ".join(f"{count:,}" for count in sorted({entry["flops_per_token"] for entry in rows}))
-    return (
-        f"{counts} per token, 6 for each weight of a product, and attention over the whole [T, T] square, masked or not"
-    )
+    return f"{counts} per token, 6 for each weight of a matrix product, and attention over the whole [T, T] square, masked or not"
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
@@ -233,7 +231,7 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 
 
 def draw(bars: dict[str, list[float]], out: Path, title: str) -> None:
-    """Medians as bars, from the last name down to the first, and every sample as a dot."""
+    """Draw medians as bars (the last name on top) and every sample as a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

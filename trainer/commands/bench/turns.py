@@ -1,5 +1,5 @@
-"""How candidates are measured: all built and then in turns, so that what else the machine does falls on all alike;
-where they would not fit the device, or share compiled code, one by one, the first again after each."""
+"""How candidates are measured. Normally all are built and then take turns, so that other load on the machine affects all equally.
+If they would not fit the device together, or would share compiled code: one by one, and the first again after each."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from trainer.commands.bench.variants import Candidate, leaving_out
 from trainer.runtime.device import memory_bytes
 from trainer.runtime.distributed import World
 
-# The second is the first that holds the optimiser's state while it computes; at the third CUDA graphs are recorded.
+# The second step is the first with the optimiser's state in memory; CUDA graphs are recorded at the third.
 FIRST_STEPS = 2
-ROOM = 0.9  # of the memory may be expected to be taken
+ROOM = 0.9  # share of the memory that the candidates may be expected to take
 
 
 def measure(candidates: list[Candidate], config: BenchConfig, together: bool) -> list[str]:
-    """Fill the record of each candidate that can run here; returns a line on each other one, which has no rates.
+    """Fill the record of each candidate that can run here; returns a note on each of the others, whose record has no rates.
 
-    UserError where the first cannot run.
+    Raises UserError if the first cannot run.
     """
     return (in_turns if together else one_by_one)(candidates, config)
 
 
 def in_turns(candidates: list[Candidate], config: BenchConfig) -> list[str]:
-    """All are built; in each round each takes its turn, none always first. One round warms up."""
+    """Build all candidates; in each round each takes its turn, and a different one begins. One round warms up."""
     able: list[Candidate] = []
     notes: list[str] = []
     for one in candidates:
@@ -52,7 +52,7 @@ def in_turns(candidates: list[Candidate], config: BenchConfig) -> list[str]:
 
 
 def one_by_one(candidates: list[Candidate], config: BenchConfig) -> list[str]:
-    """First, second, first, third, first ...: of each, the mean of the first before and after stands beside."""
+    """Measure first, second, first, third, first ...; `beside` of each is the mean of the first before and after it."""
     first, *others = candidates
     notes: list[str] = []
     with leaving_out(first.name, True, notes, first.world):
@@ -83,7 +83,8 @@ def visit(one: Candidate, config: BenchConfig) -> float:
 
 
 def start(one: Candidate) -> None:
-    """Build and take the first steps: time to the first, and peak memory. A later visit finds kernels on disk."""
+    """Build and take the first steps; records peak memory, and the time to the end of the first step: only once, since a later
+    visit finds compiled kernels on disk."""
     with peak_memory(one.device) as peak:
         begin = time.perf_counter()
         one.build()
@@ -101,7 +102,7 @@ def start(one: Candidate) -> None:
 
 
 def turn(one: Candidate, steps: int) -> float:
-    """Tokens per second over `steps` steps, from an idle device to an idle one; counts what is compiled meanwhile."""
+    """Tokens per second over `steps` steps, from an idle device to an idle one; also counts recompilations."""
     compiled = compilations()
     synchronise(one.device)
     begin = time.perf_counter()
@@ -113,7 +114,7 @@ def turn(one: Candidate, steps: int) -> float:
 
 
 def look_inside(one: Candidate, config: BenchConfig) -> None:
-    """Phases, in steps of their own; after this `one` is not timed any more."""
+    """Measure the phases in separate steps. Do not time `one` after this: its phases stay under watch."""
     alone = one.world.size == 1
     communication = 0.0 if alone else communication_ms(one.step, config.steps_per_round, one.device)
     clock = PhaseClock(one.device)
@@ -122,14 +123,13 @@ def look_inside(one: Candidate, config: BenchConfig) -> None:
 
 
 def rotated(items: list[Any], by: int) -> list[Any]:
-    """So that nobody always comes first."""
+    """The items in their order, beginning with number `by`, so that no item always comes first."""
     return items[by % len(items) :] + items[: by % len(items)]
 
 
 def share_compiled_code(candidates: list[Candidate]) -> bool:
-    """Whether torch.compile, which keeps code by function, would take several shapes for one that changes.
-
-    On a GPU some attention kernels are compiled whatever the config says.
+    """Whether the candidates have several shapes and compiled code. torch.compile keeps code per function, so it would take these
+    for one shape that changes. On a GPU some attention kernels are compiled whatever the config says.
     """
     configs = [one.plan.config for one in candidates]
     shapes = {(str(c.model), c.batch.sequence_length, c.batch.tokens_per_microbatch) for c in configs}
@@ -137,7 +137,7 @@ def share_compiled_code(candidates: list[Candidate]) -> bool:
 
 
 def fit_together(candidates: list[Candidate], memory: float) -> bool:
-    """Whether what all hold, and the activations of one at a time, are expected to fit into `memory` bytes."""
+    """Whether all candidates, with the activations of one at a time, are expected to fit into ROOM of `memory` bytes."""
     needs = [one.needs() for one in candidates]
     held = sum(need["total"] - need["activations"] for need in needs)
     return held + max(need["activations"] for need in needs) <= ROOM * memory

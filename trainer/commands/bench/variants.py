@@ -1,4 +1,4 @@
-"""What `bench` compares: a run's config under every combination of `--sweep`, each built as `train` builds it."""
+"""What `bench` compares: a run's config with every combination of `--sweep`, each built as `train` builds it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from trainer.training.profile import what_ran_out
 from trainer.training.run import Run
 from trainer.training.step import optimiser_step
 
-# One process has one device, one determinism and one dataset.
+# Keys that a sweep cannot change: one process has one device, one setting of determinism and one dataset.
 FIXED = ("device", "deterministic", "data.")
 
 
 @dataclass
 class Record:
-    """What was measured of a candidate. beside: in each round, the rate of the first candidate at the time."""
+    """The measurements of a candidate. beside: for each round, the rate of the first candidate at that time."""
 
     rates: list[float] = field(default_factory=list)  # tokens per second, one for each round
     beside: list[float] = field(default_factory=list)
@@ -52,19 +52,19 @@ class Candidate:
         self.record = Record()
 
     def build(self) -> None:
-        """Take memory, and be ready for the first step."""
+        """Allocate memory and prepare the first step."""
         raise NotImplementedError
 
     def step(self) -> int:
-        """One optimiser step; returns its tokens on all ranks. Need not wait for the device."""
+        """One optimiser step; returns its tokens on all ranks. It need not wait for the device."""
         raise NotImplementedError
 
     def watch(self, clock: PhaseClock) -> None:
-        """Have `clock` told of the phases of every step from now on."""
+        """Let `clock` time the phases of every step from now on."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the memory back; `build` may follow."""
+        """Free the memory; `build` may be called again."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -75,7 +75,7 @@ class Candidate:
 
 
 class Variant(Candidate):
-    """The trainer itself, under one combination of the sweep."""
+    """The trainer itself, with one combination of the sweep."""
 
     kind = "trainer"
     run: Run
@@ -94,7 +94,7 @@ class Variant(Candidate):
         clock.watch_module(engine.joined, "forward")
 
     def close(self) -> None:
-        if hasattr(self, "run"):  # not where building failed
+        if hasattr(self, "run"):  # missing if `build` failed
             self.run.stream.close()
             self.run.engine.close()
             del self.run
@@ -102,24 +102,24 @@ class Variant(Candidate):
 
 
 def comparable(sweep: Sweep) -> Sweep:
-    """The sweep itself. UserError where it changes what one process has only one of."""
+    """Returns the sweep itself. Raises UserError if it changes one of the FIXED keys."""
     for key in sweep:
         if key.startswith(FIXED):
             raise UserError(
-                f"sweep: {key} is the same for all that one process compares; start bench once for each value"
+                f"sweep: one process cannot compare several values of {key}; start bench once for each value"
             )
     return sweep
 
 
 def variants(config: BenchConfig, dataset: Any, world: World, device: torch.device) -> tuple[list[Variant], list[str]]:
-    """Every combination of the sweep that can run here, resolved but not built, and a line on each other one.
+    """Every combination of the sweep that can run here, resolved but not built, and a note on each of the others.
 
-    The first one's values come first. UserError where that one cannot run.
+    The combination of all first values comes first. Raises UserError if that one cannot run.
     """
     found: list[Variant] = []
     notes: list[str] = []
     for changes in combinations(comparable(parse_sweep(config.sweep))):
-        wanted = run_config(config, changes)  # outside: a key or value that does not exist is a mistake
+        wanted = run_config(config, changes)  # not inside leaving_out: an unknown key or value is a mistake
         name = label(changes) or model_name(wanted.model)
         with leaving_out(name, not found, notes, world):
             variant = Variant(name, steady(resolve(wanted, dataset)), dataset, world, device)
@@ -130,18 +130,19 @@ def variants(config: BenchConfig, dataset: Any, world: World, device: torch.devi
 
 @contextlib.contextmanager
 def leaving_out(name: str, first: bool, notes: list[str], world: World) -> Iterator[None]:
-    """Within, that `name` cannot run here is told, and noted; UserError where it is the first, to which all are compared."""
+    """If the block fails because `name` cannot run here, print and note the reason. Raises UserError instead if `name` is the
+    first candidate, since all others are compared with it."""
     try:
         yield
     except (
         UserError,
         ValueError,
         torch.OutOfMemoryError,
-    ) as error:  # a ValueError: of the model, at its first forward pass
+    ) as error:  # the model raises ValueError at its first forward pass
         why = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             if world.size > 1:
-                raise  # the others may have had room, and wait
+                raise  # other ranks may have had enough memory, and wait for this one
             why = what_ran_out(error)
         if first:
             raise UserError(why) from None
@@ -158,7 +159,7 @@ def run_config(config: BenchConfig, changes: dict[str, str]) -> RunConfig:
 
 
 def steady(plan: Plan) -> Plan:
-    """The plan with every step alike: the longest sequence from the start, and a batch law that changes nothing."""
+    """The plan with all steps the same: the longest sequence from the start, and a batch that does not grow."""
     plan.config.batch.sequence_start = plan.config.batch.sequence_length
     plan.config.batch.sequence_double_every = 0
     plan.config.batch.n_max = 1.0
@@ -166,7 +167,7 @@ def steady(plan: Plan) -> Plan:
 
 
 def label(changes: dict[str, str]) -> str:
-    """compile=true microbatch=4096: the last parts of the keys, whole ones where these are equal."""
+    """A name such as `compile=true microbatch=4096`: the last part of each key, or the whole key if two last parts are equal."""
     leaves = [key.rsplit(".", 1)[-1] for key in changes]
     return " ".join(
         f"{leaf if leaves.count(leaf) == 1 else key}={value}"

@@ -1,4 +1,5 @@
-"""`check`: whether a model keeps the contract of models/base.py, or an optimizer that of trainer/optim/rule.py. suite.py makes the checks."""
+"""`check`: tests whether a model keeps the contract of models/base.py, an optimizer that of trainer/optim/rule.py, or an objective
+that of trainer/objectives/base.py. suite.py runs the checks."""
 
 from __future__ import annotations
 
@@ -11,21 +12,21 @@ from trainer.core.settings import setting
 
 @dataclass
 class CheckConfig:
-    """`check`: whether a model keeps the contract of models/base.py, or an optimizer that of trainer/optim/rule.py."""
+    """`check`: what to test, and with which fields of a model's Config."""
 
     module: str | None = setting(
-        None, "module or .py file that registers models or optimizers (may stand without its flag)"
+        None, "module or .py file that registers models, optimizers or objectives (the flag itself is optional)"
     )
     model: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "name of one model, by default all that the module registers; other keys set fields of its Config"
+            "help": "name: one model to check, by default all that the module registers; other keys set fields of its Config"
         },
     )
 
 
 def run(config: CheckConfig) -> None:
-    """The verb: a line for each promise on stdout; exit code 1 where one is broken."""
+    """Run the verb: print one line per promise to stdout; exit with code 1 if a promise is broken."""
     from trainer.commands.check import suite
 
     suite.run(config)
@@ -33,7 +34,7 @@ def run(config: CheckConfig) -> None:
 
 VERB = Verb(
     name="check",
-    help="whether a model or an optimizer keeps its contract: one line per promise",
+    help="whether a model, an optimizer or an objective keeps its contract: one line per promise",
     config=CheckConfig,
     run=run,
     alone=True,

@@ -1,4 +1,4 @@
-"""`check`: whether a model, an optimizer or an objective keeps its contract, also a stranger's, promise by promise."""
+"""`check`: tests whether a model, an optimizer or an objective (built in or from a plug-in) keeps its contract, promise by promise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = ("ok", "FAILED", "skipped")
 
 
 def run(config: CheckConfig) -> None:
-    """The verb: a line for each promise on stdout; exit code 1 where one is not kept."""
+    """Run the verb: print one line per promise to stdout; exit with code 1 if a promise is broken."""
     models, rules, found = names_of(config)
     subjects = {name: subject_of(name, config.model) for name in models}
     torch.set_num_threads(1)  # the models are small
@@ -39,7 +39,7 @@ def run(config: CheckConfig) -> None:
         subjects[key] = Subject(OBJECTIVES_ON, get_model(OBJECTIVES_ON), objective={"name": name}, weighted=True)
         outcomes[key] = report(subjects[key], objectives.CHECKS, f"(objective {name})")
     if subjects:
-        with strategies.group_of_one():  # made once: DeepSpeed bears no second
+        with strategies.group_of_one():  # made once: DeepSpeed does not work with a second group
             for key, subject in subjects.items():
                 objective = "" if key in models else f"on {key} "
                 outcomes[key] += report(subject, strategies.CHECKS, f"{objective}in training")
@@ -51,8 +51,8 @@ def run(config: CheckConfig) -> None:
 
 
 def names_of(config: CheckConfig) -> tuple[list[str], dict[str, type[OptimizerRule]], list[str]]:
-    """(models, optimizers by name, objectives) to check: the model of --model.name, else what the plug-in registers. UserError
-    where that is nothing."""
+    """Returns (models, optimizers by name, objectives) to check: the model of --model.name, otherwise all that the plug-in
+    registers. Raises UserError if it registers nothing."""
     load_models()
     load_objectives()
     rules_before = registered_rules()
@@ -93,7 +93,7 @@ def subject_of(name: str, options: dict[str, Any]) -> Subject:
 
 
 def report(subject: Subject | RuleSubject, checks: list[Check], where: str = "") -> list[str]:
-    """Make the checks and write their lines; returns for each one of KINDS."""
+    """Run the checks and print a line for each; returns their outcomes, each one of KINDS."""
     plugin = subject.plugin_class
     sys.stdout.write(f"{subject.name} {where or f'({plugin.__module__}.{plugin.__qualname__})'}\n")
     outcomes = []
@@ -108,9 +108,9 @@ def report(subject: Subject | RuleSubject, checks: list[Check], where: str = "")
 
 
 def outcome(subject: Subject | RuleSubject, check: Check) -> tuple[str, str]:
-    """(one of KINDS, why) of a check."""
+    """Run one check; returns (one of KINDS, the reason)."""
     if subject.lacks:
-        return "skipped", f"not tried until {subject.lacks}"
+        return "skipped", f"not tried, because this failed: {subject.lacks}"
     try:
         check.run(subject)
     except Skipped as error:
@@ -123,7 +123,7 @@ def outcome(subject: Subject | RuleSubject, check: Check) -> tuple[str, str]:
 
 
 def place(error: Exception, plugin: type) -> str:
-    """The line of the plug-in's own file in which it failed, as " (FILE, line N)"; "" where it failed elsewhere."""
+    """Where the plug-in's own file raised the error, as " (FILE, line N)"; "" if no frame is in that file."""
     file = getattr(sys.modules.get(plugin.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
