@@ -130,4 +130,4 @@ def test_the_report_says_what_is_an_estimate(engine_and_split):
     assert text.count("\n") == 1
     hlb = evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
     text = render(report | {"full": part, "hlb": hlb})
-    assert "an estimate: the split's bytes, in proportion" in text and "bytes of the split's average token" in text
+    assert "are estimates: the split's bytes, in proportion" in text and "bytes of the split's average token" in text

@@ -220,7 +220,7 @@ def test_flat_vectors_are_not_evaluated_with_other_weights():
         optim=SimpleNamespace(name="averaged"), engine=SimpleNamespace(strategy="zero1", offload=False)
     )
     with pytest.raises(
-        UserError, match="^optim.name: averaged evaluates with other weights than it trains, and engine.st"
+        UserError, match="^optim.name: averaged evaluates with other weights than it trains, but engine.st"
     ):
         refuse_scope(config)
 

@@ -366,7 +366,7 @@ def test_an_evaluation_is_left_to_the_next_process_where_all_have_heard_before_i
     assert step == 3 and manifest["row"].keys() >= rows_of(calm)[2].keys()
     for row in ({"step": 3}, manifest["row"] | {"step": 4}, 7):
         checkpoint.amend(path, {"row": row})
-        with pytest.raises(Damaged, match="no row of step 3"):
+        with pytest.raises(Damaged, match="is not a row of step 3"):
             evaluated(folder)
     checkpoint.amend(path, {"row": manifest["row"]})
     assert evaluated(folder) == 0
