@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny prepared dataset, a tiny run on it, and the command line as a user calls it."""
 
+import gc
 import getpass
 import os
 import random
@@ -47,6 +48,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(waiting)]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep the half million objects of the imports out of garbage collections: runs and plots ask for some hundred of them.
+
+    Runs thaw what they froze; here that would bring the imports back.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
+
+
+THAW = gc.unfreeze
+
+
 def beyond(sample: Collection, values: Iterable, several: bool = False) -> list:
     """Parameters of a test: all `values`; those that `sample` does not hold run with --nightly alone.
 
@@ -67,6 +81,16 @@ def full_fp32():
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+PICTURE = b"\x89PNG of a test"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """A run draws its curves at each evaluation, half a second each time: here it writes PICTURE, except where that is tested."""
+    if request.path.parent.name != "runs" and "trainer.runs.plots" in sys.modules:
+        monkeypatch.setattr("trainer.runs.plots.render", lambda *_: PICTURE)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import beyond
 
 from models.base import Cache
 from models.transformer import Transformer
@@ -87,7 +88,7 @@ def stirred(config):
     return model
 
 
-@pytest.fixture(params=range(200))
+@pytest.fixture(params=beyond(range(100), range(200)))
 def config(request):
     return random_config(request.param)
 

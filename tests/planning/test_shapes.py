@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from conftest import beyond
 
 from models.base import get_model, load_models
 from models.layers.shapes import head_counts
@@ -18,7 +19,7 @@ def tile(width):
     return 128 if width >= 1024 else 64
 
 
-@pytest.mark.parametrize("vocab", [8192, 50304])
+@pytest.mark.parametrize("vocab", beyond([50304], [8192, 50304]))
 @pytest.mark.parametrize("scale", [4, 8, 16, 32, 148])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "modded", "ngpt"])
 def test_widths_are_whole_tiles(name, scale, vocab):
@@ -26,7 +27,10 @@ def test_widths_are_whole_tiles(name, scale, vocab):
     assert config.d_model % tile(config.d_model) == 0
 
 
-@pytest.mark.parametrize("scale, n_layers", [(1, 12), (4, 2), (4, 6), (4, 16), (8, 2), (8, 16), (32, 16)])
+DEPTHS = [(1, 12), (4, 2), (4, 6), (4, 16), (8, 2), (8, 16), (32, 16)]
+
+
+@pytest.mark.parametrize("scale, n_layers", beyond([(1, 12), (4, 2), (8, 16)], DEPTHS, several=True))
 def test_a_chosen_depth_gets_the_coarsest_width_that_meets_the_target(scale, n_layers):
     """Also where that depth is far from GPT-2's aspect, and where it takes parts of a tile above 1024."""
     target = dial.target_parameters(scale, 8192)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import ROOT, THAW, error_line, tiny_values
 from processes import forked_trainer
 
 import models.transformer
@@ -54,6 +54,14 @@ def make(dataset, folder, **changes) -> Run:
     config = build(RunConfig, tiny_values(dataset, folder, **changes))
     info = find_dataset(config.data)
     return Run(resolve(config, info), WORLD, info, Watchdog(WORLD, 60), StopSignals(WORLD))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_windows():
+    """hlb's validation reads 153,600 tokens. test_evaluate.py tests that; 4 windows do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.recipes.hlb.EVALUATION_TOKENS", 4 * 1024)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +106,8 @@ def test_metrics_rows(finished):
 
 
 def test_it_learns(tiny_dataset, tmp_path):
-    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=60, batch__tokens_per_step=1024, optim__warmup_steps=20))
+    changes = {"batch__tokens_per_step": 1024, "batch__n_max": 2, "optim__warmup_steps": 20}
+    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=60, **changes))
     rows = read_rows(tmp_path / "r" / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(320), abs=0.3)
     assert rows[-1]["val_loss"] < 2.5, "well below the 2.9 of the letters' own frequencies"
@@ -554,11 +563,13 @@ def test_a_run_from_before_there_was_a_choice_keeps_its_order_of_data(tiny_datas
 
 
 def test_generate_and_evaluate_verbs(finished):
-    done = trainer("generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12")
+    done = forked_trainer(
+        "generate", finished, "--prompt", "the cat", "--prompt", "a dog ran", "--max_new_tokens", "12"
+    )
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("-" * 80 + "\n")
     assert texts[0].startswith("the cat") and texts[1].startswith("a dog ran")
-    done = trainer("evaluate", finished, "--json")
+    done = forked_trainer("evaluate", finished, "--json", "--protocol", "full")
     report = json.loads(done.stdout)
     last = read_rows(finished / "metrics.jsonl")[-1]
     assert report["step"] == 12
@@ -603,12 +614,14 @@ def test_the_garbage_collector_is_kept_out_of_the_loop(tiny_dataset, tmp_path, m
 
     step = loop.optimiser_step
     monkeypatch.setattr(loop, "optimiser_step", looking)
+    monkeypatch.setattr(gc, "unfreeze", THAW)
     values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, checkpoint__every=0)
     run(values)
     assert seen == [False, False] and gc.isenabled() and gc.get_freeze_count() == 0
     with pytest.raises(ZeroDivisionError):
         run(values | {"max_steps": 4})
     assert seen == [False] * 3 and gc.isenabled() and gc.get_freeze_count() == 0
+    gc.freeze()
 
 
 def test_the_first_step_is_told_once(tiny_dataset, tmp_path, capsys):
