@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -36,13 +37,14 @@ def values(dataset, folder, kills):
     return chosen
 
 
-def start(config: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def launch(config: Path) -> subprocess.Popen:
+    """The run on two ranks under torchrun."""
     with (config.parent / "log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", *launcher, "trainer", "train", str(config)],
+            [sys.executable, "-m", *TORCHRUN, "trainer", "train", str(config)],
             cwd=ROOT,
             stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1" if launcher else "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
 
@@ -61,13 +63,13 @@ def write(folder: Path, chosen: dict) -> Path:
     return config
 
 
-def wait_for_rows(process: subprocess.Popen, metrics: Path, draw: random.Random) -> int:
+def wait_for_rows(runs: Callable[[], bool], metrics: Path, draw: random.Random) -> int:
     """Wait until some more steps are recorded, and for a random part of the next one; returns the number of rows."""
     before = len(read_rows(metrics)) if metrics.exists() else 0
     goal = before + draw.randrange(4, 14)
-    while process.poll() is None and not (metrics.exists() and len(read_rows(metrics)) >= goal):
+    while runs() and not (metrics.exists() and len(read_rows(metrics)) >= goal):
         time.sleep(0.01)
-    assert process.poll() is None, "finished before it could be killed: give the run more steps"
+    assert runs(), "finished before it could be killed: give the run more steps"
     time.sleep(draw.random() * 0.1)
     return len(read_rows(metrics))
 
@@ -85,18 +87,19 @@ def assert_same_run(hunted: Path, calm: Path) -> None:
 def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys, kills):
     calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run", kills))
     begin = time.monotonic()
-    assert start(calm).wait(timeout=600) == 0
+    assert processes.forked_trainer("train", calm, seconds=600).codes == [0]
     whole = time.monotonic() - begin
 
     hunted = write(tmp_path / "hunted", values(tiny_dataset, tmp_path / "hunted" / "run", kills))
     draw, reached = random.Random(0), []
     begin = time.monotonic()
     while len(reached) < kills:
-        process = start(hunted)
-        reached.append(wait_for_rows(process, tmp_path / "hunted" / "run" / "metrics.jsonl", draw))
-        process.kill()
-        process.wait()
-    assert start(hunted).wait(timeout=600) == 0
+        started = processes.start("-m", "trainer", "train", hunted)
+        ended, metrics = started / "result", tmp_path / "hunted" / "run" / "metrics.jsonl"
+        reached.append(wait_for_rows(lambda ended=ended: not ended.exists(), metrics, draw))
+        processes.send(started, signal.SIGKILL)
+        assert processes.wait(started).codes == [-9]
+    assert processes.forked_trainer("train", hunted, seconds=600).codes == [0]
 
     assert_same_run(tmp_path / "hunted" / "run", tmp_path / "calm" / "run")
     took = time.monotonic() - begin
@@ -120,14 +123,14 @@ def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys, kills):
         chosen["engine"] = {"strategy": "fsdp"}
         chosen["checkpoint"]["asynchronous"] = True
         configs[name] = write(tmp_path / name, chosen)
-    assert start(configs["calm"], TORCHRUN).wait(timeout=600) == 0
+    assert launch(configs["calm"]).wait(timeout=600) == 0
 
     metrics = tmp_path / "hunted" / "run" / "metrics.jsonl"
     draw, hits = random.Random(1), []
-    process = start(configs["hunted"], TORCHRUN)
+    process = launch(configs["hunted"])
     try:
         while len(hits) < kills:
-            row = wait_for_rows(process, metrics, draw)
+            row = wait_for_rows(lambda running=process: running.poll() is None, metrics, draw)
             ranks = workers(process)
             victims = [process.pid, *ranks] if len(hits) % 3 == 1 else [draw.choice(ranks)]
             for pid in victims:
@@ -135,7 +138,7 @@ def test_kills_of_one_rank_or_of_all(tiny_dataset, tmp_path, capsys, kills):
             hits.append(f"{len(victims) - 1 or 'one'} at {row}")
             if len(victims) > 1:
                 process.wait()
-                process = start(configs["hunted"], TORCHRUN)
+                process = launch(configs["hunted"])
         assert process.wait(timeout=600) == 0
     finally:
         for pid in [*workers(process), *([process.pid] if process.poll() is None else [])]:

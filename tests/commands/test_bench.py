@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
+from conftest import error_line, tiny_values, trainer
+from processes import forked_trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
@@ -340,7 +338,7 @@ def tiny_config(tiny_dataset, tmp_path):
 
 
 def bench(*words):
-    done = trainer("bench", *words, "--rounds", "2", "--steps_per_round", "1", "--json")
+    done = forked_trainer("bench", *words, "--rounds", "2", "--steps_per_round", "1", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -368,8 +366,8 @@ def test_bench_compares_every_combination_and_the_bare_loop(tiny_config, tmp_pat
     assert {row["config"]["batch"]["n_max"] for row in body["rows"]} == {1}
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     assert not (tmp_path / "run").exists()
-    assert "engine.strategy" in error_line(trainer("bench", tiny_config, "--sweep", "engine.strategy=hsdp"))
-    assert "no counterpart of hlb" in error_line(trainer("bench", tiny_config, "--baselines", "transformers"))
+    assert "engine.strategy" in error_line(forked_trainer("bench", tiny_config, "--sweep", "engine.strategy=hsdp"))
+    assert "no counterpart of hlb" in error_line(forked_trainer("bench", tiny_config, "--baselines", "transformers"))
 
 
 @pytest.mark.slow
@@ -462,17 +460,8 @@ def test_the_eager_baseline_computes_the_same_loss(name, tiny_dataset, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_see_their_communication(tiny_config, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
-    words += ["bench", tiny_config, "--sweep", "engine.strategy=ddp,fsdp", "--rounds", "1", "--steps_per_round", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, words), "--json", "--bench_dir", str(tmp_path / "bench")],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        cwd=ROOT,
-        env=environment,
-    )
+    words = ["bench", tiny_config, "--sweep", "engine.strategy=ddp,fsdp", "--rounds", "1", "--steps_per_round", "2"]
+    done = forked_trainer(*words, "--json", "--bench_dir", tmp_path / "bench", ranks=2)
     assert done.returncode == 0, done.stderr
     body = json.loads(done.stdout)
     assert body["processes"] == 2
@@ -492,7 +481,7 @@ def test_bench_data_compares_loader_and_training(tiny_config, tmp_path):
         assert row["megabytes_per_second"] == pytest.approx(2e-6 * row["tokens_per_second"]["median"])  # uint16
     assert tokenizer["megabytes_per_second"] > 0
     assert sorted(path.name for path in (tmp_path / "bench").iterdir()) == ["bench.json", "bench.md"]
-    assert "one configuration" in error_line(trainer("bench", "data", tiny_config, "--sweep", "seed=1,2"))
+    assert "one configuration" in error_line(forked_trainer("bench", "data", tiny_config, "--sweep", "seed=1,2"))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import PATIENCE, ROOT, error_line, tiny_values, trainer
+from processes import forked_trainer
 from safetensors.torch import load_file
 
 import models.base
@@ -198,9 +199,9 @@ def test_as_a_command(finished, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["step"] == 3
     assert not list(tmp_path.glob("*.tmp"))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert "out exists already" in error_line(trainer("export", finished, "--out", tmp_path / "out"))
+    assert "out exists already" in error_line(forked_trainer("export", finished, "--out", tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    assert "there is no checkpoint of step 4" in error_line(trainer("export", finished, "--step", "4"))
+    assert "there is no checkpoint of step 4" in error_line(forked_trainer("export", finished, "--step", "4"))
 
 
 def test_mistakes_are_named(tmp_path):
@@ -229,6 +230,7 @@ import resource, sys
 from pathlib import Path
 from trainer.commands import export
 import safetensors.torch
+import torch.distributed.checkpoint
 source, out, limit = sys.argv[1:]
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10

@@ -31,7 +31,10 @@ KEEP = checkpoint.retention(2, 0)
 
 def in_processes(work, size: int, folder: Path) -> list[int | None]:
     """Exit codes of work(rank, folder) in `size` processes; None where one was not done in time."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # one process imports what all of them need
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.distributed.checkpoint", "trainer.checkpoint.saver"]
+    )
     processes = [context.Process(target=_process, args=(work, rank, folder)) for rank in range(size)]
     deadline = time.monotonic() + PATIENCE
     try:
@@ -245,7 +248,7 @@ def failing(rank: int, folder: Path) -> None:
 def read_errors(path: Path, world: World) -> None:
     """What does not fit one rank, or is damaged where one rank reads, is an error on all."""
     tensors = {"model.w": torch.zeros(300_000 + world.rank)}
-    with pytest.raises(UserError, match=r"model.w is \[300000\] there and \[300001\] by"):
+    with pytest.raises(UserError, match=r"model.w is \[300000\] there, but \[300001\] by"):
         checkpoint.read_into(path, tensors, world)
     with pytest.raises(UserError, match=r"model.v is missing there, but \[2\] by"):
         checkpoint.read_into(path, {"model.v": torch.zeros(2)}, world)

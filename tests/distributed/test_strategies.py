@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import yaml
+from cases import run
 from conftest import beyond, error_line, tiny_values, trainer
+from processes import forked_trainer
 from test_launchers import assert_equal_losses, launch, rows, torchrun
 
 pytestmark = pytest.mark.slow
@@ -21,7 +23,7 @@ def whole_run(dataset, folder, **engine) -> dict:
 @pytest.fixture(scope="module")
 def single(tiny_dataset, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("single")
-    done = launch(torchrun(1), whole_run(tiny_dataset, tmp_path / "run"), tmp_path)
+    done = run(whole_run(tiny_dataset, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     return tmp_path / "run"
 
@@ -42,12 +44,12 @@ def test_validation_samples_and_resumption(single, tiny_dataset, tmp_path, strat
 
     for step in (8, 12):
         shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
-    done = trainer("train", folder)
+    done = forked_trainer("train", folder)
     assert done.returncode == 0, done.stderr
     assert "engine: single on 1 x CPU" in done.stderr, "the strategy of two processes does not bind one"
     assert f"going on from {folder}/checkpoints/step-00000004" in done.stderr
     assert_equal_losses(folder, single)
-    done = trainer("generate", folder, "--prompt", "the cat", "--max_new_tokens", "5")
+    done = forked_trainer("generate", folder, "--prompt", "the cat", "--max_new_tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("the cat")
 
 
@@ -55,7 +57,7 @@ def test_validation_samples_and_resumption(single, tiny_dataset, tmp_path, strat
 def test_one_process_may_shard_too(single, tiny_dataset, tmp_path, strategy):
     """For offload on one device; the process group is one of its own."""
     values = whole_run(tiny_dataset, tmp_path / "run", strategy=strategy, offload=True)
-    done = launch(torchrun(1), values, tmp_path)
+    done = run(values)
     assert done.returncode == 0, done.stderr
     assert_equal_losses(tmp_path / "run", single)
 
@@ -82,5 +84,5 @@ def test_what_cannot_be_is_one_line(tiny_dataset, tmp_path):
         (["--engine.deepspeed_config", "x.json"], "engine.deepspeed_config"),
         (["--engine.activation_checkpointing", "some"], "engine.activation_checkpointing: 'some' is not known"),
     ):
-        assert expected in error_line(trainer(*base, *words))
+        assert expected in error_line(forked_trainer(*base, *words))
     assert not (tmp_path / "r" / "config.yaml").exists()

@@ -1,13 +1,10 @@
 """Models whose blocks multiply in fp8: what is converted, that they train like bf16, recomputed, compiled and sharded."""
 
 import copy
-import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
-from conftest import PATIENCE, ROOT
 from test_recompute import Counting
 from test_zoo import VOCAB, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
@@ -206,9 +203,5 @@ def test_two_processes(tmp_path, words):
     A compiled block rounds what stands around the products otherwise, so that some factors go to the other fp8 number: the
     whole gradient then differs by less of its norm than if all factors of a product did, sqrt(2^-6 + 2^-8) = 0.14."""
     (tmp_path / "rank.py").write_text(RANK)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "rank.py", *words.split()]
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = processes.run(tmp_path / "rank.py", *words.split(), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
