@@ -98,7 +98,7 @@ class DeepSpeedEngine(Engine):
         """
         self.optimizer.allocate(self._flat_vectors())
         if self.stage < 3:
-            private("DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state")(self._zero.optimizer)
+            deepspeed_attribute(self._zero.optimizer, "_lazy_init_hp_params_optimizer_state")()
 
     def _set_initial_weights(self) -> None:
         """Set the initial weights in fp32 (DeepSpeed would first round them to bf16).

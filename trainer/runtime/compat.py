@@ -70,11 +70,6 @@ TORCH = (
 DEEPSPEED = (
     Private("deepspeed.comm.torch", "build_shm_op", "engine.strategy zero0 to zero3"),
     Private("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", _ZERO3),
-    Private(
-        "deepspeed.runtime.zero.stage_1_and_2",
-        "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
-        "engine.strategy zero1 and zero2",
-    ),
     # What ZeRO-3's hooks call on the coordinator: trainer/engine/zero3_coordinator.py stands in for it.
     *(
         Private(
@@ -86,6 +81,7 @@ DEEPSPEED = (
 # Attributes of DeepSpeed's objects: they appear as it runs, so nothing can be asked before.
 DEEPSPEED_ATTRIBUTES = {
     "fp32_partitioned_groups_flat": _ZERO3,
+    "_lazy_init_hp_params_optimizer_state": "engine.strategy zero1 and zero2",  # of two classes of optimizers
     "parameter_offload": _ZERO3,
     "param_coordinator": _ZERO3,
     "ds_tensor": _ZERO3,
