@@ -212,3 +212,25 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     assert lines[-1].startswith("error: "), done.stderr
     assert sum(line.startswith("error: ") for line in lines) == 1
     return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def few_windows():
+    """hlb's validation reads 153,600 tokens. test_evaluate.py tests that; 4 windows do elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.recipes.hlb.EVALUATION_TOKENS", 4 * 1024)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dataset, tmp_path_factory) -> Path:
+    """An uninterrupted run of 12 steps, for all that only reads it or works on a copy."""
+    from trainer.commands.train import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = tiny_values(tiny_dataset, folder, log__demo_tokens=20, log__sample_tokens=10, evaluation__every=5)
+    values["evaluation"]["protocol"] = "both"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.recipes.hlb.EVALUATION_TOKENS", 4 * 1024)
+        run(values)
+    return folder

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import tiny_values
 from test_recompute import Stack
-from test_train import losses, same, weights
 from test_zoo import VOCAB, build, gradients
+from tiny_runs import losses, same, weights
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters

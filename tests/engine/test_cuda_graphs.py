@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_train import make, same
+from tiny_runs import make, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

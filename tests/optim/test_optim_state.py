@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_values
-from test_train import losses, make, same, weights
+from tiny_runs import losses, make, same, weights
 from torch import nn
 
 from trainer import optim

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, error_line, tiny_values, trainer
 from safetensors.torch import load_file
-from test_train import losses, make, same, weights
+from tiny_runs import losses, make, same, weights
 
 from models.base import cross_entropy, get_model, load_models
 from trainer.commands import check, export

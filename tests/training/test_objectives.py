@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_train import make
+from tiny_runs import make
 
 from models.base import IGNORE, get_model, load_models
 from trainer.commands.check import CheckConfig

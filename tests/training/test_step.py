@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_values
-from test_train import losses, make, same, weights
+from tiny_runs import losses, make, same, weights
 
 import models.base
 from models.base import IGNORE, cross_entropy
