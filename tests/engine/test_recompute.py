@@ -2,14 +2,12 @@
 
 import collections
 import copy
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, beyond
+from conftest import beyond
 from test_zoo import VOCAB, build, gradients, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -283,6 +281,8 @@ elif around == "fsdp":
 else:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
+    from trainer.runtime.compat import leave_out_shared_memory
+    leave_out_shared_memory()
     # Nothing is small enough to stay gathered, and all is let go of at once.
     zero = {"stage": int(around[-1]), "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
@@ -309,10 +309,6 @@ def test_two_processes(tmp_path, around, how):
     """hlb's blocks have a parameter of their own besides their submodules'. Two ranks' sum against the same two sums:
     fp32 rounding of products of a few hundred terms, 1e-5 of the largest entry."""
     (tmp_path / "rank.py").write_text(RANK)
-    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "rank.py", how, around, "hlb"]
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = processes.run(tmp_path / "rank.py", how, around, "hlb", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "linear layers called 6 parameters" in done.stdout  # 2 blocks of 2; the first of each again
