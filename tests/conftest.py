@@ -88,8 +88,9 @@ PICTURE = b"\x89PNG of a test"
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """A run draws its curves at each evaluation, half a second each time: here it writes PICTURE, except where that is tested."""
-    if request.path.parent.name != "runs" and "trainer.runs.plots" in sys.modules:
+    """A run draws its curves at each evaluation, half a second each time. A quick test's writes PICTURE, except in tests/runs."""
+    drawn = request.path.parent.name == "runs" or request.node.get_closest_marker("slow")
+    if not drawn and "trainer.runs.plots" in sys.modules:
         monkeypatch.setattr("trainer.runs.plots.render", lambda *_: PICTURE)
 
 
