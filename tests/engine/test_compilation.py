@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import tiny_values
-from test_recompute import Stack
+from test_activation_checkpointing import Stack
 from test_zoo import VOCAB, build, gradients
 from tiny_runs import losses, same, weights
 from torch import nn

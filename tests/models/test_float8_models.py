@@ -5,7 +5,7 @@ import copy
 import processes
 import pytest
 import torch
-from test_recompute import Counting
+from test_activation_checkpointing import Counting
 from test_zoo import VOCAB, targets, tokens  # noqa: F401 (the last two are fixtures)
 from torch import nn
 

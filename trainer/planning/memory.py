@@ -59,7 +59,7 @@ OFFLOADED = {
 class ParallelLayout:
     """How a run is laid out on its devices. processes: of the whole run; shards: processes that share one copy of the model;
     narrow: the moments of fp32 weights are bf16; flex: attention may use FlexAttention; compiled: by torch.compile, block by
-    block; deterministic: only kernels that add in a fixed order; recorded: engine.cuda_graphs, whose graphs keep their own
+    block; deterministic: only kernels that add in a fixed order; cuda_graphs: whose graphs keep their own
     activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name."""
 
     strategy: str
@@ -73,7 +73,7 @@ class ParallelLayout:
     flex: bool = False
     compiled: bool = False
     deterministic: bool = False
-    recorded: bool = False
+    cuda_graphs: bool = False
     optimizer: str = DEFAULT_RULE
 
     @classmethod
@@ -179,7 +179,7 @@ class MemoryEstimate:
         elif layout.precision == "pure_bf16":
             absent = gradients // 3 if accumulates else gradients  # the bf16 ones; fp32 sums are held
         else:  # other strategies hold buffers for gradients from the beginning
-            absent = gradients if layout.strategy == "single" and not (accumulates or layout.recorded) else 0
+            absent = gradients if layout.strategy == "single" and not (accumulates or layout.cuda_graphs) else 0
             absent += state["buckets"] if layout.strategy == "zero2" else 0  # the backward pass makes them
         return sum(state.values()) - absent
 
@@ -196,11 +196,11 @@ class MemoryEstimate:
         """
         kept, plain = self._measure(layout, how), self._measure(layout, "none")
         block = max(before - after for before, after in zip(plain.blocks, kept.blocks, strict=True))
-        return self.kept(layout, how) + block
+        return self.saved(layout, how) + block
 
-    def kept(self, layout: ParallelLayout, how: str) -> int:
+    def saved(self, layout: ParallelLayout, how: str) -> int:
         """Bytes that one sequence holds at the end of the forward pass."""
-        return (2 if layout.recorded else 1) * self._measure(layout, how).total
+        return (2 if layout.cuda_graphs else 1) * self._measure(layout, how).total
 
     def loss(self, layout: ParallelLayout, how: str, tokens: float) -> float:
         """Temporary bytes of the loss of a microbatch of `tokens` tokens, while all activations are held.
@@ -236,7 +236,7 @@ class MemoryEstimate:
 
     def in_microbatch(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
         """Peak bytes of a microbatch: in its loss or, with checkpointing, in the recomputation of the first block after it."""
-        state, kept = self.state(layout, accumulates), self.kept(layout, how)
+        state, kept = self.state(layout, accumulates), self.saved(layout, how)
         block = self.activations(layout, how) - kept
         loss = int(self.loss(layout, how, sequences * self.length))
         return self.in_loss(state, layout, accumulates) + sequences * kept + max(sequences * block, loss)

@@ -216,7 +216,7 @@ def test_selective_keeps_what_a_kernel_of_its_own_gives(how):
     """FlexAttention in an eager block: compiled by itself, its operator is not to be seen any more, only the compiled code."""
     calls = []
 
-    @torch.library.custom_op("test_recompute::counted", mutates_args=())
+    @torch.library.custom_op("test_activation_checkpointing::counted", mutates_args=())
     def counted(x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return x.clone()
