@@ -234,7 +234,7 @@ def test_print_config_run_again_is_the_same(tmp_path):
 
 
 def test_plan_json_is_one_object_on_stdout():
-    done = trainer("plan", "--model_scale", "2", "--json")
+    done = forked_trainer("plan", "--model_scale", "2", "--json")
     facts = json.loads(done.stdout)
     assert (facts["params"], facts["d_model"], facts["n_layers"]) == (97_678_093, 640, 13)
     assert round(facts["lr"], 8) == 1.74876e-3

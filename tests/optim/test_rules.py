@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import ROOT, error_line, tiny_values
+from processes import forked_trainer
 from safetensors.torch import load_file
 from tiny_runs import losses, make, same, weights
 
@@ -302,9 +303,9 @@ def test_the_memory_plan_asks_the_rule():
 def test_a_file_is_found_by_its_flag(tiny_dataset, tmp_path):
     values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=1)
     words = ["plan", "--plugin", PLUGINS / "lion.py", "--optim.name", "lion", "--data.path", values["data"]["path"]]
-    done = trainer(*words, "--model_scale", "0.02", "--device", "cpu")
+    done = forked_trainer(*words, "--model_scale", "0.02", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    line = error_line(trainer("plan", "--optim.name", "lion", "--model_scale", "0.02", "--device", "cpu"))
+    line = error_line(forked_trainer("plan", "--optim.name", "lion", "--model_scale", "0.02", "--device", "cpu"))
     assert "optim.name: 'lion' is not known" in line
 
 
