@@ -11,6 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from trainer.commands import Verb, find_verbs
 from trainer.core.config import RunConfig
@@ -168,12 +170,14 @@ def dispatch(words: list[str]) -> None:
 
         print(for_stream(str(folder_of(build(RunConfig, values)).absolute()), sys.stdout))
         return
-    import_plugins(coerce(list[str], plugins, "--plugin"))
-    argument = verb.argument(values)
-    if print_config:
-        print(to_yaml(verb.resolved(argument)), end="")
-    else:
-        verb.run(argument, *([as_json] if verb.json else []))
+    given = coerce(list[str], plugins, "--plugin")
+    import_plugins(given)
+    with naming_missing_plugins(values.get("run_dir"), given):
+        argument = verb.argument(values)
+        if print_config:
+            print(to_yaml(verb.resolved(argument)), end="")
+        else:
+            verb.run(argument, *([as_json] if verb.json else []))
 
 
 def find_verb(words: list[str], verbs: dict[str, Verb]) -> tuple[Verb, list[str]]:
@@ -200,6 +204,23 @@ def import_plugins(names: list[str]) -> None:
         from trainer.commands.plugins import import_plugin
 
         import_plugin(name)
+
+
+@contextlib.contextmanager
+def naming_missing_plugins(run_dir: Any, given: list[str]) -> Iterator[None]:
+    """Adds to a UserError the plug-ins that the run in `run_dir` was started with and this command lacks: they may be the reason."""
+    try:
+        yield
+    except UserError as error:
+        from trainer.planning.run_config import plugins_of
+
+        names = {Path(name).name for name in given}  # a file may have moved
+        started = plugins_of(Path(run_dir)) if isinstance(run_dir, str) else []
+        lacking = [name for name in started if Path(name).name not in names]
+        if lacking:
+            flags = " ".join(f"--plugin {name}" for name in lacking)
+            error.args = (f"{error} ({printable(run_dir)} was started with {printable(flags)}: add it)",)
+        raise
 
 
 if __name__ == "__main__":

@@ -345,17 +345,25 @@ def test_a_run_stays_what_it_was_when_its_preset_gets_a_field(old_run, monkeypat
     assert (model["z_loss"], float(model["norm_eps"])) == (0.0, 1e-5)
 
 
-def test_a_plugin_that_is_not_named_is_told(old_run):
-    """By the last start of the run, and without an import: there is no such module."""
-    command = ["-m", "train", "c.yaml", "--plugin", "my.first", "--model.name", "mine", "--plugin=my.second"]
+def test_a_plugin_that_is_not_named_is_told(old_run, tmp_path, monkeypatch):
+    """By the last start of the run, and without an import: there is no such module. Whatever needs it: a name, or an activation."""
+    command = ["-m", "train", "c.yaml", "--plugin", "my.first", "--model.name", "gpt2", "--plugin=far/second.py"]
     with (old_run / "environment.jsonl").open("a") as file:
         file.write(json.dumps({"processes": 1, "command": command}) + "\n")
-    values = {"run_dir": str(old_run), "model": {"name": "mine"}, "data": {"tokenizer": "bytes"}}
-    with pytest.raises(UserError, match="was started with --plugin my.first --plugin my.second"):
-        p.resolve(build(RunConfig, values))
+    (tmp_path / "second.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "--run_dir", str(old_run), "--data.tokenizer", "bytes", "--device", "cpu"]
+    for wrong in (["--model.name", "mine"], ["--optim.name", "mine"], ["--model.name", "gpt2", "--model.mlp", "mine"]):
+        with pytest.raises(
+            UserError, match=r"mine.* \(.* was started with --plugin my.first --plugin far/second.py: add it\)$"
+        ):
+            dispatch([*words, *wrong])
+        with pytest.raises(UserError, match=r" was started with --plugin my.first: add it\)$"):
+            dispatch([*words, *wrong, "--plugin", "second.py"])
     (old_run / "environment.jsonl").unlink()
-    with pytest.raises(UserError, match="--plugin MODULE for one of your own"):
-        p.resolve(build(RunConfig, values))
+    with pytest.raises(UserError, match="--plugin FILE.py for one of your own") as caught:
+        dispatch([*words, "--model.name", "mine"])
+    assert "was started" not in str(caught.value)
 
 
 def test_another_strategy_takes_nothing_of_the_old_ones(old_run, monkeypatch):

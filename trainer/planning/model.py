@@ -9,7 +9,6 @@ from typing import Any
 from trainer.core.config import DEFAULT_MODEL, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
-from trainer.planning.run_config import folder_of, plugins_of
 
 
 def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
@@ -21,7 +20,7 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     options = dict(config.model)
     name = options.pop("name", DEFAULT_MODEL)
     if name not in model_names():
-        raise UserError(_unknown(str(name), model_names(), config))
+        raise UserError(_unknown(str(name), model_names()))
     model_class = get_model(name)
     return name, model_class, coerced(model_class.Config, options, "model.")
 
@@ -52,13 +51,12 @@ def check_vocabulary(model_class: Any, model_config: Any, tokenizer_size: int) -
         raise UserError(f"model.{error}") from None
 
 
-def _unknown(name: str, names: list[str], config: RunConfig) -> str:
-    folder = folder_of(config)
-    plugins = " ".join(f"--plugin {module}" for module in plugins_of(folder))
-    ways = f"{folder} was started with {plugins}: add it" if plugins else "--plugin MODULE for one of your own"
+def _unknown(name: str, names: list[str]) -> str:
     near = _nearest_name(name, names)
     hint = f"; did you mean {near}?" if near else ""
-    return f"model.name: {name!r} is not known (allowed: {', '.join(names)}; {ways}){hint}"
+    return (
+        f"model.name: {name!r} is not known (allowed: {', '.join(names)}; --plugin FILE.py for one of your own){hint}"
+    )
 
 
 def _nearest_name(name: str, names: list[str]) -> str:
