@@ -64,10 +64,8 @@ def training_flops_of(model_class: Any, config: Any, length: int) -> int:
     """
     model = build_on_meta(model_class, config).requires_grad_(False)  # otherwise hooks of modules need a graph
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-    from models.layers.linear_cross_entropy import (
-        score_nothing,
-        scored_by,
-    )  # imported here, because it imports models.base, which imports this module
+    # Imported here, because it imports models.base, which imports this module.
+    from models.layers.linear_cross_entropy import score_nothing, scored_by
 
     # Scores are not matrix products, and a long sequence would need millions of calls for them.
     with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), FlopCounterMode(display=False) as counter:

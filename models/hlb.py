@@ -198,6 +198,5 @@ class Hlb(LanguageModel):
 
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> HlbConfig:
-        return replace(
-            HlbConfig.for_scale(scale, vocab_size), **choices
-        )  # the target is the parameter count of this law
+        # The target is the parameter count of this law.
+        return replace(HlbConfig.for_scale(scale, vocab_size), **choices)

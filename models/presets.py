@@ -229,10 +229,8 @@ OPENAI_NAMES = {
     "mlp.up": "mlp.c_fc",
     "mlp.out": "mlp.c_proj",
 }
-OPENAI_MASKS = (
-    "attn.bias",
-    "attn.masked_bias",
-)  # buffers of each layer in older files: the causal mask and its fill value
+# Buffers of each layer in older files: the causal mask and its fill value.
+OPENAI_MASKS = ("attn.bias", "attn.masked_bias")
 
 
 @torch.no_grad()

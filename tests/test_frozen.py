@@ -47,9 +47,8 @@ def test_it_is_evaluated_and_written_from_as_then(frozen, capsys):
 
 def test_it_goes_on_as_then(frozen, capsys, monkeypatch):
     folder, expected = frozen
-    run(
-        {"run_dir": str(folder), "max_steps": 16, "data": {"path": "data"}}
-    )  # absolute in later releases, and moved here
+    # Absolute in later releases, and moved here.
+    run({"run_dir": str(folder), "max_steps": 16, "data": {"path": "data"}})
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] > 8]
     timed = {"tokens_per_second", "seconds", "mfu"}
     for row, then in zip(rows, expected["rows"], strict=True):

@@ -247,9 +247,8 @@ def attend_flex(
         attention_bias = attention_bias.expand(q.shape[0], -1, -1).contiguous()
         own = attention_bias.detach()  # see _pairwise_bias
 
-    cap = (
-        torch.full((), softcap, device=q.device) if softcap else None
-    )  # a tensor, because a second float breaks the compiler
+    # A tensor, because a second float breaks the compiler.
+    cap = torch.full((), softcap, device=q.device) if softcap else None
 
     def change(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:

@@ -55,9 +55,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if _planning:
         return held_by_flex(q, k, v)[0]
     if torch.compiler.is_compiling():  # compiled with its block; the compiler cannot trace `suited`
-        bool(
-            q.shape[2] % MIN_LENGTH == 0
-        )  # evaluated, so that the compiler knows the result and can omit bounds checks
+        # Evaluated, so that the compiler knows the result and can omit bounds checks.
+        bool(q.shape[2] % MIN_LENGTH == 0)
         return flex_attention(q, k, v, **options)
     return suited(flex_attention, q.device)(q, k, v, **options)
 
@@ -183,9 +182,8 @@ def document_blocks(documents: Tensor, window: int = 0) -> BlockMask:
 
     These masks differ from batch to batch, so on CUDA a compiled kernel makes them: eager code needs several [B, T, T] tensors.
     """
-    reach = torch.full(
-        (), window or documents.shape[1], device=documents.device
-    )  # filled on the device, without waiting
+    # Filled on the device, without waiting.
+    reach = torch.full((), window or documents.shape[1], device=documents.device)
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])

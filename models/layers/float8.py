@@ -18,9 +18,8 @@ from models.layers.compat import scaled_product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the GPU's fp8 products need every dimension to be divisible by this
-MIN_RATIO = (
-    2.0**-100
-)  # least ratio of the largest entry to the largest fp8 number, so that a tensor of zeros has a finite scale
+# Least ratio of the largest entry to the largest fp8 number, so that a tensor of zeros has a finite scale.
+MIN_RATIO = 2.0**-100
 
 
 class Float8Linear(nn.Linear):

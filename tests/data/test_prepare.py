@@ -495,9 +495,8 @@ def test_dataset_mistakes(tmp_path):
 
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    heeds = functools.partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # also where a shell runs us in the background
+    # Also where a shell runs us in the background.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
 
 

@@ -16,9 +16,8 @@ from trainer.optim import narrow_state
 from trainer.runs.metrics import read_rows
 from trainer.training.step import optimiser_step
 
-U = (
-    2**-8
-)  # rounding to bf16 changes a number by at most this share of it: its spacing is 2^-7 of the power of two below it
+# Rounding to bf16 changes a number by at most this share of it: its spacing is 2^-7 of the power of two below it.
+U = 2**-8
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -71,9 +71,8 @@ def test_rounding_is_bankers():
 )
 def test_weight_decay_law(loss, decay):
     base = hlb_laws.weight_decay_base(46_009_736)
-    assert hlb_laws.weight_decay(torch.tensor(loss), base).item() == pytest.approx(
-        decay, rel=5e-3
-    )  # printed with three digits
+    # Printed with three digits.
+    assert hlb_laws.weight_decay(torch.tensor(loss), base).item() == pytest.approx(decay, rel=5e-3)
 
 
 def test_grad_norm_targets():

@@ -82,9 +82,8 @@ def test_kernels_are_told_for_what_is_computed(tiny_dataset, tmp_path, monkeypat
         "choose_kernel",
         lambda wanted, **case: asked.add((wanted, case["dtype"], case["documents"])) or choose(wanted, **case),
     )
-    monkeypatch.setattr(
-        "trainer.training.start.refuse_unreached", lambda *_: None
-    )  # it computes in fp32, without numbers
+    # It computes in fp32, without numbers.
+    monkeypatch.setattr("trainer.training.start.refuse_unreached", lambda *_: None)
     changes = {"precision": "bf16", "model": {"name": "llama"}, "data__separate_documents": True}
     run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, **changes))
     assert {case for case in asked if case[0] != "torch"} == {("auto", torch.bfloat16, True)}  # torch: to count FLOPs

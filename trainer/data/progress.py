@@ -88,9 +88,8 @@ def telling_of_endless_search(log: Log) -> Iterator[None]:
                 "Ctrl-C, and use a simpler pattern"
             )
         seen = line
-        signal.setitimer(
-            signal.ITIMER_REAL, STILL_SECONDS
-        )  # once more: a repeating alarm could interrupt this function
+        # Set the alarm again. A repeating alarm could interrupt this function.
+        signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS)
 
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS)

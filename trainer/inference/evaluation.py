@@ -62,9 +62,8 @@ def full(
             tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
         totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
     nats, correct, count = world.sum(totals).tolist()
-    share = (
-        count / split.counts.tokens
-    )  # bytes and words are known only for the whole split, whose first token is not a target
+    # Bytes and words are known only for the whole split, whose first token is not a target.
+    share = count / split.counts.tokens
     loss = nats / count
     return {
         "loss": loss,

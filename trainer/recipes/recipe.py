@@ -31,9 +31,8 @@ class Recipe:
     config: the RunConfig so far; facts: of the model: `parameters` and `non_embedding` (without embeddings and head), counts.
     """
 
-    made_for: frozenset[str] = (
-        frozenset()
-    )  # names of the models that train with this recipe unless the config says otherwise
+    # Names of the models that train with this recipe unless the config says otherwise.
+    made_for: frozenset[str] = frozenset()
     why = ""  # the reason that `plan` prints for it
 
     def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:

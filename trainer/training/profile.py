@@ -24,11 +24,8 @@ TOP = 20
 NAME, SHAPES = 48, 40  # columns of the table, in characters
 HISTORY = 100_000  # allocations and frees that the allocator remembers, at a few kB each
 COMPILED = "## Call CompiledFxGraph"  # torch.compile's annotation around the code it made
-COLLECTIVES = (
-    "c10d::",
-    "_c10d_functional::",
-    "record_param_comms",
-)  # operators that start collectives or wait for them
+# Operators that start collectives or wait for them.
+COLLECTIVES = ("c10d::", "_c10d_functional::", "record_param_comms")
 
 Span = tuple[float, float]  # begin and end, in us
 
