@@ -462,6 +462,10 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
         (tmp_path / "runs" / f"bench-{date}").mkdir(parents=True)
         report = {"kind": "train", "device": name, "processes": 1, "rows": rows}
         (tmp_path / "runs" / f"bench-{date}" / "bench.json").write_text(json.dumps(report))
+    wanted = expected_time(plan, device, price=3.6, mfu=0.4)
+    assert wanted.hours == pytest.approx(at_peak / 0.4) and wanted.cost == pytest.approx(at_peak / 0.4 * 7.2)
+    assert wanted.tokens_per_second == pytest.approx(0.4 * 312e12 * 2 / flops)
+    assert wanted.rule.startswith("at 40% of 312 TFLOP/s") and wanted.rule.endswith("mfu is set")
     found = expected_time(plan, device, price=3.6)
     hours = p.minimum_tokens(plan) / 2000 / 3600
     assert found.hours == pytest.approx(hours, abs=5e-4) and found.tokens_per_second == 2000

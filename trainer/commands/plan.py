@@ -27,6 +27,9 @@ class PlanConfig(RunConfig):
     world_size: int | None = setting(None, "number of processes; auto: as many as were started", low=1)
     processes_per_machine: int = setting(8, "how many of the world_size processes one machine runs", low=1)
     price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)
+    mfu: float | None = setting(
+        None, "share of the device's peak FLOP/s to expect; auto: a bench in runs/, else 0.5 to 0.2", above=0, high=1
+    )
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -53,7 +56,7 @@ def run(config: PlanConfig, as_json: bool = False) -> None:
     from trainer.planning.time import expected_time
 
     plan, device = resolve_for(config)
-    time = expected_time(plan, device, config.price)
+    time = expected_time(plan, device, config.price, config.mfu)
     if as_json:
         times = {key: value for key, value in time._asdict().items() if key != "rule"}
         text = json.dumps(summary(plan) | times | {"hours_rule": time.rule})

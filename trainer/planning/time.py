@@ -60,11 +60,14 @@ def _settings_in_common(config: dict[str, Any], other: dict[str, Any]) -> int:
     return len(engine) + (config["batch"]["tokens_per_microbatch"] == other["batch"]["tokens_per_microbatch"])
 
 
-def expected_time(plan: Plan, device: str, price: float | None) -> Time:
-    """Hours of the whole run, and its cost if a price per hour is given, from the newest bench of this model."""
-    found = find_bench(plan, device)
+def expected_time(plan: Plan, device: str, price: float | None, mfu: float | None = None) -> Time:
+    """Hours of the whole run, and its cost if a price per hour is given.
+
+    They come from `mfu` if it is given, else from the newest bench of this model, else from MFUS.
+    """
+    found = None if mfu is not None else find_bench(plan, device)
     if found is None:
-        return _time_by_peak(plan, device, price)
+        return _time_by_peak(plan, device, price, mfu)
     path, row = found
     rate = row["tokens_per_second"]["median"] * plan.processes / row["processes"]
     hours = minimum_tokens(plan) / rate / 3600
@@ -80,20 +83,28 @@ def expected_time(plan: Plan, device: str, price: float | None) -> Time:
     return Time(rule, round(hours, 3), rate, cost)
 
 
-def _time_by_peak(plan: Plan, device: str, price: float | None) -> Time:
-    """What a run takes at MFUS of the device's peak, if that is known."""
+def _time_by_peak(plan: Plan, device: str, price: float | None, mfu: float | None) -> Time:
+    """What a run takes at `mfu` of the device's peak, or at MFUS, if the peak is known."""
     from trainer.runtime.device import peak_of
 
     rule = f"no bench of this model on {device} in runs/: `python -m trainer bench` makes one"
+    if mfu is not None:
+        rule = "mfu is set"
     peak = peak_of(device, plan.config.precision, plan.config.float8)
     if peak is None:
         return Time(f"{rule}; no estimate, since the device's peak FLOP/s is not known")
     batch = plan.config.batch
     flops = flops_per_token(plan.model_class, plan.model_config, batch.sequence_length)
-    least, most = (minimum_tokens(plan) * flops / (peak * plan.processes * mfu) / 3600 for mfu in MFUS)
-    guess = f"a guess at {MFUS[0]:.0%} to {MFUS[1]:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    at_peak = minimum_tokens(plan) * flops / (peak * plan.processes) / 3600  # hours
+    shares = MFUS if mfu is None else (mfu,)
+    guess = "a guess " if mfu is None else ""
+    guess += f"at {' to '.join(f'{100 * share:.3g}%' for share in shares)} of {peak / 1e12:,.0f} TFLOP/s"
     guess += ", with a multiplier of one" if batch.dynamic else ""
+    hours = [at_peak / share for share in shares]
+    costs = [] if price is None else [one * price * plan.processes for one in hours]
     if price is not None:
-        costs = [f"{hours * price * plan.processes:,.2f}" for hours in (least, most)]
-        guess += f"; {' to '.join(costs)} at {price:g} an hour and device"
-    return Time(f"{guess}; {rule}", hours_range=(least, most))
+        guess += f"; {' to '.join(f'{cost:,.2f}' for cost in costs)} at {price:g} an hour and device"
+    if mfu is None:
+        return Time(f"{guess}; {rule}", hours_range=(hours[0], hours[1]))
+    rate = minimum_tokens(plan) / hours[0] / 3600
+    return Time(f"{guess}; {rule}", hours[0], rate, costs[0] if costs else None)
