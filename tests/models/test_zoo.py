@@ -114,8 +114,8 @@ def test_flops_grow_with_the_length_of_the_sequence(model):
     assert attention > 0.1 * model.flops_per_token(64), "attention is too small a part here for the count to be a test"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", beyond(("llama",), ZOO))  # others in test_compilation.py
+@pytest.mark.nightly  # half a minute each; test_compilation.py compiles blocks, as training does
+@pytest.mark.parametrize("name", ZOO)
 def test_compiled_equals_eager(subject, model):
     loss, eager = gradients(model, subject.tokens, subject.targets)
     compiled = copy.deepcopy(model)
