@@ -35,7 +35,8 @@ def test_a_run_folder_holds_everything(finished):
         "metrics.jsonl", "curves.png", "samples.txt", "checkpoints",
     }  # fmt: skip
     assert [step for step, _ in checkpoint.found(finished / "checkpoints")] == [8, 12]
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    curves = (finished / "curves.png").read_bytes()
+    assert curves.startswith(b"\x89PNG\r\n") and len(curves) > 10_000  # session fixtures come before no_pictures
     samples = (finished / "samples.txt").read_text()
     assert samples.count("=== step ") == 3
     assert "the cat" in samples

@@ -195,7 +195,7 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 
-def law_rows(plan: Plan) -> list[PlanEntry]:
+def recipe_entries(plan: Plan) -> list[PlanEntry]:
     """What the recipe derives beyond the settings: decay and gradient-norm laws, groups, validation shape."""
     tied = build_meta(plan.model_class, plan.model_config).tied_embedding()
     return recipe_rows(plan.config, plan.parameters, tied)
@@ -228,7 +228,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
         "memory_bytes": expected_memory(plan),
-        "laws": {row.key: row.value for row in law_rows(plan)},
+        "laws": {row.key: row.value for row in recipe_entries(plan)},
         "rules": {entry.key: entry.rule for entry in plan.entries},
     }
 
@@ -271,7 +271,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
         *([] if epochs is None else [PlanEntry("epochs", epochs, f"tokens / {plan.train_tokens:,} training tokens")]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
-    entries = [*plan.entries, *law_rows(plan), *derived, *more]
+    entries = [*plan.entries, *recipe_entries(plan), *derived, *more]
     keys = max(len(entry.key) for entry in entries)
     values = max(len(show_number(entry.value)) for entry in entries)
     lines = [f"{entry.key:<{keys}}  {show_number(entry.value):>{values}}  {entry.rule}" for entry in entries]

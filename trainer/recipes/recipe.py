@@ -11,7 +11,7 @@ from trainer.optim import Group
 
 
 class Default(NamedTuple):
-    """What a recipe fills in where the config leaves a key open, and the rule behind the value."""
+    """The value that a recipe gives to a key which the config leaves open, and the rule behind it."""
 
     value: Any
     rule: str
