@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.base import Hidden, LanguageModel, Split, register
 from models.config import check_ranges, setting
 from models.layers import compute_dtype, flex, normal_
-from models.layers.distance_attention import BlockMask, Reach, attend_dense, attend_flex, flex_refusal
+from models.layers.distance_attention import DENSE_LENGTH, BlockMask, Reach, attend_dense, attend_flex, flex_refusal
 from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.positions import number_documents
 from models.state import DecodingState
@@ -161,11 +161,12 @@ class Hlb(LanguageModel):
             raise ValueError(
                 f"attention_kernel flex cannot be used: it has no kernel that trains on {device.type}; use auto or torch"
             )
-        refusal = self._flex_refusal(flex.MIN_LENGTH, device)
+        refusal = self._flex_refusal(DENSE_LENGTH + 1, device)
         if refusal is not None:
             return f"attention: torch ({refusal})"
-        short = f" and under {flex.MIN_LENGTH} tokens" if self.config.attention_kernel == "auto" else ""
-        return f"attention: flex (no [T, T] tensors), torch when decoding{short}"
+        if self.config.attention_kernel == "flex":
+            return "attention: flex (no [T, T] tensors), torch when decoding"
+        return f"attention: torch up to {DENSE_LENGTH} tokens and when decoding, flex for more (no [T, T] tensors)"
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         std = self.config.d_model**-0.5

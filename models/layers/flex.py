@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from models.layers.compat import raise_recompile_limit
 
-MIN_LENGTH = 128  # FlexAttention works on blocks of 128 x 128
+BLOCK = 128  # FlexAttention works on blocks of 128 x 128
+# At least two blocks, because the compiler makes separate code for a size of 1: the code for one block would serve one length only.
+MIN_LENGTH = BLOCK + 1
 MIN_WIDTH = 16  # Triton cannot multiply narrower tiles
 MAX_WIDTH = 256  # channels of a head; wider heads exceed the shared memory of a multiprocessor
 MAX_WIDTH_FP32 = 128
@@ -54,11 +56,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA; elsewhere eager, for tests."""
     if _planning:
         return held_by_flex(q, k, v)[0]
-    if torch.compiler.is_compiling():  # compiled with its block; the compiler cannot trace `suited`
+    if torch.compiler.is_compiling():  # compiled with its block
         # Evaluated, so that the compiler knows the result and can omit bounds checks.
-        bool(q.shape[2] % MIN_LENGTH == 0)
+        bool(q.shape[2] % BLOCK == 0)
         return flex_attention(q, k, v, **options)
-    return suited(flex_attention, q.device)(q, k, v, **options)
+    return (_compiled() if q.device.type == "cuda" else flex_attention)(q, k, v, **options)
 
 
 def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str | None:
@@ -71,18 +73,13 @@ def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str
     return None
 
 
-def suited(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """One of torch's functions for FlexAttention; compiled on CUDA."""
-    return compiled(function) if device.type == "cuda" else function
-
-
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Any:
-    """The function as compiled kernels, which all models of a process share."""
-    # One kernel per length, batch size and gradient mode: more than the default limit, above which it would run unfused.
+def _compiled() -> Any:
+    """flex_attention as compiled kernels, which all models of a process share."""
+    # One version per kind of mask and gradient mode: more than the default limit, above which it would run unfused.
     raise_recompile_limit(64)
     # Without this option, `selective` checkpointing cannot see (and keep) the output of a kernel compiled inside an eager block.
-    return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
+    return torch.compile(flex_attention, dynamic=True, options={"wrap_inductor_compiled_regions": True})
 
 
 # These are operators, so that activation checkpointing and the compiler treat them like FlexAttention's.
@@ -163,31 +160,61 @@ def kept(make: Callable[..., BlockMask]) -> Any:
 @kept
 def causal_blocks(length: int, device: torch.device) -> BlockMask:
     """Every token sees itself and those before it; made once per length."""
-    with torch.inference_mode(False):  # a mask made during evaluation must also work in training
-        make = suited(create_block_mask, device)  # eager code would need several [T, T] tensors
-        return make(lambda batch, head, i, j: j <= i, None, None, length, length, device=device)
+    return _window_blocks(length, length, device)
 
 
 @kept
 def window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
     """Every token sees itself and the window - 1 before it; made once per length and window."""
-    with torch.inference_mode(False):
+    return _window_blocks(length, window, device)
+
+
+def _window_blocks(length: int, window: int, device: torch.device) -> BlockMask:
+    with torch.inference_mode(False):  # a mask made during evaluation must also work in training
         reach = torch.full((), window, device=device)  # a tensor, so that one compiled kernel works for every window
-        make = suited(create_block_mask, device)
-        return make(lambda batch, head, i, j: (j <= i) & (i - j < reach), None, None, length, length, device=device)
+        some, every = _blocks_in_window(length, reach, device)
+        return _block_mask(some[None], every[None], length, lambda batch, head, i, j: (j <= i) & (i - j < reach))
 
 
 def document_blocks(documents: Tensor, window: int = 0) -> BlockMask:
-    """Causal within each document, and within the window if it is not 0; documents [B, T].
-
-    These masks differ from batch to batch, so on CUDA a compiled kernel makes them: eager code needs several [B, T, T] tensors.
-    """
-    # Filled on the device, without waiting.
-    reach = torch.full((), window or documents.shape[1], device=documents.device)
+    """Causal within each document, and within the window if it is not 0; documents [B, T]. Made without waiting for the device."""
+    length, device = documents.shape[1], documents.device
+    reach = torch.full((), window or length, device=device)
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < reach) & (documents[batch, i] == documents[batch, j])
 
-    batch_size, length = documents.shape
-    make = suited(create_block_mask, documents.device)
-    return make(visible, batch_size, None, length, length, device=documents.device)
+    some, every = _blocks_in_window(length, reach, device)
+    positions = torch.arange(len(some) * BLOCK, device=device).clamp(max=length - 1)
+    by_block = documents[:, positions].unflatten(1, (-1, BLOCK))  # [B, n, BLOCK]
+    least, greatest = by_block.amin(-1), by_block.amax(-1)  # [B, n]
+    # Two blocks can share a document only if their ranges overlap. A block of the wrong kind costs time, not correctness:
+    # the kernel applies `visible` to every pair of tokens in blocks that are not `every`.
+    shared = (least[:, :, None] <= greatest[:, None, :]) & (least[:, None, :] <= greatest[:, :, None])
+    same = shared & (least == greatest)[:, :, None] & (least == greatest)[:, None, :]
+    return _block_mask(some & shared, every & same, length, visible)
+
+
+def _blocks_in_window(length: int, window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(some, every) [n, n] bool, n blocks of queries by n blocks of keys: whether some or all pairs of their tokens are visible.
+
+    Computed per block, because [T, T] tensors would be large; with the last block cut off, no pair that does not exist counts.
+    """
+    first = torch.arange(0, length, BLOCK, device=device)
+    last = (first + BLOCK - 1).clamp(max=length - 1)
+    whole = last - first == BLOCK - 1
+    some = (first[None, :] <= last[:, None]) & (first[:, None] - last[None, :] < window)
+    every = (last[None, :] <= first[:, None]) & (last[:, None] - first[None, :] < window)
+    return some, every & whole[:, None] & whole[None, :]
+
+
+def _block_mask(some: Tensor, every: Tensor, length: int, visible: Callable[..., Tensor]) -> BlockMask:
+    """The mask `visible` of all heads, as `create_block_mask` makes it; some, every: [1 or B, n, n] bool."""
+    partial, full = (_counted(blocks[:, None]) for blocks in (some & ~every, every))
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK, visible, seq_lengths=(length, length))
+
+
+def _counted(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., n, n] bool -> (how many blocks of each row are set [..., n], their columns in order, then the other columns [..., n, n])."""
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), columns.int()

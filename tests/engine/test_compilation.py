@@ -19,7 +19,6 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
 from torch.fx import GraphModule
-from torch.nn.attention.flex_attention import flex_attention
 
 from models.base import get_model
 from models.layers import flex
@@ -296,38 +295,23 @@ def test_the_vocabulary_is_no_symbol_in_the_compiled_loss():
     assert shape[0] != "24" and shape[1] == "40"
 
 
-@pytest.mark.slow
-def test_masks_of_documents_are_compiled_once(monkeypatch):
-    """Other documents and another window compile nothing; each block is what the eager function says."""
-    monkeypatch.setattr(flex, "suited", lambda function, device: flex.compiled(function))
-    draw = torch.Generator().manual_seed(0)
-    for window in (0, 0, 200, 300):
-        documents = (torch.rand(2, 512, generator=draw) < 0.01).cumsum(1)
-        made = flex.document_blocks(documents, window)
-        i = torch.arange(512)
-        visible = (i <= i[:, None]) & (i[:, None] - i < (window or 512)) & (documents[:, :, None] == documents[:, None])
-        of_blocks = visible.unflatten(1, (4, 128)).unflatten(3, (4, 128)).any(4).any(2)  # [B, 4, 4]
-        assert torch.equal(made.to_dense()[:, 0].bool(), of_blocks)
-    assert graphs() == 1
+@pytest.fixture(params=["hlb", "llama"])
+def flexes(request, monkeypatch):
+    """A model of one block with FlexAttention, which would raise if FlexAttention were compiled by itself."""
+    monkeypatch.setattr(flex, "device_refusal", lambda device: None)
+    monkeypatch.setattr(flex, "_compiled", pytest.fail)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)  # of a CPU
+    changes = {"attention_softcap": 30.0} if request.param == "llama" else {"attention_kernel": "flex"}
+    model = get_model(request.param)(replace(build(request.param).config, n_layers=1, **changes))
+    model.init_weights()
+    return model
 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["hlb", "llama"])
-def test_blocks_with_flex_are_one_graph(monkeypatch, name, how):
-    """FlexAttention is an operator of a compiled block; by itself it is compiled where a block is not, which cannot be traced."""
-
-    def by_itself(function, device):
-        assert function is not flex_attention
-        return function
-
-    monkeypatch.setattr(flex, "device_refusal", lambda device: None)
-    monkeypatch.setattr(flex, "suited", by_itself)
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)  # of a CPU
-    changes = {"attention_softcap": 30.0} if name == "llama" else {}
-    model = get_model(name)(replace(build(name).config, n_layers=1, **changes))
-    model.init_weights()
-    activation_checkpointing.apply(model, how)
-    (block,) = model.blocks()
+def test_blocks_with_flex_are_one_graph(flexes, how):
+    """FlexAttention is an operator of a compiled block."""
+    activation_checkpointing.apply(flexes, how)
+    (block,) = flexes.blocks()
     seen = []
 
     def look(graph, inputs):
@@ -337,8 +321,16 @@ def test_blocks_with_flex_are_one_graph(monkeypatch, name, how):
 
     block.forward = torch.compile(block.forward, backend=look, dynamic=True, fullgraph=True)
     with pytest.raises(BackendCompilerFailed, match="seen"):
-        model(*batch(2, 256))
+        flexes(*batch(2, 256))
     assert seen == [1]
+
+
+def test_blocks_with_flex_are_compiled_once_for_all_lengths(flexes):
+    (block,) = flexes.blocks()
+    block.forward = torch.compile(block.forward, backend="eager", dynamic=True, fullgraph=True)
+    for rows, length in ((4, 256), (2, 512), (2, 384)):
+        flexes(*batch(rows, length)).loss.backward()
+    assert graphs() == 1
 
 
 def test_text_and_the_comparison_before_it_run_as_they_are(monkeypatch):

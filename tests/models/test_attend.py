@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import profile
 
 from models.layers import attend, flex
@@ -346,8 +347,8 @@ def choose(wanted="auto", **changes):
         ({"window": True, "value_dim": 128}, "flex", "same width"),
         ({"documents": True}, "flex", "flash: it takes no documents"),
         ({"attention_bias": True}, "flex", "flash: it takes no position biases"),
-        ({"documents": True, "length": 127}, "sdpa", "flex: fewer than 128 tokens"),
-        ({"attention_bias": True, "length": 127}, "torch", "flex: fewer than 128 tokens"),
+        ({"documents": True, "length": 128}, "sdpa", "flex: fewer than 129 tokens"),
+        ({"attention_bias": True, "length": 128}, "torch", "flex: fewer than 129 tokens"),
         ({"attention_bias": True, "head_dim": 512}, "torch", "16 to 256 channels"),
         ({"attention_bias": True, "value_dim": 8}, "torch", "16 to 256 channels"),
         ({"attention_bias": True, "head_dim": 160, "value_dim": 160}, "flex", "no [T, T]"),
@@ -425,7 +426,7 @@ def test_a_named_kernel_is_used_where_it_can_be(gpu):
         assert choose(name) == (name, "asked for")
     assert choose("torch", softcap=30.0, attention_bias=True, documents=True, device=CPU)[0] == "torch"
     assert choose("sdpa", attention_bias=True, dtype=torch.float32)[0] == "sdpa"
-    assert choose("flex", length=100) == ("sdpa", "flex: fewer than 128 tokens")
+    assert choose("flex", length=100) == ("sdpa", "flex: fewer than 129 tokens")
     assert choose("flex", attention_bias=True, cached=True, length=1) == ("torch", "flex: decoding")
     assert choose("flash", cached=True, length=1) == ("sdpa", "flash: decoding")
     assert choose("flash", length=100)[0] == "flash"  # knows no shortest sequence
@@ -484,6 +485,53 @@ def test_fused_kernel_on_a_gpu(kernel, case, length):
 test_fused_kernel_on_a_gpu.pytestmark += needs_gpu
 
 
+# -- block masks -----------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_blocks(made, visible, rows, length):
+    """`made` has the blocks of torch's create_block_mask, which looks at every pair of tokens."""
+    expected = create_block_mask(visible, rows, None, length, length, device="cpu")
+    assert made.seq_lengths == expected.seq_lengths and made.BLOCK_SIZE == expected.BLOCK_SIZE
+    names = (f"{full}{side}_{what}" for full in ("", "full_") for side in "kq" for what in ("num_blocks", "indices"))
+    for name in (name.replace("k_", "kv_") for name in names):
+        assert torch.equal(getattr(made, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("length", [20, 128, 129, 300, 512])
+def test_blocks_are_those_that_see_something(length):
+    """Made of block numbers alone, without a [T, T] tensor and without compiling."""
+    assert_same_blocks(flex.causal_blocks(length, CPU), lambda batch, head, i, j: j <= i, None, length)
+    for window in (1, 100, 128, 129, 200, 1000):
+        made = flex.window_blocks(length, window, CPU)
+        assert_same_blocks(made, lambda batch, head, i, j, w=window: (j <= i) & (i - j < w), None, length)
+
+
+@pytest.mark.parametrize("window", [0, 100, 300])
+@pytest.mark.parametrize("length", [129, 300, 512])
+def test_blocks_of_documents_are_those_that_see_something(length, window):
+    draw = torch.Generator().manual_seed(length)
+    documents = (torch.rand(3, length, generator=draw) < torch.tensor([[0.0], [0.005], [0.1]])).cumsum(1)
+
+    def visible(batch, head, i, j):
+        return (j <= i) & (i - j < (window or length)) & (documents[batch, i] == documents[batch, j])
+
+    assert_same_blocks(flex.document_blocks(documents, window), visible, 3, length)
+
+
+def test_documents_may_have_numbers_in_any_order():
+    """Then some blocks are looked at in vain, but no visible pair is left out, and no other becomes visible."""
+    documents = torch.tensor([3, 1, 2, 1]).repeat_interleave(80)[None]  # [1, 320]
+    made = flex.document_blocks(documents)
+    i = torch.arange(384).clamp(max=319)
+    pairs = (documents[0][i] == documents[0][i[:, None]]) & (i <= i[:, None])
+    pairs = pairs.unflatten(1, (3, 128)).unflatten(0, (3, 128))  # [3, 128, 3, 128]
+    full = torch.zeros(3, 3, dtype=torch.bool)
+    for row in range(3):
+        full[row, made.full_kv_indices[0, 0, row, : made.full_kv_num_blocks[0, 0, row]].long()] = True
+    assert not (pairs.any(3).any(1) & ~made.to_dense()[0, 0].bool()).any()
+    assert not (full & ~pairs.all(3).all(1)).any()
+
+
 # -- masks that are kept -------------------------------------------------------------------------------------------------------
 
 
@@ -500,7 +548,7 @@ def test_masks_are_made_once_but_not_all_are_kept(make, monkeypatch):
         return new
 
     made: list = []
-    monkeypatch.setattr(flex, "create_block_mask", mask)
+    monkeypatch.setattr(flex, "_block_mask", mask)
     with flex.masks_read() as read:
         first = make(1001, CPU)
     assert make(1001, CPU) is first and len(made) == 1 and read == [first]
