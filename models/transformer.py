@@ -77,7 +77,7 @@ class Transformer(LanguageModel):
         self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
         self.max_context = c.max_context or None
         self.by_liger = liger.take_over(self, c) if c.kernels == "liger" else []
-        self.single_loss = liger.linear_cross_entropy if "loss" in self.by_liger else None
+        self.single_loss = liger.untraced(liger.linear_cross_entropy) if "loss" in self.by_liger else None
         self.windows = sorted({c.window_of(layer) for layer in range(len(self.blocks()))})
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:

@@ -1,6 +1,7 @@
 """Crescendo: one model file, one dial, from a laptop to a cluster."""
 
 import importlib.machinery
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,3 +19,7 @@ class _OurModels:
 
 
 sys.meta_path.insert(0, _OurModels)  # type: ignore[arg-type]
+
+# Compiled code is kept in the user's cache folder, where a later start finds it: torch's default folder is emptied at boot. Set
+# here, because torch chooses its folder as soon as its compiler is imported.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "crescendo" / "inductor"))

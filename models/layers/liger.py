@@ -1,7 +1,7 @@
 """Liger's Triton kernels (arXiv 2410.10989) that compute the same as the decoder: RMSNorm, SwiGLU, and head with loss.
 
 Liger's GEGLU uses the tanh GELU, and its LayerNorm and DyT round at other places, so torch computes these three. The compiler
-does not trace the functions here, because traced Liger kernels are reported to be wrong (RMSNorm) or slower than the compiler's
+does not trace them, because traced Liger kernels are reported to be wrong (RMSNorm) or slower than the compiler's
 own (SwiGLU, github.com/linkedin/Liger-Kernel/issues/1330). It breaks its graph at them, and does not compile blocks that
 recompute them.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,22 @@ MIN_VERSION = (0, 8, 4)  # in older versions, soft-capped losses counted the pad
 def take_over(model: Any, config: Any) -> list[str]:
     """Let Liger compute all RMSNorms and SwiGLUs in `model`; returns the names of the parts that Liger computes.
 
-    If "loss" is among them, the caller must use `linear_cross_entropy`.
+    If "loss" is among them, the caller must use `untraced(linear_cross_entropy)`.
     """
     taken = {}
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.compute = taken["RMSNorm"] = rms_norm
+            module.compute = taken["RMSNorm"] = untraced(rms_norm)
         elif getattr(module, "activation", None) is ACTIVATIONS["swiglu"].apply:
-            module.activation = taken["SwiGLU"] = swiglu
+            module.activation = taken["SwiGLU"] = untraced(swiglu)
     return [*sorted(taken), *(["loss"] if _loss_refusal(config) is None else [])]
+
+
+@functools.cache
+def untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which the compiler does not trace. Not a decorator of the functions below: torch.compiler.disable imports the
+    compiler, which would take a second in every process that loads the models."""
+    return torch.compiler.disable(function)
 
 
 def describe(taken: list[str], config: Any, device: torch.device) -> str:
@@ -85,7 +93,6 @@ def _version() -> tuple[int, ...]:
         return ()
 
 
-@torch.compiler.disable
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `norms.rms_norm`: statistics in fp32, rounded to the dtype of x before the gain."""
     require(x.device)
@@ -95,7 +102,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return LigerRMSNormFunction.apply(x, weight.to(x.dtype), eps, 0.0, "llama", False)
 
 
-@torch.compiler.disable
 def swiglu(x: Tensor) -> Tensor:
     """[..., 2 hidden], with the gate first -> [..., hidden]."""
     require(x.device)
@@ -105,7 +111,6 @@ def swiglu(x: Tensor) -> Tensor:
     return LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", *, softcap: float | None = None
 ) -> Tensor:

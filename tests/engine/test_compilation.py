@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import tiny_values
+from conftest import ROOT, tiny_values
 from test_activation_checkpointing import Stack
 from test_zoo import VOCAB, build, gradients
 from tiny_runs import losses, same, weights
@@ -25,11 +27,14 @@ from models.layers import flex
 from models.layers.linear_cross_entropy import _Form
 from models.state import DecodingState
 from trainer.commands.train import run
+from trainer.core.config import RunConfig
+from trainer.core.settings import build as build_settings
 from trainer.engine import activation_checkpointing, compilation
 from trainer.engine.compilation import Compiled, choose
 from trainer.inference.decoding import generate
+from trainer.planning.plan import resolve
 from trainer.runs.opening import OpenRun
-from trainer.runtime.device import Target
+from trainer.runtime.device import GPUS, Target
 
 # Sums in another order and fused multiply-adds: some hundred eps of the loss, and of the largest entry of each gradient, as in
 # test_zoo's test_compiled_equals_eager.
@@ -91,14 +96,36 @@ def test_choice(monkeypatch, strategy, on_gpu, here, triton, chosen):
     assert compiles is chosen[0] and chosen[1] in why
 
 
-def test_compiled_code_is_kept_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
-    compilation.keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compilation.keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "crescendo" / "inductor")
+def test_a_run_that_would_gain_less_than_compiling_takes_is_not_compiled():
+    target = Target(2**30, here=False)
+    assert choose("single", target, 39.0) == (
+        False,
+        "the run takes about 39 s, so it would gain less than the 20 s of compiling",
+    )
+    assert choose("single", target, 41.0)[0]
+
+
+def test_the_length_of_a_run_decides_whether_it_is_compiled():
+    """hlb at scale 1: 1.04e16 FLOPs in 1,000 steps, 52 s at a fifth of an H100's 989 TFLOP/s."""
+    for steps, compiles in ((1000, True), (500, False)):
+        config = build_settings(RunConfig, {"model": {"name": "hlb"}, "max_steps": steps})
+        plan = resolve(config, gpu=GPUS["h100-80gb"])
+        assert plan.config.engine.compile is compiles
+        assert plan.config.engine.background_compile is compiles
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_code_is_kept_where_the_user_says(tmp_path, given):
+    """torch's own folder, which it chooses when its compiler is imported, would be emptied at boot."""
+    modules = "trainer" if given else "trainer, torch._dynamo"
+    code = f"import os, {modules}; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    env = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"} | {
+        "HOME": str(tmp_path)
+    }
+    folder = tmp_path / "mine" if given else tmp_path / ".cache" / "crescendo" / "inductor"
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(folder)} if given else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(folder), done.stderr
 
 
 # -- what cannot be compiled --------------------------------------------------------------------------------------------
@@ -128,7 +155,9 @@ def backend(monkeypatch, compiler):
     """torch.compile, with `compiler` in inductor's place."""
     plain = torch.compile
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "compile", lambda function, **options: plain(function, backend=compiler, **options))
+        patched.setattr(
+            torch, "compile", lambda function, **options: plain(function, **options | {"backend": compiler})
+        )
         yield
 
 

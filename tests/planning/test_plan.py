@@ -164,6 +164,7 @@ def test_kernels_are_asked_of_the_gpu_at_hand(gpu, monkeypatch):
     gpu(80)
     monkeypatch.setattr("trainer.runtime.device.choose_device", lambda wanted: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("models.layers.attend._flash_version", lambda: (2, 8))
     model = {"name": "llama", "attention_kernel": "flash"}
     assert resolved(model=model, precision="bf16").config.model["attention_kernel"] == "flash"
@@ -434,7 +435,8 @@ def test_hours_come_from_the_newest_bench_of_the_model(tmp_path, monkeypatch):
     """And from the row of it that is most like the run: here compiled, as is usual on a GPU."""
     monkeypatch.chdir(tmp_path)
     device = "NVIDIA A100-SXM4-40GB"
-    plan, _ = resolve_for(build(PlanConfig, {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2}))
+    values = {"model_scale": 0.1, "device": "a100-40gb", "world_size": 2, "engine": {"compile": True}}
+    plan, _ = resolve_for(build(PlanConfig, values))
     unknown = expected_time(plan, device, 3.6)
     assert (unknown.hours, unknown.tokens_per_second, unknown.cost) == (None, None, None)
     flops = memory.build_meta(plan.model_class, plan.model_config).flops_per_token(plan.config.batch.sequence_length)

@@ -143,7 +143,12 @@ class EngineConfig:
     activation_checkpointing: str = setting(
         "auto", "none, full, every-N (every N-th block) or selective (saves products with weights, and attention)"
     )
-    compile: bool | None = setting(None, "torch.compile each block and the loss; auto: on a GPU")
+    compile: bool | None = setting(
+        None, "torch.compile each block and the loss; auto: on a GPU, for runs that gain by it"
+    )
+    background_compile: bool | None = setting(
+        None, "train eagerly while a second process compiles; auto: single, on a GPU that holds the eager steps"
+    )
     cuda_graphs: bool = setting(
         False, "single, on a GPU: capture a microbatch of each shape and replay it as one launch"
     )

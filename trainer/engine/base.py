@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from trainer.checkpoint.format import EVALUATION
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
+from trainer.engine.background_compile import BackgroundCompiler, start_background
 from trainer.engine.compilation import Compiled
 from trainer.engine.matrices import Update, deal, update_copies, update_costs
 from trainer.engine.meta import build_meta
@@ -47,6 +48,8 @@ class Engine:
     whole_tensors = True
     part_names: tuple[str, ...] = ()
     _told_of_room = False  # whether the line that whole weights do not fit was printed
+    _compiled: Compiled | None = None
+    _background: BackgroundCompiler | None = None  # while a second process compiles and the blocks run eagerly
     local: dict[str, nn.Parameter]
     joined: Any
 
@@ -76,13 +79,12 @@ class Engine:
         return ModelAndObjective(model, self.objective)
 
     def prepare_blocks(self, model: Any) -> None:
-        """Apply fp8, activation checkpointing, then compilation to each block. Call it before the blocks are sharded."""
-        if self.config.float8:
-            for block in model.blocks():
-                convert_to_float8(block)
-        checkpoint_activations(model, self.config.engine.activation_checkpointing)
-        if self.config.engine.compile:
-            Compiled(model, self.world.say_from)  # any rank prints: compilation may fail on one machine only
+        """See the function below. With engine.background_compile, a second process begins to compile here."""
+        # Any rank prints: compilation may fail on one machine only.
+        self._compiled = prepare_blocks(model, self.config, self.world.say_from)
+        if self._compiled is not None and self.config.engine.background_compile:
+            self._background = start_background(self.plan, self.objective, self.device)
+            self._compiled.active = self._background is None
 
     def initialise(self, model: Any, device: torch.device) -> Any:
         """Give `model` storage on `device` and initial weights.
@@ -110,6 +112,7 @@ class Engine:
         engine = self.config.engine
         how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"
         how += ", offloaded" * engine.offload + ", products in fp8" * self.config.float8 + ", compiled" * engine.compile
+        how += " in the background" * (self._background is not None)
         how += ", microbatches replayed" * engine.cuda_graphs
         return f"{self.strategy} on {self.world.size} x {where}{threads}, {self.precision}{tf32}{how}{share}"
 
@@ -217,7 +220,17 @@ class Engine:
         self.project()
         self.optimizer.follow(loss, finite)
         self.clear_gradients()
+        if self._background is not None and self._background.finished():
+            self._use_compiled_code(self._background, step + 2)
         return norm, finite
+
+    def _use_compiled_code(self, background: BackgroundCompiler, step: int) -> None:
+        """step: 1-based, the first one that runs compiled code."""
+        assert self._compiled is not None
+        self._background = None
+        self._compiled.active, phrase = background.result()
+        code = "compiled" if self._compiled.active else "eager"
+        self.world.say_from(f"engine.compile: {phrase}: {code} code from step {step:,} on")
 
     def update(self) -> None:
         """One step of the optimiser, after its `prepare`."""
@@ -281,6 +294,22 @@ class Engine:
 
     def close(self) -> None:
         """Free resources that would outlive the process group."""
+        if self._background is not None:
+            self._background.close()
+
+
+def prepare_blocks(
+    model: Any, config: Any, say: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
+) -> Compiled | None:
+    """Apply fp8, activation checkpointing, then compilation to each block. Call it before the blocks are sharded.
+
+    config: RunConfig; backend: of torch.compile. Returns None if nothing is compiled.
+    """
+    if config.float8:
+        for block in model.blocks():
+            convert_to_float8(block)
+    checkpoint_activations(model, config.engine.activation_checkpointing)
+    return Compiled(model, say, backend) if config.engine.compile else None
 
 
 def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:

@@ -86,6 +86,7 @@ class ParallelLayout:
         if not strategy:
             strategy, shards = engine.strategy, engine.shard_size if engine.strategy == "hsdp" else processes
         compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
+        compiled = compiled and not engine.background_compile  # eager steps come first and need more
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
         device = target.memory is not None, target.flex, compiled, config.deterministic, engine.cuda_graphs
@@ -346,12 +347,14 @@ def _saved_activations(
 @contextlib.contextmanager
 def _determinism(wanted: bool) -> Any:
     """Determinism as in the run, where torch refuses some kernels."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    if not wanted or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from trainer.planning.model import check_vocabulary, read_model, written_out
 from trainer.planning.resolver import (
     Draft,
     ModelFacts,
+    choose_background,
     choose_batch,
     choose_engine,
     choose_hardware,
@@ -101,6 +102,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective)
     draft = choose_engine(draft, model, estimate, world, target)
     draft = choose_microbatch(draft, estimate, world.size, target)
+    draft = choose_background(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
     draft = choose_rest(draft, model.meta.max_context)
     return Plan(

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.core.errors import UserError
-from trainer.engine.meta import build_meta, told_of_model
+from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import get_rule, rule_config, schedules
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
     MemoryOptions,
     StrategySelector,
+    background_refusal,
     check_graphs,
     check_shard_size,
     refuse_contradictions,
@@ -26,6 +27,8 @@ from trainer.recipes import RECIPES, PlanEntry, recipe_for
 from trainer.recipes.hlb import device_token_capacity, tokens_per_microbatch
 
 MOST_PARAMETERS = 10**13
+TYPICAL_MFU = 0.2  # of small models, whose runs are so short that compiling may not pay
+BACKGROUND_BYTES = 1 << 30  # GPU memory of a second process that compiles: CUDA's own
 
 
 @dataclass(frozen=True)
@@ -195,15 +198,27 @@ def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, wor
     if draft.config.engine.strategy == "hsdp":
         draft = draft.fill("engine", "shard_size", world.local_size, "processes of one machine")
         check_shard_size(draft.config.engine.shard_size, world.size)
+    seconds = expected_seconds(draft.config, model, world.size, target)
+    draft = draft.fill("engine", "compile", *compilation.choose(draft.config.engine.strategy, target, seconds))
     if engine.activation_checkpointing != "auto":
         activation_checkpointing.parse(engine.activation_checkpointing)
     options, rule = selector.choose_options(ParallelLayout.of(draft.config, world.size, target))
     draft = draft.fill("engine", "activation_checkpointing", options.checkpointing, rule)
     draft = choose_state_precision(draft, options, rule)
     selector.refuse_the_impossible(ParallelLayout.of(draft.config, world.size, target), options)
-    draft = draft.fill("engine", "compile", *compilation.choose(draft.config.engine.strategy, target))
     check_graphs(draft.config, target, model.model_class.recording_refusal(model.config))
     return draft
+
+
+def expected_seconds(config: Any, model: ModelFacts, processes: int, target: Any) -> float | None:
+    """Seconds of the whole run at TYPICAL_MFU of the device's peak; None if the peak is not known."""
+    from trainer.runtime.device import peak_of
+
+    peak = peak_of(target.name, config.precision, config.float8)
+    if peak is None:
+        return None
+    flops = flops_per_token(model.model_class, model.config, config.batch.sequence_length)
+    return config.max_steps * config.batch.tokens_per_step * flops / (TYPICAL_MFU * peak * processes)
 
 
 def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> Draft:
@@ -235,6 +250,25 @@ def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, ta
         if tokens < longest:
             raise UserError(f"batch.{key}: {tokens} is less than one sequence of {longest} tokens")
     return draft
+
+
+def choose_background(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any) -> Draft:
+    """Whether to train eagerly while a second process compiles. UserError if that is set but not possible."""
+    config, engine = draft.config, draft.config.engine
+    refusal = background_refusal(config)
+    if engine.background_compile and refusal is not None:
+        raise UserError(f"engine.background_compile: {refusal}; leave it out")
+    if refusal is None and target.memory is None:
+        refusal = "the second process would take the CPU from the first"
+    if refusal is None:
+        layout = replace(ParallelLayout.of(config, processes, target), compiled=False)
+        sequences = max(1, config.batch.tokens_per_microbatch // config.batch.sequence_length)
+        accumulates = most_tokens_per_step(config.batch) > config.batch.tokens_per_microbatch
+        needed = estimate.most_held(layout, engine.activation_checkpointing, sequences, accumulates)
+        if needed + BACKGROUND_BYTES > 0.9 * target.memory:
+            refusal = "eager steps would need more memory than this device has"
+    chosen = (True, "no step waits for the compiler") if refusal is None else (False, refusal)
+    return draft.fill("engine", "background_compile", *chosen)
 
 
 def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:

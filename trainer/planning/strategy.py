@@ -61,6 +61,20 @@ def check_graphs(config: Any, target: Target, model_refusal: str | None) -> None
     raise UserError(f"engine.cuda_graphs: {why}; leave it out")
 
 
+def background_refusal(config: Any) -> str | None:
+    """Why a second process cannot compile while the first one trains; None if it can. config: resolved."""
+    engine = config.engine
+    if not engine.compile:
+        return "nothing is compiled"
+    if engine.strategy != "single":
+        return f"the ranks of {engine.strategy} compile at the first step, together"
+    if config.deterministic:
+        return "in a deterministic run the time of compiling must not decide which code runs"
+    if engine.cuda_graphs:
+        return "CUDA graphs record the code of the first steps"
+    return None
+
+
 def check_shard_size(shard_size: int, processes: int) -> None:
     """UserError unless hsdp's groups are equally large."""
     if processes % shard_size:

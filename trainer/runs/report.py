@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer.engine.compilation import compile_seconds
 from trainer.engine.meta import flops_per_token
 from trainer.runs.console import open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
@@ -46,6 +47,7 @@ class Report:
         self._flops = {t: flops_per_token(plan.model_class, plan.model_config, t) for t in plan.sequence_lengths}
         self._peak = peak_flops(engine.device, plan.config.precision, plan.config.float8)
         self._first = True
+        self._compiled_before = compile_seconds()  # the memory plan uses the compiler too
         self._stamped = seconds  # the clock at the last stamp
         self._elapsed = 0.0  # seconds since the last step that was reported
         self.last: dict[str, Any] = {}
@@ -75,9 +77,10 @@ class Report:
     def row(self, m: Any) -> dict[str, Any]:
         """The row of step `m`, a StepResult, still without an evaluation. Call this once per step, in order."""
         elapsed, self._elapsed = self._elapsed, 0.0
+        compiling = compile_seconds() - self._compiled_before
         if self._first:
             self._first = False
-            how = ", compilation included" if self.config.engine.compile else ""
+            how = f", {compiling:.1f} s of it compiling" if compiling >= 0.05 else ""
             self.console.say(f"first step: {elapsed:.1f} s{how}")
         finite = m.finite
         rate = m.step_tokens / max(elapsed, 1e-9)
@@ -95,6 +98,7 @@ class Report:
             "batch_multiplier": m.batch_multiplier,
             "epoch": m.epoch,
             "seconds": self._stamped,
+            "compile_seconds": compiling,
         }
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 

@@ -29,20 +29,21 @@ class Target(NamedTuple):
     """The device that a run is planned for.
 
     memory: bytes of a GPU, None on a CPU; flex: whether FlexAttention's kernels run on it; here: whether it is the device of
-    this process.
+    this process; name: as of `device_name`.
     """
 
     memory: int | None
     flex: bool = False
     here: bool = True
+    name: str = "CPU"
 
     @classmethod
     def at_hand(cls, device: torch.device) -> Target:
-        return cls(memory_bytes(device), flex.device_refusal(device) is None)
+        return cls(memory_bytes(device), flex.device_refusal(device) is None, name=device_name(device))
 
     @classmethod
     def elsewhere(cls, gpu: Gpu) -> Target:
-        return cls(int(gpu.gibibytes * 1024**3), gpu.is_ampere, here=False)
+        return cls(int(gpu.gibibytes * 1024**3), gpu.is_ampere, here=False, name=gpu.name)
 
 
 GPUS = {

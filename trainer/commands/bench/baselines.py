@@ -22,7 +22,7 @@ from trainer.commands.bench.variants import Candidate
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.data.stream import Split, TrainStream
-from trainer.engine.base import Engine, autocast, prepare_device
+from trainer.engine.base import autocast, prepare_blocks, prepare_device
 from trainer.engine.meta import build_meta
 from trainer.planning.memory import expected_memory
 from trainer.planning.plan import Plan
@@ -135,7 +135,7 @@ class BareLoop(Baseline):
     def make_model(self) -> Any:
         meta = build_meta(self.plan.model_class, self.plan.model_config)
         model = materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
-        Engine.prepare_blocks(cast(Any, self), model)
+        prepare_blocks(model, self.config, self.world.say_from)
         return model
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -159,7 +159,9 @@ def run_config(config: BenchConfig, changes: dict[str, str]) -> RunConfig:
 
 
 def steady(plan: Plan) -> Plan:
-    """The plan with all steps the same: the longest sequence from the start, and a batch that does not grow."""
+    """The plan with all steps the same: the longest sequence from the start, a batch that does not grow, and compiled code from
+    the first step on."""
+    plan.config.engine.background_compile = False
     plan.config.batch.sequence_start = plan.config.batch.sequence_length
     plan.config.batch.sequence_double_every = 0
     plan.config.batch.n_max = 1.0
