@@ -272,7 +272,7 @@ def test_compiled_layer_is_one_graph_and_gives_the_same_bits(dynamic):
     assert not spoilt.grad.isfinite().any() and not fp8.weight.grad.isfinite().any()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("kernels")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("n", [64, 33])

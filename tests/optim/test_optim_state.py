@@ -74,7 +74,7 @@ def test_each_step_is_the_fp32_step_from_rounded_moments(monkeypatch, size):
     check_steps("cpu")
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("training")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(monkeypatch):
     monkeypatch.setitem(narrow_state.PIECE, "cuda", 64)
