@@ -14,6 +14,8 @@ from trainer.checkpoint import format as checkpoint
 from trainer.commands.train import run
 from trainer.optim import narrow_state
 from trainer.runs.metrics import read_rows
+from trainer.testing.optimizers import _Watched
+from trainer.testing.subject import Failed
 from trainer.training.step import optimiser_step
 
 # Rounding to bf16 changes a number by at most this share of it: its spacing is 2^-7 of the power of two below it.
@@ -72,6 +74,21 @@ def test_each_step_is_the_fp32_step_from_rounded_moments(monkeypatch, size):
     """In pieces smaller than a parameter, with several parameters to a piece, and all at once."""
     monkeypatch.setitem(narrow_state.PIECE, "cpu", size)
     check_steps("cpu")
+
+
+def test_no_step_reads_a_number():
+    """A GPU would have to be waited for. `_foreach_add_` of a single tensor does it: Python then takes its overload for numbers."""
+    parameters = odd_parameters()
+    optimizer = build(parameters, loss_driven=True)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    for number in range(2):
+        with _Watched():
+            step(optimizer, number)
+            optimizer.follow(ONE, ONE)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+    with _Watched(), pytest.raises(Failed, match="reads a tensor's value"):
+        torch._foreach_add_([torch.zeros(())], ONE)
 
 
 @pytest.mark.gpu("training")
