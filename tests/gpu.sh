@@ -60,11 +60,14 @@ finish() {
         record "$running" stopped "-"
     fi
     python tests/gpu_session.py table "$out"
+    python tests/gpu_session.py packages
 }
 
 if [ -z "$dry" ]; then
+    python tests/gpu_session.py packages
+    [ -n "$tiny" ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null ||
+        fail "torch is not installed or sees no GPU; --tiny tries this script on a CPU"
     mkdir -p "$out"
-    python tests/gpu_session.py packages | tee "$out/packages.txt"
     trap finish EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM

@@ -10,6 +10,7 @@ import time
 
 import gpu_session
 import pytest
+import torch
 from conftest import HARM, PATIENCE, ROOT
 
 from trainer.__main__ import dispatch
@@ -71,6 +72,13 @@ def test_a_wrong_word_is_told_in_one_line(words, line):
     process = script(*words)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and out == "" and err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu_nothing_begins(tmp_path):
+    process = script("--minutes", "3", "--out", tmp_path / "out")
+    assert "error: torch is not installed or sees no GPU" in process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 2 and not (tmp_path / "out").exists()
 
 
 def test_a_session_that_is_stopped_prints_its_table(tmp_path):
