@@ -29,14 +29,46 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 # two slow cores). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.
 PATIENCE = 240
 
+# What is wrong if a test marked gpu("...") fails: `-m gpu` runs the most harmful first.
+HARM = (
+    "training",  # losses or weights
+    "kernels",  # a fused kernel, against its reference
+    "compiled",  # compiled or replayed code, against eager code
+    "waiting",  # the host waits for the GPU in a step
+    "memory",  # the memory plan, and what is said when memory runs out
+    "launching",  # the strategies of several processes
+    "costly",  # bench, 3 B parameters
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also the slow tests")
     parser.addoption("--nightly", action="store_true", help="also the slow tests and every case of the large matrices")
+    parser.addoption("--failures", type=Path, help="file that each failure is appended to when it happens")
+
+
+class FailureLog:
+    """Writes each failure at once: a pytest that is killed prints none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"== {report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("failures")
+    if path is not None and "PYTEST_XDIST_WORKER" not in os.environ:  # workers report to the process that started them
+        config.pluginmanager.register(FailureLog(path.resolve()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick tests alone, unless --all, --nightly or a marker named in -m asks for more."""
+    """Quick tests alone, unless --all, --nightly or a marker named in -m asks for more. With -m gpu in the order of HARM."""
     named = config.getoption("markexpr")
     nightly = config.getoption("nightly") or "nightly" in named
     left_out = set() if nightly else {"nightly"}
@@ -46,6 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if waiting:
         config.hook.pytest_deselected(items=waiting)
         items[:] = [item for item in items if item not in set(waiting)]
+    harm = {item: marker.args for item in items if (marker := item.get_closest_marker("gpu"))}
+    if wrong := [item.nodeid for item, args in harm.items() if len(args) != 1 or args[0] not in HARM]:
+        raise pytest.UsageError(f"{wrong[0]}: mark it gpu(...) with one of {', '.join(HARM)}")
+    if "gpu" in named:
+        items.sort(key=lambda item: HARM.index(harm[item][0]) if item in harm else len(HARM))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

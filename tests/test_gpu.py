@@ -1,14 +1,20 @@
-"""What only a GPU can show. Skipped, with the reason, where there is none."""
+"""What only a GPU can show. Skipped, with the reason, where there is none.
+
+`tests/gpu.sh` runs these and all other tests marked `gpu`. Most of their time is compiling: cases share models, sizes and lengths,
+so that code in the compiler's cache on disk serves several, and what only repeats another case is for --nightly.
+"""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, error_line, tiny_values, trainer, words_text
+from conftest import ROOT, beyond, error_line, tiny_values, trainer, words_text
 
 from trainer.checkpoint.format import step_name
 from trainer.commands.train import run
@@ -24,22 +30,49 @@ from trainer.runtime.watchdog import Watchdog
 from trainer.training.run import Run
 from trainer.training.step import optimiser_step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+MODELS, PRECISIONS = ("hlb", "gpt2"), ("fp32", "bf16", "pure_bf16")
+# (model, precision, whether it is compiled): eager all, compiled each model and each precision.
+NEAR = [(model, precision, False) for model in MODELS for precision in PRECISIONS]
+NEAR += [("hlb", "fp32", True), ("hlb", "bf16", True), ("gpt2", "pure_bf16", True)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
-@pytest.mark.parametrize("model", ["hlb", "gpt2"])
-def test_training_on_a_gpu_is_close_to_the_cpu(tiny_dataset, tmp_path, model, precision):
-    losses = {}
-    for device in ("cpu", "cuda"):
-        folder = tmp_path / device
-        run(tiny_values(tiny_dataset, folder, device=device, precision=precision, model={"name": model}, max_steps=4))
-        losses[device] = [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
+def losses_of(folder) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def built(values: dict) -> Run:
+    """The run of these settings, before its first step."""
+    config = build(RunConfig, values)
+    info = find_dataset(config.data)
+    return Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
+
+
+@pytest.mark.gpu("training")
+@pytest.mark.parametrize(
+    "model, precision, compiles",
+    beyond(NEAR, [(m, p, c) for c in (False, True) for m in MODELS for p in PRECISIONS], several=True),
+)
+def test_training_on_a_gpu_is_close_to_the_cpu(tiny_dataset, tmp_path, model, precision, compiles):
+    how = {"precision": precision, "model": {"name": model}, "max_steps": 4}
+    run(tiny_values(tiny_dataset, tmp_path / "cpu", **how))
+    run(tiny_values(tiny_dataset, tmp_path / "cuda", device="cuda", engine={"compile": compiles}, **how))
     # TF32 keeps 10 bits, bf16 7: relative errors of 2^-10 and 2^-7 per product, carried on for four steps.
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.01 if precision == "fp32" else 0.05)
+    allowed = 0.01 if precision == "fp32" else 0.05
+    assert losses_of(tmp_path / "cuda") == pytest.approx(losses_of(tmp_path / "cpu"), rel=allowed)
+
+
+@pytest.mark.gpu("training")
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tiny_dataset, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(tiny_values(tiny_dataset, whole, device="cuda"))
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "checkpoints" / step_name(12))
+    run({"run_dir": str(halves)})
+    assert len(losses_of(halves)) == 12
+    # Only the order of additions on a GPU may differ. Moments of zero would change the ninth update by its own size.
+    assert losses_of(halves) == pytest.approx(losses_of(whole), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +90,13 @@ def long_dataset(tmp_path_factory):
 LONG = {"sequence_start": 128, "sequence_length": 256, "tokens_per_step": 1024, "tokens_per_microbatch": 512}
 # Models whose attention is FlexAttention's on a GPU.
 FLEX = {
-    "hlb": {"name": "hlb"},
+    "hlb": {"name": "hlb", "attention_kernel": "flex"},
     "softcap": {"name": "llama", "attention_softcap": 30.0},
     "forget": {"name": "llama", "forget_gate": True},
 }
 
 
+@pytest.mark.gpu("waiting")
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("how", ["plain", "flex", "float8", "narrow moments", "graphs", "flex graphs"])
 def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, compiles):
@@ -79,9 +113,7 @@ def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, com
         values["float8"] = True
     elif how == "narrow moments":
         values["optim"] = {"state_precision": "bf16"}
-    config = build(RunConfig, values)
-    info = find_dataset(config.data)
-    one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
+    one = built(values)
     for _ in range(11):  # past sequence growth, so that kernels are built and shapes seen
         optimiser_step(one)
     assert one.config.batch.dynamic and one.plan.sequence_length(11) == (256 if "flex" in how else 64)
@@ -93,7 +125,159 @@ def test_no_host_sync_in_the_step(tiny_dataset, long_dataset, tmp_path, how, com
         torch.cuda.set_sync_debug_mode("default")
 
 
+# Each attention compiled; recomputed of fused and of FlexAttention's. `full` keeps nothing of a block, whatever its attention is.
+RECOMPUTED = [
+    *((model, "none") for model in ("gpt2", *FLEX)),
+    ("gpt2", "selective"),
+    ("hlb", "selective"),
+    ("hlb", "full"),
+]
+
+
 @pytest.mark.slow
+@pytest.mark.gpu("compiled")
+@pytest.mark.parametrize(
+    "model, recompute",
+    beyond(
+        RECOMPUTED,
+        [(model, how) for how in ("none", "selective", "full") for model in ("gpt2", *FLEX)],
+        several=True,
+    ),
+)
+def test_compiled_blocks_compute_what_eager_ones_do_on_a_gpu(long_dataset, tmp_path, model, recompute):
+    """Gradients of one step in bf16. Compiled code keeps in fp32 what eager rounds to bf16 between operators: each rounding is
+    2^-9 of an entry, some twenty follow on each other in three blocks forth and back, each of its own sign: sqrt(20) 2^-9 = 1 %
+    of a gradient's norm, thrice that allowed. Against fp32 both are that far off."""
+    gradients, losses = {}, {}
+    for compiles in (False, True):
+        engine = {"compile": compiles, "activation_checkpointing": recompute}
+        shape = FLEX.get(model, {"name": model}) | {"n_layers": 3}
+        values = tiny_values(long_dataset, tmp_path / "r", device="cuda", precision="bf16", model=shape, engine=engine)
+        values["batch"] |= LONG | {"sequence_start": 256}
+        one = built(values)
+        assert ("flex" in one.model.describe_kernels()) == (model in FLEX)
+        found = gradients[compiles] = {}
+        one.engine.update = lambda one=one, found=found: found.update(
+            {name: parameter.grad.float().clone() for name, parameter in one.model.named_parameters()}
+        )
+        losses[compiles] = optimiser_step(one).loss
+    assert losses[True] == pytest.approx(losses[False], rel=2**-8)
+    for name, eager in gradients[False].items():
+        assert (gradients[True][name] - eager).norm() <= 0.03 * eager.norm(), name
+
+
+# Each model eager; compiled code is replayed alike, whatever it computes.
+REPLAYED = [*((model, False) for model in ("gpt2", "ngpt", *FLEX)), ("gpt2", True), ("hlb", True)]
+
+
+@pytest.mark.gpu("compiled")
+@pytest.mark.parametrize(
+    "model, compiles",
+    beyond(REPLAYED, [(model, how) for how in (False, True) for model in ("gpt2", "ngpt", *FLEX)], several=True),
+)
+def test_replayed_microbatches_train_as_those_that_run(long_dataset, tmp_path, model, compiles):
+    """Lengths that grow, documents apart (of hlb not: its masks are then made once and kept), evaluations between. The same kernels run, whose additions have no order: rounding of
+    bf16, 2^-9, carried on for twelve steps."""
+    losses = {}
+    for graphs in (False, True):
+        folder, engine = tmp_path / str(graphs), {"compile": compiles, "cuda_graphs": graphs}
+        values = tiny_values(long_dataset, folder, device="cuda", precision="bf16", max_steps=12, engine=engine)
+        values["model"] = FLEX.get(model, {"name": model})
+        values["batch"] |= LONG
+        values["data"]["separate_documents"] = model != "hlb"
+        values["evaluation"]["every"] = 5
+        run(values)
+        losses[graphs] = [(row["loss"], row["grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
+    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.02, atol=0)
+
+
+# -- processes of their own ------------------------------------------------------------------------------------------------
+
+WAITS = """from models.transformer import Transformer
+forward = Transformer.forward
+Transformer.forward = lambda self, tokens, **how: forward(self, tokens + 0 * tokens.sum().item(), **how)
+"""
+SHARDING = ("fsdp", "zero0", "zero1", "zero2", "zero3")
+OFFLOADED = ("fsdp", "zero3")
+
+
+def launching(test):
+    """Marks a test of runs that are processes of their own (a process group is made once): one process of pytest starts them."""
+    return pytest.mark.gpu("launching")(pytest.mark.xdist_group("launching")(test))
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_dataset, tmp_path_factory):
+    """Function: name -> (folder, how the run ended). All runs begin at once, since most of their time is imports and compiling.
+
+    A strategy names four steps of hlb; "offload STRATEGY" eight steps of a model with buffers (rotary positions); "waits" a
+    model that waits for the device in each microbatch, and is to be recorded.
+    """
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "waits.py").write_text(WAITS)
+    wanted = {name: {"max_steps": 4, "engine": {"strategy": name}} for name in ("single", *SHARDING)}
+    for name in OFFLOADED:
+        wanted[f"offload {name}"] = {
+            "model": {"name": "llama"},
+            "max_steps": 8,
+            "optim": {"lr": 0.01, "warmup_steps": 1},
+            "engine": {"strategy": name, "offload": True},
+        }
+    wanted["waits"] = {"model": {"name": "gpt2"}, "engine": {"cuda_graphs": True}}
+
+    def start(name):
+        values = tiny_values(tiny_dataset, folder / name, device="cuda", precision="bf16", **wanted[name])
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        plugin = ("--plugin", "waits") if name == "waits" else ()
+        return trainer("train", folder / f"{name}.yaml", *plugin, env={"PYTHONPATH": f"{ROOT}:{folder}"})
+
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        ends = {name: pool.submit(start, name) for name in wanted}
+        yield lambda name: (folder / name, ends[name].result())
+
+
+def trained(launched, name):
+    """The folder of a run that ended well."""
+    folder, done = launched(name)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@launching
+@pytest.mark.parametrize("strategy", SHARDING)
+def test_sharding_engines_on_one_gpu(launched, strategy):
+    folders = trained(launched, strategy), trained(launched, "single")
+    assert losses_of(folders[0]) == pytest.approx(losses_of(folders[1]), rel=0.05)  # bf16, as above
+
+
+@launching
+@pytest.mark.parametrize("strategy", OFFLOADED)
+def test_an_offloaded_run_goes_on_as_if_it_had_not_stopped(launched, strategy, tmp_path):
+    """Moments are in CPU memory, and must come back there."""
+    whole = trained(launched, f"offload {strategy}")
+    halves = shutil.copytree(whole, tmp_path / "halves")
+    shutil.rmtree(halves / "checkpoints" / step_name(8))
+    done = trainer("train", "--run_dir", halves)
+    assert "going on from" in done.stderr, done.stderr
+    # Only the order of additions on a GPU may differ. Moments of zero would change the fifth update by its own size.
+    assert len(losses_of(halves)) == 8 and losses_of(halves) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+@launching
+def test_a_microbatch_that_waits_for_the_device_cannot_be_recorded(launched):
+    _, done = launched("waits")
+    assert "engine.cuda_graphs: a microbatch of this model cannot be recorded (" in error_line(done)
+
+
+# -- the dear ones -----------------------------------------------------------------------------------------------------------
+
+
+def costly(test):
+    """Marks a test that needs much of a GPU: one process of pytest runs them one after the other."""
+    return pytest.mark.slow(pytest.mark.gpu("costly")(pytest.mark.xdist_group("costly")(test)))
+
+
+@costly
 @pytest.mark.parametrize("model", ["gpt2", "hlb"])
 def test_a_bench_of_a_gpu(long_dataset, tmp_path, model):
     """Compiled and eager in turns beside the bare loop: times by CUDA's events, and the memory that the plan expected, within 10 %."""
@@ -126,118 +310,7 @@ def test_a_bench_of_a_gpu(long_dataset, tmp_path, model):
             assert row["expected_memory_bytes"]["total"] == pytest.approx(row["peak_memory_bytes"], rel=0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("model", ["gpt2", *FLEX])
-def test_compiled_blocks_compute_what_eager_ones_do_on_a_gpu(long_dataset, tmp_path, model, recompute):
-    """Gradients of one step in bf16. Compiled code keeps in fp32 what eager rounds to bf16 between operators: each rounding is
-    2^-9 of an entry, some twenty follow on each other in three blocks forth and back, each of its own sign: sqrt(20) 2^-9 = 1 %
-    of a gradient's norm, thrice that allowed. Against fp32 both are that far off."""
-    gradients, losses = {}, {}
-    for compiles in (False, True):
-        engine = {"compile": compiles, "activation_checkpointing": recompute}
-        shape = FLEX.get(model, {"name": model}) | {"n_layers": 3}
-        values = tiny_values(long_dataset, tmp_path / "r", device="cuda", precision="bf16", model=shape, engine=engine)
-        values["batch"] |= LONG | {"sequence_start": 256}
-        config = build(RunConfig, values)
-        info = find_dataset(config.data)
-        one = Run(resolve(config, info), World(), info, Watchdog(World(), 60), StopSignals(World()))
-        assert ("flex" in one.model.describe_kernels()) == (model in FLEX)
-        found = gradients[compiles] = {}
-        one.engine.update = lambda one=one, found=found: found.update(
-            {name: parameter.grad.float().clone() for name, parameter in one.model.named_parameters()}
-        )
-        losses[compiles] = optimiser_step(one).loss
-    assert losses[True] == pytest.approx(losses[False], rel=2**-8)
-    for name, eager in gradients[False].items():
-        assert (gradients[True][name] - eager).norm() <= 0.03 * eager.norm(), name
-
-
-@pytest.mark.parametrize("compiles", [False, True])
-@pytest.mark.parametrize("model", ["gpt2", "ngpt", *FLEX])
-def test_replayed_microbatches_train_as_those_that_run(long_dataset, tmp_path, model, compiles):
-    """Lengths that grow, documents apart (of hlb not: its masks are then made once and kept), evaluations between. The same kernels run, whose additions have no order: rounding of
-    bf16, 2^-9, carried on for twelve steps."""
-    losses = {}
-    for graphs in (False, True):
-        folder, engine = tmp_path / str(graphs), {"compile": compiles, "cuda_graphs": graphs}
-        values = tiny_values(long_dataset, folder, device="cuda", precision="bf16", max_steps=12, engine=engine)
-        values["model"] = FLEX.get(model, {"name": model})
-        values["batch"] |= LONG
-        values["data"]["separate_documents"] = model != "hlb"
-        values["evaluation"]["every"] = 5
-        run(values)
-        losses[graphs] = [(row["loss"], row["grad_norm"]) for row in read_rows(folder / "metrics.jsonl")]
-    torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=0.02, atol=0)
-
-
-WAITS = """from models.transformer import Transformer
-forward = Transformer.forward
-Transformer.forward = lambda self, tokens, **how: forward(self, tokens + 0 * tokens.sum().item(), **how)
-"""
-
-
-def test_a_microbatch_that_waits_for_the_device_cannot_be_recorded(tiny_dataset, tmp_path):
-    (tmp_path / "waits.py").write_text(WAITS)
-    values = tiny_values(tiny_dataset, tmp_path / "r", device="cuda", precision="bf16", engine={"cuda_graphs": True})
-    values["model"] = {"name": "gpt2"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    done = trainer("train", tmp_path / "run.yaml", "--plugin", "waits", env=path)
-    assert "engine.cuda_graphs: a microbatch of this model cannot be recorded (" in error_line(done)
-
-
-def test_resume_on_a_gpu(tiny_dataset, tmp_path):
-    values = tiny_values(tiny_dataset, tmp_path / "r", device="cuda", max_steps=8)
-    run(values)
-    run({"run_dir": str(tmp_path / "r"), "max_steps": 12})
-    assert [row["step"] for row in read_rows(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 13))
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "zero0", "zero1", "zero2", "zero3"])
-def test_sharding_engines_on_one_gpu(tiny_dataset, tmp_path, strategy):
-    """A process of its own each: a process group is made once."""
-    losses = {}
-    for name in ("single", strategy):
-        values = tiny_values(
-            tiny_dataset, tmp_path / name, device="cuda", precision="bf16", max_steps=4, engine={"strategy": name}
-        )
-        config = tmp_path / f"{name}.yaml"
-        config.write_text(yaml.safe_dump(values))
-        done = trainer("train", config)
-        assert done.returncode == 0, done.stderr
-        losses[name] = [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
-    assert losses[strategy] == pytest.approx(losses["single"], rel=0.05)  # bf16, as above
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_an_offloaded_run_goes_on_as_if_it_had_not_stopped(tiny_dataset, tmp_path, strategy):
-    """Of a model with buffers (rotary positions): moments are in CPU memory, and must come back there."""
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for folder in (whole, halves):
-        values = tiny_values(
-            tiny_dataset,
-            folder,
-            device="cuda",
-            precision="bf16",
-            model={"name": "llama"},
-            max_steps=8,
-            optim={"lr": 0.01, "warmup_steps": 1},
-            engine={"strategy": strategy, "offload": True},
-        )
-        config = tmp_path / f"{folder.name}.yaml"
-        config.write_text(yaml.safe_dump(values))
-        done = trainer("train", config)
-        assert done.returncode == 0, done.stderr
-    shutil.rmtree(halves / "checkpoints" / step_name(8))
-    done = trainer("train", tmp_path / "halves.yaml")
-    assert "going on from" in done.stderr, done.stderr
-    losses = [[row["loss"] for row in read_rows(folder / "metrics.jsonl")] for folder in (whole, halves)]
-    # Only the order of additions on a GPU may differ. Moments of zero would change the fifth update by its own size.
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
-@pytest.mark.slow
+@costly
 def test_three_billion_parameters_in_40_gigabytes(tiny_dataset, tmp_path):
     """One step of scale 148 with everything offloaded but the block at work, under a cap of 40 GB."""
     values = tiny_values(tiny_dataset, tmp_path / "r", model_scale=148, max_steps=1, device="cuda", precision="bf16")
@@ -252,7 +325,12 @@ def test_three_billion_parameters_in_40_gigabytes(tiny_dataset, tmp_path):
         "print(torch.cuda.max_memory_allocated() / 1e9)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(config)], capture_output=True, text=True, cwd=ROOT, timeout=1500
+        [sys.executable, "-c", code, str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},  # the CPU updates the weights
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 40

@@ -18,8 +18,6 @@ from models.layers.compat import scaled_product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # the GPU's fp8 products need every dimension to be divisible by this
-# Least ratio of the largest entry to the largest fp8 number, so that a tensor of zeros has a finite scale.
-MIN_RATIO = 2.0**-100
 
 
 class Float8Linear(nn.Linear):
@@ -82,9 +80,12 @@ def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     An Inf or NaN in x gives an infinite scale. Finite entries then become 0, and 0 * Inf is NaN when the scale is applied
     again; other entries become NaN. So every result is NaN, whatever the cast does with an Inf.
     """
+    # A tensor of zeros has a scale above 0. This is a local name, because torch.compile(dynamic=True) makes an input of a global
+    # float, and then fails at the second autograd function that uses it (torch 2.11 and 2.13).
+    least = 2.0**-100
     low, high = torch.aminmax(x)
     ratio = torch.maximum(-low, high).float() / torch.finfo(dtype).max
-    bits = ratio.clamp(min=MIN_RATIO).view(torch.int32)
+    bits = ratio.clamp(min=least).view(torch.int32)
     return 2 * (bits & 0x7F800000).view(torch.float32)  # keep only the exponent; NaN has the exponent of Inf
 
 

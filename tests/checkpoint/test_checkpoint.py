@@ -382,7 +382,7 @@ def test_offloaded_moments_are_stored_and_read_where_they_are():
     assert stored.to_local().data_ptr() == moments.data_ptr()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("training")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_asynchronous_saves_from_a_gpu(tmp_path):
     """Whole tensors and shards: the copies are pinned, used again, and made before what the GPU is told next."""

@@ -173,6 +173,25 @@ def test_a_failing_compiler_is_said_once_and_training_goes_on(monkeypatch):
     assert "no such kernel" in line
 
 
+def test_a_failed_assertion_of_the_compiler_is_no_end(monkeypatch):
+    """Dynamo does not wrap it. It stands for any assertion while a block is traced."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    def fail(translator):
+        raise AssertionError("should not be called on root SubgraphTracer")
+
+    model, x, said = Stack(Curve), torch.randn(2, 4), []
+    expected = trained(model, x)
+    Compiled(model, said.append)
+    monkeypatch.setattr(InstructionTranslator, "run", fail)
+    assert all(map(torch.equal, trained(model, x), expected))
+    [line] = said
+    assert (
+        line
+        == "engine.compile: not compiled, eager from here on: AssertionError: should not be called on root SubgraphTracer"
+    )
+
+
 class Untraceable(Curve):
     def forward(self, x):
         torch._dynamo.graph_break()
@@ -195,12 +214,19 @@ class Refuses(Curve):
         return super().forward(x)
 
 
-def test_errors_of_the_model_stay_its_own(monkeypatch):
-    model, said = Stack(Refuses), []
+class Asserts(Curve):
+    def forward(self, x):
+        assert x.shape[0] != 3, "three rows are too many"
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("block, error", [(Refuses, ValueError), (Asserts, AssertionError)])
+def test_errors_of_the_model_stay_its_own(monkeypatch, block, error):
+    model, said = Stack(block), []
     with backend(monkeypatch, "eager"):
         Compiled(model, said.append)
     for rows in (3, 2):
-        with pytest.raises(ValueError, match="three rows") if rows == 3 else contextlib.nullcontext():
+        with pytest.raises(error, match="three rows") if rows == 3 else contextlib.nullcontext():
             trained(model, torch.randn(rows, 4))
     assert not said and graphs() > 0
 

@@ -16,7 +16,10 @@ from models.layers.attend import KERNELS, AttentionMask, choose_kernel, make_att
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+needs_gpu = [
+    pytest.mark.gpu("kernels"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -447,19 +450,18 @@ GPU_CASES = {
 }
 
 
-@pytest.mark.parametrize("length", [256, 777])
 @pytest.mark.parametrize("case", GPU_CASES)
 @pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash"])
-def test_fused_kernel_on_a_gpu(kernel, case, length):
+def test_fused_kernel_on_a_gpu(kernel, case):
+    """Of two lengths, so that both use one compiled kernel if it can have any length."""
+    for length in (256, 777):
+        check_on_a_gpu(kernel, length, **GPU_CASES[case])
+
+
+def check_on_a_gpu(kernel, length, documents=False, attention_bias=False, window=0, softcap=0.0, value_dim=64):
     """Against fp64: a fused kernel in bf16 may be as far from it as twice `torch` in bf16, and a little."""
-    sizes = dict(GPU_CASES[case])
-    documents = documents_of(2, length).to(CUDA) if sizes.pop("documents", False) else None
-    attention_bias, window, softcap = (
-        sizes.pop("attention_bias", False),
-        sizes.pop("window", 0),
-        sizes.pop("softcap", 0.0),
-    )
-    tensors = [x.bfloat16() for x in draw(length, kv_heads=2, head_dim=64, device=CUDA, **{"value_dim": 64} | sizes)]
+    documents = documents_of(2, length).to(CUDA) if documents else None
+    tensors = [x.bfloat16() for x in draw(length, kv_heads=2, head_dim=64, value_dim=value_dim, device=CUDA)]
     case_of = {
         "softcap": softcap,
         "attention_bias": attention_bias,
@@ -467,7 +469,7 @@ def test_fused_kernel_on_a_gpu(kernel, case, length):
         "documents": documents is not None,
     }
     try:
-        choose(kernel, value_dim=tensors[2].shape[-1], length=length, **case_of)
+        choose(kernel, value_dim=value_dim, length=length, **case_of)
     except ValueError as refusal:
         pytest.skip(str(refusal))
     if attention_bias:
@@ -479,7 +481,7 @@ def test_fused_kernel_on_a_gpu(kernel, case, length):
     )
     for want, a, b in zip(expected, plain, fused, strict=True):
         allowed = 2 * (a.double() - want).abs().max() + 2**-8 * want.abs().max()
-        assert (b.double() - want).abs().max() <= allowed
+        assert (b.double() - want).abs().max() <= allowed, length
 
 
 test_fused_kernel_on_a_gpu.pytestmark += needs_gpu

@@ -230,6 +230,25 @@ def test_which_devices_have_fp8(monkeypatch, capability, refused):
 # -- compiled, on a GPU -----------------------------------------------------------------------------------------------
 
 
+def test_two_layers_of_a_block_are_one_graph_of_any_length():
+    """As training compiles blocks. Its inputs are the tokens and the weights: a global float as an input would make the second
+    layer fail."""
+    block = nn.Sequential(nn.Linear(IN, OUT, bias=False), nn.Linear(OUT, IN, bias=False))
+    assert convert_to_float8(block) == (2, [])
+    shapes = []
+
+    def eager(graph, inputs):
+        shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    compiled = torch.compile(block.forward, backend=eager, fullgraph=True, dynamic=True)
+    for n in (32, 48):
+        x = numbers(n, IN).requires_grad_()
+        compiled(x).sum().backward()
+        assert x.grad.isfinite().all()
+    assert shapes == [[(32, IN), (OUT, IN), (IN, OUT)]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True])
 def test_compiled_layer_is_one_graph_and_gives_the_same_bits(dynamic):
@@ -253,7 +272,7 @@ def test_compiled_layer_is_one_graph_and_gives_the_same_bits(dynamic):
     assert not spoilt.grad.isfinite().any() and not fp8.weight.grad.isfinite().any()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("kernels")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("n", [64, 33])

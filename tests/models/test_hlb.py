@@ -287,7 +287,7 @@ def test_kernels_are_described():
         Hlb(replace(SMALL, attention_kernel="flex")).describe_kernels()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("kernels")
 @needs_cuda
 @pytest.mark.parametrize("d_model", [384, 2752])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -302,7 +302,7 @@ def test_compiled_flex_equals_dense(d_model, dtype):
         assert (b - expected).abs().max() <= 2 * (a - expected).abs().max() + little * size
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("kernels")
 @needs_cuda
 def test_flex_trains_at_the_lengths_of_a_run():
     """Growing lengths, batches of other sizes, evaluation between them, documents: the kernel adapts to each."""

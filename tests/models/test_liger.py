@@ -31,7 +31,7 @@ LIGER = "liger (asked for; the compiler stops at them, and at recomputed blocks)
 
 needs_liger = pytest.mark.skipif(not HERE, reason="needs Triton and liger-kernel >= 0.8.4 installed")
 kernels = [
-    pytest.mark.gpu,
+    pytest.mark.gpu("kernels"),
     needs_liger,
     pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or TRITON_INTERPRET=1"),
 ]

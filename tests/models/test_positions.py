@@ -229,7 +229,7 @@ def test_autocast_and_casts_of_the_model_leave_angles_in_fp32(options, dtype):
         assert not watched.seen
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("kernels")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_kind
 def test_a_gpu_under_autocast_agrees_with_the_cpu(options):

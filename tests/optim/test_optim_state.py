@@ -14,6 +14,8 @@ from trainer.checkpoint import format as checkpoint
 from trainer.commands.train import run
 from trainer.optim import narrow_state
 from trainer.runs.metrics import read_rows
+from trainer.testing.optimizers import _Watched
+from trainer.testing.subject import Failed
 from trainer.training.step import optimiser_step
 
 # Rounding to bf16 changes a number by at most this share of it: its spacing is 2^-7 of the power of two below it.
@@ -74,7 +76,22 @@ def test_each_step_is_the_fp32_step_from_rounded_moments(monkeypatch, size):
     check_steps("cpu")
 
 
-@pytest.mark.gpu
+def test_no_step_reads_a_number():
+    """A GPU would have to be waited for. `_foreach_add_` of a single tensor does it: Python then takes its overload for numbers."""
+    parameters = odd_parameters()
+    optimizer = build(parameters, loss_driven=True)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    for number in range(2):
+        with _Watched():
+            step(optimizer, number)
+            optimizer.follow(ONE, ONE)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+    with _Watched(), pytest.raises(Failed, match="reads a tensor's value"):
+        torch._foreach_add_([torch.zeros(())], ONE)
+
+
+@pytest.mark.gpu("training")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(monkeypatch):
     monkeypatch.setitem(narrow_state.PIECE, "cuda", 64)

@@ -226,7 +226,7 @@ def test_a_deterministic_run_is_planned_with_the_kernels_it_may_use():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's kernel trains on CUDA only")
 @pytest.mark.parametrize(("name", "changes"), [("hlb", {}), ("llama", {"attention_softcap": 30.0}), ("gpt2", {})])
 def test_kept_on_a_gpu(name, changes):

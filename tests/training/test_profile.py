@@ -280,7 +280,7 @@ def test_nothing_else_is_touched(tmp_path):
     assert not (tmp_path / "profile").exists()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("memory")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_that_runs_out_of_memory(tmp_path):
     """A real snapshot, with the history of a profiled run; and a profile whose product takes most of the time."""

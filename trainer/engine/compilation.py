@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -141,6 +142,9 @@ def prepare_compiler() -> None:
 
 def of_compiler(error: Exception) -> bool:
     """Whether the error comes from torch.compile itself, not from the compiled code."""
+    if isinstance(error, AssertionError):  # Dynamo raises an assertion of its own that failed as it is
+        compiling = vars(private("convert_frame"))
+        return any(frame.f_globals is compiling for frame, _ in traceback.walk_tb(error.__traceback__))
     return isinstance(error, private("TorchDynamoException"))
 
 

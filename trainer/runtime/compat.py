@@ -44,6 +44,7 @@ TORCH = (
     Private("torch._dynamo.config", "optimize_ddp", _COMPILE),
     Private("torch._functorch.config", "force_non_lazy_backward_lowering", _COMPILE),
     Private("torch._dynamo.exc", "TorchDynamoException", _COMPILE),
+    Private("torch._dynamo", "convert_frame", _COMPILE),
     Private("torch._dynamo.backends.common", "aot_autograd", _PLANS),
     Private("torch._functorch.aot_autograd", "make_boxed_func", _PLANS, ("f",)),
     Private("torch._functorch.partitioners", "min_cut_rematerialization_partition", _PLANS),
