@@ -42,7 +42,7 @@ def test_every_command_of_the_trainer_is_parsed(tiny, tmp_path, monkeypatch, cap
         if line[2] == "trainer":
             dispatch([*line[3:], *([] if line[3] == "prepare" else ["--device", "cpu"]), "--print_config"])
             verbs.append(line[3])
-    assert verbs == ["prepare", "train", "train", "bench", "bench", "train", "train"]
+    assert verbs == ["prepare", "train", "train", "train", "bench", "bench", "train", "train"]
     assert not (tmp_path / "out").exists()
 
 
