@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
-from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
 from trainer.engine import background_compile, base
@@ -23,6 +22,7 @@ from trainer.objectives import build_objective
 from trainer.planning.plan import resolve
 from trainer.planning.strategy import background_refusal
 from trainer.runs.metrics import read_rows
+from trainer.runtime.device import GPUS
 
 CPU = torch.device("cpu")
 
@@ -205,5 +205,18 @@ def test_what_forbids_it(tiny_dataset, tmp_path, changes, why):
     config = planned_config(tiny_dataset, tmp_path, changes)
     assert config.engine.background_compile is False and why in background_refusal(config)
     changes = {**changes, "engine": {**changes["engine"], "background_compile": True}}
-    with pytest.raises(UserError, match=f"engine.background_compile: {why}.*; leave it out"):
-        planned_config(tiny_dataset, tmp_path, changes)
+    assert planned_config(tiny_dataset, tmp_path, changes).engine.background_compile is False
+
+
+def test_a_gpu_that_cannot_hold_the_eager_steps_compiles_at_the_first_step():
+    """The same microbatch on GPUs of other sizes."""
+    batch = {"tokens_per_microbatch": 92 * 1024, "tokens_per_step": 92 * 1024}
+    chosen = {}
+    for name in ("h100-80gb", "t4-16gb"):
+        engine = {"compile": True, "activation_checkpointing": "none"}
+        values = {"model": {"name": "hlb"}, "engine": engine, "batch": batch, "precision": "bf16"}
+        plan = resolve(build(RunConfig, values), gpu=GPUS[name])
+        entry = next(entry for entry in plan.entries if entry.key == "engine.background_compile")
+        chosen[name] = plan.config.engine.background_compile, entry.rule
+    assert chosen["h100-80gb"] == (True, "no step waits for the compiler")
+    assert chosen["t4-16gb"] == (False, "eager steps would need more memory than this device has")

@@ -253,22 +253,28 @@ def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, ta
 
 
 def choose_background(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any) -> Draft:
-    """Whether to train eagerly while a second process compiles. UserError if that is set but not possible."""
+    """Whether to train eagerly while a second process compiles. If that is not possible, the run compiles at its first step, whatever
+    the config says: it may be that of a run which goes on with another strategy."""
     config, engine = draft.config, draft.config.engine
     refusal = background_refusal(config)
-    if engine.background_compile and refusal is not None:
-        raise UserError(f"engine.background_compile: {refusal}; leave it out")
-    if refusal is None and target.memory is None:
-        refusal = "the second process would take the CPU from the first"
+    if refusal is None and engine.background_compile is None:
+        refusal = _background_drawback(config, estimate, processes, target)
     if refusal is None:
-        layout = replace(ParallelLayout.of(config, processes, target), compiled=False)
-        sequences = max(1, config.batch.tokens_per_microbatch // config.batch.sequence_length)
-        accumulates = most_tokens_per_step(config.batch) > config.batch.tokens_per_microbatch
-        needed = estimate.most_held(layout, engine.activation_checkpointing, sequences, accumulates)
-        if needed + BACKGROUND_BYTES > 0.9 * target.memory:
-            refusal = "eager steps would need more memory than this device has"
-    chosen = (True, "no step waits for the compiler") if refusal is None else (False, refusal)
-    return draft.fill("engine", "background_compile", *chosen)
+        return draft.fill("engine", "background_compile", True, "no step waits for the compiler")
+    return draft.set("engine", "background_compile", False).note("engine.background_compile", False, refusal)
+
+
+def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, target: Any) -> str | None:
+    """Why a second process would do harm on this device; None if it does not."""
+    if target.memory is None:
+        return "the second process would take the CPU from the first"
+    layout = replace(ParallelLayout.of(config, processes, target), compiled=False)
+    sequences = max(1, config.batch.tokens_per_microbatch // config.batch.sequence_length)
+    accumulates = most_tokens_per_step(config.batch) > config.batch.tokens_per_microbatch
+    needed = estimate.most_held(layout, config.engine.activation_checkpointing, sequences, accumulates)
+    if needed + BACKGROUND_BYTES > 0.9 * target.memory:
+        return "eager steps would need more memory than this device has"
+    return None
 
 
 def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
