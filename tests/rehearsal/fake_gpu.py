@@ -221,7 +221,7 @@ def patches(card: str, rank: int, ranks: int) -> dict[str, Any]:
         "torch.cuda.current_stream": lambda device=None: stream,
         "torch.cuda.default_stream": lambda device=None: stream,
         "torch.cuda.synchronize": _wait,
-        "torch.Tensor.pin_memory": lambda self, *_: self,
+        "torch.Tensor.pin_memory": lambda self, *_: torch.empty(self.shape, dtype=self.dtype),
         "torch.Tensor.record_stream": lambda self, stream: None,
         "torch.tensor": tensor,
         "torch.compile": compile_without_triton,

@@ -1,6 +1,6 @@
 """Rehearse a run: whole optimiser steps of the trainer on GPUs that are not there.
 
-    python tests/rehearsal/rehearse.py [CONFIG.yaml] [--gpu h100-80gb] [--ranks 64] [--rank 0] [--steps 3] --model.name hlb ...
+    python tests/rehearsal/rehearse.py [CONFIG.yaml] [--gpu h100-80gb] [--ranks 64] [--rank 0] [--steps 2] --model.name hlb ...
 
 takes any key of a run and prints what was built, the memory of the plan beside that of torch's tracker, or the line of code that
 waited for the device, mixed devices, or failed. It needs a CPU build of torch and g++, a few seconds and no data.
@@ -76,7 +76,7 @@ class Case:
     gpu: str = "h100-80gb"
     ranks: int = 1
     rank: int = 0
-    steps: int = 3
+    steps: int = 2
     plugin: str = ""
     tracked: bool = False
 
@@ -84,13 +84,16 @@ class Case:
 @dataclass
 class Outcome:
     """error: one line, "" if all went well; where: the line of our code it came from, FILE:LINE; engine, kernels: what was
-    built; lengths: of the sequences of each step; peak: bytes by torch's tracker; planned: the plan's, by part."""
+    built; lengths: of the sequences of each step; blocks, d_model: of the model; peak: bytes by torch's tracker; planned: the
+    plan's, by part."""
 
     error: str = ""
     where: str = ""
     engine: str = ""
     kernels: str = ""
     lengths: list[int] = field(default_factory=list)
+    blocks: int = 0
+    d_model: int = 0
     peak: int = 0
     planned: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0  # of CPU time
@@ -122,12 +125,30 @@ def flex_refusal(device: torch.device) -> str | None:
     return None if flex._planning or ampere else "it needs Triton and compute capability 8.0"
 
 
+class Reaching(torch.autograd.Function):
+    """out, as if computed from `tensors` too: they get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return gradient, *map(torch.zeros_like, ctx.saved_tensors)
+
+
 ATTENTION = flex.attention
 
 
 def flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """models.layers.flex.attention, which holds what the kernel holds."""
-    return flex.held_by_flex(q, k, v)[0] if q.is_cuda else ATTENTION(q, k, v, **options)
+    if not q.is_cuda:
+        return ATTENTION(q, k, v, **options)
+    score = options["score_mod"]
+    read = [cell.cell_contents for cell in score.__closure__] if score else []
+    trained = [one for one in read if isinstance(one, torch.Tensor) and one.requires_grad]
+    return Reaching.apply(flex.held_by_flex(q, k, v)[0], *trained)
 
 
 RANKS_OF = trainer.engine.matrices.ranks_of
@@ -215,6 +236,8 @@ def rehearse(case: Case) -> Outcome:
                 engine=run.engine.describe(),
                 kernels=run.model.describe_kernels(run.device),
                 lengths=[result.sequence_length for result in results],
+                blocks=len(run.model.blocks()),
+                d_model=plan.config.model["d_model"],
                 peak=peak,
                 planned=expected_memory(plan),
             )
