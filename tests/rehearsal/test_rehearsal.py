@@ -130,8 +130,8 @@ VOCABULARY = 50304
 def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", scale=1.0):
     """The plan's peak against that of torch's tracker. They may differ, in bytes, by
 
-    10 d_model per token that the plan lacks: the hidden states (fp32, and once more in bf16) which are alive while the loss runs,
-    but not when the forward pass has ended, which is when the plan looks;
+    6 d_model per token that the plan lacks: the hidden states (fp32, and a copy in bf16) which are alive while the loss runs, but
+    not when the forward pass has ended, which is when the plan looks;
     2 V d_model that the plan adds though they never meet the loss's tiles: the head's product before it is added up; and again
     for a copy in bf16 of an untied embedding, which autocast never makes;
     2 d_model per token and norm that a CPU's RMSNorm holds, on which the plan measures, but a GPU's does not;
@@ -148,7 +148,7 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
     }
     outcome = succeeds(**case, tracked=True)
     planned, peak, d_model = outcome["planned"]["total"], outcome["peak"], outcome["d_model"]
-    assert planned >= 0.99 * peak - 10 * d_model * TOKENS
+    assert planned >= 0.99 * peak - 6 * d_model * TOKENS
     norms = 2 * outcome["blocks"] + 1
     assert planned <= 1.01 * peak + d_model * (4 * VOCABULARY + 2 * norms * TOKENS)
 
@@ -220,7 +220,7 @@ FAULTS = {
     "to": "HostSync: a copy from cuda:0 to cpu",
     "copied": "HostSync: a copy from cuda:0 to cpu",
     "tensor": "HostSync: a copy from cpu to cuda:0",
-    "mixed": "Expected all tensors to be on the same device",
+    "mixed": "cuda:0",
     "backward": "DataDependentOutputException",
     "synchronize": "HostSync: synchronize()",
 }
