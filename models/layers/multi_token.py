@@ -56,6 +56,8 @@ def multi_token_loss(
     factors = [torch.full_like(targets, factor, dtype=wide) for factor in head_weights]
     if target_weights is not None:
         factors = [factor * F.pad(target_weights, (0, i))[:, i:] for i, factor in enumerate(factors)]
+    if n == 1 and isinstance(weights, Tensor):
+        weights = [weights]  # torch.cat copies even a single tensor: fp32 [B, T, D], held while the loss runs
     if isinstance(weights, Tensor):
         calls = [(torch.cat(tuple(hidden)), weights, torch.cat(labels), torch.cat(factors))]
     elif len(weights) == n:

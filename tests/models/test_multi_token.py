@@ -327,3 +327,16 @@ def test_further_heads_cost_no_logits_and_no_gradient_of_the_matrix(train):
     assert eight - one < small < min(chunk, matrix)
     if train:
         assert peak(whole, hidden, weights) > 5 * eight, "the watch sees nothing"
+
+
+def test_the_states_of_one_head_are_not_copied(monkeypatch):
+    given = []
+
+    def watched(x, *rest, **options):
+        given.append(x)
+        return module.weighted_linear_cross_entropy(x, *rest, **options)
+
+    monkeypatch.setattr("models.layers.multi_token.weighted_linear_cross_entropy", watched)
+    hidden, weights, targets = inputs(1)
+    multi_token_loss(hidden, weights, targets, "sum", head_weights=[1.0])
+    assert given[0] is hidden[0]

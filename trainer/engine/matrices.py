@@ -48,6 +48,11 @@ def update_copies(
     return updates
 
 
+def ranks_of(mesh: DeviceMesh) -> list[list[int]]:
+    """[copies][shards]: the ranks that hold each copy of the model."""
+    return mesh.mesh.view(-1, mesh["shard"].size()).tolist()
+
+
 def update_shards(
     tensors: dict[str, tuple[DTensor, DTensor]], update: Update, owners: dict[str, int], mesh: DeviceMesh
 ) -> dict[str, Tensor]:
@@ -56,8 +61,8 @@ def update_shards(
     With several copies of the model (hsdp) the owners are spread over all ranks: each copy gathers, computes and scatters some
     of the matrices, then the copies exchange the resulting rows.
     """
-    ranks = mesh.mesh.view(-1, mesh["shard"].size())  # [copies, shards]
-    place = {rank: (copy, shard) for copy, row in enumerate(ranks.tolist()) for shard, rank in enumerate(row)}
+    ranks = ranks_of(mesh)
+    place = {rank: (copy, shard) for copy, row in enumerate(ranks) for shard, rank in enumerate(row)}
     copy, shard = place[dist.get_rank()]
 
     ours = {name: pair for name, pair in tensors.items() if place[owners[name]][0] == copy}
@@ -65,7 +70,7 @@ def update_shards(
     if len(ranks) > 1:
         for name, (_, weight) in tensors.items():
             updates.setdefault(name, torch.empty_like(weight.to_local()))
-        sources = {name: int(ranks[place[owners[name]][0], shard]) for name in tensors}
+        sources = {name: ranks[place[owners[name]][0]][shard] for name in tensors}
         column = mesh.get_group("replicate")
         wait([dist.broadcast(updates[name], sources[name], group=column, async_op=True) for name in tensors])
     return updates

@@ -1,0 +1,236 @@
+"""Whole optimiser steps on GPUs that are not there, in a process beside the tests. rehearse.py says what is faked."""
+
+import atexit
+import functools
+import importlib.metadata
+import json
+import linecache
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, ROOT
+from test_zoo import ZOO
+
+from trainer.optim.rule import registered_rules
+
+HERE = Path(__file__).parent
+PLUGINS = HERE.parent / "plugins"
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp")
+
+pytestmark = [
+    pytest.mark.skipif("+cpu" not in importlib.metadata.version("torch"), reason="needs torch's CPU build"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build guard.cpp"),
+]
+
+
+@functools.cache
+def server():
+    """rehearse.py, from the first case to the end of the tests."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "rehearse.py"), "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    atexit.register(process.wait, PATIENCE)
+    atexit.register(process.stdin.close)  # the last to register is the first to be called
+    return process
+
+
+def rehearse(**case):
+    """The Outcome of a Case of rehearse.py, both as keywords."""
+    process = server()
+    process.stdin.write(json.dumps(case) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, "rehearse.py has ended; its stderr says why"
+    return json.loads(answer)
+
+
+def small(name, strategy, ranks=8, **sections):
+    """A Case of a few layers: two sequences a microbatch, and three for the last rank, which is played; two for others.
+
+    sections: further keys of the run's config.
+    """
+    ranks = 1 if strategy == "single" else ranks
+    values = {
+        "model": {"name": name},
+        "model_scale": 0.5,
+        "data": {"tokenizer": "bytes"},
+        "batch": {"sequence_length": 256, "tokens_per_step": 256 * (2 * ranks + 1), "tokens_per_microbatch": 512},
+        "engine": {"strategy": strategy, "compile": False, "activation_checkpointing": "none"},
+    }
+    if strategy == "hsdp":
+        values["engine"]["shard_size"] = ranks // 2
+    if name == "hlb":  # its sequences grow
+        values["batch"] |= {"sequence_start": 64, "sequence_double_every": 1}
+    for key, section in sections.items():
+        values[key] = values.get(key, {}) | section if isinstance(section, dict) else section
+    return {"values": values, "ranks": ranks, "rank": ranks - 1}
+
+
+def succeeds(**case):
+    outcome = rehearse(**case)
+    assert not outcome["error"], f"{outcome['where']}: {outcome['error']}"
+    return outcome
+
+
+@pytest.mark.parametrize(("model", "strategy"), [(model, STRATEGIES[i % 4]) for i, model in enumerate(ZOO)])
+def test_a_model_takes_steps(model, strategy):
+    """All but the first without waiting for the device."""
+    lengths = [64, 64, 128, 256] if model == "hlb" else [256, 256]  # FlexAttention begins at 128
+    outcome = succeeds(**small(model, strategy), steps=len(lengths))
+    assert outcome["lengths"] == lengths
+    ranks = 1 if strategy == "single" else 8
+    assert outcome["engine"].startswith(f"{strategy} on {ranks} x NVIDIA H100 80GB HBM3, bf16")
+
+
+OPTIONS = {
+    "float8": small("llama", "fsdp", float8=True),
+    "pure_bf16": small("gpt2", "ddp", precision="pure_bf16"),
+    "fp32": small("minimal-sota", "hsdp", precision="fp32"),
+    "bf16 moments": small("hlb", "single", optim={"state_precision": "bf16"}),
+    "documents": small("transformer", "ddp", data={"separate_documents": True}),
+    "selective": small("llama", "fsdp", engine={"activation_checkpointing": "selective"}),
+    "full": small("hlb", "ddp", engine={"activation_checkpointing": "full"}),
+    "no sequence for this rank": small("gpt2", "fsdp", batch={"tokens_per_step": 4 * 256}) | {"rank": 0},
+    "offload": small("gpt2", "fsdp", engine={"offload": True}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_takes_steps(option):
+    succeeds(**OPTIONS[option])
+
+
+# Those of the trainer, and of the tests' plug-ins one that needs whole matrices.
+RULES = {name: "" for name, rule in registered_rules().items() if rule.__module__.startswith("trainer.")}
+RULES = {name: file for name, file in RULES.items() if name != "adamw"} | {"gram": str(PLUGINS / "gram.py")}
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_an_optimizer_takes_steps(rule, state):
+    case = small("llama", "fsdp", optim={"name": rule, "state_precision": state})
+    succeeds(**case, plugin=RULES[rule])
+
+
+# -- the memory plan ---------------------------------------------------------------------------------------------------------
+
+TOKENS = 4096  # of a microbatch
+VOCABULARY = 50304
+
+
+def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", scale=1.0):
+    """The plan's peak against that of torch's tracker. They may differ, in bytes, by
+
+    6 d_model per token that the plan lacks: the hidden states (fp32, and a copy in bf16) which are alive while the loss runs, but
+    not when the forward pass has ended, which is when the plan looks;
+    2 V d_model that the plan adds though they never meet the loss's tiles: the head's product before it is added up; and again
+    for a copy in bf16 of an untied embedding, which autocast never makes;
+    2 d_model per token and norm that a CPU's RMSNorm holds, on which the plan measures, but a GPU's does not;
+    1 % for the 512 bytes to which the allocator rounds, and for vectors of which autocast makes no copies.
+    """
+    case = small(name, strategy, data={"tokenizer": "gpt2"}, precision=precision, model_scale=scale)
+    case["values"]["engine"]["activation_checkpointing"] = how
+    case["values"]["batch"] = {
+        "sequence_length": 1024,
+        "sequence_start": 1024,
+        "tokens_per_step": microbatches * TOKENS * case["ranks"],
+        "tokens_per_microbatch": TOKENS,
+        "dynamic": False,
+    }
+    outcome = succeeds(**case, tracked=True)
+    planned, peak, d_model = outcome["planned"]["total"], outcome["peak"], outcome["d_model"]
+    assert planned >= 0.99 * peak - 6 * d_model * TOKENS
+    norms = 2 * outcome["blocks"] + 1
+    assert planned <= 1.01 * peak + d_model * (4 * VOCABULARY + 2 * norms * TOKENS)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "single"), ("hlb", "fsdp")])
+def test_the_memory_plan_is_what_a_step_holds(name, strategy):
+    check_memory(name, strategy, scale=0.5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_memory_plan_of_every_model(name, strategy, microbatches):
+    check_memory(name, strategy, microbatches)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("how", "precision"), [("selective", "bf16"), ("full", "bf16"), ("none", "fp32"), ("none", "pure_bf16")]
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "hlb"])
+def test_the_memory_plan_of_options(name, strategy, how, precision):
+    check_memory(name, strategy, how=how, precision=precision)
+
+
+# -- larger runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("gpu", "ranks"), [("a100-40gb", 64), ("h100-80gb", 512)])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("name", ZOO)
+def test_many_ranks(name, strategy, gpu, ranks):
+    """The last rank is played."""
+    succeeds(**small(name, strategy, ranks, model_scale=1, data={"tokenizer": "gpt2"}), gpu=gpu)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("scale", [8, 32, 148])
+@pytest.mark.parametrize("name", ["hlb", "llama", "gpt2"])
+def test_a_large_model(name, scale):
+    """Up to 3 B parameters, as planned for 64 A100s: strategy, checkpointing and microbatches are the plan's choice."""
+    values = {"model": {"name": name}, "model_scale": scale, "engine": {"compile": False}}
+    succeeds(values=values, gpu="a100-80gb", ranks=64, rank=63)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_compiled_model_takes_steps(name, strategy):
+    """Traced and split into forward and backward; what is then run is not what Inductor would make (see rehearse.py)."""
+    outcome = succeeds(**small(name, strategy, engine={"compile": True}))
+    assert "compiled" in outcome["engine"]
+
+
+# -- that a rehearsal can fail -----------------------------------------------------------------------------------------------
+
+# What is planted in faults.py -> what the line must say.
+FAULTS = {
+    "item": "DataDependentOutputException",
+    "tolist": "DataDependentOutputException",
+    "bool": "DataDependentOutputException",
+    "nonzero": "DynamicOutputShapeException",
+    "mask": "DynamicOutputShapeException",
+    "mask_written": "HostSync: a mask of bools",
+    "cpu": "HostSync: a copy from cuda:0 to cpu",
+    "to": "HostSync: a copy from cuda:0 to cpu",
+    "copied": "HostSync: a copy from cuda:0 to cpu",
+    "tensor": "HostSync: a copy from cpu to cuda:0",
+    "mixed": "cuda:0",
+    "backward": "DataDependentOutputException",
+    "synchronize": "HostSync: synchronize()",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault):
+    """With the line of the model that did it."""
+    model = {"d_model": 32, "n_layers": 1, "n_heads": 1}
+    outcome = rehearse(**small(f"faulty_{fault}", "single", model=model), plugin=str(HERE / "faults.py"))
+    assert FAULTS[fault] in outcome["error"]
+    file, line = outcome["where"].split(":")
+    assert fault in linecache.getline(str(ROOT / file), int(line))
