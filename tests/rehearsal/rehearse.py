@@ -13,8 +13,7 @@ shapes and devices of every tensor. What is faked, so that nothing is proven of 
 - the driver and its answers about the GPU (fake_gpu.py), streams and events (their order is not checked), pinned memory.
 - the other ranks: torch's "fake" process group, whose collectives return at once; gathered objects are copies of this rank's.
   DDP keeps its first buckets. A mesh, a store, a watchdog, NCCL: not tested.
-- kernels: FlexAttention is the memory plan's operator of the same tensors (its score functions do not run, its block masks are
-  made eagerly); scaled_dot_product_attention is the kernel that torch would take. Triton, Inductor, Liger, flash-attn: none.
+- kernels: FlexAttention is the memory plan's operator of the same tensors (its score functions do not run); scaled_dot_product_attention is the kernel that torch would take. Triton, Inductor, Liger, flash-attn: none.
   engine.compile traces (Dynamo, AOTAutograd) and then runs the graphs operator by operator.
 - what only the real thing shows: alignment, tile sizes, workspaces, the allocator's fragmentation.
 
@@ -174,7 +173,6 @@ def patches() -> dict[str, Any]:
         "models.materialise.refuse_unset": lambda model: None,
         "models.layers.flex.device_refusal": flex_refusal,
         "models.layers.flex.attention": flex_attention,
-        "models.layers.flex.compiled": lambda function: function,
         "trainer.engine.matrices.ranks_of": ranks_of,
         "trainer.engine.torch_engine.DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
         "trainer.runtime.device.HostCopy.read": lambda self: {name: [1.0] * n for name, n in self._sizes.items()},

@@ -84,7 +84,7 @@ def succeeds(**case):
 @pytest.mark.parametrize(("model", "strategy"), [(model, STRATEGIES[i % 4]) for i, model in enumerate(ZOO)])
 def test_a_model_takes_steps(model, strategy):
     """All but the first without waiting for the device."""
-    lengths = [64, 64, 128, 256] if model == "hlb" else [256, 256]  # FlexAttention begins at 128
+    lengths = [64, 64, 128, 256] if model == "hlb" else [256, 256]
     outcome = succeeds(**small(model, strategy), steps=len(lengths))
     assert outcome["lengths"] == lengths
     ranks = 1 if strategy == "single" else 8
@@ -96,6 +96,7 @@ OPTIONS = {
     "pure_bf16": small("gpt2", "ddp", precision="pure_bf16"),
     "fp32": small("minimal-sota", "hsdp", precision="fp32"),
     "bf16 moments": small("hlb", "single", optim={"state_precision": "bf16"}),
+    "hlb's FlexAttention": small("hlb", "ddp", model={"attention_kernel": "flex"}),
     "documents": small("transformer", "ddp", data={"separate_documents": True}),
     "selective": small("llama", "fsdp", engine={"activation_checkpointing": "selective"}),
     "full": small("hlb", "ddp", engine={"activation_checkpointing": "full"}),
