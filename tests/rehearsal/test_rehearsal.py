@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT
+from conftest import PATIENCE, ROOT, beyond
 from test_zoo import ZOO
 
 from trainer.optim.rule import registered_rules
@@ -115,7 +115,7 @@ RULES = {name: "" for name, rule in registered_rules().items() if rule.__module_
 RULES = {name: file for name, file in RULES.items() if name != "adamw"} | {"gram": str(PLUGINS / "gram.py")}
 
 
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize("state", beyond(["bf16"], ["fp32", "bf16"]))
 @pytest.mark.parametrize("rule", RULES)
 def test_an_optimizer_takes_steps(rule, state):
     case = small("llama", "fsdp", optim={"name": rule, "state_precision": state})
@@ -154,7 +154,7 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
     assert planned <= 1.01 * peak + d_model * (4 * VOCABULARY + 2 * norms * TOKENS)
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "single"), ("hlb", "fsdp")])
+@pytest.mark.parametrize(("name", "strategy"), [("hlb", "fsdp")])
 def test_the_memory_plan_is_what_a_step_holds(name, strategy):
     check_memory(name, strategy, scale=0.5)
 
