@@ -95,7 +95,7 @@ class Optimizer(torch.optim.Optimizer):
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
-        # Offloaded parameters are on the CPU. The host does not wait for this copy.
+        # Offloaded parameters are on the CPU, and the update there waits for this number, as it waits for the gradients.
         finite = self.finite.to(parameters[0].device)
         if STEP in states[0]:
             # A list, because _foreach_add_ would read the value of a single tensor.
