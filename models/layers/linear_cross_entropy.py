@@ -290,6 +290,14 @@ def kernel_refusal(device: torch.device) -> str | None:
     return None
 
 
+def describe_kernel(device: torch.device) -> str:
+    """Which kernel scores the logits in training on a GPU, and why; "" for a CPU."""
+    if device.type == "cpu":
+        return ""
+    refusal = kernel_refusal(device)
+    return f"loss: torch ({refusal})" if refusal else "loss: triton (one launch for a chunk of logits)"
+
+
 @functools.cache
 def _kernel(device: torch.device) -> Callable[..., None] | None:
     """The Triton kernel after a trial on `device`; None where it does not run. A failed trial is a warning."""

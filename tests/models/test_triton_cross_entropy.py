@@ -146,6 +146,21 @@ def test_a_gpu_takes_the_kernel_and_adds_the_weights_gradient_in_fp32():
     assert ((total - expected).abs() <= 12 * 128 * 2**-24 * expected).all()
 
 
+@pytest.mark.parametrize(
+    "device, capability, found, told",
+    [
+        ("cpu", None, True, ""),
+        ("cuda", (9, 0), True, "loss: triton (one launch for a chunk of logits)"),
+        ("cuda", (7, 5), True, "loss: torch (it needs Triton and compute capability 8.0)"),
+        ("cuda", (9, 0), False, "loss: torch (it needs Triton and compute capability 8.0)"),
+    ],
+)
+def test_which_kernel_is_told(monkeypatch, device, capability, found, told):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "a spec" if found else None)
+    assert module.describe_kernel(torch.device(device)) == told
+
+
 @pytest.fixture
 def nothing_tried():
     module._kernel.cache_clear()
