@@ -5,6 +5,7 @@ TRITON_INTERPRET when it is imported. The interpreter runs one program after the
 Faked in the tests of the choice: the device, and its kernel.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -29,10 +30,12 @@ CASES = [(3 * BLOCK + 1, dtype, how) for dtype in (torch.float32, torch.bfloat16
 # One column; less than a block; whole blocks; whole blocks and a part of one.
 CASES += [(vocab_size, torch.bfloat16, OPTIONS[3]) for vocab_size in (1, 29, BLOCK, 2 * BLOCK, 2 * BLOCK + 16)]
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
+needs_triton = pytest.mark.skipif(not VERSION, reason="needs Triton: pip install '.[kernels]'")
 
 
 @needs_triton
+@pytest.mark.skipif(VERSION.startswith("3.6."), reason="Triton 3.6's interpreter needs numpy < 2.4")
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernel is tested in this process")
 def test_the_kernel_in_the_interpreter():
@@ -128,22 +131,32 @@ class TestKernel:
         assert (found[0][2][options.get("vocab_size", 100) :] == 0).all()
 
 
-@pytest.mark.gpu
-@needs_triton
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_a_gpu_takes_the_kernel_and_adds_the_weights_gradient_in_fp32():
-    """Twelve products of chunks, whose sum is rounded in fp32 alone."""
-    from models.layers.triton_cross_entropy import score_in_kernel
+class TestOnAGpu:
+    pytestmark = [pytest.mark.gpu, needs_triton, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 
-    assert module._kernel(torch.device("cuda", 0)) is score_in_kernel
-    total = torch.empty(4, 16, device=DEVICE)
-    a, b = (
-        torch.full(shape, value, device=DEVICE).bfloat16() for shape, value in (((4, 128), 1.0), ((128, 16), 1 / 3))
-    )
-    for part in range(12):
-        module._add_product(total, a, b, first=part == 0)
-    expected = 12 * (a.double() @ b.double())
-    assert ((total - expected).abs() <= 12 * 128 * 2**-24 * expected).all()
+    @pytest.mark.parametrize("vocab_size", [50304, 50257])
+    def test_a_chunk_of_gpt2s_logits(self, vocab_size):
+        """With the blocks of training. The bounds are those of TestKernel.test_a_chunk."""
+        draw = torch.Generator(DEVICE).manual_seed(0)
+        logits = module._rows_of_logits(torch.empty(1, device=DEVICE, dtype=torch.bfloat16), 300, vocab_size)
+        logits.normal_(0, 4, generator=draw)
+        labels = torch.randint(vocab_size, (300,), generator=draw, device=DEVICE)
+        factors = torch.rand(300, generator=draw, device=DEVICE)
+        form = module._Form(None, 0.0, vocab_size)
+        exact = scored(score_in_tiles, logits.double(), labels, factors.double(), form)
+        ours = scored(module._kernel(logits.device), logits, labels, factors, form)
+        assert ((ours[0] - exact[0]).abs() <= 4 * 2**-20).all()
+        assert ((ours[2] - exact[2]).abs() <= 2**-8 * exact[2].abs() + 4 * 2**-20).all()
+
+    def test_the_weights_gradient_is_added_up_in_fp32(self):
+        """Twelve products of chunks. Their sum is rounded in fp32 alone."""
+        total = torch.empty(4, 16, device=DEVICE)
+        a = torch.ones(4, 128, device=DEVICE, dtype=torch.bfloat16)
+        b = torch.full((128, 16), 1 / 3, device=DEVICE, dtype=torch.bfloat16)
+        for part in range(12):
+            module._add_product(total, a, b, first=part == 0)
+        expected = 12 * (a.double() @ b.double())
+        assert ((total - expected).abs() <= 12 * 128 * 2**-24 * expected).all()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ class Driver:
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """Of one thread: registers, bytes of local memory (spills, mostly). Of one block: bytes of shared memory, warps."""
+    """Of one thread: registers, bytes of local memory (spills, mostly). Of one block: bytes of shared memory, warps. Whether the
+    kernel holds an assertion."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -77,6 +78,7 @@ def usage(kernel: Any) -> dict[str, Any]:
         "local": of["STACK"] + of["LOCAL"],
         "shared": meta.shared,
         "warps": meta.num_warps,
+        "asserts": "__assertfail" in kernel.asm["ptx"],
     }
 
 

@@ -34,7 +34,7 @@ SPILLED = {
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install '.[kernels]'"),
     pytest.mark.skipif("+cpu" not in importlib.metadata.version("torch"), reason="needs torch's CPU build"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build guard.cpp"),
 ]
@@ -58,6 +58,7 @@ def kernels(case, capability, folder):
 def test_the_loss(tmp_path, case, capability):
     (kernel,) = kernels(case, capability, tmp_path)
     assert kernel["local"] == 0
+    assert kernel["asserts"], "a label out of bounds would read the memory of another row"
     if (case, capability) == ("loss", 90):
         assert kernel["registers"] <= 32, "two rows of 1,024 threads no longer fit a multiprocessor of an H100"
 
