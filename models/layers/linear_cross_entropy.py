@@ -224,13 +224,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy has released its gradients: only one backward pass per forward pass"
             )
-        factor = (gradient * ctx.factor).view(
-            1
-        )  # 1-D, so that the product with bf16 is computed in fp32, and rounded once
+        factor = (gradient * ctx.factor).view(1)  # 1-D: its product with bf16 is computed in fp32, and rounded once
         scaled = [
-            None
-            if made is None
-            else torch.mul(made, factor, out=made if made.dtype == dtype else torch.empty_like(made, dtype=dtype))
+            None if made is None else torch.mul(made, factor, out=_in_dtype(made, dtype))
             for made, dtype in ctx.gradients
         ]
         ctx.gradients = None
@@ -376,6 +372,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total += a @ b
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself if it has this dtype, else uninitialised memory of its shape."""
+    return x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
 
 
 def _on_gpu(x: Tensor) -> bool:

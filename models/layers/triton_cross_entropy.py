@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# One program has 1,024 threads for a row, and each thread loads 16 bytes of bf16 at a time. So a multiprocessor works on at
-# most two rows. All rows at work (100 KB each at V = 50,304) fit the L2 cache, where the second pass finds them.
+# One program has 1,024 threads for a row, and each thread loads 16 bytes of bf16 at a time. With 32 registers for each thread, a
+# multiprocessor works on two rows: one has its loads under way while the other computes, and all rows at work (100 KB each at
+# V = 50,304) fit the L2 cache, where the second pass finds them.
 WARPS = 32
 BLOCK = 8192
+REGISTERS = 32
 
 
 def score_in_kernel(
@@ -29,6 +31,7 @@ def score_in_kernel(
             z_loss=form.z_loss,
             block=BLOCK,
             num_warps=WARPS,
+            maxnreg=REGISTERS,
             debug=True,  # device_assert does nothing otherwise
             sanitize_overflow=False,  # the rest of `debug`: a check of each integer operation
         )
@@ -51,8 +54,9 @@ def _score_row(
     logits += row * stride
     columns = tl.arange(0, block)
     whole = vocab_size // block * block  # columns in whole blocks, which need no mask: without one, loads are vectors
-    label = tl.load(labels + row).to(tl.int32)
+    label = tl.load(labels + row)
     tl.device_assert((label >= 0) & (label < vocab_size), "a label is out of bounds")
+    label = label.to(tl.int32)  # as columns
 
     # Online softmax (arXiv 1805.02867), for each lane of a block by itself: one exponential for each logit, and no reduction
     # before the end of the row. The start is finite, because -inf - -inf is NaN.

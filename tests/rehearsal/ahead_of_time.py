@@ -147,6 +147,7 @@ def attend_hlb() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "loss": lambda: score(torch.bfloat16, 50304),
     "loss of an odd vocabulary": lambda: score(torch.bfloat16, 50257),
+    "loss of one token": lambda: score(torch.float16, 1),
     "loss with a soft-cap": lambda: score(torch.bfloat16, 50304, 30.0),
     "loss in fp32": lambda: score(torch.float32, 50304, 30.0),
     "causal": attend,
