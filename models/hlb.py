@@ -18,7 +18,7 @@ from models.base import Hidden, LanguageModel, Split, register
 from models.config import check_ranges, setting
 from models.layers import compute_dtype, flex, normal_
 from models.layers.distance_attention import DENSE_LENGTH, BlockMask, Reach, attend_dense, attend_flex, flex_refusal
-from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
+from models.layers.linear_cross_entropy import describe_kernel, linear_cross_entropy, linear_nll
 from models.layers.positions import number_documents
 from models.state import DecodingState
 
@@ -157,6 +157,9 @@ class Hlb(LanguageModel):
 
     def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
         device = device or self.embedding.weight.device
+        return "; ".join(filter(None, (self._describe_attention(device), describe_kernel(device))))
+
+    def _describe_attention(self, device: torch.device) -> str:
         if self.config.attention_kernel == "flex" and device.type != "cuda":
             raise ValueError(
                 f"attention_kernel flex cannot be used: it has no kernel that trains on {device.type}; use auto or torch"

@@ -30,7 +30,7 @@ from models.layers.attention import (
     latent_widths,
 )
 from models.layers.block import BLOCKS, FurtherHead, Mlp, ParallelBlock, narrowed, norm_of
-from models.layers.linear_cross_entropy import linear_nll
+from models.layers.linear_cross_entropy import describe_kernel, linear_nll
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
 from models.layers.pattention import Pattention
@@ -207,7 +207,8 @@ class Transformer(LanguageModel):
         device = device or self.embedding.weight.device
         name, why = self.choose_kernel(device, 0, self.max_context or 1024, documents)
         others = liger.describe(self.by_liger, self.config, device)
-        return f"attention: {name} ({why})" + (f"; {others}" if others else "")
+        loss = "" if "loss" in self.by_liger else describe_kernel(device)
+        return "; ".join(filter(None, (f"attention: {name} ({why})", others, loss)))
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

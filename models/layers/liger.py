@@ -52,10 +52,10 @@ def describe(taken: list[str], config: Any, device: torch.device) -> str:
         require(device)
         refusal = _loss_refusal(config)
         why = "asked for; the compiler stops at them, and at recomputed blocks"
-        told = [f"{', '.join(taken)}: liger ({why})" if taken else "", f"loss: torch ({refusal})" if refusal else ""]
-        return "; ".join(filter(None, told))
+        others = f"{', '.join(taken)}: liger ({why})" if taken else ""
+        return "; ".join(filter(None, (others, f"loss: not liger ({refusal})" if refusal else "")))
     if config.kernels == "auto" and _refusal(device) is None:
-        return "norms, MLP, loss: torch (the compiler fuses them; liger only if asked for)"
+        return "norms, MLP: torch (the compiler fuses them; liger only if asked for)"
     return ""
 
 

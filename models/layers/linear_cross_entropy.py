@@ -7,6 +7,9 @@ products in total, none repeated. The backward pass keeps nothing of the size of
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from models.layers import autocast_dtype, without_autocast
 CHUNK_BYTES = 64 << 20
 CHUNK_BYTES_OF_GPU = 512 << 20
 MIN_CHUNK_ROWS = 1024
+ROW_ENTRIES_OF_GPU = 64  # a row of bf16 logits is whole lines of the cache, of 128 bytes each
 ROWS_OF_GPU = 128  # gives whole tiles of products, and slices of fp32 vectors that start at aligned addresses
 # Bytes of fp32 scores held at a time, for a part of a chunk. On a CPU they fit a core's cache, where passes over them are cheapest;
 # on a GPU there are enough to hide the launch of a kernel.
@@ -185,7 +189,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dweight[len(w) :] = 0
 
         chunk = _chunk_rows(len(x), len(w), x.element_size(), x.device.type != "cpu")
-        buffer = x.new_empty(chunk, len(w))
+        buffer = _rows_of_logits(x, chunk, len(w))
         starts = range(0, len(x), chunk)
         for start in starts[:2] if _scorer.get() is score_nothing else starts:
             part = slice(start, start + chunk)
@@ -220,9 +224,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy has released its gradients: only one backward pass per forward pass"
             )
-        factor = gradient * ctx.factor
+        factor = (gradient * ctx.factor).view(1)  # 1-D: its product with bf16 is computed in fp32, and rounded once
         scaled = [
-            None if made is None else made.to(factor.dtype).mul_(factor).to(dtype) for made, dtype in ctx.gradients
+            None if made is None else torch.mul(made, factor, out=_in_dtype(made, dtype))
+            for made, dtype in ctx.gradients
         ]
         ctx.gradients = None
         return (*scaled, None, None, None, None, None)
@@ -230,7 +235,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @contextlib.contextmanager
 def scored_by(scorer: Callable[..., None]) -> Iterator[None]:
-    """In this context, training applies `scorer` (score_in_tiles, or a compiled score_at_once) to chunks of logits."""
+    """In this context, training applies `scorer` instead of `score` to chunks of logits."""
     token = _scorer.set(scorer)
     try:
         yield
@@ -258,7 +263,55 @@ def score_in_tiles(
         _score_tile(logits[part], labels[part], factors[part], cross_entropies[part], z_losses[part], form, train)
 
 
-_scorer: ContextVar[Callable[..., None]] = ContextVar("scorer", default=score_in_tiles)
+def in_kernel_or(scorer: Callable[..., None]) -> Callable[..., None]:
+    """A scorer: the Triton kernel for logits on a GPU where it runs, `scorer` for all others."""
+
+    def choose(logits: Tensor, *facts: Any) -> None:
+        kernel = _kernel(logits.device) if _on_gpu(logits) and logits.dtype != torch.float64 else None
+        (kernel or scorer)(logits, *facts)
+
+    return choose
+
+
+score = in_kernel_or(score_in_tiles)
+_scorer: ContextVar[Callable[..., None]] = ContextVar("scorer", default=score)
+
+
+def kernel_refusal(device: torch.device) -> str | None:
+    """Why the Triton kernel does not score the logits on a device; None if it does."""
+    if device.type != "cuda":
+        return "it needs CUDA"
+    if torch.cuda.get_device_capability(device) < (8, 0) or importlib.util.find_spec("triton") is None:
+        return "it needs Triton and compute capability 8.0"
+    return None
+
+
+def describe_kernel(device: torch.device) -> str:
+    """Which kernel scores the logits in training on a GPU, and why; "" for a CPU."""
+    if device.type == "cpu":
+        return ""
+    refusal = kernel_refusal(device)
+    return f"loss: torch ({refusal})" if refusal else "loss: triton (one launch for a chunk of logits)"
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[..., None] | None:
+    """The Triton kernel after a trial on `device`; None where it does not run. A failed trial is a warning."""
+    if kernel_refusal(device) is not None:
+        return None
+    try:
+        from models.layers.triton_cross_entropy import score_in_kernel
+
+        logits = torch.zeros(1, 16, dtype=torch.bfloat16, device=device)  # whose code real rows in bf16 use too
+        label, row = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device)
+        score_in_kernel(logits, label, row, row.clone(), row.clone(), _Form(None, 0.0, 16))
+    except Exception as error:  # Triton needs a C compiler and a driver that it knows
+        reason = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(
+            f"the loss uses torch's kernels, because Triton failed: {type(error).__name__}: {reason}", stacklevel=2
+        )
+        return None
+    return score_in_kernel
 
 
 def _score_tile(
@@ -313,19 +366,52 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a b, or total = a b if `first`; total may be fp32 even if a and b are not."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif _on_gpu(a) and _adds_in_fp32(a.device, a.dtype):  # no product in half precision is written, read and added
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(a @ b)
     else:
         total += a @ b
 
 
+@functools.cache
+def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a product on `device` that multiplies in `dtype` and adds to an fp32 matrix. (Tried, since not all have.)"""
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself if it has this dtype, else uninitialised memory of its shape."""
+    return x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether x has storage on a GPU. (Tensors without storage have another type.)"""
+    return type(x) is Tensor and x.is_cuda
+
+
+def _rows_of_logits(x: Tensor, rows: int, vocab_size: int) -> Tensor:
+    """Uninitialised logits [rows, V] in the dtype and on the device of x."""
+    return x.new_empty(rows, _row_entries(vocab_size, x.device.type != "cpu"))[:, :vocab_size]
+
+
 def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool, softcap: bool = False) -> int:
     """Maximum bytes for the loss of `rows` rows: a chunk of logits, of `itemsize` bytes each, and its tiles in fp32."""
-    entries = int(min(rows, _most_rows(vocab_size, itemsize, on_gpu))) * vocab_size
+    entries = int(min(rows, _most_rows(vocab_size, itemsize, on_gpu))) * _row_entries(vocab_size, on_gpu)
     tile = min(4 * entries, _tile_bytes(on_gpu))
     # Scores and probabilities; fp32 logits are used as scores. A soft-cap needs new scores, and keeps its tanh.
     tiles = 3 if softcap else 1 if itemsize == 4 else 2
     return entries * itemsize + tiles * tile
+
+
+def _row_entries(vocab_size: int, on_gpu: bool) -> int:
+    """Entries of memory for a row. On a GPU a row starts where vectors can be loaded, for the products and the Triton kernel."""
+    return -(-vocab_size // ROW_ENTRIES_OF_GPU) * ROW_ENTRIES_OF_GPU if on_gpu else vocab_size
 
 
 def _most_rows(vocab_size: int, itemsize: int, on_gpu: bool) -> int:

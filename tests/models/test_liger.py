@@ -71,16 +71,16 @@ def test_liger_is_refused_in_one_line_where_it_cannot_run(monkeypatch):
         ({"norm": "layer", "mlp": "geglu"}, f"loss: {LIGER}"),
         ({"norm": "layer", "qk_norm": True, "mlp": "gelu"}, f"RMSNorm, loss: {LIGER}"),
         ({"block": "parallel"}, f"RMSNorm, SwiGLU, loss: {LIGER}"),
-        ({"n_predict": 2}, f"RMSNorm, SwiGLU: {LIGER}; loss: torch (liger weighs no rows, as n_predict does)"),
+        ({"n_predict": 2}, f"RMSNorm, SwiGLU: {LIGER}; loss: not liger (liger weighs no rows, as n_predict does)"),
         (
             {"z_loss": 1e-4, "mlp": "relu2"},
-            f"RMSNorm: {LIGER}; loss: torch (liger tells the share of z_loss in",
+            f"RMSNorm: {LIGER}; loss: not liger (liger tells the share of z_loss in",
         ),
         (
             {"unpadded_vocab": 60, "norm": "dyt", "mlp": "gelu"},
-            "loss: torch (liger predicts padding, which unpadded_vocab",
+            "loss: not liger (liger predicts padding, which unpadded_vocab",
         ),
-        ({"kernels": "auto"}, "norms, MLP, loss: torch (the compiler fuses them; liger only if asked for)"),
+        ({"kernels": "auto"}, "norms, MLP: torch (the compiler fuses them; liger only if asked for)"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.layers.linear_cross_entropy import score_at_once, score_in_tiles, scored_by
+from models.layers.linear_cross_entropy import in_kernel_or, score_at_once, score_in_tiles, scored_by
 from trainer.runtime.compat import private, set_option
 from trainer.runtime.device import Target
 
@@ -75,7 +75,7 @@ class Compiled:
             compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True, backend=backend))
             block.forward = functools.partial(_in_training, block.forward, compiled)
         scorer = torch.compile(_score_a_vocabulary, dynamic=True, backend=backend)
-        scorer = self.with_fallback(score_in_tiles, scorer)
+        scorer = in_kernel_or(self.with_fallback(score_in_tiles, scorer))
         # An objective either calls `loss` itself or lets `forward` call it.
         for name in ("forward", "loss"):
             setattr(model, name, scored_by(scorer)(getattr(model, name)))
