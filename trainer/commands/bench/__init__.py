@@ -21,8 +21,8 @@ class BenchConfig(RunConfig):
     sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
     baselines: list[Literal["bare", "eager", "nanogpt", "transformers"]] | None = setting(
         None,
-        "bench: bare (a plain PyTorch loop), transformers (the same shape there), nanogpt (gpt2 as nanoGPT writes it), eager "
-        "(whole logits, dense attention, nothing compiled); auto: bare, and transformers if available",
+        "bench: bare (a plain PyTorch loop), transformers (the same shape there), nanogpt (gpt2 as nanoGPT writes it), "
+        "eager (whole logits, dense attention, nothing compiled); auto: bare, and transformers if available",
     )
     rounds: int = setting(5, "turns that each candidate takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)

@@ -1,5 +1,5 @@
-"""What the trainer is compared with: bare PyTorch loops around its own model, around the same shape in `transformers`, and around
-a GPT-2 written as nanoGPT's."""
+"""What the trainer is compared with: bare PyTorch loops around its own model, and around the same shape in `transformers` and
+in nanoGPT's form."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class EagerBaseline(WholeLogits):
 
 
 class NanoGptBaseline(WholeLogits):
-    """nanoGPT's model in the shape of our `gpt2`, from the same initial weights; compiled as a whole if the first variant is compiled."""
+    """Our `gpt2` as nanoGPT writes it, from the same initial weights; compiled as a whole if the first variant is compiled."""
 
     def make_model(self) -> Any:
         make = partial(build_meta, NanoGpt)
