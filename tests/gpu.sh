@@ -100,7 +100,8 @@ step hlb-eager 9 python -m trainer train configs/hlb.yaml "${model[@]}" "${quiet
     --run_dir "$out/hlb-eager" || true
 step hlb-bench 9 python -m trainer bench configs/hlb.yaml "${model[@]}" ${tiny:+"${long[@]}"} \
     --baselines bare --baselines eager --bench_dir "$out/hlb-bench" || true
-step gpt2-bench 10 python -m trainer bench configs/gpt2-124m.yaml "${model[@]}" "${gpt2[@]}" --bench_dir "$out/gpt2-bench" || true
+step gpt2-bench 10 python -m trainer bench configs/gpt2-124m.yaml "${model[@]}" "${gpt2[@]}" \
+    --baselines bare --baselines nanogpt --bench_dir "$out/gpt2-bench" || true
 step hlb-profile 4 python -m trainer train configs/hlb.yaml "${model[@]}" "${quiet[@]}" "${long[@]}" "${profiled[@]}" \
     --run_dir "$out/hlb-profile" || true
 step gpt2-profile 4 python -m trainer train configs/gpt2-124m.yaml "${model[@]}" "${quiet[@]}" "${gpt2[@]}" "${profiled[@]}" \

@@ -100,7 +100,7 @@ def test_a_whole_session_on_a_cpu(tmp_path):
     rows = [line.split() for line in out.splitlines() if line[:3] in ("tes", "dat", "hlb", "gpt")]
     steps = "tests data-bytes hlb-cold hlb-warm hlb-eager hlb-bench gpt2-bench hlb-profile gpt2-profile".split()
     assert [row[:2] for row in rows] == [[name, "ok"] for name in steps], out + err
-    assert "bare loop" in out and out.count("operations.txt") == 2
+    assert "bare loop" in out and "nanogpt" in out and out.count("operations.txt") == 2
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------------

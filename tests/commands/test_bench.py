@@ -7,13 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import error_line, tiny_values, trainer
+from conftest import ROOT, error_line, tiny_values, trainer
 from processes import forked_trainer
 
 from models.base import get_model
 from models.presets import load_llama_weights, load_openai_weights
 from trainer.commands.bench import BenchConfig, clock, turns
-from trainer.commands.bench.baselines import COUNTERPARTS, BareLoop, EagerBaseline, counterpart
+from trainer.commands.bench.baselines import (
+    COUNTERPARTS,
+    BareLoop,
+    EagerBaseline,
+    NanoGptBaseline,
+    baselines,
+    counterpart,
+)
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
 from trainer.commands.bench.data import rate_of
 from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
@@ -456,6 +463,73 @@ def test_the_eager_baseline_computes_the_same_loss(name, tiny_dataset, tmp_path)
         baseline.close()
     # fp32 sums of some hundred terms in another order.
     assert losses[1] == pytest.approx(losses[0], rel=3e-5) and losses[0] > 0
+
+
+def gpt2_124m_made_tiny(dataset, run_dir, **model):
+    """The plan of configs/gpt2-124m.yaml on a CPU, with a model and batch of a thousandth, and its dataset."""
+    values = yaml.safe_load((ROOT / "configs" / "gpt2-124m.yaml").read_text())
+    values["model"] |= {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 64} | model
+    values["batch"] = {"tokens_per_step": 256, "tokens_per_microbatch": 128, "sequence_length": 64}
+    values |= {"data": {"path": str(dataset)}, "device": "cpu", "precision": "fp32", "run_dir": str(run_dir)}
+    config = build(RunConfig, values)
+    dataset = find_dataset(config.data)
+    return resolve(config, dataset), dataset
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_computes_what_ours_does(bias, tiny_dataset, tmp_path):
+    """Also with weights that training has moved: at first all biases are zero and all gains one."""
+    plan, dataset = gpt2_124m_made_tiny(tiny_dataset, tmp_path / "run", bias=bias)
+    ours, theirs = (kind("", plan, dataset, World(), CPU) for kind in (BareLoop, NanoGptBaseline))
+    ours.build()
+    theirs.build()
+    weights = ours.model.state_dict()
+    torch.testing.assert_close(dict(theirs.model.state_dict()), dict(weights), rtol=0, atol=0)
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    theirs.model.load_state_dict(weights)
+
+    rows = ours.read()
+    # The longest sums, over the vocabulary or over all tokens, in another order.
+    tolerance = max(plan.model_config.vocab_size, rows.numel()) * torch.finfo(torch.float32).eps
+    losses = []
+    for one in (ours, theirs):
+        losses.append(one.forward(rows).item())
+        one.backward(rows, last=True)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    gradients = [{name: p.grad for name, p in one.model.named_parameters()} for one in (ours, theirs)]
+    difference = torch.stack([(gradients[1][name] - g).norm() for name, g in gradients[0].items()]).norm()
+    norm = torch.stack([g.norm() for g in gradients[0].values()]).norm()
+    assert gradients[0].keys() == gradients[1].keys() and difference < tolerance * norm
+    for one in (ours, theirs):
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [{"mlp": "gelu_tanh"}, {"norm_eps": 1e-6}, {"qk_norm": True}, {"tied": False}, {"n_kv_heads": 1}, {"head_dim": 8}],
+    ids=str,
+)
+def test_what_nanogpt_does_not_have_is_left_out(switch, tiny_dataset, tmp_path):
+    notes = []
+    baseline = NanoGptBaseline("nanogpt", *gpt2_124m_made_tiny(tiny_dataset, tmp_path / "run", **switch), World(), CPU)
+    with leaving_out("nanogpt", False, notes, World()):
+        baseline.build()
+    assert len(notes) == 1 and notes[0].startswith("nanogpt left out: nanogpt ")
+
+
+def test_nanogpt_stands_beside_gpt2_only():
+    """It is there on request, and its plan counts all logits: in fp32, 4 bytes each for the logits, their logarithms and gradients."""
+    gpt2, llama = made_candidate("gpt2", "trainer", []), made_candidate("llama", "trainer", [])
+    llama.plan.config.model["name"] = "llama"
+    bare, nanogpt = baselines(BenchConfig(baselines=["bare", "nanogpt"]), gpt2)
+    logits = gpt2.plan.config.batch.tokens_per_microbatch * gpt2.plan.model_config.vocab_size
+    assert nanogpt.needs()["total"] == bare.needs()["total"] + 12 * logits
+    with pytest.raises(
+        UserError, match="^baselines: nanogpt has the shape of gpt2 only, not of llama; use --baselines bare$"
+    ):
+        baselines(BenchConfig(baselines=["nanogpt"]), llama)
 
 
 @pytest.mark.slow

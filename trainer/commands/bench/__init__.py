@@ -1,7 +1,7 @@
 """`bench`: measures what a training step costs. Also `bench data` and `bench checkpoint`. README.md explains the files they write.
 
-compare.py: the verb `bench`; variants.py: what it compares; baselines.py: with what; turns.py and clock.py: how it measures;
-report.py: table, JSON and plot; data.py, checkpoint.py: the other two verbs.
+compare.py: the verb `bench`; variants.py: what it compares; baselines.py, nanogpt.py: with what; turns.py, clock.py: how it
+measures; report.py: table, JSON and plot; data.py, checkpoint.py: the other two verbs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class BenchConfig(RunConfig):
     """`bench`, `bench data` and `bench checkpoint`: a run's keys, and what to measure."""
 
     sweep: list[str] = setting((), "KEY=V1,V2: values of a run's key to compare; repeat the flag for all combinations")
-    baselines: list[Literal["bare", "eager", "transformers"]] | None = setting(
+    baselines: list[Literal["bare", "eager", "nanogpt", "transformers"]] | None = setting(
         None,
-        "bench: bare (a plain PyTorch loop), transformers (the same shape there), eager (whole logits, dense attention, "
-        "nothing compiled); auto: bare, and transformers if available",
+        "bench: bare (a plain PyTorch loop), transformers (the same shape there), nanogpt (gpt2 as nanoGPT writes it), "
+        "eager (whole logits, dense attention, nothing compiled); auto: bare, and transformers if available",
     )
     rounds: int = setting(5, "turns that each candidate takes, after one to warm up", low=1)
     steps_per_round: int = setting(5, "optimiser steps of one turn", low=1)

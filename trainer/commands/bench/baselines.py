@@ -1,4 +1,5 @@
-"""What the trainer is compared with: bare PyTorch loops around its own model, and the same shape in `transformers`."""
+"""What the trainer is compared with: bare PyTorch loops around its own model, and around the same shape in `transformers` and
+in nanoGPT's form."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from models.base import cross_entropy, get_model
 from models.materialise import materialise
 from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
+from trainer.commands.bench.nanogpt import NanoGpt
 from trainer.commands.bench.variants import Candidate
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
@@ -125,16 +128,20 @@ class Baseline(Candidate):
         return expected_memory(dataclasses.replace(self.plan, config=config, model_config=self.model_config()))
 
     def model_config(self) -> Any:
-        """The model config that `needs` counts with."""
+        """The config of `our_model`, and the one that `needs` counts with."""
         return self.plan.model_config
+
+    def our_model(self) -> Any:
+        """Our own model on the device, with the initial weights of the run."""
+        meta = build_meta(self.plan.model_class, self.model_config())
+        return materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
 
 
 class BareLoop(Baseline):
     """Our own model, with the kernels, recomputation and compilation of the first variant."""
 
     def make_model(self) -> Any:
-        meta = build_meta(self.plan.model_class, self.plan.model_config)
-        model = materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
+        model = self.our_model()
         prepare_blocks(model, self.config, self.world.say_from)
         return model
 
@@ -143,26 +150,47 @@ class BareLoop(Baseline):
         return self.model(tokens, targets=targets, documents=documents, reduction="sum").loss
 
 
-class EagerBaseline(Baseline):
+class WholeLogits(Baseline):
+    """A model that recomputes nothing and holds all logits of a microbatch."""
+
+    def needs(self, **otherwise: Any) -> dict[str, int]:
+        needs = super().needs(activation_checkpointing="none", **otherwise)
+        logits = self.plan.config.batch.tokens_per_microbatch * self.plan.model_config.vocab_size
+        return needs | {"total": needs["total"] + 12 * logits}  # the logits, their fp32 copy, and its gradient
+
+
+class EagerBaseline(WholeLogits):
     """Our own model in its straightforward form: whole logits, dense attention, nothing compiled or recomputed."""
 
     def model_config(self) -> Any:
         return self.plan.model_class.with_kernels(self.plan.model_config, "torch")
 
     def make_model(self) -> Any:
-        meta = build_meta(self.plan.model_class, self.model_config())
-        model = materialise(meta, self.device, torch.Generator().manual_seed(self.config.seed))
         self.details = {"what": "the same model with whole logits, dense attention, nothing compiled"}
-        return model
+        return self.our_model()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         documents = document_numbers(tokens, self.plan.end_of_text)
         return cross_entropy(self.model(tokens, documents=documents).logits, targets, "sum")
 
     def needs(self, **otherwise: Any) -> dict[str, int]:
-        needs = super().needs(compile=False, activation_checkpointing="none", **otherwise)
-        logits = self.plan.config.batch.tokens_per_microbatch * self.plan.model_config.vocab_size
-        return needs | {"total": needs["total"] + 12 * logits}  # the logits, their fp32 copy, and its gradient
+        return super().needs(compile=False, **otherwise)
+
+
+class NanoGptBaseline(WholeLogits):
+    """Our `gpt2` as nanoGPT writes it, from the same initial weights; compiled as a whole if the first variant is compiled."""
+
+    def make_model(self) -> Any:
+        make = partial(build_meta, NanoGpt)
+        model = of_same_shape("nanogpt", "gpt2", self.plan.model_config, make, followed={"bias"})
+        model.load_state_dict(self.our_model().state_dict(), assign=True)
+        self.details = {"what": "a GPT-2 as nanoGPT writes it, with whole logits"}
+        if self.config.engine.compile:
+            model.compile()
+        return model
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model(tokens, targets)
 
 
 class TransformersBaseline(Baseline):
@@ -191,14 +219,22 @@ class TransformersBaseline(Baseline):
 def counterpart(name: str, config: Any) -> Any:
     """The `transformers` model that computes the same as our model `name`. Raises ValueError if there is none."""
     make, followed = COUNTERPARTS[name]
+    return of_same_shape(f"transformers' {name}", name, config, make, followed)
+
+
+def of_same_shape(theirs: str, name: str, config: Any, make: Callable[[Any], Any], followed: set[str]) -> Any:
+    """`make(config)`, whose name is `theirs` and which supports the fields `followed`, instead of our model `name`.
+
+    ValueError if `config` sets another field that would change what is computed, or if the number of parameters differs.
+    """
     defaults = type(config)()
     for field in sorted({field.name for field in dataclasses.fields(config)} - followed - OF_SHAPE - OF_THE_OUTSET):
         if getattr(config, field) != getattr(defaults, field):
-            raise ValueError(f"transformers' {name} has no {field} {getattr(config, field)}")
+            raise ValueError(f"{theirs} has no {field} {getattr(config, field)}")
     model = make(config)
-    theirs, ours = sum(p.numel() for p in model.parameters()), get_model(name).count_parameters(config)
-    if theirs != ours:
-        raise ValueError(f"transformers' {name} of this shape has {theirs:,} parameters, not {ours:,}")
+    count, ours = sum(p.numel() for p in model.parameters()), get_model(name).count_parameters(config)
+    if count != ours:
+        raise ValueError(f"{theirs} of this shape has {count:,} parameters, not {ours:,}")
     return model
 
 
@@ -271,6 +307,13 @@ def baselines(config: BenchConfig, like: Candidate) -> list[Baseline]:
         raise UserError(
             f"baselines: no counterpart of {model} in transformers is known (only of {', '.join(COUNTERPARTS)}); use --baselines bare"
         )
-    kinds: dict[str, type[Baseline]] = {"bare": BareLoop, "eager": EagerBaseline, "transformers": TransformersBaseline}
-    names = {"bare": "bare loop", "eager": "eager", "transformers": "transformers"}
-    return [kinds[kind](names[kind], like.plan, like.dataset, like.world, like.device) for kind in wanted]
+    if "nanogpt" in wanted and model != "gpt2":
+        raise UserError(f"baselines: nanogpt has the shape of gpt2 only, not of {model}; use --baselines bare")
+    kinds: dict[str, tuple[str, type[Baseline]]] = {
+        "bare": ("bare loop", BareLoop),
+        "eager": ("eager", EagerBaseline),
+        "nanogpt": ("nanogpt", NanoGptBaseline),
+        "transformers": ("transformers", TransformersBaseline),
+    }
+    found = [kinds[kind] for kind in wanted]
+    return [make(name, like.plan, like.dataset, like.world, like.device) for name, make in found]
