@@ -85,12 +85,13 @@ model=(--data.path "$out/data" --model.vocab_size 50304) # GPT-2's, so that the 
 quiet=(--evaluation.every 0 --evaluation.max_tokens 65536 --checkpoint.every 0 --log.demo_tokens 0 --log.sample_tokens 0)
 long=(--batch.sequence_start 1024 --batch.sequence_double_every 0)
 gpt2=(--batch.sequence_length 1024 --batch.tokens_per_step 65536 --batch.tokens_per_microbatch 32768)
+kernels=(--sweep model.attention_kernel=auto,cudnn)
 profiled=(--profile --max_steps 12) headline=(--max_steps 500 --engine.compile true)
 if [ -n "$tiny" ]; then
     model+=(--device cpu --precision fp32 --model.d_model 32 --model.n_layers 1)
     long=(--batch.tokens_per_step 1024 --batch.tokens_per_microbatch 1024 --batch.sequence_length 32 --batch.sequence_start 32)
     long+=(--batch.sequence_double_every 0)
-    gpt2=("${long[@]}" --model.n_heads 2) profiled=(--profile --max_steps 4) headline=("${long[@]}" --max_steps 3)
+    gpt2=("${long[@]}" --model.n_heads 2) kernels=() profiled=(--profile --max_steps 4) headline=("${long[@]}" --max_steps 3)
 fi
 for cache in cold warm; do
     step "hlb-$cache" 9 env TORCHINDUCTOR_CACHE_DIR="$out/compiled" python -m trainer train configs/hlb.yaml \
@@ -100,7 +101,7 @@ step hlb-eager 9 python -m trainer train configs/hlb.yaml "${model[@]}" "${quiet
     --run_dir "$out/hlb-eager" || true
 step hlb-bench 9 python -m trainer bench configs/hlb.yaml "${model[@]}" ${tiny:+"${long[@]}"} \
     --baselines bare --baselines eager --bench_dir "$out/hlb-bench" || true
-step gpt2-bench 10 python -m trainer bench configs/gpt2-124m.yaml "${model[@]}" "${gpt2[@]}" \
+step gpt2-bench 10 python -m trainer bench configs/gpt2-124m.yaml "${model[@]}" "${gpt2[@]}" "${kernels[@]}" \
     --baselines bare --baselines nanogpt --bench_dir "$out/gpt2-bench" || true
 step hlb-profile 4 python -m trainer train configs/hlb.yaml "${model[@]}" "${quiet[@]}" "${long[@]}" "${profiled[@]}" \
     --run_dir "$out/hlb-profile" || true

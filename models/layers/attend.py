@@ -22,12 +22,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from models.layers import flex
 
 FLASH_MAX_WIDTH = 256
 FLASH_MIN_VERSION = (2, 6)  # the first with a soft-cap
+CUDNN_MAX_WIDTH = 128
 
 
 class AttentionMask(NamedTuple):
@@ -49,8 +51,8 @@ def make_attention_mask(
     """
     if window >= start + length:
         window = 0
-    makers = {"torch": _dense_mask, "sdpa": _dense_mask, "flex": _flex_mask, "flash": _flash_mask}
-    return makers[kernel](start, length, window, documents, device)
+    makers = {"flex": _flex_mask, "flash": _flash_mask}
+    return makers.get(kernel, _dense_mask)(start, length, window, documents, device)
 
 
 def _dense_mask(start: int, length: int, window: int, documents: Tensor | None, device: torch.device) -> AttentionMask:
@@ -288,9 +290,28 @@ def attend_flash(
     return out.transpose(1, 2)
 
 
+def attend_cudnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
+) -> Tensor:
+    """cuDNN's fused kernel inside scaled_dot_product_attention, plain causal attention only. torch may choose another by itself."""
+    if attention_mask != AttentionMask() or softcap or attention_bias is not None:
+        raise ValueError("attention_kernel cudnn computes plain causal attention only; use sdpa, flex or torch")
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_sdpa(q, k, v, attention_mask, scale=scale)
+
+
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "torch": attend_torch,
     "sdpa": attend_sdpa,
+    "cudnn": attend_cudnn,
     "flex": attend_flex,
     "flash": attend_flash,
 }
@@ -329,8 +350,8 @@ def choose_kernel(
     """(name of the kernel, why): `wanted` if it is possible; for "auto" the fastest possible kernel.
 
     window: some query has more tokens before it than the window holds. cached: there are keys of earlier tokens.
-    length: number of queries. dtype: of q, k and v. When decoding, sdpa or torch replaces flex and flash even if they are
-    named; the same holds for flex on short sequences. ValueError for an unknown name, and for a kernel that can never do this.
+    length: number of queries. dtype: of q, k and v. When decoding, sdpa or torch replaces cudnn, flex and flash even if they
+    are named; the same holds for flex on short sequences. ValueError for an unknown name, and for a kernel that can never do this.
     """
     case = _Case(head_dim, value_dim, softcap, attention_bias, window, documents, cached, length, dtype, device)
     if wanted == "auto":
@@ -371,6 +392,20 @@ def _sdpa_refusal(case: _Case) -> str | None:
     return None
 
 
+def _cudnn_refusal(case: _Case) -> str | None:
+    if case.device.type != "cuda":
+        return "it needs CUDA"
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "it needs compute capability 8.0"
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, not {str(case.dtype).removeprefix('torch.')}"
+    if case.softcap or case.attention_bias or case.window or case.documents:
+        return "it computes plain causal attention only"
+    if case.head_dim != case.value_dim or case.head_dim > CUDNN_MAX_WIDTH:
+        return f"keys and values must have the same width, at most {CUDNN_MAX_WIDTH}"
+    return None
+
+
 def _flex_refusal(case: _Case) -> str | None:
     if refusal := flex.device_refusal(case.device):
         return refusal
@@ -398,6 +433,7 @@ def _flash_refusal(case: _Case) -> str | None:
 _REFUSALS: dict[str, Callable[[_Case], str | None]] = {
     "torch": lambda case: None,
     "sdpa": _sdpa_refusal,
+    "cudnn": _cudnn_refusal,
     "flex": _flex_refusal,
     "flash": _flash_refusal,
 }
@@ -405,7 +441,7 @@ _REFUSALS: dict[str, Callable[[_Case], str | None]] = {
 
 def _passing_refusal(name: str, case: _Case) -> str | None:
     """Why an otherwise possible kernel does not suit these lengths."""
-    if name in ("flex", "flash") and case.cached:
+    if name in ("cudnn", "flex", "flash") and case.cached:
         return "decoding"
     return f"fewer than {flex.MIN_LENGTH} tokens" if name == "flex" and case.length < flex.MIN_LENGTH else None
 

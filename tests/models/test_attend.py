@@ -7,7 +7,9 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.profiler import profile
 
@@ -313,6 +315,26 @@ def test_flash_is_called_as_it_wants(monkeypatch, n_queries, window):
         )
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_cudnn_is_the_only_kernel_that_torch_may_use(monkeypatch, kv_heads):
+    """Keys and values come with as many heads as the queries."""
+    allowed, plain = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, *rest, **options):
+        flags = torch.backends.cuda
+        allowed.append((flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.math_sdp_enabled()))
+        assert q.shape == k.shape == v.shape
+        with sdpa_kernel(SDPBackend.MATH):
+            return plain(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert_equal("cudnn", draw(23, kv_heads=kv_heads), scale=0.25)
+    assert allowed and set(allowed) == {(True, False, False)}
+    for mask, options in ((AttentionMask(window=8), {}), (AttentionMask(), {"softcap": 3.0})):
+        with pytest.raises(ValueError, match="plain causal attention only"):
+            KERNELS["cudnn"](*draw(23), mask, scale=0.25, **options)
+
+
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
@@ -407,10 +429,15 @@ def test_automatic_choice_on_a_cpu(changes, name, why):
 @pytest.mark.parametrize(
     ("wanted", "changes", "message"),
     [
-        ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, flex, flash, not 'fused'"),
+        ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, cudnn, flex, flash, not 'fused'"),
         ("sdpa", {"softcap": 30.0}, "attention_kernel sdpa .* no soft-cap; use auto, torch or flex or flash"),
         ("sdpa", {"attention_bias": True}, "must not be half precision; use auto, torch or flex"),
         ("flex", {"device": CPU}, "attention_kernel flex .* trains on cpu; use auto, torch or sdpa"),
+        ("cudnn", {"device": CPU}, "it needs CUDA"),
+        ("cudnn", {"documents": True}, "plain causal attention only; use auto, torch or sdpa or flex"),
+        ("cudnn", {"window": True}, "plain causal attention only"),
+        ("cudnn", {"dtype": torch.float32}, "not float32"),
+        ("cudnn", {"head_dim": 192, "value_dim": 192}, "at most 128"),
         ("flash", {"device": CPU}, "it needs CUDA"),
         ("flash", {"documents": True}, "it takes no documents; use auto, torch or sdpa or flex"),
         ("flash", {"attention_bias": True}, "forget gates"),
@@ -433,6 +460,7 @@ def test_a_named_kernel_is_used_where_it_can_be(gpu):
     assert choose("flex", attention_bias=True, cached=True, length=1) == ("torch", "flex: decoding")
     assert choose("flash", cached=True, length=1) == ("sdpa", "flash: decoding")
     assert choose("flash", length=100)[0] == "flash"  # knows no shortest sequence
+    assert choose("cudnn", cached=True, length=1) == ("sdpa", "cudnn: decoding")
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -451,7 +479,7 @@ GPU_CASES = {
 
 
 @pytest.mark.parametrize("case", GPU_CASES)
-@pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flex", "flash"])
 def test_fused_kernel_on_a_gpu(kernel, case):
     """Of two lengths, so that both use one compiled kernel if it can have any length."""
     for length in (256, 777):
