@@ -168,9 +168,10 @@ def pytest_of(text, folder, *words):
         "-p",
         "no:cacheprovider",
     ]
+    alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [*map(str, command), "-p", "conftest", *map(str, words), str(folder / "test_it.py")],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=alone | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
