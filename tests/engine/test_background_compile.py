@@ -52,8 +52,36 @@ def planned(tiny_dataset, tmp_path):
 # -- the second process ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_run_finds_all_code_in_the_cache(tiny_dataset, tmp_path, planned):
+@pytest.mark.parametrize("model", ["hlb", "gpt2"])
+def test_the_run_compiles_what_was_traced(tiny_dataset, tmp_path, monkeypatch, model):
+    """The same graphs, from which the compiler makes the keys of its cache; and no others at any sequence length."""
+    traced, compiled = [], []
+
+    def record(graphs):
+        def backend(graph, inputs):
+            graphs.append(graph.code)
+            return graph.forward
+
+        return backend
+
+    values = {"model": {"name": model}, "engine": {"compile": True, "background_compile": False}, "precision": "bf16"}
+    one = make(tiny_dataset, tmp_path / "p", **values)
+    plain = torch.compile
+
+    def compile(graphs):
+        options = {"dynamic": True, "backend": record(graphs)}
+        return lambda function, **given: plain(function, **given | options)
+
+    monkeypatch.setattr(torch, "compile", compile(traced))
+    background_compile.trace(one.plan, one.engine.objective, CPU, pytest.fail)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile(compiled))
+    run(tiny_values(tiny_dataset, tmp_path / "r", **values))
+    assert compiled and set(compiled) <= set(traced)
+
+
+@pytest.mark.nightly
+def test_the_run_finds_all_code_in_the_cache(tiny_dataset, tmp_path):
     """The next run of the same shape starts no second process: its first step finds the code."""
     values = tiny_values(tiny_dataset, tmp_path / "r", max_steps=1, engine={"compile": True})
     values["engine"]["background_compile"] = False
@@ -219,4 +247,7 @@ def test_a_gpu_that_cannot_hold_the_eager_steps_compiles_at_the_first_step():
         entry = next(entry for entry in plan.entries if entry.key == "engine.background_compile")
         chosen[name] = plan.config.engine.background_compile, entry.rule
     assert chosen["h100-80gb"] == (True, "no step waits for the compiler")
-    assert chosen["t4-16gb"] == (False, "eager steps would need more memory than this device has")
+    assert chosen["t4-16gb"] == (
+        False,
+        "eager steps and the second process would need more memory than this device has",
+    )

@@ -1,8 +1,8 @@
 """Compile a run's code in a second process, while the run trains with eager code (engine.background_compile).
 
-The second process traces the same blocks and the same loss on tensors without storage, so it needs no memory for weights or
-activations. The compiler puts the code into its cache on disk. Then the run traces its blocks too, which takes a few seconds,
-and finds all code in the cache.
+The second process runs the forward pass of one microbatch at each sequence length, with weights of its own. It keeps the
+activations of one block at a time, so it needs little memory. The compiler puts the code into its cache on disk. Then the run
+traces its blocks too, which takes a few seconds, and finds all code in the cache.
 
 Eager and compiled steps differ by rounding, and the step at which compiled code takes over depends on the machine. The run
 prints that step. A deterministic run compiles before its first step instead.
@@ -18,14 +18,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.materialise import materialise
 from trainer.core.text import printable
 from trainer.engine.compilation import first_line
-from trainer.runtime.compat import fake_tensors, private
+from trainer.engine.meta import build_meta
+from trainer.runtime.compat import private
 
 MOST_SECONDS = 600.0  # a process that needs longer is ended
 NICENESS = 10  # the training process launches kernels and must not wait for a CPU
@@ -118,34 +121,45 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def trace(plan: Any, objective: Any, device: torch.device, say: Any) -> None:
-    """Run the forward pass of a microbatch at each sequence length on tensors without storage, so that all its code is compiled.
+def trace(plan: Any, objective: Any, device: torch.device, say: Callable[[str], None]) -> None:
+    """Run the forward pass of a microbatch at each sequence length, so that all its code is compiled.
 
-    The code of the backward pass is compiled with the forward pass.
+    The code of the backward pass is compiled with the forward pass. Real tensors of the real sizes: the compiler tunes its code
+    for the sizes that it sees, and traces tensors without storage in another way.
     """
     from trainer.data.documents import document_numbers
-    from trainer.engine.base import autocast, prepare_blocks
+    from trainer.engine.base import autocast, prepare_blocks, prepare_device
     from trainer.objectives.base import ModelAndObjective
 
     config = plan.config
-    with fake_tensors(allow_non_fake_inputs=True), device:
-        model = plan.model_class(plan.model_config)
-        model = model.to(torch.bfloat16) if config.precision == "pure_bf16" else model
-        prepare_blocks(model, config, say, compile_only)
-        joined = ModelAndObjective(model, objective)
-        for length in plan.sequence_lengths:
-            rows = min(config.batch.tokens_per_step, config.batch.tokens_per_microbatch) // length
-            tokens = torch.zeros(max(1, rows), length, dtype=torch.long)
-            batch: Any = {"tokens": tokens, "targets": tokens}
-            documents = document_numbers(tokens, plan.end_of_text)
-            with autocast(device, config.precision):
-                joined(batch if documents is None else batch | {"documents": documents})
+    prepare_device(device, config.deterministic)
+    meta = build_meta(plan.model_class, plan.model_config)
+    meta = meta.to(torch.bfloat16) if config.precision == "pure_bf16" else meta
+    model: Any = materialise(meta, device, torch.Generator().manual_seed(config.seed))
+    prepare_blocks(model, config, say)
+    for block in model.blocks():
+        block.forward = _without_history(block.forward)
+    joined = ModelAndObjective(model, objective)
+    for length in plan.sequence_lengths:
+        rows = min(config.batch.tokens_per_step, config.batch.tokens_per_microbatch) // length
+        tokens = torch.zeros(max(1, rows), length, dtype=torch.long, device=device)
+        batch: Any = {"tokens": tokens, "targets": tokens}
+        documents = document_numbers(tokens, plan.end_of_text)
+        with autocast(device, config.precision):
+            joined(batch if documents is None else batch | {"documents": documents})
 
 
-def compile_only(graph: Any, inputs: list[Any]) -> Any:
-    """A backend of torch.compile: inductor compiles the graph, but eager code runs, since compiled code needs real memory."""
-    private("lookup_backend")("inductor")(graph, inputs)
-    return graph.forward
+def _without_history(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block whose activations are freed after its forward pass. The next block gets the same kind of tensors."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return private("tree_map_only")(torch.Tensor, _cut, forward(*args, **kwargs))
+
+    return call
+
+
+def _cut(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
 
 
 if __name__ == "__main__":

@@ -298,18 +298,16 @@ class Engine:
             self._background.close()
 
 
-def prepare_blocks(
-    model: Any, config: Any, say: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
-) -> Compiled | None:
+def prepare_blocks(model: Any, config: Any, say: Callable[[str], None]) -> Compiled | None:
     """Apply fp8, activation checkpointing, then compilation to each block. Call it before the blocks are sharded.
 
-    config: RunConfig; backend: of torch.compile. Returns None if nothing is compiled.
+    config: RunConfig. Returns None if nothing is compiled.
     """
     if config.float8:
         for block in model.blocks():
             convert_to_float8(block)
     checkpoint_activations(model, config.engine.activation_checkpointing)
-    return Compiled(model, say, backend) if config.engine.compile else None
+    return Compiled(model, say) if config.engine.compile else None
 
 
 def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:

@@ -63,19 +63,18 @@ def compile_seconds() -> float:
 class Compiled:
     """Makes the blocks of a model and its loss compile on their first call in training. say: prints a line if that fails.
 
-    active: False as long as eager code runs instead. backend: of torch.compile.
+    active: False as long as eager code runs instead.
     """
 
-    def __init__(self, model: Any, say: Callable[[str], None], backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, model: Any, say: Callable[[str], None]) -> None:
         self.say = say
         self.failed = False
         self.active = True
         prepare_compiler()
         for block in model.blocks():
-            compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True, backend=backend))
+            compiled = self.with_fallback(block.forward, torch.compile(block.forward, dynamic=True))
             block.forward = functools.partial(_in_training, block.forward, compiled)
-        scorer = torch.compile(_score_a_vocabulary, dynamic=True, backend=backend)
-        scorer = in_kernel_or(self.with_fallback(score_in_tiles, scorer))
+        scorer = in_kernel_or(self.with_fallback(score_in_tiles, torch.compile(_score_a_vocabulary, dynamic=True)))
         # An objective either calls `loss` itself or lets `forward` call it.
         for name in ("forward", "loss"):
             setattr(model, name, scored_by(scorer)(getattr(model, name)))

@@ -235,6 +235,12 @@ class MemoryEstimate:
         state = self.state(layout, accumulates)
         return max(self.in_microbatch(layout, how, sequences, accumulates), self.in_update(state))
 
+    def in_one_block(self, layout: ParallelLayout, how: str, sequences: int) -> int:
+        """Peak bytes of a forward pass that keeps the activations of one block at a time, with weights but without moments."""
+        state, loss = self.state(layout), int(self.loss(layout, how, sequences * self.length))
+        weights = sum(state.get(part, 0) for part in ("weights", "bf16 copies", "head gradient"))
+        return weights + loss + 2 * sequences * max(self._measure(layout, "none").blocks, default=0)
+
     def in_microbatch(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
         """Peak bytes of a microbatch: in its loss or, with checkpointing, in the recomputation of the first block after it."""
         state, kept = self.state(layout, accumulates), self.saved(layout, how)

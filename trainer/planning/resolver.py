@@ -28,7 +28,7 @@ from trainer.recipes.hlb import device_token_capacity, tokens_per_microbatch
 
 MOST_PARAMETERS = 10**13
 TYPICAL_MFU = 0.2  # of small models, whose runs are so short that compiling may not pay
-BACKGROUND_BYTES = 1 << 30  # GPU memory of a second process that compiles: CUDA's own
+BACKGROUND_BYTES = 1 << 30  # GPU memory of a second process for CUDA itself
 
 
 @dataclass(frozen=True)
@@ -269,11 +269,12 @@ def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, 
     if target.memory is None:
         return "the second process would take the CPU from the first"
     layout = replace(ParallelLayout.of(config, processes, target), compiled=False)
+    how = config.engine.activation_checkpointing
     sequences = max(1, config.batch.tokens_per_microbatch // config.batch.sequence_length)
     accumulates = most_tokens_per_step(config.batch) > config.batch.tokens_per_microbatch
-    needed = estimate.most_held(layout, config.engine.activation_checkpointing, sequences, accumulates)
+    needed = estimate.most_held(layout, how, sequences, accumulates) + estimate.in_one_block(layout, how, sequences)
     if needed + BACKGROUND_BYTES > 0.9 * target.memory:
-        return "eager steps would need more memory than this device has"
+        return "eager steps and the second process would need more memory than this device has"
     return None
 
 

@@ -51,7 +51,9 @@ TORCH = (
     Private("torch._inductor.decomposition", "select_decomp_table", _PLANS),
     Private("torch._dynamo.utils", "counters", "`bench`"),
     Private("torch._dynamo.utils", "calculate_time_spent", "the seconds of compiling"),
-    Private("torch._dynamo.backends.registry", "lookup_backend", "engine.background_compile", ("compiler_fn",)),
+    Private(
+        "torch.utils._pytree", "tree_map_only", "engine.background_compile", ("type_or_types_or_pred", "func", "tree")
+    ),
     Private("torch._higher_order_ops", "inductor_compiled_code", _CHECKPOINTING),
     Private("torch._higher_order_ops.flex_attention", "flex_attention", _CHECKPOINTING),
     Private("torch.distributed.tensor._dtensor_spec", "DTensorSpec", "a checkpoint of fsdp", ("mesh", "placements")),
