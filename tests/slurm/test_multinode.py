@@ -167,8 +167,7 @@ RUNS = {
         "faults": 10 * [{**SLOW, "try": 0}],  # 2 seconds in each of 68 microbatches: more than the limit
         "options": ["--time=2", "--signal=B:USR1@30"],  # the last of an option counts
     },
-    "bounded": {"faults": [fault("Slurm warning", 12, rank=0)], "environment": {"SITE_ENV": "bounded.env"}},
-    "failing": {"faults": [fault("crash", 5, rank=1)]},
+    "failing": {"faults": [fault("crash", 5, rank=1)], "environment": {"SITE_ENV": "failing.env"}},
     "refused": {"flags": ["--engine.strategy", "single"]},
     "misspelt": {"flags": ["--model_scal", "2"]},
     "no processes": {"gpus": 0, "environment": {"NPROC_PER_NODE": ""}},
@@ -179,7 +178,7 @@ RUNS = {
 def jobs(slurm, submit, submit_array, folder) -> dict[str, Job]:
     """All at once, as most of a job's time is waiting."""
     (folder / "container").write_text(f'echo "$@" >> {folder}/contained\nexec "$@"\n')
-    (folder / "bounded.env").write_text(f'MAX_REQUEUES=0\nCONTAINER="bash {folder}/container"\n')
+    (folder / "failing.env").write_text(f'CONTAINER="bash {folder}/container"\n')
     (folder / "struck.env").write_text(SITE_OF_STRUCK)
     return {name: submit(name.replace(" ", "-"), **what) for name, what in RUNS.items()} | submit_array()
 
@@ -294,22 +293,23 @@ def test_time_limit(job, calm):
 
 
 @everywhere
-def test_bounded(job, folder):
-    """By a site's file, whose container goes round every command: where the run is, and what each node starts."""
-    assert job.ended() == ("FAILED", "1:0", "0"), job.text
-    assert "not started again: MAX_REQUEUES is 0" in job.text
-    assert "settings of the site: bounded.env" in job.text
-    where, *starts = (folder / "contained").read_text().splitlines()
-    assert where.startswith("python -m trainer train ") and where.endswith(" --print_run_dir")
-    assert len(starts) == 2 and all("launch/node.sh" in words for words in starts)
-
-
-@everywhere
 def test_failing(job):
     """The second failure in a row without a new checkpoint is the last."""
     assert job.ended() == ("FAILED", "1:0", "1"), job.text
     assert job.text.count("failed (srun: ") == 2
     assert "failed 2 times in a row before a new checkpoint: not started again" in job.text
+
+
+@everywhere
+def test_contained(jobs, folder):
+    """A site's container goes round every command of both tries: where the run is, and what each node starts."""
+    jobs["failing"].ended()
+    assert "settings of the site: failing.env" in jobs["failing"].text
+    commands = (folder / "contained").read_text().splitlines()
+    where = [words for words in commands if words.startswith("python -m trainer train ")]
+    assert len(where) == 2 and all(words.endswith(" --print_run_dir") for words in where)
+    starts = [words for words in commands if "launch/node.sh" in words]
+    assert len(starts) == 4 and len(commands) == 6
 
 
 @everywhere
