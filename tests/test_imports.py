@@ -88,3 +88,22 @@ def test_core_imports_no_torch():
     modules = [module for module, _ in sources() if package_of(module) == "core"]
     code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def after_main(*words: str, code: str) -> None:
+    """Run `code` in a process of its own after the command line `words`."""
+    begin = f"import gc, sys; from trainer.__main__ import main; sys.argv[1:] = {list(words)}; main(); "
+    subprocess.run([sys.executable, "-c", begin + code], check=True, cwd=ROOT)
+
+
+def test_the_folder_of_a_run_is_told_without_torch():
+    """launch/multinode.sh asks for it before every try, also on a login node."""
+    after_main("train", "configs/hlb.yaml", "--print_run_dir", code="assert 'torch' not in sys.modules")
+
+
+def test_imports_are_not_interrupted_by_garbage_collections():
+    code = (
+        "count = lambda: sum(generation['collections'] for generation in gc.get_stats()); "
+        "before = count(); objects = [[] for _ in range(50_000)]; assert count() == before"
+    )
+    after_main("--help", code=code)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from models.config import kernel_fields_of, with_later_fields
 from trainer import __version__
 from trainer.core.config import ABSENT_MEANS, RunConfig, model_name
 from trainer.core.errors import Damaged, UserError
@@ -151,6 +150,8 @@ def read_config(folder: Path, say: Callable[[str], None]) -> StoredConfig:
             ) from None
         values, release = found
         say(f"{error}; the config of the newest good checkpoint is used instead (give changes as flags)")
+    from models.config import with_later_fields  # imports torch, which the name of a run's folder does not need
+
     given = set(flat(values))
     for key, value in ABSENT_MEANS.items():
         if key not in given:
@@ -273,6 +274,8 @@ def plugins_of(folder: Path) -> list[str]:
 
 def changeable(model_name: Any) -> tuple[str, ...]:
     """Prefixes of the dotted keys whose values may change when a run of this model goes on."""
+    from models.config import kernel_fields_of
+
     return (*CHANGEABLE, *(f"model.{field}" for field in kernel_fields_of(model_name)))
 
 
