@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,12 +116,12 @@ def test_the_second_process_ends_with_the_first(planned, tmp_path):
     assert background.result() == (False, "the second process ended with exit status 1")
 
 
-def sleeper() -> BackgroundCompiler:
-    """One whose process only sleeps."""
+def sleeper(code="import time; time.sleep(1000)", session=False) -> BackgroundCompiler:
+    """One whose process runs `code`."""
     background = object.__new__(BackgroundCompiler)
     background._begun = time.monotonic()
-    code = "import time; time.sleep(1000)"
-    background._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    background._process = subprocess.Popen([sys.executable, "-c", code], **pipes, start_new_session=session)
     return background
 
 
@@ -129,6 +130,23 @@ def test_a_process_that_was_killed_leaves_eager_code():
     background = sleeper()
     os.kill(background._process.pid, signal.SIGKILL)
     assert wait_for(background) == (False, "the second process ended with exit status -9")
+
+
+def alive(pid: int) -> bool:
+    """Not ended; one that has ended may wait for its parent to ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_answer_does_not_wait_for_what_the_process_has_started():
+    code = "import subprocess; print(subprocess.Popen(['sleep', '1000']).pid, end='')"
+    usable, pid = wait_for(sleeper(code, session=True))
+    assert usable
+    begun = time.monotonic()
+    while alive(int(pid)):
+        assert time.monotonic() - begun < PATIENCE
 
 
 def test_a_process_that_takes_too_long_is_ended(monkeypatch):

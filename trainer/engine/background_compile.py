@@ -10,10 +10,12 @@ prints that step. A deterministic run compiles before its first step instead.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -49,8 +51,9 @@ class BackgroundCompiler:
             start_new_session=True,
         )
         assert self._process.stdin is not None
-        pickle.dump((plan, objective, device, marker), self._process.stdin)
-        self._process.stdin.flush()  # and kept open: the process ends when this one does
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which `finished` will see
+            pickle.dump((plan, objective, device, marker), self._process.stdin)
+            self._process.stdin.flush()  # and kept open: the process ends when this one does
 
     def finished(self) -> bool:
         """Whether the process has ended, or has run for MOST_SECONDS."""
@@ -67,16 +70,24 @@ class BackgroundCompiler:
             self.close()
             return False, f"the second process did not finish in {seconds}"
         assert self._process.stdout is not None
-        said = self._process.stdout.read().decode(errors="replace")
+        # Without waiting for the end of the pipe: a process of the compiler may still hold it.
+        os.set_blocking(self._process.stdout.fileno(), False)
+        said = (self._process.stdout.read() or b"").decode(errors="replace")
         self.close()
         if code != 0:
             return False, f"the second process ended with exit status {code}"
         return True, said or f"compiled in the background in {seconds}"
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that the compiler has started in it."""
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # of what it has not read
+                    pipe.close()
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun
