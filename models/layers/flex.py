@@ -60,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         # Evaluated, so that the compiler knows the result and can omit bounds checks.
         bool(q.shape[2] % BLOCK == 0)
         return flex_attention(q, k, v, **options)
-    return (_compiled() if q.device.type == "cuda" else flex_attention)(q, k, v, **options)
+    return (compiled(flex_attention) if q.device.type == "cuda" else flex_attention)(q, k, v, **options)
 
 
 def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str | None:
@@ -74,12 +74,12 @@ def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str
 
 
 @functools.cache
-def _compiled() -> Any:
-    """flex_attention as compiled kernels, which all models of a process share."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function as compiled kernels, which all models of a process share."""
     # One version per kind of mask and gradient mode: more than the default limit, above which it would run unfused.
     raise_recompile_limit(64)
     # Without this option, `selective` checkpointing cannot see (and keep) the output of a kernel compiled inside an eager block.
-    return torch.compile(flex_attention, dynamic=True, options={"wrap_inductor_compiled_regions": True})
+    return torch.compile(function, dynamic=True, options={"wrap_inductor_compiled_regions": True})
 
 
 # These are operators, so that activation checkpointing and the compiler treat them like FlexAttention's.

@@ -354,7 +354,7 @@ def test_the_vocabulary_is_no_symbol_in_the_compiled_loss():
 def flexes(request, monkeypatch):
     """A model of one block with FlexAttention, which would raise if FlexAttention were compiled by itself."""
     monkeypatch.setattr(flex, "device_refusal", lambda device: None)
-    monkeypatch.setattr(flex, "_compiled", pytest.fail)
+    monkeypatch.setattr(flex, "compiled", pytest.fail)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)  # of a CPU
     changes = {"attention_softcap": 30.0} if request.param == "llama" else {"attention_kernel": "flex"}
     model = get_model(request.param)(replace(build(request.param).config, n_layers=1, **changes))

@@ -203,7 +203,6 @@ def patches(capability: int) -> dict[str, Any]:
         "torch._inductor.runtime.triton_helpers.set_driver_to_gpu": lambda: None,
         "torch._inductor.runtime.triton_heuristics.CachingAutotuner._make_launchers": lambda self: None,
         "torch._inductor.fx_passes.joint_graph.lazy_init": lambda device=None: None,
-        "models.layers.flex.suited": lambda function, device: function,  # masks are made eagerly: they have no numbers
         "triton.compile": telling(triton.compile, capability),
         "triton.compiler.compile": telling(triton.compile, capability),
     }
