@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, tiny_values
+from conftest import ROOT, beyond, tiny_values
 from test_activation_checkpointing import Stack
 from test_zoo import VOCAB, build, gradients
 from tiny_runs import losses, same, weights
@@ -292,8 +292,11 @@ def test_evaluation_and_decoding_compile_nothing(real):
     assert graphs() == 0
 
 
+WAYS = [("hlb", "none"), ("gpt2", "selective"), ("hlb", "selective"), ("gpt2", "none")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["none", "selective"])
+@pytest.mark.parametrize("real, how", beyond(WAYS[:2], WAYS, several=True), indirect=["real"])
 def test_compiled_blocks_compute_what_eager_ones_do(real, how):
     """And compile nothing anew for longer sequences and other microbatches, but for those of one sequence. The CPU's code
     for sums of more than 4096 terms is another: sequences stay below its square root, 64."""
