@@ -300,7 +300,7 @@ def attend_cudnn(
     softcap: float = 0.0,
     attention_bias: Tensor | None = None,
 ) -> Tensor:
-    """cuDNN's fused kernel inside scaled_dot_product_attention, plain causal attention only. torch may choose another by itself."""
+    """cuDNN's fused kernel inside scaled_dot_product_attention, plain causal attention only. (`sdpa` lets torch choose.)"""
     if attention_mask != AttentionMask() or softcap or attention_bias is not None:
         raise ValueError("attention_kernel cudnn computes plain causal attention only; use sdpa, flex or torch")
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

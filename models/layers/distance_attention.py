@@ -18,10 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from models.layers import flex
 
 FLEX_VALUE_WIDTH = 128  # largest value width that suits one Flex kernel
-# Up to this length plain products are faster on a GPU. Flex skips the masked half of the scores, but it computes them again for
-# each 128 channels of the values, and its backward pass sums the gradient of the slope with one atomic addition per score. On
-# an H100 that took 12 of the 50 ms of a step at 1024 tokens. Compiled, the plain form is five products and two passes over the
-# scores, sums the slope's gradient by rows, and needs no code of its own for each kind of mask.
+# Up to this length a GPU uses plain products. That they are faster is calculated (models/README.md), not measured. Flex skips the
+# masked half of the scores, but it computes them again for each 128 channels of the values, and its backward pass sums the
+# gradient of the slope with one atomic addition per score: on an H100 it took 12 of the 50 ms of a step at 1024 tokens. The
+# plain form sums that gradient by rows and needs no code of its own for each kind of mask.
 DENSE_LENGTH = 1024
 
 
@@ -77,5 +77,5 @@ def flex_refusal(length: int, d_qk: int, dtype: torch.dtype, device: torch.devic
     if refusal is None and torch.are_deterministic_algorithms_enabled():
         refusal = "it sums the slope's gradient in no fixed order"
     if refusal is None and length <= DENSE_LENGTH:
-        refusal = f"not faster up to {DENSE_LENGTH} tokens"
+        refusal = f"plain products up to {DENSE_LENGTH} tokens"
     return refusal and f"flex: {refusal}"

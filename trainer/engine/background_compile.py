@@ -121,6 +121,7 @@ def main() -> None:
     except Exception as error:
         said.append(f"the second process cannot trace this model ({printable(first_line(error), 200)})")
     if not said:
+        marker.parent.mkdir(parents=True, exist_ok=True)  # a model without blocks leaves no code
         marker.touch()
     sys.stdout.write("".join(said[:1]))
     sys.stdout.flush()
