@@ -48,3 +48,12 @@ def changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> RunConfig:
             change = {part: change}
         result = merge(result, change)
     return build(RunConfig, result)
+
+
+def label(changes: Mapping[str, str]) -> str:
+    """A name such as `compile=true microbatch=4096`: the last part of each key, or the whole key if two last parts are equal."""
+    leaves = [key.rsplit(".", 1)[-1] for key in changes]
+    return " ".join(
+        f"{leaf if leaves.count(leaf) == 1 else key}={value}"
+        for (key, value), leaf in zip(changes.items(), leaves, strict=True)
+    )

@@ -237,13 +237,24 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def minimum_tokens(plan: Plan) -> int:
     """Tokens of the whole run if hlb's multiplier stays at one (exact for a fixed batch)."""
-    batch, total, done = plan.config.batch, 0, 0
+    return sum(tokens_at_lengths(plan, plan.config.max_steps).values())
+
+
+def training_flops(plan: Plan, steps: int) -> int:
+    """FLOPs of the first `steps` steps, by the model's own count at each sequence length, for tokens as in `minimum_tokens`."""
+    tokens = tokens_at_lengths(plan, steps)
+    return sum(count * flops_per_token(plan.model_class, plan.model_config, length) for length, count in tokens.items())
+
+
+def tokens_at_lengths(plan: Plan, steps: int) -> dict[int, int]:
+    """Sequence length -> tokens of the first `steps` steps at that length, if hlb's multiplier stays at one."""
+    batch, done, tokens = plan.config.batch, 0, {}
     for i, length in enumerate(plan.sequence_lengths):
         last = length == plan.sequence_lengths[-1]
-        until = plan.config.max_steps if last else min(plan.config.max_steps, (i + 1) * batch.sequence_double_every + 1)
-        total += (until - done) * (batch.tokens_per_step // length * length)
+        until = steps if last else min(steps, (i + 1) * batch.sequence_double_every + 1)
+        tokens[length] = (until - done) * (batch.tokens_per_step // length * length)
         done = until
-    return total
+    return tokens
 
 
 def show_number(value: Any) -> str:

@@ -266,9 +266,14 @@ def _last_start(folder: Path, say: Callable[[str], None] = lambda line: None) ->
 def plugins_of(folder: Path) -> list[str]:
     """The modules that the last start in this folder named with --plugin. This does not import them."""
     try:
-        plugins = parse_flags([str(word) for word in _last_start(folder).get("command", [])])[1].get("plugin", [])
+        return plugins_in([str(word) for word in _last_start(folder).get("command", [])])
     except UserError:
         return []
+
+
+def plugins_in(command: list[str]) -> list[str]:
+    """The modules that the words of a command name with --plugin."""
+    plugins = parse_flags(command)[1].get("plugin", [])
     return plugins if isinstance(plugins, list) else [plugins]
 
 

@@ -18,11 +18,15 @@ from trainer.planning.run_config import (
 )
 from trainer.runtime.environment import environment
 
+LOCK_SECONDS = 1.0  # `is_locked` of another process may hold the lock for a moment
+
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 0) -> Iterator[None]:
-    """Lock the run folder for this process. A kill releases the lock. UserError if another process still holds it after
-    `patience` seconds."""
+def locked(
+    folder: Path, patience: float = LOCK_SECONDS, key: str = "run_dir", doing: str = "training in"
+) -> Iterator[None]:
+    """Lock a folder for this process. A kill releases the lock. UserError if another process still holds it after `patience`
+    seconds. key: the setting that names the folder; doing: what the other process does with it."""
     from filelock import FileLock, Timeout
 
     try:
@@ -30,15 +34,28 @@ def locked(folder: Path, patience: float = 0) -> Iterator[None]:
         lock = FileLock(folder / ".lock", timeout=patience)
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"run_dir: another process is training in {folder}; wait for it or choose another --run_dir"
-        ) from None
+        raise UserError(f"{key}: another process is {doing} {folder}; wait for it or choose another --{key}") from None
     except OSError as error:
-        raise system_error(error, f"run_dir: cannot write to {folder} (or choose another --run_dir)") from None
+        raise system_error(error, f"{key}: cannot write to {folder} (or choose another --{key})") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is training in the run folder. For a moment this takes the lock itself: see LOCK_SECONDS."""
+    from filelock import FileLock, Timeout
+
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError as error:
+        raise system_error(error, f"{folder / '.lock'}: cannot be opened") from None
 
 
 def write_start(

@@ -128,6 +128,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, _, row in _lines(path) if row is not None]
 
 
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last complete row; None if there is none. It reads the end of the file only."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - 2 * LINE_BYTES)
+            file.seek(start)
+            lines = file.read().split(b"\n")[
+                1 if start else 0 : -1
+            ]  # the first may lack its beginning, the last its end
+    except FileNotFoundError:
+        return None
+    return next(filter(None, map(parse_row, reversed(lines))), None)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """(number from 1, line with its newline, its row or None). A last line that a kill cut off is skipped."""
     with path.open("rb") as file:

@@ -99,6 +99,7 @@ class Report:
             "epoch": m.epoch,
             "seconds": self._stamped,
             "compile_seconds": compiling,
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
         }
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
@@ -133,7 +134,7 @@ class Report:
             "ETA": (self.config.max_steps - row["step"]) * row["seconds"] / max(1, row["step"]),
             "more": {
                 "grad norm": "" if row["grad_norm"] is None else f"{row['grad_norm']:.4f}",
-                "memory": f"{peak_memory_bytes(self.engine.device) / 1024**3:.2f} GiB",
+                "memory": f"{row['peak_memory_bytes'] / 1024**3:.2f} GiB",
                 "length": str(row["sequence_length"]),
                 "batch multiplier": str(row["batch_multiplier"]),
             },

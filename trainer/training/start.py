@@ -25,7 +25,7 @@ from trainer.planning.run_config import (
     merged_config,
     read_run,
 )
-from trainer.runs.folder import locked
+from trainer.runs.folder import LOCK_SECONDS, locked
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.exit_status import write_exit_status
@@ -83,7 +83,7 @@ def run_joined(
         folder = folder_of(config)
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
         # A process of an earlier try may survive on a machine that was cut off. It locks the folder until its watchdog ends it.
-        patience = 2 * min(limits) if restarts(os.environ) else 0
+        patience = 2 * min(limits) if restarts(os.environ) else LOCK_SECONDS
         world.on_leader(lambda: stack.enter_context(locked(folder, patience)) and None)
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         world.on_leader(lambda: refuse_unreached(plan, world.say))

@@ -15,7 +15,7 @@ from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PhaseClock
 from trainer.core.config import RunConfig, model_name
 from trainer.core.errors import UserError
-from trainer.core.sweep import Sweep, changed, combinations, parse_sweep
+from trainer.core.sweep import Sweep, changed, combinations, label, parse_sweep
 from trainer.planning.memory import expected_memory
 from trainer.planning.plan import Plan, resolve
 from trainer.runtime.distributed import World
@@ -166,12 +166,3 @@ def steady(plan: Plan) -> Plan:
     plan.config.batch.sequence_double_every = 0
     plan.config.batch.n_max = 1.0
     return plan
-
-
-def label(changes: dict[str, str]) -> str:
-    """A name such as `compile=true microbatch=4096`: the last part of each key, or the whole key if two last parts are equal."""
-    leaves = [key.rsplit(".", 1)[-1] for key in changes]
-    return " ".join(
-        f"{leaf if leaves.count(leaf) == 1 else key}={value}"
-        for (key, value), leaf in zip(changes.items(), leaves, strict=True)
-    )
