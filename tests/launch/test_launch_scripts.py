@@ -98,6 +98,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_CPUS_PER_N
             {},
             "error: no config; write -- and then CONFIG.yaml [--key value[,value ...] ...]",
         ),
+        ("array.sh", ["a", "--", "compare"], {}, "error: no spec; write -- compare SPEC.yaml [--key value ...]"),
     ],
 )
 def test_what_is_missing_is_named(script, words, variables, line):
@@ -197,3 +198,36 @@ def test_torchrun_on_two_machines(tiny_dataset, tmp_path):
     assert "engine: ddp on 2 x CPU" in errors[0]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert len(list((tmp_path / "run" / "logs").glob("*/node-*/*/attempt_0/0/stderr.log"))) == 2
+
+
+def test_an_array_of_a_comparison_submits_what_can_start_and_a_job_for_what_follows(tmp_path):
+    """With an sbatch that only writes down its words, and a trainer that first has two runs to start and then none."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    python, sbatch = tmp_path / "python", tmp_path / "sbatch"
+    python.write_text(
+        """#!/bin/sh
+echo "$@" >> called
+[ "$3" = compare ] && [ ! -d elements ] && mkdir elements && touch elements/0 elements/1 && echo elements
+exit 0
+"""
+    )
+    sbatch.write_text(
+        """#!/bin/sh
+echo "COMPARE_ELEMENTS=$COMPARE_ELEMENTS $*" >> submitted
+echo Submitted batch job 41
+"""
+    )
+    python.chmod(0o755), sbatch.chmod(0o755)
+    words = ["names", "--time=5", "--", "compare", "my spec.yaml", "--seeds", "1"]
+    variables = {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        out, err = start("array.sh", *words, cwd=tmp_path, **variables).communicate(timeout=PATIENCE)
+    array, following = (tmp_path / "submitted").read_text().splitlines()
+    assert array == (
+        "COMPARE_ELEMENTS= --job-name=names --array=0-1 --output=runs/names/%A_%a.out --time=5 "
+        "launch/multinode.sh --elements elements"
+    )
+    assert following.startswith("COMPARE_ELEMENTS=new --job-name=names-next --dependency=afterany:41 ")
+    assert following.endswith(r"--wrap=bash launch/array.sh names --time=5 -- compare my\ spec.yaml --seeds 1 ")
+    asked = "-m trainer compare my spec.yaml --seeds 1 --compare_dir runs/names --elements all"
+    assert (tmp_path / "called").read_text().splitlines() == [asked, asked, "-m trainer report runs/names"]

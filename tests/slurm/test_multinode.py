@@ -383,3 +383,27 @@ def test_array(jobs, calm):
         assert job.ended() == ("COMPLETED", "0:0", restarts), job.text
         assert "accelerate on 2 x 1 processes" in job.said(0) and len(job.process_logs(0)) == 2
     assert_same_run(job.run, calm)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("slurm", SETTINGS[:1], indirect=True, ids=["pgid-TERM"])
+def test_a_comparison_submits_its_stages_until_the_report_is_written(slurm, folder, tiny_dataset):
+    """A sweep that has to go on beyond its first two learning rates, then two seeds: at least three arrays, submitted by jobs."""
+    values = tiny_values(tiny_dataset, "", max_steps=8, batch__dynamic=False, optim={"recipe": "plain"})
+    del values["run_dir"], values["model"], values["device"]
+    rates = [1e-6, 2e-6]  # so low that a higher one is better
+    spec = {"run": values, "seeds": [1, 2], "learning_rates": rates, "most_learning_rates": 3}
+    spec["variants"] = {name: {"model": {"name": name}} for name in ("gpt2", "llama")}
+    (folder / "pair.yaml").write_text(yaml.safe_dump(spec))
+    words = ["launch/array.sh", "pair", "--nodes=1", "--gpus-per-node=1", "--time=10", "--", "compare", "pair.yaml"]
+    environment = slurm.env | variables([])
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report = folder / "runs" / "pair" / "report" / "report.html"
+    slurm.until(report.exists, "the report", WAVE)
+    experiment = json.loads((folder / "runs" / "pair" / "experiment.json").read_text())
+    assert {run["state"] for run in experiment["runs"]} == {"finished"}
+    assert len(experiment["runs"]) == 2 * (3 + 2)
+    assert [arm["bracketed"] for arm in experiment["arms"]] == [False, False]
+    stages = sorted(path.name for path in (folder / "runs" / "pair" / "elements").iterdir())
+    assert stages == ["1", "2", "3"]

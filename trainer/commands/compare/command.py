@@ -1,0 +1,113 @@
+"""What the verb does, in order: read the spec, size the arms, train what is missing, report."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.compare import CompareConfig
+from trainer.commands.compare.budget import lengths
+from trainer.commands.compare.estimate import Speeds, estimate
+from trainer.commands.compare.experiment import SPEED, Experiment, facts_of, stored_experiment
+from trainer.commands.compare.queue import Queue, device_slots
+from trainer.commands.compare.spec import arms, compare_folder
+from trainer.core.errors import UserError
+from trainer.core.settings import parse_flags
+from trainer.core.text import printable, printable_lines
+from trainer.data.obtain import obtain_dataset
+from trainer.data.stream import find_dataset
+from trainer.planning.run_config import plugins_in
+from trainer.runs.folder import locked
+from trainer.runtime.distributed import World
+
+
+def say(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def compare(config: CompareConfig) -> None:
+    """Train what is missing of the comparison, and report it."""
+    words = sys.argv[1:]
+    name, plugins = spec_name(words), plugins_in(words)
+    folder, found = compare_folder(config, name), arms(config)
+    facts = {**facts_of(config, name, ["python", "-m", "trainer", *words]), "baseline": found[0].name}
+    slots = device_slots(config.jobs, found[0].config().device)
+    with locked(folder, key="compare_dir", doing="at work on"):
+        experiment = Experiment(folder, facts, found, stored_experiment(folder))
+        speeds = Speeds(folder / SPEED, slots[0], plugins, say)
+        size_arms(experiment, config, speeds)
+        if config.estimate:
+            sys.stdout.write(printable_lines(estimate(experiment, config, speeds, len(slots))) + "\n")
+            return
+        experiment.write()
+        if config.elements != "none":
+            write_elements(experiment, plugins, config.elements == "new")
+            return
+        Queue(experiment, slots, plugins, say).run()
+        publish(experiment)
+
+
+def spec_name(words: list[str]) -> str:
+    """The name of the spec's file, without its ending."""
+    positional, _ = parse_flags(words)
+    return Path(positional[1]).stem if len(positional) > 1 else "flags"
+
+
+def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:
+    """Set the length of every arm. Lengths of an earlier command stay, whatever the code would say today."""
+    new = [arm for arm in experiment.arms if arm.key not in experiment.lengths]
+    baselines = [arm for arm in experiment.arms if arm.name == experiment.arms[0].name]
+    scales = {arm.scale for arm in new}
+    sized = [arm for arm in experiment.arms if arm in new or (arm in baselines and arm.scale in scales)]
+    for arm in sized:
+        with contextlib.suppress(UserError):  # `lengths` reports it
+            obtain_dataset(arm.config(), World())
+    found = lengths(sized, config.budget, dataset_finder(), speeds.tokens_per_second)
+    experiment.lengths = {**found, **experiment.lengths}
+    for arm in new:
+        if found[arm.key].refused:
+            say(f"refused: {arm.name} at scale {arm.scale:g}: {found[arm.key].refused}")
+
+
+def dataset_finder() -> Callable[[Any], Any]:
+    """`find_dataset`, which reads each dataset once."""
+    read: dict[Any, Any] = {}
+
+    def find(data: Any) -> Any:
+        if data.path not in read:
+            read[data.path] = find_dataset(data)
+        return read[data.path]
+
+    return find
+
+
+def write_elements(experiment: Experiment, plugins: list[str], only_new: bool) -> None:
+    """Write the runs that can start now as elements for launch/array.sh, and print their folder; print nothing if none can.
+
+    only_new: leave out runs that were elements before, so that one that fails again and again is not submitted without end.
+    """
+    stages = list((experiment.folder / "elements").glob("[0-9]*"))
+    before = {path.read_text() for stage in stages for path in stage.iterdir()} if only_new else set()
+    flags = [word for plugin in plugins for word in ("--plugin", plugin)]
+    texts = ["\n".join([str(experiment.write_config(task)), *flags]) + "\n" for task in experiment.waiting()]
+    texts = [text for text in texts if text not in before]
+    if not texts:
+        return
+    number = 1 + max((int(stage.name) for stage in stages), default=0)
+    folder = (
+        experiment.folder / "elements" / str(number)
+    )  # an element that is requeued reads the folder of its own stage
+    folder.mkdir(parents=True)
+    for number, text in enumerate(texts):
+        (folder / str(number)).write_text(text)
+    print(folder)
+
+
+def publish(experiment: Experiment) -> None:
+    """Write the report."""
+    from trainer.commands.report import ReportConfig, run
+
+    run(ReportConfig(dirs=[str(experiment.folder)]))

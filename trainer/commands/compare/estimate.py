@@ -1,0 +1,110 @@
+"""What a comparison will cost: the speed of each arm, measured by `bench`, times what it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.bench.report import markdown_table
+from trainer.commands.compare import CompareConfig
+from trainer.commands.compare.experiment import Experiment
+from trainer.commands.compare.spec import Arm, folder_name
+from trainer.core import yaml_text
+from trainer.core.errors import UserError
+from trainer.core.files import write_file
+from trainer.core.settings import merge
+from trainer.core.text import printable
+from trainer.data.stream import find_dataset
+
+BENCH = {"baselines": [], "rounds": 3, "steps_per_round": 3}
+GIB = 1024**3
+
+
+class Speeds:
+    """Measures the speed of arms, each once: `folder` keeps the benches. slot: the environment of the device."""
+
+    def __init__(self, folder: Path, slot: dict[str, str], plugins: list[str], say: Callable[[str], None]) -> None:
+        self.folder, self.slot, self.plugins, self.say = folder, slot, plugins, say
+
+    def tokens_per_second(self, arm: Arm, plan: Any = None) -> float:
+        return self.measured(arm)["tokens_per_second"]["median"]
+
+    def peak_memory_bytes(self, arm: Arm) -> int:
+        return self.measured(arm)["peak_memory_bytes"]
+
+    def measured(self, arm: Arm) -> dict[str, Any]:
+        """The row of the arm's bench. UserError if it cannot be measured."""
+        folder = self.folder / f"{folder_name(arm.name)}-scale{arm.scale:g}"
+        if not (folder / "bench.json").exists():
+            self.say(f"measuring the speed of {arm.name} at scale {arm.scale:g}")
+            self.bench(arm, folder)
+        try:
+            return json.loads((folder / "bench.json").read_bytes())["rows"][0]
+        except (ValueError, LookupError):
+            raise UserError(f"{printable(folder / 'bench.json')}: is not what `bench` writes; delete it") from None
+
+    def bench(self, arm: Arm, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "bench.yaml"
+        own = {**BENCH, "bench_dir": str(folder)}
+        write_file(config, yaml_text.dump(yaml_text.untyped(merge(arm.values, own))))
+        words = [sys.executable, "-m", "trainer", "bench", str(config)]
+        words += [word for plugin in self.plugins for word in ("--plugin", plugin)]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", env={**os.environ, **self.slot})
+        if done.returncode:
+            said = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("error: ")), "error: ")
+            raise UserError(f"its speed cannot be measured: {printable(said.removeprefix('error: '), 500)}")
+
+
+def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_once: int) -> str:
+    """A table of what each arm still has to train, and the sum. at_once: runs at a time."""
+    rows = [
+        ["arm", "scale", "parameters", "steps", "tokens", "TFLOP", "tokens/s", "min a run", "runs left", "hours", "GiB"]
+    ]
+    notes, total, most = [], 0.0, 0
+    for arm in experiment.arms:
+        length = experiment.lengths[arm.key]
+        try:
+            if length.refused:
+                raise UserError(length.refused)
+            rate, memory = speeds.tokens_per_second(arm), speeds.peak_memory_bytes(arm)
+        except UserError as error:
+            notes.append(f"{arm.name} at scale {arm.scale:g} left out: {printable(error)}")
+            continue
+        seconds = length.tokens / rate + validation_seconds(arm, length.steps, rate)
+        runs = experiment.most_runs_left(arm)
+        total, most = total + seconds * runs, most + runs
+        rows.append(
+            [
+                *(arm.name, f"{arm.scale:g}", f"{length.parameters:,}", f"{length.steps:,}", f"{length.tokens:,}"),
+                *(f"{length.flops / 1e12:,.4g}", f"{rate:,.0f}", f"{seconds / 60:.1f}", str(runs)),
+                *(f"{seconds * runs / 3600:.2f}", f"{memory / GIB:.2f}"),
+            ]
+        )
+    hours = total / 3600
+    cost = "" if config.price is None else f", {hours * config.price:,.2f} at {config.price:g} an hour and device"
+    notes = [
+        f"at most {most} runs: a sweep ends when it has bracketed its best learning rate, at the latest after "
+        f"{config.most_learning_rates}",
+        f"{hours:.2f} hours of one device{cost}; {hours / at_once:.2f} hours with {at_once} at a time",
+        f"tokens/s and GiB: measured by `bench` ({speeds.folder}); with validation, without start and samples",
+        *notes,
+    ]
+    return "\n".join([*markdown_table(rows), "", *(f"- {note}" for note in notes)])
+
+
+def validation_seconds(arm: Arm, steps: int, rate: float) -> float:
+    """Seconds of all validations of a run. A forward pass takes a third of a training step's FLOPs."""
+    config = arm.config()
+    dataset = find_dataset(config.data)
+    if dataset is None:
+        return 0.0
+    tokens = dataset.splits["validation"].tokens
+    tokens = min(tokens, config.evaluation.max_tokens or tokens)
+    times = steps // config.evaluation.every if config.evaluation.every else 0
+    return max(1, times) * tokens / (3 * rate)

@@ -1,0 +1,179 @@
+"""From the spec to the arms of the comparison: every variant with every combination of the grid, at every scale."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.compare import CompareConfig
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.files import user_path
+from trainer.core.settings import build, coerce, leaf_keys, load_yaml, merge, unknown_key
+from trainer.core.sweep import label
+from trainer.core.text import printable
+
+# The comparison sets these keys of every run itself. optim.lr is not one of them: it is where an arm's sweep begins.
+OURS = {
+    "run_dir": "each run has its own folder",
+    "seed": "use `seeds` and `tuning_seed`",
+    "max_steps": "only `run` sets it: it is the length of the baseline's runs, and `budget` decides the others",
+    "model_scale": "use `scales`",
+}
+KEPT_CHECKPOINTS = {"checkpoint": {"keep": 1}}  # a comparison has many runs; the newest is enough to go on
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A variant at one scale. It is identified by both.
+
+    values: the keys of its runs, nested, as text; changes: those that differ from the shared ones, by dotted key
+    learning_rates: the start of its sweep; None: from the inferred one
+    """
+
+    name: str
+    scale: float
+    values: dict[str, Any]
+    changes: dict[str, str]
+    learning_rates: tuple[float, ...] | None
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.name, self.scale
+
+    def config(self, **changes: Any) -> RunConfig:
+        """The RunConfig of its runs, with top-level or nested `changes`. UserError for a bad key or value names the variant."""
+        try:
+            return build(RunConfig, merge(self.values, changes))
+        except UserError as error:
+            raise UserError(f"variant {printable(self.name)}: {error}") from None
+
+
+def compare_folder(config: CompareConfig, spec_name: str) -> Path:
+    """The folder of the comparison."""
+    return user_path(config.compare_dir or str(Path("runs") / f"compare-{spec_name}"), "compare_dir")
+
+
+def arms(config: CompareConfig) -> list[Arm]:
+    """All arms, the baseline first at each scale. UserError for a spec that makes no sense."""
+    shared = shared_values(config)
+    check_numbers(config)
+    named = variants(config)
+    baseline = config.baseline or next(iter(named))
+    if baseline not in named:
+        raise UserError(f"baseline: there is no variant {printable(repr(baseline))} (variants: {', '.join(named)})")
+    order = [baseline, *(name for name in named if name != baseline)]
+    found = []
+    for scale, name in itertools.product(config.scales or [build(RunConfig, shared).model_scale], order):
+        changes = dict(named[name])
+        rates = learning_rates(changes.pop("learning_rates", None), f"variants.{name}.learning_rates")
+        values = merge(merge(shared, changes), {"model_scale": scale})
+        arm = Arm(name, scale, values, flat_text(changes), rates or learning_rates(config.learning_rates))
+        arm.config()
+        found.append(arm)
+    return found
+
+
+def shared_values(config: CompareConfig) -> dict[str, Any]:
+    """The keys of a run that all arms share."""
+    values = load_yaml(config.config) if config.config else {}
+    values.pop("run_dir", None)  # a config of configs/ names its own
+    values.pop("seed", None)
+    refuse_ours(config.run, "run", allowed=("max_steps", "model_scale"))
+    values = merge(merge(KEPT_CHECKPOINTS, values), config.run)
+    build(RunConfig, values)
+    return values
+
+
+def variants(config: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Name -> the keys that it changes, nested, for every variant with every combination of the grid."""
+    listed = {str(name): values or {} for name, values in config.variants.items()} or {"": {}}
+    combinations = list(grid_combinations(config.grid))
+    if len(listed) * len(combinations) < 2:
+        raise UserError("variants: a comparison needs two or more; name them under `variants`, or values under `grid`")
+    found: dict[str, dict[str, Any]] = {}
+    for (name, values), changes in itertools.product(listed.items(), combinations):
+        if not isinstance(values, dict):
+            raise UserError(f"variants.{printable(name)}: holds the keys of a run, such as {{model: {{name: gpt2}}}}")
+        for key, value in changes.items():
+            values = merge(values, nested(key, value))
+        full = " ".join(filter(None, (name, label(changes))))
+        refuse_ours({key: value for key, value in values.items() if key != "learning_rates"}, f"variants.{full}")
+        found[full] = values
+    return found
+
+
+def grid_combinations(grid: dict[str, Any]) -> list[dict[str, str]]:
+    """Every combination of the grid, as dotted key -> value; one empty combination without a grid."""
+    lists = {}
+    known = leaf_keys(RunConfig)
+    for key, values in flat(grid).items():
+        if key not in known and not key.startswith(("model.", "objective.", "optim.settings.")):
+            raise UserError(f"grid: {unknown_key(key, known)}")
+        lists[key] = [str(value) for value in (values if isinstance(values, list) else [values])]
+        if len(set(lists[key])) < len(lists[key]):
+            raise UserError(f"grid.{key}: names a value twice")
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def refuse_ours(values: dict[str, Any], where: str, allowed: tuple[str, ...] = ()) -> None:
+    """UserError if `values` set a key that the comparison sets itself."""
+    for key in flat(values):
+        if key in OURS and key not in allowed:
+            raise UserError(f"{printable(where)}: leave {key} out; {OURS[key]}")
+
+
+def check_numbers(config: CompareConfig) -> None:
+    """UserError for seeds or scales that occur twice, or a tuning seed that is also a test seed."""
+    for key in ("seeds", "scales", "learning_rates"):
+        values = getattr(config, key)
+        shown = [
+            str(value) if isinstance(value, int) else f"{value:g}" for value in values or ()
+        ]  # in names of folders
+        if values is not None and (not values or len(set(shown)) < len(shown)):
+            raise UserError(f"{key}: is empty, or names a value twice")
+    if any(seed < 0 for seed in config.seeds):
+        raise UserError("seeds: must not be negative")
+    if config.tuning_seed in config.seeds:
+        raise UserError(
+            f"tuning_seed: {config.tuning_seed} is also one of `seeds`; a learning rate chosen on a test seed favours the "
+            "variant that was lucky there"
+        )
+
+
+def learning_rates(values: Any, key: str = "learning_rates") -> tuple[float, ...] | None:
+    """Sorted learning rates of a list from a spec; None for None. UserError if one is not a number above 0."""
+    if values is None:
+        return None
+    rates = tuple(sorted(coerce(list[float], values, key)))
+    if not rates or rates[0] <= 0 or len({f"{rate:g}" for rate in rates}) < len(rates):  # folders are named by %g
+        raise UserError(f"{printable(key)}: must be numbers above 0 that differ in their first six digits")
+    return rates
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of nested values whose keys may hold dots themselves."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def flat_text(values: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat(values).items()
+    }
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def folder_name(name: str) -> str:
+    """`name` as a part of a file name: letters, digits, dots and hyphens only."""
+    return re.sub(r"[^A-Za-z0-9.=]+", "-", name).strip("-.") or "variant"
