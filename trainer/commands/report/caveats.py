@@ -67,7 +67,7 @@ def differing(runs: list[Run], keys: Iterable[str]) -> list[str]:
     """The keys of which runs have different values, each with its values."""
     found = []
     for key in keys:
-        values = distinct((run for run in runs if run.values), lambda run: run.get(key))
+        values = {repr(run.get(key)): run.get(key) for run in runs if run.get(key) is not None}
         if len(values) > 1:
             found.append(f"{key} ({listed(values.values())})")
     return found

@@ -35,7 +35,7 @@ AXES = ("tokens", "flops", "seconds")  # what a loss can be drawn against
 class Run:
     """One run. What is not known is None, NaN or empty.
 
-    name: for the reader; values: dotted key -> value of config.yaml; given: the keys that somebody set, None if not known
+    name: for the reader; values: dotted key -> value of config.yaml; inferred: the keys that plan.txt has a rule for
     seed, learning_rate, scale: of config.yaml, or of experiment.json if the run has no config
     purpose: test (for the final table), tuning (for the learning-rate curve) or both; state: finished, unfinished, waiting, running, diverged, failed, refused
     loss, bits: validation loss (nats per token) and bits per byte at the end of the schedule; last_loss: the last one that is there
@@ -47,7 +47,7 @@ class Run:
     folder: Path
     name: str
     values: dict[str, Any] = field(default_factory=dict)
-    given: set[str] | None = None
+    inferred: set[str] = field(default_factory=set)
     seed: int = 0
     learning_rate: float | None = None
     scale: float = 1.0
@@ -97,7 +97,7 @@ def load_run(folder: Path, name: str) -> Run:
         _measure(run, config, rows, per_token)
     run.starts = starts_of(folder, run.note)
     run.data = _read_data(run)
-    run.given = _read_given(folder)
+    run.inferred = _read_inferred(folder)
     run.sample = _read_sample(run)
     return run
 
@@ -299,15 +299,15 @@ def _read_data(run: Run) -> dict[str, Any]:
         return {}
 
 
-def _read_given(folder: Path) -> set[str] | None:
-    """The keys that plan.txt gives the rule `set`; None without a plan."""
+def _read_inferred(folder: Path) -> set[str]:
+    """The keys that plan.txt gives a rule other than `set`; none without a plan."""
     try:
         with (folder / "plan.txt").open("rb") as file:
             text = file.read(1 << 20).decode("utf-8", "replace")
     except OSError:
-        return None
+        return set()
     entries = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
-    return {words[0] for words in entries if len(words) == 3 and words[2].startswith("set")}
+    return {words[0] for words in entries if len(words) == 3 and words[2] != "set"}
 
 
 def _read_sample(run: Run) -> str:
