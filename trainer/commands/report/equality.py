@@ -34,8 +34,9 @@ def data_differs(study: Study) -> list[Caveat]:
     """Arms must read the same data, and be judged on the same text."""
     several = len(distinct(study.test_runs, tokenizer_of)) > 1
     validation = distinct(study.test_runs, lambda run: _validation(run, several))
+    indexes = {} if several else distinct(study.test_runs, _index)
     prints = distinct(study.test_runs, lambda run: run.data.get("fingerprint"))
-    if len(validation) > 1:
+    if len(validation) > 1 or len(indexes) > 1:
         text = "The validation splits differ between runs: their losses cannot be compared."
         return [Caveat("data_differs", text, blocks="the validation splits differ")]
     if len(prints) > 1 and not several:
@@ -45,15 +46,18 @@ def data_differs(study: Study) -> list[Caveat]:
 
 
 def _validation(run: Run, several_tokenizers: bool) -> Any:
-    """What tells validation splits apart: their index, or between tokenizers the size of their text."""
-    splits, indexes = run.data.get("splits"), run.data.get("indexes")
+    """The size of the validation split; between tokenizers only that of its text."""
+    splits = run.data.get("splits")
     split = splits.get("validation") if isinstance(splits, dict) else None
     if not isinstance(split, dict):
         return None
-    text = (split.get("bytes"), split.get("documents"))
-    if several_tokenizers:
-        return text
-    return indexes.get("validation") if isinstance(indexes, dict) else text
+    return [split.get(key) for key in ("bytes", "documents", *(() if several_tokenizers else ("tokens",)))]
+
+
+def _index(run: Run) -> Any:
+    """The hash of the validation split's tokens; None in runs of 0.2.0 and earlier."""
+    indexes = run.data.get("indexes")
+    return indexes.get("validation") if isinstance(indexes, dict) else None
 
 
 def order_differs(study: Study) -> list[Caveat]:
@@ -91,45 +95,41 @@ def _protocol(run: Run) -> str | None:
 
 
 def compute_differs(study: Study) -> list[Caveat]:
-    """At a budget, only what the budget leaves open may differ. Without one, the reader is told what is equal."""
-    if study.budget is None:
-        return _equal_amounts(study)
+    """At a budget, an arm that used more of it has an advantage. The reader is also told what else is equal, and what is not."""
     found = []
-    for arm in study.arms:
+    for arm in study.arms if study.budget else ():
         baseline = study.baseline_of(arm)
         ours, theirs = _amount(arm, study.budget), None if baseline is None else _amount(baseline, study.budget)
-        if ours is None or theirs is None or baseline is arm:
-            continue
-        if abs(ours / theirs - 1) > TOLERANCE[study.budget]:
+        if ours and theirs and abs(ours / theirs - 1) > TOLERANCE[study.budget]:
             text = (
-                f"The budget is {WORDS[study.budget]}, but {label(study, arm)} used {ours / theirs:.3f} times those of "
+                f"The budget is equal {WORDS[study.budget]}, but {label(study, arm)} used {ours / theirs:.3f} times those of "
                 f"{study.baseline} ({ours:.4g} and {theirs:.4g})."
             )
             found.append(Caveat("compute_differs", text, keys_of([arm])))
+    equal, unequal = _amounts(study)
+    if study.budget is None and (equal or unequal):
+        parts = [f"{what}: {listed(names)}" for what, names in (("equal", equal), ("not equal", unequal)) if names]
+        text = f"No budget was declared for these runs. Between arms of a scale, {'; '.join(parts)}."
+        found.append(Caveat("compute_differs", text))
+    elif unequal:
+        found.append(Caveat("compute_differs", f"Not equal between arms of a scale: {listed(unequal)}."))
     return found
 
 
-def _equal_amounts(study: Study) -> list[Caveat]:
+def _amounts(study: Study) -> tuple[list[str], list[str]]:
+    """What is equal between the arms of every scale, and what is not (with the widest span); the budget is left out."""
     equal, unequal = [], []
     for name, word in WORDS.items():
-        spans = []
-        for scale in study.scales:
-            amounts = [amount for arm in study.at(scale) if (amount := _amount(arm, name)) is not None]
-            if len(amounts) > 1:
-                spans.append((min(amounts), max(amounts)))
-        wide = [(low, high) for low, high in spans if high > low * (1 + TOLERANCE[name])]
-        if wide:
-            unequal.append(f"{word} ({wide[0][0]:.4g} to {wide[0][1]:.4g})")
-        elif spans:
+        known = [[amount for arm in study.at(scale) if (amount := _amount(arm, name))] for scale in study.scales]
+        spans = [(min(amounts), max(amounts)) for amounts in known if len(amounts) > 1]
+        if not spans or name == study.budget:
+            continue
+        low, high = max(spans, key=lambda span: span[1] / span[0])
+        if high > low * (1 + TOLERANCE[name]):
+            unequal.append(f"{word} ({low:,.4g} to {high:,.4g})")
+        else:
             equal.append(word)
-    if not equal and not unequal:
-        return []
-    parts = [f"{what}: {listed(names)}" for what, names in (("equal", equal), ("not equal", unequal)) if names]
-    return [
-        Caveat(
-            "compute_differs", f"No budget was declared for these runs. Between arms of a scale, {'; '.join(parts)}."
-        )
-    ]
+    return equal, unequal
 
 
 def _amount(arm: Arm, name: str) -> float | None:

@@ -6,6 +6,8 @@ sizes; modded-nanogpt accepts a claim at p < 0.01. equality.py has the rules abo
 
 from __future__ import annotations
 
+from collections import Counter
+
 from trainer.commands.report.caveats import Caveat, differing, keys_of, label, listed
 from trainer.commands.report.equality import EQUALITY
 from trainer.commands.report.study import Study
@@ -110,12 +112,17 @@ def equal_seeds(study: Study) -> list[Caveat]:
 
 def one_scale(study: Study) -> list[Caveat]:
     """An order of arms at one size may be another at the next (arXiv 2509.02046)."""
-    if len(study.scales) > 1:
+    if len(study.scales) == 1:
+        text = f"All runs have one size (model_scale {study.scales[0]:g}): this says nothing about other sizes."
+        return [Caveat("one_scale", text)]
+    measured = Counter(arm.name for arm in study.arms if arm.by_seed)
+    lone = [arm for arm in study.arms if measured[arm.name] == 1 and arm.by_seed]
+    if not lone:
         return []
+    names = listed(label(study, arm) for arm in lone)
     return [
         Caveat(
-            "one_scale",
-            f"All runs have one size (model_scale {study.scales[0]:g}): this says nothing about other sizes.",
+            "one_scale", f"Measured at one scale only, which says nothing about other sizes: {names}.", keys_of(lone)
         )
     ]
 

@@ -8,8 +8,10 @@ from trainer.commands.report.figures import all_figures
 from trainer.commands.report.page import Figure, Page, Section, Table
 from trainer.core.text import markdown_table, printable, printable_lines
 
-# What Markdown or HTML would obey. An underscore within a word is only a letter.
-SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+# What Markdown or HTML would obey. An underscore within a word, a < before a space and a # within a line are only characters.
+SPECIAL = re.compile(
+    r"[\\`*\[\]|~$]|<(?=\S)|&(?=[#\w])|^>|^#(?=#*\s)|^[+-](?=[\s-])|^\d+(?=[.)]\s)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+)
 
 
 def render(page: Page) -> str:
@@ -30,7 +32,12 @@ def summary(page: Page) -> str:
 
 def escape(words: str) -> str:
     """`words` as one line of plain text in Markdown."""
-    return SPECIAL.sub(lambda found: "\\" + found[0], printable(words))
+    return SPECIAL.sub(_escaped, printable(words))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """A number at the start of a line makes a list by the dot after it."""
+    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
 
 def results_of(section: Section) -> list[str]:

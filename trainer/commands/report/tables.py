@@ -28,7 +28,7 @@ def show(value: float | None, form: str) -> str:
 
 
 def p_cell(p: float | None) -> str:
-    return MISSING if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
+    return MISSING if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def span(interval: tuple[float, float] | None) -> str:
