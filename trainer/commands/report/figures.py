@@ -42,7 +42,7 @@ def curve_figures(study: Study, stem: str, scale: float, kind: str) -> list[Figu
                 f"{kind.capitalize()} loss{', smoothed,' if kind == 'training' else ''} against {LABELS[axis]}: median of the finished "
                 "seeds, and the band from the lowest to the highest"
             )
-            svg = _draw_curves(study, bands, axis, name, log)
+            svg = _draw_curves(study, bands, kind, axis, name, log)
             found.append(Figure(name, TABS[axis] + (", log" if log else ""), caption, svg))
     return found
 
@@ -83,12 +83,12 @@ def look(study: Study, arm: Arm) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)]}
 
 
-def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], axis: str, name: str, log: bool) -> str:
+def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, axis: str, name: str, log: bool) -> str:
     figure, axes = _figure()
     for i, (arm, (x, middle, low, high)) in enumerate(bands):
         style = look(study, arm)
         partial = "" if arm.by_seed else " (not finished)"
-        marker = {"marker": "o", "markersize": 2.5} if len(x) <= FEW else {}
+        marker = {"marker": "o", "markersize": 2.5} if kind == "validation" and len(x) <= FEW else {}
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0, gid=f"band-{i}")
         axes.plot(x, middle, linewidth=1.5, label=_text(arm.name) + partial, gid=f"curve-{i}", **style, **marker)
     axes.set(xlabel=LABELS[axis], ylabel="loss, nats per token")
@@ -161,6 +161,10 @@ def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
             )
     axes.set(xlabel="learning rate", ylabel="loss at the end, nats per token")
     axes.set_xscale("log")
+    rates = sorted({rate for arm in arms for rate in arm.curve()})
+    shown = rates[:: 1 + len(rates) // 10]
+    axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown])
+    axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
     _legend(axes, len(arms))
     return _svg(figure, name)
@@ -178,8 +182,9 @@ def _text(name: str) -> str:
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
+    # Margins are set by hand: an automatic layout draws everything twice.
+    figure = Canvas(figsize=SIZE)
+    axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.985, "bottom": 0.125, "top": 0.975})
     axes.grid(color=FOREGROUND, alpha=0.15, linewidth=0.6)
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=FOREGROUND, alpha=0.5)

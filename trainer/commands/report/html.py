@@ -13,6 +13,7 @@ from trainer.core.text import printable, printable_lines
 
 # Forbids scripts and every address, whatever a folder may have brought into the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+COLOURED = {claim: f' class="{claim}"' for claim in ("better", "worse")}
 
 
 def render(page: Page) -> str:
@@ -76,8 +77,12 @@ def _titled(title: str, table: Table) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.header)
-    rows = "".join(f"<tr>{_row(row)}</tr>\n" for row in table.rows)
+    """Columns of numbers stand to the right; the first column stays in sight when the rest is scrolled."""
+    kinds = [
+        ' class="number"' if i and _is_numeric(row[i] for row in table.rows) else "" for i in range(len(table.header))
+    ]
+    head = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for kind, cell in zip(kinds, table.header, strict=True))
+    rows = "".join(f"<tr>{_row(row, kinds)}</tr>\n" for row in table.rows)
     notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
     return (
         f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
@@ -85,17 +90,16 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(row: list[str]) -> str:
+def _is_numeric(cells: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"[-+<\d.,e% \[\]]*|n/a|baseline|\d+ of \d+", cell) for cell in cells)
+
+
+def _row(row: list[str], kinds: list[str]) -> str:
     first, *rest = row
-    cells = "".join(f"<td{_kind(cell)}>{_text(cell)}</td>" for cell in rest)
+    cells = "".join(
+        f"<td{COLOURED.get(cell, kind)}>{_text(cell)}</td>" for kind, cell in zip(kinds[1:], rest, strict=True)
+    )
     return f'<th scope="row">{_text(first)}</th>{cells}'
-
-
-def _kind(cell: str) -> str:
-    """The class of a cell: numbers stand to the right, claims have a colour."""
-    if cell in ("better", "worse"):
-        return f' class="{cell}"'
-    return "" if re.fullmatch(r"[A-Za-z].*[A-Za-z].*", cell) and cell != "n/a" else ' class="number"'
 
 
 def _figures(heading: str, figures: list[Figure], group: str) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 
 from trainer import __version__
 from trainer.commands.report import ReportConfig, html, markdown, tables
-from trainer.commands.report.caveats import Caveat, metric_of
+from trainer.commands.report.caveats import Caveat, label, metric_of
 from trainer.commands.report.evidence import find_caveats
 from trainer.commands.report.figures import curve_figures, rate_figures
 from trainer.commands.report.page import Figure, Page, Section
-from trainer.commands.report.results import LEVEL, Result, results
+from trainer.commands.report.results import LEVEL, Result, p_text, results
 from trainer.commands.report.study import Study, read_studies
 from trainer.core.files import user_path, write_file
 from trainer.core.text import for_stream, printable
@@ -79,7 +79,8 @@ def section(study: Study, stem: str, found: list[Result], caveats: list[Caveat],
     return Section(
         study.name if study.declared else "Runs",
         _lead(study),
-        [(one.claim, f"{one.verdict}{_where(study, one)}.") for one in found if one.verdict] + _targets(found, target),
+        [(one.claim, f"{one.verdict}{_where(study, one)}.") for one in found if one.verdict]
+        + _targets(study, found, target),
         [caveat.text for caveat in caveats] + study.notes,
         tables.final_table(study, found, target),
         tables.cost_table(study, found),
@@ -107,18 +108,21 @@ def _where(study: Study, one: Result) -> str:
     return f" (scale {one.arm.scale:g})" if len(study.scales) > 1 else ""
 
 
-def _targets(found: list[Result], target: float | None) -> list[tuple[str, str]]:
-    """A sentence for each arm about the target: modded-nanogpt's own test."""
+def _targets(study: Study, found: list[Result], target: float | None) -> list[tuple[str, str]]:
+    """A sentence about the arms whose loss is below the target, and one about the others: modded-nanogpt's own test."""
     if target is None:
         return []
     lines = []
-    for one in found:
-        if one.below_target is None:
-            lines.append(("none", f"no claim: {one.arm.name} has too few seeds to test its loss against {target:g}."))
-            continue
-        below = one.below_target < LEVEL
-        text = f"the mean loss of {one.arm.name} is {'' if below else 'not shown to be '}below {target:g} (p = {one.below_target:.2g}, {len(one.values)} seeds)."
-        lines.append(("better" if below else "none", text))
+    for kind, words in (("better", "Mean loss below"), ("none", "Mean loss not shown to be below")):
+        arms = [
+            one for one in found if (one.below_target is not None and one.below_target < LEVEL) == (kind == "better")
+        ]
+        names = (
+            f"{label(study, one.arm)} ({'too few seeds' if one.below_target is None else p_text(one.below_target)})"
+            for one in arms
+        )
+        if arms:
+            lines.append((kind, f"{words} {target:g} (one-sided, p < {LEVEL:g}): {', '.join(names)}."))
     return lines
 
 
@@ -174,6 +178,7 @@ def _arm_body(one: Result) -> dict[str, Any]:
         "difference": None
         if one.test is None
         else {k: tables.json_number(v) for k, v in dataclasses.asdict(one.test).items()},
+        "bootstrap": one.bootstrap,
         "p_holm": one.adjusted,
         "seeds_needed": one.needed,
         "p_below_target": one.below_target,

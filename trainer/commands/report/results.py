@@ -6,7 +6,15 @@ import statistics
 from dataclasses import dataclass
 
 from trainer.commands.report.caveats import Caveat
-from trainer.commands.report.statistics import TTest, holm, mean_and_sd, p_below, seeds_needed, t_test
+from trainer.commands.report.statistics import (
+    TTest,
+    bootstrap_interval,
+    holm,
+    mean_and_sd,
+    p_below,
+    seeds_needed,
+    t_test,
+)
 from trainer.commands.report.study import Arm, Study
 
 LEVEL = 0.01  # of a claim: modded-nanogpt's rule, p < 0.01
@@ -18,7 +26,7 @@ class Result:
     """An arm's row. metric: loss or bits, by which the arms are compared; values: of it, by seed.
 
     planned: number of test runs; mean, sd: of `values`, None where there are too few; test: of the paired differences to the
-    baseline, negative is better, None without pairs; adjusted: its p after Holm's correction; needed: seeds for this claim
+    baseline, negative is better, None without pairs; bootstrap: their 95 % interval by the percentile bootstrap; adjusted: its p after Holm's correction; needed: seeds for this claim
     below_target: p of "the mean loss is not below the target"; claim: better, worse or none; verdict: a sentence
     """
 
@@ -30,6 +38,7 @@ class Result:
     mean: float | None = None
     sd: float | None = None
     test: TTest | None = None
+    bootstrap: tuple[float, float] | None = None
     adjusted: float | None = None
     needed: int | None = None
     below_target: float | None = None
@@ -85,6 +94,7 @@ def _measured(study: Study, arm: Arm, metric: str, target: float | None) -> Resu
     if differences:
         result.test = t_test(differences)
         if result.test.sd is not None:
+            result.bootstrap = bootstrap_interval(differences)
             result.needed = seeds_needed(result.test.mean, result.test.sd, LEVEL)
     return result
 
@@ -107,9 +117,12 @@ def _judge(one: Result, baseline: str, blocks: list[str]) -> None:
     if test.interval is None or one.adjusted is None:
         one.verdict = f"no claim: {size} on one seed, which says nothing about chance"
         return
-    low, high = sorted(abs(end) if test.mean > 0 else -end for end in test.interval) if test.mean else test.interval
-    facts = f"[{low:.4f}, {high:.4f}], {p_text(one.adjusted)}, {test.n} seeds"
-    if blocks:
+    low, high = test.interval if test.mean > 0 else (-test.interval[1], -test.interval[0])
+    corrected = "" if one.adjusted == test.p else " (Holm)"
+    facts = f"[{low:.4f}, {high:.4f}], {p_text(one.adjusted)}{corrected}, {test.n} seeds"
+    if test.sd == 0:
+        one.verdict = f"no claim: {size} on each of {test.n} seeds; equal differences say nothing about chance"
+    elif blocks:
         one.verdict = f"no claim: {size} {facts}, but {blocks[0]}"
     elif one.adjusted < LEVEL:
         one.claim, one.verdict = direction, f"{size} {facts}"

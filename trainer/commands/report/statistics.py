@@ -25,7 +25,7 @@ class TTest:
     """A t test of the mean of `n` values against a number.
 
     mean, sd: of the values (sd: None for one value); t, p: None for one value
-    interval, bootstrap: 95 % intervals of the mean, by t and by the percentile bootstrap; None for one value
+    interval: 95 % interval of the mean; None for one value
     """
 
     n: int
@@ -34,7 +34,6 @@ class TTest:
     t: float | None = None
     p: float | None = None
     interval: tuple[float, float] | None = None
-    bootstrap: tuple[float, float] | None = None
 
 
 def t_cdf(t: float, degrees: int) -> float:
@@ -79,7 +78,7 @@ def t_test(values: Sequence[float], against: float = 0.0) -> TTest:
     t = _t(mean - against, sd, n)
     reach = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * sd / math.sqrt(n)
     p = 2 * t_cdf(-abs(t), n - 1)
-    return TTest(n, mean, sd, t, p, (mean - reach, mean + reach), bootstrap_interval(values))
+    return TTest(n, mean, sd, t, p, (mean - reach, mean + reach))
 
 
 def p_below(values: Sequence[float], target: float) -> float | None:

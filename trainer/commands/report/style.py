@@ -16,7 +16,7 @@ SHEET = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .4rem; padding-top: 1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
@@ -30,8 +30,8 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 .caveats ul { margin: 0; padding-left: 1.1rem; overflow-wrap: anywhere; }
 .caveats li { margin: .25rem 0; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: separate; border-spacing: 0; font-size: .86rem; min-width: 100%; }
-th, td { padding: .4rem .65rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
+table { border-collapse: separate; border-spacing: 0; font-size: .84rem; min-width: 100%; }
+th, td { padding: .4rem .55rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--panel); font-weight: 600; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); max-width: 16rem; white-space: normal; min-width: 5.5rem; }

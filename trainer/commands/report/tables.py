@@ -27,19 +27,38 @@ def show(value: float | None, form: str) -> str:
     return MISSING if value is None else format(value, form)
 
 
+def _names_header(study: Study) -> list[str]:
+    return ["arm"] if len(study.scales) == 1 else ["arm", "scale"]
+
+
+def _names(study: Study, arm: Arm) -> list[str]:
+    """The first cells of an arm's row: its name, and its scale if there are several."""
+    return [arm.name, f"{arm.scale:g}"][: len(_names_header(study))]
+
+
 def p_cell(p: float | None) -> str:
     return MISSING if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def span(interval: tuple[float, float] | None) -> str:
-    return MISSING if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return MISSING if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
 
 
 def final_table(study: Study, results: list[Result], target: float | None) -> Table:
     """What each arm reached, and how it differs from the baseline."""
     unit = "nats" if results[0].metric == "loss" else "bits/byte"
-    header = ["arm", "seeds", "loss", "sd", "bits/byte", "difference", "95 % t", "95 % bootstrap"]
-    header += ["p", "p, Holm", "claim", "seeds needed", *([] if target is None else [f"p, loss < {target:g}"])]
+    header = [
+        *_names_header(study),
+        "seeds",
+        "loss",
+        "sd",
+        "bits/byte",
+        "difference",
+        "claim",
+        "95 % t",
+        "95 % bootstrap",
+    ]
+    header += ["p", "p, Holm", "seeds needed", *([] if target is None else [f"p, loss < {target:g}"])]
     rows = []
     for one in results:
         losses = [run.loss for run in one.arm.by_seed.values() if run.loss is not None]
@@ -47,17 +66,17 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
         difference = "baseline" if one.is_baseline else show(test and test.mean, "+.4f")
         rows.append(
             [
-                label(study, one.arm),
+                *_names(study, one.arm),
                 f"{len(one.arm.by_seed)} of {one.planned}",
                 show(sum(losses) / len(losses) if losses else None, ".4f"),
                 show(one.sd, ".4f"),
                 show(_mean([run.bits for run in one.arm.by_seed.values()]), ".4f"),
                 difference,
+                "" if one.is_baseline else "no claim" if one.claim == "none" else one.claim,
                 span(test and test.interval),
-                span(test and test.bootstrap),
+                span(one.bootstrap),
                 p_cell(test and test.p),
                 p_cell(one.adjusted),
-                "" if one.is_baseline else "no claim" if one.claim == "none" else one.claim,
                 MISSING if one.needed is None else f"{one.needed:,}",
                 *([] if target is None else [p_cell(one.below_target)]),
             ]
@@ -84,13 +103,22 @@ def _mean(values: list[float | None]) -> float | None:
 
 def cost_table(study: Study, results: list[Result]) -> Table:
     """What each arm cost: medians over the finished seeds."""
-    header = ["arm", "learning rate", "parameters", "tokens", "FLOPs", "seconds", "tokens/s", "peak memory, GiB"]
+    header = [
+        *_names_header(study),
+        "learning rate",
+        "parameters",
+        "tokens",
+        "FLOPs",
+        "seconds",
+        "tokens/s",
+        "peak memory, GiB",
+    ]
     rows = []
     for one in results:
         peak = one.median("peak_memory_bytes")
         rows.append(
             [
-                label(study, one.arm),
+                *_names(study, one.arm),
                 show(one.arm.learning_rate or one.median("learning_rate"), ".3g"),
                 show(one.median("parameters"), ",.0f"),
                 show(one.median("tokens"), ",.0f"),
