@@ -6,6 +6,7 @@ import math
 import random
 from pathlib import Path
 
+from models.base import get_model, load_models, model_names
 from trainer.core.config import RunConfig
 from trainer.core.files import sealed
 from trainer.core.settings import build, merge
@@ -62,6 +63,15 @@ def nested(changes: dict) -> dict:
     return values
 
 
+def completed(model: dict) -> dict:
+    """The model section with all fields, as a run writes it; of a model that is not registered as it is."""
+    load_models()
+    if model["name"] not in model_names():
+        return model
+    config = get_model(model["name"]).Config(**{key: value for key, value in model.items() if key != "name"})
+    return {"name": model["name"], **dataclasses.asdict(config)}
+
+
 def rows(config: RunConfig, end: float, steps: int, **more) -> list[dict]:
     """Rows that fall from 6 towards `end`, reached exactly at the last step of the schedule. more: further keys of each row."""
     draw = random.Random(config.seed)
@@ -103,6 +113,7 @@ def write_run(
     folder.mkdir(parents=True)
     changed = nested({key.replace("__", "."): value for key, value in changes.items()})
     config = build(RunConfig, merge(merge(VALUES, {"seed": seed, "run_dir": str(folder)}), changed))
+    config.model = completed(config.model)
     write_config(folder, config)
     written = rows(config, end, config.max_steps if steps is None else steps, **(row or {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in written))

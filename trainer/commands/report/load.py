@@ -118,13 +118,14 @@ def _read_config(run: Run) -> RunConfig | None:
 def _build(run: Run, stored: StoredConfig) -> RunConfig:
     try:
         return stored.build()
-    except UserError as error:
+    except UserError:
         known, free = set(leaf_keys(RunConfig)), tuple(f"{section}." for section in free_sections(RunConfig))
         unknown = {key for key in flat(stored.values) if key not in known and not key.startswith(free)}
         if not unknown:
             raise
         values = build(RunConfig, _without(stored.values, unknown))
-        run.note(f"{error}; the report ignores {', '.join(sorted(unknown))}")
+        release = stored.release or "another release"
+        run.note(f"{run.name}: the report ignores keys of crescendo-lm {release}: {', '.join(sorted(unknown))}")
         return values
 
 
