@@ -8,8 +8,10 @@ from typing import Any
 
 from trainer.commands.report.load import Run
 from trainer.commands.report.study import Arm, Study
+from trainer.core.text import printable
 
 SHOWN = 6  # names in a sentence
+NAME_LENGTH = 120  # characters of each
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def metric_of(study: Study) -> str:
 
 def listed(names: Iterable[Any]) -> str:
     """Names in a sentence; of many only the first."""
-    names = list(dict.fromkeys(map(str, names)))
+    names = list(dict.fromkeys(printable(name, NAME_LENGTH) for name in names))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

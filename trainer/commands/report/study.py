@@ -23,6 +23,7 @@ FORMAT = 1
 BUDGETS = ("tokens", "parameters", "flops", "seconds")
 STATES = ("waiting", "running", "finished", "diverged", "failed", "refused")
 NAME_LENGTH = 60
+MESSAGE_LENGTH = 400
 MOST_RUNS = 2000
 # Keys that two runs of one arm may differ in, besides those that change nothing that is computed: the data is known by its
 # fingerprint, the learning rate makes a curve.
@@ -209,7 +210,7 @@ def read_comparison(folder: Path) -> Study:
         _value(content, "baseline", (str,), where),
         declared=True,
         budget=_choice(content, "budget", BUDGETS, where),
-        rule=_value(content, "rule", (str,), where),
+        rule=printable(_value(content, "rule", (str,), where), MESSAGE_LENGTH),
         seeds=[_value({"seeds": seed}, "seeds", (int,), where) for seed in _value(content, "seeds", (list,), where)],
         tuning_seed=_value(content, "tuning_seed", (int, NOTHING), where),
         command=[str(word) for word in _value(content, "command", (list,), where)],
@@ -224,13 +225,14 @@ def read_comparison(folder: Path) -> Study:
 
 
 def _read_arm(one: Any, where: str) -> Arm:
+    refused = _value(one, "refused", (str, NOTHING), where)
     return Arm(
         printable(_value(one, "name", (str,), where), NAME_LENGTH),
         float(_value(one, "scale", NUMBER, where)),
         changes=_value(one, "changes", (dict,), where),
         learning_rate=_value(one, "learning_rate", (*NUMBER, NOTHING), where),
         bracketed=_value(one, "bracketed", (bool, NOTHING), where),
-        refused=_value(one, "refused", (str, NOTHING), where),
+        refused=None if refused is None else printable(refused, MESSAGE_LENGTH),
     )
 
 
@@ -246,7 +248,7 @@ def _read_run(folder: Path, one: Any, where: str) -> tuple[Run, tuple[str, float
     run.seed, run.scale = _value(one, "seed", (int,), where), key[1]
     rate = _value(one, "learning_rate", (*NUMBER, NOTHING), where)
     run.learning_rate = run.learning_rate if rate is None else float(rate)
-    message = printable(_value(one, "message", (str,), where), 400)
+    message = printable(_value(one, "message", (str,), where), MESSAGE_LENGTH)
     if state in ("diverged", "failed", "refused"):
         run.state, run.message, run.loss, run.bits = state, message or run.message, None, None
     elif state == "finished" and not run.finished:
