@@ -96,16 +96,7 @@ def _protocol(run: Run) -> str | None:
 
 def compute_differs(study: Study) -> list[Caveat]:
     """At a budget, an arm that used more of it has an advantage. The reader is also told what else is equal, and what is not."""
-    found = []
-    for arm in study.arms if study.budget else ():
-        baseline = study.baseline_of(arm)
-        ours, theirs = _amount(arm, study.budget), None if baseline is None else _amount(baseline, study.budget)
-        if ours and theirs and abs(ours / theirs - 1) > TOLERANCE[study.budget]:
-            text = (
-                f"The budget is equal {WORDS[study.budget]}, but {label(study, arm)} used {ours / theirs:.3f} times those of "
-                f"{study.baseline} ({ours:.4g} and {theirs:.4g})."
-            )
-            found.append(Caveat("compute_differs", text, keys_of([arm])))
+    found = [] if study.budget is None else _beyond_budget(study, study.budget)
     equal, unequal = _amounts(study)
     if study.budget is None and (equal or unequal):
         parts = [f"{what}: {listed(names)}" for what, names in (("equal", equal), ("not equal", unequal)) if names]
@@ -113,6 +104,20 @@ def compute_differs(study: Study) -> list[Caveat]:
         found.append(Caveat("compute_differs", text))
     elif unequal:
         found.append(Caveat("compute_differs", f"Not equal between arms of a scale: {listed(unequal)}."))
+    return found
+
+
+def _beyond_budget(study: Study, budget: str) -> list[Caveat]:
+    found = []
+    for arm in study.arms:
+        baseline = study.baseline_of(arm)
+        ours, theirs = _amount(arm, budget), None if baseline is None else _amount(baseline, budget)
+        if ours and theirs and abs(ours / theirs - 1) > TOLERANCE[budget]:
+            text = (
+                f"The budget is equal {WORDS[budget]}, but {label(study, arm)} used {ours / theirs:.3f} times those of "
+                f"{study.baseline} ({ours:,.4g} and {theirs:,.4g})."
+            )
+            found.append(Caveat("compute_differs", text, keys_of([arm])))
     return found
 
 

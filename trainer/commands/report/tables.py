@@ -62,8 +62,7 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
     rows = []
     for one in results:
         losses = [run.loss for run in one.arm.by_seed.values() if run.loss is not None]
-        test = one.test
-        difference = "baseline" if one.is_baseline else show(test and test.mean, "+.4f")
+        mean, interval, p = (None,) * 3 if one.test is None else (one.test.mean, one.test.interval, one.test.p)
         rows.append(
             [
                 *_names(study, one.arm),
@@ -71,11 +70,11 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
                 show(sum(losses) / len(losses) if losses else None, ".4f"),
                 show(one.sd, ".4f"),
                 show(_mean([run.bits for run in one.arm.by_seed.values()]), ".4f"),
-                difference,
+                "baseline" if one.is_baseline else show(mean, "+.4f"),
                 "" if one.is_baseline else "no claim" if one.claim == "none" else one.claim,
-                span(test and test.interval),
+                span(interval),
                 span(one.bootstrap),
-                p_cell(test and test.p),
+                p_cell(p),
                 p_cell(one.adjusted),
                 MISSING if one.needed is None else f"{one.needed:,}",
                 *([] if target is None else [p_cell(one.below_target)]),
