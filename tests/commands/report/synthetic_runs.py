@@ -145,7 +145,7 @@ class Experiment:
             **{
                 "budget": "tokens",
                 "baseline": "gpt2",
-                "rule": "the best of five on one seed",
+                "rule": "the best of three on one seed",
                 "seeds": [1, 2, 3],
                 "tuning_seed": 0,
             },
@@ -196,8 +196,8 @@ class Experiment:
 
 
 def sweep(experiment: Experiment, arm: str, end: float, scale: float = 0.05, **more) -> None:
-    """Tuning runs at five learning rates, best at 0.002."""
-    for rate in (0.0005, 0.001, 0.002, 0.004, 0.008):
+    """Tuning runs at three learning rates, best at 0.002."""
+    for rate in (0.001, 0.002, 0.004):
         loss = end + 0.1 * math.log2(rate / 0.002) ** 2
         experiment.run(arm, loss, seed=0, rate=rate, scale=scale, purpose="tuning", **more)
 

@@ -234,7 +234,7 @@ def test_a_comparison_is_read(tmp_path):
     study = loose(simple_comparison(tmp_path / "demo").write())
     assert (study.name, study.baseline, study.budget, study.tuning_seed) == ("demo", "gpt2", "tokens", 0)
     assert [sorted(arm.by_seed) for arm in study.arms] == [[1, 2, 3]] * 2
-    assert [len(arm.curve()) for arm in study.arms] == [5, 5] and study.notes == []
+    assert [len(arm.curve()) for arm in study.arms] == [3, 3] and study.notes == []
     rules = {caveat.rule for caveat in find_caveats(study)}
     assert rules == {"one_scale", "compute_differs"} and metric_of(study) == "loss"
     assert results(study, "loss", find_caveats(study), None)[1].claim == "better"
