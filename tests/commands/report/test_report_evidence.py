@@ -108,6 +108,7 @@ def start(**changes) -> list[dict]:
 BREAKS = {
     "not_swept": (lambda s: setattr(llama(s), "bracketed", None), "No learning rates were tried for llama at scale 1"),
     "not_bracketed": (lambda s: setattr(llama(s), "bracketed", False), "0.002 is at the edge of those tried (0.001, 0.002, 0.004)"),
+    "tuning_differs": (lambda s: llama(s).runs.pop(), "each arm: gpt2 at scale 1 3, llama at scale 1 2"),
     "tuned_on_test_runs": (lambda s: setattr(s, "tuning_seed", 2), "seed 2, which is also a test seed"),
     "few_seeds": (lambda s: llama(s).runs.pop(2), "Fewer than 3 finished seeds: llama at scale 1 (2)"),
     "equal_seeds": (lambda s: change(llama(s), loss=2.9), "All seeds of llama at scale 1 end with the same loss"),

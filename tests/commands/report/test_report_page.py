@@ -1,6 +1,7 @@
 """The page of `report`: the same facts in HTML, Markdown and JSON, all text escaped, figures that a browser draws."""
 
 import contextlib
+import html
 import html.parser
 import io
 import json
@@ -193,6 +194,21 @@ def test_every_arm_has_a_curve_in_every_figure(folder, page):
     for file in files:
         root = ElementTree.fromstring(file.read_text())
         assert root.tag.endswith("svg") and f"({file.name})" in (folder / "report.md").read_text()
+
+
+def test_the_name_of_an_arm_is_shown_as_it_is(tmp_path, capsys):
+    """Also if it looks like a colour or an id of a figure, or if the font of the measurements lacks its letters."""
+    names = ["fill: #0072b2", 'id="a"', "\u4e2d\u6587", "_hidden", "$x$"]
+    experiment = Experiment(tmp_path / "demo")
+    experiment.content["baseline"] = names[0]
+    for i, name in enumerate(names):
+        experiment.arm(name)
+        experiment.run(name, 3.0 - 0.01 * i)
+    dispatch(["report", str(experiment.write())])
+    page = (experiment.folder / "report" / "report.html").read_text()
+    shown = {text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", page)}
+    assert {html.unescape(name) for name in names} <= {html.unescape(text) for text in shown}
+    assert "Warning" not in capsys.readouterr().err
 
 
 def test_the_band_is_from_the_lowest_to_the_highest_seed(tmp_path):

@@ -50,11 +50,21 @@ def not_bracketed(study: Study) -> list[Caveat]:
     return found
 
 
+def tuning_differs(study: Study) -> list[Caveat]:
+    """An arm that tried more learning rates had more chances (arXiv 2509.02046)."""
+    tried = {label(study, arm): len(arm.curve()) for arm in study.arms if arm.curve()}
+    if len(set(tried.values())) < 2:
+        return []
+    shown = listed(f"{name} {count}" for name, count in tried.items())
+    return [Caveat("tuning_differs", f"Not as many learning rates were tried for each arm: {shown}.")]
+
+
 def tuned_on_test_runs(study: Study) -> list[Caveat]:
     """The best of several runs looks better than it is, if its own loss chose it."""
     tested = {run.seed for arm in study.arms for run in arm.test_runs}
-    if study.tuning_seed is not None and study.tuning_seed in tested:
-        text = f"Learning rates were chosen with seed {study.tuning_seed}, which is also a test seed: the chosen arm looks better than it is."
+    tuning = {run.seed for run in study.runs if run.purpose == "tuning"} | {study.tuning_seed}
+    if study.declared and tuning & tested:
+        text = f"Learning rates were chosen with seed {listed(tuning & tested)}, which is also a test seed: arms look better than they are."
         return [Caveat("tuned_on_test_runs", text)]
     arms = [arm for arm in study.arms if any(run.purpose == "both" for run in arm.runs)]
     if not arms:
@@ -171,6 +181,7 @@ def pairs_missing(study: Study) -> list[Caveat]:
 RULES = (
     not_swept,
     not_bracketed,
+    tuning_differs,
     tuned_on_test_runs,
     few_seeds,
     equal_seeds,

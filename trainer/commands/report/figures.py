@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def curve_figures(study: Study, stem: str, scale: float, kind: str) -> list[Figu
             name = f"{stem}-{kind}-{axis}{'-log' if log else ''}"
             caption = (
                 f"{kind.capitalize()} loss{', smoothed,' if kind == 'training' else ''} against {LABELS[axis]}: median of the finished "
-                "seeds, and the band from the lowest to the highest"
+                "seeds, and the band from the lowest to the highest, as far as all of them go"
             )
             svg = _draw_curves(study, bands, kind, axis, name, log)
             found.append(Figure(name, TABS[axis] + (", log" if log else ""), caption, svg))
@@ -207,10 +208,16 @@ def _svg(figure: Any, name: str) -> str:
     import matplotlib
 
     written = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        warnings.simplefilter("ignore")  # about characters that the font lacks: the reader's has them
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", written.getvalue())
-    return re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", written.getvalue(), flags=re.DOTALL)
+    return in_tags(text, lambda tag: re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", tag))
+
+
+def in_tags(svg: str, change: Callable[[str], str]) -> str:
+    """`svg` with its tags changed and its text, such as the name of an arm, as it was."""
+    return re.sub(r"<[^>]*>", lambda found: change(found[0]), svg)
 
 
 def all_figures(groups: dict[str, list[Figure]]) -> Iterator[Figure]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from trainer.commands.report.figures import COLOURS, FOREGROUND
+from trainer.commands.report.figures import COLOURS, FOREGROUND, in_tags
 from trainer.commands.report.page import Figure, Page, Section, Table
 from trainer.commands.report.style import MOST_TABS, style
 from trainer.core.text import printable, printable_lines
@@ -124,9 +124,13 @@ def _inline(figure: Figure) -> str:
         re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
     )
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{_text(figure.caption)}"', 1)
+    return in_tags(svg, _with_the_pages_colours)
+
+
+def _with_the_pages_colours(tag: str) -> str:
     for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--arm-{i})")
-    return svg.replace(FOREGROUND, "currentColor")
+        tag = tag.replace(colour, f"var(--arm-{i})")
+    return tag.replace(FOREGROUND, "currentColor")
 
 
 def _samples(samples: dict[str, str]) -> str:

@@ -266,7 +266,7 @@ def _decide(run: Run, max_steps: int, columns: dict[str, np.ndarray]) -> None:
     last = {key: _finite(column[-1]) for key, column in columns.items()}
     if last["loss"] is None:
         run.state, run.message = "diverged", f"the loss of step {run.step:,} is not finite"
-    elif run.step < max_steps:
+    elif run.step != max_steps:
         run.state, run.message = "unfinished", f"{run.step:,} of {max_steps:,} steps"
     elif last["val_loss"] is None:
         run.state, run.message = "unfinished", "no validation loss at the last step"

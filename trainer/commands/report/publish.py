@@ -21,6 +21,7 @@ from trainer.core.files import user_path, write_file
 from trainer.core.text import for_stream, printable
 
 FORMAT = 1
+MOST_NOTES = 30  # shown; report.json has all
 
 
 def run(config: ReportConfig, as_json: bool) -> None:
@@ -81,7 +82,7 @@ def section(study: Study, stem: str, found: list[Result], caveats: list[Caveat],
         _lead(study),
         [(one.claim, f"{one.verdict}{_where(study, one)}.") for one in found if one.verdict]
         + _targets(study, found, target),
-        [caveat.text for caveat in caveats] + study.notes,
+        [caveat.text for caveat in caveats] + _first(study.notes),
         tables.final_table(study, found, target),
         tables.cost_table(study, found),
         figures,
@@ -91,6 +92,15 @@ def section(study: Study, stem: str, found: list[Result], caveats: list[Caveat],
         tables.environment_table(study),
         tables.data_table(study),
         tables.commands(study),
+    )
+
+
+def _first(notes: list[str]) -> list[str]:
+    more = len(notes) - MOST_NOTES
+    return (
+        notes
+        if more <= 0
+        else [*notes[:MOST_NOTES], f"{more:,} more files could not be read as they should; report.json names them."]
     )
 
 
