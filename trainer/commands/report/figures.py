@@ -7,6 +7,7 @@ which html.py replaces by the reader's; the arms have COLOURS, replaced likewise
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ LABELS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "se
 TABS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 GRID = 300  # most points of a curve
 FEW = 40  # evaluations that are drawn as dots
-SIZE = (6.6, 4.0)
+SIZE = (6.6, 3.8)  # inches, without the legend
+LEGEND_ROW, LEGEND_CHARACTERS = 0.21, 96  # inches of a row, characters that fit into it
 
 
 def curve_figures(study: Study, stem: str, scale: float, kind: str) -> list[Figure]:
@@ -85,7 +87,9 @@ def look(study: Study, arm: Arm) -> dict[str, Any]:
 
 
 def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, axis: str, name: str, log: bool) -> str:
-    figure, axes = _figure()
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes, columns = _figure([arm.name for arm, _ in bands])
     for i, (arm, (x, middle, low, high)) in enumerate(bands):
         style = look(study, arm)
         partial = "" if arm.by_seed else " (not finished)"
@@ -95,9 +99,11 @@ def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, a
     axes.set(xlabel=LABELS[axis], ylabel="loss, nats per token")
     if log:
         axes.set_xscale("log")
+    elif axis != "seconds":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5G
     low, high = _loss_range([band for _, band in bands])
     axes.set_ylim(low, high)
-    _legend(axes, len(bands))
+    _legend(axes, columns)
     return _svg(figure, name)
 
 
@@ -125,7 +131,7 @@ def rate_figures(study: Study, stem: str) -> list[Figure]:
 
 
 def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
-    figure, axes = _figure()
+    figure, axes, columns = _figure([arm.name for arm in arms])
     for i, arm in enumerate(arms):
         style, curve = look(study, arm), arm.curve()
         ends = {rate: [run.loss for run in runs if run.loss is not None] for rate, runs in curve.items()}
@@ -167,7 +173,7 @@ def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
     axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown])
     axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
-    _legend(axes, len(arms))
+    _legend(axes, columns)
     return _svg(figure, name)
 
 
@@ -180,12 +186,17 @@ def _text(name: str) -> str:
     return f" {words}" if words.startswith("_") else words
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(names: list[str]) -> tuple[Any, Any, int]:
+    """An empty figure with room above its axes for a legend of `names`: figure, axes, columns of the legend."""
     from matplotlib.figure import Figure as Canvas
 
+    columns = max(1, min(4, LEGEND_CHARACTERS // (max(map(len, names)) + 8)))
+    width, height = SIZE
+    height += LEGEND_ROW * math.ceil(len(names) / columns)
     # Margins are set by hand: an automatic layout draws everything twice.
-    figure = Canvas(figsize=SIZE)
-    axes = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.985, "bottom": 0.125, "top": 0.975})
+    figure = Canvas(figsize=(width, height))
+    margins = {"left": 0.66 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": (SIZE[1] - 0.05) / height}
+    axes = figure.subplots(gridspec_kw=margins)
     axes.grid(color=FOREGROUND, alpha=0.15, linewidth=0.6)
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=FOREGROUND, alpha=0.5)
@@ -194,12 +205,14 @@ def _figure() -> tuple[Any, Any]:
     axes.yaxis.label.set_color(FOREGROUND)
     axes.patch.set_alpha(0)
     figure.patch.set_alpha(0)
-    return figure, axes
+    return figure, axes, columns
 
 
-def _legend(axes: Any, count: int) -> None:
+def _legend(axes: Any, columns: int) -> None:
+    """Above the axes, where it hides no curve."""
+    where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": columns}
     axes.legend(
-        labelcolor=FOREGROUND, framealpha=0, fontsize=9 if count <= 8 else 7, ncols=1 + count // 9, handlelength=3.2
+        **where, labelcolor=FOREGROUND, framealpha=0, fontsize=9, handlelength=3.2, borderpad=0, columnspacing=1.5
     )
 
 
