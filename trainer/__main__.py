@@ -162,11 +162,7 @@ def dispatch(words: list[str]) -> None:
     plugins = flags.pop("plugin", [])
     if as_json and not verb.json:
         raise UserError(f"--json: {verb.name} has no JSON output; these verbs have it: {with_json(verbs)}")
-    if len(positional) > 1:
-        raise UserError(
-            f"{positional[1]!r}: {verb.name} takes one file or folder before its flags; flags begin with --"
-        )
-    values = verb.positional(positional[0], flags) if positional else {}
+    values = verb.given(positional, flags)
     if find_rank_info(os.environ).rank != 0 and (verb.alone or print_config):
         return
     values = merge(values, flags)

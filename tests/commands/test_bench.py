@@ -23,11 +23,12 @@ from trainer.commands.bench.baselines import (
 )
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
 from trainer.commands.bench.data import rate_of
-from trainer.commands.bench.report import MISSING, distribution, markdown_table, ratio, train_report
+from trainer.commands.bench.report import MISSING, distribution, ratio, train_report
 from trainer.commands.bench.variants import Candidate, Record, comparable, label, leaving_out, run_config, variants
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
+from trainer.core.text import markdown_table
 from trainer.data.stream import find_dataset
 from trainer.planning.plan import resolve
 from trainer.runtime.device import PEAK, peak_flops

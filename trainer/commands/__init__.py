@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.core.errors import UserError
 from trainer.core.settings import build, load_yaml
 
 Values = dict[str, Any]
@@ -37,6 +38,7 @@ class Verb:
     alone: if a launcher starts several processes, rank 0 runs the verb and the others exit at once
     json: whether the verb has the flag --json
     positional: (word, flags) -> the values that the word before the flags stands for
+    words: the key of a list that takes all words before the flags, of a verb that takes several; `positional` is not used then
     read: values -> the first argument of `run`; by default an instance of `config`
     resolved: that argument -> what --print_config shows
     interrupted: the message of an interrupt that comes before the verb handles signals itself
@@ -49,9 +51,18 @@ class Verb:
     alone: bool = False
     json: bool = False
     positional: Callable[[str, Values], Values] = config_file
+    words: str = ""
     read: Callable[[Values], Any] | None = None
     resolved: Callable[[Any], Any] = lambda config: config
     interrupted: str = "interrupted"
+
+    def given(self, words: list[str], flags: Values) -> Values:
+        """The values that the words before the flags stand for. UserError if the verb does not take that many."""
+        if self.words:
+            return {self.words: words} if words else {}
+        if len(words) > 1:
+            raise UserError(f"{words[1]!r}: {self.name} takes one file or folder before its flags; flags begin with --")
+        return self.positional(words[0], flags) if words else {}
 
     def argument(self, values: Values) -> Any:
         """The first argument of `run`. Raises UserError for a wrong key or value."""

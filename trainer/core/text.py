@@ -1,4 +1,4 @@
-"""Makes text from outside (files, names, messages of libraries) safe to print."""
+"""Makes text from outside (files, names, messages of libraries) safe to print. Also lays out tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def printable_lines(text: str) -> str:
 def for_stream(text: str, stream: TextIO) -> str:
     """`text` unchanged for a file or a pipe, and `printable_lines(text)` for a terminal, which would obey control characters."""
     return printable_lines(text) if stream.isatty() else text
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table that also reads well unrendered: the first column to the left, the others to the right."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
+    return [line(rows[0]), line(rule), *map(line, rows[1:])]
 
 
 def _escaped(text: str, kept: str) -> str:

@@ -243,24 +243,26 @@ def merged_config(given: dict[str, Any], stored: StoredConfig | None, processes:
     return build(RunConfig, values) if stored is None else stored.build(values)
 
 
-def _starts(folder: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """The lines that `environment` wrote, one for each start. A damaged line is reported and left out."""
+def starts_of(folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The lines that `environment` wrote, one for each start in this folder. A damaged line is reported and left out."""
     try:
         lines = read_small(folder / ENVIRONMENT).splitlines()
     except UserError:
-        return
+        return []
+    kinds, starts = {"command": list, "versions": dict, "processes": int}, []
     for number, line in enumerate(lines, 1):
         try:
-            yield parse_json(line, f"{folder / ENVIRONMENT}, line {number}")
+            start = parse_json(line, f"{folder / ENVIRONMENT}, line {number}")
         except Damaged as error:
             say(f"{error}; that start is left out")
+        else:
+            starts.append({key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))})
+    return starts
 
 
 def _last_start(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """What `environment` wrote of the last start in this folder; empty if not known."""
-    start = next(reversed([{}, *_starts(folder, say)]))
-    kinds = {"command": list, "versions": dict, "processes": int}
-    return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
+    return next(reversed([{}, *starts_of(folder, say)]))
 
 
 def plugins_of(folder: Path) -> list[str]:

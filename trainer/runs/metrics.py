@@ -52,7 +52,7 @@ class MetricsFile:
         odd: list[tuple[int, bytes]] = []
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            for number, line, row in _lines(self.path):
+            for number, line, row in numbered_lines(self.path):
                 if row is None:
                     odd.append((number, line))
                 elif row["step"] <= resume_step:
@@ -125,7 +125,7 @@ class MetricsFile:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All complete rows. Other lines are skipped."""
-    return [row for _, _, row in _lines(path) if row is not None]
+    return [row for _, _, row in numbered_lines(path) if row is not None]
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
@@ -134,15 +134,14 @@ def last_row(path: Path) -> dict[str, Any] | None:
         with path.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - 2 * LINE_BYTES)
             file.seek(start)
-            lines = file.read().split(b"\n")[
-                1 if start else 0 : -1
-            ]  # the first may lack its beginning, the last its end
+            # The first line may lack its beginning, the last one its end.
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]
     except FileNotFoundError:
         return None
     return next(filter(None, map(parse_row, reversed(lines))), None)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """(number from 1, line with its newline, its row or None). A last line that a kill cut off is skipped."""
     with path.open("rb") as file:
         number = 0

@@ -17,7 +17,7 @@ from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PHASES
 from trainer.commands.bench.variants import Candidate
 from trainer.core.files import user_path, write_file
-from trainer.core.text import printable, printable_lines
+from trainer.core.text import markdown_table, printable, printable_lines
 from trainer.engine.meta import flops_per_token
 from trainer.planning.memory import GIB
 from trainer.runtime.device import device_name, memory_bytes, peak_flops
@@ -213,21 +213,6 @@ def flops_line(rows: list[dict[str, Any]]) -> str:
     """How FLOPs are counted, and how many there are."""
     counts = ", ".join(f"{count:,}" for count in sorted({entry["flops_per_token"] for entry in rows}))
     return f"{counts} per token, 6 for each weight of a matrix product, and attention over the whole [T, T] square, masked or not"
-
-
-def markdown_table(rows: list[list[str]]) -> list[str]:
-    """Lines of a table that also reads well unrendered: the first column to the left, the others to the right."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-
-    def line(row: list[str]) -> str:
-        padded = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
-    return [line(rows[0]), line(rule), *map(line, rows[1:])]
 
 
 def draw(bars: dict[str, list[float]], out: Path, title: str) -> None:

@@ -110,4 +110,4 @@ def publish(experiment: Experiment) -> None:
     """Write the report."""
     from trainer.commands.report import ReportConfig, run
 
-    run(ReportConfig(dirs=[str(experiment.folder)]))
+    run(ReportConfig(folders=[str(experiment.folder)]), as_json=False)

@@ -1,0 +1,47 @@
+"""`report`: one page, as HTML and Markdown, of any run folders and comparisons. README.md explains how to read it.
+
+load.py: a run's folder; study.py: experiment.json, and the arms of a comparison or of loose runs; statistics.py: tests and
+intervals; results.py: what each arm reached; evidence.py: the caveats; figures.py, tables.py: what the page shows; page.py: the
+page's parts; html.py, markdown.py: how they are written; publish.py: the verb's work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.commands import Verb
+from trainer.core.settings import setting
+
+
+@dataclass
+class ReportConfig:
+    """`report`: which folders, and what is compared with what."""
+
+    folders: list[str] = setting(
+        (), "run folders, comparison folders, or folders that hold such folders (the flag is optional)"
+    )
+    out: str | None = setting(
+        None, "folder for report.html, .md, .json and figures; auto: COMPARISON/report, else runs/report-TIME"
+    )
+    baseline: str | None = setting(
+        None, "arm that the others are compared with; auto: the comparison's, else the first"
+    )
+    target: float | None = setting(None, "also test whether the mean loss of an arm is below this", above=0)
+
+
+def run(config: ReportConfig, as_json: bool) -> None:
+    """The verb `report`."""
+    from trainer.commands.report import publish
+
+    publish.run(config, as_json)
+
+
+VERB = Verb(
+    name="report",
+    help="one page of several runs or a comparison: curves, final table, intervals, caveats",
+    config=ReportConfig,
+    run=run,
+    alone=True,
+    json=True,
+    words="folders",
+)
