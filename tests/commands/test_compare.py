@@ -393,9 +393,9 @@ def test_a_queue_that_is_killed_ten_times_ends_with_the_same_experiment(tmp_path
     calm, killed = tmp_path / "calm" / "compare", tmp_path / "killed" / "compare"
     run_queue(experiment(calm))
     for attempt in range(10):
-        started = start_queue(killed, stub, 0.1)
+        started = start_queue(killed, stub, 0.6)
         processes.until(lambda started=started: said(started).count("\n") > 1)
-        time.sleep(0.02 * attempt)
+        time.sleep(0.07 * attempt)  # before and after the runs end
         processes.send(started, signal.SIGKILL)
         assert processes.wait(started).codes == [-signal.SIGKILL]
     assert processes.wait(start_queue(killed, stub, 0)).codes == [0]

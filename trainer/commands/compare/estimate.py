@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.bench.report import markdown_table
 from trainer.commands.compare import CompareConfig
 from trainer.commands.compare.experiment import Experiment
 from trainer.commands.compare.spec import Arm, folder_name
@@ -18,7 +17,7 @@ from trainer.core import yaml_text
 from trainer.core.errors import UserError
 from trainer.core.files import write_file
 from trainer.core.settings import merge
-from trainer.core.text import printable
+from trainer.core.text import markdown_table, printable
 from trainer.data.stream import find_dataset
 
 BENCH = {"baselines": [], "rounds": 3, "steps_per_round": 3}
