@@ -16,7 +16,7 @@ from torch.nn.attention import (
     restore_flash_attention_impl,
     sdpa_kernel,
 )
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask
 from torch.profiler import profile
 
 from models.layers import attend, flex
@@ -582,6 +582,40 @@ def check_on_a_gpu(kernel, length, documents=False, attention_bias=False, window
 
 
 test_fused_kernel_on_a_gpu.pytestmark += needs_gpu
+
+
+# -- options of FlexAttention's kernels ------------------------------------------------------------------------------------------
+
+
+def test_torch_knows_every_kernel_option():
+    """One that it does not know would be ignored in silence."""
+    named = {name.removeprefix("fwd_").removeprefix("bwd_") for entry in flex.KERNEL_OPTIONS.values() for name in entry}
+    assert named <= set(FlexKernelOptions.__annotations__)
+
+
+@pytest.mark.parametrize(("dtype", "warps"), [(torch.bfloat16, 8), (torch.float32, 0)])
+def test_kernel_options_are_known_when_a_block_is_compiled(monkeypatch, dtype, warps):
+    """In one graph, for lengths and heads that the compiler does not know. The GPU's answer is a stand-in that, like the answer
+    itself, the compiler cannot trace."""
+
+    def capability(device):
+        torch._dynamo.graph_break()
+        return 9, 0
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def warps_of(q):
+        return q.new_full((), (flex.kernel_options(q, q) or {}).get("fwd_num_warps", 0))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    for heads, length in ((4, 256), (6, 777)):
+        assert warps_of(torch.ones(2, heads, length, 64, dtype=dtype)) == warps
+
+
+def test_only_a_gpu_gets_kernel_options(monkeypatch):
+    given = []
+    monkeypatch.setattr(flex, "flex_attention", lambda *tensors, **options: given.append(options))
+    flex.attention(*draw(), scale=1.0)
+    assert given == [{"scale": 1.0}]
 
 
 # -- block masks -----------------------------------------------------------------------------------------------------------------
