@@ -57,7 +57,7 @@ class Transformer(LanguageModel):
     """Embedding, blocks, norm, output projection; the switches are fields of `Config`."""
 
     Config = TransformerConfig
-    kernel_fields, device_kernels = ("attention_kernel", "kernels"), ("cudnn", "flex", "flash", "liger")
+    kernel_fields, device_kernels = ("attention_kernel", "kernels"), ("cudnn", "flex", "flash", "flash3", "liger")
     masks_documents = True
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -24,7 +24,7 @@ CHOICES: dict[str, Collection[str]] = {
     "attention": ChainMap[str, Any]({"latent": LatentAttention}, HEADS),  # includes what a plug-in adds to HEADS later
     "attention_bias": ("none", "qkv", "all"),
     "attention_gate": ("none", "head", "channel"),
-    "attention_kernel": ("auto", "torch", "sdpa", "cudnn", "flex", "flash"),
+    "attention_kernel": ("auto", "torch", "sdpa", "cudnn", "flex", "flash", "flash3"),
     "mlp": ACTIVATIONS,
     "pattention_mode": ("l2_norm_gelu", "gelu_l2_norm", "softmax"),
     "kernels": ("auto", "torch", "liger"),

@@ -86,6 +86,8 @@ quiet=(--evaluation.every 0 --evaluation.max_tokens 65536 --checkpoint.every 0 -
 long=(--batch.sequence_start 1024 --batch.sequence_double_every 0)
 gpt2=(--batch.sequence_length 1024 --batch.tokens_per_step 65536 --batch.tokens_per_microbatch 32768)
 kernels=(--sweep model.attention_kernel=auto,cudnn)
+flash3='import importlib.util, sys; sys.exit(importlib.util.find_spec("flash_attn_interface") is None)'
+if python -c "$flash3"; then kernels[1]+=,flash3; fi
 profiled=(--profile --max_steps 12) headline=(--max_steps 500 --engine.compile true)
 if [ -n "$tiny" ]; then
     model+=(--device cpu --precision fp32 --model.d_model 32 --model.n_layers 1)

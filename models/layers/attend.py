@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.nn.attention.flex_attention import BlockMask
 
 from models.layers import flex
@@ -308,12 +314,31 @@ def attend_cudnn(
         return attend_sdpa(q, k, v, attention_mask, scale=scale)
 
 
+def attend_flash3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    attention_bias: Tensor | None = None,
+) -> Tensor:
+    """FlashAttention-3 (arXiv 2407.08608) inside scaled_dot_product_attention, plain causal attention only. `choose_kernel` has put
+    it in the place of torch's own flash kernel."""
+    if attention_mask != AttentionMask() or softcap or attention_bias is not None:
+        raise ValueError("attention_kernel flash3 computes plain causal attention only; use flash, flex or torch")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attend_sdpa(q, k, v, attention_mask, scale=scale)
+
+
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "torch": attend_torch,
     "sdpa": attend_sdpa,
     "cudnn": attend_cudnn,
     "flex": attend_flex,
     "flash": attend_flash,
+    "flash3": attend_flash3,
 }
 
 
@@ -350,8 +375,9 @@ def choose_kernel(
     """(name of the kernel, why): `wanted` if it is possible; for "auto" the fastest possible kernel.
 
     window: some query has more tokens before it than the window holds. cached: there are keys of earlier tokens.
-    length: number of queries. dtype: of q, k and v. When decoding, sdpa or torch replaces cudnn, flex and flash even if they
-    are named; the same holds for flex on short sequences. ValueError for an unknown name, and for a kernel that can never do this.
+    length: number of queries. dtype: of q, k and v. When decoding, sdpa or torch replaces cudnn, flex, flash and flash3 even if
+    they are named; the same holds for flex on short sequences. ValueError for an unknown name, and for a kernel that can never do
+    this. Once flash3 was chosen, the whole process uses it wherever sdpa would use torch's own flash kernel.
     """
     case = _Case(head_dim, value_dim, softcap, attention_bias, window, documents, cached, length, dtype, device)
     if wanted == "auto":
@@ -430,18 +456,47 @@ def _flash_refusal(case: _Case) -> str | None:
     return None
 
 
+def _flash3_refusal(case: _Case) -> str | None:
+    if case.device.type != "cuda":
+        return "it needs CUDA"
+    if torch.cuda.get_device_capability(case.device) != (9, 0):
+        return "it needs compute capability 9.0 (H100, H200)"
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in fp16 and bf16, not {str(case.dtype).removeprefix('torch.')}"
+    if case.softcap or case.attention_bias or case.window or case.documents:
+        return "inside torch it computes plain causal attention only"
+    if case.head_dim != case.value_dim or case.head_dim > FLASH_MAX_WIDTH:
+        return f"keys and values must have the same width, at most {FLASH_MAX_WIDTH}"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "it needs the package flash-attn-3 (the module flash_attn_interface)"
+    return _flash3_failure()
+
+
+def _flash3_failure() -> str | None:
+    """Makes FlashAttention-3 the flash kernel of scaled_dot_product_attention in this process; what prevents this, or None."""
+    if current_flash_attention_impl() == "FA3":
+        return None
+    try:
+        activate_flash_attention_impl("FA3")
+    # The package is for another torch or CUDA, has no backward pass, or torch no longer knows this name.
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return f"torch cannot load it ({str(error).splitlines()[0]})"
+    return None
+
+
 _REFUSALS: dict[str, Callable[[_Case], str | None]] = {
     "torch": lambda case: None,
     "sdpa": _sdpa_refusal,
     "cudnn": _cudnn_refusal,
     "flex": _flex_refusal,
     "flash": _flash_refusal,
+    "flash3": _flash3_refusal,
 }
 
 
 def _passing_refusal(name: str, case: _Case) -> str | None:
     """Why an otherwise possible kernel does not suit these lengths."""
-    if name in ("cudnn", "flex", "flash") and case.cached:
+    if name in ("cudnn", "flex", "flash", "flash3") and case.cached:
         return "decoding"
     return f"fewer than {flex.MIN_LENGTH} tokens" if name == "flex" and case.length < flex.MIN_LENGTH else None
 

@@ -24,6 +24,26 @@ MAX_VALUE_WIDTH = (
     128  # for values wider than queries, because only the width of queries decides the tiles of the backward pass
 )
 
+# Options for FlexAttention's kernels: (compute capability, channels of queries and keys, of values) -> what differs from
+# Inductor's choice, in half precision. With Inductor's choice a thread has too few registers for its numbers, and the rest spills
+# to local memory: up to 592 bytes in the forward pass, up to 1,056 in the backward pass. With these options 8 warps share a tile, or
+# the tiles of the backward pass are narrower, and at most 40 bytes are left: tests/rehearsal/test_ahead_of_time.py compiles each
+# entry and holds the figures. That fewer spills are faster is calculated, not measured. For heads of 128 channels on an H100
+# Inductor's choice stays: it spills 168 bytes at most, and every tile without spills is half as wide for the tensor cores.
+#
+# Two options of torch are not here, because they do not hold for all masks. ROWS_GUARANTEED_SAFE needs, in every row, a visible key
+# among the first BLOCK_N of the first partial block. At the far end of a window, or where a block begins with another document,
+# some rows see none of these, and their output would be NaN. BLOCKS_ARE_CONTIGUOUS needs partial blocks side by side; a window has
+# one at each of its ends.
+_TALL = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32, "bwd_num_warps": 8}
+KERNEL_OPTIONS: dict[tuple[tuple[int, int], int, int], dict[str, int]] = {
+    ((8, 0), 64, 64): {"fwd_num_warps": 8, **_TALL},
+    ((8, 0), 128, 128): {"bwd_num_warps": 8},
+    ((8, 0), 48, 128): {"fwd_num_warps": 8, **_TALL, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64},  # hlb at scale 1
+    ((9, 0), 64, 64): {"fwd_num_warps": 8},
+    ((9, 0), 48, 128): _TALL,  # hlb at scale 1
+}
+
 _planning = False
 
 
@@ -56,11 +76,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`flex_attention` of [B, H, T, D], [B, G, T, D] and [B, G, T, Dv]: one compiled kernel on CUDA; elsewhere eager, for tests."""
     if _planning:
         return held_by_flex(q, k, v)[0]
+    if q.device.type == "cuda":
+        options["kernel_options"] = kernel_options(q, v)
     if torch.compiler.is_compiling():  # compiled with its block
         # Evaluated, so that the compiler knows the result and can omit bounds checks.
         bool(q.shape[2] % BLOCK == 0)
         return flex_attention(q, k, v, **options)
     return (compiled(flex_attention) if q.device.type == "cuda" else flex_attention)(q, k, v, **options)
+
+
+def kernel_options(q: Tensor, v: Tensor) -> dict[str, int] | None:
+    """The entry of KERNEL_OPTIONS for queries and values on a GPU; None where Inductor chooses alone."""
+    if q.dtype.itemsize != 2:
+        return None
+    return KERNEL_OPTIONS.get((_capability(q.device), q.shape[-1], v.shape[-1]))
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the question
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def width_refusal(query_width: int, value_width: int, dtype: torch.dtype) -> str | None:

@@ -9,8 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention import (
+    SDPBackend,
+    _registry,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask
 from torch.profiler import profile
 
 from models.layers import attend, flex
@@ -23,6 +29,14 @@ needs_gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_flash_kernel():
+    """flash3 replaces it for the whole process."""
+    yield
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
 
 
 def reference(q, k, v, *, scale, window=0, softcap=0.0, attention_bias=None, documents=None):
@@ -316,23 +330,24 @@ def test_flash_is_called_as_it_wants(monkeypatch, n_queries, window):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_cudnn_is_the_only_kernel_that_torch_may_use(monkeypatch, kv_heads):
-    """Keys and values come with as many heads as the queries."""
+@pytest.mark.parametrize(("kernel", "flags"), [("cudnn", (True, False, False)), ("flash3", (False, True, False))])
+def test_the_named_kernel_is_the_only_one_that_torch_may_use(monkeypatch, kernel, flags, kv_heads):
+    """For cudnn, keys and values come with as many heads as the queries; flash3 shares them."""
     allowed, plain = [], F.scaled_dot_product_attention
 
     def watched(q, k, v, *rest, **options):
-        flags = torch.backends.cuda
-        allowed.append((flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.math_sdp_enabled()))
-        assert q.shape == k.shape == v.shape
+        cuda = torch.backends.cuda
+        allowed.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()))
+        assert k.shape[1] == v.shape[1] == (q.shape[1] if kernel == "cudnn" else kv_heads)
         with sdpa_kernel(SDPBackend.MATH):
             return plain(q, k, v, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    assert_equal("cudnn", draw(23, kv_heads=kv_heads), scale=0.25)
-    assert allowed and set(allowed) == {(True, False, False)}
+    assert_equal(kernel, draw(23, kv_heads=kv_heads), scale=0.25)
+    assert allowed and set(allowed) == {flags}
     for mask, options in ((AttentionMask(window=8), {}), (AttentionMask(), {"softcap": 3.0})):
         with pytest.raises(ValueError, match="plain causal attention only"):
-            KERNELS["cudnn"](*draw(23), mask, scale=0.25, **options)
+            KERNELS[kernel](*draw(23), mask, scale=0.25, **options)
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -340,11 +355,17 @@ def test_cudnn_is_the_only_kernel_that_torch_may_use(monkeypatch, kv_heads):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that looks like an H100 with Triton and flash-attn 2.8, for the choice alone."""
+    """A machine that looks like an H100 with Triton, flash-attn 2.8 and flash-attn-3, for the choice alone. torch's registry of
+    flash kernels is real, but its FA3 registers nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(attend, "_flash_version", lambda: (2, 8))
+    offer_flash3(monkeypatch, lambda: types.SimpleNamespace(remove=lambda: None))
     return monkeypatch
+
+
+def offer_flash3(monkeypatch, register):
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", register)
 
 
 def choose(wanted="auto", **changes):
@@ -429,7 +450,7 @@ def test_automatic_choice_on_a_cpu(changes, name, why):
 @pytest.mark.parametrize(
     ("wanted", "changes", "message"),
     [
-        ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, cudnn, flex, flash, not 'fused'"),
+        ("fused", {}, "attention_kernel must be one of auto, torch, sdpa, cudnn, flex, flash, flash3, not 'fused'"),
         ("sdpa", {"softcap": 30.0}, "attention_kernel sdpa .* no soft-cap; use auto, torch or flex or flash"),
         ("sdpa", {"attention_bias": True}, "must not be half precision; use auto, torch or flex"),
         ("flex", {"device": CPU}, "attention_kernel flex .* trains on cpu; use auto, torch or sdpa"),
@@ -443,6 +464,10 @@ def test_automatic_choice_on_a_cpu(changes, name, why):
         ("flash", {"attention_bias": True}, "forget gates"),
         ("flash", {"dtype": torch.float32}, "not float32"),
         ("flash", {"value_dim": 128}, "same width"),
+        ("flash3", {"device": CPU}, "it needs CUDA"),
+        ("flash3", {"window": True}, "plain causal attention only; use auto, torch or sdpa or flex or flash"),
+        ("flash3", {"dtype": torch.float32}, "not float32"),
+        ("flash3", {"value_dim": 128}, "same width"),
     ],
 )
 def test_a_named_kernel_that_cannot_is_an_error(gpu, wanted, changes, message):
@@ -461,6 +486,50 @@ def test_a_named_kernel_is_used_where_it_can_be(gpu):
     assert choose("flash", cached=True, length=1) == ("sdpa", "flash: decoding")
     assert choose("flash", length=100)[0] == "flash"  # knows no shortest sequence
     assert choose("cudnn", cached=True, length=1) == ("sdpa", "cudnn: decoding")
+    assert choose("flash3", cached=True, length=1) == ("sdpa", "flash3: decoding")
+
+
+def test_flash3_replaces_the_flash_kernel_of_torch_when_it_is_chosen_and_only_then(gpu):
+    registered = []
+    offer_flash3(gpu, lambda: registered.append(1) or types.SimpleNamespace(remove=lambda: None))
+    for name in ("auto", *KERNELS.keys() - {"flash3"}):
+        choose(name)
+    assert registered == [] and current_flash_attention_impl() is None
+    for _ in range(2):  # as in every forward pass
+        assert choose("flash3") == ("flash3", "asked for")
+    assert registered == [1] and current_flash_attention_impl() == "FA3"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_flash3_is_refused_on_other_gpus(gpu, capability):
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match="attention_kernel flash3 cannot be used: it needs compute capability 9.0"):
+        choose("flash3")
+
+
+def test_flash3_is_refused_without_its_package(gpu):
+    gpu.setattr("importlib.util.find_spec", lambda name: None if name == "flash_attn_interface" else name)
+    with pytest.raises(ValueError, match="it needs the package flash-attn-3 "):
+        choose("flash3")
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: X\nmore"), RuntimeError("no backward kernels\nmore")])
+def test_flash3_is_refused_where_torch_cannot_load_it(gpu, error):
+    def register():
+        raise error
+
+    offer_flash3(gpu, register)
+    with pytest.raises(
+        ValueError, match=r"torch cannot load it \((undefined symbol: X|no backward kernels)\)"
+    ) as caught:
+        choose("flash3")
+    assert "\n" not in str(caught.value) and current_flash_attention_impl() is None
+
+
+def test_flash3_is_refused_by_a_torch_that_does_not_know_it(gpu):
+    gpu.delitem(_registry._FLASH_ATTENTION_IMPLS, "FA3")
+    with pytest.raises(ValueError, match="Unknown flash attention impl 'FA3'"):
+        choose("flash3")
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -479,7 +548,7 @@ GPU_CASES = {
 
 
 @pytest.mark.parametrize("case", GPU_CASES)
-@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flex", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flex", "flash", "flash3"])
 def test_fused_kernel_on_a_gpu(kernel, case):
     """Of two lengths, so that both use one compiled kernel if it can have any length."""
     for length in (256, 777):
@@ -513,6 +582,40 @@ def check_on_a_gpu(kernel, length, documents=False, attention_bias=False, window
 
 
 test_fused_kernel_on_a_gpu.pytestmark += needs_gpu
+
+
+# -- options of FlexAttention's kernels ------------------------------------------------------------------------------------------
+
+
+def test_torch_knows_every_kernel_option():
+    """One that it does not know would be ignored in silence."""
+    named = {name.removeprefix("fwd_").removeprefix("bwd_") for entry in flex.KERNEL_OPTIONS.values() for name in entry}
+    assert named <= set(FlexKernelOptions.__annotations__)
+
+
+@pytest.mark.parametrize(("dtype", "warps"), [(torch.bfloat16, 8), (torch.float32, 0)])
+def test_kernel_options_are_known_when_a_block_is_compiled(monkeypatch, dtype, warps):
+    """In one graph, for lengths and heads that the compiler does not know. The GPU's answer is a stand-in that, like the answer
+    itself, the compiler cannot trace."""
+
+    def capability(device):
+        torch._dynamo.graph_break()
+        return 9, 0
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def warps_of(q):
+        return q.new_full((), (flex.kernel_options(q, q) or {}).get("fwd_num_warps", 0))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    for heads, length in ((4, 256), (6, 777)):
+        assert warps_of(torch.ones(2, heads, length, 64, dtype=dtype)) == warps
+
+
+def test_only_a_gpu_gets_kernel_options(monkeypatch):
+    given = []
+    monkeypatch.setattr(flex, "flex_attention", lambda *tensors, **options: given.append(options))
+    flex.attention(*draw(), scale=1.0)
+    assert given == [{"scale": 1.0}]
 
 
 # -- block masks -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The account of models/README.md: FLOPs and bytes of each kernel of hlb's loss and attention, and the time they should take.
+"""The account of models/README.md: FLOPs and bytes of each kernel of hlb's loss and attention and of a block of GPT-2, and the time
+they should take.
 
 A calculation, not a measurement: a kernel takes as long as its products at PRODUCTS of an H100's peak in bf16, or as its bytes at
 MEMORY of its memory's bandwidth, whichever is longer.
@@ -60,6 +61,30 @@ def attention():
     }
 
 
+GPT2_TOKENS, GPT2_WIDTH, GPT2_BLOCKS, MFU = 32 * 1024, 768, 12, 0.45
+BLOCK_WEIGHTS = (12 * GPT2_WIDTH + 9) * GPT2_WIDTH  # matrices and biases of one block
+GPT2_WEIGHTS = GPT2_BLOCKS * BLOCK_WEIGHTS + VOCAB * GPT2_WIDTH
+
+
+def gpt2():
+    """What Inductor's own kernels do in GPT-2's blocks, for a microbatch: name -> (launches in a block, kernel of all blocks). The
+    residual stream and its gradient are fp32; they are 2 units, the input of a branch in bf16 is 1 unit, and the MLP's 4."""
+    unit = 2 * GPT2_TOKENS * GPT2_WIDTH
+    kernels = {
+        "forward: both norms, to bf16, the second with the sum before it": (2, (2 + 1 + 2 + 1 + 1) * unit),
+        "forward: GELU": (1, (4 + 4) * unit),
+        "forward: last sum": (1, (2 + 1 + 1 + 2) * unit),
+        "forward: weights and biases to bf16": (8, 6 * BLOCK_WEIGHTS),
+        "backward: gradient to bf16": (1, (2 + 1) * unit),
+        "backward: GELU": (1, (4 + 4 + 4) * unit),
+        "backward: sums for the biases": (8, (1 + 4 + 1 + 3) * unit),
+        "backward: norms and sums": (3, (9 + 5 + 7) * unit),
+        "backward: gradients of q, k and v side by side": (1, (3 + 3) * unit),
+        "backward: gradients of weights to fp32": (4, 6 * BLOCK_WEIGHTS),
+    }
+    return {name: (launches, Kernel(0, GPT2_BLOCKS * size)) for name, (launches, size) in kernels.items()}
+
+
 def row(name, kernels):
     flops, size = sum(kernel.flops for kernel in kernels), sum(kernel.bytes for kernel in kernels)
     return f"| {name} | {flops / 1e12:.2f} | {size / 1e9:.1f} | {sum(kernel.ms for kernel in kernels):.1f} |"
@@ -82,3 +107,24 @@ def test_the_ratio_of_the_account():
     found = {width: ratio(head(width=width)) for width in (384, 768, 2048)}
     line = ", ".join(f"{value:.2f} at a width of {width:,}" for width, value in found.items())
     assert line in " ".join((ROOT / "models" / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(("name", "row"), gpt2().items(), ids=str)
+def test_each_row_of_gpt2_is_the_calculation(name, row):
+    launches, kernel = row
+    line = f"| {name} | {launches} | {kernel.bytes / 1e9:.1f} | {kernel.ms:.1f} |"
+    assert line in (ROOT / "models" / "README.md").read_text()
+
+
+def test_the_shares_of_gpt2():
+    """Of the time of a microbatch at an MFU of 45 %, with 6 FLOPs for each weight and token."""
+    microbatch = 1e3 * 6 * GPT2_WEIGHTS * GPT2_TOKENS / PEAK / MFU
+    fused, casts = sum(kernel.ms for _, kernel in gpt2().values()), Kernel(0, 6 * GPT2_WEIGHTS).ms
+    read_twice = (
+        2 * Kernel(0, GPT2_BLOCKS * 4 * GPT2_TOKENS * GPT2_WIDTH).ms
+    )  # forward x, backward its gradient, in fp32
+    text = " ".join((ROOT / "models" / "README.md").read_text().split())
+    assert f"take {fused:.1f} ms of the {microbatch:.0f} ms" in text
+    assert f"{casts:.2f} ms, {casts / microbatch:.1%} of the microbatch".replace("%", " %") in text
+    assert f"once more: {read_twice:.1f} ms" in text
+    assert sum(launches for launches, _ in gpt2().values()) == 30

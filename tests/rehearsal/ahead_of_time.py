@@ -1,11 +1,13 @@
-"""Compiles kernels for a GPU that is not there, and prints what each of them uses: a line of JSON for each kernel.
+"""Compiles kernels for a GPU that is not there, and prints what each of them uses: a line of JSON for each kernel, and a last one
+with the number of kernels that Inductor's code launches.
 
     python ahead_of_time.py CASE CAPABILITY      CASE: a key of CASES; CAPABILITY: 80 (A100) or 90 (H100)
 
 Triton, its ptxas and cuobjdump, Dynamo, AOTAutograd and Inductor are real, and so is the code of the models. Faked: Triton's
 driver, which gives the properties of the GPU and launches nothing; what Inductor asks torch.cuda and Dynamo's interface of the
-device; guard.cpp's device for autograd; Inductor's patterns, which would first run attention on the device; the end, which comes
-where compiled code would run. Kernels for which Inductor would measure several candidates are all printed.
+device; guard.cpp's device for autograd; Inductor's patterns, which would first run attention on the device; for a whole block,
+the choice of torch's flash kernel, which a CPU build does not have; the end, which comes where compiled code would run. Kernels
+for which Inductor would measure several candidates are all printed.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from unittest import mock
 
 import fake_gpu  # noqa: F401  loads guard.cpp, before torch
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -33,6 +37,7 @@ from models.layers import triton_cross_entropy as loss
 from models.layers.attend import attend_flex, make_attention_mask
 from models.layers.distance_attention import attend_flex as attend_distances
 from models.layers.linear_cross_entropy import _Form
+from models.presets import Gpt2
 
 # Of one block, in bytes: table of technical specifications in the CUDA C++ Programming Guide.
 SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -102,14 +107,16 @@ def score(dtype: torch.dtype, vocab_size: int, softcap: float | None = None) -> 
     loss.score_in_kernel(logits, labels, row, row.clone(), row.clone(), _Form(softcap, 1e-4, vocab_size))
 
 
-# -- FlexAttention, forward and backward, as a part of a compiled block --------------------------------------------------------
+# -- FlexAttention, forward and backward, as a part of a compiled block, and a whole block --------------------------------------
 
 
 class Compiled(BaseException):
     """All code is compiled; nothing can run."""
 
 
-def compile_attention(function: Callable[..., Tensor], *inputs: Any, **options: Any) -> None:
+def compile_for_gpu(function: Callable[..., Tensor], *inputs: Any, alone: bool = False, **options: Any) -> None:
+    """alone: as in eager blocks, where `function` compiles its kernel itself, for any length."""
+
     def run(*_: Any) -> None:
         raise Compiled
 
@@ -120,7 +127,7 @@ def compile_attention(function: Callable[..., Tensor], *inputs: Any, **options: 
         torch._inductor.config.patch(compile_threads=1, force_disable_caches=True, joint_graph_constant_folding=False),
     ):
         try:
-            torch.compile(function, dynamic=True)(*inputs, **options)
+            (function if alone else torch.compile(function, dynamic=True))(*inputs, **options)
         except Compiled:
             return
     raise RuntimeError("the compiled code ran")
@@ -135,13 +142,29 @@ def attend(width: int = 64, heads: int = 12, window: int = 0, documents: bool = 
     numbers = torch.empty(8, 1024, dtype=torch.long, device="cuda") if documents else None
     mask = make_attention_mask("flex", 0, 1024, window, numbers, torch.device("cuda"))
     q, k, v = (entries(8, heads, 1024, width) for _ in range(3))
-    compile_attention(attend_flex, q, k, v, mask, scale=width**-0.5, **options)
+    compile_for_gpu(attend_flex, q, k, v, mask, scale=width**-0.5, **options)
 
 
-def attend_hlb() -> None:
-    mask = make_attention_mask("flex", 0, 1024, 0, None, torch.device("cuda")).blocks
+def attend_hlb(documents: bool = False) -> None:
+    numbers = torch.empty(8, 1024, dtype=torch.long, device="cuda") if documents else None
+    mask = make_attention_mask("flex", 0, 1024, 0, numbers, torch.device("cuda")).blocks
     slope = entries(1, dtype=torch.float32)
-    compile_attention(attend_distances, entries(8, 1024, 48), entries(8, 1024, 48), entries(8, 1024, 384), slope, mask)
+    compile_for_gpu(attend_distances, entries(8, 1024, 48), entries(8, 1024, 48), entries(8, 1024, 384), slope, mask)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool, scale: float, **__: Any) -> Tensor:
+    """scaled_dot_product_attention of half precision on a GPU."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+
+
+def block() -> None:
+    """A block of GPT-2 124M under autocast, 32 sequences of 1,024 tokens."""
+    with torch.device("cuda"):
+        model = Gpt2(Gpt2.Config(vocab_size=50304, d_model=768, n_layers=2, n_heads=12))
+        context = model.context(torch.empty(32, 1024, dtype=torch.long), None, None)
+    second, x = model.blocks()[1], entries(32, 1024, 768, dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16), mock.patch.object(F, "scaled_dot_product_attention", flash):
+        compile_for_gpu(lambda x: second(x, None, context)[0], x)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -156,7 +179,10 @@ CASES: dict[str, Callable[[], None]] = {
     "documents": lambda: attend(documents=True),
     "soft-cap": lambda: attend(softcap=30.0),
     "position bias": lambda: attend(attention_bias=entries(8, 12, 1024, dtype=torch.float32)),
+    "causal, alone": lambda: attend(alone=True),
     "hlb": attend_hlb,
+    "hlb with documents": lambda: attend_hlb(documents=True),
+    "a block of gpt2": block,
 }
 
 
@@ -218,6 +244,7 @@ def main(case: str, capability: int) -> None:
         if not case.startswith("loss"):
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         CASES[case]()
+    print(json.dumps({"launches": metrics.generated_kernel_count}))
 
 
 if __name__ == "__main__":

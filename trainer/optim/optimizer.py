@@ -56,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
                 }
                 for group in groups
             ],
-            {},
+            {"foreach": True},  # for zero_grad: without it, one launch for each gradient
         )
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._by_owner = {local[name] for name in self.whole}
