@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from compare_stub import STUB
 from conftest import ROOT, tiny_values, words_text
 
 from models.layers.mlp import ACTIVATIONS
@@ -33,6 +34,7 @@ TINY = (
     "--batch.sequence_start auto --batch.sequence_double_every auto --optim.warmup_steps 1 --evaluation.every 0 "
     "--evaluation.max_tokens 256 --log.demo_tokens 2 --log.sample_tokens 0 --checkpoint.every 0"
 ).split()
+SPEED = {"tokens_per_second": {"median": 1000.0}, "peak_memory_bytes": 2**30}  # of a bench that is not made
 SMALL = "--model.d_model 32 --model.n_layers 1".split()
 
 
@@ -61,23 +63,34 @@ def workplace(tiny_dataset, tmp_path, monkeypatch):
     ACTIVATIONS.pop("silu", None)
 
 
-def test_every_command_of_the_readme_that_needs_one_cpu_is_run(workplace, capfd):
-    """In order, in one folder, and tiny; the model of shakespeare.yaml is that of the file."""
+def test_every_command_of_the_readme_that_needs_one_cpu_is_run(workplace, capfd, monkeypatch):
+    """In order, in one folder, and tiny; the model of shakespeare.yaml is that of the file. Comparisons train with a stub."""
     done = []
+    (workplace / "data" / "quickstart-1024").symlink_to(workplace / "data" / "quickstart")
+    (workplace / "stub.py").write_text(STUB)
+    monkeypatch.setattr("trainer.commands.compare.queue.TRAIN", [sys.executable, "-IS", "stub.py"])
+    monkeypatch.setattr("trainer.commands.compare.estimate.Speeds.measured", lambda *_: SPEED)
     for line in commands():
         words = line.split("&& ")[-1].split()
         if words[:3] != ["python", "-m", "trainer"] or "configs/hlb.yaml" in words:
             continue
         verb = words[3]
+        monkeypatch.setattr(
+            sys, "argv", words[2:]
+        )  # `compare` names its folder after its spec, and reports its command
         more = TINY if verb == "train" else ["--max_new_tokens", "2"] if verb == "generate" else []
+        if verb == "compare":
+            more = ["--run.batch.sequence_length", "64"]  # of the tiny dataset
         if verb == "train" and "configs/quickstart.yaml" in words:
             more = [*more, *SMALL]
         if verb == "train" and not any(word.endswith(".yaml") for word in words):
             more = ["--max_steps", "3"]
         dispatch([*words[3:], *more])
         done.append(verb)
-    assert done.count("train") == 5 and {"evaluate", "generate"} < set(done)
-    assert {path.name for path in (workplace / "runs").iterdir()} == {"quickstart", "low-lr", "shakespeare", "silu"}
+    assert done.count("train") == 5 and {"evaluate", "generate", "report"} < set(done) and done.count("compare") == 2
+    made = {path.name.partition("-2")[0] for path in (workplace / "runs").iterdir()}
+    assert made == {"quickstart", "low-lr", "shakespeare", "silu", "compare-mlp", "report"}
+    assert (workplace / "runs" / "compare-mlp" / "report" / "report.html").is_file()
     assert len(read_rows(workplace / "runs" / "low-lr" / "metrics.jsonl")) == 3
     own = re.search(r"`(train configs/shakespeare.yaml [^`]*)`", (ROOT / "README.md").read_text())[1].split()
     dispatch([*own, *TINY])
@@ -112,7 +125,7 @@ def test_the_plan_of_the_readme_and_its_table(capsys):
     text = (ROOT / "README.md").read_text()
     assert "`python -m trainer plan --model_scale 2`" in text
     rows = re.findall(r"^\| ([\d.]+) \| ([\d,]{6,}) \| (\d+) \| (\d+) \|", text, re.M)
-    assert len(rows) == 6
+    assert len(rows) == 4
     for scale, parameters, width, layers in rows[:2]:  # tests/recipes/test_scaling.py has them all
         dispatch(["plan", "--model_scale", scale, "--json"])
         plan = json.loads(capsys.readouterr().out)

@@ -389,6 +389,7 @@ def said(started: Path) -> str:
     return (started / "stdout").read_text()
 
 
+@pytest.mark.slow
 def test_a_queue_that_is_killed_ten_times_ends_with_the_same_experiment(tmp_path, stub):
     calm, killed = tmp_path / "calm" / "compare", tmp_path / "killed" / "compare"
     run_queue(experiment(calm))

@@ -51,9 +51,9 @@ def compare(config: CompareConfig) -> None:
 
 
 def spec_name(words: list[str]) -> str:
-    """The name of the spec's file, without its ending."""
+    """The name of the comparison: that of its spec's file, without `compare-` and ending."""
     positional, _ = parse_flags(words)
-    return Path(positional[1]).stem if len(positional) > 1 else "flags"
+    return Path(positional[1]).stem.removeprefix("compare-") if len(positional) > 1 else "flags"
 
 
 def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:

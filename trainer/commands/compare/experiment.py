@@ -1,7 +1,7 @@
 """A comparison is a folder: what was asked for, the runs that follow from it, and how far each one is.
 
     compare-NAME/experiment.json    arms, runs and their states; `report` reads it
-                 configs/RUN.yaml   the config of each run, for `train`
+                 configs/           the config of each run, for `train`
                  runs/RUN/          the run's folder
                  logs/RUN.log       what the run printed
                  speed/             benches of the arms, if their speed was asked for
