@@ -159,7 +159,8 @@ def _read_rows(run: Run) -> Rows:
     """Each line is parsed once. Lines that are not rows, and rows out of order, are left out and noted."""
     columns = {key: array("d") for key in ("step", *COLUMNS)}
     rows = Rows({})
-    odd, before, epochs, peak = 0, 0, None, 0
+    odd, before, peak = 0, 0, 0
+    epochs: float | None = None
     try:
         for _, _, row in numbered_lines(run.folder / "metrics.jsonl"):
             numbers = None if row is None or row["step"] <= before else _numbers(row)
@@ -170,7 +171,7 @@ def _read_rows(run: Run) -> Rows:
             for column, number in zip(columns.values(), numbers, strict=True):
                 column.append(number)
             rows.multiplied |= row.get("batch_multiplier", 1) != 1
-            epochs = row.get("epoch", epochs)
+            epochs = _epochs(row.get("epoch"), epochs)
             peak = max(peak, _whole(row.get("peak_memory_bytes")))
     except FileNotFoundError:
         pass  # a run that was stopped before its first step
@@ -181,7 +182,7 @@ def _read_rows(run: Run) -> Rows:
     rows.columns = {key: np.array(column, dtype=np.float64) for key, column in columns.items()}
     if before > len(rows):
         run.note(f"{run.name}: metrics.jsonl: {before - len(rows):,} of {before:,} steps have no row")
-    rows.epochs = float(epochs) if isinstance(epochs, int | float) and math.isfinite(epochs) else None
+    rows.epochs = epochs
     rows.peak_memory_bytes = peak or None
     return rows
 
@@ -196,6 +197,11 @@ def _numbers(row: dict[str, Any]) -> list[float] | None:
         return numbers
     except OverflowError:
         return None
+
+
+def _epochs(value: Any, before: float | None) -> float | None:
+    """The passes over the data so far; as before where a row does not tell."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e9 else before
 
 
 def _whole(value: Any) -> int:
