@@ -266,10 +266,10 @@ def test_scales_are_compared_each_with_its_own_baseline(tmp_path):
 
 
 def test_learning_rates_of_loose_runs_make_a_curve_and_the_best_the_table(tmp_path):
-    """0.002 has three seeds; 0.004 is better on its one seed, but fewer seeds decide nothing."""
-    for rate, loss in ((0.001, 3.1), (0.002, 3.0), (0.004, 2.99)):
+    """0.002 has three seeds; the mean of 0.004 is lower only because its one seed is a good one."""
+    for rate, loss in ((0.001, 3.1), (0.002, 3.0), (0.004, 3.005)):
         for seed in (1, 2, 3) if rate == 0.002 else (1,):
-            write_run(tmp_path / f"{rate}-{seed}", loss + 0.001 * seed, seed=seed, optim__lr=rate)
+            write_run(tmp_path / f"{rate}-{seed}", loss + 0.01 * seed, seed=seed, optim__lr=rate)
     study = loose(tmp_path)
     (arm,) = study.arms
     assert (arm.learning_rate, arm.bracketed, sorted(arm.by_seed)) == (0.002, True, [1, 2, 3])
