@@ -148,6 +148,17 @@ def test_a_rule_appears_where_it_is_broken(rule):
     assert rules_of(study) == {rule} | follows
 
 
+def test_a_learning_rate_that_ended_lower_on_the_same_seeds_is_named():
+    """Whatever experiment.json says; a lower loss on other seeds alone shows nothing."""
+    study = sound()
+    by_rate = llama(study).curve()
+    by_rate[0.004][0].loss = 3.1
+    assert rules_of(study) == {"not_bracketed"}
+    assert "on the same seeds 0.004 ended lower than the chosen 0.002" in texts(study, "not_bracketed")
+    by_rate[0.004][0].seed = 9
+    assert "not_bracketed" not in rules_of(study)
+
+
 def test_warm_up_by_the_same_share_of_the_run_is_the_same_rule():
     """3 % of 100 and of 250 steps: 3 and 8 (7.5, rounded)."""
     study = sound()

@@ -20,6 +20,7 @@ from trainer.__main__ import dispatch
 from trainer.commands.report.figures import band_of, rate_figures
 from trainer.commands.report.markdown import escape
 from trainer.commands.report.study import read_studies
+from trainer.commands.report.tables import difference_table
 from trainer.core.errors import UserError
 
 EVIL = "<script>alert(1)</script>|`*x*\u202e\x1b[31m$y$"
@@ -168,6 +169,17 @@ def test_only_differences_between_configs_are_shown(folder, page):
     rows = {row[0]: row[1:] for row in Reader(page).rows}
     assert rows["model.name"][:2] == ["gpt2", "llama"] and rows["model.d_model"][:3] == ["16", "16", "24"]
     assert "max_steps" not in rows and "seed" not in rows and "optim.lr" not in rows
+
+
+def test_a_key_that_only_one_model_has_is_left_out_and_counted(tmp_path):
+    """But a key in which two arms differ is shown."""
+    folders = [write_run(tmp_path / "gpt2"), write_run(tmp_path / "other", model__n_heads=4)]
+    (study,) = read_studies([str(folder) for folder in folders], None)
+    assert [row[0] for row in difference_table(study).rows] == ["model.n_heads"]
+    for key in ("n_heads", "norm"):
+        del study.arms[1].example.values[f"model.{key}"]
+    table = difference_table(study)
+    assert table.rows == [] and table.notes[-1] == "2 keys are not shown that only some models have, with equal values"
 
 
 def curves(page: str) -> dict[str, list[str]]:

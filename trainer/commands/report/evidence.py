@@ -10,7 +10,7 @@ from collections import Counter
 
 from trainer.commands.report.caveats import Caveat, differing, keys_of, label, listed
 from trainer.commands.report.equality import EQUALITY
-from trainer.commands.report.study import Study
+from trainer.commands.report.study import Study, lower_rates
 
 LEAST_SEEDS = 3
 
@@ -39,14 +39,21 @@ def not_swept(study: Study) -> list[Caveat]:
 
 
 def not_bracketed(study: Study) -> list[Caveat]:
-    """If the best learning rate is at the edge of those tried, a better one may lie beyond."""
+    """The best learning rate must have worse ones on both sides (one that diverged counts), or a better one may lie beyond."""
     found = []
     for arm in study.arms:
-        if arm.bracketed is False:
-            tried = listed(f"{rate:g}" for rate in arm.curve())
-            rate = "the best" if arm.learning_rate is None else f"{arm.learning_rate:g}"
-            text = f"The learning rate of {label(study, arm)} is not bracketed: {rate} is at the edge of those tried ({tried or 'unknown'})."
-            found.append(Caveat("not_bracketed", text, keys_of([arm])))
+        curve, chosen = arm.curve(), arm.learning_rate
+        lower = [] if chosen is None else lower_rates(curve, chosen)
+        if arm.bracketed is not False and not lower:
+            continue
+        tried = listed(f"{rate:g}" for rate in curve) or "unknown"
+        text = f"The learning rate of {label(study, arm)} is not bracketed: "
+        if lower:
+            text += f"on the same seeds {listed(f'{rate:g}' for rate in lower)} ended lower than the chosen {chosen:g}."
+        else:
+            best = "the best" if chosen is None else f"{chosen:g}"
+            text += f"{best} is at the edge of those tried ({tried})."
+        found.append(Caveat("not_bracketed", text, keys_of([arm])))
     return found
 
 

@@ -195,7 +195,12 @@ def _figure(names: list[str]) -> tuple[Any, Any, int]:
     height += LEGEND_ROW * math.ceil(len(names) / columns)
     # Margins are set by hand: an automatic layout draws everything twice.
     figure = Canvas(figsize=(width, height))
-    margins = {"left": 0.66 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": (SIZE[1] - 0.05) / height}
+    margins = {
+        "left": 0.66 / width,
+        "right": 1 - 0.25 / width,
+        "bottom": 0.5 / height,
+        "top": (SIZE[1] - 0.05) / height,
+    }
     axes = figure.subplots(gridspec_kw=margins)
     axes.grid(color=FOREGROUND, alpha=0.15, linewidth=0.6)
     for side, spine in axes.spines.items():

@@ -6,6 +6,7 @@ Whatever could not be read becomes a line in `Run.notes`, which the report print
 from __future__ import annotations
 
 import math
+import operator
 import re
 from array import array
 from dataclasses import dataclass, field
@@ -157,20 +158,17 @@ class Rows:
 
 def _read_rows(run: Run) -> Rows:
     """Each line is parsed once. Lines that are not rows, and rows out of order, are left out and noted."""
-    columns = {key: array("d") for key in ("step", *COLUMNS)}
+    table = array("d")  # [rows, 1 + len(COLUMNS)]
     rows = Rows({})
-    odd, before, epochs, peak = 0, 0, None, 0
+    odd, before, peak = 0, 0, 0
     try:
         for _, _, row in numbered_lines(run.folder / "metrics.jsonl"):
-            numbers = None if row is None or row["step"] <= before else _numbers(row)
-            if row is None or numbers is None:
+            if row is None or row["step"] <= before or not _append(table, row):
                 odd += 1
                 continue
             before = row["step"]
-            for column, number in zip(columns.values(), numbers, strict=True):
-                column.append(number)
             rows.multiplied |= row.get("batch_multiplier", 1) != 1
-            epochs = row.get("epoch", epochs)
+            rows.epochs = _epochs(row.get("epoch"), rows.epochs)
             peak = max(peak, _whole(row.get("peak_memory_bytes")))
     except FileNotFoundError:
         pass  # a run that was stopped before its first step
@@ -178,24 +176,33 @@ def _read_rows(run: Run) -> Rows:
         run.note(str(system_error(error, f"{run.name}: metrics.jsonl: cannot be read")))
     if odd:
         run.note(f"{run.name}: metrics.jsonl: {odd:,} lines are not rows or are out of order; they are left out")
-    rows.columns = {key: np.array(column, dtype=np.float64) for key, column in columns.items()}
+    columns = np.frombuffer(table, dtype=np.float64).reshape(-1, 1 + len(COLUMNS)).T
+    rows.columns = dict(zip(("step", *COLUMNS), columns.copy(), strict=True))
     if before > len(rows):
         run.note(f"{run.name}: metrics.jsonl: {before - len(rows):,} of {before:,} steps have no row")
-    rows.epochs = float(epochs) if isinstance(epochs, int | float) and math.isfinite(epochs) else None
     rows.peak_memory_bytes = peak or None
     return rows
 
 
-def _numbers(row: dict[str, Any]) -> list[float] | None:
-    """The step and COLUMNS of a row, NaN for null; None if a number is too large for a float."""
+def _append(table: array[float], row: dict[str, Any]) -> bool:
+    """Add the step and COLUMNS of a row, NaN for null. False, and nothing added, if a number is too large for a float."""
+    if (
+        type(row.setdefault("sequence_length", None)) is not int
+    ):  # the only one of them that `numbered_lines` does not check
+        row["sequence_length"] = None
     try:
-        numbers = [float(row["step"])]
-        for key in COLUMNS:
-            value = row.get(key)
-            numbers.append(float(value) if isinstance(value, int | float) else math.nan)
-        return numbers
+        table.fromlist([math.nan if value is None else value for value in _values_of(row)])
+        return True
     except OverflowError:
-        return None
+        return False
+
+
+_values_of = operator.itemgetter("step", *COLUMNS)
+
+
+def _epochs(value: Any, before: float | None) -> float | None:
+    """The passes over the data so far; as before where a row does not tell."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e9 else before
 
 
 def _whole(value: Any) -> int:

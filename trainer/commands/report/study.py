@@ -351,9 +351,18 @@ def _choose_rate(arm: Arm) -> None:
     arm.learning_rate = best = min((rate for rate in curve if len(finished[rate]) == most), key=ends.__getitem__)
     for run in arm.runs:
         run.purpose = "tuning" if run.learning_rate != best else "both" if len(curve) > 1 else "test"
-    arm.bracketed = is_bracketed(curve, best) if len(curve) > 1 else None
+    arm.bracketed = min(curve) < best < max(curve) if len(curve) > 1 else None
 
 
-def is_bracketed(curve: dict[float, list[Run]], best: float) -> bool:
-    """Whether a lower and a higher learning rate than the best were tried (one that diverged counts)."""
-    return bool(curve) and min(curve) < best < max(curve)
+def lower_rates(curve: dict[float, list[Run]], chosen: float) -> list[float]:
+    """The learning rates with a lower mean loss than the chosen one, on the seeds that both have."""
+
+    def losses(rate: float) -> dict[int, float]:
+        return {run.seed: run.loss for run in curve.get(rate, []) if run.loss is not None}
+
+    lower, ours = [], losses(chosen)
+    for rate in curve:
+        theirs = losses(rate)
+        if sum(theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()) < 0:
+            lower.append(rate)
+    return lower

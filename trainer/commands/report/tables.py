@@ -84,7 +84,7 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
         "loss: mean validation loss (nats per token) of the finished seeds at the end of the schedule; sd: its standard "
         f"deviation between seeds{'' if unit == 'nats' else ', here of bits/byte'}",
         f"difference: arm - {study.baseline} of the same scale, in {unit}, mean over pairs of runs with the same seed; negative is "
-        "better; its 95 % intervals by Student's t and by a percentile bootstrap (10,000 draws)",
+        "better; its 95 % intervals by Student's t and by a percentile bootstrap (10,000 draws; too narrow below about 10 seeds)",
         f"p: paired t test, two-sided; p, Holm: adjusted for the number of arms; claim: p, Holm < {LEVEL:g} (modded-nanogpt's rule)",
         f"seeds needed: to show a difference of this size at p < {LEVEL:g} with a power of 80 %, if mean and spread are the true ones",
     ]
@@ -140,12 +140,18 @@ def difference_table(study: Study) -> Table:
     unimportant = {key for _, run in shown if run for key in changeable(run.get("model.name"))} - {"max_steps"}
     free = (*unimportant, "seed", "data.source", "log.")
     known = [run for _, run in shown if run is not None]
-    keys = list(dict.fromkeys(key for run in known for key in run.values))
-    differing = [key for key in keys if not key.startswith(free) and len({repr(run.get(key)) for run in known}) > 1]
-    changed = [key for arm in study.arms for key in arm.changes if key not in differing and not arm.example]
-    differing = list(dict.fromkeys(differing + changed))
+    keys = [key for key in dict.fromkeys(key for run in known for key in run.values) if not key.startswith(free)]
+    values = {key: {repr(run.values.get(key, MISSING)) for run in known} for key in keys}
+    # A field of one architecture says nothing beyond its name, unless it differs among the arms that have it.
+    differing = [key for key in keys if len(values[key] - {repr(MISSING)}) > 1]
+    only_some = [key for key in keys if len(values[key]) > 1 and key not in differing]
+    differing += dict.fromkeys(
+        key for arm in study.arms if not arm.example for key in arm.changes if key not in differing
+    )
     rows = [[key, *(_setting(arm, run, key) for arm, run in shown)] for key in differing[:MOST_ROWS]]
-    notes = ["*: inferred, as the run's plan.txt says; n/a: this arm has no such key"]
+    notes = ["*: inferred, as the run's plan.txt says; n/a: not set, or this model has no such key"]
+    if only_some:
+        notes.append(f"{len(only_some)} keys are not shown that only some models have, with equal values")
     if len(differing) > MOST_ROWS:
         notes.append(f"{len(differing) - MOST_ROWS} more keys differ")
     return Table(["key", *(label(study, arm) for arm in study.arms)], rows, notes)
