@@ -23,7 +23,8 @@ from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare import read
 from trainer.commands.compare.budget import lengths, nearest_steps
 from trainer.commands.compare.command import write_elements
-from trainer.commands.compare.experiment import State, state_of, stored_experiment
+from trainer.commands.compare.estimate import Speeds, estimate
+from trainer.commands.compare.experiment import Experiment, State, facts_of, state_of, stored_experiment
 from trainer.commands.compare.learning_rates import DIVERGED, start, sweep
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import arms
@@ -411,3 +412,27 @@ def test_a_stopped_queue_asks_its_runs_once_and_goes_on(tmp_path, stub):
     ended = processes.wait(started)  # at once: the stubs end by SIGTERM
     assert "SIGINT: 2 runs write a checkpoint and stop" in ended.said and ended.returncode != 0
     assert {run["state"] for run in entries(folder)[1]} == {"waiting"}
+
+
+def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):
+    config, found, dataset = sized
+    monkeypatch.setattr("trainer.commands.compare.estimate.find_dataset", lambda data: dataset)
+    facts = {**facts_of(config, "test", ["compare"]), "baseline": "gpt2"}
+    made = Experiment(tmp_path, facts, found, None)
+    made.lengths = lengths(found, "tokens", lambda data: dataset, rate=None)
+    speeds = Speeds(tmp_path, {}, [], print)
+    monkeypatch.setattr(
+        speeds, "measured", lambda arm: {"tokens_per_second": {"median": 100.0}, "peak_memory_bytes": 2**29}
+    )
+    config.price = 2.0
+    text = estimate(made, config, speeds, at_once=2)
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    assert [row[0] for row in cells[2:]] == ["gpt2", "llama"] and "hlb at scale 0.05 left out: batch.dynamic" in text
+    validation = dataset.splits["validation"].tokens / 300  # once, at the end: evaluation.every is 0
+    seconds = 30 * 512 / 100 + validation
+    assert cells[2][7] == f"{seconds / 60:.1f}" and cells[2][8] == "9", "six learning rates and three seeds at most"
+    hours = 2 * 9 * seconds / 3600
+    assert f"{hours:.2f} hours of one device, {2 * hours:,.2f} at 2 an hour" in text
+    assert f"{hours / 2:.2f} hours with 2 at a time" in text

@@ -98,12 +98,13 @@ def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_o
 
 
 def validation_seconds(arm: Arm, steps: int, rate: float) -> float:
-    """Seconds of all validations of a run. A forward pass takes a third of a training step's FLOPs."""
+    """Seconds of all validations of a run: the last one reads the whole split. A forward pass takes a third of a training step's
+    FLOPs."""
     config = arm.config()
     dataset = find_dataset(config.data)
     if dataset is None:
         return 0.0
-    tokens = dataset.splits["validation"].tokens
-    tokens = min(tokens, config.evaluation.max_tokens or tokens)
-    times = steps // config.evaluation.every if config.evaluation.every else 0
-    return max(1, times) * tokens / (3 * rate)
+    whole = dataset.splits["validation"].tokens
+    part = min(whole, config.evaluation.max_tokens or whole)
+    before = (steps - 1) // config.evaluation.every if config.evaluation.every else 0
+    return (before * part + whole) / (3 * rate)
