@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_values
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.base import get_model, load_models
 from trainer import optim
-from trainer.core.config import OptimConfig
+from trainer.core.config import OptimConfig, RunConfig
+from trainer.core.settings import build
 from trainer.optim import schedules
 from trainer.recipes import hlb, plain
 from trainer.recipes.hlb import weight_decay, weight_decay_base
@@ -34,12 +36,49 @@ def test_position_decay_values():
     assert {step: round(hlb.exponential_decay(step), 5) for step in printed} == printed
 
 
-def test_warmup_cosine():
-    total, warmup = 1000, 30
-    assert schedules.warmup_cosine(0, warmup, total) == pytest.approx(1 / 30)
-    assert schedules.warmup_cosine(29, warmup, total) == 1
-    assert schedules.warmup_cosine(30 + 970 // 2, warmup, total) == pytest.approx(0.55)
-    assert schedules.warmup_cosine(1000, warmup, total) == pytest.approx(0.1)
+@pytest.mark.parametrize(
+    "name, begins, middle, end",
+    [
+        ("cosine", 1, 0.55, 0.1),
+        ("linear", 1, 0.55, 0.1),
+        ("wsd", 1, 1, 0.1),
+        ("exponential", 1, 0.1**0.5, 0.1),
+        ("power", (31 / 30) ** -0.3, (516 / 30) ** -0.3, (1001 / 30) ** -0.3),
+        ("inverse_sqrt", (31 / 30) ** -0.5, (516 / 30) ** -0.5, (1001 / 30) ** -0.5),
+        ("constant", 1, 1, 1),
+    ],
+)
+def test_schedules(name, begins, middle, end):
+    """At the first step after the warm-up, half way, and at the end; the warm-up is the same for all."""
+    decay = schedules.Decay(30, 1000, final=0.1, decay_steps=200, power=0.3)
+    assert [schedules.multiplier(name, step, decay) for step in (0, 29)] == [pytest.approx(1 / 30), 1]
+    values = [schedules.multiplier(name, step, decay) for step in (30, 515, 1000)]
+    assert values == [pytest.approx(value) for value in (begins, middle, end)]
+
+
+def test_a_trapezoid_as_in_blagpt():
+    """Warm-up 250, constant until 3,100, then straight to 0 at 5,100."""
+    decay = schedules.Decay(250, 5100, final=0, decay_steps=2000)
+    at = [schedules.multiplier("wsd", step, decay) for step in (249, 250, 3100, 4100, 5099, 5100)]
+    assert at == [1, 1, 1, 0.5, pytest.approx(1 / 2000), 0]
+
+
+def test_a_schedule_that_a_recipe_cannot_follow_is_refused(tiny_dataset):
+    from trainer.core.errors import UserError
+    from trainer.planning.plan import resolve
+
+    def planned(**optim):
+        values = tiny_values(tiny_dataset, "runs/x")
+        return resolve(build(RunConfig, {**values, "optim": optim})).config.optim
+
+    assert planned().schedule == "hlb" and planned(recipe="plain").schedule == "cosine"
+    assert planned(recipe="plain", schedule="wsd").decay_steps == round(0.2 * 12)
+    with pytest.raises(UserError, match="the recipe hlb cannot follow wsd"):
+        planned(schedule="wsd")
+    with pytest.raises(UserError, match="the recipe plain cannot follow hlb"):
+        planned(recipe="plain", schedule="hlb")
+    with pytest.raises(UserError, match="never reaches 0"):
+        planned(recipe="plain", schedule="exponential", final_lr_fraction="0")
 
 
 def hlb_model():

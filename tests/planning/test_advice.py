@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from trainer.core.config import OptimConfig
 from trainer.planning.advice import advice, epochs_of
 from trainer.recipes import schedule_change
 
@@ -42,7 +43,7 @@ def test_reading_the_text_many_times_is_told():
 
 
 def config(max_steps, recipe="plain"):
-    optim = SimpleNamespace(recipe=recipe, lr=1e-3, warmup_steps=10, final_lr_fraction=0.1)
+    optim = OptimConfig(recipe=recipe, lr=1e-3, warmup_steps=10, schedule="cosine", decay_steps=0)
     return SimpleNamespace(max_steps=max_steps, optim=optim)
 
 

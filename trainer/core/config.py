@@ -109,7 +109,16 @@ class OptimConfig:
     )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
-    final_lr_fraction: float = setting(0.1, "plain: the cosine ends at this fraction of the peak", low=0, high=1)
+    schedule: Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"] | None = (
+        setting(None, "plain: the learning rate after the warm-up; auto: cosine (the recipe hlb has its own, hlb)")
+    )
+    final_lr_fraction: float = setting(
+        0.1, "plain: cosine, linear, wsd and exponential end at this fraction of the peak", low=0, high=1
+    )
+    decay_steps: int | None = setting(
+        None, "schedule wsd: steps of the decay at the end; auto: a fifth of max_steps", low=0
+    )
+    decay_power: float = setting(0.5, "schedule power: the learning rate falls as step^-decay_power", low=0, high=2)
     weight_decay: float | None = setting(None, "plain: weight decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)

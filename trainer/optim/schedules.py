@@ -3,14 +3,72 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> float:
-    """Linear warm-up ((step + 1) / warmup), then a cosine from 1 down to `final` at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class Decay:
+    """What a learning-rate schedule after its warm-up depends on.
+
+    warmup, total: steps; final: the multiplier at `total`, for the schedules that have an end; decay_steps: of the final decay of
+    `wsd`; power: the exponent of `power`
+    """
+
+    warmup: int
+    total: int
+    final: float = 0.1
+    decay_steps: int = 0
+    power: float = 0.5
+
+    def progress(self, step: int) -> float:
+        """0 at the end of the warm-up, 1 at `total` and later."""
+        return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+
+
+def cosine(step: int, decay: Decay) -> float:
+    """A quarter of a wave from 1 to `final` (arXiv 1608.03983)."""
+    return decay.final + (1 - decay.final) * 0.5 * (1 + math.cos(math.pi * decay.progress(step)))
+
+
+def linear(step: int, decay: Decay) -> float:
+    """A straight line from 1 to `final`."""
+    return 1 - (1 - decay.final) * decay.progress(step)
+
+
+def wsd(step: int, decay: Decay) -> float:
+    """1, then a straight line to `final` in the last decay_steps (warm-up, stable, decay: arXiv 2404.06395; a trapezoid)."""
+    left = max(0, decay.total - step)
+    return decay.final + (1 - decay.final) * min(1.0, left / max(1, decay.decay_steps))
+
+
+def exponential(step: int, decay: Decay) -> float:
+    """The same factor in each step, from 1 to `final`."""
+    return decay.final ** decay.progress(step)
+
+
+def power(step: int, decay: Decay) -> float:
+    """(step / warmup)^-power. It has no end: a run can go on at any step (the power law of arXiv 2408.13359)."""
+    return (max(step + 1, 1) / max(1, decay.warmup)) ** -decay.power
+
+
+def inverse_sqrt(step: int, decay: Decay) -> float:
+    """`power` with exponent 0.5 (arXiv 1706.03762)."""
+    return (max(step + 1, 1) / max(1, decay.warmup)) ** -0.5
+
+
+def constant(step: int, decay: Decay) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[int, Decay], float]] = {
+    function.__name__: function for function in (cosine, linear, wsd, exponential, power, inverse_sqrt, constant)
+}
+
+
+def multiplier(name: str, step: int, decay: Decay) -> float:
+    """Multiplier of the learning rate at 0-based `step`: linear warm-up, (step + 1) / warmup, then the schedule `name`."""
+    return (step + 1) / decay.warmup if step < decay.warmup else SCHEDULES[name](step, decay)
 
 
 def sequence_length(step: int, start: int, longest: int, double_every: int) -> int:

@@ -289,7 +289,20 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     defaults = RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model)
     for key, (value, rule) in defaults.items():
         draft = draft.fill("optim", key, value, rule)
+    check_schedule(draft.config.optim)
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
+
+
+def check_schedule(optim: Any) -> None:
+    """UserError if the recipe cannot follow optim.schedule."""
+    allowed = RECIPES[optim.recipe].schedules
+    if optim.schedule not in allowed:
+        raise UserError(
+            f"optim.schedule: the recipe {optim.recipe} cannot follow {optim.schedule} (allowed: {', '.join(sorted(allowed))}); "
+            "choose another optim.recipe or schedule"
+        )
+    if optim.schedule == "exponential" and optim.final_lr_fraction == 0:
+        raise UserError("optim.final_lr_fraction: an exponential decay never reaches 0; set it above 0")
 
 
 def choose_embedding_frequency(draft: Draft, tied: bool) -> Draft:

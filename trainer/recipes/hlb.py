@@ -141,6 +141,7 @@ class Hlb(Recipe):
 
     made_for = frozenset({"hlb"})
     why = "the recipe made for hlb"
+    schedules = frozenset({"hlb"})
 
     def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         tokens = tokens_per_microbatch(config.model_scale)
@@ -156,6 +157,8 @@ class Hlb(Recipe):
         return {
             "lr": Default(learning_rate(facts.parameters), "2.62 * 9e7 / (ln N)^8.8"),
             "warmup_steps": Default(100, "hlb"),
+            "schedule": Default("hlb", "its own of each group"),
+            "decay_steps": Default(0, "not used by hlb's schedules"),
             "weight_decay": Default(0.0, "hlb decays by the loss"),
             "loss_driven_decay": Default(True, "16 b^-loss, b = 0.007 (0.01 ln N)^-4"),
             "clip_norm": Default(0.0, "hlb does not clip"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.optim import Group
-from trainer.optim.schedules import warmup_cosine
+from trainer.optim.schedules import SCHEDULES, Decay, multiplier
 from trainer.recipes.recipe import Default, Recipe
 
 
@@ -27,6 +27,7 @@ class Plain(Recipe):
     """AdamW's usual settings for any model."""
 
     why = "warm-up and cosine"
+    schedules = frozenset(SCHEDULES)
 
     def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         longest = config.batch.sequence_length
@@ -44,6 +45,8 @@ class Plain(Recipe):
         return {
             "lr": Default(lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)"),
             "warmup_steps": Default(max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
+            "schedule": Default("cosine", "plain recipe"),
+            "decay_steps": Default(round(0.2 * config.max_steps), "a fifth of max_steps, for the schedule wsd"),
             "weight_decay": Default(0.1, "plain recipe"),
             "loss_driven_decay": Default(False, "plain recipe"),
             "clip_norm": Default(1.0, "plain recipe"),
@@ -54,10 +57,10 @@ class Plain(Recipe):
 
     def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
         """Only parameters of two or more dimensions decay."""
-        optim = config.optim
+        optim, decay = config.optim, decay_of(config, config.max_steps)
 
         def schedule(step: int) -> float:
-            return warmup_cosine(step, optim.warmup_steps, config.max_steps, optim.final_lr_fraction)
+            return multiplier(optim.schedule, step, decay)
 
         decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
         rest = [name for name, shape in shapes.items() if len(shape) < 2]
@@ -70,11 +73,17 @@ class Plain(Recipe):
 
     def schedule_change(self, config: Any, before: int, step: int) -> str:
         optim, now = config.optim, config.max_steps
-        old, new = (
-            optim.lr * warmup_cosine(step, optim.warmup_steps, total, optim.final_lr_fraction)
-            for total in (before, now)
+        old, new, end = (
+            optim.lr * multiplier(optim.schedule, at, decay_of(config, total))
+            for at, total in ((step, before), (step, now), (now, now))
         )
         return (
-            f"max_steps: {now:,} instead of {before:,}: the cosine ends there, so the learning rate of step {step + 1:,} "
-            f"is {new:.3g}, not {old:.3g}, and {optim.lr * optim.final_lr_fraction:.3g} at step {now:,}"
+            f"max_steps: {now:,} instead of {before:,}: the schedule {optim.schedule} ends there, so the learning rate of step "
+            f"{step + 1:,} is {new:.3g}, not {old:.3g}, and {end:.3g} at step {now:,}"
         )
+
+
+def decay_of(config: Any, total: int) -> Decay:
+    """The learning rate's decay in a run of `total` steps. config: resolved."""
+    optim = config.optim
+    return Decay(optim.warmup_steps, total, optim.final_lr_fraction, optim.decay_steps, optim.decay_power)

@@ -34,6 +34,7 @@ class Recipe:
     # Names of the models that train with this recipe unless the config says otherwise.
     made_for: frozenset[str] = frozenset()
     why = ""  # the reason that `plan` prints for it
+    schedules: frozenset[str] = frozenset()  # values of optim.schedule that it can follow
 
     def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         """By key of `batch`; batch.sequence_length is known."""
