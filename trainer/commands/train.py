@@ -39,9 +39,13 @@ def resolved(given: Values) -> Any:
     """The config with all values inferred, for --print_config."""
     from trainer.data.stream import find_dataset
     from trainer.planning.plan import resolve
-    from trainer.planning.run_config import merged_config, read_run
+    from trainer.planning.run_config import merged_config, read_run, with_branch
 
-    config = merged_config(given, read_run(given, lambda line: None), find_rank_info(os.environ).size)
+    def say(line: str) -> None:
+        pass
+
+    stored, processes = read_run(given, say), find_rank_info(os.environ).size
+    config = merged_config(with_branch(given, stored, processes, say), stored, processes)
     return resolve(config, find_dataset(config.data)).config
 
 

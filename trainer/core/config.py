@@ -230,6 +230,10 @@ class RunConfig:
         metadata={"help": "objective.name selects the training objective; objective.FIELD sets one of its fields"},
     )
     run_dir: str | None = setting(None, "folder of the run; auto: runs/MODEL-SCALE")
+    branch_from: str | None = setting(
+        None,
+        "RUN@STEP: a new run that begins with the config, weights, optimizer state and data position of that checkpoint",
+    )
     seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)
     max_steps: int = setting(1000, "optimiser steps", low=1, high=10**9)
     precision: Precision = setting(

@@ -237,6 +237,45 @@ def merge_run(given: dict[str, Any], stored: StoredConfig | None, processes: int
     return merge(values, drop_inferred(given, changeable(name))) | {"run_dir": str(stored.folder)}
 
 
+def with_branch(
+    given: dict[str, Any], stored: StoredConfig | None, processes: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The values of a `train` command. If it starts a new run with branch_from: over those of the run that it branches from,
+    with that run's folder as an absolute path and with its step.
+
+    UserError if there is no such run or step, or no run_dir.
+    """
+    config = build(RunConfig, given)
+    if stored is not None or config.branch_from is None:
+        return given
+    if config.run_dir is None:
+        raise UserError("branch_from: a branch is a run of its own; name its folder with --run_dir")
+    source, step = branch_point(config.branch_from)
+    before = dataclasses.replace(read_config(source, say), processes=_last_start(source, say).get("processes"))
+    own = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
+    return {**merge_run(given, before, processes), **own}
+
+
+def branch_point(text: str) -> tuple[Path, int]:
+    """The run's folder and the step that `branch_from` means; without a step, the newest one. UserError if there is none."""
+    from trainer.checkpoint.format import found
+
+    name, at, wanted = text.rpartition("@")
+    if not at:
+        name, wanted = wanted, ""
+    folder = user_path(name, "branch_from")
+    if not is_run(folder):
+        raise UserError(f"branch_from: {printable(folder)} is not a run's folder; write RUN@STEP")
+    steps = [step for step, _ in found(folder / "checkpoints")]
+    if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps) or not steps:
+        have = ", ".join(map(str, steps)) or "none"
+        raise UserError(
+            f"branch_from: {printable(folder)} has no checkpoint of step {printable(wanted or 'any')} (available: {have}); "
+            "checkpoint.keep and checkpoint.keep_every decide which are kept"
+        )
+    return folder, int(wanted) if wanted else steps[-1]
+
+
 def merged_config(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> RunConfig:
     """The RunConfig of `merge_run`'s values. Raises UserError for a bad key or value."""
     values = merge_run(given, stored, processes)
@@ -338,6 +377,24 @@ def check_trained_with(before: Any, config: RunConfig, manifest: Path) -> None:
             f"put {CONFIG} back as it was"
         ),
     )
+
+
+def check_branch(before: Any, config: RunConfig, path: Path) -> None:
+    """UserError if a branch changes the model or the optimizer, whose weights and state it begins with. before: the config in the
+    checkpoint's manifest; path: of the checkpoint."""
+    if not isinstance(before, dict):
+        raise Damaged(f"checkpoint: {path} does not say with which config it was made")
+    then, now = flat(before), flat(config)
+    free = changeable(config.model["name"])
+    for key in now:
+        if (
+            key.startswith(("model.", "optim.name"))
+            and not key.startswith(free)
+            and then.get(key, now[key]) != now[key]
+        ):
+            raise UserError(
+                f"branch_from: {key} is {now[key]!r}, {path} was made with {then[key]!r}; leave it as it was"
+            )
 
 
 def _refuse_change(before: dict[str, Any], after: dict[str, Any], line: Callable[[str, str], str]) -> None:

@@ -21,7 +21,7 @@ from trainer.inference.decoding import complete
 from trainer.inference.evaluation import check_enough, validate
 from trainer.optim.frequency import FrequencyScaling
 from trainer.planning.plan import Plan
-from trainer.planning.run_config import check_trained_with, folder_of
+from trainer.planning.run_config import branch_point, check_branch, check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
 from trainer.runs.metrics import checked_row
 from trainer.runtime.distributed import World
@@ -211,6 +211,26 @@ class Run:
         self.go_on(path, manifest)
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
         return True
+
+    def branch(self, point: str) -> None:
+        """Begin with another run's weights, optimizer state, step and data position. point: RUN@STEP.
+
+        UserError if that run trained another model or on other data, or with another optimizer.
+        """
+        source, step = branch_point(point)
+        chosen = checkpoint.choose(source / "checkpoints", step, self.world.say, self.world)
+        assert chosen is not None  # branch_point found it
+        path, manifest = chosen
+        check_branch(manifest.get("config"), self.config, path)
+        if manifest.get("fingerprint") != self.dataset.fingerprint:
+            raise UserError(
+                f"branch_from: {path} was trained on other data than {self.config.data.path}; a branch goes on in it"
+            )
+        if step >= self.config.max_steps:
+            raise UserError(f"max_steps: {self.config.max_steps} is not beyond step {step} of branch_from; raise it")
+        self.go_on(path, manifest)
+        self.rows, self.owed = "", None  # both belong to the other run's metrics.jsonl
+        self.world.say(f"branching from {path}: step {self.state.step} of {self.config.max_steps}")
 
     def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
         """Load the state and the tensors of a checkpoint, whatever config it was made with."""

@@ -24,6 +24,7 @@ from trainer.planning.run_config import (
     merge_run,
     merged_config,
     read_run,
+    with_branch,
 )
 from trainer.runs.folder import LOCK_SECONDS, locked
 from trainer.runtime.device import choose_device
@@ -42,6 +43,7 @@ def start(given: dict[str, Any]) -> None:
     """Train. given: values of the YAML file and the flags, as in RunConfig."""
     world = read_world()
     stored = read_run(given, world.say)
+    given = with_branch(given, stored, world.size, world.say)
     values = merge_run(given, stored, world.size)
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config = merged_config(given, stored, world.size)
