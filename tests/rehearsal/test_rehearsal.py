@@ -124,8 +124,7 @@ def test_an_optimizer_takes_steps(rule, state):
 
 # -- the memory plan ---------------------------------------------------------------------------------------------------------
 
-TOKENS = 4096  # of a microbatch
-VOCABULARY = 50304
+LENGTH, TOKENS = 1024, 4096  # of a sequence and of a microbatch
 
 
 def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", scale=1.0):
@@ -133,16 +132,16 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
 
     6 d_model per token that the plan lacks: the hidden states (fp32, and a copy in bf16) which are alive while the loss runs, but
     not when the forward pass has ended, which is when the plan looks;
-    2 V d_model that the plan adds though they never meet the loss's tiles: the head's product before it is added up; and again
-    for a copy in bf16 of an untied embedding, which autocast never makes;
     2 d_model per token and norm that a CPU's RMSNorm holds, on which the plan measures, but a GPU's does not;
-    1 % for the 512 bytes to which the allocator rounds, and for vectors of which autocast makes no copies.
+    8 + blocks for each pair of positions and sequence but the first, in hlb: distances in int64 and a mask in each block, which all
+    sequences share, but the plan counts for each of them;
+    1 % for the 512 bytes to which the allocator rounds.
     """
     case = small(name, strategy, data={"tokenizer": "gpt2"}, precision=precision, model_scale=scale)
     case["values"]["engine"]["activation_checkpointing"] = how
     case["values"]["batch"] = {
-        "sequence_length": 1024,
-        "sequence_start": 1024,
+        "sequence_length": LENGTH,
+        "sequence_start": LENGTH,
         "tokens_per_step": microbatches * TOKENS * case["ranks"],
         "tokens_per_microbatch": TOKENS,
         "dynamic": False,
@@ -150,8 +149,8 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
     outcome = succeeds(**case, tracked=True)
     planned, peak, d_model = outcome["planned"]["total"], outcome["peak"], outcome["d_model"]
     assert planned >= 0.99 * peak - 6 * d_model * TOKENS
-    norms = 2 * outcome["blocks"] + 1
-    assert planned <= 1.01 * peak + d_model * (4 * VOCABULARY + 2 * norms * TOKENS)
+    norms, pairs = 2 * outcome["blocks"] + 1, LENGTH**2 * (TOKENS // LENGTH - 1) * (name == "hlb")
+    assert planned <= 1.01 * peak + 2 * norms * d_model * TOKENS + (8 + outcome["blocks"]) * pairs
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("hlb", "fsdp")])
