@@ -16,6 +16,7 @@ from conftest import PATIENCE, ROOT, beyond
 from test_zoo import ZOO
 
 from trainer.optim.rule import registered_rules
+from trainer.runtime.device import GPUS
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parent / "plugins"
@@ -195,6 +196,18 @@ def test_a_large_model(name, scale):
     """Up to 3 B parameters, as planned for 64 A100s: strategy, checkpointing and microbatches are the plan's choice."""
     values = {"model": {"name": name}, "model_scale": scale, "engine": {"compile": False}}
     succeeds(values=values, gpu="a100-80gb", ranks=64, rank=63)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_three_billion_parameters_on_one_gpu_of_40_gb(name):
+    """In pure_bf16, with several microbatches. The rest is the plan's choice."""
+    values = {"model": {"name": name}, "model_scale": 148, "precision": "pure_bf16", "engine": {"compile": False}}
+    values["batch"] = {"tokens_per_step": 2 * TOKENS}
+    outcome = succeeds(values=values, gpu="a100-40gb", tracked=True)
+    assert outcome["engine"].startswith("single on 1 x NVIDIA A100-SXM4-40GB, pure_bf16")
+    planned = outcome["planned"]["total"]
+    assert outcome["peak"] / 1.01 < planned < 0.9 * GPUS["a100-40gb"].gibibytes * 2**30
 
 
 @pytest.mark.nightly
