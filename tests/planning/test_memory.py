@@ -172,6 +172,25 @@ def test_every_block_is_planned_as_compiled():
     assert len(blocks) == 3 and max(blocks) < 0.95 * min(eager)
 
 
+def test_planning_leaves_compiled_code_as_it_was():
+    """Neither the blocks' own code nor another function is compiled anew, and code of the plan is not found by the blocks."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    model = build("gpt2", scale=0.4)
+    block, x = model.blocks()[0], torch.randn(1, T, model.config.d_model)
+    context = model.context(torch.zeros(1, T, dtype=torch.long), None, None)
+    compiled = torch.compile(block.forward, backend=backend), torch.compile(lambda x: x.sin(), backend=backend)
+    compiled[0](x, None, context), compiled[1](x)
+    assert len(made) == 2
+    saved_activations(type(model), model.config, T, "fp32", compiled=True)
+    compiled[0](x, None, context), compiled[1](x)
+    assert len(made) == 2
+
+
 def test_what_cannot_be_compiled_is_planned_as_it_is(model, monkeypatch):
     def fail(model):
         raise TorchDynamoException("no")

@@ -308,8 +308,6 @@ def saved_activations(
             if not compilation.of_compiler(error):
                 raise
             return _saved_activations(*asked)
-        finally:
-            private("reset")()  # the compiler keeps its code by function, and would try this code at every later call
 
 
 def _saved_activations(
