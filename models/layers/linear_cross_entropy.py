@@ -400,13 +400,30 @@ def _rows_of_logits(x: Tensor, rows: int, vocab_size: int) -> Tensor:
     return x.new_empty(rows, _row_entries(vocab_size, x.device.type != "cpu"))[:, :vocab_size]
 
 
-def working_bytes(rows: float, vocab_size: int, itemsize: int, on_gpu: bool, softcap: bool = False) -> int:
-    """Maximum bytes for the loss of `rows` rows: a chunk of logits, of `itemsize` bytes each, and its tiles in fp32."""
-    entries = int(min(rows, _most_rows(vocab_size, itemsize, on_gpu))) * _row_entries(vocab_size, on_gpu)
-    tile = min(4 * entries, _tile_bytes(on_gpu))
+def working_bytes(
+    rows: float,
+    weight: int,
+    vocab_size: int,
+    itemsize: int,
+    *,
+    on_gpu: bool,
+    fused: bool = False,
+    softcap: bool = False,
+    rounded: bool = False,
+) -> int:
+    """Most bytes that the loss of `rows` rows holds besides its results; of infinitely many rows, the most of any number.
+
+    A chunk of logits of `itemsize` bytes, and what a part of it needs: its tiles in fp32, or in half precision its product, which
+    is then added to the gradient of the weight, of `weight` entries. fused: a GPU with the Triton kernel and products that add
+    in fp32 (compute capability 8.0) has neither. rounded: the backward pass copies that gradient to the dtype of the logits.
+    """
+    most = _most_rows(vocab_size, itemsize, on_gpu)
+    chunk = most if rows == float("inf") else _chunk_rows(int(rows), vocab_size, itemsize, on_gpu)
+    entries = chunk * _row_entries(vocab_size, on_gpu)
     # Scores and probabilities; fp32 logits are used as scores. A soft-cap needs new scores, and keeps its tanh.
-    tiles = 3 if softcap else 1 if itemsize == 4 else 2
-    return entries * itemsize + tiles * tile
+    tiles = (3 if softcap else 1 if itemsize == 4 else 2) * min(4 * entries, _tile_bytes(on_gpu))
+    product = weight * itemsize if itemsize < 4 else 0
+    return max(entries * itemsize + (0 if fused else max(tiles, product)), product if rounded else 0)
 
 
 def _row_entries(vocab_size: int, on_gpu: bool) -> int:

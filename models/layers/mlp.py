@@ -39,7 +39,8 @@ def _tanh_gelu(x: Tensor) -> Tensor:
 
 
 def _squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+    positive = F.relu(x)
+    return positive * positive  # autocast on a GPU would compute square() in fp32, and hold that
 
 
 ACTIVATIONS = {

@@ -285,7 +285,30 @@ def test_memory_of_gpt2s_loss_is_a_fraction_of_the_plain_one(monkeypatch, autoca
 def test_chunks_of_a_gpu_are_whole_tiles(rows):
     chunk = module._chunk_rows(rows, 50304, 2, on_gpu=True)
     assert chunk == rows if rows <= 5248 else chunk % 128 == 0 and rows / 13 <= chunk <= 5248
-    assert module.working_bytes(rows, 50304, 2, True) >= chunk * 50304 * 2
+    assert module.working_bytes(rows, 0, 50304, 2, on_gpu=True, fused=True) == chunk * 50304 * 2
+
+
+class TestWorkingBytes:
+    """Of 1,024 rows of bf16 logits, on a GPU: their chunk, and what the path needs."""
+
+    chunk, weight = 1024 * 50304 * 2, 50304 * 768
+
+    def of(self, **how):
+        return module.working_bytes(1024, self.weight, 50304, 2, **{"on_gpu": True} | how)
+
+    def test_triton_needs_nothing_but_the_chunk(self):
+        assert self.of(fused=True) == self.of(fused=True, softcap=True) == self.chunk
+
+    def test_torch_needs_tiles_or_a_product(self, monkeypatch):
+        assert self.of() == self.chunk + 2 * module.TILE_BYTES
+        assert self.of(softcap=True) == self.chunk + 3 * module.TILE_BYTES
+        monkeypatch.setattr(module, "TILE_BYTES", 2**20)
+        assert self.of() == self.chunk + 2 * self.weight
+
+    def test_a_weight_larger_than_the_chunk_is_copied_after_it(self):
+        wide = {"on_gpu": True, "fused": True, "rounded": True}
+        assert module.working_bytes(1024, 50304 * 4096, 50304, 2, **wide) == 2 * 50304 * 4096
+        assert self.of(fused=True, rounded=True) == self.chunk
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"vocab_size": 23}], ids=str)

@@ -152,6 +152,21 @@ def test_the_ways_out_are_ways_out(gpu):
             assert memory.expected_memory(resolve_for(config)[0])["total"] > 0.9 * GPUS[name].gibibytes * memory.GIB
 
 
+def test_pure_bf16_is_a_way_out_where_it_fits(gpu):
+    """3 B parameters at 12 bytes are 33.8 GiB. It is also said where the plan takes CPU memory by itself."""
+    gpu(38)
+    one = {"model_scale": 148, "precision": "bf16"}
+    assert refusal(engine={"strategy": "single"})["ways"].startswith("--precision pure_bf16, ")
+    rules = {row.key: row.rule for row in resolved(**one).entries}
+    assert rules["engine.strategy"].endswith("in CPU memory (--precision pure_bf16 fits single without)")
+    plan = resolved(**one | {"precision": "pure_bf16"})
+    assert engine_of(plan)[0] == "single"
+    assert memory.expected_memory(plan)["total"] <= 0.9 * plan.memory
+    # It would change what was set.
+    rules = {row.key: row.rule for row in resolved(**one, optim={"state_precision": "fp32"}).entries}
+    assert rules["engine.strategy"].endswith("in CPU memory")
+
+
 def test_nothing_helps_but_a_smaller_model():
     judge, layout = selector(20)
     judge.estimate = SimpleNamespace(length=1024, most_held=lambda *_: 1 << 50)

@@ -13,7 +13,8 @@ shapes and devices of every tensor. What is faked, so that nothing is proven of 
 - the driver and its answers about the GPU (fake_gpu.py), streams and events (their order is not checked), pinned memory.
 - the other ranks: torch's "fake" process group, whose collectives return at once; gathered objects are copies of this rank's.
   DDP keeps its first buckets. A mesh, a store, a watchdog, NCCL: not tested.
-- kernels: FlexAttention is the memory plan's operator of the same tensors (its score functions do not run); scaled_dot_product_attention is the kernel that torch would take. Triton, Inductor, Liger, flash-attn: none.
+- kernels: FlexAttention is the memory plan's operator of the same tensors (its score functions do not run); scaled_dot_product_attention is the kernel that torch would take;
+  nothing stands for the loss's Triton kernel, which writes in place. Other Triton, Inductor, Liger, flash-attn: none.
   engine.compile traces (Dynamo, AOTAutograd) and then runs the graphs operator by operator.
 - what only the real thing shows: alignment, tile sizes, workspaces, the allocator's fragmentation.
 
@@ -51,6 +52,7 @@ import trainer.engine.fsdp_engine  # noqa: E402
 import trainer.engine.torch_engine  # noqa: E402
 from models.base import load_models  # noqa: E402
 from models.layers import flex  # noqa: E402
+from models.layers.linear_cross_entropy import score_nothing  # noqa: E402
 from trainer.commands.plugins import import_plugin  # noqa: E402
 from trainer.core.config import RunConfig  # noqa: E402
 from trainer.core.settings import build, load_yaml, merge, parse_flags  # noqa: E402
@@ -118,10 +120,20 @@ class Rows:
         return position
 
 
+def kernel_refusal(device: torch.device) -> str | None:
+    """models.layers.linear_cross_entropy.kernel_refusal where Triton is installed."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return None if ampere else "it needs Triton and compute capability 8.0"
+
+
 def flex_refusal(device: torch.device) -> str | None:
     """models.layers.flex.device_refusal where Triton is installed."""
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return None if flex._planning or ampere else "it needs Triton and compute capability 8.0"
+    return None if flex._planning else kernel_refusal(device)
+
+
+def loss_kernel(device: torch.device) -> Any:
+    """models.layers.linear_cross_entropy._kernel, which holds what Triton's kernel holds: nothing."""
+    return score_nothing if kernel_refusal(device) is None else None
 
 
 class Reaching(torch.autograd.Function):
@@ -173,6 +185,9 @@ def patches() -> dict[str, Any]:
         "models.materialise.refuse_unset": lambda model: None,
         "models.layers.flex.device_refusal": flex_refusal,
         "models.layers.flex.attention": flex_attention,
+        "models.layers.linear_cross_entropy.kernel_refusal": kernel_refusal,
+        "models.layers.linear_cross_entropy._kernel": loss_kernel,
+        "models.layers.linear_cross_entropy._on_gpu": lambda x: x.is_cuda,
         "trainer.engine.matrices.ranks_of": ranks_of,
         "trainer.engine.torch_engine.DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
         "trainer.runtime.device.HostCopy.read": lambda self: {name: [1.0] * n for name, n in self._sizes.items()},

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -109,6 +110,10 @@ def _in_training(eager: Callable[..., T], compiled: Callable[..., T], *args: Any
     return (compiled if torch.is_grad_enabled() else eager)(*args, **kwargs)
 
 
+def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    return function(*args, **kwargs)
+
+
 def hold_as_compiled(model: Any) -> None:
     """Make the blocks save the same tensors for the backward pass as compiled blocks.
 
@@ -126,8 +131,12 @@ def hold_as_compiled(model: Any) -> None:
         partition_fn=private("min_cut_rematerialization_partition"),
         decompositions=private("select_decomp_table")(),
     )
+    # The compiler keeps what it made with the code of the function, and would try it at every later call. So it gets a function
+    # with code of its own, which goes with the model. Blocks of a kind share it.
+    own = types.FunctionType(_call.__code__.replace(), globals())
+    compiled = torch.compile(own, backend=backend, dynamic=False)
     for block in model.blocks():
-        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+        block.forward = functools.partial(compiled, block.forward)
 
 
 def prepare_compiler() -> None:

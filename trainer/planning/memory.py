@@ -21,10 +21,10 @@ from trainer.runtime.compat import fake_tensors, private
 GIB = 1024**3
 
 # Bytes per parameter, by precision. The optimizer's rule gives those of its state ("moments"). pure_bf16 sums its gradients in
-# fp32; bf16 computes with bf16 copies of the weights.
+# fp32. What is computed from weights alone, such as autocast's copies in bf16, is measured.
 PARTS = {
     "fp32": {"weights": 4, "gradients": 4},
-    "bf16": {"weights": 4, "gradients": 4, "bf16 copies": 2},
+    "bf16": {"weights": 4, "gradients": 4},
     "pure_bf16": {"weights": 2, "gradients": 6},
 }
 # FSDP gathers its copies a few blocks at a time, and sums pure_bf16's gradients in the unsharded gradients.
@@ -38,7 +38,7 @@ ZERO_PARTS = {
     "fp32": {"weights": 4, "gradients": 4, "masters": 4},
     "bf16": {"weights": 2, "gradients": 6, "masters": 4},
 }
-ORDER = ("weights", "gradients", "masters", "moments", "bf16 copies")
+ORDER = ("weights", "gradients", "masters", "moments")
 ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within it stay gathered
 SHARDED = {
     "zero1": {"masters", "moments"},
@@ -47,7 +47,7 @@ SHARDED = {
     "fsdp": {"moments", "gradients", "weights"},
     "hsdp": {"moments", "gradients", "weights"},
 }
-GONE_BEFORE_UPDATE = ("head gradient", "bf16 copies", "unsharded gradients")
+GONE_BEFORE_UPDATE = ("head gradient", "copies", "unsharded gradients")
 # What engine.offload keeps in CPU memory.
 OFFLOADED = {
     **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
@@ -58,8 +58,8 @@ OFFLOADED = {
 @dataclass(frozen=True)
 class ParallelLayout:
     """How a run is laid out on its devices. processes: of the whole run; shards: processes that share one copy of the model;
-    narrow: the moments of fp32 weights are bf16; flex: attention may use FlexAttention; compiled: by torch.compile, block by
-    block; deterministic: only kernels that add in a fixed order; cuda_graphs: whose graphs keep their own
+    narrow: the moments of fp32 weights are bf16; triton: Triton's kernels run (FlexAttention, the loss); compiled: by
+    torch.compile, block by block; deterministic: only kernels that add in a fixed order; cuda_graphs: whose graphs keep their own
     activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name."""
 
     strategy: str
@@ -70,7 +70,7 @@ class ParallelLayout:
     reshard: bool = True
     narrow: bool = False
     on_gpu: bool = True
-    flex: bool = False
+    triton: bool = False
     compiled: bool = False
     deterministic: bool = False
     cuda_graphs: bool = False
@@ -89,7 +89,7 @@ class ParallelLayout:
         compiled = compiled and not engine.background_compile  # eager steps come first and need more
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
-        device = target.memory is not None, target.flex, compiled, config.deterministic, engine.cuda_graphs
+        device = target.memory is not None, target.triton, compiled, config.deterministic, engine.cuda_graphs
         return cls(strategy, config.precision, *how, *device, config.optim.name)
 
     @property
@@ -103,12 +103,14 @@ class ParallelLayout:
 class SavedActivations(NamedTuple):
     """Bytes alive after the forward pass of one sequence. blocks: what each block's forward added; logits: whether there is a
     tensor of T x V numbers among them (in models that do not call linear_cross_entropy); unreached: parameters that get no
-    gradient, None if the graph does not tell (see engine/gradients.py)."""
+    gradient, None if the graph does not tell (see engine/gradients.py); copies: the most held of matrices that were computed
+    from parameters alone, such as autocast's copies, which are not in the total."""
 
     total: int
     blocks: list[int]
     logits: bool
     unreached: list[str] | None
+    copies: int
 
 
 _measured: dict[
@@ -154,8 +156,11 @@ class MemoryEstimate:
             for part in ORDER
             if part in parts
         }
-        # The loss computes the head's gradient while all activations are held: unsharded, in fp32, from bf16 products.
-        state["head gradient"] = self.head * (4 + 2 * (layout.compute != "fp32"))
+        copies = self._measure(layout, "none").copies
+        if copies:
+            state["copies"] = copies
+        # The loss computes the head's gradient while all activations are held: unsharded, in fp32.
+        state["head gradient"] = 4 * self.head
         if fsdp or layout.strategy == "zero3":
             kept = ZERO3_REUSE if layout.strategy == "zero3" else 0 if layout.reshard else self.parameters
             copies = min(self.parameters, max(self.gathered, kept))
@@ -213,7 +218,16 @@ class MemoryEstimate:
         vocab_size, itemsize = self.model_config.vocab_size, 4 if layout.compute == "fp32" else 2
         if self._measure(layout, how).logits:
             return 8 * vocab_size * tokens
-        return working_bytes(tokens, vocab_size, itemsize, layout.on_gpu, self.caps_logits)
+        return working_bytes(
+            tokens,
+            self.head,
+            vocab_size,
+            itemsize,
+            on_gpu=layout.on_gpu,
+            fused=layout.triton,
+            softcap=self.caps_logits,
+            rounded=layout.compute == "bf16",
+        )
 
     def tokens_that_fit(self, memory: int | None, layout: ParallelLayout, how: str, accumulates: bool) -> float:
         """Tokens in whole sequences that a GPU of `memory` bytes holds in one microbatch. No limit on a CPU (None).
@@ -238,7 +252,7 @@ class MemoryEstimate:
     def in_one_block(self, layout: ParallelLayout, how: str, sequences: int) -> int:
         """Peak bytes of a forward pass that keeps the activations of one block at a time, with weights but without moments."""
         state, loss = self.state(layout), int(self.loss(layout, how, sequences * self.length))
-        weights = sum(state.get(part, 0) for part in ("weights", "bf16 copies", "head gradient"))
+        weights = sum(state.get(part, 0) for part in ("weights", "copies", "head gradient"))
         return weights + loss + 2 * sequences * max(self._measure(layout, "none").blocks, default=0)
 
     def in_microbatch(self, layout: ParallelLayout, how: str, sequences: int, accumulates: bool) -> int:
@@ -253,7 +267,7 @@ class MemoryEstimate:
         return self._measure(layout, how).unreached
 
     def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
-        asked = self.length, layout.compute, how, self.documents, layout.flex, layout.compiled
+        asked = self.length, layout.compute, how, self.documents, layout.triton, layout.compiled
         key = self.model_class, repr(self.model_config), *asked, layout.deterministic, repr(self.objective)
         if key not in _measured:
             with _determinism(layout.deterministic):
@@ -274,7 +288,7 @@ def saved_activations(
 ) -> SavedActivations:
     """What is alive after the forward pass of one sequence, its loss included.
 
-    Measured by running the model on tensors without storage. Parameters, their bf16 copies and their gradients do not count.
+    Measured by running the model on tensors without storage. Parameters, their copies and their gradients do not count.
     compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective: see MemoryEstimate.
     A model that cannot be compiled trains uncompiled, so it is measured uncompiled.
     """
@@ -294,8 +308,6 @@ def saved_activations(
             if not compilation.of_compiler(error):
                 raise
             return _saved_activations(*asked)
-        finally:
-            private("reset")()  # the compiler keeps its code by function, and would try this code at every later call
 
 
 def _saved_activations(
@@ -332,22 +344,22 @@ def _saved_activations(
         alive = stack.enter_context(_alive_tensors(model))
         starts, added = [], []
         for block in model.blocks():
-            block.register_forward_pre_hook(lambda *_: starts.append(alive.bytes))
-            block.register_forward_hook(lambda *_: added.append(alive.bytes - starts[-1]))
+            block.register_forward_pre_hook(lambda *_: starts.append(alive.activations.bytes))
+            block.register_forward_hook(lambda *_: added.append(alive.activations.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
         batch: Batch = {"tokens": tokens, "targets": tokens}
         loss = ModelAndObjective(model, build_objective(objective))(
             batch | {"documents": tokens} if documents else batch
         ).sum
-        total = alive.bytes
+        total = alive.activations.bytes
         entries = length * model_config.vocab_size
         logits = any(
             shape[-1:] == (model_config.vocab_size,) and shape.numel() == entries
-            for _, shape, _ in alive.storages.values()
+            for _, shape, _ in alive.activations.storages.values()
         )
         unreached = gradients.unreached(model, loss)
         del loss
-    return SavedActivations(total, added, logits, unreached)
+    return SavedActivations(total, added, logits, unreached, alive.copies.most)
 
 
 @contextlib.contextmanager
@@ -374,11 +386,34 @@ def _default_dtype(dtype: Any) -> Any:
         torch.set_default_dtype(before)
 
 
+class _Held:
+    """Storages that are watched until they go. bytes: what they take; most: what they took at most."""
+
+    def __init__(self) -> None:
+        # Bytes, shape of the last tensor, and a reference that subtracts the bytes when the storage goes. So no call has to scan
+        # them all.
+        self.storages: dict[Any, tuple[int, torch.Size, weakref.ref[Any]]] = {}
+        self.bytes = self.most = 0
+
+    def add(self, reference: Any, tensor: torch.Tensor) -> None:
+        self.let_go(reference)  # it may have another size by now
+        storage = tensor.untyped_storage()
+        gone = weakref.ref(storage, lambda _: self.let_go(reference))
+        self.storages[reference] = storage.nbytes(), tensor.shape, gone
+        self.bytes += storage.nbytes()
+        self.most = max(self.most, self.bytes)
+
+    def let_go(self, reference: Any) -> None:
+        if reference in self.storages:
+            self.bytes -= self.storages.pop(reference)[0]
+
+
 def _alive_tensors(model: Any) -> Any:
-    """A dispatch mode that watches the memory that operators allocate. `bytes` is how much of it is still held."""
+    """A dispatch mode that watches the memory that operators allocate: `activations`, and `copies` of parameters."""
 
     weak_reference, tree_leaves = private("StorageWeakRef"), private("tree_leaves")
-    copies = (torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)
+    conversions = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+    room = (torch.ops.aten.empty_like.default, torch.ops.aten.zeros_like.default)  # for gradients
 
     class AliveTensors(private("TorchDispatchMode")):  # type: ignore[misc]
         supports_higher_order_operators = True
@@ -392,39 +427,32 @@ def _alive_tensors(model: Any) -> Any:
             tensors = (*model.parameters(), *model.buffers())
             self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
             self.vectors: set[Any] = set()  # made from parameters; each layer holds its own, so they count
-            # Bytes, shape of the last tensor, and a reference that subtracts the bytes when the storage goes. So no call has to
-            # scan them all.
-            self.storages: dict[Any, tuple[int, torch.Size, weakref.ref[Any]]] = {}
-            self.bytes = 0
+            self.activations, self.copies = _Held(), _Held()
 
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operator(*args, **(kwargs or {}))
             # Matrices made only from parameters (copies for autocast, room for gradients) exist once per run, not per sequence.
             given = [self.reference(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            of_parameters = bool(given) and all(x in self.own or x in self.vectors for x in given)
+            of_parameters = bool(given) and all(map(self.is_of_parameters, given))
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     reference = self.reference(tensor)
-                    if of_parameters:
-                        (self.own if tensor.ndim > 1 or operator in copies else self.vectors).add(reference)
+                    if of_parameters and (tensor.ndim > 1 or operator in conversions or operator in room):
+                        if tensor.ndim > 1 and operator not in room and not self.is_of_parameters(reference):
+                            self.copies.add(reference, tensor)
+                        self.own.add(reference)
+                    elif of_parameters:
+                        self.vectors.add(reference)
                     if reference not in self.own:
-                        self.hold(reference, tensor)
+                        self.activations.add(reference, tensor)
             return out
+
+        def is_of_parameters(self, reference: Any) -> bool:
+            return reference in self.own or reference in self.vectors
 
         @staticmethod
         def reference(tensor: torch.Tensor) -> Any:
             return weak_reference(tensor.untyped_storage())
-
-        def hold(self, reference: Any, tensor: torch.Tensor) -> None:
-            self.let_go(reference)  # it may have another size by now
-            storage = tensor.untyped_storage()
-            gone = weakref.ref(storage, lambda _: self.let_go(reference))
-            self.storages[reference] = storage.nbytes(), tensor.shape, gone
-            self.bytes += storage.nbytes()
-
-        def let_go(self, reference: Any) -> None:
-            if reference in self.storages:
-                self.bytes -= self.storages.pop(reference)[0]
 
     return AliveTensors()
 

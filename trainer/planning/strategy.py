@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -142,7 +143,7 @@ class StrategySelector:
         if self.fits(self.options[-1], self.layout("single")):
             return "single", False, f"one process; its GPU's {self.room} hold the run"
         why = f"nothing else fits even one sequence in {self.room}: weights and optimiser in CPU memory"
-        return "fsdp", True, why
+        return "fsdp", True, why + self.without_offload("single")
 
     def _several(self) -> tuple[str, bool, str]:
         size, local_size = self.world.size, self.world.local_size
@@ -152,7 +153,7 @@ class StrategySelector:
             return "ddp", False, f"{size} processes; each GPU's {self.room} hold a whole copy"
         why = f"a whole copy does not fit a GPU's {self.room}"
         offload = not self.fits(self.options[-1], self.layout("fsdp", size))
-        why += "; with all in CPU memory" * offload
+        why += f"; with all in CPU memory{self.without_offload('fsdp', size)}" if offload else ""
         if size == local_size:
             return "fsdp", offload, f"{why}: shards over the {size} processes of this machine"
         # Links between machines are slow: it is better to recompute activations than to gather weights from another machine.
@@ -160,6 +161,16 @@ class StrategySelector:
         if even and self.fits(self.options[-1], self.layout("hsdp", local_size)):
             return "hsdp", False, f"{why}; one copy in {local_size} shards fits each machine"
         return "fsdp", offload, f"{why}, nor the GPUs of one machine: shards over all {size} processes"
+
+    def without_offload(self, strategy: str, shards: int = 1) -> str:
+        """What to set, if anything, so that a run that needs CPU memory fits on the GPUs."""
+        fits = self.pure_bf16(self.layout(strategy, shards), lambda layout: self.fits(self.options[-1], layout))
+        return f" (--precision pure_bf16 fits {strategy} without)" if fits else ""
+
+    def pure_bf16(self, layout: ParallelLayout, fits: Callable[[ParallelLayout], bool]) -> bool:
+        """Whether a run in bf16 that does not fit would fit in pure_bf16: 8 bytes a parameter, 12 with several microbatches."""
+        allowed = layout.precision == "bf16" and not layout.strategy.startswith("zero")
+        return allowed and self.config.optim.state_precision != "fp32" and fits(replace(layout, precision="pure_bf16"))
 
     def choose_options(self, layout: ParallelLayout) -> tuple[MemoryOptions, str]:
         """(options, why) for engine.activation_checkpointing and optim.state_precision where they are auto."""
@@ -188,7 +199,7 @@ class StrategySelector:
         )
 
     def ways_out(self, layout: ParallelLayout) -> list[str]:
-        """What would fit: offloading, more processes or another GPU; of each the smallest that does."""
+        """What would fit: pure_bf16, offloading, more processes or another GPU; of each the smallest that does."""
         sharded = replace(layout, strategy="fsdp", offload=False)
         ways, least = [], self.options[-1]
 
@@ -196,6 +207,9 @@ class StrategySelector:
             return self.needed(layout, least) <= 0.9 * memory
 
         assert self.memory is not None
+        memory = self.memory
+        if self.pure_bf16(layout, lambda layout: holds(layout, memory)):
+            ways.append("--precision pure_bf16")
         if not layout.offload and holds(replace(sharded, offload=True, shards=layout.processes), self.memory):
             ways.append("--engine.offload with fsdp")
         for size in (2**n for n in range(1, 11)):

@@ -38,7 +38,6 @@ TORCH = (
     Private("torch.utils._python_dispatch", "TorchDispatchMode", _PLANS),
     Private("torch.utils._pytree", "tree_leaves", _PLANS, ("tree",)),
     Private("torch.multiprocessing.reductions", "StorageWeakRef", _PLANS, ("storage",)),
-    Private("torch._dynamo", "reset", _PLANS),
     Private("torch._dynamo", "mark_static", _COMPILE, ("t", "index")),
     Private("torch._dynamo.config", "recompile_limit", _COMPILE),
     Private("torch._dynamo.config", "optimize_ddp", _COMPILE),

@@ -28,12 +28,12 @@ class Gpu(NamedTuple):
 class Target(NamedTuple):
     """The device that a run is planned for.
 
-    memory: bytes of a GPU, None on a CPU; flex: whether FlexAttention's kernels run on it; here: whether it is the device of
-    this process; name: as of `device_name`.
+    memory: bytes of a GPU, None on a CPU; triton: whether Triton's kernels run on it (FlexAttention, the loss); here: whether
+    it is the device of this process; name: as of `device_name`.
     """
 
     memory: int | None
-    flex: bool = False
+    triton: bool = False
     here: bool = True
     name: str = "CPU"
 
