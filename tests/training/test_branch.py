@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from conftest import tiny_values
-from test_train import losses, same, weights
+from tiny_runs import losses, same, weights
 
 from trainer.commands.train import resolved, run
 from trainer.core.errors import UserError

@@ -1,6 +1,7 @@
 """The loop end to end on a tiny model: what it writes, that it learns, that resuming is exact, and what is refused."""
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,10 @@ from trainer.checkpoint import format as checkpoint
 from trainer.commands.train import run
 from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.data.prepare import prepare
+from trainer.data.stream import find_dataset
+from trainer.planning.plan import minimum_tokens, resolve
 from trainer.runs.metrics import KEYS, read_rows
 from trainer.training import loop
 from trainer.training.start import ways_out
@@ -401,3 +405,25 @@ def test_ways_out_name_what_helps(batch, engine, expected):
     for key, value in engine.items():
         setattr(config.engine, key, value)
     assert ways_out(config) == f"go on with {expected}"
+
+
+def test_a_batch_grows_to_its_size(tiny_dataset, tmp_path):
+    """From 128 to 512 tokens in 6 steps, in whole sequences of 64; the plan knows the sum, and a resumed run the same steps."""
+    changes = {"batch__sequence_start": 64, "batch__sequence_double_every": 0, "batch__dynamic": False}
+    values = tiny_values(tiny_dataset, tmp_path / "r", **changes, batch__ramp_steps=6, batch__ramp_start=128)
+    run(values)
+    rows = read_rows(tmp_path / "r" / "metrics.jsonl")
+    steps = [after - before for before, after in itertools.pairwise([0, *(row["tokens"] for row in rows)])]
+    assert steps == [128, 192, 256, 320, 384, 448, *[512] * 6]
+    plan = resolve(build(RunConfig, values), find_dataset(build(RunConfig, values).data))
+    assert minimum_tokens(plan) == sum(steps)
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / checkpoint.step_name(12))
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / checkpoint.step_name(8), ignore_errors=True)
+    before = losses(tmp_path / "r")
+    run(values)
+    assert losses(tmp_path / "r") == before
+
+
+def test_a_ramp_that_begins_above_its_end_is_refused(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match="ramp_start: 1,024 is more than tokens_per_step, 512"):
+        run(tiny_values(tiny_dataset, tmp_path / "r", batch__ramp_steps=6, batch__ramp_start=1024))

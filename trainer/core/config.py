@@ -92,6 +92,10 @@ class BatchConfig:
         None, "first sequence length; doubled until sequence_length", low=1, high=LONGEST
     )
     sequence_double_every: int | None = setting(None, "optimiser steps between doublings; 0: never double", low=0)
+    ramp_steps: int = setting(0, "optimiser steps in which the batch grows to tokens_per_step; 0: no ramp", low=0)
+    ramp_start: int | None = setting(
+        None, "tokens of the first step of a ramp; auto: an eighth of tokens_per_step", low=1
+    )
     dynamic: bool | None = setting(None, "hlb's rule: multiply the batch so that the gradient norm stays at its target")
     n_max: float = setting(16.0, "upper bound of hlb's batch multiplier n", low=1)
 

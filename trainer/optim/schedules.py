@@ -71,6 +71,11 @@ def multiplier(name: str, step: int, decay: Decay) -> float:
     return (step + 1) / decay.warmup if step < decay.warmup else SCHEDULES[name](step, decay)
 
 
+def ramped(step: int, start: int, full: int, steps: int) -> int:
+    """Tokens of 0-based `step` if a batch grows in a straight line from `start` to `full` tokens in `steps` steps."""
+    return full if step >= steps else start + (full - start) * step // steps
+
+
 def sequence_length(step: int, start: int, longest: int, double_every: int) -> int:
     """Sequence length at 0-based `step`. It doubles every `double_every` steps, for the first time at step double_every + 1."""
     if double_every == 0:

@@ -83,6 +83,15 @@ class Plan:
         batch = self.config.batch
         return schedules.sequence_length(step, batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
 
+    def sequences(self, step: int) -> int:
+        """Sequences of 0-based `step` on all devices, before hlb's multiplier."""
+        return whole_sequences(self.config.batch, step, self.sequence_length(step))
+
+
+def whole_sequences(batch: Any, step: int, length: int) -> int:
+    """Sequences of `length` tokens in 0-based `step`, before hlb's multiplier: at least one. batch: resolved."""
+    return max(1, schedules.ramped(step, batch.ramp_start, batch.tokens_per_step, batch.ramp_steps) // length)
+
 
 def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
     """Fill every `None` and `auto` of `config` by a rule. On a resolved config it changes nothing.
@@ -252,8 +261,10 @@ def tokens_at_lengths(plan: Plan, steps: int) -> dict[int, int]:
     for i, length in enumerate(plan.sequence_lengths):
         last = length == plan.sequence_lengths[-1]
         until = steps if last else min(steps, (i + 1) * batch.sequence_double_every + 1)
-        tokens[length] = (until - done) * (batch.tokens_per_step // length * length)
-        done = until
+        growing = range(done, max(done, min(until, batch.ramp_steps)))
+        sequences = sum(whole_sequences(batch, step, length) for step in growing)
+        sequences += (until - done - len(growing)) * whole_sequences(batch, batch.ramp_steps, length)
+        tokens[length], done = sequences * length, until
     return tokens
 
 

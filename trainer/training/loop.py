@@ -89,15 +89,15 @@ def tell_schedule(run: Run, steps_before: int) -> None:
 
 def opening(run: Run) -> str:
     """The lines before training: engine, kernels, parameters, and the batch at the first and the last sequence length."""
-    lengths, tokens = run.plan.sequence_lengths, run.config.batch.tokens_per_step
+    lengths, last = run.plan.sequence_lengths, run.config.max_steps - 1
     with autocast(run.device, run.config.precision):
         # Pass the run's device: offloaded weights are on another one.
         kernels = run.model.describe_kernels(run.device, run.config.data.separate_documents)
     threads = f"\n{thread_line()}" if run.device.type == "cpu" else ""
     return (
         f"\nengine: {run.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
-        f"{run.plan.parameters:,} parameters; sequences per step {tokens // lengths[0]:,} of {lengths[0]} tokens at the start, "
-        f"{tokens // lengths[-1]:,} of {lengths[-1]} at the end; lr {run.config.optim.lr:.8f}"
+        f"{run.plan.parameters:,} parameters; sequences per step {run.plan.sequences(0):,} of {lengths[0]} tokens at the start, "
+        f"{run.plan.sequences(last):,} of {run.plan.sequence_length(last)} at the end; lr {run.config.optim.lr:.8f}"
     )
 
 

@@ -73,7 +73,7 @@ def optimiser_step(run: Run) -> StepResult:
     """Accumulate the gradient of one global batch, then update the weights. Nothing here waits for the device."""
     state, step, watchdog = run.state, run.state.step, run.watchdog
     length = run.plan.sequence_length(step)
-    sequences = state.k * (run.config.batch.tokens_per_step // length)
+    sequences = state.k * run.plan.sequences(step)
     counted = sequences * length  # tokens of this step on all ranks
     torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # for dropout, for example
 

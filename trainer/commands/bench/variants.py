@@ -165,4 +165,5 @@ def steady(plan: Plan) -> Plan:
     plan.config.batch.sequence_start = plan.config.batch.sequence_length
     plan.config.batch.sequence_double_every = 0
     plan.config.batch.n_max = 1.0
+    plan.config.batch.ramp_steps = 0
     return plan
