@@ -140,8 +140,8 @@ def test_a_variant_has_learning_rates_of_its_own():
         ({"seeds": ["1", "1"]}, "twice"),
         ({"seeds": ["-1"]}, "negative"),
         ({"seeds": ["1000001", "1000002"], "baseline": "no"}, "baseline"),  # not twice the same seed
-        ({"run": {"seed": "3"}}, "leave seed out"),
-        ({"run": {"run_dir": "runs/x"}}, "leave run_dir out"),
+        ({"common": {"seed": "3"}}, "leave seed out"),
+        ({"common": {"run_dir": "runs/x"}}, "leave run_dir out"),
         ({"variants": {"a": {"max_steps": "3"}, "b": {}}}, "leave max_steps out"),
         ({"variants": {"a": {"optim": {"lrr": "3"}}, "b": {}}}, "variant a: unknown key optim.lrr"),
         ({"variants": {"a": "gpt2", "b": {}}}, "holds the keys of a run"),
@@ -176,7 +176,7 @@ def sized(tiny_dataset):
     small = {"n_layers": 2, "d_model": 32, "n_heads": 2}
     config = read(
         {
-            "run": shared,
+            "common": shared,
             "variants": {
                 "gpt2": {"model": {"name": "gpt2", **small}},
                 "llama": {"model": {"name": "llama", **small, "d_model": 64}},
@@ -312,7 +312,7 @@ def test_seeds_and_variants_may_be_added_and_nothing_else_may_change(tmp_path, s
         ({"seeds": ["1", "2"], "variants": TWO}, "variant third at scale 1"),
         ({"seeds": ["1", "2"], "tuning_seed": "9"}, "tuning_seed 0, now it is 9"),
         ({"seeds": ["1", "2"], "budget": "flops"}, "budget tokens"),
-        ({"seeds": ["1", "2"], "run": {"max_steps": "7"}}, "other settings of variant small"),
+        ({"seeds": ["1", "2"], "common": {"max_steps": "7"}}, "other settings of variant small"),
         ({"seeds": ["1", "2"], "learning_rates": ["1e-3", "2e-3"]}, "other settings of variant small"),
     ]:
         with pytest.raises(UserError, match=words):

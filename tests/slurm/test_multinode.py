@@ -392,7 +392,7 @@ def test_a_comparison_submits_its_stages_until_the_report_is_written(slurm, fold
     values = tiny_values(tiny_dataset, "", max_steps=8, batch__dynamic=False, optim={"recipe": "plain"})
     del values["run_dir"], values["model"], values["device"]
     rates = [1e-6, 2e-6]  # so low that a higher one is better
-    spec = {"run": values, "seeds": [1, 2], "learning_rates": rates, "most_learning_rates": 3}
+    spec = {"common": values, "seeds": [1, 2], "learning_rates": rates, "most_learning_rates": 3}
     spec["variants"] = {name: {"model": {"name": name}} for name in ("gpt2", "llama")}
     (folder / "pair.yaml").write_text(yaml.safe_dump(spec))
     words = ["launch/array.sh", "pair", "--nodes=1", "--gpus-per-node=1", "--time=10", "--", "compare", "pair.yaml"]

@@ -20,8 +20,8 @@ class CompareConfig:
     compare_dir: str | None = setting(
         None, "folder of the comparison; auto: runs/compare-NAME, NAME of the spec's file"
     )
-    config: str | None = setting(None, "a run's config that all variants share; the keys of `run` override it")
-    run: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of a run that all variants share"})
+    config: str | None = setting(None, "a run's config that all variants share; the keys of `common` override it")
+    common: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of a run that all variants share"})
     variants: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "name -> the keys of a run that this variant changes"}
     )
@@ -55,7 +55,7 @@ class CompareConfig:
 def read(values: Values) -> CompareConfig:
     """The spec. What belongs to runs stays text: the type of its key decides later what it means, as in a run's config."""
     config = build(CompareConfig, values)
-    for key in ("run", "variants", "grid"):
+    for key in ("common", "variants", "grid"):
         setattr(config, key, values.get(key) or {})
     return config
 

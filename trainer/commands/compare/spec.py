@@ -20,7 +20,7 @@ from trainer.core.text import printable
 OURS = {
     "run_dir": "each run has its own folder",
     "seed": "use `seeds` and `tuning_seed`",
-    "max_steps": "only `run` sets it: it is the length of the baseline's runs, and `budget` decides the others",
+    "max_steps": "only `common` sets it: it is the length of the baseline's runs, and `budget` decides the others",
     "model_scale": "use `scales`",
 }
 KEPT_CHECKPOINTS = {"checkpoint": {"keep": 1}}  # a comparison has many runs; the newest is enough to go on
@@ -82,8 +82,8 @@ def shared_values(config: CompareConfig) -> dict[str, Any]:
     values = load_yaml(config.config) if config.config else {}
     values.pop("run_dir", None)  # a config of configs/ names its own
     values.pop("seed", None)
-    refuse_ours(config.run, "run", allowed=("max_steps", "model_scale"))
-    values = merge(merge(KEPT_CHECKPOINTS, values), config.run)
+    refuse_ours(config.common, "common", allowed=("max_steps", "model_scale"))
+    values = merge(merge(KEPT_CHECKPOINTS, values), config.common)
     build(RunConfig, values)
     return values
 
