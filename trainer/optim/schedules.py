@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 
+def constant(step: int) -> float:
+    """1, for optimizers that need no schedule."""
+    return 1.0
+
+
 def warmup_cosine(step: int, warmup: int, total: int, final: float = 0.1) -> float:
     """Linear warm-up ((step + 1) / warmup), then a cosine from 1 down to `final` at `total`."""
     if step < warmup:
