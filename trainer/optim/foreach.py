@@ -6,14 +6,13 @@ wait. A list of scalar tensors, one for each parameter, is used where steps are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from trainer.optim.rule import STEP
 
 States = list[dict[str, Tensor]]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -26,13 +25,13 @@ def cleared(gradients: list[Tensor], finite: Tensor) -> list[Tensor]:
     return [number.view(first.dtype) for number in bits]
 
 
-def average_(means: Sequence[Tensor], values: Sequence[Tensor], beta: float, finite: Tensor) -> None:
+def average_(means: Tensors, values: Tensors, beta: float, finite: Tensor) -> None:
     """means = beta means + (1 - beta) values. values: zeros if `finite` is 0."""
     torch._foreach_mul_(means, 1 - (1 - beta) * finite)
     torch._foreach_add_(means, values, alpha=1 - beta)
 
 
-def average_squares_(means: Sequence[Tensor], values: Sequence[Tensor], beta: float, finite: Tensor) -> None:
+def average_squares_(means: Tensors, values: Tensors, beta: float, finite: Tensor) -> None:
     """means = beta means + (1 - beta) values^2. values: zeros if `finite` is 0."""
     torch._foreach_mul_(means, 1 - (1 - beta) * finite)
     torch._foreach_addcmul_(means, values, values, value=1 - beta)
@@ -48,12 +47,12 @@ def scalars(values: Tensor) -> list[Tensor]:
     return list(values.float().unbind())
 
 
-def norms(tensors: Sequence[Tensor], order: int) -> Tensor:
+def norms(tensors: Tensors, order: int) -> Tensor:
     """The norm of each tensor [n], in fp32 or wider."""
     return torch.stack(torch._foreach_norm(tensors, order, torch.promote_types(tensors[0].dtype, torch.float32)))
 
 
-def roots(squares: Sequence[Tensor], steps: Tensor, beta: float, eps: float) -> Sequence[Tensor]:
+def roots(squares: Tensors, steps: Tensor, beta: float, eps: float) -> Tensors:
     """Adam's divisor: sqrt(squares / (1 - beta^t)) + eps. steps [n]: t of each."""
     found = torch._foreach_sqrt(squares)
     torch._foreach_div_(found, scalars((1 - beta**steps).sqrt()))
@@ -61,16 +60,14 @@ def roots(squares: Sequence[Tensor], steps: Tensor, beta: float, eps: float) -> 
     return found
 
 
-def adam_directions(
-    means: Sequence[Tensor], squares: Sequence[Tensor], steps: Tensor, beta1: float, beta2: float, eps: float
-) -> Sequence[Tensor]:
+def adam_directions(means: Tensors, squares: Tensors, steps: Tensor, beta1: float, beta2: float, eps: float) -> Tensors:
     """Adam's update before lr: means / (1 - beta1^t) over `roots`."""
     found = torch._foreach_div(means, scalars(1 - beta1**steps))
     torch._foreach_div_(found, roots(squares, steps, beta2, eps))
     return found
 
 
-def descend_(parameters: Sequence[Tensor], directions: Sequence[Tensor], lr: Tensor, weight_decay: float) -> None:
+def descend_(parameters: Tensors, directions: Tensors, lr: Tensor, weight_decay: float) -> None:
     """parameters = (1 - lr decay) parameters - lr directions. lr: 0 if the step is not finite. Overwrites `directions`."""
     if weight_decay:
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)

@@ -29,14 +29,17 @@ TOLD_OF_FINITE = {"Adam", "AdamW", "SGD"}  # by found_inf, which their fused ker
 # The trainer gives these itself.
 OURS = {"self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
-# State that does not begin as zeros: its value in the first step, from (config, lr, gradient).
-INITIAL: dict[tuple[str, str], Callable[[Any, float, Tensor], Any]] = {
-    ("ASGD", "eta"): lambda config, lr, gradient: lr,
-    ("ASGD", "mu"): lambda config, lr, gradient: 1.0,
-    ("NAdam", "mu_product"): lambda config, lr, gradient: 1.0,
-    ("Rprop", "step_size"): lambda config, lr, gradient: lr,
+# State that does not begin as zeros: its value in the first step, from (group, parameter, gradient).
+Initial = Callable[[GroupSettings, Tensor, Tensor], Any]
+INITIAL: dict[tuple[str, str], Initial] = {
+    ("ASGD", "eta"): lambda group, parameter, gradient: group.lr,
+    ("ASGD", "mu"): lambda group, parameter, gradient: 1.0,
+    ("NAdam", "mu_product"): lambda group, parameter, gradient: 1.0,
+    ("Rprop", "step_size"): lambda group, parameter, gradient: group.lr,
     # So that the step sets it to the gradient, whatever the dampening.
-    ("SGD", "momentum_buffer"): lambda config, lr, gradient: gradient * (config.dampening / config.momentum),
+    ("SGD", "momentum_buffer"): lambda group, parameter, gradient: (
+        (gradient + group.weight_decay * parameter) * (group.config.dampening / group.config.momentum)
+    ),
 }
 
 
@@ -47,9 +50,10 @@ class TorchRule(OptimizerRule):
     torch_class: ClassVar[Any]
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
-        settings = dataclasses.asdict(self.config).items()
-        kinds = states_of(  # type: ignore[arg-type]  # mypy takes the class for its instance
-            type(self), tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in settings)
+        values = dataclasses.asdict(self.config).items()
+        rule: Any = type(self)  # mypy takes the class for its instance
+        kinds = states_of(
+            rule, tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in values)
         )
         own = {key: (shape, dtype) if whole else (torch.Size(), torch.float32) for key, whole in kinds.items()}
         return {STEP: (torch.Size(), torch.float32), **own}
@@ -66,7 +70,7 @@ class TorchRule(OptimizerRule):
         own = [key for key in states[0] if key != STEP]
         for key in own:
             if (name, key) in INITIAL:
-                begin_(states, key, INITIAL[name, key], group, gradients, finite)
+                begin_(states, key, INITIAL[name, key], group, parameters, gradients, finite)
         held = [parameters, *([state[key] for state in states] for key in own)]
         told = name in TOLD_OF_FINITE
         before = [] if told else [[tensor.clone() for tensor in tensors] for tensors in held]
@@ -90,15 +94,16 @@ class TorchRule(OptimizerRule):
 def begin_(
     states: States,
     key: str,
-    initial: Callable[[Any, float, Tensor], Any],
+    initial: Initial,
     group: GroupSettings,
+    parameters: list[Tensor],
     gradients: list[Tensor],
     finite: Tensor,
 ) -> None:
     """Set a state to its initial value, if this is the first step of its parameter."""
-    for state, gradient in zip(states, gradients, strict=True):
+    for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
         first = (state[STEP] == 1) & (finite > 0)
-        state[key].copy_(torch.where(first, initial(group.config, group.lr, gradient), state[key]))
+        state[key].copy_(torch.where(first, initial(group, parameter, gradient), state[key]))
 
 
 @functools.lru_cache

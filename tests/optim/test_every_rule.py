@@ -1,0 +1,51 @@
+"""What every rule of trainer/optim does: it keeps the contract, trains, and goes on from a checkpoint bit for bit."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+from conftest import beyond
+
+from models.base import get_model, load_models
+from trainer.checkpoint import format as checkpoint
+from trainer.optim.rule import registered_rules
+from trainer.runtime.distributed import World
+from trainer.testing import optimizers
+from trainer.testing.strategies import engine_of, losses_of
+from trainer.testing.subject import Skipped, Subject
+
+load_models()
+RULES = sorted(name for name, rule in registered_rules().items() if rule.__module__.startswith("trainer."))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_keeps_the_contract(name):
+    rule = registered_rules()[name]
+    for one in optimizers.CHECKS:
+        try:
+            one.run(optimizers.RuleSubject(name, rule))
+        except Skipped:
+            assert one.name in ("shards", "narrow") and rule.scope != "element"
+
+
+# Several times less for rules that move every number by lr.
+LR = {"lion": 3e-4, "adafactor": 1e-2}
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    beyond([(name, "gpt2") for name in RULES], itertools.product(RULES, ("gpt2", "hlb", "llama", "ngpt")), True),
+)
+def test_it_trains_and_goes_on_bit_for_bit(tmp_path, name, model):
+    """Six steps on one batch, and three after a checkpoint of the third."""
+    subject = Subject(model, get_model(model))
+    optim = {"name": name, "lr": LR.get(name, 1e-3), "warmup_steps": 1}
+    with engine_of(subject, "single", optim=optim, max_steps=6) as engine:
+        first = losses_of(engine, subject, 0, 3)
+        path = checkpoint.save(Path(tmp_path), 3, engine.tensors(), {}, World(), checkpoint.retention(1, 0))
+        then = losses_of(engine, subject, 3, 3)
+    assert all(map(math.isfinite, first + then)) and then[-1] < first[0], (first, then)
+    with engine_of(subject, "single", optim=optim, max_steps=6, seed=1) as engine:
+        engine.load(path)
+        assert losses_of(engine, subject, 3, 3) == then
