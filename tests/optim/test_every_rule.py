@@ -9,6 +9,7 @@ from conftest import beyond
 
 from models.base import get_model, load_models
 from trainer.checkpoint import format as checkpoint
+from trainer.optim import narrow_state
 from trainer.optim.rule import registered_rules
 from trainer.runtime.distributed import World
 from trainer.testing import optimizers
@@ -27,6 +28,27 @@ def test_it_keeps_the_contract(name):
             one.run(optimizers.RuleSubject(name, rule))
         except Skipped:
             assert one.name in ("shards", "narrow") and rule.scope != "element"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_is_given_a_part_at_a_time_and_computes_the_same(monkeypatch, name):
+    """So what it computes on the way takes no more memory than PIECE numbers, or the largest parameter if it must see it whole."""
+    rule, found, given = registered_rules()[name], [], []
+
+    def watched(self, group, parameters, *rest, update=rule.update):
+        given.append([parameter.numel() for parameter in parameters])
+        update(self, group, parameters, *rest)
+
+    monkeypatch.setattr(rule, "update", watched)
+    for size in (64, 2**20):
+        monkeypatch.setitem(narrow_state.PIECE, "cpu", size)
+        trial = optimizers.Trial(optimizers.RuleSubject(name, rule))
+        for step in range(3):
+            trial.step(optimizers.gradients_of(trial, step))
+        found.append(trial.tensors())
+        if size == 64 and not rule.in_place:
+            assert all(sum(sizes) <= 64 or (rule.scope != "element" and len(sizes) == 1) for sizes in given), given
+    optimizers.require_equal(*found, "the size of pieces changes the result")
 
 
 # Several times less for rules that move every number by lr.

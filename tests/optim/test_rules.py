@@ -134,7 +134,7 @@ def test_a_state_that_load_does_not_bring_back_is_found(registry):
         def update(self, group, parameters, gradients, states, finite):
             for p, g, state in zip(parameters, gradients, states, strict=True):
                 state["momentum"].copy_(torch.where(finite > 0, g, state["momentum"]))
-                last = self.momenta.setdefault(id(p), torch.zeros_like(p))
+                last = self.momenta.setdefault(p.data_ptr(), torch.zeros_like(p))
                 last.copy_(torch.where(finite > 0, 0.5 * last + g, last))
                 p.sub_(group.lr * finite * last)
 

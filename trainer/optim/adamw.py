@@ -42,6 +42,7 @@ class AdamW(OptimizerRule):
 
     Config = AdamWConfig
     scope = "element"
+    in_place = True
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}

@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         def update(parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
             rule.update(settings, parameters, gradients, states, finite)
 
-        if not is_narrow(parameters[0], states[0]):
+        if rule.in_place and not is_narrow(parameters[0], states[0]):
             update(parameters, gradients, states)
         elif rule.scope == "element":
             update_in_pieces(parameters, gradients, states, update)

@@ -52,6 +52,7 @@ class OptimizerRule:
     piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: like tensor, but only one rank
     updates each matrix, because an update is costly; AdamW updates the parameters without the role `matrix`.
 
+    in_place: whether `update` needs no memory on the way, such as a fused kernel. Others get a part of the numbers at a time.
     own_schedule: whether the rule needs no schedule of lr; then lr stays at its peak. config: Config with the fields that the user
     sets; it decides which state there is. (A recipe may set further fields for a group: see GroupSettings.)
 
@@ -61,6 +62,7 @@ class OptimizerRule:
 
     Config: ClassVar[type]
     scope: ClassVar[Scope] = "element"
+    in_place: ClassVar[bool] = False
     own_schedule: ClassVar[bool] = False
     config: Any
 

@@ -2,7 +2,7 @@
 
 The class computes each step, on parameters and states that the trainer holds. A trial step on tiny tensors tells which states it
 has. Adam, AdamW and SGD run fused and are told of a step that is not finite. For the others such a step is undone: each step
-copies parameters and states and selects between copy and result, which takes memory for both and some time.
+copies parameters and states, a piece at a time, and selects between copy and result: some three more passes over both.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def torch_rule(name: str) -> type[TorchRule]:
         known = [key for key, value in vars(torch.optim).items() if inspect.isclass(value) and not key.startswith("_")]
         raise UserError(f"optim.name: torch.optim has no optimizer {name!r} (it has: {', '.join(sorted(known))})")
     scope: Scope = "element" if name in ELEMENT else "matrix" if name in MATRIX else "tensor"
-    rule: Any = type(name, (TorchRule,), {"torch_class": found, "Config": config_of(found), "scope": scope})
+    members = {"torch_class": found, "Config": config_of(found), "scope": scope, "in_place": name in TOLD_OF_FINITE}
+    rule: Any = type(name, (TorchRule,), members)
     refuse_what_no_rule_can_do(found, rule.Config())
     return rule
 

@@ -31,6 +31,7 @@ class Adam(Moments):
     """Decay is coupled, as in torch.optim.Adam: decay * w is added to the gradient (L2), so it is divided by the root too."""
 
     Config = AdamConfig
+    in_place = True
 
     def update(
         self,
