@@ -166,6 +166,8 @@ def test_no_bf16_average_that_can_never_fall():
         "a bf16 average never falls with optim.settings.beta2 0.999; at most 0.9961"
     )
     assert get_rule("adamw").narrow_refusal() == get_rule("mars").narrow_refusal() == ""
+    assert "optim.settings.betas 0.999;" in get_rule("torch:Adam").narrow_refusal()
+    assert get_rule("torch:Adam", {"betas": [0.9, 0.95]}).narrow_refusal() == ""
     assert "optim.settings.beta3 0.9999" in get_rule("ademamix").narrow_refusal()
     stuck = torch.tensor(1.0, dtype=torch.bfloat16)
     assert stuck * math.nextafter(1 - 2**-9, 1) == stuck and stuck * (1 - 2**-8) != stuck

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import beyond
 
 from models.base import get_model, load_models
@@ -49,6 +50,24 @@ def test_it_is_given_a_part_at_a_time_and_computes_the_same(monkeypatch, name):
         if size == 64 and not rule.in_place:
             assert all(sum(sizes) <= 64 or (rule.scope != "element" and len(sizes) == 1) for sizes in given), given
     optimizers.require_equal(*found, "the size of pieces changes the result")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_with_bf16_state_each_step_is_the_fp32_step_from_rounded_state(name):
+    subject = optimizers.RuleSubject(name, registered_rules()[name])
+    narrow, wide = optimizers.Trial(subject), optimizers.Trial(subject)
+    narrow.optimizer.narrow = True
+    narrow.optimizer.allocate(narrow.parameters.values())
+    rounded = {key for key, value in narrow.state().items() if value.dtype == torch.bfloat16}
+    assert rounded
+    for step in range(3):
+        for trial in (narrow, wide):
+            trial.step(optimizers.gradients_of(trial, step))
+        for key in rounded:
+            wide.state()[key].copy_(wide.state()[key].bfloat16())
+        optimizers.require_equal(
+            narrow.tensors(), {k: v.to(narrow.tensors()[k].dtype) for k, v in wide.tensors().items()}, name
+        )
 
 
 # Several times less for rules that move every number by lr.

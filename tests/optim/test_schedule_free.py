@@ -9,7 +9,7 @@ from tiny_runs import make, weights
 from trainer.commands.train import run
 from trainer.core.errors import UserError
 from trainer.optim.rules.schedule_free import average_share
-from trainer.recipes import schedule_change
+from trainer.recipes import recipe_rows, schedule_change
 from trainer.runs.metrics import read_rows
 from trainer.runs.opening import open_run
 
@@ -70,6 +70,13 @@ def test_a_run_has_no_other_schedule_and_evaluates_with_the_average(tiny_dataset
         assert not torch.equal(parameter.detach(), stored[f"model.{name}"])
     rows = read_rows(tmp_path / "r" / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_plan_promises_no_schedule(tiny_dataset, tmp_path):
+    config = make(tiny_dataset, tmp_path, optim__name="schedule-free").config
+    assert [row.rule for row in recipe_rows(config, 10**6, tied=False)].count(
+        "constant, because schedule-free needs no schedule"
+    ) == 3
 
 
 def test_bf16_state_is_refused(tiny_dataset, tmp_path):

@@ -103,16 +103,18 @@ class OptimizerRule:
 
         A bf16 number that is rounded to nearest never falls if a step takes off less than 2^-9 to 2^-8 of it: see AdamW.
         """
-        slow = [
-            f"optim.settings.{field.name} {value:g}"
-            for field in dataclasses.fields(self.Config)
-            if field.name.startswith("beta") and 1 - (value := getattr(self.config, field.name)) < 2**-8
-        ]
-        return f"a bf16 average never falls with {', '.join(slow)}; at most {1 - 2**-8:.4g}" if slow else ""
+        values = dataclasses.asdict(self.config)
+        betas = [(key, beta) for key in values if key.startswith("beta") for beta in _numbers(values[key])]
+        slow = [f"optim.settings.{key} {beta:g}" for key, beta in betas if 1 - beta < 2**-8]
+        return f"a bf16 average never falls with {', '.join(slow)}; at most {1 - 2**-8:.4f}" if slow else ""
 
     @property
     def evaluates_other_weights(self) -> bool:
         return type(self).evaluation_weights is not OptimizerRule.evaluation_weights
+
+
+def _numbers(value: Any) -> list[float]:
+    return [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
 
 
 _REGISTRY: dict[str, type[OptimizerRule]] = {}

@@ -24,8 +24,10 @@ def recipe_for(model_name: str) -> str:
 
 def recipe_rows(config: Any, parameters: int, tied: bool) -> list[PlanEntry]:
     """What follows from the recipe beyond the settings. config: resolved; tied: the head shares the embedding's matrix."""
-    recipe = RECIPES[config.optim.recipe]
-    return [*law_rows(config, parameters), *recipe.rows(config, tied), *evaluation_rows(config)]
+    rows, name = RECIPES[config.optim.recipe].rows(config, tied), config.optim.name
+    if rule_class(name).own_schedule:
+        rows = [row._replace(rule=f"constant, because {name} needs no schedule") for row in rows]
+    return [*law_rows(config, parameters), *rows, *evaluation_rows(config)]
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
