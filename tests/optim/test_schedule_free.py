@@ -80,5 +80,7 @@ def test_the_plan_promises_no_schedule(tiny_dataset, tmp_path):
 
 
 def test_bf16_state_is_refused(tiny_dataset, tmp_path):
-    with pytest.raises(UserError, match="^optim.state_precision: the state of schedule-free would be bf16 .* use fp32"):
+    with pytest.raises(
+        UserError, match="^optim.state_precision: schedule-free cannot keep its state in bf16: .* use fp32"
+    ):
         make(tiny_dataset, tmp_path, optim__name="schedule-free", optim__state_precision="bf16")

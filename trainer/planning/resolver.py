@@ -232,7 +232,7 @@ def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> D
     optim = draft.config.optim
     refusal = get_rule(optim.name, optim.settings).narrow_refusal() if options.narrow else ""
     if refusal:
-        raise UserError(f"optim.state_precision: the state of {optim.name} would be bf16 ({rule}), but {refusal}")
+        raise UserError(f"optim.state_precision: {optim.name} cannot keep its state in bf16: {refusal}")
     return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
 
