@@ -7,13 +7,12 @@ import torch
 from conftest import tiny_values
 from rule_steps import SAME, SHAPES, Steps, against_torch, drawn
 
-from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.optim.rules.ademamix import AdEMAMixConfig, schedules
 from trainer.planning.plan import resolve
-from trainer.planning.run_config import read_config
+from trainer.planning.run_config import check_unchanged, merged_config, read_config, write_config
 
 
 def test_three_steps_by_hand():
@@ -72,12 +71,18 @@ def test_with_a_constant_gradient_the_update_becomes_one_plus_alpha():
 
 
 def test_the_schedules_span_the_run_and_stay_when_it_grows(tiny_dataset, tmp_path):
-    changes = {"optim__name": "ademamix", "optim__recipe": "plain", "optim__lr": 1e-3, "checkpoint__every": 2}
-    plan = resolve(build(RunConfig, tiny_values(tiny_dataset, tmp_path / "r", **changes)))
+    values = tiny_values(tiny_dataset, tmp_path / "r", optim__name="ademamix", optim__recipe="plain")
+    plan = resolve(build(RunConfig, values))
     assert plan.config.optim.settings == {"total_steps": 12}
     assert ("optim.settings.total_steps", 12) in [(entry.key, entry.value) for entry in plan.entries]
-    run(tiny_values(tiny_dataset, tmp_path / "r", max_steps=2, **changes))
-    run({"run_dir": str(tmp_path / "r"), "max_steps": 3})
-    assert read_config(tmp_path / "r", print).build().optim.settings == {"total_steps": 2}
-    with pytest.raises(UserError, match="^optim.settings.total_steps: .* was started with 2, now it is 9"):
-        run({"run_dir": str(tmp_path / "r"), "max_steps": 4, "optim": {"settings": {"total_steps": 9}}})
+    (tmp_path / "r").mkdir()
+    write_config(tmp_path / "r", plan.config)
+    stored = read_config(tmp_path / "r", print)
+    given = {"max_steps": 20}
+    longer = resolve(merged_config(given, stored, 1)).config
+    assert (longer.max_steps, longer.optim.settings) == (20, {"total_steps": 12})
+    check_unchanged(stored, longer, given, lambda config: config)
+    given = {"optim": {"settings": {"total_steps": 20}}}
+    other = resolve(merged_config(given, stored, 1)).config
+    with pytest.raises(UserError, match="^optim.settings.total_steps: .* was started with 12, now it is 20"):
+        check_unchanged(stored, other, given, lambda config: config)
