@@ -110,6 +110,16 @@ def test_batches_are_bounded_and_whole(size):
     assert seen == {n: list(range(n)) for n in seen}
 
 
+@pytest.mark.parametrize("limit", [1, 8, 100])
+def test_whole_batches_hold_each_parameter_once(limit):
+    sizes = [3, 64, 0, 5, 3, 8]
+    cut = [sizes[batch] for batch in narrow_state.whole_batches(sizes, limit)]
+    assert sum(cut, []) == sizes
+    assert all(sum(part) <= limit or len([size for size in part if size]) == 1 for part in cut)
+    if limit == 8:
+        assert cut == [[3], [64], [0, 5, 3], [8]]
+
+
 def test_deviation_from_fp32_moments_stays_within_what_rounding_adds_up_to():
     """A moment's error is at most beta times the one before and U of what is rounded, which is within U of what it
     becomes. An update is then at worst (|m| + error) / sqrt(v - error). fp32's own rounding is below 1e-6."""

@@ -1,11 +1,11 @@
-"""Lion (arXiv 2302.06675): the sign of momentum, with decoupled weight decay."""
+"""Lion (arXiv 2302.06675) as an example of a plug-in: the sign of momentum, with decoupled weight decay."""
 
 from dataclasses import dataclass
 
 from trainer.optim import OptimizerRule, register_optimizer
 
 
-@register_optimizer("lion")
+@register_optimizer("my-lion")
 class Lion(OptimizerRule):
     @dataclass
     class Config:

@@ -104,7 +104,10 @@ class BatchConfig:
 class OptimConfig:
     """The optimiser and its schedules."""
 
-    name: str = setting("adamw", "the optimizer; --plugin FILE.py can register others")
+    name: str = setting(
+        "adamw",
+        "the optimizer: trainer/optim/README.md lists them; torch:NAME for a class of torch.optim; --plugin FILE.py for your own",
+    )
     settings: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "optim.settings.FIELD sets a field of the optimizer's own Config"}
     )

@@ -1,9 +1,22 @@
-"""Optimizers: the contract and its registry (rule.py), the rules (adamw.py), groups, schedules, and the step (optimizer.py)."""
+"""Optimizers: the contract and its registry (rule.py), the rules (adamw.py, rules/), groups, schedules, and the step (optimizer.py)."""
+
+import importlib
+import pkgutil
 
 from trainer.optim import adamw as adamw  # registers it
+from trainer.optim import rules
 from trainer.optim.groups import Group, matrices_of, names_by_role, state_bytes_per_parameter, with_rule
 from trainer.optim.optimizer import Optimizer
-from trainer.optim.rule import DEFAULT_RULE, GroupSettings, OptimizerRule, get_rule, register_optimizer, rule_config
+from trainer.optim.rule import (
+    DEFAULT_RULE,
+    GroupSettings,
+    OptimizerRule,
+    get_rule,
+    register_optimizer,
+    rule_class,
+    rule_config,
+    settings_of_run,
+)
 
 __all__ = [
     "DEFAULT_RULE",
@@ -15,7 +28,12 @@ __all__ = [
     "matrices_of",
     "names_by_role",
     "register_optimizer",
+    "rule_class",
     "rule_config",
+    "settings_of_run",
     "state_bytes_per_parameter",
     "with_rule",
 ]
+
+for _found in pkgutil.iter_modules(rules.__path__):
+    importlib.import_module(f"{rules.__name__}.{_found.name}")  # registers its rules

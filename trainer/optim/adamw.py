@@ -18,6 +18,9 @@ class AdamWConfig:
     beta1: float = setting(0.9, "decay of the mean of gradients", low=0, high=0.99999)
     beta2: float = setting(0.95, "decay of the mean of squared gradients", low=0, high=0.99999)
     eps: float = setting(1e-8, "added to the root of the mean of squares", low=0)
+    independent_decay: bool = setting(
+        False, "weight decay is multiplied by the schedule, but not by the peak learning rate (try 1e-4)"
+    )
 
 
 @register_optimizer("adamw")
@@ -32,10 +35,14 @@ class AdamW(OptimizerRule):
     with beta1 = 0.9, within 1 % with 0.6. The rounding errors of many steps together have the same bound, 2^-8 / (1 - beta)
     of the largest moment among them, and mostly cancel if gradients fluctuate. Tiny moments are as safe as in fp32, because
     bf16 has the same range of exponents.
+
+    Decay is decoupled: w = (1 - lr decay) w. independent_decay (arXiv 2309.14322): w = (1 - s decay) w, s: the schedule, which
+    is 1 at its peak. So another lr does not change how much weights decay.
     """
 
     Config = AdamWConfig
     scope = "element"
+    in_place = True
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
@@ -58,7 +65,8 @@ class AdamW(OptimizerRule):
             lr=group.lr,
             beta1=group.config.beta1,
             beta2=group.config.beta2,
-            weight_decay=group.weight_decay,
+            # The kernel multiplies it by lr.
+            weight_decay=group.weight_decay / (group.peak_lr if group.config.independent_decay else 1),
             eps=group.config.eps,
             amsgrad=False,
             maximize=False,

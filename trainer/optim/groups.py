@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from trainer.optim.rule import DEFAULT_RULE, get_rule, state_bytes
+from trainer.optim.rule import DEFAULT_RULE, get_rule, rule_class, state_bytes
+
+
+def no_schedule(step: int) -> float:
+    """1 at every step, for optimizers that need no schedule."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,11 @@ def matrices_of(model: Any, shapes: dict[str, torch.Size]) -> set[str]:
     return {name for name in names_by_role(model)["matrix"] if len(shapes[name]) == 2}
 
 
-def state_bytes_per_parameter(rule: str, model: Any, narrow: bool) -> float:
-    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32."""
+def state_bytes_per_parameter(rule: str, model: Any, narrow: bool, given: dict[str, Any] | None = None) -> float:
+    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32;
+    given: the fields of the rule's Config that the user sets."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    chosen, rest = get_rule(rule), get_rule(DEFAULT_RULE)
+    chosen, rest = get_rule(rule, given), get_rule(DEFAULT_RULE)
     own = matrices_of(model, shapes) if chosen.scope == "matrix" else set(shapes)
     dtype = torch.bfloat16 if narrow else torch.float32
     total = sum(state_bytes(chosen if name in own else rest, shape, dtype) for name, shape in shapes.items())
@@ -60,12 +66,12 @@ def state_bytes_per_parameter(rule: str, model: Any, narrow: bool) -> float:
 
 def with_rule(groups: list[Group], rule: str, names: set[str] | None = None) -> list[Group]:
     """The groups, now updated by `rule`. With `names`, only these parameters change their rule; the rest of a group keeps its own."""
-    split = []
+    own, split = rule_class(rule).own_schedule, []
     for group in groups:
         chosen = [name for name in group.parameters if names is None or name in names]
         rest = [name for name in group.parameters if name not in chosen]
         if chosen:
-            split.append(replace(group, parameters=chosen, rule=rule))
+            split.append(replace(group, parameters=chosen, rule=rule, schedule=no_schedule if own else group.schedule))
         if rest:
             split.append(replace(group, name=f"{group.name}, rest" if chosen else group.name, parameters=rest))
     return split

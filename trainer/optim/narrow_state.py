@@ -1,4 +1,7 @@
-"""bf16 state of fp32 parameters: rules compute with fp32 copies, a piece at a time, and their results are rounded to nearest."""
+"""Updates a piece at a time, which bounds the memory of what a rule computes on the way.
+
+bf16 state of fp32 parameters: rules compute with fp32 copies of the piece, and their results are rounded to nearest.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def is_narrow(parameter: Tensor, state: dict[str, Tensor]) -> bool:
 def update_in_pieces(
     parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
 ) -> None:
-    """Call `update` with fp32 copies of narrow state, PIECE numbers at a time. If it changes nothing, the state stays as it was."""
+    """Call `update` for PIECE numbers at a time, with fp32 copies of narrow state. If it changes nothing, the state stays as it was."""
     first = parameters[0]
     cut = [key for key in states[0] if key != STEP]
     narrow = [key for key in cut if states[0][key].itemsize < first.itemsize]
@@ -41,30 +44,50 @@ def update_in_pieces(
         numbers = [piece.numel() for piece in weights]
         wide = {key: list(copy[: sum(numbers)].split(numbers)) for key, copy in zip(narrow, copies, strict=True)}
         held, copied = sum((pieces[key] for key in narrow), []), sum(wide.values(), [])
-        torch._foreach_copy_(copied, held)
+        if narrow:
+            torch._foreach_copy_(copied, held)
         given: dict[str, Any] = {**pieces, **wide}
         update(
             weights,
             slopes,
             [{**state, **{key: given[key][number] for key in cut}} for number, state in enumerate(whole)],
         )
-        torch._foreach_copy_(held, copied)
+        if narrow:
+            torch._foreach_copy_(held, copied)
 
 
 def update_whole(
     parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
 ) -> None:
-    """Like `update_in_pieces`, for rules that must see each parameter whole: one parameter at a time."""
-    for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
-        wide = {key: value.to(parameter.dtype) for key, value in state.items() if value.itemsize < parameter.itemsize}
-        update([parameter], [gradient], [{**state, **wide}])
-        for key, value in wide.items():
-            state[key].copy_(value)
+    """Like `update_in_pieces`, for rules that must see each parameter whole: as many parameters at a time as have PIECE numbers
+    together, or a single larger one."""
+    limit, itemsize = PIECE[parameters[0].device.type], parameters[0].itemsize
+    for batch in whole_batches([parameter.numel() for parameter in parameters], limit):
+        wide = [
+            {key: value.to(parameters[0].dtype) for key, value in state.items() if value.itemsize < itemsize}
+            for state in states[batch]
+        ]
+        given = [{**state, **copies} for state, copies in zip(states[batch], wide, strict=True)]
+        update(parameters[batch], gradients[batch], given)
+        for state, copies in zip(states[batch], wide, strict=True):
+            for key, value in copies.items():
+                state[key].copy_(value)
+
+
+def whole_batches(sizes: list[int], limit: int) -> Iterator[slice]:
+    """Neighbours with at most `limit` numbers together, or one that has more."""
+    begin = held = 0
+    for end, size in enumerate(sizes):
+        if begin < end and held + size > limit:
+            yield slice(begin, end)
+            begin, held = end, 0
+        held += size
+    yield slice(begin, len(sizes))
 
 
 def flat(tensor: Tensor) -> Tensor:
     """A view [n] of the numbers in memory order, which is the same for a parameter, its gradient and its state."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def batches(rows: list[list[Any]], size: int) -> Iterator[list[list[Any]]]:

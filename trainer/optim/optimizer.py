@@ -37,7 +37,9 @@ class Optimizer(torch.optim.Optimizer):
         whole: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.groups, self.shapes, self.narrow = groups, shapes, narrow
-        self.rules: dict[str, OptimizerRule] = {group.rule: get_rule(group.rule) for group in groups}
+        self.rules: dict[str, OptimizerRule] = {
+            group.rule: get_rule(group.rule, (given or {}).get(group.rule)) for group in groups
+        }
         self.whole = list(whole)
         self._local = local
         super().__init__(
@@ -45,6 +47,7 @@ class Optimizer(torch.optim.Optimizer):
                 {
                     "params": [local[name] for name in group.parameters],
                     "lr": group.lr,
+                    "peak_lr": group.lr,
                     "weight_decay": 0.0 if group.loss_driven_decay else group.weight_decay,
                     "loss_driven_decay": group.loss_driven_decay,
                     "rule": group.rule,
@@ -100,13 +103,13 @@ class Optimizer(torch.optim.Optimizer):
         if STEP in states[0]:
             # A list, because _foreach_add_ would read the value of a single tensor.
             torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))
-        settings = GroupSettings(group["lr"], group["weight_decay"], group["config"])
+        settings = GroupSettings(group["lr"], group["weight_decay"], group["config"], group["peak_lr"])
         rule = self.rules[group["rule"]]
 
         def update(parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
             rule.update(settings, parameters, gradients, states, finite)
 
-        if not is_narrow(parameters[0], states[0]):
+        if rule.in_place and not is_narrow(parameters[0], states[0]):
             update(parameters, gradients, states)
         elif rule.scope == "element":
             update_in_pieces(parameters, gradients, states, update)

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -29,16 +30,19 @@ from trainer.core.settings import build
 Scope = Literal["element", "tensor", "matrix"]
 Declared = dict[str, tuple[torch.Size, torch.dtype]]
 STEP = "step"  # the state that counts a parameter's steps
+TORCH = "torch:"  # before the name of a class of torch.optim
 DEFAULT_RULE = "adamw"  # also updates what a rule of scope matrix does not
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What the parameters of one group share in a step. lr: with the schedule applied; config: the rule's Config."""
+    """What the parameters of one group share in a step. lr: with the schedule applied; config: the rule's Config; peak_lr: lr
+    without the schedule."""
 
     lr: float
     weight_decay: float
     config: Any
+    peak_lr: float
 
 
 class OptimizerRule:
@@ -47,10 +51,20 @@ class OptimizerRule:
     scope: what `update` must see whole. element: nothing; each number is updated independently, so the trainer may pass any
     piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: like tensor, but only one rank
     updates each matrix, because an update is costly; AdamW updates the parameters without the role `matrix`.
+
+    in_place: whether `update` needs no memory on the way, such as a fused kernel. Others get a part of the numbers at a time.
+    own_schedule: whether the rule needs no schedule of lr; then lr stays at its peak. config: Config with the fields that the user
+    sets; it decides which state there is. (A recipe may set further fields for a group: see GroupSettings.)
+
+    Two fields of Config, if their default is None, stand for those of the run: total_steps for max_steps, warmup_steps for
+    optim.warmup_steps. A run that goes on keeps them, even with another max_steps.
     """
 
     Config: ClassVar[type]
     scope: ClassVar[Scope] = "element"
+    in_place: ClassVar[bool] = False
+    own_schedule: ClassVar[bool] = False
+    config: Any
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         """Name -> (shape, type) of the state of a parameter of this shape. All state begins as zeros.
@@ -84,9 +98,23 @@ class OptimizerRule:
         """
         return parameter
 
+    def narrow_refusal(self) -> str:
+        """Why the state cannot be bf16; "" if it can.
+
+        A bf16 number that is rounded to nearest never falls if a step takes off less than 2^-9 to 2^-8 of it: see AdamW.
+        """
+        values = dataclasses.asdict(self.config)
+        betas = [(key, beta) for key in values if key.startswith("beta") for beta in _numbers(values[key])]
+        slow = [f"optim.settings.{key} {beta:g}" for key, beta in betas if 1 - beta < 2**-8]
+        return f"a bf16 average never falls with {', '.join(slow)}; at most {1 - 2**-8:.4f}" if slow else ""
+
     @property
     def evaluates_other_weights(self) -> bool:
         return type(self).evaluation_weights is not OptimizerRule.evaluation_weights
+
+
+def _numbers(value: Any) -> list[float]:
+    return [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, float)]
 
 
 _REGISTRY: dict[str, type[OptimizerRule]] = {}
@@ -107,8 +135,14 @@ def register_optimizer(name: str) -> Callable[[type[OptimizerRule]], type[Optimi
             raise TypeError(f"{cls.__name__}.scope is {cls.scope!r}; use element, tensor or matrix")
         if cls.scope != "element" and cls.evaluation_weights is not OptimizerRule.evaluation_weights:
             raise TypeError(f"{cls.__name__} defines evaluation_weights, which needs scope element")
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"optimizer name {name!r} is taken by {_REGISTRY[name].__module__}")
+        taken = _REGISTRY.get(name, cls)
+        # A plug-in's file may be imported twice, under two names.
+        if (
+            taken.__qualname__ != cls.__qualname__
+            or (taken.__module__ + ".").startswith("trainer.")
+            and taken is not cls
+        ):
+            raise ValueError(f"optimizer name {name!r} is taken by {taken.__module__}")
         _REGISTRY[name] = cls
         return cls
 
@@ -120,14 +154,32 @@ def registered_rules() -> dict[str, type[OptimizerRule]]:
     return dict(_REGISTRY)
 
 
-def get_rule(name: str) -> OptimizerRule:
-    """The rule registered under `name`. Raises UserError if there is none."""
+def rule_class(name: str) -> type[OptimizerRule]:
+    """The rule registered under `name`, or that of torch:NAME. Raises UserError if there is none."""
+    if name.startswith(TORCH):
+        from trainer.optim.torch_rules import torch_rule
+
+        return torch_rule(name.removeprefix(TORCH))
     if name not in _REGISTRY:
         raise UserError(
-            f"optim.name: {name!r} is not known (allowed: {', '.join(sorted(_REGISTRY))}); "
-            "--plugin FILE.py for one of your own"
+            f"optim.name: {name!r} is not known (allowed: {', '.join(sorted(_REGISTRY))}, {TORCH}NAME for a class of "
+            "torch.optim); --plugin FILE.py for one of your own"
         )
-    return _REGISTRY[name]()
+    return _REGISTRY[name]
+
+
+def get_rule(name: str, given: dict[str, Any] | None = None) -> OptimizerRule:
+    """The rule called `name`. given: the fields of its Config that the user sets. Raises UserError for a wrong name or field."""
+    rule = rule_class(name)()
+    rule.config = rule_config(rule, {}, given or {})
+    return rule
+
+
+def settings_of_run(name: str, given: dict[str, Any], total_steps: int, warmup_steps: int) -> dict[str, int]:
+    """The fields of the rule's Config that stand for those of the run and that the user leaves open: see OptimizerRule."""
+    config = get_rule(name, given).config
+    run = {"total_steps": total_steps, "warmup_steps": warmup_steps}
+    return {key: value for key, value in run.items() if getattr(config, key, 0) is None}
 
 
 def rule_config(rule: OptimizerRule, recipe: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
-from trainer.optim import get_rule, rule_config, schedules
+from trainer.optim import get_rule, schedules, settings_of_run
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -233,6 +233,10 @@ def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> D
         options, rule = options._replace(narrow=True), "that of the weights"
     elif not options.narrow:
         rule = "that of the weights"
+    optim = draft.config.optim
+    refusal = get_rule(optim.name, optim.settings).narrow_refusal() if options.narrow else ""
+    if refusal:
+        raise UserError(f"optim.state_precision: {optim.name} cannot keep its state in bf16: {refusal}")
     return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
 
@@ -285,7 +289,7 @@ def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, 
 def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     """First the settings that the model is made for, then those of the recipe."""
     optim = draft.config.optim
-    rule_config(get_rule(optim.name), {}, optim.settings)  # UserError for a name or a key that does not exist
+    get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:
         raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
     for key, value in model.model_class.optim_defaults.items():
@@ -294,6 +298,7 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     for key, (value, rule) in defaults.items():
         draft = draft.fill("optim", key, value, rule)
     check_schedule(draft.config.optim)
+    draft = follow_run(draft)
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
 
 
@@ -307,6 +312,16 @@ def check_schedule(optim: Any) -> None:
         )
     if optim.schedule == "exponential" and optim.final_lr_fraction == 0:
         raise UserError("optim.final_lr_fraction: an exponential decay never reaches 0; set it above 0")
+
+
+def follow_run(draft: Draft) -> Draft:
+    """The settings of the optimizer that stand for those of the run."""
+    optim, steps = draft.config.optim, draft.config.max_steps
+    found = settings_of_run(optim.name, optim.settings, steps, optim.warmup_steps)
+    for key, value in found.items():
+        source = "max_steps of the first start" if key == "total_steps" else "optim.warmup_steps"
+        draft = draft.note(f"optim.settings.{key}", value, source)
+    return draft.set("optim", "settings", {**optim.settings, **found})
 
 
 def choose_embedding_frequency(draft: Draft, tied: bool) -> Draft:

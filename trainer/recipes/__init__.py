@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.optim import Optimizer, get_rule, matrices_of, with_rule
+from trainer.optim import Optimizer, matrices_of, rule_class, with_rule
 from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
 from trainer.recipes.plain import Plain
 from trainer.recipes.recipe import PlanEntry, Recipe
@@ -24,13 +24,16 @@ def recipe_for(model_name: str) -> str:
 
 def recipe_rows(config: Any, parameters: int, tied: bool) -> list[PlanEntry]:
     """What follows from the recipe beyond the settings. config: resolved; tied: the head shares the embedding's matrix."""
-    recipe = RECIPES[config.optim.recipe]
-    return [*law_rows(config, parameters), *recipe.rows(config, tied), *evaluation_rows(config)]
+    rows, name = RECIPES[config.optim.recipe].rows(config, tied), config.optim.name
+    if rule_class(name).own_schedule:
+        rows = [row._replace(rule=f"constant, because {name} needs no schedule") for row in rows]
+    return [*law_rows(config, parameters), *rows, *evaluation_rows(config)]
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
-    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one."""
-    if before == config.max_steps or not isinstance(before, int):
+    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one, or if the
+    optimizer needs no schedule."""
+    if before == config.max_steps or not isinstance(before, int) or rule_class(config.optim.name).own_schedule:
         return ""
     return RECIPES[config.optim.recipe].schedule_change(config, before, step)
 
@@ -49,7 +52,7 @@ def build_optimizer(
     """
     config = plan.config
     groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
-    scope = get_rule(config.optim.name).scope
+    scope = rule_class(config.optim.name).scope
     names = matrices_of(model, shapes) if scope == "matrix" else set(shapes)
     groups = with_rule(groups, config.optim.name, names)
     # The state of bf16 parameters is bf16 in any case.

@@ -32,6 +32,22 @@ class Private(NamedTuple):
 _PLANS, _COMPILE, _CHECKPOINTING = "the memory estimate", "engine.compile", "engine.activation_checkpointing selective"
 _ZERO3 = "engine.strategy zero3"
 _ADAMW = ("beta1", "beta2", "weight_decay", "eps", "amsgrad", "maximize", "found_inf")
+_FOREACH = (
+    "addcmul_",
+    "clamp_min_",
+    "div",
+    "div_",
+    "lerp",
+    "maximum_",
+    "minimum_",
+    "mul",
+    "reciprocal_",
+    "sign",
+    "sign_",
+    "sqrt",
+    "sub",
+    "sub_",
+)
 
 TORCH = (
     Private("torch._subclasses.fake_tensor", "FakeTensorMode", _PLANS, ("allow_non_fake_inputs",)),
@@ -68,6 +84,8 @@ TORCH = (
     Private("torch", "_foreach_add_", "the optimiser"),
     Private("torch", "_foreach_mul_", "the optimiser"),
     Private("torch", "_foreach_copy_", "the optimiser"),
+    *(Private("torch", f"_foreach_{name}", "rules of trainer/optim/rules") for name in _FOREACH),
+    Private("torch", "_fused_adam_", "optim.name adam", _ADAMW),
     Private("torch", "_fused_adamw_", "optim.state_precision bf16", _ADAMW),
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.optim import Group, Optimizer, OptimizerRule
-from trainer.optim.rule import STEP
+from trainer.optim.rule import STEP, settings_of_run
 from trainer.testing.subject import Check, Failed, Skipped, require, require_close
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "row": (24,)}
@@ -50,7 +50,8 @@ class Trial:
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         group = Group("all", list(shapes), lr, lambda step: 1.0, weight_decay=0.1, rule=subject.name)
         whole = list(shapes) if subject.rule_class.scope == "matrix" else []
-        given = {subject.name: subject.settings}
+        run = settings_of_run(subject.name, subject.settings, total_steps=100, warmup_steps=0)
+        given = {subject.name: {**subject.settings, **run}}
         self.optimizer = Optimizer(
             [group], shapes, self.parameters, 1.0, torch.zeros_like, torch.device("cpu"), given=given, whole=whole
         )
