@@ -115,6 +115,11 @@ class OptimConfig:
         "auto", "hlb: four parameter groups and hlb-gpt's schedules; plain: warm-up and cosine"
     )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
+    rest_lr: float | None = setting(
+        None,
+        "optimizers of whole matrices (muon, soap): peak learning rate of the parameters that adamw updates",
+        above=0,
+    )
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
     schedule: Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"] | None = (
         setting(None, "plain: the learning rate after the warm-up; auto: cosine (the recipe hlb has its own, hlb)")
