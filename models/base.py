@@ -71,6 +71,10 @@ class Split(NamedTuple):
     dim: int
     sizes: dict[str, int]
 
+    def parts(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Name -> view of that part of the whole parameter, or of a tensor of its shape."""
+        return dict(zip(self.sizes, tensor.split(list(self.sizes.values()), self.dim), strict=True))
+
 
 class LanguageModel(nn.Module):
     """Base of every model. Subclasses define `Config` and every method that raises here; the rest has a sensible default."""

@@ -116,10 +116,10 @@ def matrix_updates(run: Run) -> dict[str, Any]:
         run.engine.backward(part, 1 / (sequences * length), last)
     computed = []
 
-    def cubic(name: str, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def cubic(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Needs the whole of both matrices: g g^T w / |g|^2."""
-        computed.append(name)
-        return gradient @ (gradient.t() @ weight) / gradient.square().sum()
+        computed.extend(tensors)
+        return {name: g @ (g.t() @ w) / g.square().sum() for name, (g, w) in tensors.items()}
 
     names = [name for name, shape in run.engine.shapes.items() if len(shape) == 2]
     run.engine.collect_gradients()

@@ -19,7 +19,7 @@ from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
 from trainer.engine.background_compile import BackgroundCompiler, start_background
 from trainer.engine.compilation import Compiled
-from trainer.engine.matrices import Update, deal, update_copies, update_costs
+from trainer.engine.matrices import Update, deal, update_copies, update_cost
 from trainer.engine.meta import build_meta
 from trainer.objectives import Loss, build_objective
 from trainer.objectives.base import ModelAndObjective
@@ -256,16 +256,17 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
-        """For rules that need whole matrices. Returns this rank's part of update(name, whole gradient [m, n], whole weight [m, n]).
+        """For rules that need whole tensors. Returns this rank's part of each result of `update`.
 
-        `update` runs once for each name, on the rank that owns it. All ranks call this, after `collect_gradients`.
+        `update` runs once on each rank, with the whole (gradient, weight) of every parameter that this rank owns. All ranks call
+        this, after `collect_gradients`.
         """
         tensors = {name: (self.local[name].grad, self.local[name].detach()) for name in names}
         return update_copies(tensors, update, self.owners(names))  # type: ignore[arg-type]
 
     def owners(self, names: list[str]) -> dict[str, int]:
         """Name -> rank that owns the parameter, if each parameter is updated whole by one rank."""
-        return deal(update_costs({name: self.shapes[name] for name in names}), self.world.size)
+        return deal({name: update_cost(self.optimizer.parts(name).values()) for name in names}, self.world.size)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """Whole tensors for rules that need them (scope matrix or tensor).
 
-Each tensor has an owner rank. The owner gets the whole gradient and the whole weight, computes the update once, and sends every
-rank its part.
+Each tensor has an owner rank. The owner gets the whole gradients and weights of all its tensors, computes their updates at once,
+and sends every rank its part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# (name, whole gradient [m, n], whole weight [m, n]) -> whole result [m, n], of which each rank gets its part
-Update = Callable[[str, Tensor, Tensor], Tensor]
+# Of the tensors that a rank owns, by name: (whole gradient, whole weight) -> whole result, of which each rank gets its part
+Update = Callable[[dict[str, tuple[Tensor, Tensor]]], dict[str, Tensor]]
 
 
 def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
@@ -27,9 +27,9 @@ def deal(costs: dict[str, float], ranks: int) -> dict[str, int]:
     return owners
 
 
-def update_costs(shapes: dict[str, torch.Size]) -> dict[str, float]:
-    """Relative cost of an update. For an [m, n] matrix: products with its smaller Gram matrix, m n min(m, n)."""
-    return {name: float(shape.numel() * (min(shape) if len(shape) == 2 else 1)) for name, shape in shapes.items()}
+def update_cost(shapes: Iterable[torch.Size]) -> float:
+    """Relative cost of an update of tensors. For an [m, n] matrix: products with its smaller Gram matrix, m n min(m, n)."""
+    return float(sum(shape.numel() * (min(shape) if len(shape) == 2 else 1) for shape in shapes))
 
 
 def update_copies(
@@ -37,11 +37,10 @@ def update_copies(
 ) -> dict[str, Tensor]:
     """single, ddp: all ranks hold the same whole (gradient, weight). Each owner broadcasts its results to the others."""
     rank = dist.get_rank() if dist.is_initialized() else 0
+    own = update({name: pair for name, pair in tensors.items() if owners[name] == rank})
     updates = {
-        name: update(name, gradient, weight).contiguous()
-        if owners[name] == rank
-        else torch.empty_like(weight, memory_format=torch.contiguous_format)
-        for name, (gradient, weight) in tensors.items()
+        name: own[name].contiguous() if name in own else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for name, (_, weight) in tensors.items()
     }
     if dist.is_initialized() and dist.get_world_size() > 1:
         wait([dist.broadcast(tensor, owners[name], async_op=True) for name, tensor in updates.items()])
@@ -93,13 +92,15 @@ def _gather_update_scatter(
             for part, all_parts in zip(parts, pieces[name], strict=True)
         ]
     )
+    whole = {
+        name: [torch.cat(part) for part in pieces[name] if part is not None] for name in tensors if owners[name] == rank
+    }
+    rows = {name: len(tensors[name][1]) for name in whole}  # without the padding
+    own = update({name: (gradient[: rows[name]], weight[: rows[name]]) for name, (gradient, weight) in whole.items()})
     results: dict[str, list[Tensor] | None] = dict.fromkeys(tensors)
-    for name, (_, weight) in tensors.items():
-        if owners[name] == rank:
-            gradients, weights = (torch.cat(part) for part in pieces[name] if part is not None)
-            rows = weight.shape[0]
-            weights[:rows] = update(name, gradients[:rows], weights[:rows])
-            results[name] = list(weights.chunk(width))
+    for name, (_, padded_weight) in whole.items():
+        padded_weight[: rows[name]] = own[name]
+        results[name] = list(padded_weight.chunk(width))
     received = {name: parts[1] for name, parts in padded.items()}
     wait([dist.scatter(received[name], results[name], owners[name], group, async_op=True) for name in tensors])
     return {name: received[name][: len(weight.to_local())].contiguous() for name, (_, weight) in tensors.items()}

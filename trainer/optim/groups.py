@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from models.base import Split
 from trainer.optim.rule import DEFAULT_RULE, get_rule, rule_class, state_bytes
 from trainer.optim.schedules import constant
 
@@ -44,9 +45,25 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
     return by_role
 
 
-def matrices_of(model: Any, shapes: dict[str, torch.Size]) -> set[str]:
-    """Names of the parameters that a rule of scope matrix updates: two dimensions and the role `matrix`."""
-    return {name for name in names_by_role(model)["matrix"] if len(shapes[name]) == 2}
+def matrices_of(model: Any) -> dict[str, Split | None]:
+    """Name of each parameter that a rule of scope matrix updates -> how it splits into matrices (None: it is one).
+
+    These parameters have two dimensions and the role `matrix`. A row or a column is no matrix: it has no directions to weigh.
+    """
+    parameters, fused = dict(model.named_parameters()), model.fused_matrices()
+    found = {}
+    for name in names_by_role(model)["matrix"]:
+        shapes = part_shapes(parameters[name].shape, fused.get(name)).values()
+        if all(len(shape) == 2 and min(shape) > 1 for shape in shapes):
+            found[name] = fused.get(name)
+    return found
+
+
+def part_shapes(shape: torch.Size, split: Split | None) -> dict[str, torch.Size]:
+    """Name -> shape of each matrix of a parameter of this shape; "" names a parameter that is not split."""
+    if split is None:
+        return {"": shape}
+    return {name: part.shape for name, part in split.parts(torch.empty(shape, device="meta")).items()}
 
 
 def state_bytes_per_parameter(rule: str, model: Any, narrow: bool, given: dict[str, Any] | None = None) -> float:
@@ -54,13 +71,17 @@ def state_bytes_per_parameter(rule: str, model: Any, narrow: bool, given: dict[s
     given: the fields of the rule's Config that the user sets."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     chosen, rest = get_rule(rule, given), get_rule(DEFAULT_RULE)
-    own = matrices_of(model, shapes) if chosen.scope == "matrix" else set(shapes)
+    own = matrices_of(model) if chosen.scope == "matrix" else dict.fromkeys(shapes)
     dtype = torch.bfloat16 if narrow else torch.float32
-    total = sum(state_bytes(chosen if name in own else rest, shape, dtype) for name, shape in shapes.items())
+    total = sum(
+        state_bytes(chosen if name in own else rest, part, dtype)
+        for name, shape in shapes.items()
+        for part in part_shapes(shape, own.get(name)).values()
+    )
     return total / sum(shape.numel() for shape in shapes.values())
 
 
-def with_rule(groups: list[Group], rule: str, names: set[str] | None = None) -> list[Group]:
+def with_rule(groups: list[Group], rule: str, names: Collection[str] | None = None) -> list[Group]:
     """The groups, now updated by `rule`. With `names`, only these parameters change their rule; the rest of a group keeps its own."""
     own, split = rule_class(rule).own_schedule, []
     for group in groups:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.optim.groups import Group
+from models.base import Split
+from trainer.optim.groups import Group, part_shapes
 from trainer.optim.narrow_state import is_narrow, update_in_pieces, update_whole
 from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, declared_state, get_rule, rule_config
 
-# (names, update) -> this rank's part of update(name, whole gradient, whole weight) for each name; see Engine.update_matrices
-Exchange = Callable[[list[str], Callable[[str, Tensor, Tensor], Tensor]], dict[str, Tensor]]
+# (names, update) -> this rank's part of each result of `update`; see Engine.update_matrices
+Update = Callable[[dict[str, tuple[Tensor, Tensor]]], dict[str, Tensor]]
+Exchange = Callable[[list[str], Update], dict[str, Tensor]]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -24,8 +26,9 @@ class Optimizer(torch.optim.Optimizer):
     may call `step` for some groups at a time. A step that is not finite changes nothing, and no step waits for the device.
 
     decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
-    in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: names of parameters whose update must
-    see them whole, by `exchange`.
+    in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: the parameters whose update must see
+    them whole, by `exchange`: name -> how the parameter splits into matrices that the rule sees as one each (None: it does not).
+    State of such a matrix is called PART.KEY.
     """
 
     finite: Tensor
@@ -34,13 +37,13 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
         decay_of: Callable[[Tensor], Tensor], device: torch.device, narrow: bool = False, given: dict[str, dict[str, Any]] | None = None,
-        whole: Iterable[str] = (),
+        whole: Mapping[str, Split | None] | None = None,
     ) -> None:  # fmt: skip
         self.groups, self.shapes, self.narrow = groups, shapes, narrow
         self.rules: dict[str, OptimizerRule] = {
             group.rule: get_rule(group.rule, (given or {}).get(group.rule)) for group in groups
         }
-        self.whole = list(whole)
+        self.whole = dict(whole or {})
         self._local = local
         super().__init__(
             [
@@ -70,7 +73,7 @@ class Optimizer(torch.optim.Optimizer):
         """Set everything that `step` needs. step: 0-based; finite: 1.0, or 0.0 to change nothing, fp32 scalar on the device."""
         for group, settings in zip(self.groups, self.param_groups, strict=True):
             settings["lr"] = group.lr * group.schedule(step)
-        self.finite = finite
+        self.finite, self.run_step = finite, step
         held = [p for settings in self.param_groups for p in settings["params"] if p.grad is not None]
         self.allocate(p for p in held if p not in self.state and p not in self._by_owner)
 
@@ -86,14 +89,41 @@ class Optimizer(torch.optim.Optimizer):
                 gradients = [p.grad for p in alike if p.grad is not None]
                 self._update(group, alike, gradients, [self.state[p] for p in alike])
         if self.whole:
-            for name, part in self.exchange(self.whole, self._update_whole).items():
+            for name, part in self.exchange(list(self.whole), self._update_whole).items():
                 self._local[name].copy_(part)
 
-    def _update_whole(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor:
-        """The whole new weight; called on the rank that owns the parameter."""
-        parameter, weight = self._local[name], weight.clone()
-        self._update(self._group_of[parameter], [weight], [gradient], [self.state[parameter]])
-        return weight
+    def _update_whole(self, tensors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The whole new weights of the parameters that this rank owns, from their (gradient, weight)."""
+        weights = {name: weight.clone() for name, (_, weight) in tensors.items()}
+        for group in self.param_groups:
+            rows: dict[Tensor, tuple[Tensor, dict[str, Tensor]]] = {}
+            for name, weight in weights.items():
+                if self._group_of[self._local[name]] is group:
+                    gradients = self._cut(name, tensors[name][0])
+                    states = self._states(name)
+                    rows |= {piece: (gradients[part], states[part]) for part, piece in self._cut(name, weight).items()}
+            for alike in _alike(
+                sorted(rows, key=lambda piece: tuple(piece.shape))
+            ):  # so that equal shapes are neighbours
+                self._update(group, alike, *map(list, zip(*(rows[piece] for piece in alike), strict=True)))
+        return weights
+
+    def _cut(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The matrices of a whole parameter, as views; "" is a parameter that is not split."""
+        split = self.whole.get(name)
+        return {"": tensor} if split is None else split.parts(tensor)
+
+    def _states(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """The state of each matrix of a parameter that this rank owns."""
+        held = self.state[self._local[name]]
+        return {
+            part: {key.removeprefix(start): value for key, value in held.items() if key.startswith(start)}
+            for part, start in ((part, prefix(part)) for part in self.parts(name))
+        }
+
+    def parts(self, name: str) -> dict[str, torch.Size]:
+        """Name -> shape of the matrices that the rule sees of this parameter; "" is a parameter that is not split."""
+        return part_shapes(self.shapes[name], self.whole.get(name))
 
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
@@ -103,7 +133,7 @@ class Optimizer(torch.optim.Optimizer):
         if STEP in states[0]:
             # A list, because _foreach_add_ would read the value of a single tensor.
             torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))
-        settings = GroupSettings(group["lr"], group["weight_decay"], group["config"], group["peak_lr"])
+        settings = GroupSettings(group["lr"], group["weight_decay"], group["config"], group["peak_lr"], self.run_step)
         rule = self.rules[group["rule"]]
 
         def update(parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
@@ -142,17 +172,22 @@ class Optimizer(torch.optim.Optimizer):
         for tensor in tensors:
             # DeepSpeed's flat vectors are in no group here; all have the same rule.
             rule = self.rules[self._group_of.get(tensor, self.param_groups[0])["rule"]]
-            self._allocate(tensor, rule, tensor.shape)
+            self.state[tensor] = self._zeros(tensor, rule, tensor.shape)
 
     def allocate_whole(self, names: Iterable[str]) -> None:
         """Like `allocate`, for parameters that this rank owns and updates whole."""
         for name in names:
             parameter = self._local[name]
-            self._allocate(parameter, self.rules[self._group_of[parameter]["rule"]], self.shapes[name])
+            rule = self.rules[self._group_of[parameter]["rule"]]
+            self.state[parameter] = {
+                prefix(part) + key: value
+                for part, shape in self.parts(name).items()
+                for key, value in self._zeros(parameter, rule, shape).items()
+            }
 
-    def _allocate(self, tensor: Tensor, rule: OptimizerRule, shape: torch.Size) -> None:
+    def _zeros(self, tensor: Tensor, rule: OptimizerRule, shape: torch.Size) -> dict[str, Tensor]:
         dtype = torch.bfloat16 if self.narrow else tensor.dtype
-        self.state[tensor] = {
+        return {
             key: torch.zeros_like(tensor, dtype=kind)  # with the parameter's strides, also column-major ones
             if size == tensor.shape
             else torch.zeros(size, dtype=kind, device=tensor.device)
@@ -171,6 +206,11 @@ class Optimizer(torch.optim.Optimizer):
                 f"lr {group.lr:.6g}{own}  weight decay {decay}"
             )
         return "\n".join(lines)
+
+
+def prefix(part: str) -> str:
+    """Of the state of one matrix of a parameter."""
+    return f"{part}." if part else ""
 
 
 def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:

@@ -37,12 +37,13 @@ DEFAULT_RULE = "adamw"  # also updates what a rule of scope matrix does not
 @dataclass(frozen=True)
 class GroupSettings:
     """What the parameters of one group share in a step. lr: with the schedule applied; config: the rule's Config; peak_lr: lr
-    without the schedule."""
+    without the schedule; step: 0-based step of the run, the same on every rank."""
 
     lr: float
     weight_decay: float
     config: Any
     peak_lr: float
+    step: int = 0
 
 
 class OptimizerRule:
@@ -50,7 +51,7 @@ class OptimizerRule:
 
     scope: what `update` must see whole. element: nothing; each number is updated independently, so the trainer may pass any
     piece of a parameter (FSDP's shards, ZeRO's flat vectors). tensor: each parameter. matrix: like tensor, but only one rank
-    updates each matrix, because an update is costly; AdamW updates the parameters without the role `matrix`.
+    updates each matrix, because an update is costly, and a parameter that fuses matrices comes as these; AdamW updates the rest.
 
     in_place: whether `update` needs no memory on the way, such as a fused kernel. Others get a part of the numbers at a time.
     own_schedule: whether the rule needs no schedule of lr; then lr stays at its peak. config: Config with the fields that the user

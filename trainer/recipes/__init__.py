@@ -53,7 +53,7 @@ def build_optimizer(
     config = plan.config
     groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
     scope = rule_class(config.optim.name).scope
-    names = matrices_of(model, shapes) if scope == "matrix" else set(shapes)
+    names = matrices_of(model) if scope == "matrix" else dict.fromkeys(shapes)
     groups = with_rule(groups, config.optim.name, names)
     # The state of bf16 parameters is bf16 in any case.
     narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
@@ -61,5 +61,5 @@ def build_optimizer(
     decay_of = partial(weight_decay, base=weight_decay_base(sum(shape.numel() for shape in shapes.values())))
     given = {config.optim.name: config.optim.settings}
     by_owner = scope == "matrix" or (scope == "tensor" and not whole_tensors)
-    whole = [name for name in shapes if by_owner and name in names]
+    whole = {name: split for name, split in names.items() if by_owner}
     return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, given, whole)

@@ -49,7 +49,7 @@ class Trial:
         self.parameters = {name: nn.Parameter(value.clone()) for name, value in parameters.items()}
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         group = Group("all", list(shapes), lr, lambda step: 1.0, weight_decay=0.1, rule=subject.name)
-        whole = list(shapes) if subject.rule_class.scope == "matrix" else []
+        whole = dict.fromkeys(shapes) if subject.rule_class.scope == "matrix" else {}
         run = settings_of_run(subject.name, subject.settings, total_steps=100, warmup_steps=0)
         given = {subject.name: {**subject.settings, **run}}
         self.optimizer = Optimizer(
@@ -61,7 +61,7 @@ class Trial:
 
     def exchange(self, names: list[str], update: Any) -> dict[str, Tensor]:
         """As an engine does it on one device."""
-        return {name: update(name, self.parameters[name].grad, self.parameters[name].detach()) for name in names}
+        return update({name: (self.parameters[name].grad, self.parameters[name].detach()) for name in names})
 
     def step(self, gradients: dict[str, Tensor], finite: float = 1.0) -> None:
         for name, parameter in self.parameters.items():
