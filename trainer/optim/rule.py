@@ -92,6 +92,10 @@ class OptimizerRule:
         """
         raise NotImplementedError
 
+    def default_lr(self) -> tuple[float, str] | None:
+        """(learning rate, its source) for updates that are not of AdamW's size; None: the recipe's rate for AdamW suits."""
+        return None
+
     def evaluation_weights(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The weights of this parameter (or shard) to validate, generate and export with: averages, for example.
 
