@@ -10,9 +10,14 @@ from tiny_runs import make, same, weights
 
 from models.base import Split, get_model, load_models
 from trainer.commands.train import run
+from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
+from trainer.core.settings import build
 from trainer.engine.matrices import deal, update_cost
-from trainer.optim import OptimizerRule, register_optimizer, state_bytes_per_parameter
+from trainer.optim import OptimizerRule, names_by_role, register_optimizer, state_bytes_per_parameter
 from trainer.optim.groups import matrices_of
+from trainer.planning.plan import resolve
+from trainer.recipes import RECIPES
 from trainer.training.step import optimiser_step
 
 load_models()
@@ -140,3 +145,58 @@ def test_owners_are_dealt_by_the_cost_of_the_parts():
     assert update_cost([square] * 3) == 3 * update_cost([square]) == 3 * 8**3
     assert update_cost([wide]) == 8 * 32 * 8 and update_cost([torch.Size([5])]) == 5
     assert deal({"a": 3.0, "b": 2.0, "c": 1.0}, 2) == {"a": 0, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("settings, rates, why", [
+    ({}, (1e-3, 1e-3), "have the size of AdamW's"),
+    ({"scale": "spectral"}, (0.02, None), "0.003239 - 0.0001395 ln N"),
+])  # fmt: skip
+def test_learning_rates_of_matrices_and_of_the_rest(tiny_dataset, tmp_path, settings, rates, why):
+    """Of a scale that is AdamW's, one rate is for both; of another, each has its own, and both reach the groups."""
+    given = {"optim__lr": 1e-3} if rates[1] else {}
+    one = make(
+        tiny_dataset,
+        tmp_path / "r",
+        model={"name": "gpt2", **SIZE},
+        optim__name="muon",
+        optim__settings=settings,
+        **given,
+    )
+    optim, rules = one.config.optim, {entry.key: entry.rule for entry in one.plan.entries}
+    assert optim.lr == rates[0] and why in rules["optim.rest_lr"]
+    assert optim.rest_lr == rates[1] or optim.rest_lr < 0.004
+    groups = {group.rule: group.lr for group in one.engine.optimizer.groups}
+    assert groups == {"muon": optim.lr, "adamw": pytest.approx(optim.rest_lr, rel=1e-12)}
+
+
+def test_rest_lr_alone_is_refused():
+    with pytest.raises(UserError, match="^optim.rest_lr: adamw updates every parameter, at optim.lr"):
+        resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "optim": {"rest_lr": 0.1}}))
+
+
+def test_hlbs_groups_keep_their_proportions(tiny_dataset, tmp_path):
+    one = make(tiny_dataset, tmp_path / "r", optim__name="muon", optim__lr=0.1, optim__rest_lr=1e-3)
+    found = {group.name: group.lr for group in one.engine.optimizer.groups}
+    assert found == {
+        "matrix": 0.1,
+        **{
+            name: pytest.approx(factor * 1e-3)
+            for name, factor in {"position": 100, "norm, bias, embedding": 32, "head": 2}.items()
+        },
+    }
+    assert dict(entry[:2] for entry in RECIPES["hlb"].rows(one.config, False))["lr of the head"] == 2e-3
+
+
+def test_the_start_of_a_run_says_which_rule_updates_what(tiny_dataset, tmp_path):
+    """And of the state how much there really is: what is said is what the checkpoint holds."""
+    one = make(tiny_dataset, tmp_path / "r", model={"name": "gpt2", **SIZE}, optim__name="soap", optim__lr=1e-3)
+    matrices, rest, vectors = one.engine.optimizer.table(names_by_role(one.model)).splitlines()
+    assert "8 tensors (12 matrices)" in matrices and "(matrix)  soap  state" in matrices
+    assert "(embedding" in rest and "adamw" in rest and "matrix" not in rest and "adamw" in vectors
+    assert "(norm, bias)" in vectors or "(norm" in vectors
+    optimiser_step(one)
+    tensors = one.engine.tensors()
+    held = {name: sum(v.nbytes for k, v in tensors.items() if k.startswith(f"optimizer.{name}.") and not k.endswith(".step"))
+            for name in one.engine.shapes}  # fmt: skip
+    for line, group in zip((matrices, rest, vectors), one.engine.optimizer.groups, strict=True):
+        assert f"state {sum(held[name] for name in group.parameters) / 2**20:,.2f} MiB" in line

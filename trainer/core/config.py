@@ -111,6 +111,11 @@ class OptimConfig:
         "auto", "hlb: four parameter groups and hlb-gpt's schedules; plain: warm-up and cosine"
     )
     lr: float | None = setting(None, "peak learning rate of the matrices", above=0)
+    rest_lr: float | None = setting(
+        None,
+        "optimizers of whole matrices (muon, soap): peak learning rate of the parameters that adamw updates",
+        above=0,
+    )
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
     final_lr_fraction: float = setting(0.1, "plain: the cosine ends at this fraction of the peak", low=0, high=1)
     weight_decay: float | None = setting(None, "plain: weight decay of parameters with two or more dimensions", low=0)

@@ -81,8 +81,11 @@ def state_bytes_per_parameter(rule: str, model: Any, narrow: bool, given: dict[s
     return total / sum(shape.numel() for shape in shapes.values())
 
 
-def with_rule(groups: list[Group], rule: str, names: Collection[str] | None = None) -> list[Group]:
-    """The groups, now updated by `rule`. With `names`, only these parameters change their rule; the rest of a group keeps its own."""
+def with_rule(
+    groups: list[Group], rule: str, names: Collection[str] | None = None, rest_lr: float = 1.0
+) -> list[Group]:
+    """The groups, now updated by `rule`. With `names`, only these parameters change their rule; the rest of a group keeps its own,
+    with rest_lr times its learning rate."""
     own, split = rule_class(rule).own_schedule, []
     for group in groups:
         chosen = [name for name in group.parameters if names is None or name in names]
@@ -90,5 +93,6 @@ def with_rule(groups: list[Group], rule: str, names: Collection[str] | None = No
         if chosen:
             split.append(replace(group, parameters=chosen, rule=rule, schedule=constant if own else group.schedule))
         if rest:
-            split.append(replace(group, name=f"{group.name}, rest" if chosen else group.name, parameters=rest))
+            name = f"{group.name}, rest" if chosen else group.name
+            split.append(replace(group, name=name, parameters=rest, lr=group.lr * rest_lr))
     return split

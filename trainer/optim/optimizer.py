@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.base import Split
 from trainer.optim.groups import Group, part_shapes
 from trainer.optim.narrow_state import is_narrow, update_in_pieces, update_whole
-from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, declared_state, get_rule, rule_config
+from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, declared_state, get_rule, rule_config, state_bytes
 
 # (names, update) -> this rank's part of each result of `update`; see Engine.update_matrices
 Update = Callable[[dict[str, tuple[Tensor, Tensor]]], dict[str, Tensor]]
@@ -194,18 +194,31 @@ class Optimizer(torch.optim.Optimizer):
             for key, (size, kind) in declared_state(rule, shape, dtype).items()
         }
 
-    def table(self) -> str:
-        """The resolved groups, for the start of the log."""
+    def table(self, roles: Mapping[str, list[str]]) -> str:
+        """The groups as the steps use them, for the start of the log. roles: role -> names of parameters."""
         lines = []
         for group, settings in zip(self.groups, self.param_groups, strict=True):
             count = sum(self.shapes[name].numel() for name in group.parameters)
+            matrices = sum(len(self.parts(name)) for name in group.parameters)
+            fused = f" ({matrices} matrices)" if matrices > len(group.parameters) else ""
+            held = ", ".join(role for role, names in roles.items() if set(names) & set(group.parameters))
             decay = "by loss" if group.loss_driven_decay else f"{group.weight_decay:g}"
             own = "".join(f"  {key} {value}" for key, value in dataclasses.asdict(settings["config"]).items())
             lines.append(
-                f"  {group.name:<22} {len(group.parameters):>4} tensors {count:>13,} parameters  {group.rule}  "
-                f"lr {group.lr:.6g}{own}  weight decay {decay}"
+                f"  {group.name:<22} {len(group.parameters):>4} tensors{fused} {count:>13,} parameters ({held})  "
+                f"{settings['rule']}  state {self._state_bytes(group, settings) / 2**20:,.2f} MiB  lr {group.lr:.6g}{own}  "
+                f"weight decay {decay}"
             )
         return "\n".join(lines)
+
+    def _state_bytes(self, group: Group, settings: dict[str, Any]) -> int:
+        """Of the whole group, on all ranks together."""
+        rule, dtype = self.rules[settings["rule"]], settings["params"][0].dtype
+        return sum(
+            state_bytes(rule, shape, torch.bfloat16 if self.narrow else dtype)
+            for name in group.parameters
+            for shape in self.parts(name).values()
+        )
 
 
 def prefix(part: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.core.errors import UserError
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
-from trainer.optim import get_rule, schedules, settings_of_run
+from trainer.optim import OptimizerRule, get_rule, schedules, settings_of_run
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -25,6 +25,7 @@ from trainer.planning.strategy import (
 )
 from trainer.recipes import RECIPES, PlanEntry, recipe_for
 from trainer.recipes.hlb import device_token_capacity, tokens_per_microbatch
+from trainer.recipes.recipe import Default
 
 MOST_PARAMETERS = 10**13
 TYPICAL_MFU = 0.2  # of small models, whose runs are so short that compiling may not pay
@@ -285,16 +286,34 @@ def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, 
 def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     """First the settings that the model is made for, then those of the recipe."""
     optim = draft.config.optim
-    get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
+    rule = get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:
         raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
-    for key, value in model.model_class.optim_defaults.items():
-        draft = draft.fill("optim", key, value, f"what {model.name} is made for")
-    defaults = RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model)
-    for key, (value, rule) in defaults.items():
-        draft = draft.fill("optim", key, value, rule)
+    why = f"what {model.name} is made for"
+    defaults = {key: Default(value, why) for key, value in model.model_class.optim_defaults.items()}
+    for key, default in RECIPES[optim.recipe].optim_defaults(draft.config, model).items():
+        defaults.setdefault(key, default)
+    draft = choose_matrix_lr(draft, rule, defaults["lr"])
+    for key, (value, reason) in defaults.items():
+        draft = draft.fill("optim", key, value, reason)
     draft = follow_run(draft)
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
+
+
+def choose_matrix_lr(draft: Draft, rule: OptimizerRule, adamw: Default) -> Draft:
+    """For a rule of whole matrices: optim.lr, and optim.rest_lr of what AdamW updates. adamw: the rate if AdamW updated all."""
+    optim = draft.config.optim
+    if rule.scope != "matrix":
+        if optim.rest_lr is not None:
+            raise UserError(
+                f"optim.rest_lr: {optim.name} updates every parameter, at optim.lr; only optimizers of whole matrices, such as "
+                "muon, leave others to adamw"
+            )
+        return draft
+    own = rule.default_lr()
+    draft = draft.fill("optim", "lr", *(own or adamw))
+    same = Default(draft.config.optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
+    return draft.fill("optim", "rest_lr", *(adamw if own else same))
 
 
 def follow_run(draft: Draft) -> Draft:

@@ -54,7 +54,8 @@ def build_optimizer(
     groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
     scope = rule_class(config.optim.name).scope
     names = matrices_of(model) if scope == "matrix" else dict.fromkeys(shapes)
-    groups = with_rule(groups, config.optim.name, names)
+    rest_lr = (config.optim.rest_lr or config.optim.lr) / config.optim.lr
+    groups = with_rule(groups, config.optim.name, names, rest_lr)
     # The state of bf16 parameters is bf16 in any case.
     narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
     first_loss = math.log(plan.model_config.vocab_size)  # of a model that knows nothing

@@ -202,11 +202,12 @@ class Hlb(Recipe):
         return [group for group in groups if group.parameters]
 
     def rows(self, config: Any, tied: bool) -> list[PlanEntry]:
-        lr, tables = config.optim.lr, "positions" if tied else "embedding"
+        key = "lr" if config.optim.rest_lr is None else "rest_lr"
+        lr, tables = getattr(config.optim, key), "positions" if tied else "embedding"
         return [
-            PlanEntry("lr of the position bias", 100 * lr, "100 lr, times 0.995^step"),
-            PlanEntry(f"lr of norms, biases, {tables}", 32 * lr, "32 lr, warm-up, then (steps since)^-0.08"),
-            PlanEntry("lr of the head", 2 * lr, "2 lr, times (step + 1)^-0.2"),
+            PlanEntry("lr of the position bias", 100 * lr, f"100 {key}, times 0.995^step"),
+            PlanEntry(f"lr of norms, biases, {tables}", 32 * lr, f"32 {key}, warm-up, then (steps since)^-0.08"),
+            PlanEntry("lr of the head", 2 * lr, f"2 {key}, times (step + 1)^-0.2"),
         ]
 
 

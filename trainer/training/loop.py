@@ -13,6 +13,7 @@ from typing import Any
 from trainer.core.errors import Stopped, UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
+from trainer.optim import names_by_role
 from trainer.planning.run_config import plugins_of
 from trainer.recipes import schedule_change
 from trainer.runs.folder import write_start
@@ -46,7 +47,8 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
     tokenizer = Tokenizer.from_file(
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )
-    world.say(f"{plan_text or ''}\n\noptimiser groups\n{run.engine.optimizer.table()}".lstrip() + "\n" + opening(run))
+    groups = run.engine.optimizer.table(names_by_role(run.model))
+    world.say(f"{plan_text or ''}\n\noptimiser groups\n{groups}".lstrip() + "\n" + opening(run))
     told = run.state.step - (run.owed is not None)  # the last step whose row and sample are kept
     report = Report(run.folder, run.plan, world, run.engine, told, run.state.seconds, run.rows)
     try:
