@@ -2,7 +2,7 @@
 
 A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
 to write one to, at the end), "steps" (how many, 10), "texts" (after the second step write texts of so many tokens, the likeliest ones),
-"matrices" (try the hook for matrix optimisers afterwards). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
+"matrices" (try the hook for matrix optimisers afterwards), "newton_schulz" (count the matrices of its calls). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trainer.core.config import RunConfig
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
 from trainer.inference.decoding import generate
+from trainer.optim.rules import muon
 from trainer.planning.plan import resolve
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.signals import StopSignals
@@ -58,6 +59,7 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         run.go_on(*chosen)
     result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}
     result |= {"microbatches": [], "graphs": []}
+    orthogonalised = count_newton_schulz() if case.get("newton_schulz") else []
     for _ in range(case.get("steps", 10)):
         if run.state.step == 2 and "texts" in case:
             result["texts"], result["gathers"] = zip(*[write_text(run, count) for count in case["texts"]], strict=True)
@@ -77,6 +79,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         result["grad_norm"].append(measured.grad_norm)
         result["microbatches"].append(count)
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
+    if case.get("newton_schulz"):
+        result["newton_schulz"] = world.gather(sum(orthogonalised))
     if "matrices" in case:
         result["matrices"] = matrix_updates(run)
     if "save" in case:
@@ -94,6 +98,19 @@ def write_text(run: Run, tokens: int) -> tuple[list[int], int]:
     with Gathers() as gathers, run.engine.gathered():
         [text] = generate(run.engine, [[1, 2, 3]], tokens, 256, temperature=0)
     return text, gathers.count
+
+
+def count_newton_schulz() -> list[int]:
+    """How many matrices each call of the rule muon makes orthogonal from now on; to be filled."""
+    found: list[int] = []
+    original = muon.orthogonalised
+
+    def counting(matrices: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        found.append(len(matrices))
+        return original(matrices, *arguments)
+
+    muon.orthogonalised = counting
+    return found
 
 
 class Gathers(TorchDispatchMode):

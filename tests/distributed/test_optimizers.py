@@ -14,11 +14,29 @@ SAME = 1e-3
 
 def case(dataset, folder, rule, strategy, **more):
     values = matrix_values(dataset, folder, "gpt2", strategy, optim__name=rule, optim__lr=1e-3, optim__clip_norm=0)
-    return {"name": f"{rule} {strategy}", "values": values, "steps": 4, **more}
+    return {"name": f"{rule} {strategy}", "values": values, "steps": 4, "newton_schulz": rule == "muon", **more}
 
 
-# What our own rules keep that AdamW does not: state of rows, the last gradient, a slow mean, other weights to evaluate.
-OURS = {"adam-mini": "fsdp", "mars": "fsdp", "ademamix": "zero2", "schedule-free": "fsdp"}
+MATRICES = 3 * 6  # queries, keys, values, their output, and two of the MLP, in each of 3 blocks
+
+
+def assert_each_matrix_once_a_step(name: str, result: dict, steps: int) -> None:
+    """Newton-Schulz runs on one rank for each matrix, and no rank is idle."""
+    if name.startswith("muon"):
+        assert sum(result["newton_schulz"]) == MATRICES * steps, name
+        assert all(result["newton_schulz"]), name
+
+
+# What our own rules keep that AdamW does not: state of rows, the last gradient, a slow mean, other weights to evaluate, and state of
+# each of the matrices that a parameter fuses.
+OURS = {
+    "adam-mini": "fsdp",
+    "mars": "fsdp",
+    "ademamix": "zero2",
+    "schedule-free": "fsdp",
+    "muon": "fsdp",
+    "palm-soap": "fsdp",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +70,15 @@ def test_every_strategy_trains_the_same(alone, tiny_dataset, tmp_path):
         rule, *path = name.split()
         expected = alone[rule][:4] if len(path) == 1 else alone[rule][4:]
         assert result["loss"] == pytest.approx(expected, rel=SAME), name
+        assert_each_matrix_once_a_step(name, result, len(expected))
     assert alone["my-lion"][-1] < alone["my-lion"][0]
 
 
 def test_a_sharded_copy_trains_the_same(alone, tiny_dataset, tmp_path):
-    cases = [case(tiny_dataset, tmp_path / "r", rule, "hsdp:2") for rule in ("my-lion", "gram")]
+    cases = [case(tiny_dataset, tmp_path / "r", rule, "hsdp:2") for rule in ("my-lion", "gram", "muon")]
     for name, result in train_cases(cases, 4, tmp_path).items():
         assert result["loss"] == pytest.approx(alone[name.split()[0]][:4], rel=SAME), name
+        assert_each_matrix_once_a_step(name, result, 4)
 
 
 def strategies_for(rule, ranks):
@@ -85,6 +105,7 @@ def test_every_rule_on_every_strategy_and_from_any_to_any(tiny_dataset, tmp_path
                     saved.setdefault(rule, {})[f"{strategy} on {ranks}"] = folder
         for name, result in train_cases(cases, ranks, tmp_path).items():
             assert result["loss"] == pytest.approx(alone[name.split()[0]][:3], rel=SAME), (name, ranks)
+            assert_each_matrix_once_a_step(name, result, 3)
     for ranks in STRATEGIES:
         cases = [
             {**case(tiny_dataset, tmp_path / "r", rule, strategy, steps=3, load=folder), "name": f"{rule} {strategy}, {origin}"}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from trainer.optim.foreach import cleared
-from trainer.optim.narrow_state import PIECE
 from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, Scope
 
 
@@ -56,14 +55,11 @@ class MatrixRule(OptimizerRule):
 
 
 def stacks(matrices: list[Tensor]) -> Iterator[list[int]]:
-    """Positions of matrices of equal shape, with about PIECE numbers together: large matrices fill a device one by one."""
+    """Positions of the matrices of each shape. (The trainer gives a part of the numbers at a time, equal shapes as neighbours.)"""
     by_shape: dict[torch.Size, list[int]] = {}
     for place, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(place)
-    for shape, places in by_shape.items():
-        size = max(1, PIECE[matrices[0].device.type] // max(1, shape.numel()))
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
+    yield from by_shape.values()
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
