@@ -68,7 +68,7 @@ class Engine:
         )
         if self.optimizer.whole:
             self.optimizer.exchange = self.update_matrices
-            owners = self.owners(self.optimizer.whole)
+            owners = self.owners(list(self.optimizer.whole))
             self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == world.rank)
 
     def parallelize(self, meta: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,14 @@ class SoapConfig:
 class Soap(MatrixRule):
     """L and R are running means of G G^T and G^T G, Q_L and Q_R their eigenvectors. Adam runs on the rotated gradient Q_L^T G Q_R.
 
-    The first step sets the basis (by eigh) and changes no weight. Each `frequency` steps of the run one step of power iteration
-    and QR follows; the mean of squares is reordered with the basis. A parameter whose first finite step is not the run's begins
-    with the identity as its basis, since the host does not wait to know it.
-    eps is added after the correction for the start, as in Adam; the author's code adds it before.
+    The first step sets the basis (by eigh, for which the host waits this once) and changes no weight. Each `frequency` steps of
+    the run one step of power iteration and QR follows; the mean of squares is reordered with the basis. All matrices turn in the
+    same step: which steps are a matrix's must not depend on the rank that owns it. A parameter whose first finite step is not the
+    run's begins with the identity as its basis, since the host does not know of it. On a GPU products are in TF32, like all
+    fp32 products of a run. eps is added after the correction for the start, as in Adam; the author's code adds it before.
     """
 
-    Config: type = SoapConfig
+    Config: ClassVar[type] = SoapConfig
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         """L, R, Q_L and Q_R are never bf16: eigenvectors must stay orthogonal."""
