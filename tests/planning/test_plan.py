@@ -32,6 +32,7 @@ from trainer.runtime.distributed import World
 MAY_STAY_OPEN = {"data.path", "data.source", "data.cache", "data.validation_source", "data.document_start"}
 MAY_STAY_OPEN |= {"data.end_of_text"}
 MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
+MAY_STAY_OPEN |= {"optim.rest_lr"}  # where one rule updates every parameter
 
 
 def resolved(world=None, **values):
