@@ -64,7 +64,7 @@ def test_every_strategy_trains_the_same(alone, tiny_dataset, tmp_path):
             **case(tiny_dataset, tmp_path / "r", rule, "ddp", steps=2, load=saved[rule, before]),
             "name": f"{rule} {before} ddp",
         }
-        for rule, before in (("adam-mini", "fsdp"), ("ademamix", "zero2"))
+        for rule, before in (("adam-mini", "fsdp"), ("ademamix", "zero2"), ("muon", "fsdp"))
     ]
     for name, result in train_cases([*first, *then], 2, tmp_path).items():
         rule, *path = name.split()

@@ -11,7 +11,6 @@ from tiny_runs import make, same, weights
 from models.base import Split, get_model, load_models
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
-from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine.matrices import deal, update_cost
 from trainer.optim import OptimizerRule, names_by_role, register_optimizer, state_bytes_per_parameter
@@ -169,9 +168,12 @@ def test_learning_rates_of_matrices_and_of_the_rest(tiny_dataset, tmp_path, sett
     assert groups == {"muon": optim.lr, "adamw": pytest.approx(optim.rest_lr, rel=1e-12)}
 
 
-def test_rest_lr_alone_is_refused():
-    with pytest.raises(UserError, match="^optim.rest_lr: adamw updates every parameter, at optim.lr"):
-        resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "optim": {"rest_lr": 0.1}}))
+def test_rest_lr_without_a_rest_is_told():
+    plan = resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "optim": {"rest_lr": 0.1}}))
+    assert plan.config.optim.rest_lr is None
+    assert ("none", "0.1 has no effect: adamw updates every parameter, at optim.lr") in [
+        entry[1:] for entry in plan.entries if entry.key == "optim.rest_lr"
+    ]
 
 
 def test_hlbs_groups_keep_their_proportions(tiny_dataset, tmp_path):

@@ -102,9 +102,8 @@ class Optimizer(torch.optim.Optimizer):
                     gradients = self._cut(name, tensors[name][0])
                     states = self._states(name)
                     rows |= {piece: (gradients[part], states[part]) for part, piece in self._cut(name, weight).items()}
-            for alike in _alike(
-                sorted(rows, key=lambda piece: tuple(piece.shape))
-            ):  # so that equal shapes are neighbours
+            ordered = sorted(rows, key=lambda piece: tuple(piece.shape))  # equal shapes as neighbours, to be stacked
+            for alike in _alike(ordered):
                 self._update(group, alike, *map(list, zip(*(rows[piece] for piece in alike), strict=True)))
         return weights
 

@@ -321,12 +321,11 @@ def choose_matrix_lr(draft: Draft, rule: OptimizerRule, adamw: Default) -> Draft
     """For a rule of whole matrices: optim.lr, and optim.rest_lr of what AdamW updates. adamw: the rate if AdamW updated all."""
     optim = draft.config.optim
     if rule.scope != "matrix":
-        if optim.rest_lr is not None:
-            raise UserError(
-                f"optim.rest_lr: {optim.name} updates every parameter, at optim.lr; only optimizers of whole matrices, such as "
-                "muon, leave others to adamw"
-            )
-        return draft
+        if optim.rest_lr is None:
+            return draft
+        # Not an error: the config of a run whose optim.name is changed has it, and is refused for that.
+        why = f"{optim.rest_lr:g} has no effect: {optim.name} updates every parameter, at optim.lr"
+        return draft.set("optim", "rest_lr", None).note("optim.rest_lr", "none", why)
     own = rule.default_lr()
     draft = draft.fill("optim", "lr", *(own or adamw))
     same = Default(draft.config.optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
