@@ -40,7 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm with gain and bias in the dtype of x, which the result has too; x [..., width].
 
-    The statistics are fp32 (fp64 for fp64). Under autocast on a GPU, nn.LayerNorm makes and keeps an fp32 copy of x, and returns fp32.
+    The statistics are fp32 (fp64 for fp64); a CPU keeps them for the backward pass in the dtype of x. Under autocast on a GPU,
+    nn.LayerNorm makes and keeps an fp32 copy of x, and returns fp32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
