@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.base import Hidden, LanguageModel, Split, register
 from models.counting import estimate_parameters, training_flops_of
-from models.layers import compute_dtype, liger, normal_, truncated_normal_
+from models.layers import autocast_dtype, compute_dtype, liger, normal_, truncated_normal_
 from models.layers.attend import choose_kernel, make_attention_mask
 from models.layers.attention import (
     Attention,
@@ -42,8 +42,8 @@ from models.transformer_config import TransformerConfig
 
 
 class ForFurtherHeads(NamedTuple):
-    """Input of the heads that predict later tokens. output, before: output and input of the last block, [B, T, D];
-    documents: [B, T]."""
+    """Input of the heads that predict later tokens. output: of the trunk, [B, T, D]; before: input of the last block, [B, T, D] or
+    [B, T, n, D]; documents: [B, T]."""
 
     output: Tensor
     before: Tensor
@@ -84,12 +84,14 @@ class Transformer(LanguageModel):
         documents = None if documents is None else number_documents(documents)
         context = self.context(tokens, documents, state)
         x = self.embed(tokens, context)
-        tables = [table(tokens) for table in self.value_tables]  # [B, T, G * head_dim] each
+        dtype, x = x.dtype, self.for_stream(x)
+        tables = [self.for_stream(table(tokens)) for table in self.value_tables]  # [B, T, G * head_dim] each
         x, before, values = self.trunk(x, tables, context, state)
+        x = narrowed(x).to(dtype)  # the final norm is as exact for every residual_dtype
         if state is not None:
             state.length += tokens.shape[1]
         further = ForFurtherHeads(x, before, values, context, documents) if self.further else None
-        return Hidden(self.norm(narrowed(x)), further)
+        return Hidden(self.norm(x), further)
 
     def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
         """Positions, and for every window size what each query sees."""
@@ -139,6 +141,11 @@ class Transformer(LanguageModel):
             reach = c.neftune_alpha / math.sqrt(x.shape[1] * x.shape[2])
             x = x + torch.empty_like(x).uniform_(-reach, reach)
         return widen(x, c.streams) if c.streams else x
+
+    def for_stream(self, x: Tensor) -> Tensor:
+        """x in the dtype of the residual stream."""
+        rounds = self.config.residual_dtype == "bf16" and autocast_dtype(x.device.type) == torch.bfloat16
+        return x.bfloat16() if rounds else x
 
     def trunk(
         self, x: Tensor, tables: list[Tensor], context: Context, cache: DecodingState | None

@@ -30,6 +30,7 @@ CHOICES: dict[str, Collection[str]] = {
     "kernels": ("auto", "torch", "liger"),
     "block": ("serial", "parallel", "parallel_two_norms"),
     "residual": ("plain", "weighted", "static_hyper", "dynamic_hyper"),
+    "residual_dtype": ("auto", "bf16"),
     "hyper_start": tuple(START_SCALES),
     "prediction_heads": ("linear", "transformer"),
     "init": ("gpt2", "normal", "mitchell", "width_scaled"),
@@ -55,6 +56,8 @@ MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
     ("pattention_slots",): ("pattention of qkv or out", lambda c: "qkv" in c.pattention or "out" in c.pattention),
     ("pattention_mlp_slots",): ("pattention of mlp", lambda c: "mlp" in c.pattention),
     ("pattention_mode",): ("pattention", lambda c: c.pattention),
+    # Hyper-connections mix in fp32, and keep an fp32 copy of bf16 streams for that.
+    ("residual_dtype",): ("residual plain or weighted", lambda c: not c.residual.endswith("hyper")),
     ("n_streams", "hyper_start"): ("residual static_hyper or dynamic_hyper", lambda c: c.residual.endswith("hyper")),
     ("prediction_heads", "share_unembedding", "prediction_weights"): ("n_predict above 1", lambda c: c.n_predict > 1),
 }
@@ -144,6 +147,9 @@ class TransformerConfig:
     # -- block and residual stream
     block: str = _field("serial", "serial, parallel (PaLM: one norm, fused) or parallel_two_norms")
     residual: str = _field("plain", "plain, weighted, static_hyper or dynamic_hyper (hyper-connections, 2409.19606)")
+    residual_dtype: str = _field(
+        "auto", "auto (fp32 under autocast, otherwise that of the weights) or bf16 (also under autocast to bf16)"
+    )
     n_streams: int = _field(4, "residual streams of hyper-connections", low=1, high=DEEPEST)
     hyper_start: str = _field(
         "plain", "std of the branches' last matrices under hyper-connections: plain, shrunk or grown by sqrt(n_streams)"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.layers.attention import HEADS, Attention, Context, LatentAttention
 from models.layers.mlp import ACTIVATIONS
-from models.layers.norms import make_norm
+from models.layers.norms import LayerNorm, make_norm
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection, Plain, Weighted, narrow
 from models.state import DecodingState
@@ -148,14 +148,20 @@ class FurtherHead(nn.Module):
     def forward(
         self, x: Tensor, before: Tensor, values: Tensor | None, context: Context, last_norm: nn.Module
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; before: input of the trunk's last block; last_norm: the trunk's final norm, used after a block."""
+        """x [B, T, D]: the trunk's output -> [B, T, D]; before: input of the trunk's last block; last_norm: the trunk's final norm,
+        used after a block."""
         if self.block is None:
-            return self.norm(narrowed(x))
-        return last_norm(narrowed(self.block(before, values, context)[0]))
+            return self.norm(x)
+        return last_norm(narrowed(self.block(before, values, context)[0]).to(x.dtype))
 
 
 def norm_of(config: Any, here: bool) -> nn.Module:
-    return make_norm(config.norm, config.d_model, config.norm_eps, config.bias) if here else nn.Identity()
+    """The norm of the config's name, or an Identity. For a bf16 stream, its result has the dtype of its input."""
+    if not here:
+        return nn.Identity()
+    if config.norm == "layer" and config.residual_dtype == "bf16":
+        return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+    return make_norm(config.norm, config.d_model, config.norm_eps, config.bias)
 
 
 def mlp_of(config: Any) -> nn.Module:

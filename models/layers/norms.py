@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import without_autocast
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a gain (arXiv 1910.07467); x [..., width], no bias.
@@ -30,8 +32,22 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference; x [..., width], weight [width]."""
-    # Without a weight, F.rms_norm computes in fp32 for every dtype of x. Under autocast on a GPU it also returns fp32.
-    return F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
+    # F.rms_norm computes in fp32 for every dtype of x. Autocast on a GPU would make and keep an fp32 copy of x.
+    with without_autocast(x.device.type):
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with gain and bias in the dtype of x, which the result has too; x [..., width].
+
+    The statistics are fp32 (fp64 for fp64); a CPU keeps them for the backward pass in the dtype of x. Under autocast on a GPU,
+    nn.LayerNorm makes and keeps an fp32 copy of x, and returns fp32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        with without_autocast(x.device.type):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class DyT(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers.norms import NORMS, DyT, RMSNorm, make_norm, set_gain
+from models.layers.norms import NORMS, DyT, LayerNorm, RMSNorm, make_norm, set_gain
 
 WIDTH = 64
 BF16_EPS = 2**-8  # the largest relative error of one rounding to bf16
@@ -109,6 +109,32 @@ def test_statistics_are_fp32(kind, setting):
     roundings = 0 if x.dtype == torch.float32 else 1
     error = (y.double() - expected).abs()
     assert (error <= roundings * BF16_EPS * expected.abs() + 1e-4).all(), error.max()
+
+
+@pytest.mark.parametrize(("norm", "function"), [(RMSNorm(WIDTH, 1e-5), "rms_norm"), (LayerNorm(WIDTH), "layer_norm")])
+def test_a_norm_leaves_autocast(norm, function, monkeypatch):
+    """On a GPU autocast would compute it from an fp32 copy of x; a CPU's does not, so only the state can be seen here."""
+    original, states = getattr(F, function), []
+
+    def watched(*args, **options):
+        states.append(torch.is_autocast_enabled("cpu"))
+        return original(*args, **options)
+
+    monkeypatch.setattr(F, function, watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(randn(8, WIDTH).bfloat16()).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    assert states == [False]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_is_torchs(bias):
+    """Bit for bit where x and the weights have one dtype; otherwise the weights take that of x."""
+    ours, theirs = randomised(LayerNorm(WIDTH, bias=bias)), nn.LayerNorm(WIDTH, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = randn(8, WIDTH)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x.bfloat16()), theirs.bfloat16()(x.bfloat16()))
 
 
 def test_rms_norm_rounds_before_the_gain_not_after():

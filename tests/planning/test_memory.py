@@ -88,6 +88,24 @@ def test_autocast_keeps_fp32_residuals_and_bf16_products(model):
     assert twice > 1.99 * autocast  # nothing that does not grow with the sequence
 
 
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_a_residual_stream_in_bf16_takes_half(how):
+    """In gpt2 2 bytes less for each entry of a norm's input, and of its two statistics (on a CPU), but for the final norm; with
+    blocks that recompute, for each block's input."""
+    model_class = get_model("gpt2")
+    config = model_class.Config(vocab_size=64, d_model=32, n_layers=6, n_heads=2, max_context=T)
+    auto, bf16 = (
+        saved_activations(model_class, replace(config, residual_dtype=dtype), T, "autocast", how).total
+        for dtype in ("auto", "bf16")
+    )
+    assert auto - bf16 == 2 * 6 * T * (2 * (32 + 2) if how == "none" else 32)
+    fp32, again = (
+        saved_activations(model_class, replace(config, residual_dtype=dtype), T, "fp32", how).total
+        for dtype in ("auto", "bf16")
+    )
+    assert fp32 == again
+
+
 @pytest.mark.parametrize("strategy", ["single", "fsdp"])
 def test_checkpointing_holds_less_and_a_block_to_recompute(model, strategy):
     estimate, layout = MemoryEstimate(type(model), model.config, T), ParallelLayout(strategy, "bf16")

@@ -96,6 +96,7 @@ OPTIONS = {
     "float8": small("llama", "fsdp", float8=True),
     "pure_bf16": small("gpt2", "ddp", precision="pure_bf16"),
     "fp32": small("minimal-sota", "hsdp", precision="fp32"),
+    "bf16 residual stream": small("gpt2", "ddp", model={"residual_dtype": "bf16"}),
     "bf16 moments": small("hlb", "single", optim={"state_precision": "bf16"}),
     "hlb's FlexAttention": small("hlb", "ddp", model={"attention_kernel": "flex"}),
     "documents": small("transformer", "ddp", data={"separate_documents": True}),
@@ -128,7 +129,7 @@ def test_an_optimizer_takes_steps(rule, state):
 LENGTH, TOKENS = 1024, 4096  # of a sequence and of a microbatch
 
 
-def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", scale=1.0):
+def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", scale=1.0, **model):
     """The plan's peak against that of torch's tracker. They may differ, in bytes, by
 
     6 d_model per token that the plan lacks: the hidden states (fp32, and a copy in bf16) which are alive while the loss runs, but
@@ -138,7 +139,7 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
     sequences share, but the plan counts for each of them;
     1 % for the 512 bytes to which the allocator rounds.
     """
-    case = small(name, strategy, data={"tokenizer": "gpt2"}, precision=precision, model_scale=scale)
+    case = small(name, strategy, data={"tokenizer": "gpt2"}, precision=precision, model_scale=scale, model=model)
     case["values"]["engine"]["activation_checkpointing"] = how
     case["values"]["batch"] = {
         "sequence_length": LENGTH,
@@ -152,6 +153,7 @@ def check_memory(name, strategy, microbatches=2, how="none", precision="bf16", s
     assert planned >= 0.99 * peak - 6 * d_model * TOKENS
     norms, pairs = 2 * outcome["blocks"] + 1, LENGTH**2 * (TOKENS // LENGTH - 1) * (name == "hlb")
     assert planned <= 1.01 * peak + 2 * norms * d_model * TOKENS + (8 + outcome["blocks"]) * pairs
+    return outcome
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("hlb", "fsdp")])
@@ -175,6 +177,16 @@ def test_the_memory_plan_of_every_model(name, strategy, microbatches):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "hlb"])
 def test_the_memory_plan_of_options(name, strategy, how, precision):
     check_memory(name, strategy, how=how, precision=precision)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_a_residual_stream_in_bf16_saves(name):
+    """2 bytes of each input of a norm in a block, in the plan and on the GPU, to the 512 bytes to which the allocator rounds."""
+    wide, narrow = (check_memory(name, "ddp", residual_dtype=dtype) for dtype in ("auto", "bf16"))
+    saved = 2 * 2 * wide["blocks"] * wide["d_model"] * TOKENS
+    assert wide["peak"] - narrow["peak"] == pytest.approx(saved, rel=0.01)
+    assert wide["planned"]["total"] - narrow["planned"]["total"] == pytest.approx(saved, rel=0.01)
 
 
 # -- larger runs -------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class ParallelLayout:
 
     @property
     def compute(self) -> str:
-        """fp32, autocast (fp32 weights and residual stream, bf16 products) or bf16 (everything)."""
+        """fp32, autocast (fp32 weights, bf16 products; the residual stream as the model's config says) or bf16 (everything)."""
         if self.precision == "fp32":
             return "fp32"
         return "autocast" if self.precision == "bf16" and self.strategy in ("single", "ddp", "zero0") else "bf16"
