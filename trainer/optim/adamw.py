@@ -25,7 +25,7 @@ class AdamWConfig:
 
 @register_optimizer("adamw")
 class AdamW(OptimizerRule):
-    """Moments have the parameter's type or bf16.
+    """AdamW (arXiv 1711.05101), by torch's fused kernel. Moments have the parameter's type or bf16.
 
     bf16 moments of fp32 parameters: the update is computed from them in fp32, and the new moments are rounded to nearest
     (see narrow_state.py). Rounding loses a change of less than half a spacing; half a spacing is between 2^-9 and 2^-8 of a

@@ -21,7 +21,7 @@ class AdafactorConfig:
 
 @register_optimizer("adafactor")
 class Adafactor(OptimizerRule):
-    """Update: g over the root of the estimated mean of g^2, scaled down to a root mean square of `clip`, times min(lr, t^-0.5) and
+    """Adafactor (arXiv 1804.04235): second moments of a matrix by its rows and columns. Update: g over the root of the estimated mean of g^2, scaled down to a root mean square of `clip`, times min(lr, t^-0.5) and
     the parameter's own root mean square. No momentum. Decay is decoupled.
 
     The same as torch.optim.Adafactor, whose min(lr, t^-0.5) has lr where the paper has 0.01. A parameter with fewer than two

@@ -40,7 +40,9 @@ class AdEMAMixConfig:
 
 @register_optimizer("ademamix")
 class AdEMAMix(OptimizerRule):
-    """w = w - lr ((m1 / (1 - beta1^t) + alpha_t m2) / (sqrt(nu / (1 - beta2^t)) + eps) + decay w).
+    """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower mean of gradients.
+
+    w = w - lr ((m1 / (1 - beta1^t) + alpha_t m2) / (sqrt(nu / (1 - beta2^t)) + eps) + decay w).
 
     m2 is not corrected for its first steps: alpha_t and beta3_t rise over the run instead. Without that, or with a corrected m2,
     runs diverge: their first step is tenfold, and the slow mean is alpha times the fast one at once.

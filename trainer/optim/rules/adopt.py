@@ -25,7 +25,9 @@ class ADOPTConfig:
 
 @register_optimizer("adopt")
 class ADOPT(OptimizerRule):
-    """m = beta1 m + (1 - beta1) clip(g / max(sqrt(v), eps)); w = (1 - lr decay) w - lr m; then v = beta2 v + (1 - beta2) g^2.
+    """ADOPT (arXiv 2411.02853), the clipped form of November 2024: divides by the second moment of the step before.
+
+    m = beta1 m + (1 - beta1) clip(g / max(sqrt(v), eps)); w = (1 - lr decay) w - lr m; then v = beta2 v + (1 - beta2) g^2.
 
     A gradient is divided by the mean of those before it. So the first step of a parameter only sets v = g^2.
     """

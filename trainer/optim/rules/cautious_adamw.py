@@ -32,7 +32,7 @@ class CautiousAdamWConfig:
 
 @register_optimizer("cautious-adamw")
 class CautiousAdamW(Moments):
-    """AdamW that leaves out each number of the update whose sign is not the gradient's, and scales up the rest.
+    """Cautious AdamW (arXiv 2411.16085): AdamW that leaves out each number of the update whose sign is not the gradient's, and scales up the rest.
 
     The factor is n / (number of those kept + 1), n: numbers of the tensor, as in the paper. The authors' code divides by the share
     that is kept, at least 0.001. Decay is decoupled and not masked.

@@ -20,7 +20,7 @@ class LionConfig:
 
 @register_optimizer("lion")
 class Lion(OptimizerRule):
-    """The sign of momentum and gradient, with decoupled decay. Every number moves by lr: use 3 to 10 times less lr than AdamW's,
+    """Lion (arXiv 2302.06675): the sign of momentum and gradient, with decoupled decay. Every number moves by lr: use 3 to 10 times less lr than AdamW's,
     and as much more decay."""
 
     Config = LionConfig

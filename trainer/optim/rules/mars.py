@@ -32,7 +32,9 @@ class MARSConfig:
 
 @register_optimizer("mars")
 class MARS(OptimizerRule):
-    """c = g + gamma beta1 / (1 - beta1) (g - last g), scaled down to norm 1 over each whole tensor; then AdamW with c for g.
+    """MARS (arXiv 2411.10438), AdamW form: gradients with reduced variance, then AdamW.
+
+    c = g + gamma beta1 / (1 - beta1) (g - last g), scaled down to norm 1 over each whole tensor; then AdamW with c for g.
 
     The approximate form: the last gradient is the one of the last batch, not computed anew. In the first step c = g, as in the
     paper; the authors' code takes 0 for the gradient before it. That code also leaves vectors to AdamW; here every tensor is

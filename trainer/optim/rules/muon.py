@@ -59,7 +59,7 @@ class MuonConfig:
 
 @register_optimizer("muon")
 class Muon(MatrixRule):
-    """Orthogonal momentum: all directions of a matrix learn equally fast.
+    """Muon (arXiv 2502.16982): orthogonal momentum, all directions of a matrix learn equally fast.
 
     Momentum is a mean of gradients, as in torch.optim.Muon (a sum in the papers: the orthogonal matrix is the same). With
     `normuon` rows are divided by the running root mean square v of their numbers, then the update gets its norm back, as in the
@@ -103,7 +103,7 @@ class AdaMuonConfig:
 
 @register_optimizer("adamuon")
 class AdaMuon(MatrixRule):
-    """Muon of the momentum's signs, divided by the running root mean square of each number; the update's root mean square is 0.2.
+    """AdaMuon (arXiv 2507.11005): Muon of the momentum's signs, divided by the running root mean square of each number; the update's root mean square is 0.2.
 
     As in the revised paper. The author's first code takes the momentum itself, not its signs. It also corrects the mean of
     squares for its start, a factor of the whole matrix, which the last step here removes anyway.

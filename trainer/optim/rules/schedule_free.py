@@ -22,7 +22,7 @@ class ScheduleFreeConfig:
 
 @register_optimizer("schedule-free")
 class ScheduleFree(OptimizerRule):
-    """AdamW that needs no schedule: it evaluates with an average x of its steps z, and takes gradients at y between both.
+    """Schedule-free AdamW (arXiv 2405.15682): AdamW that needs no schedule: it evaluates with an average x of its steps z, and takes gradients at y between both.
 
     z = z - lr_t u, u = g / (sqrt(v / (1 - beta2^t)) + eps) + decay y; x = (1 - c_t) x + c_t z; y = (1 - beta1) z + beta1 x.
     c_t = lr_t^2 over the sum of these squares so far, where lr_t is lr with linear warm-up, as in the authors' code. The

@@ -26,7 +26,9 @@ class SoapConfig:
 
 @register_optimizer("soap")
 class Soap(MatrixRule):
-    """L and R are running means of G G^T and G^T G, Q_L and Q_R their eigenvectors. Adam runs on the rotated gradient Q_L^T G Q_R.
+    """SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioners.
+
+    L and R are running means of G G^T and G^T G, Q_L and Q_R their eigenvectors. Adam runs on the rotated gradient Q_L^T G Q_R.
 
     The first step sets the basis (by eigh, for which the host waits this once) and changes no weight. Each `frequency` steps of
     the run one step of power iteration and QR follows; the mean of squares is reordered with the basis. All matrices turn in the
@@ -104,7 +106,7 @@ class PalmSoapConfig:
 
 @register_optimizer("palm-soap")
 class PalmSoap(Soap):
-    """SOAP with the beta2 of PaLM (arXiv 2204.02311): 1 - t^-0.8, so that means over few steps forget fast.
+    """PaLM-SOAP: SOAP with the beta2 of PaLM (arXiv 2204.02311): 1 - t^-0.8, so that means over few steps forget fast.
 
     The first beta2 is 0, so the means need no correction for their start. HeavyBall, which had this rule as PaLMForeachSOAP,
     corrected them all the same, and with a weight decay its weights grew.
