@@ -83,7 +83,9 @@ def test_nothing_is_left_open(name):
     values = flat(resolved(model={"name": name}).config)
     assert {key for key, value in values.items() if value is None} == MAY_STAY_OPEN
     undecided = {key for key, value in values.items() if value == "auto"}
-    assert undecided == {"log.console", "model.attention_kernel", "model.kernels"} & values.keys()
+    assert (
+        undecided == {"log.console", "model.attention_kernel", "model.kernels", "model.residual_dtype"} & values.keys()
+    )
 
 
 def test_what_zero_stands_for_is_said():

@@ -224,6 +224,11 @@ def patches(card: str, rank: int, ranks: int) -> dict[str, Any]:
         "torch.Tensor.pin_memory": lambda self, *_: torch.empty(self.shape, dtype=self.dtype),
         "torch.Tensor.record_stream": lambda self, stream: None,
         "torch.tensor": tensor,
+        "torch.cuda.get_rng_state": lambda device="cuda": torch.zeros(
+            16, dtype=torch.uint8
+        ),  # Dynamo keeps it while it traces
+        "torch.cuda.set_rng_state": lambda state, device="cuda": None,
+        "torch._C._cuda_getDevice": lambda: rank % local,  # a CPU build lacks it; Dynamo asks it what a guard would
         "torch.compile": compile_without_triton,
         "torch.nn.functional.scaled_dot_product_attention": fused_attention,
         "torch.nn.parallel.DistributedDataParallel": Ddp,
@@ -235,7 +240,7 @@ def fake_gpus(card: str, rank: int, ranks: int, group: bool) -> Iterator[None]:
     """In this context this process is `rank` of `ranks`, each with one GPU `card`. group: whether it is in a process group."""
     with contextlib.ExitStack() as stack:
         for name, value in patches(card, rank, ranks).items():
-            stack.enter_context(mock.patch(name, value))
+            stack.enter_context(mock.patch(name, value, create=True))
         if group:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
             stack.callback(dist.destroy_process_group)

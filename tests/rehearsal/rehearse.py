@@ -85,7 +85,7 @@ class Case:
 @dataclass
 class Outcome:
     """error: one line, "" if all went well; where: the line of our code it came from, FILE:LINE; engine, kernels: what was
-    built; lengths: of the sequences of each step; blocks, d_model: of the model; peak: bytes by torch's tracker; planned: the
+    built; lengths: of the sequences of each step; blocks, d_model: of the model; graphs: that Dynamo traced for the run; peak: bytes by torch's tracker; planned: the
     plan's, by part."""
 
     error: str = ""
@@ -95,6 +95,7 @@ class Outcome:
     lengths: list[int] = field(default_factory=list)
     blocks: int = 0
     d_model: int = 0
+    graphs: int = 0  # that Dynamo traced
     peak: int = 0
     planned: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0  # of CPU time
@@ -239,6 +240,7 @@ def rehearse(case: Case) -> Outcome:
         if config.data.separate_documents:
             plan = dataclasses.replace(plan, end_of_text=0)  # resolve has it from a dataset
         tracker: Any = Tracker() if case.tracked else contextlib.nullcontext()
+        before = traced_graphs()
         with without_numbers(tracker):
             run = Run(plan, world, None, Watchdog(World(), 60), StopSignals(World()))
             results = [optimiser_step(run)]
@@ -251,9 +253,16 @@ def rehearse(case: Case) -> Outcome:
                 lengths=[result.sequence_length for result in results],
                 blocks=len(run.model.blocks()),
                 d_model=plan.config.model["d_model"],
+                graphs=traced_graphs() - before,
                 peak=peak,
                 planned=expected_memory(plan),
             )
+
+
+def traced_graphs() -> int:
+    """How many graphs Dynamo has traced in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
 
 
 def outcome(case: Case) -> Outcome:

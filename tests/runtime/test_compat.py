@@ -130,6 +130,7 @@ ALLOWED = {
     # operators in the hot path, probed
     "trainer/optim/adamw.py",
     "trainer/optim/foreach.py",
+    "trainer/optim/matrix_rule.py",
     "trainer/optim/narrow_state.py",
     "trainer/optim/optimizer.py",
     "trainer/optim/torch_rules.py",  # the name of an operator

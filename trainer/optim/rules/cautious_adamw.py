@@ -60,7 +60,10 @@ class CautiousAdamW(Moments):
         torch._foreach_mul_(masks, torch._foreach_sign(gradients))
         torch._foreach_clamp_min_(masks, 0)  # 1 where the signs are the same
         kept = norms(masks, 1)
-        numbers = torch.tensor([mask.numel() for mask in masks], device=kept.device)
         torch._foreach_mul_(directions, masks)
-        torch._foreach_mul_(directions, scalars(numbers / (kept + 1)))
+        shares = scalars(1 / (kept + 1))
+        torch._foreach_mul_(
+            shares, [float(mask.numel()) for mask in masks]
+        )  # numbers of Python: nothing is copied to the device
+        torch._foreach_mul_(directions, shares)
         descend_(parameters, directions, group.lr * finite, group.weight_decay)
