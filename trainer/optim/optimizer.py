@@ -212,7 +212,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _state_bytes(self, group: Group, settings: dict[str, Any]) -> int:
         """Of the whole group, on all ranks together."""
-        rule, dtype = self.rules[settings["rule"]], settings["params"][0].dtype
+        # zero3 keeps the vectors that it updates, which are fp32, outside the groups.
+        dtype = settings["params"][0].dtype if settings["params"] else torch.float32
+        rule = self.rules[settings["rule"]]
         return sum(
             state_bytes(rule, shape, torch.bfloat16 if self.narrow else dtype)
             for name in group.parameters
