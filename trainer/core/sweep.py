@@ -19,18 +19,23 @@ Sweep = dict[str, list[str]]  # key -> its values
 
 def parse_sweep(texts: list[str]) -> Sweep:
     """The sweep of `KEY=V1,V2` texts. UserError if a text has another form, a key is unknown, or a key occurs twice."""
-    known, sweep = leaf_keys(RunConfig), Sweep()
-    free = tuple(f"{section}." for section in free_sections(RunConfig))
+    sweep = Sweep()
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not all(values.split(",")):
             raise UserError(f"sweep: {text!r} is not KEY=V1,V2; write for example --sweep engine.compile=false,true")
-        if key not in known and not key.startswith(free):
-            raise UserError(f"sweep: {unknown_key(key, known)}")
+        check_key(key, "sweep")
         if key in sweep:
             raise UserError(f"sweep: {key} occurs twice; give all its values at once, as {key}=V1,V2")
         sweep[key] = values.split(",")
     return sweep
+
+
+def check_key(key: str, where: str) -> None:
+    """UserError, which begins with `where`, if a run has no such dotted key."""
+    known = leaf_keys(RunConfig)
+    if key not in known and not key.startswith(tuple(f"{section}." for section in free_sections(RunConfig))):
+        raise UserError(f"{where}: {unknown_key(key, known)}")
 
 
 def combinations(sweep: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
@@ -41,13 +46,18 @@ def combinations(sweep: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
 
 def changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> RunConfig:
     """The RunConfig of nested `values`, overridden by one combination. Raises UserError for a bad key or value."""
+    return build(RunConfig, with_changes(values, changes))
+
+
+def with_changes(values: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    """Nested `values`, overridden by dotted key -> value."""
     result = dict(values)
     for key, value in changes.items():
         change: Any = value
         for part in reversed(key.split(".")):
             change = {part: change}
         result = merge(result, change)
-    return build(RunConfig, result)
+    return result
 
 
 def label(changes: Mapping[str, str]) -> str:

@@ -12,9 +12,10 @@ from trainer.commands.compare import CompareConfig
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
-from trainer.core.settings import build, coerce, leaf_keys, load_yaml, merge, unknown_key
-from trainer.core.sweep import label
+from trainer.core.settings import build, coerce, load_yaml, merge
+from trainer.core.sweep import check_key, combinations, label, with_changes
 from trainer.core.text import printable
+from trainer.planning.run_config import flat
 
 # The comparison sets these keys of every run itself. optim.lr is not one of them: it is where an arm's sweep begins.
 OURS = {
@@ -91,32 +92,29 @@ def shared_values(config: CompareConfig) -> dict[str, Any]:
 def variants(config: CompareConfig) -> dict[str, dict[str, Any]]:
     """Name -> the keys that it changes, nested, for every variant with every combination of the grid."""
     listed = {str(name): values or {} for name, values in config.variants.items()} or {"": {}}
-    combinations = list(grid_combinations(config.grid))
-    if len(listed) * len(combinations) < 2:
+    crossed = list(combinations(grid_values(config.grid)))
+    if len(listed) * len(crossed) < 2:
         raise UserError("variants: a comparison needs two or more; name them under `variants`, or values under `grid`")
     found: dict[str, dict[str, Any]] = {}
-    for (name, values), changes in itertools.product(listed.items(), combinations):
+    for (name, values), changes in itertools.product(listed.items(), crossed):
         if not isinstance(values, dict):
             raise UserError(f"variants.{printable(name)}: holds the keys of a run, such as {{model: {{name: gpt2}}}}")
-        for key, value in changes.items():
-            values = merge(values, nested(key, value))
+        values = with_changes(values, changes)
         full = " ".join(filter(None, (name, label(changes))))
         refuse_ours({key: value for key, value in values.items() if key != "learning_rates"}, f"variants.{full}")
         found[full] = values
     return found
 
 
-def grid_combinations(grid: dict[str, Any]) -> list[dict[str, str]]:
-    """Every combination of the grid, as dotted key -> value; one empty combination without a grid."""
+def grid_values(grid: dict[str, Any]) -> dict[str, list[str]]:
+    """Dotted key -> its values. UserError for a key that no run has, or a value that occurs twice."""
     lists = {}
-    known = leaf_keys(RunConfig)
     for key, values in flat(grid).items():
-        if key not in known and not key.startswith(("model.", "objective.", "optim.settings.")):
-            raise UserError(f"grid: {unknown_key(key, known)}")
+        check_key(key, "grid")
         lists[key] = [str(value) for value in (values if isinstance(values, list) else [values])]
         if len(set(lists[key])) < len(lists[key]):
             raise UserError(f"grid.{key}: names a value twice")
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return lists
 
 
 def refuse_ours(values: dict[str, Any], where: str, allowed: tuple[str, ...] = ()) -> None:
@@ -154,24 +152,10 @@ def learning_rates(values: Any, key: str = "learning_rates") -> tuple[float, ...
     return rates
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of nested values whose keys may hold dots themselves."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
 def flat_text(values: dict[str, Any]) -> dict[str, str]:
     return {
         key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat(values).items()
     }
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def folder_name(name: str) -> str:
