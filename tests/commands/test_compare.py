@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare import read
-from trainer.commands.compare.budget import lengths, nearest_steps
+from trainer.commands.compare.budget import Length, lengths, nearest_steps
 from trainer.commands.compare.command import write_elements
 from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import Experiment, State, facts_of, state_of, stored_experiment
 from trainer.commands.compare.learning_rates import DIVERGED, start, sweep
-from trainer.commands.compare.queue import Queue, device_slots
+from trainer.commands.compare.queue import Queue, device_slots, tail
 from trainer.commands.compare.spec import arms
 from trainer.core.errors import UserError
 from trainer.core.settings import load_yaml
@@ -331,6 +331,37 @@ def test_a_folder_that_holds_something_else_or_a_changed_experiment_is_refused(t
     path.write_text(path.read_text().replace('"tuning_seed": 0', '"tuning_seed": 5'))
     with pytest.raises(UserError, match="was changed after it was written"):
         stored_experiment(folder)
+
+
+def test_an_experiment_without_its_digest_is_refused(tmp_path, stub):
+    folder = tmp_path / "compare"
+    experiment(folder)
+    content = json.loads((folder / "experiment.json").read_text())
+    del content["digest"]
+    (folder / "experiment.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has no digest"):
+        stored_experiment(folder)
+
+
+def test_a_refused_arm_is_sized_again(tmp_path, stub):
+    """What it lacked, such as a plug-in, may be there at the next command; the others keep their lengths."""
+    folder = tmp_path / "compare"
+    first = experiment(folder)
+    refused, other = first.arms[1], first.arms[0]
+    first.lengths[refused.key] = Length(refused="model.name: is not known")
+    first.write()
+    facts = {**first.facts}
+    again = Experiment(folder, facts, first.arms, stored_experiment(folder))
+    assert again.lengths == {other.key: first.lengths[other.key]}
+
+
+def test_a_failure_is_told_by_the_lines_of_its_own_try(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("error: of an earlier try\n")
+    begins = log.stat().st_size
+    with log.open("a") as file:
+        file.write("killed\n")
+    assert tail(log, begins) == ["killed"]
 
 
 def test_two_variants_with_one_folder_name_are_refused(tmp_path):

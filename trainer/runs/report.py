@@ -134,7 +134,7 @@ class Report:
             "ETA": (self.config.max_steps - row["step"]) * row["seconds"] / max(1, row["step"]),
             "more": {
                 "grad norm": "" if row["grad_norm"] is None else f"{row['grad_norm']:.4f}",
-                "memory": f"{row['peak_memory_bytes'] / 1024**3:.2f} GiB",
+                "memory": f"{peak_memory_bytes(self.engine.device) / 1024**3:.2f} GiB",
                 "length": str(row["sequence_length"]),
                 "batch multiplier": str(row["batch_multiplier"]),
             },

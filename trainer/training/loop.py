@@ -244,7 +244,8 @@ def finish(run: Run, report: Report, tokenizer: Any) -> None:
         return
     last = report.last
     plugins = "".join(f" --plugin {module}" for module in plugins_of(run.folder))
-    compiling = f" ({last['compile_seconds']:.1f} s of them compiling)" if last["compile_seconds"] >= 0.05 else ""
+    seconds = last.get("compile_seconds", 0.0)  # missing if the last row was owed by an older release
+    compiling = f" ({seconds:.1f} s of them compiling)" if seconds >= 0.05 else ""
     report.console.say(
         f"\n{text}{run.state.step:,} steps, {run.state.tokens:,} tokens in {last['seconds']:.1f} s of training{compiling}: "
         f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"

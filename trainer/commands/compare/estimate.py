@@ -19,9 +19,9 @@ from trainer.core.files import write_file
 from trainer.core.settings import merge
 from trainer.core.text import markdown_table, printable
 from trainer.data.stream import find_dataset
+from trainer.planning.memory import GIB
 
 BENCH = {"baselines": [], "rounds": 3, "steps_per_round": 3}
-GIB = 1024**3
 
 
 class Speeds:

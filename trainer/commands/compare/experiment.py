@@ -26,7 +26,7 @@ from trainer.commands.compare.learning_rates import DIVERGED, RULE, Sweep, start
 from trainer.commands.compare.spec import Arm, folder_name
 from trainer.core import yaml_text
 from trainer.core.errors import UserError
-from trainer.core.files import read_json, sealed, write_file
+from trainer.core.files import DIGEST, read_json, sealed, write_file
 from trainer.core.settings import merge
 from trainer.core.text import printable
 from trainer.planning.run_config import is_run
@@ -72,7 +72,9 @@ class Experiment:
         self._ended: dict[str, State] = {}  # runs that ended in this command
         if stored is not None:
             check_same(folder, stored, facts, arms)
-            self.lengths = {(arm["name"], arm["scale"]): stored_length(arm) for arm in stored["arms"]}
+            # An arm that was refused is sized again: what it lacked may be there now.
+            known = [arm for arm in stored["arms"] if arm["refused"] is None]
+            self.lengths = {(arm["name"], arm["scale"]): stored_length(arm) for arm in known}
         self._check_names()
 
     def _check_names(self) -> None:
@@ -244,6 +246,10 @@ def stored_experiment(folder: Path) -> dict[str, Any] | None:
             raise UserError(f"compare_dir: {printable(folder)} holds something else; choose another --compare_dir")
         return None
     content = read_json(path)
+    if DIGEST not in content:
+        raise UserError(
+            f"{printable(path)}: has no digest, so `compare` did not write it; choose another --compare_dir"
+        )
     if content.get("format") != FORMAT:
         raise UserError(f"{printable(path)}: has format {content.get('format')!r}; this release reads {FORMAT}")
     return content
@@ -251,7 +257,7 @@ def stored_experiment(folder: Path) -> dict[str, Any] | None:
 
 def stored_length(arm: dict[str, Any]) -> Length:
     fields = {field.name: arm[field.name] for field in dataclasses.fields(Length)}
-    return Length(**{**fields, "learning_rate": arm["inferred_learning_rate"], "refused": arm["refused"] or ""})
+    return Length(**{**fields, "learning_rate": arm["inferred_learning_rate"], "refused": ""})
 
 
 def facts_of(config: Any, name: str, command: list[str]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Job:
     slot: dict[str, str]
     outcome: Path
     log: Path
+    begins: int  # bytes of the log that earlier tries wrote
     since: float
 
 
@@ -73,6 +74,7 @@ class Queue:
         outcome.unlink(missing_ok=True)
         slot = self.free.pop(0)
         words = [*TRAIN, str(config), *(word for plugin in self.plugins for word in ("--plugin", plugin))]
+        begins = log.stat().st_size if log.exists() else 0
         with log.open("ab") as file:
             # A session of its own: Ctrl-C reaches only this process, which asks each run once. If this process is killed, the
             # kernel asks them.
@@ -85,7 +87,7 @@ class Queue:
                 start_new_session=True,
                 preexec_fn=follow_launcher,
             )
-        self.jobs.append(Job(task, process, slot, outcome, log, time.monotonic()))
+        self.jobs.append(Job(task, process, slot, outcome, log, begins, time.monotonic()))
         self.experiment.running.add(task.name)
         self.experiment.write()
         left = sum(map(self.experiment.most_runs_left, self.experiment.arms))
@@ -116,7 +118,7 @@ class Queue:
     def how_it_ended(self, job: Job) -> State:
         """For a run whose folder does not say that it is finished: refused or failed, with its last words."""
         outcome = job.outcome.read_text(encoding="utf-8", errors="replace") if job.outcome.exists() else ""
-        said = next((line for line in reversed(tail(job.log)) if "error" in line.lower()), "")
+        said = next((line for line in reversed(tail(job.log, job.begins)) if "error" in line.lower()), "")
         if outcome.startswith("refused: "):
             return State("refused", printable(outcome.removeprefix("refused: ").strip(), 500))
         code = job.process.returncode
@@ -165,10 +167,10 @@ def requests_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def tail(path: Path, most: int = 1 << 16) -> list[str]:
-    """The last lines of a log."""
+def tail(path: Path, begins: int, most: int = 1 << 16) -> list[str]:
+    """The last lines of a log, of those after byte `begins`."""
     with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+        file.seek(max(begins, file.seek(0, os.SEEK_END) - most))
         return file.read().decode("utf-8", errors="replace").splitlines()
 
 
