@@ -7,10 +7,11 @@ experiment.py: the folder, its runs and their states; queue.py: runs them on thi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from trainer.commands import Values, Verb
-from trainer.core.settings import build, setting
+from trainer.core.settings import build, load_yaml, setting
 
 
 @dataclass
@@ -52,6 +53,11 @@ class CompareConfig:
     )
 
 
+def spec_file(word: str, flags: Values) -> Values:
+    """The spec in a file, which also gives the comparison its folder: runs/compare-NAME for NAME.yaml or compare-NAME.yaml."""
+    return {"compare_dir": str(Path("runs") / f"compare-{Path(word).stem.removeprefix('compare-')}"), **load_yaml(word)}
+
+
 def read(values: Values) -> CompareConfig:
     """The spec. What belongs to runs stays text: the type of its key decides later what it means, as in a run's config."""
     config = build(CompareConfig, values)
@@ -73,6 +79,7 @@ VERB = Verb(
     config=CompareConfig,
     run=run,
     alone=True,
+    positional=spec_file,
     read=read,
     interrupted="interrupted; the same command goes on",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from trainer.commands.compare import CompareConfig
@@ -15,7 +14,6 @@ from trainer.commands.compare.experiment import SPEED, Experiment, facts_of, sto
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import arms, compare_folder
 from trainer.core.errors import UserError
-from trainer.core.settings import parse_flags
 from trainer.core.text import printable, printable_lines
 from trainer.data.obtain import obtain_dataset
 from trainer.data.stream import find_dataset
@@ -31,9 +29,12 @@ def say(line: str) -> None:
 def compare(config: CompareConfig) -> None:
     """Train what is missing of the comparison, and report it."""
     words = sys.argv[1:]
-    name, plugins = spec_name(words), plugins_in(words)
-    folder, found = compare_folder(config, name), arms(config)
-    facts = {**facts_of(config, name, ["python", "-m", "trainer", *words]), "baseline": found[0].name}
+    plugins = plugins_in(words)
+    folder, found = compare_folder(config), arms(config)
+    facts = {
+        **facts_of(config, folder.name.removeprefix("compare-"), ["python", "-m", "trainer", *words]),
+        "baseline": found[0].name,
+    }
     slots = device_slots(config.jobs, found[0].config().device)
     with locked(folder, key="compare_dir", doing="at work on"):
         experiment = Experiment(folder, facts, found, stored_experiment(folder))
@@ -48,12 +49,6 @@ def compare(config: CompareConfig) -> None:
             return
         Queue(experiment, slots, plugins, say).run()
         publish(experiment)
-
-
-def spec_name(words: list[str]) -> str:
-    """The name of the comparison: that of its spec's file, without `compare-` and ending."""
-    positional, _ = parse_flags(words)
-    return Path(positional[1]).stem.removeprefix("compare-") if len(positional) > 1 else "flags"
 
 
 def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:

@@ -53,9 +53,9 @@ class Arm:
             raise UserError(f"variant {printable(self.name)}: {error}") from None
 
 
-def compare_folder(config: CompareConfig, spec_name: str) -> Path:
+def compare_folder(config: CompareConfig) -> Path:
     """The folder of the comparison."""
-    return user_path(config.compare_dir or str(Path("runs") / f"compare-{spec_name}"), "compare_dir")
+    return user_path(config.compare_dir or "runs/compare", "compare_dir")
 
 
 def arms(config: CompareConfig) -> list[Arm]:
