@@ -448,7 +448,7 @@ def test_a_stopped_queue_asks_its_runs_once_and_goes_on(tmp_path, stub):
 def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):
     config, found, dataset = sized
     monkeypatch.setattr("trainer.commands.compare.estimate.find_dataset", lambda data: dataset)
-    facts = {**facts_of(config, "test", ["compare"]), "baseline": "gpt2"}
+    facts = facts_of(config, "test", ["compare"], "gpt2")
     made = Experiment(tmp_path, facts, found, None)
     made.lengths = lengths(found, "tokens", lambda data: dataset, rate=None)
     speeds = Speeds(tmp_path, {}, [], print)

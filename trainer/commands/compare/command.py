@@ -31,10 +31,8 @@ def compare(config: CompareConfig) -> None:
     words = sys.argv[1:]
     plugins = plugins_in(words)
     folder, found = compare_folder(config), arms(config)
-    facts = {
-        **facts_of(config, folder.name.removeprefix("compare-"), ["python", "-m", "trainer", *words]),
-        "baseline": found[0].name,
-    }
+    name = folder.name.removeprefix("compare-")
+    facts = facts_of(config, name, ["python", "-m", "trainer", *words], found[0].name)
     slots = device_slots(config.jobs, found[0].config().device)
     with locked(folder, key="compare_dir", doing="at work on"):
         experiment = Experiment(folder, facts, found, stored_experiment(folder))

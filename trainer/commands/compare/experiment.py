@@ -260,13 +260,13 @@ def stored_length(arm: dict[str, Any]) -> Length:
     return Length(**{**fields, "learning_rate": arm["inferred_learning_rate"], "refused": ""})
 
 
-def facts_of(config: Any, name: str, command: list[str]) -> dict[str, Any]:
+def facts_of(config: Any, name: str, command: list[str], baseline: str) -> dict[str, Any]:
     """What experiment.json says beside arms and runs. config: a CompareConfig."""
     return {
         "name": name,
         "command": command,
         "budget": config.budget,
-        "baseline": "",
+        "baseline": baseline,
         "rule": RULE.format(most=config.most_learning_rates),
         "seeds": list(config.seeds),
         "tuning_seed": config.tuning_seed,

@@ -28,7 +28,10 @@ class Moments(OptimizerRule):
 
 @register_optimizer("adam")
 class Adam(Moments):
-    """Adam (arXiv 1412.6980), by torch's fused kernel. Decay is coupled, as in torch.optim.Adam: decay * w is added to the gradient (L2), so it is divided by the root too."""
+    """Adam (arXiv 1412.6980), by torch's fused kernel.
+
+    Decay is coupled, as in torch.optim.Adam: decay * w is added to the gradient (L2), so it is divided by the root too.
+    """
 
     Config = AdamConfig
     in_place = True

@@ -21,7 +21,9 @@ class AdamMiniConfig:
 
 @register_optimizer("adam-mini")
 class AdamMini(OptimizerRule):
-    """Adam-mini (arXiv 2406.16793): one second moment for each block of numbers. v is the mean over a block of squared gradients: half of Adam's memory. Decay is decoupled.
+    """Adam-mini (arXiv 2406.16793): one second moment for each block of numbers.
+
+    v is the mean over a block of squared gradients: half of Adam's memory. Decay is decoupled.
 
     A block is a row of a parameter with two dimensions or more (an output neuron, or a token of an embedding), and the whole of
     a vector. That is the authors' partition except for query and key, whose block is a head: a rule does not know the heads,

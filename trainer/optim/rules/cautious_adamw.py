@@ -32,7 +32,7 @@ class CautiousAdamWConfig:
 
 @register_optimizer("cautious-adamw")
 class CautiousAdamW(Moments):
-    """Cautious AdamW (arXiv 2411.16085): AdamW that leaves out each number of the update whose sign is not the gradient's, and scales up the rest.
+    """Cautious AdamW (arXiv 2411.16085): leaves out numbers whose sign is not the gradient's, and scales up the rest.
 
     The factor is n / (number of those kept + 1), n: numbers of the tensor, as in the paper. The authors' code divides by the share
     that is kept, at least 0.001. Decay is decoupled and not masked.
@@ -62,8 +62,7 @@ class CautiousAdamW(Moments):
         kept = norms(masks, 1)
         torch._foreach_mul_(directions, masks)
         shares = scalars(1 / (kept + 1))
-        torch._foreach_mul_(
-            shares, [float(mask.numel()) for mask in masks]
-        )  # numbers of Python: nothing is copied to the device
+        # Numbers of Python: nothing is copied to the device.
+        torch._foreach_mul_(shares, [float(mask.numel()) for mask in masks])
         torch._foreach_mul_(directions, shares)
         descend_(parameters, directions, group.lr * finite, group.weight_decay)

@@ -103,8 +103,9 @@ class AdaMuonConfig:
 
 @register_optimizer("adamuon")
 class AdaMuon(MatrixRule):
-    """AdaMuon (arXiv 2507.11005): Muon of the momentum's signs, divided by the running root mean square of each number; the update's root mean square is 0.2.
+    """AdaMuon (arXiv 2507.11005): Muon of the momentum's signs, divided by the root mean square of each number.
 
+    The update's root mean square is 0.2.
     As in the revised paper. The author's first code takes the momentum itself, not its signs. It also corrects the mean of
     squares for its start, a factor of the whole matrix, which the last step here removes anyway.
     """
