@@ -37,6 +37,16 @@ def average_squares_(means: Tensors, values: Tensors, beta: float, finite: Tenso
     torch._foreach_addcmul_(means, values, values, value=1 - beta)
 
 
+def moments_(
+    states: States, values: Tensors, beta1: float, beta2: float, finite: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Adam's means of values and of their squares, brought up to date: (exp_avg, exp_avg_sq). values: zeros if `finite` is 0."""
+    means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    average_(means, values, beta1, finite)
+    average_squares_(squares, values, beta2, finite)
+    return means, squares
+
+
 def counts(states: States) -> Tensor:
     """Steps of each parameter [n], in fp64. At least 1, also if no step was finite yet, so that 1 - beta^t is not 0."""
     return torch.stack([state[STEP] for state in states]).double().clamp_(min=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.core.settings import setting
-from trainer.optim.foreach import States, average_, average_squares_, cleared, counts, descend_, scalars
+from trainer.optim.foreach import States, cleared, counts, descend_, moments_, scalars
 from trainer.optim.rule import STEP, Declared, GroupSettings, OptimizerRule, register_optimizer
 
 
@@ -87,9 +87,7 @@ class RAdam(Moments):
     ) -> None:
         own, steps = group.config, counts(states)
         gradients = cleared(gradients, finite)
-        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        average_(means, gradients, own.beta1, finite)
-        average_squares_(squares, gradients, own.beta2, finite)
+        means, squares = moments_(states, gradients, own.beta1, own.beta2, finite)
 
         power = own.beta2**steps
         longest = 2 / (1 - own.beta2) - 1  # rho_infinity: the number of steps that a full mean is worth

@@ -11,11 +11,10 @@ from trainer.core.settings import setting
 from trainer.optim.foreach import (
     States,
     adam_directions,
-    average_,
-    average_squares_,
     cleared,
     counts,
     descend_,
+    moments_,
     norms,
     scalars,
 )
@@ -51,9 +50,7 @@ class CautiousAdamW(Moments):
     ) -> None:
         own, steps = group.config, counts(states)
         gradients = cleared(gradients, finite)
-        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        average_(means, gradients, own.beta1, finite)
-        average_squares_(squares, gradients, own.beta2, finite)
+        means, squares = moments_(states, gradients, own.beta1, own.beta2, finite)
         directions = adam_directions(means, squares, steps, own.beta1, own.beta2, own.eps)
 
         masks = torch._foreach_sign(directions)  # by signs: a product of tiny numbers would be 0

@@ -11,11 +11,10 @@ from trainer.core.settings import setting
 from trainer.optim.foreach import (
     States,
     adam_directions,
-    average_,
-    average_squares_,
     cleared,
     counts,
     descend_,
+    moments_,
     norms,
     scalars,
 )
@@ -58,15 +57,14 @@ class MARS(OptimizerRule):
     ) -> None:
         own, steps = group.config, counts(states)
         gradients = cleared(gradients, finite)
-        means, squares, last = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "last_grad"))
+        last = [state["last_grad"] for state in states]
 
         corrected = torch._foreach_sub(gradients, last)
         torch._foreach_mul_(corrected, scalars(own.gamma * own.beta1 / (1 - own.beta1) * (steps > 1)))
         torch._foreach_add_(corrected, gradients)
         torch._foreach_mul_(corrected, scalars(finite / norms(corrected, 2).clamp(min=1)))
 
-        average_(means, corrected, own.beta1, finite)
-        average_squares_(squares, corrected, own.beta2, finite)
+        means, squares = moments_(states, corrected, own.beta1, own.beta2, finite)
         directions = adam_directions(means, squares, steps, own.beta1, own.beta2, own.eps)
         descend_(parameters, directions, group.lr * finite, group.weight_decay)
         torch._foreach_mul_(last, 1 - finite)
