@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare import read
-from trainer.commands.compare.budget import Length, lengths, nearest_steps
+from trainer.commands.compare.budget import Length, lengths
 from trainer.commands.compare.command import write_elements
 from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import Experiment, State, facts_of, state_of, stored_experiment
@@ -31,6 +31,7 @@ from trainer.commands.compare.spec import arms
 from trainer.core.errors import UserError
 from trainer.core.settings import load_yaml
 from trainer.data.stream import find_dataset
+from trainer.planning.length import nearest_steps
 from trainer.planning.plan import minimum_tokens, training_flops
 from trainer.runs.folder import locked
 

@@ -65,11 +65,11 @@ def test_scientific_notation_is_a_number(tmp_path):
         ({"model": {"name": None}}, "model.name: has no value; expected text"),
         ({"run_dir": "\udc80x"}, r"run_dir: '\udc80x' is not valid UTF-8 text"),
         ({"optim.lr": 1}, "unknown key optim.lr: write the key lr inside the section optim"),
-        ({"epochs": 3}, "unknown key epochs; use max_steps: a run's length is given in optimiser steps"),
-        ({"parameters": 3}, "unknown key parameters; use model_scale: "),
+        ({"n_epochs": 3}, "unknown key n_epochs; use epochs: how often the run reads its training split"),
+        ({"n_params": 3}, "unknown key n_params; use parameters: size of the model"),
         ({"x" * 10_000: 3}, "unknown key xxx"),
         ({"max_steps": True}, "max_steps: expected integer, got True"),
-        ({"max_steps": None}, "max_steps: has no value; expected integer"),
+        ({"seed": None}, "seed: has no value; expected integer"),
         ({"model_scale": "nan"}, "model_scale: expected number, got 'nan'"),
         ({"deterministic": "perhaps"}, "deterministic: expected true|false, got 'perhaps'"),
         ({"optim": 3}, "optim: is a section with keys name, settings, recipe, lr"),
@@ -381,7 +381,7 @@ def test_no_config_gives_a_traceback_or_another_value(tmp_path):
     """Some hundred changed files: each is refused in one line, or every text and whole number of it is what was written."""
     draw, file, outcomes = random.Random(7), tmp_path / "c.yaml", Counter()
     keys = [key for key in leaf_keys(RunConfig) if key != "model"]
-    for _ in range(250):
+    for _ in range(300):
         data, key, value = changed(draw, "model: {name: llama}\nmodel_scale: 0.01\n", keys)
         file.write_bytes(data)
         try:

@@ -32,6 +32,7 @@ from trainer.runtime.distributed import World
 MAY_STAY_OPEN = {"branch_from", "data.path", "data.source", "data.cache", "data.validation_source"}
 MAY_STAY_OPEN |= {"data.document_start", "data.end_of_text"}
 MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
+MAY_STAY_OPEN |= {"parameters", "tokens", "tokens_per_parameter", "epochs"}  # other ways to say a size and a length
 MAY_STAY_OPEN |= {"optim.rest_lr"}  # where one rule updates every parameter
 
 
@@ -263,7 +264,7 @@ def test_configs_say_what_the_readme_says():
 
 def test_a_rule_leaves_its_draft_alone_and_needs_no_rule_before_it():
     """Batch and optimiser need only the model and the recipe."""
-    draft = rules.Draft(build(RunConfig, {"model": {"name": "gpt2"}, "optim": {"recipe": "plain"}}))
+    draft = rules.Draft(build(RunConfig, {"model": {"name": "gpt2"}, "optim": {"recipe": "plain"}, "max_steps": 100}))
     before = dataclasses.asdict(draft)
     model = rules.ModelFacts.of("gpt2", Gpt2, Gpt2.Config(vocab_size=320, d_model=64, n_layers=1, n_heads=2))
     one = rules.choose_optimiser(rules.choose_batch(draft, model, 1024), model)

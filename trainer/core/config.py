@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.core.settings import coerce, setting
+from trainer.core.settings import ALTERNATIVES, coerce, setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
@@ -221,6 +221,7 @@ class LogConfig:
 
 
 DEFAULT_MODEL = "hlb"
+LENGTHS = ALTERNATIVES[1][1:]  # keys that state the length of a run instead of max_steps
 
 
 def model_name(model: Mapping[str, Any]) -> str:
@@ -232,7 +233,13 @@ def model_name(model: Mapping[str, Any]) -> str:
 class RunConfig:
     """`train` and `plan`: the settings of one run."""
 
-    model_scale: float = setting(1.0, "size of the model: 1 is 46 M parameters, 148 is 3 B", above=0, high=10_000)
+    model_scale: float | None = setting(
+        None,
+        "size of the model: 1 is 46 M parameters, 148 is 3 B; auto: from `parameters`, else 1",
+        above=0,
+        high=10_000,
+    )
+    parameters: int | None = setting(None, "size of the model in parameters, instead of model_scale", low=1)
     model: dict[str, Any] = field(
         default_factory=lambda: {"name": DEFAULT_MODEL},
         metadata={"help": "model.name selects the architecture; model.FIELD overrides one of its fields"},
@@ -247,7 +254,16 @@ class RunConfig:
         "RUN@STEP: a new run that begins with the config, weights, optimizer state and data position of that checkpoint",
     )
     seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)
-    max_steps: int = setting(1000, "optimiser steps", low=1, high=10**9)
+    max_steps: int | None = setting(
+        None, "optimiser steps; auto: from tokens, tokens_per_parameter or epochs, else 1000", low=1, high=10**9
+    )
+    tokens: int | None = setting(None, "length of the run in tokens, instead of max_steps", low=1)
+    tokens_per_parameter: float | None = setting(
+        None,
+        "length of the run: tokens / parameters of the model; about 20 are compute-optimal (arXiv 2203.15556)",
+        above=0,
+    )
+    epochs: float | None = setting(None, "length of the run: how often it reads the training split", above=0)
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )

@@ -25,23 +25,24 @@ ROOT = Path(__file__).parents[2]  # holds configs/, in a checkout and where a wh
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 LARGEST = 2**63 - 1  # torch and the files of a run store 64-bit integers
 WORDS_OF_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+ALTERNATIVES = (("model_scale", "parameters"), ("max_steps", "tokens", "tokens_per_parameter", "epochs"))
 # Names from other trainers -> (the key here, an explanation).
 KNOWN_ELSEWHERE = {
     **dict.fromkeys(
-        ("epochs", "n_epochs", "num_epochs", "num_train_epochs", "max_epochs"),
-        ("max_steps", "a run's length is given in optimiser steps; `plan` prints how many tokens they are"),
+        ("n_epochs", "num_epochs", "num_train_epochs", "max_epochs"),
+        ("epochs", "how often the run reads its training split"),
     ),
     **dict.fromkeys(
-        ("tokens", "max_tokens", "total_tokens", "n_tokens", "num_tokens"),
-        ("max_steps", "a run's length is given in optimiser steps; tokens are about max_steps * batch.tokens_per_step"),
+        ("max_tokens", "total_tokens", "n_tokens", "num_tokens"),
+        ("tokens", "length of the run"),
     ),
     **dict.fromkeys(
         ("max_seconds", "seconds", "max_minutes", "minutes", "max_hours", "hours", "max_time", "time"),
         ("max_steps", "a run's length is given in optimiser steps, not in time"),
     ),
     **dict.fromkeys(
-        ("parameters", "n_parameters", "num_parameters", "params", "n_params", "num_params", "size", "model_size"),
-        ("model_scale", "it sets a model's size: 1 is 46 M parameters, 148 is 3 B; `plan` counts them"),
+        ("n_parameters", "num_parameters", "params", "n_params", "num_params", "size", "model_size"),
+        ("parameters", "size of the model; or set model_scale: 1 is 46 M parameters, 148 is 3 B"),
     ),
     **dict.fromkeys(
         ("steps", "n_steps", "num_steps", "max_iters", "iterations", "train_steps"), ("max_steps", "optimiser steps")
@@ -122,11 +123,18 @@ def _near_files(path: Path, besides: list[Path]) -> str:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` overridden by the values of `over`, section by section."""
+    """`base` overridden by the values of `over`, section by section. A key of ALTERNATIVES also replaces the others."""
+    replaced = {
+        key for keys in ALTERNATIVES if any(str(over.get(key) or "auto") != "auto" for key in keys) for key in keys
+    }
+    return _merge({key: value for key, value in base.items() if key not in replaced}, over)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         if isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict)):
-            merged[key] = merge(merged[key], value or {})  # an empty section changes nothing
+            merged[key] = _merge(merged[key], value or {})  # an empty section changes nothing
         else:
             merged[key] = value
     return merged

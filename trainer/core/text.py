@@ -21,6 +21,14 @@ def for_stream(text: str, stream: TextIO) -> str:
     return printable_lines(text) if stream.isatty() else text
 
 
+def count_in_words(count: int) -> str:
+    """A count in three digits, as people write it: 1.3B, 46M, 2.5K."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{float(f'{count / size:.3g}'):g}{letter}"
+    return str(count)
+
+
 def markdown_table(rows: list[list[str]]) -> list[str]:
     """Lines of a table that also reads well unrendered: the first column to the left, the others to the right."""
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]

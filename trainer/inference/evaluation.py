@@ -169,5 +169,6 @@ def validate(
         results["full"] = full(runner, split, length, world, max_tokens, at)
     if config.evaluation.protocol in ("hlb", "both"):
         draw_seed = config.seed if seed is None else seed
+        assert config.model_scale is not None  # resolved
         results["hlb"] = hlb(runner, split, config.model_scale, world, draw_seed, step, at)
     return results

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Callable
+
+DEFAULT_SCALE = 1.0
+GRID = range(-3000, 4001)  # 1000 log10 of the scales that `scale_for` tries
 
 
 def dimensions(scale: float) -> tuple[int, int]:
@@ -19,3 +24,21 @@ def hlb_parameters(d_model: int, n_layers: int, vocab_size: int) -> int:
 def target_parameters(scale: float, vocab_size: int) -> int:
     """The number of parameters that every architecture meets within 3 % at this scale: hlb's count with this vocabulary."""
     return hlb_parameters(*dimensions(scale), vocab_size)
+
+
+def scale_for(parameters: int, vocab_size: int) -> float:
+    """The scale, to four digits, whose target is the nearest to `parameters`. Where several have that target, the middle one."""
+
+    def scale(index: int) -> float:
+        return float(f"{10 ** (index / 1000):.4g}")
+
+    def first(reached: Callable[[int], bool]) -> int:
+        """The first index of GRID whose target has reached something, at most the last index."""
+        at = bisect.bisect_left(GRID, True, key=lambda index: reached(target_parameters(scale(index), vocab_size)))
+        return min(at, len(GRID) - 1)
+
+    above = first(lambda target: target >= parameters)
+    near = [target_parameters(scale(GRID[at]), vocab_size) for at in (max(above - 1, 0), above)]
+    nearest = min(near, key=lambda target: abs(target - parameters))
+    begin, end = first(lambda target: target >= nearest), first(lambda target: target > nearest)
+    return scale(GRID[max(begin, (begin + end - 1) // 2)])

@@ -20,6 +20,8 @@ from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
+from trainer.planning.dial import DEFAULT_SCALE
+from trainer.planning.length import choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
 from trainer.planning.resolver import (
@@ -37,6 +39,8 @@ from trainer.planning.resolver import (
 )
 from trainer.recipes import PlanEntry, recipe_rows
 from trainer.runtime.launcher import find_rank_info
+
+SIZE_TOLERANCE = 0.1  # of `parameters`: hlb's sizes come in steps, and narrow models cannot be cut finer
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ class Plan:
 
     @property
     def sequence_lengths(self) -> list[int]:
-        batch = self.config.batch
-        return schedules.sequence_lengths(batch.sequence_start, batch.sequence_length, batch.sequence_double_every)
+        return sequence_lengths(self.config.batch)
 
     def sequence_length(self, step: int) -> int:
         """Training length at 0-based `step`."""
@@ -86,11 +89,6 @@ class Plan:
     def sequences(self, step: int) -> int:
         """Sequences of 0-based `step` on all devices, before hlb's multiplier."""
         return whole_sequences(self.config.batch, step, self.sequence_length(step))
-
-
-def whole_sequences(batch: Any, step: int, length: int) -> int:
-    """Sequences of `length` tokens in 0-based `step`, before hlb's multiplier: at least one. batch: resolved."""
-    return max(1, schedules.ramped(step, batch.ramp_start, batch.tokens_per_step, batch.ramp_steps) // length)
 
 
 def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any = None) -> Plan:
@@ -107,6 +105,8 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
+    train_tokens = dataset.splits["train"].tokens if dataset is not None else None
+    draft = choose_length(draft, model, train_tokens)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
     estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective)
     draft = choose_engine(draft, model, estimate, world, target)
@@ -125,7 +125,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         processes=world.size,
         target=target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
-        train_tokens=dataset.splits["train"].tokens if dataset is not None else None,
+        train_tokens=train_tokens,
         unreached=estimate.unreached(
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
@@ -153,7 +153,9 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
     if wanted_vocab < vocab_size:
         raise UserError(f"model.vocab_size: {wanted_vocab} is smaller than the tokenizer's {vocab_size}")
 
-    target = dial.target_parameters(config.model_scale, wanted_vocab)
+    draft = choose_scale(draft, wanted_vocab)
+    config = draft.config
+    target = config.parameters or dial.target_parameters(config.model_scale, wanted_vocab)
     choices = {**options, "vocab_size": wanted_vocab}
     with told_of_model(model_class, "it cannot be built on the meta device"):
         try:
@@ -175,7 +177,29 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
         raise UserError(
             f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
         )
-    return draft, ModelFacts.of(name, model_class, model_config), vocab_size
+    facts = ModelFacts.of(name, model_class, model_config)
+    if config.parameters is not None and abs(facts.parameters / config.parameters - 1) > SIZE_TOLERANCE:
+        raise UserError(
+            f"parameters: the nearest size of {name} to {config.parameters:,} is {facts.parameters:,} parameters; "
+            "give model_scale, or other fields of model.*"
+        )
+    return draft, facts, vocab_size
+
+
+def choose_scale(draft: Draft, vocab_size: int) -> Draft:
+    """model_scale, from `parameters` if the config gives it. UserError if both are given and are not the same size."""
+    wanted, scale = draft.config.parameters, draft.config.model_scale
+    if wanted is None:
+        return draft.fill("", "model_scale", DEFAULT_SCALE, "the default")
+    solved = dial.scale_for(wanted, vocab_size)
+    if scale is None:
+        return draft.fill("", "model_scale", solved, f"solved for {wanted:,} parameters")
+    targets = [dial.target_parameters(one, vocab_size) for one in (scale, solved)]
+    if targets[0] != targets[1]:
+        raise UserError(
+            f"model_scale: {scale:g} is a size of {targets[0]:,} parameters, `parameters` is {wanted:,}; leave one of them out"
+        )
+    return draft.fill("", "model_scale", scale, "set")
 
 
 def choose_objective(draft: Draft) -> Draft:
@@ -246,26 +270,13 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def minimum_tokens(plan: Plan) -> int:
     """Tokens of the whole run if hlb's multiplier stays at one (exact for a fixed batch)."""
-    return sum(tokens_at_lengths(plan, plan.config.max_steps).values())
+    return sum(tokens_at_lengths(plan.config.batch, plan.config.max_steps).values())
 
 
 def training_flops(plan: Plan, steps: int) -> int:
     """FLOPs of the first `steps` steps, by the model's own count at each sequence length, for tokens as in `minimum_tokens`."""
-    tokens = tokens_at_lengths(plan, steps)
+    tokens = tokens_at_lengths(plan.config.batch, steps)
     return sum(count * flops_per_token(plan.model_class, plan.model_config, length) for length, count in tokens.items())
-
-
-def tokens_at_lengths(plan: Plan, steps: int) -> dict[int, int]:
-    """Sequence length -> tokens of the first `steps` steps at that length, if hlb's multiplier stays at one."""
-    batch, done, tokens = plan.config.batch, 0, {}
-    for i, length in enumerate(plan.sequence_lengths):
-        last = length == plan.sequence_lengths[-1]
-        until = steps if last else min(steps, (i + 1) * batch.sequence_double_every + 1)
-        growing = range(done, max(done, min(until, batch.ramp_steps)))
-        sequences = sum(whole_sequences(batch, step, length) for step in growing)
-        sequences += (until - done - len(growing)) * whole_sequences(batch, batch.ramp_steps, length)
-        tokens[length], done = sequences * length, until
-    return tokens
 
 
 def show_number(value: Any) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import __version__
-from trainer.core.config import ABSENT_MEANS, RunConfig, model_name
+from trainer.core.config import ABSENT_MEANS, LENGTHS, RunConfig, model_name
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import parse_json, read_small, user_path, write_file
 from trainer.core.settings import build, load_yaml, merge, parse_flags, to_yaml
-from trainer.core.text import printable
+from trainer.core.text import count_in_words, printable
+from trainer.planning.dial import DEFAULT_SCALE
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.jsonl"
@@ -32,6 +33,7 @@ HEADER = re.compile(r"# crescendo-lm (\S+), config format ([0-9]+), digest ([0-9
 CHANGEABLE = (
     "run_dir",
     "max_steps",
+    *LENGTHS,
     "device",
     "profile",
     "data.path",
@@ -60,8 +62,12 @@ BY_STRATEGY = (
 
 
 def default_run_dir(config: RunConfig) -> str:
-    """runs/MODEL-SCALE"""
-    return str(Path("runs") / f"{model_name(config.model)}-{config.model_scale:g}")
+    """runs/MODEL-SCALE, or runs/MODEL-SIZE if the config gives `parameters`, such as 1.3B"""
+    if config.parameters is not None:
+        size = count_in_words(config.parameters)
+    else:
+        size = f"{DEFAULT_SCALE if config.model_scale is None else config.model_scale:g}"
+    return str(Path("runs") / f"{model_name(config.model)}-{size}")
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 from trainer.commands.compare.spec import Arm
 from trainer.core.errors import UserError
 from trainer.core.text import printable
-from trainer.planning.plan import Plan, resolve, tokens_at_lengths, training_flops
+from trainer.planning.length import nearest_steps, tokens_at_lengths
+from trainer.planning.plan import Plan, resolve, training_flops
 
 SIZE_TOLERANCE = 0.03  # the dial meets its target within this, so sizes may differ by it
 Rate = Callable[[Arm, Plan], float]  # tokens per second of an arm
@@ -83,7 +84,7 @@ def length_of(arm: Arm, plan: Plan, baseline: Arm, reference: Plan, budget: str,
 
 def tokens(plan: Plan, steps: int) -> int:
     """Tokens of the first `steps` steps."""
-    return sum(tokens_at_lengths(plan, steps).values())
+    return sum(tokens_at_lengths(plan.config.batch, steps).values())
 
 
 def check_sizes(plan: Plan, reference: Plan) -> None:
@@ -93,15 +94,3 @@ def check_sizes(plan: Plan, reference: Plan) -> None:
             f"budget parameters: it has {plan.parameters:,} parameters, the baseline {reference.parameters:,}, more than "
             f"{SIZE_TOLERANCE:.0%} apart; change model_scale or fields of model.*, or take another budget"
         )
-
-
-def nearest_steps(spent: Callable[[int], int], wanted: float) -> int:
-    """The number of steps, at least one, whose spent(steps) is nearest to `wanted`. spent grows with the steps."""
-    high = 1
-    while spent(high) < wanted:
-        high *= 2
-    low = high // 2  # spent(low) < wanted <= spent(high), or low is 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if spent(middle) < wanted else (low, middle)
-    return low if low and wanted - spent(low) < spent(high) - wanted else high

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.compare import CompareConfig
-from trainer.core.config import RunConfig
+from trainer.core.config import LENGTHS, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.settings import build, coerce, load_yaml, merge
 from trainer.core.sweep import check_key, combinations, label, with_changes
 from trainer.core.text import printable
+from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.run_config import flat
 
 # The comparison sets these keys of every run itself. optim.lr is not one of them: it is where an arm's sweep begins.
@@ -23,6 +24,8 @@ OURS = {
     "seed": "use `seeds` and `tuning_seed`",
     "max_steps": "only `common` sets it: it is the length of the baseline's runs, and `budget` decides the others",
     "model_scale": "use `scales`",
+    "parameters": "use `scales`",
+    **dict.fromkeys(LENGTHS, "only `common` sets it, for the baseline; `budget` decides the others"),
 }
 KEPT_CHECKPOINTS = {"checkpoint": {"keep": 1}}  # a comparison has many runs; the newest is enough to go on
 
@@ -68,7 +71,9 @@ def arms(config: CompareConfig) -> list[Arm]:
         raise UserError(f"baseline: there is no variant {printable(repr(baseline))} (variants: {', '.join(named)})")
     order = [baseline, *(name for name in named if name != baseline)]
     found = []
-    for scale, name in itertools.product(config.scales or [build(RunConfig, shared).model_scale], order):
+    for scale, name in itertools.product(
+        config.scales or [build(RunConfig, shared).model_scale or DEFAULT_SCALE], order
+    ):
         changes = dict(named[name])
         rates = learning_rates(changes.pop("learning_rates", None), f"variants.{name}.learning_rates")
         values = merge(merge(shared, changes), {"model_scale": scale})
@@ -83,9 +88,12 @@ def shared_values(config: CompareConfig) -> dict[str, Any]:
     values = load_yaml(config.config) if config.config else {}
     values.pop("run_dir", None)  # a config of configs/ names its own
     values.pop("seed", None)
-    refuse_ours(config.common, "common", allowed=("max_steps", "model_scale"))
+    refuse_ours(config.common, "common", allowed=("max_steps", "model_scale", *LENGTHS))
     values = merge(merge(KEPT_CHECKPOINTS, values), config.common)
-    build(RunConfig, values)
+    if build(RunConfig, values).parameters is not None:
+        raise UserError(
+            f"parameters: a comparison names sizes by model_scale; use `scales` (it is set in {config.config})"
+        )
     return values
 
 

@@ -21,6 +21,7 @@ from trainer.core.files import read_json, system_error
 from trainer.core.settings import build, free_sections, leaf_keys
 from trainer.core.text import printable
 from trainer.engine.meta import flops_per_token
+from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.model import written_out
 from trainer.planning.run_config import StoredConfig, flat, plugins_of, read_config, starts_of
 from trainer.runs.history import smoothed
@@ -93,7 +94,7 @@ def load_run(folder: Path, name: str) -> Run:
     rows = _read_rows(run)
     if config is not None:
         run.values = {key: value for key, value in flat(config).items() if not isinstance(value, dict)}
-        run.seed, run.learning_rate, run.scale = config.seed, config.optim.lr, config.model_scale
+        run.seed, run.learning_rate, run.scale = config.seed, config.optim.lr, config.model_scale or DEFAULT_SCALE
         per_token = _count(run, config, rows)
         _measure(run, config, rows, per_token)
     run.starts = starts_of(folder, run.note)
@@ -265,10 +266,12 @@ def _measure(run: Run, config: RunConfig, rows: Rows, per_token: dict[int, int])
     }
     run.training = _curve(columns, np.ones(len(rows), dtype=bool), smoothed(columns["loss"]))
     run.last_loss = float(columns["val_loss"][evaluated][-1]) if evaluated.any() else None
-    _decide(run, config.max_steps, columns)
+    if config.max_steps is None:
+        run.note(f"{run.name}: its config does not say max_steps, so it counts as unfinished")
+    _decide(run, math.inf if config.max_steps is None else config.max_steps, columns)
 
 
-def _decide(run: Run, max_steps: int, columns: dict[str, np.ndarray]) -> None:
+def _decide(run: Run, max_steps: float, columns: dict[str, np.ndarray]) -> None:
     """State and final loss: only the end of the schedule counts."""
     last = {key: _finite(column[-1]) for key, column in columns.items()}
     if last["loss"] is None:
