@@ -151,7 +151,8 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
             value = max(value, draft.config.batch.sequence_length)
         draft = draft.fill("batch", key, value, rule)
     full = draft.config.batch.tokens_per_step
-    draft = draft.fill("batch", "ramp_start", max(1, full // 8), "an eighth of tokens_per_step, if ramp_steps is set")
+    ramped = draft.fill("batch", "ramp_start", max(1, full // 8), "an eighth of tokens_per_step")
+    draft = ramped if ramped.config.batch.ramp_steps else replace(ramped, entries=draft.entries)  # else it is not used
     if draft.config.batch.ramp_start > full:
         raise UserError(f"batch.ramp_start: {draft.config.batch.ramp_start:,} is more than tokens_per_step, {full:,}")
     check_lengths(draft.config.batch, model, stored)
