@@ -108,7 +108,7 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         (["plan", "one.yaml", "two"], "takes one file or folder before its flags"),
         (["train"], "data.path: no data to train on"),
         (["train", "--data.path", "nowhere"], "nowhere"),
-        (["train", "--json"], "--json: train has no JSON output"),
+        (["generate", "--json"], "--json: generate has no JSON output"),
         (["train", "--device", "cuda", "--data.path", "x"], "x"),
         (["generate"], "run_dir: name the run's folder"),
         (["generate", "nowhere"], "nowhere is not a run folder"),

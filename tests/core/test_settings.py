@@ -22,7 +22,18 @@ from trainer.commands.generate import GenerateConfig
 from trainer.commands.plan import PlanConfig
 from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, coerce, coerced, help_text, leaf_keys, load_yaml, merge, parse_flags, to_yaml
+from trainer.core.settings import (
+    build,
+    coerce,
+    coerced,
+    free_sections,
+    help_text,
+    leaf_keys,
+    load_yaml,
+    merge,
+    parse_flags,
+    to_yaml,
+)
 from trainer.planning.run_config import flat
 
 load_models()
@@ -380,7 +391,7 @@ def changed(draw: random.Random, text: str, keys: list[str]) -> tuple[bytes, str
 def test_no_config_gives_a_traceback_or_another_value(tmp_path):
     """Some hundred changed files: each is refused in one line, or every text and whole number of it is what was written."""
     draw, file, outcomes = random.Random(7), tmp_path / "c.yaml", Counter()
-    keys = [key for key in leaf_keys(RunConfig) if key != "model"]
+    keys = [key for key in leaf_keys(RunConfig) if key not in free_sections(RunConfig)]
     for _ in range(300):
         data, key, value = changed(draw, "model: {name: llama}\nmodel_scale: 0.01\n", keys)
         file.write_bytes(data)

@@ -3,7 +3,7 @@
 import processes
 import pytest
 from cases import start
-from conftest import ROOT, tiny_values
+from conftest import ROOT, beyond, tiny_values
 
 from trainer.runs.metrics import read_rows
 
@@ -15,12 +15,20 @@ PLUGINS = {
     "temperature": {"model": {**SMALL, "attention": "temperature"}},
     "mish": {"model": {**SMALL, "mlp": "mish"}},
 }
+SAMPLE = [
+    ("label_smoothing", "fsdp"),
+    ("masked", "ddp"),
+    ("convolution", "fsdp"),
+    ("temperature", "ddp"),
+    ("mish", "fsdp"),
+]
+CASES = [(name, strategy) for name in PLUGINS for strategy in ("ddp", "fsdp")]
 
 
-@pytest.mark.parametrize("name", PLUGINS)
-def test_a_plugin_trains_the_same_everywhere(name, tiny_dataset, tmp_path):
+@pytest.mark.parametrize(("name", "other"), beyond(SAMPLE, CASES, several=True))
+def test_a_plugin_trains_the_same_everywhere(name, other, tiny_dataset, tmp_path):
     losses, started = {}, {}
-    for strategy in ("single", "ddp", "fsdp"):
+    for strategy in ("single", other):
         values = tiny_values(
             tiny_dataset, tmp_path / strategy, engine={"strategy": strategy}, max_steps=3, **PLUGINS[name]
         )
@@ -35,5 +43,4 @@ def test_a_plugin_trains_the_same_everywhere(name, tiny_dataset, tmp_path):
             value for row in rows for value in (row["loss"], row["grad_norm"], row["val_loss"]) if value
         ]
     assert len(losses["single"]) == 7
-    for strategy in ("ddp", "fsdp"):
-        assert losses[strategy] == pytest.approx(losses["single"], rel=1e-4)
+    assert losses[other] == pytest.approx(losses["single"], rel=1e-4)

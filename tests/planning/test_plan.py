@@ -32,7 +32,13 @@ from trainer.runtime.distributed import World
 MAY_STAY_OPEN = {"branch_from", "data.path", "data.source", "data.cache", "data.validation_source"}
 MAY_STAY_OPEN |= {"data.document_start", "data.end_of_text"}
 MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
-MAY_STAY_OPEN |= {"parameters", "tokens", "tokens_per_parameter", "epochs"}  # other ways to say a size and a length
+MAY_STAY_OPEN |= {
+    "parameters",
+    "tokens",
+    "tokens_per_parameter",
+    "epochs",
+    "max_seconds",
+}  # other ways to say a size and a length
 MAY_STAY_OPEN |= {"optim.rest_lr"}  # where one rule updates every parameter
 
 

@@ -12,11 +12,11 @@ from trainer.core.settings import build
 from trainer.runtime.launcher import find_rank_info
 
 
-def run(given: Values) -> None:
+def run(given: Values, as_json: bool = False) -> None:
     """Run the verb. given: values of the YAML file and the flags, by the keys of RunConfig."""
     from trainer.training.start import start
 
-    start(given)
+    start(given, as_json)
 
 
 def config_or_run(word: str, flags: Values) -> Values:
@@ -54,6 +54,7 @@ VERB = Verb(
     help="train; in an existing run folder: continue from its newest good checkpoint",
     config=RunConfig,
     run=run,
+    json=True,
     positional=config_or_run,
     read=checked,
     resolved=resolved,

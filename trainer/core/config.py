@@ -264,6 +264,9 @@ class RunConfig:
         above=0,
     )
     epochs: float | None = setting(None, "length of the run: how often it reads the training split", above=0)
+    max_seconds: float | None = setting(
+        None, "length of the run: seconds of training on this machine, whose speed `train` measures first", above=0
+    )
     precision: Precision = setting(
         "auto", "bf16: bf16 compute, fp32 weights; pure_bf16: everything bf16 (the original)"
     )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]  # holds configs/, in a checkout and where a wh
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 LARGEST = 2**63 - 1  # torch and the files of a run store 64-bit integers
 WORDS_OF_BOOL = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-ALTERNATIVES = (("model_scale", "parameters"), ("max_steps", "tokens", "tokens_per_parameter", "epochs"))
+ALTERNATIVES = (("model_scale", "parameters"), ("max_steps", "tokens", "tokens_per_parameter", "epochs", "max_seconds"))
 # Names from other trainers -> (the key here, an explanation).
 KNOWN_ELSEWHERE = {
     **dict.fromkeys(
@@ -37,8 +37,8 @@ KNOWN_ELSEWHERE = {
         ("tokens", "length of the run"),
     ),
     **dict.fromkeys(
-        ("max_seconds", "seconds", "max_minutes", "minutes", "max_hours", "hours", "max_time", "time"),
-        ("max_steps", "a run's length is given in optimiser steps, not in time"),
+        ("seconds", "max_minutes", "minutes", "max_hours", "hours", "max_time", "time"),
+        ("max_seconds", "seconds of training on this machine, whose speed is measured first"),
     ),
     **dict.fromkeys(
         ("n_parameters", "num_parameters", "params", "n_params", "num_params", "size", "model_size"),
@@ -124,10 +124,16 @@ def _near_files(path: Path, besides: list[Path]) -> str:
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` overridden by the values of `over`, section by section. A key of ALTERNATIVES also replaces the others."""
-    replaced = {
-        key for keys in ALTERNATIVES if any(str(over.get(key) or "auto") != "auto" for key in keys) for key in keys
-    }
-    return _merge({key: value for key, value in base.items() if key not in replaced}, over)
+    stated = [key for keys in ALTERNATIVES for key in keys if str(over.get(key) or "auto") != "auto"]
+    for key in stated:
+        base = drop_alternatives(base, key)
+    return _merge(base, over)
+
+
+def drop_alternatives(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """`values` without `key` and the other keys that say the same in another way: see ALTERNATIVES."""
+    dropped = next(keys for keys in ALTERNATIVES if key in keys)
+    return {name: value for name, value in values.items() if name not in dropped}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,11 @@ def choose_length(draft: Draft, model: ModelFacts, train_tokens: int | None) -> 
         return draft.fill("", "max_steps", DEFAULT_STEPS, "the default")
     if len(stated) > 1:
         raise UserError(f"{stated[1]}: {stated[0]} already gives the length of the run; leave one of them out")
+    if stated == ["max_seconds"]:
+        if config.max_steps is None:
+            raise UserError("max_seconds: only `train` measures the speed; give max_steps, tokens or epochs here")
+        rule = f"{config.max_seconds:g} s of training, at the speed that was measured"
+        return draft.note("max_steps", config.max_steps, rule)
     wanted, rule = tokens_wanted(stated[0], getattr(config, stated[0]), model.parameters, train_tokens)
     batch = config.batch
     steps = nearest_steps(lambda count: sum(tokens_at_lengths(batch, count).values()), wanted)

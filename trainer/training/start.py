@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -27,6 +28,7 @@ from trainer.planning.run_config import (
     with_branch,
 )
 from trainer.runs.folder import LOCK_SECONDS, locked
+from trainer.runs.metrics import last_row
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.exit_status import write_exit_status
@@ -37,13 +39,15 @@ from trainer.training.loop import train
 from trainer.training.preflight import before_training
 from trainer.training.profile import explain_out_of_memory
 from trainer.training.run import Run
+from trainer.training.time_limit import with_steps
 
 
-def start(given: dict[str, Any]) -> None:
-    """Train. given: values of the YAML file and the flags, as in RunConfig."""
+def start(given: dict[str, Any], as_json: bool = False) -> None:
+    """Train. given: values of the YAML file and the flags, as in RunConfig; as_json: print the results as JSON at the end."""
     world = read_world()
     stored = read_run(given, world.say)
     given = with_branch(given, stored, world.size, world.say)
+    given = with_steps(given, stored, world)
     values = merge_run(given, stored, world.size)
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)
     config = merged_config(given, stored, world.size)
@@ -58,6 +62,15 @@ def start(given: dict[str, Any]) -> None:
             raise before_training_began(stop, folder_of(config), world) from None
     if asked is not None:
         raise SystemExit(exit_code(asked))
+    if as_json and world.leader:
+        print(json.dumps(results(folder_of(config))))
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What a run that ended says to a program: its folder and the numbers of its last row."""
+    row = last_row(folder / "metrics.jsonl") or {}
+    keys = ("step", "tokens", "seconds", "loss", "val_loss", "val_bits_per_byte", "peak_memory_bytes")
+    return {"run_dir": str(folder), **{key: row.get(key) for key in keys}}
 
 
 def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:

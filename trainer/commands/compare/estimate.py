@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +9,11 @@ from typing import Any
 from trainer.commands.compare import CompareConfig
 from trainer.commands.compare.experiment import Experiment
 from trainer.commands.compare.spec import Arm, folder_name
-from trainer.core import yaml_text
 from trainer.core.errors import UserError
-from trainer.core.files import write_file
-from trainer.core.settings import merge
 from trainer.core.text import markdown_table, printable
 from trainer.data.stream import find_dataset
 from trainer.planning.memory import GIB
-
-BENCH = {"baselines": [], "rounds": 3, "steps_per_round": 3}
+from trainer.planning.speed import measure_speed
 
 
 class Speeds:
@@ -41,23 +33,7 @@ class Speeds:
         folder = self.folder / f"{folder_name(arm.name)}-scale{arm.scale:g}"
         if not (folder / "bench.json").exists():
             self.say(f"measuring the speed of {arm.name} at scale {arm.scale:g}")
-            self.bench(arm, folder)
-        try:
-            return json.loads((folder / "bench.json").read_bytes())["rows"][0]
-        except (ValueError, LookupError):
-            raise UserError(f"{printable(folder / 'bench.json')}: is not what `bench` writes; delete it") from None
-
-    def bench(self, arm: Arm, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "bench.yaml"
-        own = {**BENCH, "bench_dir": str(folder)}
-        write_file(config, yaml_text.dump(yaml_text.untyped(merge(arm.values, own))))
-        words = [sys.executable, "-m", "trainer", "bench", str(config)]
-        words += [word for plugin in self.plugins for word in ("--plugin", plugin)]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", env={**os.environ, **self.slot})
-        if done.returncode:
-            said = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("error: ")), "error: ")
-            raise UserError(f"its speed cannot be measured: {printable(said.removeprefix('error: '), 500)}")
+        return measure_speed(arm.values, folder, self.plugins, self.slot)
 
 
 def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_once: int) -> str:

@@ -88,7 +88,9 @@ def shared_values(config: CompareConfig) -> dict[str, Any]:
     values = load_yaml(config.config) if config.config else {}
     values.pop("run_dir", None)  # a config of configs/ names its own
     values.pop("seed", None)
-    refuse_ours(config.common, "common", allowed=("max_steps", "model_scale", *LENGTHS))
+    refuse_ours(
+        config.common, "common", allowed=("max_steps", "model_scale", *(key for key in LENGTHS if key != "max_seconds"))
+    )
     values = merge(merge(KEPT_CHECKPOINTS, values), config.common)
     if build(RunConfig, values).parameters is not None:
         raise UserError(
