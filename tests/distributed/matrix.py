@@ -2,7 +2,9 @@
 
 A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
 to write one to, at the end), "steps" (how many, 10), "texts" (after the second step write texts of so many tokens, the likeliest ones),
-"matrices" (try the hook for matrix optimisers afterwards), "newton_schulz" (count the matrices of its calls). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
+"matrices" (try the hook for matrix optimisers afterwards), "newton_schulz" (count the matrices of its calls), "halves_of" (so many
+ranks, whose first halves of a step are the first half here). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the
+last argument.
 """
 
 from __future__ import annotations
@@ -57,8 +59,10 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         chosen = checkpoint.choose(Path(case["load"]) / "checkpoints", None, world.say, world)
         assert chosen is not None
         run.go_on(*chosen)
+    if "halves_of" in case:
+        read_halves_of(run, case["halves_of"])
     result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}
-    result |= {"microbatches": [], "graphs": []}
+    result |= {"noise_scale": [], "microbatches": [], "graphs": []}
     orthogonalised = count_newton_schulz() if case.get("newton_schulz") else []
     for _ in range(case.get("steps", 10)):
         if run.state.step == 2 and "texts" in case:
@@ -77,6 +81,7 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
             measured = optimiser_step(run)
         result["loss"].append(measured.loss)
         result["grad_norm"].append(measured.grad_norm)
+        result["noise_scale"].append(measured.noise_scale)
         result["microbatches"].append(count)
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
     if case.get("newton_schulz"):
@@ -98,6 +103,17 @@ def write_text(run: Run, tokens: int) -> tuple[list[int], int]:
     with Gathers() as gathers, run.engine.gathered():
         [text] = generate(run.engine, [[1, 2, 3]], tokens, 256, temperature=0)
     return text, gathers.count
+
+
+def read_halves_of(run: Run, ranks: int) -> None:
+    """From now on `run`, alone, reads the first halves of all shares, then the second ones."""
+    read = run.read
+
+    def halves_first(length: int, sequences: int) -> torch.Tensor:
+        shares = read(length, sequences).unflatten(0, (ranks, 2, -1))
+        return shares.transpose(0, 1).flatten(0, 2)
+
+    run.read = halves_first  # type: ignore[method-assign]
 
 
 def count_newton_schulz() -> list[int]:
@@ -129,8 +145,9 @@ def matrix_updates(run: Run) -> dict[str, Any]:
     sequences = run.config.batch.tokens_per_step // length
     rows = run.read(length, sequences)
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
-    for part, last in microbatches(run, batch, length, sequences):
-        run.engine.backward(part, 1 / (sequences * length), last)
+    parts = microbatches(run, batch, length, sequences)
+    for part in parts:
+        run.engine.backward(part, 1 / (sequences * length), part is parts[-1])
     computed = []
 
     def cubic(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -104,6 +104,7 @@ OPTIONS = {
     "full": small("hlb", "ddp", engine={"activation_checkpointing": "full"}),
     "no sequence for this rank": small("gpt2", "fsdp", batch={"tokens_per_step": 4 * 256}) | {"rank": 0},
     "offload": small("gpt2", "fsdp", engine={"offload": True}),
+    "noise scale": small("gpt2", "fsdp", log={"noise_scale": True}),
 }
 
 

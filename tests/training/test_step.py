@@ -65,7 +65,7 @@ def step_batch(one, length):
     """(tokens, targets) of each microbatch of the next step."""
     rows = one.read(length, 512 // length)
     parts = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, length, 512 // length)
-    return [(part["tokens"], part["targets"]) for part, _ in parts]
+    return [(part["tokens"], part["targets"]) for part in parts]
 
 
 def test_the_loss_of_a_step_is_that_of_the_next_token(tiny_dataset, tmp_path):
@@ -149,9 +149,9 @@ def test_a_rank_without_sequences_takes_part_with_nothing(tiny_dataset, tmp_path
     one = make(tiny_dataset, tmp_path / "r")
     one.world = World(0, 2, 0)  # the first of two ranks gets none of one sequence
     rows = one.read(64, 1)
-    [(part, last)] = list(microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, 64, 1))
+    [part] = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, 64, 1)
     tokens, targets = part["tokens"], part["targets"]
-    assert last and tokens.shape == (1, 64) and (targets == IGNORE).all()
+    assert tokens.shape == (1, 64) and (targets == IGNORE).all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])

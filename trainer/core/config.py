@@ -218,6 +218,11 @@ class LogConfig:
     sample_prompt: str = setting("In 1856, Abraham Lincoln", "prompt of the text samples")
     sample_tokens: int = setting(128, "tokens of a text sample during training; 0: no samples", low=0)
     demo_tokens: int = setting(512, "tokens of the demonstration at the end; 0: none", low=0)
+    noise_scale: bool = setting(
+        False,
+        "estimate the gradient noise scale; a step then has two microbatches or more, one more gradient norm and, on several "
+        "processes, one more sum of the gradients over them",
+    )
 
 
 DEFAULT_MODEL = "hlb"

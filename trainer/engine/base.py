@@ -36,7 +36,7 @@ ROOM_SHARE = 0.8  # share of free memory that gathered weights may take; activat
 class Engine:
     """Holds the model and its optimiser. Subclasses distribute them. The training loop calls the same methods on all engines:
 
-    backward(batch, scale, last) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
+    backward(batch, scale, sync) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
 
     model: the trained model; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
     every parameter. local: name -> the part of the parameter that this rank updates; the optimiser sees only these parts.
@@ -174,10 +174,11 @@ class Engine:
             return tokens
         return self.world.sum(self.objective.count(batch)).float()
 
-    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
-        """Add the gradient of scale * (sum of the objective's losses). The `last` microbatch also sums gradients over ranks.
+    def backward(self, batch: Batch, scale: float | Tensor, sync: bool) -> Tensor:
+        """Add the gradient of scale * (sum of the objective's losses).
 
-        batch: on the device; scale: 1 / `count` of the step. Returns `losses` of this rank.
+        batch: on the device; scale: 1 / `count` of the step; sync: whether to sum the gradient so far over the ranks, as a step's
+        last microbatch must. Returns `losses` of this rank.
         All ranks call this the same number of times in a step.
         """
         raise NotImplementedError
@@ -242,6 +243,12 @@ class Engine:
 
     def collect_gradients(self) -> None:
         """Set `.grad` of every tensor in `local` to its part of the global gradient."""
+
+    def norm_so_far(self) -> Tensor:
+        """Norm of the global gradient of the step's microbatches so far, of which the last one was called with `sync`; as in
+        `gradient_norm`."""
+        self.collect_gradients()
+        return self.gradient_norm()
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the global gradient, fp32 scalar on the device."""

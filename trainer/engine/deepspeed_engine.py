@@ -139,8 +139,8 @@ class DeepSpeedEngine(Engine):
             finally:
                 offload.param_coordinator = coordinator
 
-    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
-        self._zero.set_gradient_accumulation_boundary(last)
+    def backward(self, batch: Batch, scale: float | Tensor, sync: bool) -> Tensor:
+        self._zero.set_gradient_accumulation_boundary(sync)
         use_linear(linear if self.stage == 3 else plain_linear)
         output = self._zero(self.with_documents(batch))
         self._zero.backward(output.sum * (scale * self.world.size))  # DeepSpeed averages over ranks; we want the sum

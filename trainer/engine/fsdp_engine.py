@@ -88,9 +88,9 @@ class FsdpEngine(Engine):
         for module in (self.joined, *self.model.blocks()) if weights else ():
             module.reshard()  # weights that are still gathered have the old values
 
-    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
-        self.joined.set_requires_gradient_sync(last)
-        self.joined.set_is_last_backward(last)
+    def backward(self, batch: Batch, scale: float | Tensor, sync: bool) -> Tensor:
+        self.joined.set_requires_gradient_sync(sync)
+        self.joined.set_is_last_backward(sync)
         output = self.joined(self.with_documents(batch))
         (output.sum * (scale * self.world.size)).backward()  # FSDP averages over ranks; we want the sum
         return self.losses(output)

@@ -26,7 +26,7 @@ class TorchEngine(Engine):
         model = self.initialise(meta, self.device)
         self.prepare_blocks(model)
         self.local = dict(model.named_parameters())
-        # DDP would sum bf16 gradients in bf16. So for pure_bf16 `_add_up` reduces the fp32 sums after the last microbatch.
+        # DDP would sum bf16 gradients in bf16. So for pure_bf16 `collect_gradients` reduces the fp32 sums.
         self._wrapped = self.strategy == "ddp" and self.precision != "pure_bf16"
         self.joined = self.join(model)
         self._module: nn.Module = self.joined
@@ -42,17 +42,17 @@ class TorchEngine(Engine):
         """From now on, `recorder` records forward and backward of microbatches and replays them."""
         self._graph_runner = CudaGraphRunner(self._forward_and_backward, recorder)
 
-    def backward(self, batch: Batch, scale: float | Tensor, last: bool) -> Tensor:
+    def backward(self, batch: Batch, scale: float | Tensor, sync: bool) -> Tensor:
         if self._graph_runner is not None:
             if not isinstance(scale, Tensor):
                 scale = torch.full((), scale, device=self.device)
             return self._graph_runner(batch, scale)
-        quiet = self._wrapped and not last
+        quiet = self._wrapped and not sync
         with self._module.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             # DDP averages over ranks; we want the sum.
             losses = self._forward_and_backward(batch, scale * self.world.size if self._wrapped else scale)
         if self.precision == "pure_bf16":
-            self._add_up(last)
+            self._add_up()
         return losses
 
     def _forward_and_backward(self, batch: Batch, scale: float | Tensor) -> Tensor:
@@ -66,15 +66,24 @@ class TorchEngine(Engine):
         # Recorded microbatches add to the gradient tensors that existed at the recording.
         self.optimizer.zero_grad(set_to_none=not self._wrapped and self._graph_runner is None)
 
-    def _add_up(self, last: bool) -> None:
-        """pure_bf16: add the microbatch's gradients to fp32 sums; after the `last` microbatch convert the sums to bf16."""
+    def _add_up(self) -> None:
+        """pure_bf16: add the microbatch's gradients to fp32 sums of this rank."""
         for parameter in self.local.values():
             if parameter.grad is None:
                 continue
             sums = self._fp32_gradients
             sums[parameter] = sums[parameter].add_(parameter.grad) if parameter in sums else parameter.grad.float()
             parameter.grad = None
-        if last:
-            for parameter, total in self._fp32_gradients.items():
-                parameter.grad = self.world.sum(total).to(parameter.dtype)
-            self._fp32_gradients = {}
+
+    def collect_gradients(self) -> None:
+        """pure_bf16: the fp32 sums of all ranks, converted to bf16."""
+        for parameter, total in self._fp32_gradients.items():
+            parameter.grad = self.world.sum(total).to(parameter.dtype)
+        self._fp32_gradients = {}
+
+    def norm_so_far(self) -> Tensor:
+        if self.precision != "pure_bf16":
+            return super().norm_so_far()
+        # Copies: the sums of this rank go on growing.
+        totals = (self.world.sum(total.clone()) for total in self._fp32_gradients.values())
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(total) for total in totals]))

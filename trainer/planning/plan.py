@@ -114,7 +114,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_background(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
     draft = choose_rest(draft, model.meta.max_context)
-    return Plan(
+    plan = Plan(
         config=draft.config,
         model_class=model.model_class,
         model_config=model.config,
@@ -130,6 +130,21 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
     )
+    check_noise_scale(plan)
+    return plan
+
+
+def check_noise_scale(plan: Plan) -> None:
+    """UserError if log.noise_scale is set, and a step gives a rank fewer than the two sequences that it compares."""
+    config = plan.config
+    # A step's tokens never become fewer, so of each sequence length the first step has the fewest sequences.
+    first = [i * config.batch.sequence_double_every + (i > 0) for i in range(len(plan.sequence_lengths))]
+    for step in first if config.log.noise_scale else ():
+        if step < config.max_steps and plan.sequences(step) < 2 * plan.processes:
+            raise UserError(
+                f"log.noise_scale: step {step + 1:,} has {plan.sequences(step)} sequences of {plan.sequence_length(step)} tokens for "
+                f"{plan.processes} processes, and it needs two for each; raise batch.tokens_per_step or leave it out"
+            )
 
 
 def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:

@@ -32,6 +32,10 @@ def refuse_contradictions(config: Any) -> None:
         raise UserError(
             f"engine.offload: {strategy} has no shards to move to CPU memory; use fsdp, hsdp or zero1 to zero3"
         )
+    if config.log.noise_scale and strategy in ("zero1", "zero2", "zero3"):
+        raise UserError(
+            f"log.noise_scale: {strategy} has no norm of the gradient in the middle of a step; use another strategy or leave it out"
+        )
     if engine.shard_size is not None and strategy != "hsdp":
         raise UserError(f"engine.shard_size: only hsdp has groups of shards, not {strategy}; use hsdp or leave it out")
     if engine.deepspeed_config is not None and not strategy.startswith("zero"):

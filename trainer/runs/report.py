@@ -101,6 +101,8 @@ class Report:
             "compile_seconds": compiling,
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
         }
+        if self.config.log.noise_scale:
+            row["noise_scale"] = m.noise_scale
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
     def write(self, row: dict[str, Any], validation: dict[str, Any] | None = None) -> None:

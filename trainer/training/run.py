@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trainer.runs.metrics import checked_row
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
+from trainer.training.noise_scale import NoiseScale
 from trainer.training.step import StepResult, own_flags
 
 OWED = "row"  # key of a manifest: the metrics.jsonl row of its step, if the evaluation in that row is still to be made
@@ -43,19 +44,24 @@ class State:
     n: float = 0.0  # hlb's batch multiplier, and its dithered value for the next step
     k: int = 1
     norm: float | None = None  # gradient norm of the last step, set when a checkpoint is saved
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.0])  # averages of the noise scale, set like `norm`
 
     @classmethod
     def stored(cls, values: Any, where: Path) -> State:
         """The state in a manifest. Damaged if it has a value that no run can have."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or values.keys() != fields:
+        names = {field.name for field in dataclasses.fields(cls)}
+        # Up to 0.3.0 there was no `noise`.
+        if not isinstance(values, dict) or values.keys() | {"noise"} != names:
             raise Damaged(
-                f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(fields))}"
+                f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(names))}"
             )
+        values = {"noise": [0.0, 0.0], **values}
         whole = all(
             type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in ("step", "position", "tokens", "k")
         )
         real = all(type(values[name]) in (int, float) and values[name] >= 0 for name in ("seconds", "n"))
+        noise = values["noise"]
+        real = real and isinstance(noise, list) and len(noise) == 2 and all(type(mean) is float for mean in noise)
         if not (whole and real and values["k"] >= 1 and type(values["norm"]) in (int, float, type(None))):
             raise Damaged(f"checkpoint: the state in {where} holds a value that no run can have")
         return cls(**values)
@@ -84,6 +90,7 @@ class Run:
         keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)
         self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
         self.state = State()
+        self.noise = NoiseScale(self.device)
         self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
         self.owed: dict[str, Any] | None = None  # row of the checkpoint's step, if its evaluation is still to be made
         self.last: StepResult | None = None  # of the last step of this process
@@ -185,6 +192,7 @@ class Run:
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
         """What a checkpoint's manifest says about the run."""
         self.state.seconds, self.state.norm = seconds, self.last_norm()
+        self.state.noise = self.noise.averages.tolist()
         return {
             "tokens": self.state.tokens,
             "state": dataclasses.asdict(self.state),
@@ -241,3 +249,4 @@ class Run:
             raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is not a row of step {self.state.step}")
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
+        self.noise.averages = torch.tensor(self.state.noise, device=self.device)

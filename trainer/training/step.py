@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +48,13 @@ class StepResult:
         return self.measured.read()["grad_norm"][0]
 
     @property
+    def noise_scale(self) -> float | None:
+        """Gradient noise scale in tokens, from averages over the last steps. None: not estimated, or lost in the noise, where the
+        estimate of |G|^2 is not positive."""
+        square, trace = self.measured.read()["noise"]
+        return trace / square if square > 0 else None
+
+    @property
     def finite(self) -> bool:
         """Whether loss and gradient are finite. If not, the step changed nothing."""
         return self.measured.read()["finite"][0] > 0
@@ -85,15 +91,21 @@ def optimiser_step(run: Run) -> StepResult:
     batch: Batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
     count = run.engine.count(batch, counted)  # the loss is the sum over the step, divided by this
     losses: Any = 0  # [1 + parts]
-    for number, (part, last) in enumerate(microbatches(run, batch, length, sequences), 1):
+    parts = microbatches(run, batch, length, sequences)
+    half = len(parts) // 2 if run.config.log.noise_scale else 0
+    for number, part in enumerate(parts, 1):
         watchdog.at(step + 1, f"microbatch {number}", in_step=True)
-        losses = losses + run.engine.backward(part, 1 / count, last)
+        losses = losses + run.engine.backward(part, 1 / count, number in (half, len(parts)))
+        if number == half:
+            half_norm, half_count = run.engine.norm_so_far(), count_of(run, parts[:half])
 
     watchdog.at(step + 1, "loss and update", in_step=True)
     # The flags are summed with the loss: all ranks see them at the same step, without another all-reduce.
     flags = own_flags(run)
     losses, flags = run.world.sum(torch.cat([losses / count, flags])).split([len(losses), len(flags)])
     norm, finite = run.engine.step(step, losses[0])
+    if half:
+        run.noise.add(half_norm, half_count, norm, count, finite)
     result = StepResult(
         step=step + 1,
         tokens=state.tokens + counted,
@@ -107,6 +119,7 @@ def optimiser_step(run: Run) -> StepResult:
             loss=losses[:1],
             parts=losses[1:],
             grad_norm=norm[None],
+            noise=run.noise.averages,
             finite=finite[None],
             stop_signals=flags[:-1],
             save_failed=flags[-1:],
@@ -128,17 +141,22 @@ def own_flags(run: Run) -> Tensor:
     return torch.tensor([*(float(asked == number) for number in STOPPING), float(failed)], device=run.device)
 
 
-def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> Iterator[tuple[Batch, bool]]:
-    """Cut `batch` along dimension 0; yield each part, and whether it is the last. Every rank yields equally many parts."""
+def count_of(run: Run, parts: list[Batch]) -> Tensor:
+    """What counts in microbatches of all ranks, as in `Engine.count`: fp32 scalar on the device."""
+    return run.world.sum(torch.stack([run.engine.objective.count(part) for part in parts]).sum()).float()
+
+
+def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> list[Batch]:
+    """Cut `batch` along dimension 0. Every rank makes equally many parts; for log.noise_scale two at least."""
     largest = -(-sequences // run.world.size)  # share of a rank
     fit = max(1, run.config.batch.tokens_per_microbatch // length)
-    count = -(-largest // fit)
+    count = max(-(-largest // fit), 2 if run.config.log.noise_scale else 1)
     parts: list[Any] = [{} for _ in range(count)]
     for key, value in batch.items():
         for part, values in zip(parts, value.tensor_split(count), strict=True):  # type: ignore[attr-defined]
             part[key] = values
-    for number, part in enumerate(parts, 1):
+    for part in parts:
         if len(part["tokens"]) == 0:  # fewer sequences than on other ranks: a row without targets joins the collectives
-            part = {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
+            part |= {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
             part["targets"] = torch.full_like(part["targets"], IGNORE)
-        yield part, number == count
+    return parts
