@@ -65,7 +65,7 @@ def test_parts_are_views_of_the_parameter(split):
 def test_fused_matrices_are_updated_each_for_itself(watcher, tiny_dataset, tmp_path, model):
     """As many matrices and numbers as declared, in one call; each moves by lr, so the parameter by lr sqrt(its matrices)."""
     one = make(tiny_dataset, tmp_path / "r", model={"name": model, **SIZE}, optim__name="watcher", optim__clip_norm=0)
-    engine, splits = one.engine, matrices_of(one.model)
+    engine, splits = one.engine, matrices_of(one.model, one.engine.shapes)
     before = {name: parameter.detach().clone() for name, parameter in one.model.named_parameters()}
     optimiser_step(one)
     fused = one.model.fused_matrices()
@@ -114,7 +114,9 @@ def test_rows_are_no_matrices():
         def fused_matrices(self):
             return {}
 
-    assert matrices_of(Gated()) == {"square": None}
+    model = Gated()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert matrices_of(model, shapes) == {"square": None}
 
 
 def test_state_is_counted_matrix_by_matrix(watcher):
@@ -127,7 +129,7 @@ def test_state_is_counted_matrix_by_matrix(watcher):
     with torch.device("meta"):
         model = cls(cls.Config(vocab_size=64, d_model=32, n_layers=1, n_heads=2, max_context=16))
     numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    splits = matrices_of(model)
+    splits = matrices_of(model, {name: parameter.shape for name, parameter in model.named_parameters()})
     gram = sum(
         part.shape[0] ** 2
         for name, split in splits.items()

@@ -21,11 +21,6 @@ def refuse_scope(config: Any) -> None:
             "pieces of flat vectors; use single, ddp, fsdp, hsdp or zero0"
         )
     needs = "whole matrices" if scope == "matrix" else "whole tensors"
-    if scope != "element" and strategy in ("zero1", "zero2", "zero3"):
-        raise UserError(
-            f"optim.name: {name} needs {needs}, but engine.strategy {strategy} gives the optimizer pieces of flat vectors; "
-            "use single, ddp, fsdp, hsdp or zero0"
-        )
     if scope != "element" and config.engine.offload:
         raise UserError(
             f"optim.name: {name} needs {needs}, which ranks cannot exchange with engine.offload; turn engine.offload off"

@@ -66,10 +66,7 @@ class Engine:
         self.optimizer: Optimizer = build_optimizer(
             plan, self.model, self.shapes, self.local, self.device, self.whole_tensors
         )
-        if self.optimizer.whole:
-            self.optimizer.exchange = self.update_matrices
-            owners = self.owners(list(self.optimizer.whole))
-            self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == world.rank)
+        self.take_matrices()
 
     def parallelize(self, meta: Any) -> Any:
         """The model on its devices with initial weights, made from `meta`, which has no storage. Sets `local` and `joined`."""
@@ -261,6 +258,12 @@ class Engine:
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def take_matrices(self) -> None:
+        """Allocate the state of the parameters that this rank updates whole, if the optimizer's rule needs them whole."""
+        self.optimizer.exchange = self.update_matrices
+        owners = self.owners(list(self.optimizer.whole))
+        self.optimizer.allocate_whole(name for name, rank in owners.items() if rank == self.world.rank)
 
     def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
         """For rules that need whole tensors. Returns this rank's part of each result of `update`.

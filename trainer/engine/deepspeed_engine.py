@@ -24,7 +24,7 @@ from models.materialise import ties, with_storage
 from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
-from trainer.engine.matrices import deal
+from trainer.engine.matrices import Piece, Update, deal, update_pieces
 from trainer.engine.meta import build_meta
 from trainer.engine.zero3_coordinator import RestingCoordinator
 from trainer.engine.zero3_linear import linear, plain_linear
@@ -54,7 +54,7 @@ class DeepSpeedEngine(Engine):
             deepspeed.utils.logger.setLevel(logging.ERROR)
             self.settings = deepspeed_settings(plan.config)
             self.stage = self.settings["zero_optimization"]["stage"]
-            self.lockstep = self.stage == 3
+            self.lockstep, self.whole_tensors = self.stage == 3, self.stage == 0
             deepspeed.init_distributed()
             try:
                 super().__init__(plan, world)
@@ -85,6 +85,11 @@ class DeepSpeedEngine(Engine):
         self.local: dict[str, Any] = dict(model.named_parameters())
         return model
 
+    def take_matrices(self) -> None:
+        """At stages 1 to 3 the flat vectors, which `_make_state` needs, are made later."""
+        if self.stage == 0:
+            super().take_matrices()
+
     def _flat_vectors(self) -> list[Any]:
         """The vectors that the optimiser updates: this rank's fp32 pieces of the flattened parameters of each group."""
         if self.stage == 3:
@@ -95,10 +100,36 @@ class DeepSpeedEngine(Engine):
         """Create all optimiser state before the first step.
 
         In that step DeepSpeed links state to parameters already after the first group, before the other groups have state.
+        State of parameters that are updated whole is no concern of DeepSpeed: it is whole, on the rank that owns the parameter.
         """
-        self.optimizer.allocate(self._flat_vectors())
+        self._pieces = {name: self._piece(name) for name in self.local}
+        self._elementwise = self.optimizer.adopt(
+            {name: (piece.vector, piece.weight) for name, piece in self._pieces.items()}
+        )
+        self.optimizer.allocate(self._elementwise)
+        sizes = self.world.gather({name: piece.size for name, piece in self._pieces.items()})
+        self._sizes = {name: [held[name] for held in sizes] for name in self.local}
+        assert all(sum(self._sizes[name]) == shape.numel() for name, shape in self.shapes.items())
+        self._owners = self.owners(list(self.optimizer.whole))
+        super().take_matrices()
         if self.stage < 3:
             deepspeed_attribute(self._zero.optimizer, "_lazy_init_hp_params_optimizer_state")()
+
+    def _piece(self, name: str) -> Piece:
+        """Where this rank's part of a parameter is."""
+        parameter = self.local[name]
+        if self.stage < 3:
+            [vector] = self.optimizer.group_of[parameter]["params"]
+            mapping = deepspeed_attribute(parameter, "_hp_mapping")  # None: all of it is on other ranks
+            if mapping is None:
+                return Piece(vector, 0, 0)
+            address = mapping.get_hp_fragment_address()
+            return Piece(vector, address.start, address.numel)
+        zero = self._zero.optimizer
+        number = deepspeed_attribute(zero, "get_param_id")(parameter)
+        place, start, size = deepspeed_attribute(zero, "grad_position")[number]
+        rest = self.shapes[name].numel() - size * self.world.rank
+        return Piece(self._flat_vectors()[place], start, min(size, max(0, rest)))  # without the padding
 
     def _set_initial_weights(self) -> None:
         """Set the initial weights in fp32 (DeepSpeed would first round them to bf16).
@@ -162,6 +193,13 @@ class DeepSpeedEngine(Engine):
     def update(self) -> None:
         self._zero.step()
 
+    def update_matrices(self, names: list[str], update: Update) -> dict[str, Tensor]:
+        """At stages 1 to 3 `names` are those in the flat vectors that DeepSpeed updates now, the same ones on all ranks."""
+        if self.stage == 0:
+            return super().update_matrices(names, update)
+        pieces = {name: self._pieces[name] for name in names}
+        return update_pieces(pieces, self.shapes, self._sizes, update, self._owners)
+
     def project(self) -> None:
         """At stages 1 to 3: gather one whole parameter at a time in fp32, project it, and set it."""
         if self.stage == 0:
@@ -186,6 +224,7 @@ class DeepSpeedEngine(Engine):
             parameter = name.split(".", 1)[1].rsplit(".", 1)[0] if name.startswith("optimizer.") else name[6:]
             if owners[parameter] == self.world.rank:
                 kept[name] = whole.cpu().clone()
+        kept |= {f"optimizer.{name}": value.cpu().clone() for name, value in self._own_state().items()}
         if self.world.leader:
             stored = self.model.state_dict(keep_vars=True)
             kept |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers() if name in stored}
@@ -195,14 +234,25 @@ class DeepSpeedEngine(Engine):
                 kept[f"model.{name}"] = kept[f"model.{first}"]
         return kept
 
+    def _own_state(self) -> dict[str, Tensor]:
+        """NAME.KEY -> state of the parameters that this rank updates whole."""
+        owned = (name for name, rank in self._owners.items() if rank == self.world.rank)
+        return {
+            f"{name}.{key}": value for name in owned for key, value in self.optimizer.state[self.local[name]].items()
+        }
+
+    def _state_of_vectors(self) -> dict[str, Tensor]:
+        """The state of a flat vector that is updated number by number; all have the same keys."""
+        return self.optimizer.state[self._elementwise[0]] if self._elementwise else {}
+
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor), one at a time, on all ranks together."""
+        """(name, whole tensor), one at a time, on all ranks together; without `_own_state`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        held = self.optimizer.state[self._flat_vectors()[0]]
+        held = self._state_of_vectors()
         for name, parameter in self.local.items():
             yield f"model.{name}", safe_get_full_fp32_param(parameter).view(self.shapes[name])
-            for key, value in held.items():
+            for key, value in held.items() if name not in self.optimizer.whole else ():
                 if key == STEP:
                     yield f"optimizer.{name}.{key}", value  # all parameters have taken the same steps
                     continue
@@ -215,19 +265,29 @@ class DeepSpeedEngine(Engine):
         from trainer.checkpoint.format import check_shapes, each
 
         expected = {f"model.{name}": shape for name, shape in self.shapes.items()}
-        keys = [key for key in self.optimizer.state[self._flat_vectors()[0]] if key != STEP]
-        expected |= {f"optimizer.{name}.{key}": shape for name, shape in self.shapes.items() for key in keys}
-        check_shapes(path, expected)
+        keys = [key for key in self._state_of_vectors() if key != STEP]
+        cut = {name: shape for name, shape in self.shapes.items() if name not in self.optimizer.whole}
+        expected |= {f"optimizer.{name}.{key}": shape for name, shape in cut.items() for key in keys}
+        by_owner = {
+            f"{name}.{key}": shape
+            for name in self.optimizer.whole
+            for key, shape in self.optimizer.whole_state(name).items()
+        }
+        check_shapes(path, expected | {f"optimizer.{full}": shape for full, shape in by_owner.items()})
         for name, whole in each(path, "model."):
             if name in self.local:
                 self._put_weight(name, whole)
             elif name not in ties(self.model):
                 self.model.get_buffer(name).copy_(whole)
+        own = self._own_state()
         for full, whole in each(path, "optimizer."):
             name, _, key = full.rpartition(".")
-            if key == STEP:
-                for state in self.optimizer.state.values():
-                    state[STEP].copy_(whole)
+            if full in by_owner:
+                if full in own:
+                    own[full].copy_(whole)
+            elif key == STEP:
+                for vector in self._elementwise:
+                    self.optimizer.state[vector][STEP].copy_(whole)
             else:
                 self._put_state(name, key, whole)
         for _, decay in each(path, "weight_decay"):

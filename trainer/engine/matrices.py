@@ -7,6 +7,7 @@ and sends every rank its part.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,76 @@ def _gather_update_scatter(
     received = {name: parts[1] for name, parts in padded.items()}
     wait([dist.scatter(received[name], results[name], owners[name], group, async_op=True) for name in tensors])
     return {name: received[name][: len(weight.to_local())].contiguous() for name, (_, weight) in tensors.items()}
+
+
+class Piece(NamedTuple):
+    """This rank's part of a flattened parameter: `size` numbers of a flat vector, from `start` on."""
+
+    vector: Tensor
+    start: int
+    size: int
+
+    @property
+    def weight(self) -> Tensor:
+        return self.vector.detach().narrow(0, self.start, self.size)
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.vector.grad is not None
+        return self.vector.grad.narrow(0, self.start, self.size)
+
+
+def update_pieces(
+    pieces: dict[str, Piece],
+    shapes: dict[str, torch.Size],
+    sizes: dict[str, list[int]],
+    update: Update,
+    owners: dict[str, int],
+) -> dict[str, Tensor]:
+    """zero1 to zero3: each rank holds a piece of each flattened parameter, of sizes[name][rank], in the order of the ranks. Returns
+    this rank's piece of all updates."""
+    exchange = _PieceExchange(list(pieces), sizes, owners)
+    gradients = exchange.to_owners({name: piece.gradient for name, piece in pieces.items()})
+    weights = exchange.to_owners({name: piece.weight for name, piece in pieces.items()})
+    own = update({name: (gradients[name].view(shapes[name]), weights[name].view(shapes[name])) for name in weights})
+    received = {name: torch.empty_like(piece.weight) for name, piece in pieces.items()}
+    exchange.to_ranks({name: values.flatten() for name, values in own.items()}, received)
+    return received
+
+
+class _PieceExchange:
+    """Flattened parameters between their owners and the ranks that hold pieces of them: one all-to-all each way."""
+
+    def __init__(self, names: list[str], sizes: dict[str, list[int]], owners: dict[str, int]) -> None:
+        self.rank, self.sizes = dist.get_rank(), sizes
+        self.of_owner: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        for name in names:
+            self.of_owner[owners[name]].append(name)
+        self.own = self.of_owner[self.rank]
+        # How many numbers this rank exchanges with each other one: of pieces that it holds, and of parameters that it owns.
+        self.held = [sum(sizes[name][self.rank] for name in theirs) for theirs in self.of_owner]
+        self.owned = [sum(sizes[name][rank] for name in self.own) for rank in range(len(self.of_owner))]
+
+    def to_owners(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole flattened parameters that this rank owns."""
+        sent = torch.cat([pieces[name] for theirs in self.of_owner for name in theirs])
+        received = sent.new_empty(sum(self.owned))
+        dist.all_to_all_single(received, sent, self.owned, self.held)
+        parts = [
+            part.split([self.sizes[name][rank] for name in self.own])
+            for rank, part in enumerate(received.split(self.owned))
+        ]
+        return {name: torch.cat([part[place] for part in parts]) for place, name in enumerate(self.own)}
+
+    def to_ranks(self, whole: dict[str, Tensor], pieces: dict[str, Tensor]) -> None:
+        """Fill `pieces`, those that this rank holds, with what the owners have."""
+        names = [name for theirs in self.of_owner for name in theirs]
+        cut = {name: whole[name].split(self.sizes[name]) for name in self.own}
+        received = pieces[names[0]].new_empty(sum(self.held))
+        sent = torch.cat([received[:0], *(cut[name][rank] for rank in range(len(self.of_owner)) for name in self.own)])
+        dist.all_to_all_single(received, sent, self.held, self.owned)
+        for name, values in zip(names, received.split([pieces[name].numel() for name in names]), strict=True):
+            pieces[name].copy_(values)
 
 
 def _padded(tensor: DTensor, width: int) -> Tensor:

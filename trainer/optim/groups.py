@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,16 +49,17 @@ def names_by_role(model: Any) -> dict[str, list[str]]:
     return by_role
 
 
-def matrices_of(model: Any) -> dict[str, Split | None]:
+def matrices_of(model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Split | None]:
     """Name of each parameter that a rule of scope matrix updates -> how it splits into matrices (None: it is one).
 
+    shapes: of the whole parameters, which `model` may hold in parts.
     These parameters have two dimensions and the role `matrix`. A row or a column is no matrix: it has no directions to weigh.
     """
-    parameters, fused = dict(model.named_parameters()), model.fused_matrices()
+    fused = model.fused_matrices()
     found = {}
     for name in names_by_role(model)["matrix"]:
-        shapes = part_shapes(parameters[name].shape, fused.get(name)).values()
-        if all(len(shape) == 2 and min(shape) > 1 for shape in shapes):
+        parts = part_shapes(shapes[name], fused.get(name)).values()
+        if all(len(shape) == 2 and min(shape) > 1 for shape in parts):
             found[name] = fused.get(name)
     return found
 
@@ -75,7 +76,7 @@ def state_bytes_per_parameter(rule: str, model: Any, narrow: bool, given: dict[s
     given: the fields of the rule's Config that the user sets."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     chosen, rest = get_rule(rule, given), get_rule(DEFAULT_RULE)
-    own = matrices_of(model) if chosen.scope == "matrix" else dict.fromkeys(shapes)
+    own = matrices_of(model, shapes) if chosen.scope == "matrix" else dict.fromkeys(shapes)
     dtype = torch.bfloat16 if narrow else torch.float32
     total = sum(
         state_bytes(chosen if name in own else rest, part, dtype)

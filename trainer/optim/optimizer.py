@@ -22,8 +22,8 @@ Exchange = Callable[[list[str], Update], dict[str, Tensor]]
 class Optimizer(torch.optim.Optimizer):
     """Groups with their schedules, each updated by its rule.
 
-    DeepSpeed uses it unchanged: DeepSpeed replaces the parameters with its own flat vectors (in `param_groups` and `state`), and
-    may call `step` for some groups at a time. A step that is not finite changes nothing, and no step waits for the device.
+    DeepSpeed uses it unchanged: DeepSpeed replaces the parameters with its own flat vectors (in `param_groups` and `state`; state
+    of a parameter that is updated whole stays with the parameter), and may call `step` for some groups at a time. A step that is not finite changes nothing, and no step waits for the device.
 
     decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
     in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: the parameters whose update must see
@@ -64,8 +64,10 @@ class Optimizer(torch.optim.Optimizer):
             ],
             {"foreach": True},  # for zero_grad: without it, one launch for each gradient
         )
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        self._by_owner = {local[name] for name in self.whole}
+        self.group_of = {p: group for group in self.param_groups for p in group["params"]}
+        # Of a parameter that is updated whole: the tensor of a group that it lies in, and this rank's piece of it there.
+        self._pieces: dict[str, tuple[Tensor, Tensor]] = {name: (local[name], local[name]) for name in self.whole}
+        self._by_owner: set[Tensor] = {tensor for tensor, _ in self._pieces.values()}
         self._decay_of = decay_of
         self.decay = decay_of(torch.tensor(first_loss, dtype=torch.float32, device=device))
 
@@ -88,9 +90,11 @@ class Optimizer(torch.optim.Optimizer):
             for alike in _alike(ready):
                 gradients = [p.grad for p in alike if p.grad is not None]
                 self._update(group, alike, gradients, [self.state[p] for p in alike])
-        if self.whole:
-            for name, part in self.exchange(list(self.whole), self._update_whole).items():
-                self._local[name].copy_(part)
+        given = {tensor for group in self.param_groups for tensor in group["params"]}
+        names = [name for name, (tensor, _) in self._pieces.items() if tensor in given]
+        if names:
+            for name, values in self.exchange(names, self._update_whole).items():
+                self._pieces[name][1].copy_(values)
 
     def _update_whole(self, tensors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The whole new weights of the parameters that this rank owns, from their (gradient, weight)."""
@@ -98,7 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             rows: dict[Tensor, tuple[Tensor, dict[str, Tensor]]] = {}
             for name, weight in weights.items():
-                if self._group_of[self._local[name]] is group:
+                if self.group_of[self._local[name]] is group:
                     gradients = self._cut(name, tensors[name][0])
                     states = self._states(name)
                     rows |= {piece: (gradients[part], states[part]) for part, piece in self._cut(name, weight).items()}
@@ -166,23 +170,39 @@ class Optimizer(torch.optim.Optimizer):
         """Learning rate of the matrices (the first group) at the last step."""
         return self.param_groups[0]["lr"]
 
+    def adopt(self, pieces: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """DeepSpeed has moved the parameters. pieces: name -> (flat vector, this rank's piece of the parameter in it). Returns the
+        vectors that are updated as they are."""
+        self.group_of |= {vector: self.group_of[self._local[name]] for name, (vector, _) in pieces.items()}
+        self._pieces = {name: pieces[name] for name in self.whole}
+        self._by_owner = {vector for vector, _ in self._pieces.values()}
+        return list(dict.fromkeys(vector for vector, _ in pieces.values() if vector not in self._by_owner))
+
     def allocate(self, tensors: Iterable[Tensor]) -> None:
         """Allocate state of zeros for each of `tensors`, as before the first step; a checkpoint can be loaded into it."""
         for tensor in tensors:
-            # DeepSpeed's flat vectors are in no group here; all have the same rule.
-            rule = self.rules[self._group_of.get(tensor, self.param_groups[0])["rule"]]
+            rule = self.rules[self.group_of[tensor]["rule"]]
             self.state[tensor] = self._zeros(tensor, rule, tensor.shape)
 
     def allocate_whole(self, names: Iterable[str]) -> None:
         """Like `allocate`, for parameters that this rank owns and updates whole."""
         for name in names:
             parameter = self._local[name]
-            rule = self.rules[self._group_of[parameter]["rule"]]
+            rule = self.rules[self.group_of[parameter]["rule"]]
             self.state[parameter] = {
                 prefix(part) + key: value
                 for part, shape in self.parts(name).items()
-                for key, value in self._zeros(parameter, rule, shape).items()
+                for key, value in self._zeros(self._pieces[name][0], rule, shape).items()
             }
+
+    def whole_state(self, name: str) -> dict[str, torch.Size]:
+        """Key -> shape of the state of a parameter that is updated whole, also on the ranks that do not own it."""
+        rule = self.rules[self.group_of[self._local[name]]["rule"]]
+        return {
+            prefix(part) + key: size
+            for part, shape in self.parts(name).items()
+            for key, (size, _) in declared_state(rule, shape, torch.float32).items()
+        }
 
     def _zeros(self, tensor: Tensor, rule: OptimizerRule, shape: torch.Size) -> dict[str, Tensor]:
         dtype = torch.bfloat16 if self.narrow else tensor.dtype

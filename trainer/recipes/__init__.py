@@ -53,7 +53,7 @@ def build_optimizer(
     config = plan.config
     groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
     scope = rule_class(config.optim.name).scope
-    names = matrices_of(model) if scope == "matrix" else dict.fromkeys(shapes)
+    names = matrices_of(model, shapes) if scope == "matrix" else dict.fromkeys(shapes)
     rest_lr = (config.optim.rest_lr or config.optim.lr) / config.optim.lr
     groups = with_rule(groups, config.optim.name, names, rest_lr)
     # The state of bf16 parameters is bf16 in any case.

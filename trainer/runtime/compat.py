@@ -104,6 +104,9 @@ DEEPSPEED = (
 DEEPSPEED_ATTRIBUTES = {
     "fp32_partitioned_groups_flat": _ZERO3,
     "_lazy_init_hp_params_optimizer_state": "engine.strategy zero1 and zero2",  # of two classes of optimizers
+    "_hp_mapping": "engine.strategy zero1 and zero2",  # of parameters
+    "grad_position": _ZERO3,
+    "get_param_id": _ZERO3,
     "parameter_offload": _ZERO3,
     "param_coordinator": _ZERO3,
     "ds_tensor": _ZERO3,
