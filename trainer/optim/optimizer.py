@@ -23,7 +23,8 @@ class Optimizer(torch.optim.Optimizer):
     """Groups with their schedules, each updated by its rule.
 
     DeepSpeed uses it unchanged: DeepSpeed replaces the parameters with its own flat vectors (in `param_groups` and `state`; state
-    of a parameter that is updated whole stays with the parameter), and may call `step` for some groups at a time. A step that is not finite changes nothing, and no step waits for the device.
+    of a parameter that is updated whole stays with the parameter), and may call `step` for some groups at a time. A step that is
+    not finite changes nothing, and no step waits for the device.
 
     decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
     in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: the parameters whose update must see

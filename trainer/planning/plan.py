@@ -143,7 +143,7 @@ def check_noise_scale(plan: Plan) -> None:
         if step < config.max_steps and plan.sequences(step) < 2 * plan.processes:
             raise UserError(
                 f"log.noise_scale: step {step + 1:,} has {plan.sequences(step)} sequences of {plan.sequence_length(step)} tokens for "
-                f"{plan.processes} processes, and it needs two for each; raise batch.tokens_per_step or leave it out"
+                f"{plan.processes} processes, and it needs two for each; raise batch.tokens_per_step or set it to false"
             )
 
 

@@ -34,7 +34,7 @@ def refuse_contradictions(config: Any) -> None:
         )
     if config.log.noise_scale and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
-            f"log.noise_scale: {strategy} has no norm of the gradient in the middle of a step; use another strategy or leave it out"
+            f"log.noise_scale: {strategy} has no norm of the gradient in the middle of a step; use another strategy or set it to false"
         )
     if engine.shard_size is not None and strategy != "hsdp":
         raise UserError(f"engine.shard_size: only hsdp has groups of shards, not {strategy}; use hsdp or leave it out")
