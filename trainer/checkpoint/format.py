@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ LATEST = "latest"
 FORMAT = 2  # 1: no digest of the manifest
 NAME = re.compile(r"step-[0-9]{8,}")
 ALONE = World()
-EVALUATION = "evaluation."  # prefix of the weights for evaluation, if they differ from the weights in training
 
 # We use one process on purpose. The filter is permanent, because `catch_warnings` would affect other threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -356,45 +355,29 @@ def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     together(fill, world)
 
 
-def load(
-    path: Path, prefix: str, world: World, device: torch.device | str = "cpu", instead: str = ""
-) -> dict[str, Tensor]:
-    """All tensors whose name begins with `prefix`, whole, by name without the prefix, on `device`. All ranks call this.
-
-    instead: another prefix; a tensor that is also stored under this prefix is read from there.
-    """
+def load(path: Path, prefix: str, world: World, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors whose name begins with `prefix`, whole, by name without the prefix, on `device`. All ranks call this."""
     tensors: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
 
     def fill() -> None:
         reader = Reader(path)
-        stored = reader.stored()
-        names.update(_sources(stored, prefix, instead))
-        for source in names.values():
-            shape, dtype = stored[source]
-            tensors[source] = torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in reader.stored().items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
         reader.fill(tensors)
 
     together(fill, world)
-    return {name: tensors[source] for name, source in names.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def each(path: Path, prefix: str, instead: str = "") -> Iterator[tuple[str, Tensor]]:
+def each(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Like `load`, but on the CPU, one tensor at a time in alphabetical order, and only in this process."""
     reader = Reader(path)
-    stored = reader.stored()
-    for name, source in _sources(stored, prefix, instead).items():
-        shape, dtype = stored[source]
-        tensor = torch.empty(shape, dtype=dtype)
-        reader.fill({source: tensor})
-        yield name, tensor
-
-
-def _sources(stored: Iterable[str], prefix: str, instead: str) -> dict[str, str]:
-    """Name without prefix -> the name under which its tensor is stored."""
-    known = set(stored)
-    bare = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
-    return {name: instead + name if instead and instead + name in known else prefix + name for name in bare}
+    for name, (shape, dtype) in reader.stored().items():
+        if name.startswith(prefix):
+            tensor = torch.empty(shape, dtype=dtype)
+            reader.fill({name: tensor})
+            yield name.removeprefix(prefix), tensor
 
 
 def put_into(model: Any, tensors: dict[str, Tensor], path: Path, assign: bool = False) -> None:

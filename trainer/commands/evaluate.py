@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import LONGEST, DataConfig, Precision
+from trainer.core.config import LONGEST, WEIGHTS, DataConfig, Precision
 from trainer.core.errors import UserError
 from trainer.core.settings import setting
 from trainer.core.text import printable
@@ -21,6 +21,7 @@ class EvaluateConfig:
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    weights: str = setting("evaluation", WEIGHTS)
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
@@ -38,7 +39,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
     world = read_world()
     join(world, config.device)
-    opened = open_run(config.run_dir, config.step, config.device, config.precision, world)
+    opened = open_run(config.run_dir, config.step, config.device, config.precision, world, config.weights)
     split = opened.split(config.data, config.split)
     check_enough(split, config.protocol, "protocol")
     trained = opened.config
@@ -50,8 +51,8 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     asked = dataclasses.replace(trained, evaluation=protocol)
     results = validate(opened, split, asked, world, opened.step, config.seed)
     if world.leader:
-        where = {"run": str(opened.folder), "step": opened.step, "data": str(split.folder), "split": config.split}
-        report = where | results
+        where = {"run": str(opened.folder), "step": opened.step, "weights": config.weights}
+        report = where | {"data": str(split.folder), "split": config.split} | results
         sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
     world.stop()
 
@@ -61,7 +62,8 @@ def render(report: dict[str, Any]) -> str:
     from trainer.inference.evaluation import ESTIMATED
     from trainer.runs.console import format_number
 
-    lines = [printable(f"{report['run']}, step {report['step']}, {report['split']} split of {report['data']}")]
+    which = "" if report["weights"] == "evaluation" else f", weights {report['weights']}"
+    lines = [printable(f"{report['run']}, step {report['step']}{which}, {report['split']} split of {report['data']}")]
     for protocol in ("full", "hlb"):
         if protocol in report:
             values = report[protocol]

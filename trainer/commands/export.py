@@ -2,7 +2,7 @@
 
     model.safetensors   under the model's own parameter names; above SHARD_BYTES model-00001-of-0000N.safetensors and so on,
                         with model.safetensors.index.json (which file holds which name), as on the Hugging Face hub
-    config.json         model, config (the fields of its Config), step, tokens, precision, crescendo (the version)
+    config.json         model, config (the fields of its Config), step, weights, tokens, precision, crescendo (the version)
     tokenizer.json
 
 The files do not depend on how the weights were trained (devices, processes, strategy). To load them again:
@@ -29,13 +29,12 @@ from typing import Any, Literal
 
 from trainer import __version__
 from trainer.commands import Verb, run_folder
-from trainer.core.config import DEFAULT_MODEL, model_name
+from trainer.core.config import DEFAULT_MODEL, WEIGHTS, model_name
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path, write_file
 from trainer.core.settings import setting
 
 SHARD_BYTES = 2 << 30  # about the most held in memory at once; a larger tensor gets a file of its own
-PREFIX = "model."
 
 
 @dataclass
@@ -44,6 +43,7 @@ class ExportConfig:
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    weights: str = setting("evaluation", WEIGHTS)
     to: Literal["safetensors"] = setting("safetensors", "format of the weights")
     out: str | None = setting(None, "folder to write; must not exist; auto: RUN/export-STEP")
 
@@ -51,8 +51,9 @@ class ExportConfig:
 def run(config: ExportConfig) -> None:
     """Run the verb in one process, on the CPU. It overwrites nothing, and removes a partial export if it fails."""
     from models.config import kernel_fields_of
-    from trainer.checkpoint import format as checkpoint
-    from trainer.runs.opening import stored_run
+    from trainer.checkpoint.weights import choose_weights
+    from trainer.planning.model import written_out
+    from trainer.runs.opening import projections_of, stored_run
     from trainer.runtime.distributed import World
 
     if config.run_dir is None:
@@ -63,24 +64,25 @@ def run(config: ExportConfig) -> None:
     fields = dict(trained.model)
     kernels = kernel_fields_of(model_name(fields))
     fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # another machine chooses its own kernels
-    chosen = checkpoint.choose(folder / "checkpoints", config.step, say)
-    if chosen is None:
-        raise UserError(f"run_dir: {folder} has no checkpoint yet")
-    path, manifest = chosen
+    weights = choose_weights(folder / "checkpoints", config.step, config.weights, say, World())
+    manifest = weights.manifest
     out = user_path(config.out, "out") if config.out is not None else folder / f"export-{manifest['step']}"
     about = {
         "model": fields.pop("name", DEFAULT_MODEL),
         "config": fields,
         "step": manifest["step"],
+        "weights": config.weights,
         "tokens": manifest["tokens"],
         "precision": trained.precision,
         "crescendo": __version__,
     }
+    projections = projections_of(*written_out(trained), weights)
     with fresh_folder(out) as partial:
-        write_weights(path, partial, SHARD_BYTES)
+        write_weights(weights, projections, partial, SHARD_BYTES)
         write_file(partial / "config.json", json.dumps(about, indent=1) + "\n")
         shutil.copy(folder / "tokenizer.json", partial / "tokenizer.json")
-    say(f"{out}: the weights of {path}")
+    which = "" if config.weights == "evaluation" else f" ({config.weights})"
+    say(f"{out}: the weights of {weights.paths[-1]}{which}")
 
 
 @contextlib.contextmanager
@@ -101,20 +103,14 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_weights(path: Path, out: Path, limit: int) -> None:
-    """Write the checkpoint's tensors whose names begin with PREFIX, as safetensors files of up to `limit` bytes each."""
+def write_weights(weights: Any, projections: Any, out: Path, limit: int) -> None:
+    """Write `weights`, projected (see trainer/checkpoint/weights.py), as safetensors files of up to `limit` bytes each."""
     import safetensors
     from safetensors.torch import save_file
 
-    from trainer.checkpoint import format as checkpoint
-
-    sizes = {
-        name.removeprefix(PREFIX): shape.numel() * dtype.itemsize
-        for name, (shape, dtype) in checkpoint.stored(path).items()
-        if name.startswith(PREFIX)
-    }
+    sizes = {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in weights.stored().items()}
     files = list(divide(sizes, limit))
-    tensors = checkpoint.each(path, PREFIX, checkpoint.EVALUATION)  # in the order of `stored`
+    tensors = weights.each(projections)  # in the order of `stored`
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"

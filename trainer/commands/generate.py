@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import Precision
+from trainer.core.config import WEIGHTS, Precision
 from trainer.core.errors import UserError
 from trainer.core.settings import setting
 from trainer.core.text import for_stream
@@ -19,6 +19,7 @@ class GenerateConfig:
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    weights: str = setting("evaluation", WEIGHTS)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
     max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
     temperature: float = setting(1.0, "0: always the likeliest token", low=0)
@@ -39,7 +40,7 @@ def run(config: GenerateConfig) -> None:
 
     if "" in config.stop:
         raise UserError("stop: is empty; give a text of at least one character")
-    opened = open_run(config.run_dir, config.step, config.device, config.precision)
+    opened = open_run(config.run_dir, config.step, config.device, config.precision, weights=config.weights)
     prompts = config.prompt or [opened.config.log.sample_prompt]
     texts = complete(
         opened,

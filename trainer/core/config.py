@@ -13,6 +13,9 @@ from typing import Any, Literal
 from trainer.core.settings import ALTERNATIVES, coerce, setting
 
 Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
+WEIGHTS = (
+    "evaluation: those that the run validates with; ema: the moving average; last-K: the mean of the last K checkpoints"
+)
 LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
@@ -136,6 +139,12 @@ class OptimConfig:
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
     state_precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "number type of the optimizer's state; bf16: half the memory, rounded after each step"
+    )
+    ema: float = setting(
+        0.0,
+        "decay of a moving average of the weights, which is evaluated beside them, such as 0.999; 0: none",
+        low=0,
+        below=1,
     )
     embedding_frequency: Literal["auto", "global", "microbatch", "none"] = setting(
         "auto", "divide embedding gradients by token counts of the step, of a microbatch (the original), or not at all"

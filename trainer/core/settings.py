@@ -54,12 +54,19 @@ KNOWN_ELSEWHERE = {
 }
 
 
-def setting(default: Any, help: str, low: float | None = None, above: float | None = None, high: float | None = None):
-    """A dataclass field with help text and, for numbers, the allowed range: low <= x <= high, or x > above.
+def setting(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+):
+    """A dataclass field with help text and, for numbers, the allowed range: low <= x <= high, or x > above, x < below.
 
     A tuple as `default` becomes a list.
     """
-    metadata = {"help": help, "low": low, "above": above, "high": high}
+    metadata = {"help": help, "low": low, "above": above, "high": high, "below": below}
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -224,13 +231,15 @@ def shown(value: Any) -> str:
 def _check_range(value: Any, limits: Any, key: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    low, above, high = (limits.get(name) for name in ("low", "above", "high"))
+    low, above, high, below = (limits.get(name) for name in ("low", "above", "high", "below"))
     if low is not None and value < low:
         raise UserError(f"{key}: {value} is too small; at least {_limit(low)}")
     if above is not None and value <= above:
         raise UserError(f"{key}: {value} is too small; it must be above {_limit(above)}")
     if high is not None and value > high:
         raise UserError(f"{key}: {value} is too large; at most {_limit(high)}")
+    if below is not None and value >= below:
+        raise UserError(f"{key}: {value} is too large; it must be below {_limit(below)}")
 
 
 def _limit(bound: float) -> str:

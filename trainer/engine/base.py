@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from models.base import Batch
 from models.layers.float8 import convert_to_float8
-from models.materialise import Unset, materialise
-from trainer.checkpoint.format import EVALUATION
+from models.materialise import Unset, materialise, ties
+from trainer.checkpoint.weights import EMA, EMA_UPDATES, EVALUATION, MODEL, holds_average
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
@@ -24,6 +24,7 @@ from trainer.engine.meta import build_meta
 from trainer.objectives import Loss, build_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
+from trainer.optim.ema import WeightAverage
 from trainer.recipes import build_optimizer
 from trainer.runtime.device import choose_device, free_bytes, keep_freed_memory
 from trainer.runtime.distributed import World
@@ -40,13 +41,14 @@ class Engine:
 
     model: the trained model; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
     every parameter. local: name -> the part of the parameter that this rank updates; the optimiser sees only these parts.
-    whole_tensors: whether these parts are whole parameters. lockstep: whether a forward pass contains collectives, so that
+    whole_tensors: whether these parts are whole parameters. average: the moving average, with optim.ema. lockstep: whether a forward pass contains collectives, so that
     all ranks must take part in each. part_names: names of the partial losses, known after the first `backward`.
     """
 
     lockstep = False
     whole_tensors = True
     part_names: tuple[str, ...] = ()
+    average: WeightAverage | None = None
     _told_of_room = False  # whether the line that whole weights do not fit was printed
     _compiled: Compiled | None = None
     _background: BackgroundCompiler | None = None  # while a second process compiles and the blocks run eagerly
@@ -67,6 +69,7 @@ class Engine:
             plan, self.model, self.shapes, self.local, self.device, self.whole_tensors
         )
         self.take_matrices()
+        self.begin_average()
 
     def parallelize(self, meta: Any) -> Any:
         """The model on its devices with initial weights, made from `meta`, which has no storage. Sets `local` and `joined`."""
@@ -137,22 +140,44 @@ class Engine:
             )
         return fits
 
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> what the optimiser updates on this rank, without gradients: `local`, or other tensors that hold it."""
+        return {name: parameter.detach() for name, parameter in self.local.items()}
+
+    def begin_average(self) -> None:
+        """Begin the moving average, if the run has one, at the present weights."""
+        if self.config.optim.ema:
+            self.average = WeightAverage(self.masters(), self.config.optim.ema, self.device)
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The weights that an evaluation measures; see `evaluating`."""
+        return ("evaluation",) if self.average is None else ("evaluation", "ema")
+
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """A context in which the model holds the weights that the optimizer's rule evaluates with. All ranks enter together."""
-        others = {self.local[name]: weights for name, weights in self.optimizer.evaluation_weights().items()}
-        trained = {parameter: parameter.detach().clone() for parameter in others}
-        self.set_weights(others)
+    def evaluating(self, weights: str = "evaluation") -> Iterator[None]:
+        """A context in which the model holds other weights: those that the optimizer's rule evaluates with, or the moving average
+        ("ema"). They are projected, because an average of projected weights is not. All ranks enter together."""
+        others = self.optimizer.evaluation_weights()
+        if weights == "ema":
+            assert self.average is not None
+            others = self.average.averages
+        if not others:
+            yield
+            return
+        trained = {name: values.clone() for name, values in self.masters().items()}
         try:
+            self.set_weights(others)
+            self.project()
             yield
         finally:
             self.set_weights(trained)
 
-    def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
-        """Copy values into parameters of `local`."""
-        with torch.no_grad():
-            for parameter, values in weights.items():
-                parameter.copy_(values)
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy values into some of `masters`, and from there to all that is computed with."""
+        masters = self.masters()
+        for name, values in weights.items():
+            masters[name].copy_(values)
 
     def agree(self, value: T) -> T:
         """With `lockstep`, where all ranks generate text together: rank 0's `value`. Else this rank's own."""
@@ -203,7 +228,7 @@ class Engine:
         return torch.cat([(loss - parts.sum())[None], parts])
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip, update, project, clear the gradients.
+        """Clip, update, project, average, clear the gradients.
 
         step: 0-based; loss: the step's global mean, fp32 scalar on the device. Returns (global gradient norm before clipping,
         1.0 if loss and norm are finite else 0.0). A step that is not finite changes nothing.
@@ -216,6 +241,7 @@ class Engine:
         self.optimizer.prepare(step, finite)
         self.update()
         self.project()
+        self.update_average(finite)
         self.optimizer.follow(loss, finite)
         self.clear_gradients()
         if self._background is not None and self._background.finished():
@@ -237,6 +263,11 @@ class Engine:
     def project(self) -> None:
         """Apply the model's projection after an update."""
         self.model.post_step()
+
+    def update_average(self, finite: Tensor) -> None:
+        """Bring the moving average up to date, after the projection. finite: as in `Optimizer.prepare`."""
+        if self.average is not None:
+            self.average.update(self.masters(), finite)
 
     def collect_gradients(self) -> None:
         """Set `.grad` of every tensor in `local` to its part of the global gradient."""
@@ -281,16 +312,23 @@ class Engine:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay; evaluation.NAME if those weights differ."""
+        """All tensors to save, by name: model.NAME, optimizer.NAME.KEY, weight_decay; evaluation.NAME if those weights differ;
+        ema.NAME and ema_updates with a moving average."""
         # A parameter that has had no gradient yet has no state; its state would begin with zeros.
         state, whole = self.optimizer.state, set(self.optimizer.whole)
         self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.local.items():
             for key, value in state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value if name in whole else self.as_stored(name, value)
-        for name, weights in self.optimizer.evaluation_weights().items():
-            tensors[EVALUATION + name] = self.as_stored(name, weights)
+        found = {EVALUATION: self.optimizer.evaluation_weights()}
+        if self.average is not None:
+            found[EMA] = self.average.averages
+            tensors[EMA_UPDATES] = self.average.updates
+        for prefix, weights in found.items():
+            tensors |= {prefix + name: self.as_stored(name, values) for name, values in weights.items()}
+            tied = {name: first for name, first in ties(self.model).items() if first in weights}
+            tensors |= {prefix + name: tensors[prefix + first] for name, first in tied.items()}
         return tensors | {"weight_decay": self.optimizer.decay}
 
     def as_stored(self, name: str, value: Tensor) -> Tensor:
@@ -301,7 +339,21 @@ class Engine:
         """Load the tensors that `tensors` gave, from a checkpoint of any engine. UserError if `path` is of another model."""
         from trainer.checkpoint.format import read_into
 
-        read_into(path, self.tensors(), self.world)
+        tensors, goes_on = self.tensors(), self.average_goes_on(path)
+        if not goes_on:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith((EMA, EMA_UPDATES))}
+        read_into(path, tensors, self.world)
+        if not goes_on:
+            self.begin_average()
+
+    def average_goes_on(self, path: Any) -> bool:
+        """Whether the moving average is to be read from a checkpoint. A line says where only one of both has one."""
+        held = self.world.on_leader(lambda: holds_average(path))
+        if self.average is not None and not held:
+            self.world.say(f"optim.ema: {path} holds no moving average; it begins at the weights of that checkpoint")
+        if self.average is None and held:
+            self.world.say(f"optim.ema: is 0; the moving average that {path} holds is left out")
+        return held and self.average is not None
 
     def close(self) -> None:
         """Free resources that would outlive the process group."""

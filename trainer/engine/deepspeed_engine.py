@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from models.base import Batch
 from models.materialise import ties, with_storage
+from trainer.checkpoint.weights import EMA, EMA_UPDATES, MODEL
 from trainer.core.errors import UserError
 from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import deepspeed_settings
@@ -40,6 +41,8 @@ class DeepSpeedEngine(Engine):
     fp32: everything fp32. bf16: at stage 0 autocast, as in ddp; at stages 1 to 3 DeepSpeed's own bf16 (bf16 weights; bf16
     gradients, summed in fp32; fp32 masters and moments).
     """
+
+    _zero: Any = None  # DeepSpeed's engine
 
     def __init__(self, plan: Any, world: World) -> None:
         # DeepSpeed reads device and rank from these variables; srun and a single process do not set them.
@@ -70,6 +73,7 @@ class DeepSpeedEngine(Engine):
         if self.stage:
             self._make_state()
             self._set_initial_weights()
+            self.begin_average()
 
     def parallelize(self, meta: Any) -> Any:
         if self.stage == 0:
@@ -95,6 +99,25 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             return deepspeed_attribute(self._zero.optimizer, "fp32_partitioned_groups_flat")
         return [vector for group in self.optimizer.param_groups for vector in group["params"]]
+
+    def masters(self) -> dict[str, Tensor]:
+        """At stages 1 to 3 the flat vectors, by their numbers."""
+        if self.stage == 0:
+            return super().masters()
+        return {str(number): vector.detach() for number, vector in enumerate(self._flat_vectors())}
+
+    def begin_average(self) -> None:
+        if self.stage == 0 or self._zero is not None:  # the flat vectors exist
+            super().begin_average()
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        super().set_weights(weights)
+        if self.stage == 0:
+            return
+        if self.stage == 3:
+            self._zero.empty_partition_cache()  # weights that are still gathered have the old values
+        for name in self.local:
+            self._put_computing(name, self._whole_master(name))
 
     def _make_state(self) -> None:
         """Create all optimiser state before the first step.
@@ -187,6 +210,7 @@ class DeepSpeedEngine(Engine):
         self.project()
         norm = torch.as_tensor(self._zero.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         finite = finite * torch.isfinite(norm)
+        self.update_average(finite)
         self.optimizer.follow(loss, finite)
         return norm, finite
 
@@ -205,10 +229,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             super().project()
             return
-        from deepspeed.utils import safe_get_full_fp32_param
-
         for name, project in self.model.projections().items():
-            whole = safe_get_full_fp32_param(self.local[name]).view(self.shapes[name])
+            whole = self._whole_master(name)
             project(whole)
             self._put_weight(name, whole)
 
@@ -220,8 +242,7 @@ class DeepSpeedEngine(Engine):
             return super().tensors()
         owners = deal({name: shape.numel() for name, shape in self.shapes.items()}, self.world.size)
         kept: dict[str, Tensor] = {}
-        for name, whole in self._whole_tensors():
-            parameter = name.split(".", 1)[1].rsplit(".", 1)[0] if name.startswith("optimizer.") else name[6:]
+        for parameter, name, whole in self._whole_tensors():
             if owners[parameter] == self.world.rank:
                 kept[name] = whole.cpu().clone()
         kept |= {f"optimizer.{name}": value.cpu().clone() for name, value in self._own_state().items()}
@@ -229,9 +250,9 @@ class DeepSpeedEngine(Engine):
             stored = self.model.state_dict(keep_vars=True)
             kept |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers() if name in stored}
             kept["weight_decay"] = self.optimizer.decay
+            kept |= {} if self.average is None else {EMA_UPDATES: self.average.updates}
         for name, first in ties(self.model).items():
-            if f"model.{first}" in kept:
-                kept[f"model.{name}"] = kept[f"model.{first}"]
+            kept |= {prefix + name: kept[prefix + first] for prefix in (MODEL, EMA) if prefix + first in kept}
         return kept
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -245,26 +266,53 @@ class DeepSpeedEngine(Engine):
         """The state of a flat vector that is updated number by number; all have the same keys."""
         return self.optimizer.state[self._elementwise[0]] if self._elementwise else {}
 
-    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor), one at a time, on all ranks together; without `_own_state`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def _whole_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter, name of a tensor of it, whole tensor), one at a time, on all ranks together; without `_own_state`."""
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         held = self._state_of_vectors()
         for name, parameter in self.local.items():
-            yield f"model.{name}", safe_get_full_fp32_param(parameter).view(self.shapes[name])
+            yield name, MODEL + name, self._whole_master(name)
             for key, value in held.items() if name not in self.optimizer.whole else ():
                 if key == STEP:
-                    yield f"optimizer.{name}.{key}", value  # all parameters have taken the same steps
+                    yield name, f"optimizer.{name}.{key}", value  # all parameters have taken the same steps
                     continue
                 whole = safe_get_full_optimizer_state(parameter, key)  # always fp32, so convert it back
-                yield f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(value.dtype)
+                yield name, f"optimizer.{name}.{key}", whole.view(self.shapes[name]).to(value.dtype)
+        if self.average is not None:
+            with self._average_in_masters(self.average.averages):
+                for name in self.local:
+                    yield name, EMA + name, self._whole_master(name)
+
+    @contextlib.contextmanager
+    def _average_in_masters(self, averages: dict[str, Tensor]) -> Iterator[None]:
+        """A context in which the masters, whose pieces DeepSpeed can gather and set, hold the moving average."""
+        masters = self.masters()
+        trained = {name: values.clone() for name, values in masters.items()}
+        for name, values in masters.items():
+            values.copy_(averages[name])
+        try:
+            yield
+            for name, values in masters.items():
+                averages[name].copy_(values)
+        finally:
+            for name, values in masters.items():
+                values.copy_(trained[name])
+
+    def _whole_master(self, name: str) -> Tensor:
+        """The whole fp32 value of a parameter. All ranks call this."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(self.local[name]).view(self.shapes[name])
 
     def load(self, path: Any) -> None:
         if self.stage == 0:
             return super().load(path)
         from trainer.checkpoint.format import check_shapes, each
 
-        expected = {f"model.{name}": shape for name, shape in self.shapes.items()}
+        average = self.average if self.average_goes_on(path) else None
+        prefixes = (MODEL,) if average is None else (MODEL, EMA)
+        expected = {prefix + name: shape for name, shape in self.shapes.items() for prefix in prefixes}
         keys = [key for key in self._state_of_vectors() if key != STEP]
         cut = {name: shape for name, shape in self.shapes.items() if name not in self.optimizer.whole}
         expected |= {f"optimizer.{name}.{key}": shape for name, shape in cut.items() for key in keys}
@@ -292,19 +340,36 @@ class DeepSpeedEngine(Engine):
                 self._put_state(name, key, whole)
         for _, decay in each(path, "weight_decay"):
             self.optimizer.decay.copy_(decay)
+        if average is None:
+            self.begin_average()
+            return
+        with self._average_in_masters(average.averages):
+            for name, whole in each(path, EMA):
+                if name in self.local:
+                    self._put_master(name, whole)
+        for _, updates in each(path, EMA_UPDATES):
+            average.updates.copy_(updates)
 
     def _put_weight(self, name: str, whole: Tensor) -> None:
         """Set the fp32 master and the weight for computing from the whole value, which every rank has."""
+        self._put_master(name, whole)
+        self._put_computing(name, whole)
+
+    def _put_master(self, name: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter = self.local[name]
         if self.stage < 3:
             safe_set_full_fp32_param(parameter, whole)
+        else:
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
+
+    def _put_computing(self, name: str, whole: Tensor) -> None:
+        parameter = self.local[name]
+        if self.stage < 3:
             parameter.data.copy_(whole)
             return
-        part = self._own_part(parameter, whole)
-        safe_set_local_fp32_param(parameter, part)
-        deepspeed_attribute(parameter, "ds_tensor").data.copy_(part)
+        deepspeed_attribute(parameter, "ds_tensor").data.copy_(self._own_part(parameter, whole))
         if deepspeed_attribute(parameter, "ds_status") is private("ZeroParamStatus").AVAILABLE:
             parameter.data.copy_(whole)  # small parameters stay gathered
 

@@ -4,7 +4,7 @@ ranks of a group, and each group holds a copy of the model."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class FsdpEngine(Engine):
                 block.set_reshard_after_forward(True)
                 block.reshard()
 
-    def set_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         super().set_weights(weights)
-        for module in (self.joined, *self.model.blocks()) if weights else ():
+        for module in (self.joined, *self.model.blocks()):
             module.reshard()  # weights that are still gathered have the old values
 
     def backward(self, batch: Batch, scale: float | Tensor, sync: bool) -> Tensor:

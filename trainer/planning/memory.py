@@ -38,20 +38,20 @@ ZERO_PARTS = {
     "fp32": {"weights": 4, "gradients": 4, "masters": 4},
     "bf16": {"weights": 2, "gradients": 6, "masters": 4},
 }
-ORDER = ("weights", "gradients", "masters", "moments")
+ORDER = ("weights", "gradients", "masters", "moments", "average")
 ZERO3_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: parameters used again within it stay gathered
 SHARDED = {
-    "zero1": {"masters", "moments"},
-    "zero2": {"masters", "moments", "gradients"},
-    "zero3": {"masters", "moments", "gradients", "weights"},
-    "fsdp": {"moments", "gradients", "weights"},
-    "hsdp": {"moments", "gradients", "weights"},
+    "zero1": {"masters", "moments", "average"},
+    "zero2": {"masters", "moments", "average", "gradients"},
+    "zero3": {"masters", "moments", "average", "gradients", "weights"},
+    "fsdp": {"moments", "average", "gradients", "weights"},
+    "hsdp": {"moments", "average", "gradients", "weights"},
 }
 GONE_BEFORE_UPDATE = ("head gradient", "copies", "unsharded gradients")
 # What engine.offload keeps in CPU memory.
 OFFLOADED = {
-    **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "gradients"}),
-    **dict.fromkeys(("fsdp", "hsdp"), {"moments", "gradients", "weights"}),
+    **dict.fromkeys(("zero1", "zero2", "zero3"), {"masters", "moments", "average", "gradients"}),
+    **dict.fromkeys(("fsdp", "hsdp"), {"moments", "average", "gradients", "weights"}),
 }
 
 
@@ -60,7 +60,8 @@ class ParallelLayout:
     """How a run is laid out on its devices. processes: of the whole run; shards: processes that share one copy of the model;
     narrow: the moments of fp32 weights are bf16; triton: Triton's kernels run (FlexAttention, the loss); compiled: by
     torch.compile, block by block; deterministic: only kernels that add in a fixed order; cuda_graphs: whose graphs keep their own
-    activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name; settings: optim.settings."""
+    activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name; settings: optim.settings;
+    average: optim.ema is set."""
 
     strategy: str
     precision: str
@@ -76,6 +77,7 @@ class ParallelLayout:
     cuda_graphs: bool = False
     optimizer: str = DEFAULT_RULE
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    average: bool = False
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
@@ -91,7 +93,8 @@ class ParallelLayout:
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
         device = target.memory is not None, target.triton, compiled, config.deterministic, engine.cuda_graphs
-        return cls(strategy, config.precision, *how, *device, config.optim.name, config.optim.settings)
+        optim = config.optim
+        return cls(strategy, config.precision, *how, *device, optim.name, optim.settings, optim.ema > 0)
 
     @property
     def compute(self) -> str:
@@ -149,6 +152,8 @@ class MemoryEstimate:
         parts: dict[str, float] = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
         narrow = layout.narrow or layout.precision == "pure_bf16"
         parts["moments"] = state_bytes_per_parameter(layout.optimizer, self._model, narrow, layout.settings)
+        if layout.average:
+            parts["average"] = 4  # fp32 whatever the weights are
         sharded = SHARDED.get(layout.strategy, set())
         away = OFFLOADED[layout.strategy] if layout.offload else set()
         state = {
@@ -175,7 +180,7 @@ class MemoryEstimate:
     def in_cpu_memory(self, layout: ParallelLayout) -> int:
         """Bytes that engine.offload moves from one device to the memory of its machine."""
         here = self.state(replace(layout, offload=False))
-        return sum(here[part] for part in OFFLOADED[layout.strategy]) if layout.offload else 0
+        return sum(here.get(part, 0) for part in OFFLOADED[layout.strategy]) if layout.offload else 0
 
     @staticmethod
     def in_loss(state: dict[str, int], layout: ParallelLayout, accumulates: bool) -> int:

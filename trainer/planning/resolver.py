@@ -303,6 +303,9 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
         draft = draft.fill("optim", key, value, reason)
     check_schedule(draft.config.optim)
     draft = follow_run(draft)
+    if optim.ema:
+        why = "set; average = d average + (1 - d) weights, d = min(ema, (1 + t) / (10 + t)) after t updates"
+        draft = draft.note("optim.ema", optim.ema, why)
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
 
 

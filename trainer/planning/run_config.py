@@ -41,6 +41,7 @@ CHANGEABLE = (
     "data.threads",
     "batch.tokens_per_microbatch",
     "batch.device_token_capacity",
+    "optim.ema",
     "optim.non_finite",
     "optim.max_skips",
     "engine.",

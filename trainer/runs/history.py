@@ -8,7 +8,7 @@ import numpy as np
 
 POINTS = 2000  # the least for a long run; it has at most twice as many
 STEP_KEYS = ("tokens", "seconds", "loss", "grad_norm", "lr", "tokens_per_second")
-EVALUATION_KEYS = ("tokens", "seconds", "val_loss", "val_bits_per_byte")
+EVALUATION_KEYS = ("tokens", "seconds", "val_loss", "val_bits_per_byte", "ema_val_loss", "ema_val_bits_per_byte")
 
 
 class History:

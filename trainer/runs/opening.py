@@ -107,13 +107,21 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def open_run(run_dir: str | None, step: int | None, device: str, precision: str, world: Any = None) -> OpenRun:
-    """Load a run folder. UserError if it is not one, has no checkpoint, or only damaged ones."""
+def open_run(
+    run_dir: str | None,
+    step: int | None,
+    device: str,
+    precision: str,
+    world: Any = None,
+    weights: str = "evaluation",
+) -> OpenRun:
+    """Load a run folder. weights: which ones, see trainer/checkpoint/weights.py. UserError if it is not a run, has no checkpoint, only
+    damaged ones, or not these weights."""
     import torch
 
     from models.config import kernel_fields_of
     from models.materialise import Unset
-    from trainer.checkpoint import format as checkpoint
+    from trainer.checkpoint.weights import choose_weights
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
     from trainer.planning.model import check_vocabulary, written_out
@@ -138,31 +146,46 @@ def open_run(run_dir: str | None, step: int | None, device: str, precision: str,
     check_vocabulary(model_class, model_config, dataset.tokenizer.vocab_size)
     if place.type == "cpu":
         keep_freed_memory()
-    chosen = world.on_leader(lambda: checkpoint.choose(folder / "checkpoints", step, world.say))
-    if chosen is None:
-        raise UserError(f"run_dir: {folder} has no checkpoint yet")
-    path, manifest = chosen
+    chosen = choose_weights(folder / "checkpoints", step, weights, world.say, world)
     try:
-        model = load_model(model_class, model_config, path, place, world)
+        model = load_model(model_class, model_config, chosen, place, world)
     except Unset as error:
         raise UserError(f"model {config.model['name']}: {error}") from None
     model = model.to(torch.bfloat16) if config.precision == "pure_bf16" else model.float()
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
     end_of_text = dataset.tokenizer.eot_id if config.data.separate_documents else None
-    return OpenRun(folder, config, model.eval(), tokenizer, place, manifest["step"], end_of_text)
+    return OpenRun(folder, config, model.eval(), tokenizer, place, chosen.manifest["step"], end_of_text)
 
 
-def load_model(model_class: Any, model_config: Any, path: Path, device: Any, world: Any) -> Any:
-    """The model on `device` with the weights of the checkpoint at `path`. Unset if neither it nor init_weights sets a value."""
+def load_model(model_class: Any, model_config: Any, weights: Any, device: Any, world: Any) -> Any:
+    """The model on `device` with `weights`, a trainer.checkpoint.weights.Weights. Unset if neither they nor init_weights set a value."""
     import torch
 
     from models.materialise import refuse_unset, with_storage
     from trainer.checkpoint import format as checkpoint
 
-    tensors = checkpoint.load(path, "model.", world, device, checkpoint.EVALUATION)
+    tensors = weights.load(projections_of(model_class, model_config, weights), world, device)
     with told_of_model(model_class, "it cannot be built on the meta device"):
         model = with_storage(build_meta(model_class, model_config), device)
     model.init_weights(torch.Generator())  # sets what a checkpoint does not hold: buffers that follow from the config
-    checkpoint.put_into(model, tensors, path, assign=True)
+    checkpoint.put_into(model, tensors, weights.paths[-1], assign=True)
     refuse_unset(model, given=tensors)
     return model
+
+
+def projections_of(model_class: Any, model_config: Any, weights: Any) -> dict[str, Callable[[Any], None]]:
+    """The model's projection of each name of a parameter, if `weights` need it. UserError for a model whose projection is more."""
+    from models.base import LanguageModel
+    from models.materialise import ties
+
+    if not weights.averaged:
+        return {}
+    if model_class.post_step is not LanguageModel.post_step:
+        raise UserError(
+            f"weights: averages of this model need its post_step, which is for all weights at once; define projections in "
+            f"{model_class.__name__} instead"
+        )
+    with told_of_model(model_class, "it cannot be built on the meta device"):
+        model = build_meta(model_class, model_config)
+    found = model.projections()
+    return {**found, **{name: found[first] for name, first in ties(model).items() if first in found}}

@@ -14,6 +14,7 @@ from trainer.runs.history import History, smoothed
 
 RAW = {"linewidth": 0.6, "alpha": 0.35, "color": "C0"}
 DOTS = {"marker": "o", "markersize": 3, "color": "C1"}
+AVERAGE = DOTS | {"color": "C2"}
 
 
 def draw(history: History, out: Path, title: str) -> None:
@@ -38,6 +39,8 @@ def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], tit
     axes = figure.subplots(
         2, 3, gridspec_kw={"left": 0.055, "right": 0.985, "bottom": 0.075, "top": 0.92, "wspace": 0.25, "hspace": 0.25}
     )
+    average = evaluations["ema_val_loss"]
+    averaged = np.isfinite(average)  # not all, if optim.ema was switched on or off
     tokens, evaluated_tokens = steps["tokens"] / 1e6, evaluations["tokens"] / 1e6
     for axis, x, at, label in (
         (axes[0, 0], tokens, evaluated_tokens, "tokens, millions"),
@@ -49,13 +52,19 @@ def render(steps: dict[str, np.ndarray], evaluations: dict[str, np.ndarray], tit
         axis.plot(x, smooth, color="C0", linewidth=1.4, label="training, smoothed")
         if len(at):
             axis.plot(at, evaluations["val_loss"], label=f"validation: {evaluations['val_loss'][-1]:.4f}", **DOTS)
+        if averaged.any():
+            axis.plot(at, average, label=f"of the moving average: {average[averaged][-1]:.4f}", **AVERAGE)
         axis.set(xlabel=label, ylabel="loss, nats per token")
-        axis.set_ylim(loss_range(smooth, evaluations["val_loss"]))
+        axis.set_ylim(loss_range(smooth, np.append(evaluations["val_loss"], average)))
         axis.legend(loc="upper right")
     axes[0, 2].set(ylabel="validation, bits/byte")
     if np.isfinite(evaluations["val_bits_per_byte"]).any():
         last = f"{evaluations['val_bits_per_byte'][-1]:.4f}"
         axes[0, 2].plot(evaluated_tokens, evaluations["val_bits_per_byte"], label=last, **DOTS)
+        if averaged.any():
+            bits = evaluations["ema_val_bits_per_byte"]
+            label = f"of the moving average: {bits[averaged][-1]:.4f}"
+            axes[0, 2].plot(evaluated_tokens, bits, label=label, **AVERAGE)
         axes[0, 2].legend(loc="upper right")
     else:
         axes[0, 2].text(0.5, 0.5, "no validation yet", ha="center", transform=axes[0, 2].transAxes)

@@ -105,23 +105,24 @@ class Report:
             row["noise_scale"] = m.noise_scale
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
-    def write(self, row: dict[str, Any], validation: dict[str, Any] | None = None) -> None:
-        """Report the row of a step, with the results of an evaluation after it."""
-        best = (validation or {}).get("full") or (validation or {}).get("hlb") or {}
-        row = row | {"val_loss": best.get("loss"), "val_bits_per_byte": best.get("bits_per_byte")}
-        if validation and "full" in validation and "hlb" in validation:
-            row["val_loss_hlb"] = validation["hlb"]["loss"]
+    def write(self, row: dict[str, Any], validation: dict[str, dict[str, Any]] | None = None) -> None:
+        """Report the row of a step, with the results of an evaluation after it (see Run.validate)."""
+        for weights, results in (validation or {}).items():
+            row = row | validation_keys(results, "" if weights == "evaluation" else f"{weights}_")
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
         if self._metrics is not None:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.write(row)
             self._wandb.write(row)
-        self._show(row, best)
+        self._show(row, validation is not None)
 
-    def _show(self, row: dict[str, Any], best: dict[str, Any]) -> None:
+    def _show(self, row: dict[str, Any], evaluated: bool) -> None:
         self.console.step(self._facts(row))
-        if best or (self.config.log.every and row["step"] % self.config.log.every == 0):
+        if evaluated or (self.config.log.every and row["step"] % self.config.log.every == 0):
             self.console.row()
+        average = average_line(row)
+        if average:
+            self.console.say(f"step {row['step']:,}: {average}")
 
     def _facts(self, row: dict[str, Any]) -> dict[str, Any]:
         """What the console shows of a row; `more`: what only the live view has room for."""
@@ -165,3 +166,21 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.close()
             self._wandb.close()
+
+
+def validation_keys(results: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The keys of a row that hold the results of `validate`. prefix: of these keys, for other weights than the run's own."""
+    best = results.get("full") or results["hlb"]
+    found = {f"{prefix}val_loss": best["loss"], f"{prefix}val_bits_per_byte": best["bits_per_byte"]}
+    if "full" in results and "hlb" in results:
+        found[f"{prefix}val_loss_hlb"] = results["hlb"]["loss"]
+    return found
+
+
+def average_line(row: dict[str, Any]) -> str:
+    """What to say of the moving average in an evaluated row; "" if there is none."""
+    if "ema_val_loss" not in row:
+        return ""
+    return (
+        f"validation loss of the moving average {row['ema_val_loss']:.4f}, {row['ema_val_bits_per_byte']:.4f} bits/byte"
+    )

@@ -17,7 +17,7 @@ from trainer.optim import names_by_role
 from trainer.planning.run_config import plugins_of
 from trainer.recipes import schedule_change
 from trainer.runs.folder import write_start
-from trainer.runs.report import Report
+from trainer.runs.report import Report, average_line
 from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
 from trainer.training.profile import Profiler
@@ -180,7 +180,7 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     return stop
 
 
-def validated(run: Run) -> tuple[dict[str, Any] | None, signal.Signals | None]:
+def validated(run: Run) -> tuple[dict[str, dict[str, Any]] | None, signal.Signals | None]:
     """(results of the run's evaluation, None), or (None, the signal that stopped it)."""
     try:
         return run.validate(), None
@@ -245,10 +245,11 @@ def finish(run: Run, report: Report, tokenizer: Any) -> None:
     last = report.last
     plugins = "".join(f" --plugin {module}" for module in plugins_of(run.folder))
     seconds = last.get("compile_seconds", 0.0)  # missing if the last row was owed by an older release
+    average = average_line(last)
     compiling = f" ({seconds:.1f} s of them compiling)" if seconds >= 0.05 else ""
     report.console.say(
         f"\n{text}{run.state.step:,} steps, {run.state.tokens:,} tokens in {last['seconds']:.1f} s of training{compiling}: "
-        f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte\n"
+        f"validation loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits/byte{'; ' * bool(average)}{average}\n"
         f"{run.folder}: metrics.jsonl, curves.png, samples.txt, checkpoints; "
         f"`python -m trainer generate {run.folder}{plugins}` writes more"
     )

@@ -126,8 +126,9 @@ class Run:
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
-    def validate(self) -> dict[str, Any]:
-        """The run's protocols on the validation split: on all of it after the last step, or if max_tokens is 0.
+    def validate(self) -> dict[str, dict[str, Any]]:
+        """The run's protocols on the validation split: on all of it after the last step, or if max_tokens is 0. Those of each of
+        `Engine.evaluated`.
 
         Raises Stopped on all ranks if one is asked to stop: the evaluation may take longer than a cluster waits.
         """
@@ -143,16 +144,19 @@ class Run:
 
         final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
-        with self.engine.evaluating():
-            return validate(
-                self.engine,
-                self.validation,
-                self.config,
-                self.world,
-                step,
-                max_tokens=limit,
-                at=at,
-            )
+        found = {}
+        for weights in self.engine.evaluated:
+            with self.engine.evaluating(weights):
+                found[weights] = validate(
+                    self.engine,
+                    self.validation,
+                    self.config,
+                    self.world,
+                    step,
+                    max_tokens=limit,
+                    at=at,
+                )
+        return found
 
     def write_sample(self, tokenizer: Any, tokens: int, header: str) -> str:
         """Append a text sample to samples.txt. Returns it ("" on ranks that take no part)."""

@@ -1,0 +1,136 @@
+"""Which of the weights that a run's checkpoints hold: those of `--weights`.
+
+    evaluation   those that the run validates with (the trained ones, unless the optimizer's rule has others)
+    ema          the moving average (optim.ema)
+    last-K       the mean of the last K checkpoints ("latest weight averaging", arXiv 2306.03241)
+
+A mean of projected weights is not projected: a mean of unit vectors is shorter than 1. So all but the trained weights are projected.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.format import check, choose, found, together
+from trainer.checkpoint.reader import Reader
+from trainer.core.errors import UserError
+from trainer.runtime.distributed import World
+
+MODEL = "model."  # prefix of the trained weights and buffers
+EVALUATION = "evaluation."  # of the weights for evaluation, if they differ from the trained ones
+EMA = "ema."  # of the moving average
+EMA_UPDATES = "ema_updates"  # how many updates it holds
+LAST = re.compile(r"last-([0-9]{1,9})")
+
+Projections = Mapping[str, Callable[[Tensor], None]]  # name of a parameter -> projects it in place
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one checkpoint, or the mean of several.
+
+    paths: of the checkpoints, oldest first; prefix: tensors that are also stored under it are read from there; manifest: of the
+    newest checkpoint.
+    """
+
+    paths: tuple[Path, ...]
+    prefix: str
+    manifest: dict[str, Any]
+
+    @property
+    def averaged(self) -> bool:
+        """Whether some are not the trained ones of a checkpoint."""
+        return len(self.paths) > 1 or any(name.startswith(self.prefix) for name in Reader(self.paths[-1]).stored())
+
+    def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Name without prefix -> (whole shape, dtype) of what `each` yields, in alphabetical order."""
+        stored = Reader(self.paths[-1]).stored()
+        return {name.removeprefix(MODEL): entry for name, entry in stored.items() if name.startswith(MODEL)}
+
+    def each(self, projections: Projections) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) on the CPU, one at a time in the order of `stored`, in this process alone.
+
+        The sum of K checkpoints is fp32, which is off by at most K roundings of a weight.
+        """
+        readers = [Reader(path) for path in self.paths]
+        there = readers[-1].stored()
+        for name, (_, dtype) in self.stored().items():
+            other = self.prefix + name in there
+            source = self.prefix + name if other else MODEL + name
+            tensor = read(readers[-1], source, *there[source])
+            if len(readers) > 1 and dtype.is_floating_point:
+                tensor = tensor.float()
+                for reader in readers[:-1]:
+                    tensor += read(reader, source, *there[source])
+                tensor /= len(readers)
+            if name in projections and (other or len(readers) > 1):
+                projections[name](tensor)
+            yield name, tensor.to(dtype)
+
+    def load(self, projections: Projections, world: World, device: torch.device | str) -> dict[str, Tensor]:
+        """All that `each` yields, on `device`. All ranks call this. If one cannot read, all raise UserError."""
+        tensors: dict[str, Tensor] = {}
+
+        def fill() -> None:
+            tensors.update((name, tensor.to(device)) for name, tensor in self.each(projections))
+
+        together(fill, world)
+        return tensors
+
+
+def read(reader: Reader, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A whole tensor of this shape, as `dtype`. UserError if it cannot be read."""
+    tensor = torch.empty(shape, dtype=dtype)
+    reader.fill({name: tensor})
+    return tensor
+
+
+def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[str], None], world: World) -> Weights:
+    """The weights that `wanted` names, of the newest good checkpoint in `folder` or that of `step`. All ranks call this.
+
+    UserError if there is no such checkpoint, it holds no moving average, or fewer than K are kept.
+    """
+    count = how_many(wanted)
+    chosen = world.on_leader(lambda: choose(folder, step, say))
+    if chosen is None:
+        raise UserError(f"run_dir: {folder.parent} has no checkpoint yet")
+    path, manifest = chosen
+    if wanted == "ema":
+        if not world.on_leader(lambda: holds_average(path)):
+            raise UserError(f"weights: {path} holds no moving average; only runs with optim.ema have one")
+        return Weights((path,), EMA, manifest)
+    kept = [at for at in world.on_leader(lambda: found(folder)) if at[0] <= manifest["step"]]
+    steps = ", ".join(str(at) for at, _ in kept[-count:])
+    if len(kept) < count:
+        raise UserError(
+            f"weights: {wanted} needs {count} checkpoints, but {folder} keeps {len(kept)} up to step {manifest['step']} "
+            f"({steps}); train with a larger checkpoint.keep, or with checkpoint.keep_every"
+        )
+    paths = tuple(at for _, at in kept[-count:])
+    for older in paths[:-1]:
+        check(older, world)  # Damaged names what is wrong
+    if count > 1:
+        say(f"weights: the mean of the checkpoints of steps {steps}")
+    return Weights(paths, EVALUATION, manifest)
+
+
+def how_many(wanted: str) -> int:
+    """The checkpoints that a value of `--weights` needs. UserError if it is none."""
+    last = LAST.fullmatch(wanted)
+    if wanted in ("evaluation", "ema"):
+        return 1
+    if last is None or int(last[1]) < 1:
+        raise UserError(f"weights: {wanted!r} is not known (allowed: evaluation, ema, last-K with K checkpoints)")
+    return int(last[1])
+
+
+def holds_average(path: Path) -> bool:
+    """Whether the checkpoint holds a moving average."""
+    return EMA_UPDATES in Reader(path).stored()
