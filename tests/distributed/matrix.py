@@ -3,8 +3,8 @@
 A case is {"name", "values"} with values as in a run's YAML; optional: "load" (a checkpoint folder to go on from), "save" (a folder
 to write one to, at the end), "steps" (how many, 10), "texts" (after the second step write texts of so many tokens, the likeliest ones),
 "matrices" (try the hook for matrix optimisers afterwards), "newton_schulz" (count the matrices of its calls), "halves_of" (so many
-ranks, whose first halves of a step are the first half here). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the
-last argument.
+ranks, whose first halves of a step are the first half here), "averages" (after each step the loss of the moving average on the
+validation split). Rank 0 writes {name: {"loss": [...], "grad_norm": [...], ...}} to the last argument.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         result["grad_norm"].append(measured.grad_norm)
         result["noise_scale"].append(measured.noise_scale)
         result["microbatches"].append(count)
+        if "averages" in case:
+            result.setdefault("average", []).append(run.validate()["ema"]["full"]["loss"])
         result["graphs"].append(counters["stats"]["unique_graphs"])  # compiled so far
     if case.get("newton_schulz"):
         result["newton_schulz"] = world.gather(sum(orthogonalised))

@@ -124,7 +124,7 @@ def test_the_report_says_what_is_an_estimate(engine_and_split):
     engine, split = engine_and_split
     whole, part = (evaluate.full(engine, split, 64, WORLD, tokens) for tokens in (0, 64))
     assert not whole["bits_per_byte_is_estimate"] and part["bits_per_byte_is_estimate"]
-    report = {"run": "r\x1b[31m", "step": 3, "data": "d", "split": "validation"}
+    report = {"run": "r\x1b[31m", "step": 3, "weights": "evaluation", "data": "d", "split": "validation"}
     text = render(report | {"full": whole | {"word_perplexity": None}})
     assert "estimate" not in text and "\x1b" not in text and "word_perplexity" not in text
     assert text.count("\n") == 1
