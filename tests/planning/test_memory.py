@@ -326,6 +326,18 @@ def test_zero_shards_stage_by_stage(estimate):
     assert state(estimate, "zero2", offload=True) == {"weights": 2, "buckets": buckets} | away
 
 
+def test_a_moving_average_is_fp32_and_lies_where_the_weights_are_updated(estimate):
+    for strategy, precision, share in (
+        ("single", "bf16", 1),
+        ("ddp", "pure_bf16", 1),
+        ("fsdp", "pure_bf16", 4),
+        ("zero2", "bf16", 4),
+    ):
+        without, with_it = (state(estimate, strategy, precision, average=average) for average in (False, True))
+        assert with_it == without | {"average": 4 / share}, strategy
+    assert state(estimate, "zero1", offload=True, average=True)["average"] == 0
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
 def test_what_is_offloaded_is_in_cpu_memory(estimate, strategy):
     there, here = (ParallelLayout(strategy, "bf16", 4, 4, offload=offload) for offload in (True, False))

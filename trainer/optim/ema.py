@@ -30,10 +30,11 @@ class WeightAverage:
         """After a step. weights: by the same names; finite: as in OptimizerRule.update; at 0.0 nothing changes, and nothing waits."""
         share = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * finite  # 1 - d
         self.updates += finite
-        rows = [[flat(average), flat(weights[name]), None] for name, average in self.averages.items()]
-        place = rows[0][0].device  # of offloaded weights: the CPU
+        held = list(self.averages.values())
+        place = held[0].device  # of offloaded weights: the CPU
         share, size = share.to(place), PIECE[place.type]
-        work = torch.empty(min(size, sum(average.numel() for average in self.averages.values())), device=place)
+        work = torch.empty(min(size, sum(average.numel() for average in held)), device=place)
+        rows = [[flat(average), flat(weights[name]), None] for name, average in self.averages.items()]
         for averages, now, _ in batches(rows, size):
             numbers = [average.numel() for average in averages]
             change = list(work[: sum(numbers)].split(numbers))

@@ -74,8 +74,8 @@ def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_o
 
 
 def validation_seconds(arm: Arm, steps: int, rate: float) -> float:
-    """Seconds of all validations of a run: the last one reads the whole split. A forward pass takes a third of a training step's
-    FLOPs."""
+    """Seconds of all validations of a run: the last one reads the whole split, and a moving average reads all once more. A forward
+    pass takes a third of a training step's FLOPs."""
     config = arm.config()
     dataset = find_dataset(config.data)
     if dataset is None:
@@ -83,4 +83,5 @@ def validation_seconds(arm: Arm, steps: int, rate: float) -> float:
     whole = dataset.splits["validation"].tokens
     part = min(whole, config.evaluation.max_tokens or whole)
     before = (steps - 1) // config.evaluation.every if config.evaluation.every else 0
-    return (before * part + whole) / (3 * rate)
+    times = 2 if config.optim.ema else 1
+    return times * (before * part + whole) / (3 * rate)
