@@ -138,7 +138,7 @@ def test_other_strategies_average_evaluate_and_go_on(tmp_path, model, strategy, 
         if name.startswith("ema"):
             torch.testing.assert_close(ours["saved"][name], tensor, rtol=1e-5, atol=1e-5)  # sums in another order
     assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5) and ours["loss"] != alone["went on"][0]
-    if model == "ngpt" and strategy == "ddp":
+    if model == "ngpt":
         assert_on_sphere(ours["held"])
         assert not torch.allclose(alone["saved"]["ema.head.weight"].norm(dim=1), torch.tensor(1.0), atol=1e-5)
 

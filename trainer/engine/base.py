@@ -41,8 +41,9 @@ class Engine:
 
     model: the trained model; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
     every parameter. local: name -> the part of the parameter that this rank updates; the optimiser sees only these parts.
-    whole_tensors: whether these parts are whole parameters. average: the moving average, with optim.ema. lockstep: whether a forward pass contains collectives, so that
-    all ranks must take part in each. part_names: names of the partial losses, known after the first `backward`.
+    whole_tensors: whether these parts are whole parameters. lockstep: whether a forward pass contains collectives, so that
+    all ranks must take part in each. part_names: names of the partial losses, known after the first `backward`. average: the
+    moving average of the weights, with optim.ema.
     """
 
     lockstep = False
