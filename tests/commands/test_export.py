@@ -185,7 +185,7 @@ def test_the_same_bytes_however_the_checkpoint_was_written(finished, tmp_path):
     other = checkpoint.save(tmp_path / "other", 5, backwards, {}, World(), checkpoint.retention(1, 0))
     for source, out in ((path, tmp_path / "one"), (other, tmp_path / "two")):
         out.mkdir()
-        export.write_weights(Weights((source,), EVALUATION, {}), {}, out, 100_000)
+        export.write_weights(Weights((source,), EVALUATION, False, {}), {}, out, 100_000)
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "two").iterdir())
     for name in names:
@@ -237,7 +237,7 @@ source, out, limit = sys.argv[1:]
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10
 before = peak()
-export.write_weights(Weights((Path(source),), EVALUATION, {}), {}, Path(out), int(limit))
+export.write_weights(Weights((Path(source),), EVALUATION, False, {}), {}, Path(out), int(limit))
 print(peak() - before)
 """
 

@@ -36,18 +36,14 @@ Projections = Mapping[str, Callable[[Tensor], None]]  # name of a parameter -> p
 class Weights:
     """Weights of one checkpoint, or the mean of several.
 
-    paths: of the checkpoints, oldest first; prefix: tensors that are also stored under it are read from there; manifest: of the
-    newest checkpoint.
+    paths: of the checkpoints, oldest first; prefix: tensors that are also stored under it are read from there; averaged: whether
+    they are not the trained ones of a checkpoint; manifest: of the newest checkpoint.
     """
 
     paths: tuple[Path, ...]
     prefix: str
+    averaged: bool
     manifest: dict[str, Any]
-
-    @property
-    def averaged(self) -> bool:
-        """Whether some are not the trained ones of a checkpoint."""
-        return len(self.paths) > 1 or any(name.startswith(self.prefix) for name in Reader(self.paths[-1]).stored())
 
     def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Name without prefix -> (whole shape, dtype) of what `each` yields, in alphabetical order."""
@@ -103,9 +99,10 @@ def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[s
         raise UserError(f"run_dir: {folder.parent} has no checkpoint yet")
     path, manifest = chosen
     if wanted == "ema":
-        if not world.on_leader(lambda: holds_average(path)):
+        if not world.on_leader(lambda: holds(path, EMA)):
             raise UserError(f"weights: {path} holds no moving average; only runs with optim.ema have one")
-        return Weights((path,), EMA, manifest)
+        return Weights((path,), EMA, True, manifest)
+    averaged = count > 1 or world.on_leader(lambda: holds(path, EVALUATION))
     kept = [at for at in world.on_leader(lambda: found(folder)) if at[0] <= manifest["step"]]
     steps = ", ".join(str(at) for at, _ in kept[-count:])
     if len(kept) < count:
@@ -118,7 +115,7 @@ def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[s
         check(older, world)  # Damaged names what is wrong
     if count > 1:
         say(f"weights: the mean of the checkpoints of steps {steps}")
-    return Weights(paths, EVALUATION, manifest)
+    return Weights(paths, EVALUATION, averaged, manifest)
 
 
 def how_many(wanted: str) -> int:
@@ -131,6 +128,6 @@ def how_many(wanted: str) -> int:
     return int(last[1])
 
 
-def holds_average(path: Path) -> bool:
-    """Whether the checkpoint holds a moving average."""
-    return EMA_UPDATES in Reader(path).stored()
+def holds(path: Path, prefix: str) -> bool:
+    """Whether the checkpoint holds weights under this prefix."""
+    return any(name.startswith(prefix) for name in Reader(path).stored())

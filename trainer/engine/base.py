@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.base import Batch
 from models.layers.float8 import convert_to_float8
 from models.materialise import Unset, materialise, ties
-from trainer.checkpoint.weights import EMA, EMA_UPDATES, EVALUATION, MODEL, holds_average
+from trainer.checkpoint.weights import EMA, EMA_UPDATES, EVALUATION, MODEL, holds
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
 from trainer.engine.activation_checkpointing import apply as checkpoint_activations
@@ -349,7 +349,7 @@ class Engine:
 
     def average_goes_on(self, path: Any) -> bool:
         """Whether the moving average is to be read from a checkpoint. A line says where only one of both has one."""
-        held = self.world.on_leader(lambda: holds_average(path))
+        held = self.world.on_leader(lambda: holds(path, EMA))
         if self.average is not None and not held:
             self.world.say(f"optim.ema: {path} holds no moving average; it begins at the weights of that checkpoint")
         if self.average is None and held:

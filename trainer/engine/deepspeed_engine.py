@@ -115,7 +115,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             return
         if self.stage == 3:
-            self._zero.empty_partition_cache()  # weights that are still gathered have the old values
+            self._zero.empty_partition_cache()  # waits for weights that are being gathered, which have the old values
         for name in self.local:
             self._put_computing(name, self._whole_master(name))
 
