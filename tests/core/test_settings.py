@@ -72,7 +72,7 @@ def test_scientific_notation_is_a_number(tmp_path):
         ({"max_steps": None}, "max_steps: has no value; expected integer"),
         ({"model_scale": "nan"}, "model_scale: expected number, got 'nan'"),
         ({"deterministic": "perhaps"}, "deterministic: expected true|false, got 'perhaps'"),
-        ({"optim": 3}, "optim: is a section with keys name, settings, recipe, lr"),
+        ({"optim": 3}, "optim: is a section with keys name, settings, roles, recipe, lr"),
         ({"seed": [1]}, "seed: expected integer, got [1]"),
         ({"seed": ["1", "2"]}, "seed: expected integer, got ['1', '2']"),
         ({"log": {"sample_prompt": ["a", ["b"]]}}, "log.sample_prompt: expected text, got ['a', ['b']]"),
@@ -381,7 +381,7 @@ def test_no_config_gives_a_traceback_or_another_value(tmp_path):
     """Some hundred changed files: each is refused in one line, or every text and whole number of it is what was written."""
     draw, file, outcomes = random.Random(7), tmp_path / "c.yaml", Counter()
     keys = [key for key in leaf_keys(RunConfig) if key != "model"]
-    for _ in range(250):
+    for _ in range(300):
         data, key, value = changed(draw, "model: {name: llama}\nmodel_scale: 0.01\n", keys)
         file.write_bytes(data)
         try:

@@ -16,12 +16,12 @@ from trainer.commands.check import CheckConfig
 from trainer.commands.export import ExportConfig
 from trainer.commands.plugins import import_plugin
 from trainer.commands.train import run
-from trainer.core.config import RunConfig
+from trainer.core.config import OptimConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine import refuse_scope
 from trainer.inference.evaluation import validate
-from trainer.optim import OptimizerRule, register_optimizer, rule
+from trainer.optim import OptimizerRule, Used, get_rule, register_optimizer, rule
 from trainer.planning.plan import resolve
 from trainer.runs.metrics import read_rows
 from trainer.runs.opening import open_run
@@ -209,23 +209,18 @@ def test_settings_reach_the_groups(tiny_dataset, tmp_path):
     ("fsdp", True, "optim.name: gram needs whole matrices, which ranks cannot exchange with engine.offload"),
 ])  # fmt: skip
 def test_engines_without_whole_matrices_refuse(strategy, offload, line):
-    config = SimpleNamespace(
-        optim=SimpleNamespace(name="gram"), engine=SimpleNamespace(strategy=strategy, offload=offload)
-    )
+    engine = SimpleNamespace(strategy=strategy, offload=offload)
     with pytest.raises(UserError, match=f"^{line}"):
-        refuse_scope(config)
-    config.optim.name = "lion"
-    refuse_scope(config)
+        refuse_scope(engine, [Used("optim", "gram", get_rule("gram"))])
+    refuse_scope(engine, [Used("optim", "lion", get_rule("lion"))])
 
 
 def test_flat_vectors_are_not_evaluated_with_other_weights():
-    config = SimpleNamespace(
-        optim=SimpleNamespace(name="averaged"), engine=SimpleNamespace(strategy="zero1", offload=False)
-    )
+    engine = SimpleNamespace(strategy="zero1", offload=False)
     with pytest.raises(
         UserError, match="^optim.name: averaged evaluates with other weights than it trains, but engine.st"
     ):
-        refuse_scope(config)
+        refuse_scope(engine, [Used("optim", "averaged", get_rule("averaged"))])
 
 
 @pytest.mark.parametrize("name, kind", [("my-lion", "fp32"), ("my-lion", "bf16"), ("gram", "fp32")])
@@ -294,7 +289,8 @@ def test_the_memory_plan_asks_the_rule():
         plan = resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "model": {"name": "gpt2"}}))
         estimate = MemoryEstimate(plan.model_class, plan.model_config, 64)
         return (
-            estimate.state(ParallelLayout("single", "fp32", optimizer=name, **layout))["moments"] / estimate.parameters
+            estimate.state(ParallelLayout("single", "fp32", optim=OptimConfig(name=name), **layout))["moments"]
+            / estimate.parameters
         )
 
     assert (moments("adamw"), moments("lion"), moments("unit")) == (8, 4, 0)

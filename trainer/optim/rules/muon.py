@@ -72,7 +72,7 @@ class Muon(MatrixRule):
         rows: Declared = {"v": (shape[:1], torch.promote_types(dtype, torch.float32))} if self.config.normuon else {}
         return {"momentum": (shape, dtype), **rows}
 
-    def default_lr(self) -> tuple[float, str] | None:
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
         return None if self.config.scale == "match_rms" else (0.02, f"Keller Jordan's, for scale {self.config.scale}")
 
     def direction(self, group: GroupSettings, gradient: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor:
