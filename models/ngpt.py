@@ -132,7 +132,8 @@ class Ngpt(LanguageModel):
 
     Config = NgptConfig
     masks_documents = True
-    optim_defaults: ClassVar[dict[str, float]] = {"weight_decay": 0.0, "warmup_steps": 0}
+    optim_defaults: ClassVar[dict[str, float]] = {"lr": 15e-4, "weight_decay": 0.0, "warmup_steps": 0}
+    optim_source: ClassVar[str] = "arXiv 2410.01131; its lr is 15e-4 to 30e-4"
 
     def __init__(self, config: NgptConfig) -> None:
         super().__init__(config)

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.core.errors import UserError
 from trainer.engine import refuse_scope
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
-from trainer.optim import OptimizerRule, get_rule, rules_used, schedules, settings_of_run
+from trainer.optim import DEFAULT_RULE, OptimizerRule, get_rule, rules_used, schedules, settings_of_run
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -295,7 +295,10 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     if draft.config.max_steps < 1:
         raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
     defaults = optim_defaults(draft, model)
-    draft = choose_matrix_lr(draft, rule, defaults["lr"])
+    adamw = defaults.pop("lr")
+    instead = rate_of(rule, optim.name, adamw)
+    draft = draft.fill("optim", "lr", *instead)
+    draft = choose_rest_lr(draft, rule, adamw if instead.value != adamw.value else None)
     for key, (value, reason) in defaults.items():
         draft = draft.fill("optim", key, value, reason)
     check_schedule(draft.config.optim, draft.config.optim.schedule)
@@ -306,7 +309,11 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
 def optim_defaults(draft: Draft, model: ModelFacts) -> dict[str, Default]:
     """By key of `optim`, for AdamW: of the model, then of the recipe."""
     why = f"what {model.name} is made for"
-    own = {key: Default(value, why) for key, value in model.model_class.optim_defaults.items()}
+    source = model.model_class.optim_source
+    own = {
+        key: Default(value, why + f" ({source})" * bool(source))
+        for key, value in model.model_class.optim_defaults.items()
+    }
     return {**RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model), **own}
 
 
@@ -322,19 +329,27 @@ def check_schedule(optim: Any, schedule: str, section: str = "optim") -> None:
         raise UserError("optim.final_lr_fraction: an exponential decay never reaches 0; set it above 0")
 
 
-def choose_matrix_lr(draft: Draft, rule: OptimizerRule, adamw: Default) -> Draft:
-    """For a rule of whole matrices: optim.lr, and optim.rest_lr of what AdamW updates. adamw: the rate if AdamW updated all."""
+def rate_of(rule: OptimizerRule, name: str, adamw: Default) -> Default:
+    """The learning rate that the rule takes where AdamW takes `adamw`, with its source."""
+    found = rule.default_lr(adamw.value)
+    if found is not None:
+        rate, source = found
+        return Default(rate, f"{source}; AdamW's is {adamw.value:.3g}, {adamw.rule}")
+    unknown = "" if name == DEFAULT_RULE else f"; AdamW's, for no rate of {name} is published"
+    return Default(adamw.value, adamw.rule + unknown)
+
+
+def choose_rest_lr(draft: Draft, rule: OptimizerRule, adamw: Default | None) -> Draft:
+    """For a rule of whole matrices: optim.rest_lr of what AdamW updates. adamw: its rate, None if the rule takes the same."""
     optim = draft.config.optim
-    if rule.scope != "matrix":
-        if optim.rest_lr is None:
-            return draft
-        # Not an error: the config of a run whose optim.name is changed has it, and is refused for that.
-        why = f"{optim.rest_lr:g} has no effect: {optim.name} updates every parameter, at optim.lr"
-        return draft.set("optim", "rest_lr", None).note("optim.rest_lr", "none", why)
-    own = rule.default_lr(adamw.value)
-    draft = draft.fill("optim", "lr", *(own or adamw))
-    same = Default(draft.config.optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
-    return draft.fill("optim", "rest_lr", *(adamw if own else same))
+    if rule.scope == "matrix":
+        same = Default(optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
+        return draft.fill("optim", "rest_lr", *(adamw or same))
+    if optim.rest_lr is None:
+        return draft
+    # Not an error: the config of a run whose optim.name is changed has it, and is refused for that.
+    why = f"{optim.rest_lr:g} has no effect: {optim.name} updates every parameter, at optim.lr"
+    return draft.set("optim", "rest_lr", None).note("optim.rest_lr", "none", why)
 
 
 def follow_run(draft: Draft) -> Draft:

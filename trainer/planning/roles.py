@@ -11,8 +11,9 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.optim import Assignment, assign, get_rule, rule_class, settings_of_run
 from trainer.optim.groups import shapes_of
-from trainer.planning.resolver import Draft, ModelFacts, check_schedule, optim_defaults
+from trainer.planning.resolver import Draft, ModelFacts, check_schedule, optim_defaults, rate_of
 from trainer.recipes import groups_of
+from trainer.recipes.recipe import Default
 
 
 def check_roles(optim: OptimConfig, model: ModelFacts) -> None:
@@ -80,10 +81,10 @@ def inferred_rate(role: str, own: RoleConfig, draft: Draft, model: ModelFacts) -
     """The rate that the role has without its own optimizer, times the ratio of what both optimizers take instead of AdamW's rate."""
     plain = replace(draft.config, optim=replace(draft.config.optim, roles={role: replace(own, name=None, settings={})}))
     group = next(group for group in groups_of(plain, model.meta, shapes_of(model.meta)) if group.role == role)
-    adamw = optim_defaults(draft, model)["lr"].value
+    adamw = optim_defaults(draft, model)["lr"]
 
-    def rate(name: str, settings: dict[str, Any]) -> tuple[float, str]:
-        return get_rule(name, settings).default_lr(adamw) or (adamw, f"as for AdamW, for {name} states no rate")
+    def rate(name: str, settings: dict[str, Any]) -> Default:
+        return rate_of(get_rule(name, settings), name, adamw)
 
-    instead, source = rate(own.name or group.rule, own.settings)
-    return group.lr * instead / rate(group.rule, group.given)[0], source
+    before, now = rate(group.rule, group.given), rate(own.name or group.rule, own.settings)
+    return group.lr * (now.value / before.value), now.rule

@@ -43,6 +43,12 @@ class MARS(OptimizerRule):
     Config = MARSConfig
     scope = "tensor"
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return (
+            10 * adamw,
+            "10 x AdamW's, the ratio of the authors' rates for GPT-2 from 125 M to 770 M (their README, arXiv 2411.10438)",
+        )
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         keys = ("exp_avg", "exp_avg_sq", "last_grad")
         return {STEP: (torch.Size(), torch.float32), **dict.fromkeys(keys, (shape, dtype))}

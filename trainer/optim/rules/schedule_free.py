@@ -33,6 +33,12 @@ class ScheduleFree(OptimizerRule):
     Config = ScheduleFreeConfig
     own_schedule = True
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return (
+            2 * adamw,
+            "2 x AdamW's with a schedule, for the authors find 1 to 10 times as much (their README, arXiv 2405.15682)",
+        )
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "z_minus_y": (shape, dtype), "exp_avg_sq": (shape, dtype)}
 
