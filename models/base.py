@@ -211,7 +211,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def recording_refusal(cls, config: Any) -> str | None:
         """Why a CUDA graph cannot record the forward pass; None if it can."""
-        return None
+        return "dropout's random numbers were never tried in a recording" if getattr(config, "dropout", 0) else None
 
     @classmethod
     def check_sizes(cls, config: Any, tokens: int | None = None, longest: int | None = None) -> None:

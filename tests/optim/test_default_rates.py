@@ -22,9 +22,7 @@ RELATIVE = {
     "adam-mini": (1, "2406.16793"),
     "adamuon": (1, "2507.11005"),
     "lion": (0.2, "2302.06675, section 5"),
-    "mars": (10, "2411.10438"),
     "muon": (1, "2502.16982"),
-    "schedule-free": (2, "2405.15682"),
 }
 UNKNOWN = ("adam", "ademamix", "adopt", "cautious-adamw", "palm-soap", "radam", "soap", "torch:NAdam")
 
@@ -46,12 +44,24 @@ def test_a_published_rate_is_the_same_for_every_model():
     assert rate("muon", scale="spectral").value == 0.02
 
 
+@pytest.mark.parametrize("name, source, rates", [
+    # 2e-3 and 6e-3 are the authors' for GPT-2 of 770 M and 125 M, where AdamW has 2e-4 and 6e-4.
+    ("mars", "2411.10438", {2e-4: 2e-3, 6e-4: 6e-3, 3e-3: 6e-3, 0.1: 0.1}),
+    ("schedule-free", "2405.15682", {6e-4: 1.2e-3, 2e-3: 2.5e-3, 0.1: 0.1}),
+])  # fmt: skip
+def test_a_larger_rate_ends_where_its_authors_stop(name, source, rates):
+    """hlb's AdamW has rates far above those that any author tried: nothing is multiplied there."""
+    for adamw, expected in rates.items():
+        found = get_rule(name).default_lr(adamw)
+        assert found[0] == pytest.approx(expected, rel=1e-12) and source in found[1]
+
+
 def test_where_nothing_is_published_this_is_said():
     for name in UNKNOWN:
         assert rate(name) == (3e-3, f"a rule; AdamW's, for no rate of {name} is published")
     assert rate("adamw") == ADAMW
     ours = {name for name, rule in registered_rules().items() if rule.__module__.startswith("trainer.")}
-    assert ours - {"adamw", "adafactor", *RELATIVE} == set(UNKNOWN) - {"torch:NAdam"}
+    assert ours - {"adamw", "adafactor", "mars", "schedule-free", *RELATIVE} == set(UNKNOWN) - {"torch:NAdam"}
 
 
 def planned(model, scale, **optim):
@@ -68,7 +78,7 @@ def test_the_plan_follows_architecture_and_scale(scale):
     plan, row = planned("hlb", scale, name="lion")
     assert row.value == pytest.approx(0.2 * of_hlb(plan.parameters), rel=1e-12) and "2.62 * 9e7" in row.rule
     plan, row = planned("ngpt", scale)
-    assert row[1:] == (15e-4, "what ngpt is made for (arXiv 2410.01131; its lr is 15e-4 to 30e-4)")
+    assert row[1:] == (15e-4, "what ngpt is made for (arXiv 2410.01131, whose lr is 15e-4 to 30e-4)")
     assert planned("ngpt", scale, name="lion")[1].value == pytest.approx(3e-4, rel=1e-12)
     assert planned("gpt2", scale, name="lion", lr=1e-5)[1][1:] == (1e-5, "set")
 

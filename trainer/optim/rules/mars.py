@@ -44,9 +44,9 @@ class MARS(OptimizerRule):
     scope = "tensor"
 
     def default_lr(self, adamw: float) -> tuple[float, str] | None:
-        return (
-            10 * adamw,
-            "10 x AdamW's, the ratio of the authors' rates for GPT-2 from 125 M to 770 M (their README, arXiv 2411.10438)",
+        return max(adamw, min(10 * adamw, 6e-3)), (
+            "10 x AdamW's but at most 6e-3, as the authors for GPT-2 from 770 M down to 125 M (their README, arXiv "
+            "2411.10438), and never below AdamW's"
         )
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:

@@ -34,9 +34,9 @@ class ScheduleFree(OptimizerRule):
     own_schedule = True
 
     def default_lr(self, adamw: float) -> tuple[float, str] | None:
-        return (
-            2 * adamw,
-            "2 x AdamW's with a schedule, for the authors find 1 to 10 times as much (their README, arXiv 2405.15682)",
+        return max(adamw, min(2 * adamw, 2.5e-3)), (
+            "2 x AdamW's but at most 2.5e-3, the default of the authors' code, who find 1 to 10 times what AdamW has with a "
+            "schedule (their README, arXiv 2405.15682), and never below AdamW's"
         )
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
