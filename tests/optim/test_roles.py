@@ -10,9 +10,10 @@ from models import base
 from models.base import get_model, load_models
 from trainer.commands.compare.spec import Arm
 from trainer.commands.train import run
-from trainer.core.config import RunConfig
+from trainer.core.config import RoleConfig, RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build
+from trainer.core.settings import build, parse_flags
+from trainer.core.sweep import check_key, with_changes
 from trainer.optim import names_by_role
 from trainer.planning.plan import recipe_entries, resolve
 from trainer.recipes import RECIPES
@@ -188,6 +189,17 @@ def test_a_role_with_its_own_rule_follows_the_rate_of_the_rest(tiny_dataset, tmp
     halved = planned({"lr": plan.config.optim.lr / 2, "roles": roles})
     assert halved.config.optim.roles["matrix"].lr == pytest.approx(0.01, rel=1e-12)
     assert resolve(plan.config).config == plan.config
+    # Named again, the rule of the rest keeps the settings of the rest, and so its rate.
+    spectral = {"name": "muon", "settings": {"scale": "spectral"}, "roles": {"matrix": {"name": "muon"}}}
+    assert planned(spectral).config.optim.roles["matrix"].lr == pytest.approx(0.02, rel=1e-12)
+
+
+def test_roles_are_set_by_flags_and_swept():
+    _, values = parse_flags(["--optim.roles.head.lr", "1e-4", "--optim.roles.head.settings.beta1=0.8"])
+    assert build(RunConfig, values).optim.roles == {"head": RoleConfig(lr=1e-4, settings={"beta1": "0.8"})}
+    swept = with_changes(values, {"optim.roles.head.lr": "2e-4"})
+    check_key("optim.roles.head.lr", "sweep")
+    assert build(RunConfig, swept).optim.roles["head"].lr == 2e-4
 
 
 def test_the_plan_prints_one_row_for_each_role():

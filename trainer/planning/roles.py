@@ -65,12 +65,13 @@ def choose_roles(draft: Draft, model: ModelFacts) -> Draft:
         if own.name is None:
             continue
         optim, key = draft.config.optim, f"optim.roles.{role}"
-        found = settings_of_run(own.name, own.settings, draft.config.max_steps, optim.warmup_steps)
+        given = {**(optim.settings if own.name == optim.name else {}), **own.settings}
+        found = settings_of_run(own.name, given, draft.config.max_steps, optim.warmup_steps)
         for field, value in found.items():
             draft = draft.note(f"{key}.settings.{field}", value, "that of the run at its first start")
         lr = own.lr
         if lr is None:
-            lr, source = inferred_rate(role, own, draft, model)
+            lr, source = inferred_rate(role, replace(own, settings=given), draft, model)
             draft = draft.note(f"{key}.lr", lr, source)
         own = replace(own, lr=lr, settings={**own.settings, **found})
         draft = draft.set("optim", "roles", {**optim.roles, role: own})
@@ -78,7 +79,10 @@ def choose_roles(draft: Draft, model: ModelFacts) -> Draft:
 
 
 def inferred_rate(role: str, own: RoleConfig, draft: Draft, model: ModelFacts) -> tuple[float, str]:
-    """The rate that the role has without its own optimizer, times the ratio of what both optimizers take instead of AdamW's rate."""
+    """The rate that the role has without its own optimizer, times the ratio of what both optimizers take instead of AdamW's rate.
+
+    own: with a name, and with all settings that hold for it.
+    """
     plain = replace(draft.config, optim=replace(draft.config.optim, roles={role: replace(own, name=None, settings={})}))
     group = next(group for group in groups_of(plain, model.meta, shapes_of(model.meta)) if group.role == role)
     adamw = optim_defaults(draft, model)["lr"]

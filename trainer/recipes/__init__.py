@@ -50,11 +50,19 @@ def role_rows(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
-    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one, or if the
-    optimizer needs no schedule."""
-    if before == config.max_steps or not isinstance(before, int) or rule_class(config.optim.name).own_schedule:
+    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one, or if no
+    optimizer needs a schedule."""
+    optim = config.optim
+    names = {optim.name, *(own.name for own in optim.roles.values() if own.name is not None)}
+    if (
+        before == config.max_steps
+        or not isinstance(before, int)
+        or all(rule_class(name).own_schedule for name in names)
+    ):
         return ""
-    return RECIPES[config.optim.recipe].schedule_change(config, before, step)
+    line = RECIPES[optim.recipe].schedule_change(config, before, step)
+    others = [role for role, own in optim.roles.items() if own.schedule not in (None, optim.schedule)]
+    return f"{line}; the schedules of the roles {', '.join(others)} change as well" if line and others else line
 
 
 def groups_of(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list[Group]:
