@@ -132,14 +132,12 @@ def rules_used(model: Any, optim: OptimConfig) -> list[Used]:
 
 def state_bytes_per_parameter(model: Any, optim: OptimConfig, narrow: bool) -> float:
     """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32."""
-    dtype, matrices, shapes, total = (
-        torch.bfloat16 if narrow else torch.float32,
-        matrices_of(model),
-        shapes_of(model),
-        0,
-    )
-    for name, assigned in assign(model, optim).items():
-        rule = get_rule(assigned.rule, assigned.given(optim))
+    dtype = torch.bfloat16 if narrow else torch.float32
+    shapes, matrices, assigned = shapes_of(model), matrices_of(model), assign(model, optim)
+    rules = {how: get_rule(how.rule, how.given(optim)) for how in set(assigned.values())}
+    total = 0
+    for name, shape in shapes.items():
+        rule = rules[assigned[name]]
         split = matrices.get(name) if rule.scope == "matrix" else None
-        total += sum(state_bytes(rule, shape, dtype) for shape in part_shapes(shapes[name], split).values())
+        total += sum(state_bytes(rule, part, dtype) for part in part_shapes(shape, split).values())
     return total / sum(shape.numel() for shape in shapes.values())
