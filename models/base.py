@@ -157,7 +157,8 @@ class LanguageModel(nn.Module):
     device_kernels: ClassVar[tuple[str, ...]] = ()  # values of `kernel_fields` that only some devices can run
     masks_documents: ClassVar[bool] = False  # True: the model keeps `documents` apart
     decodes_incrementally: ClassVar[bool] = True  # False: `new_state` returns None
-    optim_defaults: ClassVar[dict[str, float]] = {}  # the model's own defaults for the `optim` section
+    optim_defaults: ClassVar[dict[str, float]] = {}  # the model's own defaults for the `optim` section; lr: AdamW's
+    optim_source: ClassVar[str] = ""  # where they come from
     max_context: int | None = None  # longest sequence that the model accepts; None: any
 
     def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> State | None:
@@ -210,7 +211,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def recording_refusal(cls, config: Any) -> str | None:
         """Why a CUDA graph cannot record the forward pass; None if it can."""
-        return None
+        return "dropout's random numbers were never tried in a recording" if getattr(config, "dropout", 0) else None
 
     @classmethod
     def check_sizes(cls, config: Any, tokens: int | None = None, longest: int | None = None) -> None:

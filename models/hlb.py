@@ -37,6 +37,9 @@ class HlbConfig:
     )
     attention_kernel: str = setting("auto", "auto, flex (fused, no [T, T] tensor) or torch (plain products)")
     norm_eps: float = setting(1e-5, "added to the variance in LayerNorm", above=0, high=10**6)
+    dropout: float = setting(
+        0.0, "part of the embeddings, and of what each block adds, that is zero in training", low=0, high=0.99
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -73,6 +76,7 @@ class LatentAttention(nn.Module):
         self.norm = nn.LayerNorm(d, eps=config.norm_eps, bias=False)
         self.expand = nn.Linear(d, sum(self.widths), bias=False)
         self.project = nn.Linear(d_expand, d, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
         self.position_bias = nn.Parameter(torch.ones(1))  # m; shape [1], because FSDP cannot shard scalars
 
     def forward(self, x: Tensor, reach: Reach | BlockMask, cache: DecodingState | None = None) -> Tensor:
@@ -86,7 +90,7 @@ class LatentAttention(nn.Module):
             attended = attend_flex(q, k, v, slope, reach)
         else:
             attended = attend_dense(q, k, v, slope, reach)
-        return x + self.project(torch.cat((local, attended), dim=-1))
+        return x + self.dropout(self.project(torch.cat((local, attended), dim=-1)))
 
 
 @register("hlb")
@@ -101,6 +105,7 @@ class Hlb(LanguageModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(LatentAttention(config, layer) for layer in range(config.n_layers))
+        self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=False)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.max_context = QUANTISED_CONTEXT if config.position_bias_quantised else None
@@ -109,7 +114,7 @@ class Hlb(LanguageModel):
         if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
         reach = self._reach(tokens, None if documents is None else number_documents(documents), state)
-        x = self.embedding(tokens)  # [B, T, D]
+        x = self.dropout(self.embedding(tokens))  # [B, T, D]
         for block in self.layers:
             x = block(x, reach, state)
         if state is not None:

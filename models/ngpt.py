@@ -33,6 +33,12 @@ class NgptConfig:
     alpha_init: float = setting(
         0.05, "initial step size of attention and MLP: the part of the way to their output", above=0, high=10**6
     )
+    dropout: float = setting(
+        0.0,
+        "part of the outputs of attention and MLP that is zero in training, before they are normalised",
+        low=0,
+        high=0.99,
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -80,13 +86,14 @@ class Block(nn.Module):
         self.mlp_scale = Scale(8 * d, 1.0, 1.0)  # s_u and s_v
         self.mlp_out = nn.Linear(4 * d, d, bias=False)
         self.mlp_alpha = Scale(d, config.alpha_init, scale)
+        self.dropout = nn.Dropout(config.dropout)  # not for the embeddings, which would leave the sphere
 
     def forward(
         self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None = None
     ) -> Tensor:
         """positions: [T] or [B, T]; visible: mask for scaled_dot_product_attention, None for causal attention within h."""
-        h = step_on_sphere(h, self.attention(h, positions, visible, cache), self.attention_alpha())
-        return step_on_sphere(h, self.mlp(h), self.mlp_alpha())
+        h = step_on_sphere(h, self.dropout(self.attention(h, positions, visible, cache)), self.attention_alpha())
+        return step_on_sphere(h, self.dropout(self.mlp(h)), self.mlp_alpha())
 
     def attention(self, h: Tensor, positions: Tensor, visible: Tensor | None, cache: DecodingState | None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -132,7 +139,8 @@ class Ngpt(LanguageModel):
 
     Config = NgptConfig
     masks_documents = True
-    optim_defaults: ClassVar[dict[str, float]] = {"weight_decay": 0.0, "warmup_steps": 0}
+    optim_defaults: ClassVar[dict[str, float]] = {"lr": 15e-4, "weight_decay": 0.0, "warmup_steps": 0}
+    optim_source: ClassVar[str] = "arXiv 2410.01131, whose lr is 15e-4 to 30e-4"
 
     def __init__(self, config: NgptConfig) -> None:
         super().__init__(config)

@@ -66,6 +66,7 @@ class Transformer(LanguageModel):
         block = BLOCKS[c.block]
         self.embedding = nn.Embedding(c.vocab_size, d)
         self.positions = nn.Embedding(c.max_context, d) if c.positions == "learned" else None
+        self.dropout = nn.Dropout(c.dropout)
         width = c.kv_heads * c.head_width
         self.value_tables = nn.ModuleList(nn.Embedding(c.vocab_size, width) for _ in range(c.value_embeddings))
         self.layers: Any = nn.ModuleList(block(c, layer) for layer in range(c.n_layers))
@@ -140,6 +141,7 @@ class Transformer(LanguageModel):
         if self.training and c.neftune_alpha:
             reach = c.neftune_alpha / math.sqrt(x.shape[1] * x.shape[2])
             x = x + torch.empty_like(x).uniform_(-reach, reach)
+        x = self.dropout(x)
         return widen(x, c.streams) if c.streams else x
 
     def for_stream(self, x: Tensor) -> Tensor:
@@ -282,7 +284,7 @@ class Transformer(LanguageModel):
 
     @classmethod
     def recording_refusal(cls, config: TransformerConfig) -> str | None:
-        return "Liger's loss waits for the device" if config.kernels == "liger" else None
+        return "Liger's loss waits for the device" if config.kernels == "liger" else super().recording_refusal(config)
 
     @classmethod
     def check_sizes(cls, config: TransformerConfig, tokens: int | None = None, longest: int | None = None) -> None:

@@ -165,6 +165,11 @@ class TransformerConfig:
     final_softcap: float = _field(0.0, "c: logits become c tanh(logit / c) (Gemma 2: 30; 0: none)")
     z_loss: float = _field(0.0, "coefficient of logsumexp^2 (PaLM: 1e-4)")
     neftune_alpha: float = _field(0.0, "noise on the embeddings in training (arXiv 2310.05914)")
+    dropout: float = _field(
+        0.0,
+        "part of the embeddings, and of what each branch adds, that is zero in training (arXiv 1207.0580)",
+        high=0.99,
+    )
     n_predict: int = _field(
         1, "tokens predicted at once (multi-token prediction, arXiv 2404.19737)", low=1, high=DEEPEST
     )

@@ -53,6 +53,7 @@ class Block(nn.Module):
         self.attention_post, self.mlp_post = norm_of(config, after), norm_of(config, after)
         self.attention_join, self.mlp_join = join_of(config, 2 * layer), join_of(config, 2 * layer + 1)
         self.attention_last, self.mlp_last = norm_of(config, last), norm_of(config, last)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
@@ -60,10 +61,11 @@ class Block(nn.Module):
         """values: mixed into this layer's values, or None; returns (x, values for the next layer)."""
         h, kept = self.attention_join.mix(x)
         attended, values = self.attention(self.attention_norm(h), values, context, cache)
-        x = self.attention_last(self.attention_join.merge(x, self.attention_post(attended), kept))
+        attended = self.dropout(self.attention_post(attended))
+        x = self.attention_last(self.attention_join.merge(x, attended, kept))
         h, kept = self.mlp_join.mix(x)
-        transformed = self.mlp(self.mlp_norm(h))
-        return self.mlp_last(self.mlp_join.merge(x, self.mlp_post(transformed), kept)), values
+        transformed = self.dropout(self.mlp_post(self.mlp(self.mlp_norm(h))))
+        return self.mlp_last(self.mlp_join.merge(x, transformed, kept)), values
 
     def residual_projections(self) -> list[nn.Module]:
         """The last matrix of each branch."""
@@ -88,6 +90,7 @@ class ParallelBlock(nn.Module):
         self.up = nn.Linear(config.d_model, sum(self.widths), bias=config.qkv_has_bias)
         self.out = nn.Linear(self.heads.d_out + config.hidden, config.d_model, bias=config.out_has_bias)
         self.join = join_of(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, values: Tensor | None, context: Context, cache: DecodingState | None = None
@@ -96,7 +99,8 @@ class ParallelBlock(nn.Module):
         h = self.norm(h)
         qkv, hidden = self.up(h).split(self.widths, dim=-1)
         attended, values = self.heads(qkv, h, values, context, cache)
-        return self.join.merge(x, self.out(torch.cat((attended, self.activation(hidden)), dim=-1)), kept), values
+        added = self.dropout(self.out(torch.cat((attended, self.activation(hidden)), dim=-1)))
+        return self.join.merge(x, added, kept), values
 
     def fused_rows(self) -> dict[str, dict[str, int]]:
         """Name of a matrix -> the rows of each matrix that it fuses. `out` fuses two by columns, which add up as one product."""
@@ -121,7 +125,8 @@ class ParallelBlockTwoNorms(Block):
     ) -> tuple[Tensor, Tensor | None]:
         h, kept = self.attention_join.mix(x)
         attended, values = self.attention(self.attention_norm(h), values, context, cache)
-        return self.attention_join.merge(x, attended + self.mlp(self.mlp_norm(h)), kept), values
+        added = self.dropout(attended + self.mlp(self.mlp_norm(h)))
+        return self.attention_join.merge(x, added, kept), values
 
 
 def attention_class(config: Any) -> Any:

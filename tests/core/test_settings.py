@@ -83,7 +83,7 @@ def test_scientific_notation_is_a_number(tmp_path):
         ({"seed": None}, "seed: has no value; expected integer"),
         ({"model_scale": "nan"}, "model_scale: expected number, got 'nan'"),
         ({"deterministic": "perhaps"}, "deterministic: expected true|false, got 'perhaps'"),
-        ({"optim": 3}, "optim: is a section with keys name, settings, recipe, lr"),
+        ({"optim": 3}, "optim: is a section with keys name, settings, roles, recipe, lr"),
         ({"seed": [1]}, "seed: expected integer, got [1]"),
         ({"seed": ["1", "2"]}, "seed: expected integer, got ['1', '2']"),
         ({"log": {"sample_prompt": ["a", ["b"]]}}, "log.sample_prompt: expected text, got ['a', ['b']]"),

@@ -107,6 +107,45 @@ def test_zero_keeps_fp32_state_of_matrices_beside_bf16_weights(tiny_dataset, tmp
     assert {value.dtype for value in state.values()} == {torch.float32}
 
 
+# By name: the keys of `optim`, and the strategies that train them. Those that keep flat vectors need one rule for all roles.
+ROLES = {
+    "rules": (
+        {
+            "name": "muon",
+            "roles": {"embedding": {"name": "adam-mini", "lr": 1e-3}, "norm": {"name": "lion", "lr": 1e-4}},
+        },
+        ("ddp", "fsdp", "zero0"),
+    ),
+    "rates": (
+        {
+            "name": "adamw",
+            "roles": {"embedding": {"lr": 3e-3, "weight_decay": 0}, "norm": {"settings": {"beta1": 0.8}}},
+        },
+        ("fsdp", "zero2", "zero3"),
+    ),
+}
+
+
+def test_roles_train_the_same_on_every_strategy(tiny_dataset, tmp_path):
+    def of(name, strategy, **more):
+        values = matrix_values(tiny_dataset, tmp_path / "r", "gpt2", strategy)
+        values["optim"] = {"lr": 1e-3, "clip_norm": 0, **ROLES[name][0]}
+        return {"name": f"{name} {strategy}", "values": values, "steps": 3, **more}
+
+    alone = train_cases([of(name, "single", steps=5) for name in ROLES], 1, tmp_path)
+    cases = [of(name, s, save=str(tmp_path / f"{name}-{s}")) for name, (_, among) in ROLES.items() for s in among]
+    then = [
+        {**of(name, after, steps=2, load=str(tmp_path / f"{name}-{before}")), "name": f"{name} {before} {after}"}
+        for name, before, after in (("rules", "fsdp", "ddp"), ("rates", "zero2", "fsdp"), ("rates", "fsdp", "zero3"))
+    ]
+    for case, result in train_cases([*cases, *then], 2, tmp_path).items():
+        expected = alone[f"{case.split()[0]} single"]["loss"]
+        expected = expected[:3] if len(case.split()) == 2 else expected[3:]
+        assert result["loss"] == pytest.approx(expected, rel=SAME), case
+    [hsdp] = train_cases([of("rules", "hsdp:2")], 4, tmp_path).values()
+    assert hsdp["loss"] == pytest.approx(alone["rules single"]["loss"][:3], rel=SAME)
+
+
 def strategies_for(rule, ranks):
     """Those that do not refuse the rule: see refuse_scope."""
     flat = not registered_rules()[rule]().evaluates_other_weights

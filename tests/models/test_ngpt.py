@@ -292,7 +292,7 @@ def test_neither_weight_decay_nor_warm_up_unless_asked_for():
     plan = resolve(build(RunConfig, {"device": "cpu", "model": {"name": "ngpt"}, "model_scale": 0.02}))
     optim = plan.config.optim
     assert (optim.recipe, optim.weight_decay, optim.warmup_steps) == ("plain", 0.0, 0)
-    assert {row.key: row.rule for row in plan.entries}["optim.weight_decay"] == "what ngpt is made for"
+    assert {row.key: row.rule for row in plan.entries}["optim.weight_decay"].startswith("what ngpt is made for")
     model = Ngpt(plan.model_config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     groups = RECIPES[optim.recipe].groups(model, shapes, plan.config)

@@ -44,6 +44,7 @@ SWITCHES = {
     "final_softcap": (0.0, 10.0),
     "z_loss": (0.0, 1e-3),
     "neftune_alpha": (0.0, 0.1),
+    "dropout": (0.0, 0.3),
     "n_predict": (1, 3),
     "share_unembedding": (True, False),
     "zero_init": (False, True),

@@ -149,10 +149,10 @@ def test_mars_keeps_a_copy_of_the_last_gradient():
 def test_independent_decay_follows_the_schedule_and_not_the_learning_rate(lr):
     """arXiv 2309.14322: w = (1 - s decay) w. With gradients of 0 nothing else moves w."""
     parameter = torch.nn.Parameter(torch.ones(3))
-    group = Group("g", ["p"], lr, [1.0, 0.5].__getitem__, 0.25)
-    given = {"adamw": {"independent_decay": True}}
+    given = {"independent_decay": True}
+    group = Group("g", ["p"], lr, [1.0, 0.5].__getitem__, 0.25, given=given)
     cpu = torch.device("cpu")
-    optimizer = Optimizer([group], {"p": parameter.shape}, {"p": parameter}, 1.0, torch.zeros_like, cpu, given=given)
+    optimizer = Optimizer([group], {"p": parameter.shape}, {"p": parameter}, 1.0, torch.zeros_like, cpu)
     for step, expected in enumerate((0.75, 0.75 * 0.875)):
         parameter.grad = torch.zeros(3)
         optimizer.prepare(step, torch.tensor(1.0))

@@ -10,7 +10,7 @@ from tiny_runs import make, same, weights
 
 from models.base import Split, get_model, load_models
 from trainer.commands.train import run
-from trainer.core.config import RunConfig
+from trainer.core.config import OptimConfig, RunConfig
 from trainer.core.settings import build
 from trainer.engine.matrices import deal, update_cost
 from trainer.optim import OptimizerRule, names_by_role, register_optimizer, state_bytes_per_parameter
@@ -137,7 +137,7 @@ def test_state_is_counted_matrix_by_matrix(watcher):
     )
     rest = sum(number for name, number in numbers.items() if name not in splits)
     expected = (4 * gram + 8 * rest) / sum(numbers.values())
-    assert state_bytes_per_parameter("rows", model, narrow=False) == pytest.approx(expected)
+    assert state_bytes_per_parameter(model, OptimConfig(name="rows"), narrow=False) == pytest.approx(expected)
 
 
 def test_owners_are_dealt_by_the_cost_of_the_parts():

@@ -124,8 +124,8 @@ def test_updates_have_the_size_of_adamws(rule, settings, shape):
     steps = Steps(rule, drawn(shape), lr=1.0, **settings)
     [found] = steps.take(drawn(shape, seed=1))
     assert (found - drawn(shape)[0]).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.01)
-    assert steps.rule.default_lr() is None
-    assert Steps("muon", drawn(shape), scale="spectral").rule.default_lr()[0] == 0.02
+    assert steps.rule.default_lr(1e-3)[0] == 1e-3
+    assert Steps("muon", drawn(shape), scale="spectral").rule.default_lr(1e-3)[0] == 0.02
 
 
 def test_equal_shapes_are_one_product(monkeypatch):

@@ -16,12 +16,12 @@ from trainer.commands.check import CheckConfig
 from trainer.commands.export import ExportConfig
 from trainer.commands.plugins import import_plugin
 from trainer.commands.train import run
-from trainer.core.config import RunConfig
+from trainer.core.config import OptimConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine import refuse_scope
 from trainer.inference.evaluation import validate
-from trainer.optim import OptimizerRule, register_optimizer, rule
+from trainer.optim import OptimizerRule, Used, get_rule, register_optimizer, rule
 from trainer.planning.plan import resolve
 from trainer.runs.metrics import read_rows
 from trainer.runs.opening import open_run
@@ -206,26 +206,30 @@ def test_settings_reach_the_groups(tiny_dataset, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
 def test_offloaded_matrices_are_refused(strategy):
-    config = SimpleNamespace(
-        optim=SimpleNamespace(name="gram"), engine=SimpleNamespace(strategy=strategy, offload=True)
-    )
+    engine = SimpleNamespace(strategy=strategy, offload=True)
+    gram, lion = (Used("optim", name, get_rule(name)) for name in ("gram", "lion"))
     line = "optim.name: gram needs whole matrices, which ranks cannot exchange with engine.offload"
     with pytest.raises(UserError, match=f"^{line}"):
-        refuse_scope(config)
-    config.optim.name = "lion"
-    refuse_scope(config)
-    config.optim.name, config.engine.offload = "gram", False
-    refuse_scope(config)
+        refuse_scope(engine, [gram])
+    refuse_scope(engine, [lion])
+    engine.offload = False
+    refuse_scope(engine, [gram])
+
+
+def test_flat_vectors_take_one_rule_of_scope_element():
+    engine = SimpleNamespace(strategy="zero3", offload=False)
+    gram, adamw, lion = (Used("optim", name, get_rule(name)) for name in ("gram", "adamw", "lion"))
+    refuse_scope(engine, [gram, adamw])
+    with pytest.raises(UserError, match="zero3 needs one optimizer.*adamw, lion"):
+        refuse_scope(engine, [gram, adamw, lion])
 
 
 def test_flat_vectors_are_not_evaluated_with_other_weights():
-    config = SimpleNamespace(
-        optim=SimpleNamespace(name="averaged"), engine=SimpleNamespace(strategy="zero1", offload=False)
-    )
+    engine = SimpleNamespace(strategy="zero1", offload=False)
     with pytest.raises(
         UserError, match="^optim.name: averaged evaluates with other weights than it trains, but engine.st"
     ):
-        refuse_scope(config)
+        refuse_scope(engine, [Used("optim", "averaged", get_rule("averaged"))])
 
 
 @pytest.mark.parametrize("name, kind", [("my-lion", "fp32"), ("my-lion", "bf16"), ("gram", "fp32")])
@@ -294,7 +298,8 @@ def test_the_memory_plan_asks_the_rule():
         plan = resolve(build(RunConfig, {"device": "cpu", "model_scale": 0.02, "model": {"name": "gpt2"}}))
         estimate = MemoryEstimate(plan.model_class, plan.model_config, 64)
         return (
-            estimate.state(ParallelLayout("single", "fp32", optimizer=name, **layout))["moments"] / estimate.parameters
+            estimate.state(ParallelLayout("single", "fp32", optim=OptimConfig(name=name), **layout))["moments"]
+            / estimate.parameters
         )
 
     assert (moments("adamw"), moments("lion"), moments("unit")) == (8, 4, 0)

@@ -73,8 +73,8 @@ def test_a_run_has_no_other_schedule_and_evaluates_with_the_average(tiny_dataset
 
 
 def test_the_plan_promises_no_schedule(tiny_dataset, tmp_path):
-    config = make(tiny_dataset, tmp_path, optim__name="schedule-free").config
-    assert [row.rule for row in recipe_rows(config, 10**6, tied=False)].count(
+    one = make(tiny_dataset, tmp_path, optim__name="schedule-free")
+    assert [row.rule for row in recipe_rows(one.config, one.model)].count(
         "constant, because schedule-free needs no schedule"
     ) == 3
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.core.config import OptimConfig
+from trainer.core.config import OptimConfig, RoleConfig
 from trainer.planning.advice import advice, epochs_of
 from trainer.recipes import schedule_change
 
@@ -52,6 +52,16 @@ def test_another_max_steps_shows_what_the_learning_rate_becomes():
     # At the end of the old cosine 0.1 of the peak; in the new one at 90 of 190: 0.1 + 0.45 (1 + cos(pi 90 / 190)).
     assert "the learning rate of step 101 is 0.000587, not 0.0001, and 0.0001 at step 200" in line
     assert line.startswith("max_steps: 200 instead of 100")
+
+
+def test_another_max_steps_is_told_for_roles_too():
+    one = config(200)
+    one.optim.roles = {"head": RoleConfig(schedule="linear"), "norm": RoleConfig(lr=1e-3)}
+    assert schedule_change(one, 100, 100).endswith("at step 200; the schedules of the roles head change as well")
+    one.optim.name, one.optim.roles = "schedule-free", {"head": RoleConfig(name="adamw")}
+    assert schedule_change(one, 100, 100).startswith("max_steps: 200 instead of 100")
+    one.optim.roles = {"head": RoleConfig(lr=1e-3)}
+    assert schedule_change(one, 100, 100) == ""
 
 
 @pytest.mark.parametrize("before", [200, None, "many"])

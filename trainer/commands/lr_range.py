@@ -113,7 +113,7 @@ def measure(copy: Run, config: LrRangeConfig) -> Range:
     from trainer.runs.history import smoothed as centred
     from trainer.training.step import optimiser_step
 
-    optimizer, first, peak = copy.engine.optimizer, copy.state.step, copy.config.optim.lr
+    optimizer, first, peak = copy.engine.optimizer, copy.state.step, planned_rate(copy)
 
     def rate(number: int) -> float:
         return config.low * (config.high / config.low) ** (number / (config.steps - 1))
@@ -139,6 +139,11 @@ def measure(copy: Run, config: LrRangeConfig) -> Range:
     return Range(rates, losses, smoothed, *landmarks(rates, smoothed), exploded=len(losses) < config.steps)
 
 
+def planned_rate(copy: Run) -> float:
+    """The peak learning rate of the matrices, which an entry of optim.roles may set."""
+    return copy.engine.optimizer.groups[0].lr
+
+
 def landmarks(rates: list[float], smoothed: list[float]) -> tuple[float | None, float | None]:
     """(steepest, lowest) as in Range. The slope at a point is that between its neighbours, per factor of the learning rate."""
     if len(smoothed) < LEAST or min(smoothed) == smoothed[0]:
@@ -161,13 +166,13 @@ def publish(config: LrRangeConfig, copy: Run, found: Range, as_json: bool) -> No
     facts = {
         "format": 1,
         "what": name,
-        "planned": copy.config.optim.lr,
+        "planned": planned_rate(copy),
         "from_step": copy.state.step - len(found.losses),
     }
     text = json.dumps({**facts, **dataclasses.asdict(found)}, indent=1)
     write_file(folder / "lr-range.json", text + "\n")
-    write_file(folder / "lr-range.png", render(found, name, copy.config.optim.lr))
-    sys.stdout.write((text if as_json else "\n".join(lines(found, name, copy.config.optim.lr))) + "\n")
+    write_file(folder / "lr-range.png", render(found, name, planned_rate(copy)))
+    sys.stdout.write((text if as_json else "\n".join(lines(found, name, planned_rate(copy)))) + "\n")
     print(f"{printable(folder)}: lr-range.json, lr-range.png", file=sys.stderr)
 
 

@@ -17,6 +17,7 @@ WEIGHTS = (
     "evaluation: those that the run validates with; ema: the moving average; last-K: the mean of the last K checkpoints"
 )
 LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
+Schedule = Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 # Values for keys that are missing in the config.yaml of an older run, which was started before these keys existed.
@@ -104,6 +105,17 @@ class BatchConfig:
 
 
 @dataclass
+class RoleConfig:
+    """optim.roles.ROLE: how the parameters of one role are trained. What is left open is as without the role."""
+
+    name: str | None = setting(None, "their optimizer")
+    settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of that optimizer's own Config"})
+    lr: float | None = setting(None, "their peak learning rate, whatever optim.lr is", above=0)
+    weight_decay: float | None = setting(None, "their weight decay, whatever the loss is", low=0)
+    schedule: Schedule | None = setting(None, "their learning rate after the warm-up")
+
+
+@dataclass
 class OptimConfig:
     """The optimiser and its schedules."""
 
@@ -113,6 +125,13 @@ class OptimConfig:
     )
     settings: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "optim.settings.FIELD sets a field of the optimizer's own Config"}
+    )
+    roles: dict[str, RoleConfig] = field(
+        default_factory=dict,
+        metadata={
+            "help": "optim.roles.ROLE.KEY, KEY of name, settings, lr, weight_decay, schedule: for the parameters of one role "
+            "(matrix, embedding, head, norm, bias, position, or one of the model's own)"
+        },
     )
     recipe: Literal["auto", "hlb", "plain"] = setting(
         "auto", "hlb: four parameter groups and hlb-gpt's schedules; plain: warm-up and cosine"
@@ -124,8 +143,8 @@ class OptimConfig:
         above=0,
     )
     warmup_steps: int | None = setting(None, "steps of linear warm-up", low=0)
-    schedule: Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"] | None = (
-        setting(None, "plain: the learning rate after the warm-up; auto: cosine (the recipe hlb has its own, hlb)")
+    schedule: Schedule | None = setting(
+        None, "plain: the learning rate after the warm-up; auto: cosine (the recipe hlb has its own, hlb)"
     )
     final_lr_fraction: float = setting(
         0.1, "plain: cosine, linear, wsd and exponential end at this fraction of the peak", low=0, high=1

@@ -277,7 +277,7 @@ def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def free_sections(cls: Any, prefix: str = "") -> list[str]:
-    """The sections of a dataclass whose keys a plug-in decides, dotted, in order: model, objective, optim.settings."""
+    """The sections of a dataclass whose keys it does not know, dotted, in order: model, objective, optim.settings, optim.roles."""
     hints = typing.get_type_hints(cls)
     found: list[str] = []
     for f in dataclasses.fields(cls):
@@ -301,6 +301,8 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     if is_free_section(hint):
         if not isinstance(value, dict):
             raise UserError(f"{key}: is a section and holds keys; got {shown(value)}")
+        if arguments and dataclasses.is_dataclass(arguments[1]):
+            return {name: _named_section(arguments[1], part, f"{key}.{name}") for name, part in value.items()}
         return yaml_text.untyped(value)
     if origin is list:
         items = value if isinstance(value, list) else [value]
@@ -315,6 +317,13 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             raise _wrong(hint, value, key)
         return WORDS_OF_BOOL[str(value).lower()]
     return _number(hint, value, key)
+
+
+def _named_section(cls: Any, value: Any, key: str) -> Any:
+    """One entry of a section whose entries are all of the dataclass `cls`."""
+    if not isinstance(value, dict | None):
+        raise UserError(f"{key}: is a section with keys {', '.join(leaf_keys(cls))}; got {shown(value)}")
+    return build(cls, value or {}, f"{key}.")
 
 
 def _last(value: Any, hint: Any) -> Any:

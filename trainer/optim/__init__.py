@@ -5,7 +5,17 @@ import pkgutil
 
 from trainer.optim import adamw as adamw  # registers it
 from trainer.optim import rules
-from trainer.optim.groups import Group, matrices_of, names_by_role, state_bytes_per_parameter, with_rule
+from trainer.optim.groups import (
+    Assignment,
+    Group,
+    Used,
+    assign,
+    matrices_of,
+    names_by_role,
+    no_schedule,
+    rules_used,
+    state_bytes_per_parameter,
+)
 from trainer.optim.optimizer import Optimizer
 from trainer.optim.rule import (
     DEFAULT_RULE,
@@ -20,19 +30,23 @@ from trainer.optim.rule import (
 
 __all__ = [
     "DEFAULT_RULE",
+    "Assignment",
     "Group",
     "GroupSettings",
     "Optimizer",
     "OptimizerRule",
+    "Used",
+    "assign",
     "get_rule",
     "matrices_of",
     "names_by_role",
+    "no_schedule",
     "register_optimizer",
     "rule_class",
     "rule_config",
+    "rules_used",
     "settings_of_run",
     "state_bytes_per_parameter",
-    "with_rule",
 ]
 
 for _found in pkgutil.iter_modules(rules.__path__):

@@ -27,9 +27,8 @@ class Optimizer(torch.optim.Optimizer):
     not finite changes nothing, and no step waits for the device.
 
     decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
-    in bf16; given: name of a rule -> the fields of its Config that the user sets; whole: the parameters whose update must see
-    them whole, by `exchange`: name -> how the parameter splits into matrices that the rule sees as one each (None: it does not).
-    State of such a matrix is called PART.KEY.
+    in bf16; whole: the parameters whose update must see them whole, by `exchange`: name -> how the parameter splits into matrices
+    that the rule sees as one each (None: it does not). State of such a matrix is called PART.KEY.
     """
 
     finite: Tensor
@@ -37,13 +36,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
-        decay_of: Callable[[Tensor], Tensor], device: torch.device, narrow: bool = False, given: dict[str, dict[str, Any]] | None = None,
+        decay_of: Callable[[Tensor], Tensor], device: torch.device, narrow: bool = False,
         whole: Mapping[str, Split | None] | None = None,
     ) -> None:  # fmt: skip
         self.groups, self.shapes, self.narrow = groups, shapes, narrow
-        self.rules: dict[str, OptimizerRule] = {
-            group.rule: get_rule(group.rule, (given or {}).get(group.rule)) for group in groups
-        }
+        rules = [get_rule(group.rule, group.given) for group in groups]
         self.whole = dict(whole or {})
         self._local = local
         super().__init__(
@@ -54,14 +51,10 @@ class Optimizer(torch.optim.Optimizer):
                     "peak_lr": group.lr,
                     "weight_decay": 0.0 if group.loss_driven_decay else group.weight_decay,
                     "loss_driven_decay": group.loss_driven_decay,
-                    "rule": group.rule,
-                    "config": rule_config(
-                        self.rules[group.rule],
-                        group.settings.get(group.rule, {}),
-                        (given or {}).get(group.rule, {}),
-                    ),
+                    "rule": rule,
+                    "config": rule_config(rule, group.settings.get(group.rule, {}), group.given),
                 }
-                for group in groups
+                for group, rule in zip(groups, rules, strict=True)
             ],
             {"foreach": True},  # for zero_grad: without it, one launch for each gradient
         )
@@ -138,7 +131,7 @@ class Optimizer(torch.optim.Optimizer):
             # A list, because _foreach_add_ would read the value of a single tensor.
             torch._foreach_add_([state[STEP] for state in states], [finite] * len(states))
         settings = GroupSettings(group["lr"], group["weight_decay"], group["config"], group["peak_lr"], self.run_step)
-        rule = self.rules[group["rule"]]
+        rule = group["rule"]
 
         def update(parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]) -> None:
             rule.update(settings, parameters, gradients, states, finite)
@@ -158,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
         """Name -> weights to evaluate with instead of this rank's parameter; only parameters for which they differ."""
         found = {}
         for group, settings in zip(self.groups, self.param_groups, strict=True):
-            rule = self.rules[group.rule]
+            rule = settings["rule"]
             if not rule.evaluates_other_weights:
                 continue  # always so for DeepSpeed's flat vectors, which have no names
             for name, parameter in zip(group.parameters, settings["params"], strict=True):
@@ -182,14 +175,14 @@ class Optimizer(torch.optim.Optimizer):
     def allocate(self, tensors: Iterable[Tensor]) -> None:
         """Allocate state of zeros for each of `tensors`, as before the first step; a checkpoint can be loaded into it."""
         for tensor in tensors:
-            rule = self.rules[self.group_of[tensor]["rule"]]
+            rule = self.group_of[tensor]["rule"]
             self.state[tensor] = self._zeros(tensor, rule, tensor.shape)
 
     def allocate_whole(self, names: Iterable[str]) -> None:
         """Like `allocate`, for parameters that this rank owns and updates whole."""
         for name in names:
             parameter = self._local[name]
-            rule = self.rules[self.group_of[parameter]["rule"]]
+            rule = self.group_of[parameter]["rule"]
             self.state[parameter] = {
                 prefix(part) + key: value
                 for part, shape in self.parts(name).items()
@@ -198,7 +191,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def whole_state(self, name: str) -> dict[str, torch.Size]:
         """Key -> shape of the state of a parameter that is updated whole, also on the ranks that do not own it."""
-        rule = self.rules[self.group_of[self._local[name]]["rule"]]
+        rule = self.group_of[self._local[name]]["rule"]
         return {
             prefix(part) + key: size
             for part, shape in self.parts(name).items()
@@ -226,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
             own = "".join(f"  {key} {value}" for key, value in dataclasses.asdict(settings["config"]).items())
             lines.append(
                 f"  {group.name:<22} {len(group.parameters):>4} tensors{fused} {count:>13,} parameters ({held})  "
-                f"{settings['rule']}  state {self._state_bytes(group, settings) / 2**20:,.2f} MiB  lr {group.lr:.6g}{own}  "
+                f"{group.rule}  state {self._state_bytes(group, settings) / 2**20:,.2f} MiB  lr {group.lr:.6g}{own}  "
                 f"weight decay {decay}"
             )
         return "\n".join(lines)
@@ -235,7 +228,7 @@ class Optimizer(torch.optim.Optimizer):
         """Of the whole group, on all ranks together."""
         # zero3 keeps the vectors that it updates, which are fp32, outside the groups.
         dtype = settings["params"][0].dtype if settings["params"] else torch.float32
-        rule = self.rules[settings["rule"]]
+        rule = settings["rule"]
         return sum(
             state_bytes(rule, shape, torch.bfloat16 if self.narrow else dtype)
             for name in group.parameters

@@ -92,8 +92,9 @@ class OptimizerRule:
         """
         raise NotImplementedError
 
-    def default_lr(self) -> tuple[float, str] | None:
-        """(learning rate, its source) for updates that are not of AdamW's size; None: the recipe's rate for AdamW suits."""
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        """(learning rate, its source) where the recipe, for this model and size, gives AdamW the rate `adamw`; None: no rate of
+        its own is known, so that it takes AdamW's."""
         return None
 
     def evaluation_weights(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:

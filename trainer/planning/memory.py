@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from models.base import Batch
+from trainer.core.config import OptimConfig
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, told_of_model
 from trainer.objectives import DEFAULT_OBJECTIVE
-from trainer.optim import DEFAULT_RULE, state_bytes_per_parameter
+from trainer.optim import state_bytes_per_parameter
 from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
@@ -60,8 +61,7 @@ class ParallelLayout:
     """How a run is laid out on its devices. processes: of the whole run; shards: processes that share one copy of the model;
     narrow: the moments of fp32 weights are bf16; triton: Triton's kernels run (FlexAttention, the loss); compiled: by
     torch.compile, block by block; deterministic: only kernels that add in a fixed order; cuda_graphs: whose graphs keep their own
-    activations, beside those of microbatches that run without a graph, and all gradients; optimizer: optim.name; settings: optim.settings;
-    average: optim.ema is set."""
+    activations, beside those of microbatches that run without a graph, and all gradients; optim: as far as it is decided."""
 
     strategy: str
     precision: str
@@ -75,9 +75,7 @@ class ParallelLayout:
     compiled: bool = False
     deterministic: bool = False
     cuda_graphs: bool = False
-    optimizer: str = DEFAULT_RULE
-    settings: dict[str, Any] = field(default_factory=dict, hash=False)
-    average: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig, hash=False)
 
     @classmethod
     def of(cls, config: Any, processes: int, target: Any, strategy: str = "", shards: int = 0) -> ParallelLayout:
@@ -93,8 +91,7 @@ class ParallelLayout:
         narrow = config.optim.state_precision == "bf16"
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
         device = target.memory is not None, target.triton, compiled, config.deterministic, engine.cuda_graphs
-        optim = config.optim
-        return cls(strategy, config.precision, *how, *device, optim.name, optim.settings, optim.ema > 0)
+        return cls(strategy, config.precision, *how, *device, config.optim)
 
     @property
     def compute(self) -> str:
@@ -151,8 +148,8 @@ class MemoryEstimate:
         fsdp, zero = layout.strategy in ("fsdp", "hsdp"), layout.strategy in ("zero1", "zero2", "zero3")
         parts: dict[str, float] = dict((FSDP_PARTS if fsdp else ZERO_PARTS if zero else PARTS)[layout.precision])
         narrow = layout.narrow or layout.precision == "pure_bf16"
-        parts["moments"] = state_bytes_per_parameter(layout.optimizer, self._model, narrow, layout.settings)
-        if layout.average:
+        parts["moments"] = state_bytes_per_parameter(self._model, layout.optim, narrow)
+        if layout.optim.ema:
             parts["average"] = 4  # fp32 whatever the weights are
         sharded = SHARDED.get(layout.strategy, set())
         away = OFFLOADED[layout.strategy] if layout.offload else set()

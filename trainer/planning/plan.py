@@ -37,6 +37,7 @@ from trainer.planning.resolver import (
     choose_rest,
     follow_launcher_config,
 )
+from trainer.planning.roles import check_roles, choose_roles
 from trainer.recipes import PlanEntry, recipe_rows
 from trainer.runtime.launcher import find_rank_info
 
@@ -104,6 +105,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = follow_launcher_config(draft, world.size)
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
+    check_roles(draft.config.optim, model)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
     train_tokens = dataset.splits["train"].tokens if dataset is not None else None
     draft = choose_length(draft, model, train_tokens)
@@ -113,6 +115,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_microbatch(draft, estimate, world.size, target)
     draft = choose_background(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
+    draft = choose_roles(draft, model)
     draft = choose_rest(draft, model.meta.max_context)
     plan = Plan(
         config=draft.config,
@@ -247,8 +250,7 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
 
 def recipe_entries(plan: Plan) -> list[PlanEntry]:
     """What the recipe derives beyond the settings: decay and gradient-norm laws, groups, validation shape."""
-    tied = build_meta(plan.model_class, plan.model_config).tied_embedding()
-    return recipe_rows(plan.config, plan.parameters, tied)
+    return recipe_rows(plan.config, build_meta(plan.model_class, plan.model_config))
 
 
 def summary(plan: Plan) -> dict[str, Any]:

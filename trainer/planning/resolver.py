@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.core.errors import UserError
+from trainer.engine import refuse_scope
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
-from trainer.optim import OptimizerRule, get_rule, schedules, settings_of_run
+from trainer.optim import DEFAULT_RULE, OptimizerRule, get_rule, rules_used, schedules, settings_of_run
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -201,6 +202,7 @@ def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, wor
         draft = draft.set("engine", "offload", True)
         draft = draft.note("engine.offload", True, "weights, gradients and optimiser in CPU memory")
     refuse_contradictions(draft.config)
+    refuse_scope(draft.config.engine, rules_used(model.meta, draft.config.optim))
     if draft.config.engine.strategy == "hsdp":
         draft = draft.fill("engine", "shard_size", world.local_size, "processes of one machine")
         check_shard_size(draft.config.engine.shard_size, world.size)
@@ -210,7 +212,7 @@ def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, wor
         activation_checkpointing.parse(engine.activation_checkpointing)
     options, rule = selector.choose_options(ParallelLayout.of(draft.config, world.size, target))
     draft = draft.fill("engine", "activation_checkpointing", options.checkpointing, rule)
-    draft = choose_state_precision(draft, options, rule)
+    draft = choose_state_precision(draft, options, rule, model)
     selector.refuse_the_impossible(ParallelLayout.of(draft.config, world.size, target), options)
     check_graphs(draft.config, target, model.model_class.recording_refusal(model.config))
     return draft
@@ -227,7 +229,7 @@ def expected_seconds(config: Any, model: ModelFacts, processes: int, target: Any
     return config.max_steps * config.batch.tokens_per_step * flops / (TYPICAL_MFU * peak * processes)
 
 
-def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> Draft:
+def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str, model: ModelFacts) -> Draft:
     """Type of the optimizer's state. options, rule: how the run is made to fit, and why."""
     if draft.config.precision == "pure_bf16":
         if draft.config.optim.state_precision == "fp32":
@@ -235,10 +237,9 @@ def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str) -> D
         options, rule = options._replace(narrow=True), "that of the weights"
     elif not options.narrow:
         rule = "that of the weights"
-    optim = draft.config.optim
-    refusal = get_rule(optim.name, optim.settings).narrow_refusal() if options.narrow else ""
-    if refusal:
-        raise UserError(f"optim.state_precision: {optim.name} cannot keep its state in bf16: {refusal}")
+    for used in rules_used(model.meta, draft.config.optim) if options.narrow else ():
+        if refusal := used.rule.narrow_refusal():
+            raise UserError(f"optim.state_precision: {used.name} cannot keep its state in bf16: {refusal}")
     return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
 
@@ -294,14 +295,14 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     rule = get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:
         raise UserError(f"max_steps: {draft.config.max_steps} is not a positive number of steps")
-    why = f"what {model.name} is made for"
-    defaults = {key: Default(value, why) for key, value in model.model_class.optim_defaults.items()}
-    for key, default in RECIPES[optim.recipe].optim_defaults(draft.config, model).items():
-        defaults.setdefault(key, default)
-    draft = choose_matrix_lr(draft, rule, defaults["lr"])
+    defaults = optim_defaults(draft, model)
+    adamw = defaults.pop("lr")
+    instead = rate_of(rule, optim.name, adamw)
+    draft = draft.fill("optim", "lr", *instead)
+    draft = choose_rest_lr(draft, rule, adamw if instead.value != adamw.value else None)
     for key, (value, reason) in defaults.items():
         draft = draft.fill("optim", key, value, reason)
-    check_schedule(draft.config.optim)
+    check_schedule(draft.config.optim, draft.config.optim.schedule)
     draft = follow_run(draft)
     if optim.ema:
         why = "set; average = d average + (1 - d) weights, d = min(ema, (1 + t) / (10 + t)) after t updates"
@@ -309,31 +310,50 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     return choose_embedding_frequency(draft, model.meta.tied_embedding())
 
 
-def check_schedule(optim: Any) -> None:
-    """UserError if the recipe cannot follow optim.schedule."""
+def optim_defaults(draft: Draft, model: ModelFacts) -> dict[str, Default]:
+    """By key of `optim`, for AdamW: of the model, then of the recipe."""
+    why = f"what {model.name} is made for"
+    source = model.model_class.optim_source
+    own = {
+        key: Default(value, why + f" ({source})" * bool(source))
+        for key, value in model.model_class.optim_defaults.items()
+    }
+    return {**RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model), **own}
+
+
+def check_schedule(optim: Any, schedule: str, section: str = "optim") -> None:
+    """UserError if the recipe cannot follow the schedule of this section."""
     allowed = RECIPES[optim.recipe].schedules
-    if optim.schedule not in allowed:
+    if schedule not in allowed:
         raise UserError(
-            f"optim.schedule: the recipe {optim.recipe} cannot follow {optim.schedule} (allowed: {', '.join(sorted(allowed))}); "
+            f"{section}.schedule: the recipe {optim.recipe} cannot follow {schedule} (allowed: {', '.join(sorted(allowed))}); "
             "choose another optim.recipe or schedule"
         )
-    if optim.schedule == "exponential" and optim.final_lr_fraction == 0:
+    if schedule == "exponential" and optim.final_lr_fraction == 0:
         raise UserError("optim.final_lr_fraction: an exponential decay never reaches 0; set it above 0")
 
 
-def choose_matrix_lr(draft: Draft, rule: OptimizerRule, adamw: Default) -> Draft:
-    """For a rule of whole matrices: optim.lr, and optim.rest_lr of what AdamW updates. adamw: the rate if AdamW updated all."""
+def rate_of(rule: OptimizerRule, name: str, adamw: Default) -> Default:
+    """The learning rate that the rule takes where AdamW takes `adamw`, with its source."""
+    found = rule.default_lr(adamw.value)
+    if found is not None:
+        rate, source = found
+        return Default(rate, f"{source}; AdamW's is {adamw.value:.3g}, {adamw.rule}")
+    unknown = "" if name == DEFAULT_RULE else f"; AdamW's, for no rate of {name} is published"
+    return Default(adamw.value, adamw.rule + unknown)
+
+
+def choose_rest_lr(draft: Draft, rule: OptimizerRule, adamw: Default | None) -> Draft:
+    """For a rule of whole matrices: optim.rest_lr of what AdamW updates. adamw: its rate, None if the rule takes the same."""
     optim = draft.config.optim
-    if rule.scope != "matrix":
-        if optim.rest_lr is None:
-            return draft
-        # Not an error: the config of a run whose optim.name is changed has it, and is refused for that.
-        why = f"{optim.rest_lr:g} has no effect: {optim.name} updates every parameter, at optim.lr"
-        return draft.set("optim", "rest_lr", None).note("optim.rest_lr", "none", why)
-    own = rule.default_lr()
-    draft = draft.fill("optim", "lr", *(own or adamw))
-    same = Default(draft.config.optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
-    return draft.fill("optim", "rest_lr", *(adamw if own else same))
+    if rule.scope == "matrix":
+        same = Default(optim.lr, f"optim.lr, since updates of {optim.name} have the size of AdamW's")
+        return draft.fill("optim", "rest_lr", *(adamw or same))
+    if optim.rest_lr is None:
+        return draft
+    # Not an error: the config of a run whose optim.name is changed has it, and is refused for that.
+    why = f"{optim.rest_lr:g} has no effect: {optim.name} updates every parameter, at optim.lr"
+    return draft.set("optim", "rest_lr", None).note("optim.rest_lr", "none", why)
 
 
 def follow_run(draft: Draft) -> Draft:

@@ -394,13 +394,14 @@ def check_branch(before: Any, config: RunConfig, path: Path) -> None:
     then, now = flat(before), flat(config)
     free = changeable(config.model["name"])
     for key in now:
+        of_role = key.startswith("optim.roles.") and key.endswith(".name")  # an entry may be new
         if (
-            key.startswith(("model.", "optim.name"))
+            (of_role or key.startswith(("model.", "optim.name")))
             and not key.startswith(free)
-            and then.get(key, now[key]) != now[key]
+            and then.get(key, None if of_role else now[key]) != now[key]
         ):
             raise UserError(
-                f"branch_from: {key} is {now[key]!r}, {path} was made with {then[key]!r}; leave it as it was"
+                f"branch_from: {key} is {now[key]!r}, {path} was made with {then.get(key)!r}; leave it as it was"
             )
 
 

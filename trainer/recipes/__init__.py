@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.optim import Optimizer, matrices_of, rule_class, with_rule
+from models.base import Split
+from trainer.core.config import RoleConfig
+from trainer.optim import Assignment, Group, Optimizer, assign, matrices_of, no_schedule, rule_class
 from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
 from trainer.recipes.plain import Plain
 from trainer.recipes.recipe import PlanEntry, Recipe
@@ -22,20 +26,82 @@ def recipe_for(model_name: str) -> str:
     return next((name for name, recipe in RECIPES.items() if model_name in recipe.made_for), "plain")
 
 
-def recipe_rows(config: Any, parameters: int, tied: bool) -> list[PlanEntry]:
-    """What follows from the recipe beyond the settings. config: resolved; tied: the head shares the embedding's matrix."""
-    rows, name = RECIPES[config.optim.recipe].rows(config, tied), config.optim.name
+def recipe_rows(config: Any, model: Any) -> list[PlanEntry]:
+    """What follows from the recipe beyond the settings. config: resolved; model: may have no storage."""
+    rows, name = RECIPES[config.optim.recipe].rows(config, model.tied_embedding()), config.optim.name
     if rule_class(name).own_schedule:
         rows = [row._replace(rule=f"constant, because {name} needs no schedule") for row in rows]
-    return [*law_rows(config, parameters), *rows, *evaluation_rows(config)]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = sum(shape.numel() for shape in shapes.values())
+    return [*law_rows(config, parameters), *rows, *role_rows(config, model, shapes), *evaluation_rows(config)]
+
+
+def role_rows(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list[PlanEntry]:
+    """How the groups of each entry of optim.roles are trained. config: resolved."""
+    rows = []
+    for group in groups_of(config, model, shapes) if config.optim.roles else []:
+        if group.role:
+            schedule = config.optim.roles[group.role].schedule or config.optim.schedule
+            schedule = "no schedule" if rule_class(group.rule).own_schedule else f"schedule {schedule}"
+            decay = "by the loss" if group.loss_driven_decay else f"{group.weight_decay:g}"
+            how = f"{group.rule}, {schedule}, weight decay {decay}"
+            rows.append(PlanEntry(f"lr of role {group.name}", group.lr, how))
+    return rows
 
 
 def schedule_change(config: Any, before: Any, step: int) -> str:
-    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one, or if the
-    optimizer needs no schedule."""
-    if before == config.max_steps or not isinstance(before, int) or rule_class(config.optim.name).own_schedule:
+    """As Recipe.schedule_change, but `before` comes from a stored config: "" if it is not a number, or the same one, or if no
+    optimizer needs a schedule."""
+    optim = config.optim
+    names = {optim.name, *(own.name for own in optim.roles.values() if own.name is not None)}
+    if (
+        before == config.max_steps
+        or not isinstance(before, int)
+        or all(rule_class(name).own_schedule for name in names)
+    ):
         return ""
-    return RECIPES[config.optim.recipe].schedule_change(config, before, step)
+    line = RECIPES[optim.recipe].schedule_change(config, before, step)
+    others = [role for role, own in optim.roles.items() if own.schedule not in (None, optim.schedule)]
+    return f"{line}; the schedules of the roles {', '.join(others)} change as well" if line and others else line
+
+
+def groups_of(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list[Group]:
+    """The groups of the recipe, cut by rule and by role. Those that hold matrices come first in theirs. config: resolved."""
+    assigned, matrices, groups = assign(model, config.optim, shapes), matrices_of(model, shapes), []
+    for group in RECIPES[config.optim.recipe].groups(model, shapes, config):
+        parts: dict[Assignment, list[str]] = {}
+        for name in group.parameters:
+            parts.setdefault(assigned[name], []).append(name)
+        ordered = sorted(parts.items(), key=lambda part: matrices.keys().isdisjoint(part[1]))
+        groups += [part_of(group, names, how, config, len(parts) > 1) for how, names in ordered]
+    return groups
+
+
+def part_of(group: Group, names: list[str], how: Assignment, config: Any, several: bool) -> Group:
+    """The group of some parameters of a recipe's group. several: whether that is cut."""
+    optim, own = config.optim, config.optim.roles.get(how.role, RoleConfig())
+    lr, schedule = group.lr, group.schedule
+    if how.own and own.lr is not None:
+        lr = own.lr
+    elif how.rest and optim.rest_lr is not None:
+        lr = group.lr * (optim.rest_lr / optim.lr)
+    if rule_class(how.rule).own_schedule:
+        schedule = no_schedule
+    elif own.schedule not in (None, optim.schedule):
+        schedule = RECIPES[optim.recipe].schedule(own.schedule, config)
+    decay = {} if own.weight_decay is None else {"weight_decay": own.weight_decay, "loss_driven_decay": False}
+    is_rest = not how.own if how.role else how.rest and several
+    return replace(
+        group,
+        name=(how.role or group.name) + ", rest" * is_rest,
+        parameters=names,
+        lr=lr,
+        schedule=schedule,
+        rule=how.rule,
+        given=how.given(optim),
+        role=how.role,
+        **decay,
+    )
 
 
 def build_optimizer(
@@ -46,21 +112,19 @@ def build_optimizer(
     device: torch.device,
     whole_tensors: bool,
 ) -> Optimizer:
-    """The optimizer of a plan: the groups of its recipe, updated by the rule optim.name.
+    """The optimizer of a plan: the groups of its recipe, updated by the rules of optim.name and optim.roles.
 
     shapes: of the whole parameters; local: what this rank updates, by name; whole_tensors: whether these are whole parameters.
     """
     config = plan.config
-    groups = RECIPES[config.optim.recipe].groups(model, shapes, config)
-    scope = rule_class(config.optim.name).scope
-    names = matrices_of(model, shapes) if scope == "matrix" else dict.fromkeys(shapes)
-    rest_lr = (config.optim.rest_lr or config.optim.lr) / config.optim.lr
-    groups = with_rule(groups, config.optim.name, names, rest_lr)
+    groups, matrices = groups_of(config, model, shapes), matrices_of(model, shapes)
     # The state of bf16 parameters is bf16 in any case.
     narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
     first_loss = math.log(plan.model_config.vocab_size)  # of a model that knows nothing
     decay_of = partial(weight_decay, base=weight_decay_base(sum(shape.numel() for shape in shapes.values())))
-    given = {config.optim.name: config.optim.settings}
-    by_owner = scope == "matrix" or (scope == "tensor" and not whole_tensors)
-    whole = {name: split for name, split in names.items() if by_owner}
-    return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, given, whole)
+    whole: dict[str, Split | None] = {}
+    for group in groups:
+        scope = rule_class(group.rule).scope
+        if scope == "matrix" or (scope == "tensor" and not whole_tensors):
+            whole |= {name: matrices[name] if scope == "matrix" else None for name in group.parameters}
+    return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, whole)

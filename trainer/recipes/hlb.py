@@ -207,11 +207,14 @@ class Hlb(Recipe):
     def rows(self, config: Any, tied: bool) -> list[PlanEntry]:
         key = "lr" if config.optim.rest_lr is None else "rest_lr"
         lr, tables = getattr(config.optim, key), "positions" if tied else "embedding"
-        return [
-            PlanEntry("lr of the position bias", 100 * lr, f"100 {key}, times 0.995^step"),
-            PlanEntry(f"lr of norms, biases, {tables}", 32 * lr, f"32 {key}, warm-up, then (steps since)^-0.08"),
-            PlanEntry("lr of the head", 2 * lr, f"2 {key}, times (step + 1)^-0.2"),
-        ]
+        titles = {"norm": "norms", "bias": "biases", "embedding": tables}
+        slow = ", ".join(title for role, title in titles.items() if role not in config.optim.roles)
+        rows = {
+            "position": PlanEntry("lr of the position bias", 100 * lr, f"100 {key}, times 0.995^step"),
+            "slow": PlanEntry(f"lr of {slow}", 32 * lr, f"32 {key}, warm-up, then (steps since)^-0.08"),
+            "embedding" if tied else "head": PlanEntry("lr of the head", 2 * lr, f"2 {key}, times (step + 1)^-0.2"),
+        }
+        return [row for role, row in rows.items() if role not in config.optim.roles and (slow or role != "slow")]
 
 
 def law_rows(config: Any, parameters: int) -> list[PlanEntry]:

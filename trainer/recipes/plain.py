@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,11 +57,7 @@ class Plain(Recipe):
 
     def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
         """Only parameters of two or more dimensions decay."""
-        optim, decay = config.optim, decay_of(config, config.max_steps)
-
-        def schedule(step: int) -> float:
-            return multiplier(optim.schedule, step, decay)
-
+        optim, schedule = config.optim, self.schedule(config.optim.schedule, config)
         decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
         rest = [name for name, shape in shapes.items() if len(shape) < 2]
         adamw = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}}
@@ -70,6 +66,10 @@ class Plain(Recipe):
             Group("not decayed", rest, optim.lr, schedule, settings=adamw),
         ]
         return [group for group in groups if group.parameters]
+
+    def schedule(self, name: str, config: Any) -> Callable[[int], float]:
+        decay = decay_of(config, config.max_steps)
+        return lambda step: multiplier(name, step, decay)
 
     def schedule_change(self, config: Any, before: int, step: int) -> str:
         optim, now = config.optim, config.max_steps

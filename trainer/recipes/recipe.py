@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,12 @@ class Recipe:
         """Every parameter in one group. shapes: of the whole parameters, by name; config: resolved."""
         raise NotImplementedError
 
+    def schedule(self, name: str, config: Any) -> Callable[[int], float]:
+        """Another schedule than optim.schedule, for a role: 0-based step -> multiplier of lr. name: in `schedules`; config: resolved."""
+        raise NotImplementedError
+
     def rows(self, config: Any, tied: bool) -> list[PlanEntry]:
-        """What `plan` prints of the groups besides optim.lr. config: resolved."""
+        """What `plan` prints of the groups besides optim.lr and the entries of optim.roles. config: resolved."""
         return []
 
     def schedule_change(self, config: Any, before: int, step: int) -> str:

@@ -101,7 +101,7 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in ("engine", "float8", "profile")}
     for section, names in {
         "batch": ("device_token_capacity", "tokens_per_microbatch"),
-        "optim": ("state_precision", "name", "settings"),
+        "optim": ("state_precision", "name", "settings", "roles"),
     }.items():
         kept[section] = {key: value for key, value in (kept.get(section) or {}).items() if key not in names}
     return kept

@@ -48,12 +48,12 @@ class Trial:
             parameters = {name: torch.randn(shape, generator=draw) for name, shape in subject.shapes.items()}
         self.parameters = {name: nn.Parameter(value.clone()) for name, value in parameters.items()}
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        group = Group("all", list(shapes), lr, lambda step: 1.0, weight_decay=0.1, rule=subject.name)
         whole = dict.fromkeys(shapes) if subject.rule_class.scope == "matrix" else {}
         run = settings_of_run(subject.name, subject.settings, total_steps=100, warmup_steps=0)
-        given = {subject.name: {**subject.settings, **run}}
+        given = {**subject.settings, **run}
+        group = Group("all", list(shapes), lr, lambda step: 1.0, weight_decay=0.1, rule=subject.name, given=given)
         self.optimizer = Optimizer(
-            [group], shapes, self.parameters, 1.0, torch.zeros_like, torch.device("cpu"), given=given, whole=whole
+            [group], shapes, self.parameters, 1.0, torch.zeros_like, torch.device("cpu"), whole=whole
         )
         self.optimizer.exchange = self.exchange
         self.optimizer.allocate(self.parameters.values())
@@ -100,7 +100,7 @@ def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor], told: s
 
 def state_is_what_is_declared(subject: RuleSubject) -> None:
     trial = Trial(subject)
-    rule = trial.optimizer.rules[subject.name]
+    rule = trial.optimizer.param_groups[0]["rule"]
     before, own = trial.tensors(), copy.copy(vars(rule))
     for step in range(STEPS):
         trial.step(gradients_of(trial, step))
@@ -202,7 +202,7 @@ def no_step_waits_for_the_device(subject: RuleSubject) -> None:
 def bf16_state_is_enough(subject: RuleSubject) -> None:
     trial = Trial(subject)
     shape = torch.Size((12, 40))
-    declared = trial.optimizer.rules[subject.name].state(shape, torch.bfloat16)
+    declared = trial.optimizer.param_groups[0]["rule"].state(shape, torch.bfloat16)
     narrow = [key for key, (_, dtype) in declared.items() if dtype == torch.bfloat16]
     wide = [key for key, (size, dtype) in declared.items() if size == shape and dtype != torch.bfloat16 and key != STEP]
     require(not wide, f"`state` ignores the type that it is given for {', '.join(wide)}")

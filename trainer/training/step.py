@@ -81,7 +81,7 @@ def optimiser_step(run: Run) -> StepResult:
     length = run.plan.sequence_length(step)
     sequences = state.k * run.plan.sequences(step)
     counted = sequences * length  # tokens of this step on all ranks
-    torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # for dropout, for example
+    torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # for dropout
 
     watchdog.at(step + 1, "reading data", in_step=True)
     position = run.position()

@@ -164,11 +164,12 @@ class Experiment:
         """Write the config of a run."""
         path = self.folder / "configs" / f"{task.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
+        length = self.lengths[task.arm.key]
         own = {
             "run_dir": str(self.run_folder(task)),
             "seed": task.seed,
-            "max_steps": self.lengths[task.arm.key].steps,
-            "optim": {"lr": task.learning_rate},
+            "max_steps": length.steps,
+            "optim": task.arm.rates(task.learning_rate, length.learning_rate),
         }
         write_file(path, yaml_text.dump(yaml_text.untyped(merge(task.arm.values, own))))
         return path

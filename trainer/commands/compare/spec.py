@@ -55,6 +55,14 @@ class Arm:
         except UserError as error:
             raise UserError(f"variant {printable(self.name)}: {error}") from None
 
+    def rates(self, lr: float, planned: float) -> dict[str, Any]:
+        """The learning rates of a run at optim.lr `lr`. The others that the arm sets keep their ratio to it; planned: optim.lr of
+        the plan."""
+        optim = self.config().optim
+        rest = {} if optim.rest_lr is None else {"rest_lr": optim.rest_lr * (lr / planned)}
+        roles = {role: {"lr": own.lr * (lr / planned)} for role, own in optim.roles.items() if own.lr is not None}
+        return {"lr": lr, **rest, **({"roles": roles} if roles else {})}
+
 
 def compare_folder(config: CompareConfig) -> Path:
     """The folder of the comparison."""

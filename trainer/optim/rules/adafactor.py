@@ -31,6 +31,9 @@ class Adafactor(OptimizerRule):
     Config = AdafactorConfig
     scope = "tensor"
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return 0.01, "the paper's step relative to the weights, at any size (arXiv 1804.04235)"
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         step = {STEP: (torch.Size(), torch.float32)}
         if len(shape) < 2:

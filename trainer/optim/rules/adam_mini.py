@@ -33,6 +33,9 @@ class AdamMini(OptimizerRule):
     Config = AdamMiniConfig
     scope = "tensor"
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return adamw, "AdamW's, as the authors of Adam-mini recommend (arXiv 2406.16793)"
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         blocks = torch.Size([shape[0], *[1] * (len(shape) - 1)]) if len(shape) > 1 else torch.Size([1] * len(shape))
         return {

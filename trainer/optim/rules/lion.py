@@ -25,6 +25,12 @@ class Lion(OptimizerRule):
 
     Config = LionConfig
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return (
+            0.2 * adamw,
+            "0.2 x AdamW's, for Lion's authors take a third to a tenth of it (arXiv 2302.06675, section 5)",
+        )
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {"m": (shape, dtype)}
 

@@ -43,6 +43,12 @@ class MARS(OptimizerRule):
     Config = MARSConfig
     scope = "tensor"
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return max(adamw, min(10 * adamw, 6e-3)), (
+            "10 x AdamW's but at most 6e-3, as the authors for GPT-2 from 770 M down to 125 M (their README, arXiv "
+            "2411.10438), and never below AdamW's"
+        )
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         keys = ("exp_avg", "exp_avg_sq", "last_grad")
         return {STEP: (torch.Size(), torch.float32), **dict.fromkeys(keys, (shape, dtype))}

@@ -72,8 +72,10 @@ class Muon(MatrixRule):
         rows: Declared = {"v": (shape[:1], torch.promote_types(dtype, torch.float32))} if self.config.normuon else {}
         return {"momentum": (shape, dtype), **rows}
 
-    def default_lr(self) -> tuple[float, str] | None:
-        return None if self.config.scale == "match_rms" else (0.02, f"Keller Jordan's, for scale {self.config.scale}")
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        if self.config.scale == "match_rms":
+            return adamw, "AdamW's, for match_rms gives updates AdamW's size (arXiv 2502.16982)"
+        return 0.02, f"Keller Jordan's, for scale {self.config.scale}"
 
     def direction(self, group: GroupSettings, gradient: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor:
         own = group.config
@@ -111,6 +113,9 @@ class AdaMuon(MatrixRule):
     """
 
     Config = AdaMuonConfig
+
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return adamw, "AdamW's, for its updates have AdamW's size (arXiv 2507.11005)"
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {"momentum": (shape, dtype), "v": (shape, dtype)}

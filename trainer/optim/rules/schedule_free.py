@@ -33,6 +33,12 @@ class ScheduleFree(OptimizerRule):
     Config = ScheduleFreeConfig
     own_schedule = True
 
+    def default_lr(self, adamw: float) -> tuple[float, str] | None:
+        return max(adamw, min(2 * adamw, 2.5e-3)), (
+            "2 x AdamW's but at most 2.5e-3, the default of the authors' code, who find 1 to 10 times what AdamW has with a "
+            "schedule (their README, arXiv 2405.15682), and never below AdamW's"
+        )
+
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "z_minus_y": (shape, dtype), "exp_avg_sq": (shape, dtype)}
 
