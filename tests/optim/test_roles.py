@@ -170,14 +170,13 @@ def test_what_cannot_be_is_refused_in_one_line(optim, line):
 
 @pytest.mark.parametrize("strategy, roles, line", [
     ("zero2", {"norm": {"name": "lion"}}, "optim.roles: engine.strategy zero2 needs one optimizer, .* adamw, lion; use single"),
-    ("zero3", {"matrix": {"name": "muon"}}, "optim.roles.matrix.name: muon needs whole matrices, but engine.strategy zero3"),
     ("zero1", {"norm": {"name": "schedule-free"}}, "optim.roles.norm.name: schedule-free evaluates with other weights"),
 ])  # fmt: skip
 def test_flat_vectors_need_one_rule(strategy, roles, line):
     pytest.importorskip("deepspeed")
     with pytest.raises(UserError, match=f"^{line}"):
         planned({"roles": roles}, model=GPT2, engine={"strategy": strategy})
-    planned({"roles": {"norm": {"lr": 1e-3}}}, model=GPT2, engine={"strategy": strategy})
+    planned({"roles": {"norm": {"lr": 1e-3}, "matrix": {"name": "muon"}}}, model=GPT2, engine={"strategy": strategy})
 
 
 def test_a_role_with_its_own_rule_follows_the_rate_of_the_rest(tiny_dataset, tmp_path):

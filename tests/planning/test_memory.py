@@ -19,7 +19,7 @@ from models.layers.flex import causal_blocks
 from trainer.commands.bench.turns import start
 from trainer.commands.bench.variants import Variant, steady
 from trainer.commands.plugins import import_plugin
-from trainer.core.config import PrepareConfig, RunConfig
+from trainer.core.config import OptimConfig, PrepareConfig, RunConfig
 from trainer.core.settings import build as build_settings
 from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
@@ -333,9 +333,9 @@ def test_a_moving_average_is_fp32_and_lies_where_the_weights_are_updated(estimat
         ("fsdp", "pure_bf16", 4),
         ("zero2", "bf16", 4),
     ):
-        without, with_it = (state(estimate, strategy, precision, average=average) for average in (False, True))
+        without, with_it = (state(estimate, strategy, precision, optim=OptimConfig(ema=ema)) for ema in (0.0, 0.999))
         assert with_it == without | {"average": 4 / share}, strategy
-    assert state(estimate, "zero1", offload=True, average=True)["average"] == 0
+    assert state(estimate, "zero1", offload=True, optim=OptimConfig(ema=0.999))["average"] == 0
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
