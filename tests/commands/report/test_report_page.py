@@ -17,7 +17,7 @@ from conftest import ROOT, tiny_values
 from synthetic_runs import Experiment, simple_comparison, sweep, write_run
 
 from trainer.__main__ import dispatch
-from trainer.commands.report.figures import band_of, rate_figures
+from trainer.commands.report.figures import band_of, rate_figures, spread
 from trainer.commands.report.markdown import escape
 from trainer.commands.report.study import read_studies
 from trainer.commands.report.tables import difference_table
@@ -232,6 +232,14 @@ def test_the_band_is_from_the_lowest_to_the_highest_seed(tmp_path):
     assert x.tolist() == [20 * 512, 30 * 512, 40 * 512]
     assert (middle[-1], low[-1], high[-1]) == (2.5, 2.0, 3.0) and np.all((low <= middle) & (middle <= high))
     assert band_of(study.arms[0], "validation", "flops") is not None
+
+
+def test_labels_of_near_learning_rates_do_not_touch():
+    """Arms whose rates differ by a percent share a label; a sweep by factors of two has all of its own."""
+    sweep = [1e-3 * 2**i for i in range(6)]
+    assert spread(sweep) == sweep
+    assert spread(sorted(rate * (1 + off) for rate in sweep for off in (0, 0.004, 0.01))) == sweep
+    assert spread([1e-3]) == [1e-3]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")

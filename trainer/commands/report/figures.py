@@ -168,13 +168,22 @@ def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
             )
     axes.set(xlabel="learning rate", ylabel="loss at the end, nats per token")
     axes.set_xscale("log")
-    rates = sorted({rate for arm in arms for rate in arm.curve()})
-    shown = rates[:: 1 + len(rates) // 10]
+    shown = spread(sorted({rate for arm in arms for rate in arm.curve()}))
     axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown])
     axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
     _legend(axes, columns)
     return _svg(figure, name)
+
+
+def spread(rates: list[float], most: int = 10) -> list[float]:
+    """Those of the ascending `rates` whose labels do not touch on a logarithmic axis that has room for `most` of them."""
+    room = math.log(rates[-1] / rates[0]) / most
+    shown = rates[:1]
+    for rate in rates[1:]:
+        if math.log(rate / shown[-1]) > room:
+            shown.append(rate)
+    return shown
 
 
 # -- matplotlib ------------------------------------------------------------------------------------------------------------
