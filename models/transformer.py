@@ -284,7 +284,11 @@ class Transformer(LanguageModel):
 
     @classmethod
     def recording_refusal(cls, config: TransformerConfig) -> str | None:
-        return "Liger's loss waits for the device" if config.kernels == "liger" else super().recording_refusal(config)
+        if config.kernels == "liger":
+            return "Liger's loss waits for the device"
+        if config.neftune_alpha:
+            return "NEFTune's random numbers were never tried in a recording"
+        return super().recording_refusal(config)
 
     @classmethod
     def check_sizes(cls, config: TransformerConfig, tokens: int | None = None, longest: int | None = None) -> None:

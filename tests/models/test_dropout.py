@@ -108,6 +108,8 @@ def test_graphs_do_not_record_it():
         cls = get_model(name)
         assert cls.recording_refusal(cls.Config()) is None
         assert "dropout" in cls.recording_refusal(cls.Config(dropout=0.1))
+    cls = get_model("gpt2")
+    assert "NEFTune" in cls.recording_refusal(cls.Config(neftune_alpha=5.0))  # it draws random numbers too
 
 
 def test_a_run_with_dropout_goes_on_bit_for_bit_and_is_evaluated_without(tiny_dataset, tmp_path):
