@@ -59,6 +59,8 @@ def train(case: dict[str, Any], world: World, watchdog: Watchdog) -> dict[str, A
         chosen = checkpoint.choose(Path(case["load"]) / "checkpoints", None, world.say, world)
         assert chosen is not None
         run.go_on(*chosen)
+    else:
+        run.begin()
     if "halves_of" in case:
         read_halves_of(run, case["halves_of"])
     result: dict[str, Any] = {"engine": run.engine.describe(), "loss": [], "grad_norm": []}

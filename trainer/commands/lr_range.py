@@ -82,11 +82,13 @@ def run(asked: Asked, as_json: bool = False) -> None:
 
 
 def open_copy(values: Values) -> Run:
-    """The run in memory, with the weights of its newest checkpoint if it has one. Nothing is written into its folder."""
+    """The run in memory, as it would begin or go on: with the weights of its newest checkpoint if it has one. Nothing is written into
+    its folder."""
     from trainer.checkpoint import format as checkpoint
     from trainer.data.obtain import agree_on_dataset, obtain_dataset
     from trainer.planning.plan import resolve
     from trainer.planning.run_config import merged_config, read_run
+    from trainer.runs.parent import with_origin
     from trainer.runtime.distributed import World, join, read_world
     from trainer.runtime.signals import StopSignals
     from trainer.runtime.watchdog import Watchdog
@@ -94,14 +96,16 @@ def open_copy(values: Values) -> Run:
 
     world = read_world()
     stored = read_run(values, world.say)
-    config = merged_config(values, stored, world.size)
+    config = merged_config(with_origin(values, stored, world.size, world.say), stored, world.size)
     obtain_dataset(config, world)
     join(world, config.device, config.engine.timeout_minutes, alone=True)
     dataset = agree_on_dataset(config, world)
     plan = world.on_leader(lambda: resolve(config, dataset))
     copy = Run(plan, world, dataset, Watchdog(World(), 1), StopSignals(world))
     chosen = None if stored is None else checkpoint.choose(copy.folder / "checkpoints", None, world.say, world)
-    if chosen is not None:
+    if chosen is None:
+        copy.begin()
+    else:
         copy.go_on(*chosen)
     return copy
 

@@ -39,13 +39,14 @@ def resolved(given: Values) -> Any:
     """The config with all values inferred, for --print_config."""
     from trainer.data.stream import find_dataset
     from trainer.planning.plan import resolve
-    from trainer.planning.run_config import merged_config, read_run, with_branch
+    from trainer.planning.run_config import merged_config, read_run
+    from trainer.runs.parent import with_origin
 
     def say(line: str) -> None:
         pass
 
     stored, processes = read_run(given, say), find_rank_info(os.environ).size
-    config = merged_config(with_branch(given, stored, processes, say), stored, processes)
+    config = merged_config(with_origin(given, stored, processes, say), stored, processes)
     return resolve(config, find_dataset(config.data)).config
 
 

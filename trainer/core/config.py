@@ -286,6 +286,10 @@ class RunConfig:
         None,
         "RUN@STEP: a new run that begins with the config, weights, optimizer state and data position of that checkpoint",
     )
+    init_from: str | None = setting(
+        None, "RUN[@STEP]: a new run of the same model, at step 0, that begins with these weights and nothing else"
+    )
+    init_weights: str = setting("evaluation", f"which weights of the run init_from names; {WEIGHTS}")
     seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)
     max_steps: int | None = setting(
         None, "optimiser steps; auto: from tokens, tokens_per_parameter or epochs, else 1000", low=1, high=10**9

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.base import Batch
 from models.layers.float8 import convert_to_float8
@@ -347,6 +348,17 @@ class Engine:
         if not goes_on:
             self.begin_average()
 
+    @torch.no_grad()
+    def begin_with(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Before step 0: set parameters and buffers to other values than the initial ones; a moving average begins there.
+
+        weights: (name, whole tensor in CPU memory) of all, which every rank reads by itself. No collectives.
+        """
+        held = self.model.state_dict()
+        for name, whole in weights:
+            put_whole(held[name], whole)
+        self.begin_average()
+
     def average_goes_on(self, path: Any) -> bool:
         """Whether the moving average is to be read from a checkpoint. A line says where only one of both has one."""
         held = self.world.on_leader(lambda: holds(path, EMA))
@@ -372,6 +384,15 @@ def prepare_blocks(model: Any, config: Any, say: Callable[[str], None]) -> Compi
             convert_to_float8(block)
     checkpoint_activations(model, config.engine.activation_checkpointing)
     return Compiled(model, say) if config.engine.compile else None
+
+
+def put_whole(tensor: Tensor, whole: Tensor) -> None:
+    """Set a tensor, or this rank's shard of a DTensor, from the whole value, which every rank has."""
+    if isinstance(tensor, DTensor):
+        # src_data_rank None: each rank cuts its own part out of its own value.
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        tensor = tensor.to_local()
+    tensor.copy_(whole)
 
 
 def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -322,11 +322,7 @@ class DeepSpeedEngine(Engine):
             for key, shape in self.optimizer.whole_state(name).items()
         }
         check_shapes(path, expected | {f"optimizer.{full}": shape for full, shape in by_owner.items()})
-        for name, whole in each(path, "model."):
-            if name in self.local:
-                self._put_weight(name, whole)
-            elif name not in ties(self.model):
-                self.model.get_buffer(name).copy_(whole)
+        self._put_model(each(path, MODEL))
         own = self._own_state()
         for full, whole in each(path, "optimizer."):
             name, _, key = full.rpartition(".")
@@ -349,6 +345,21 @@ class DeepSpeedEngine(Engine):
                     self._put_master(name, whole)
         for _, updates in each(path, EMA_UPDATES):
             average.updates.copy_(updates)
+
+    def begin_with(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.stage == 0:
+            super().begin_with(weights)
+            return
+        self._put_model(weights)
+        self.begin_average()
+
+    def _put_model(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Set parameters and buffers from (name, whole tensor), which every rank has."""
+        for name, whole in weights:
+            if name in self.local:
+                self._put_weight(name, whole)
+            elif name not in ties(self.model):
+                self.model.get_buffer(name).copy_(whole)
 
     def _put_weight(self, name: str, whole: Tensor) -> None:
         """Set the fp32 master and the weight for computing from the whole value, which every rank has."""

@@ -101,6 +101,9 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     world = world or find_rank_info(os.environ)
     draft = Draft(build(RunConfig, dataclasses.asdict(config)))  # a copy: the caller's stays as given
     draft, model, vocab_size = choose_model(draft, dataset)
+    if draft.config.init_from is not None:
+        rule = f"its {draft.config.init_weights} weights, model and tokenizer; the rest begins at step 0"
+        draft = draft.note("init_from", draft.config.init_from, rule)
     draft = choose_objective(draft)
     draft = follow_launcher_config(draft, world.size)
     draft, target = choose_hardware(draft, model, gpu)

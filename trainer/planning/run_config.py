@@ -50,6 +50,8 @@ CHANGEABLE = (
     "log.",
 )
 
+HUB = "hf://"  # begins the name of a model on the Hugging Face hub
+
 # Keys that depend on the strategy and the number of processes. If either changes, they are decided anew.
 BY_STRATEGY = (
     "strategy",
@@ -260,27 +262,48 @@ def with_branch(
     source, step = branch_point(config.branch_from)
     before = dataclasses.replace(read_config(source, say), processes=_last_start(source, say).get("processes"))
     own = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
+    own |= {"init_from": None, "init_weights": "evaluation"}  # of that run's beginning
     return {**merge_run(given, before, processes), **own}
 
 
-def branch_point(text: str) -> tuple[Path, int]:
-    """The run's folder and the step that `branch_from` means; without a step, the newest one. UserError if there is none."""
+def as_started(given: dict[str, Any], stored: StoredConfig) -> dict[str, Any]:
+    """`given` with branch_from and init_from as the run has them, where they mean the same: the command that started a run, with a
+    relative path or without a step, may be given again."""
+    config = build(RunConfig, given)
+    kept = {}
+    for key in ("branch_from", "init_from"):
+        text, before = getattr(config, key), stored.values.get(key)
+        if text is None or before is None:
+            continue
+        whole = text if text.startswith(HUB) else str(user_path(text, key).absolute())
+        if whole in (before, before.rpartition("@")[0]):
+            kept[key] = before
+    return given | kept
+
+
+def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:
+    """The run's folder and the step that RUN[@STEP] means; without a step, the newest one. UserError, which names `key`, if there is
+    none."""
     from trainer.checkpoint.format import found
 
-    name, at, wanted = text.rpartition("@")
-    if not at:
-        name, wanted = wanted, ""
-    folder = user_path(name, "branch_from")
+    name, wanted = split_step(text)
+    folder = user_path(name, key)
     if not is_run(folder):
-        raise UserError(f"branch_from: {printable(folder)} is not a run's folder; write RUN@STEP")
+        raise UserError(f"{key}: {printable(folder)} is not a run's folder; write RUN@STEP")
     steps = [step for step, _ in found(folder / "checkpoints")]
     if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps) or not steps:
         have = ", ".join(map(str, steps)) or "none"
         raise UserError(
-            f"branch_from: {printable(folder)} has no checkpoint of step {printable(wanted or 'any')} (available: {have}); "
+            f"{key}: {printable(folder)} has no checkpoint of step {printable(wanted or 'any')} (available: {have}); "
             "checkpoint.keep and checkpoint.keep_every decide which are kept"
         )
     return folder, int(wanted) if wanted else steps[-1]
+
+
+def split_step(text: str) -> tuple[str, str]:
+    """The parts of NAME@STEP; the step is "" if there is none."""
+    name, at, step = text.rpartition("@")
+    return (name, step) if at else (step, "")
 
 
 def merged_config(given: dict[str, Any], stored: StoredConfig | None, processes: int) -> RunConfig:

@@ -35,8 +35,7 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
     config, world = run.config, run.world
     if not (plan_text is None and run.restore()):
         world.on_leader(lambda: start_anew(run.folder, world.say))
-        if config.branch_from is not None:
-            run.branch(config.branch_from)
+        run.begin()
     if run.state.step >= config.max_steps and run.owed is None:
         world.say(
             f"{run.folder} is finished ({run.state.step} steps); raise --max_steps to go on, or choose another --run_dir"

@@ -24,6 +24,7 @@ from trainer.planning.plan import Plan
 from trainer.planning.run_config import branch_point, check_branch, check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
 from trainer.runs.metrics import checked_row
+from trainer.runs.parent import find_parent
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
@@ -224,6 +225,13 @@ class Run:
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
         return True
 
+    def begin(self) -> None:
+        """Begin as branch_from or init_from says; without them, at step 0 with the initial weights."""
+        if self.config.branch_from is not None:
+            self.branch(self.config.branch_from)
+        elif self.config.init_from is not None:
+            self.begin_with(self.config.init_from)
+
     def branch(self, point: str) -> None:
         """Begin with another run's weights, optimizer state, step and data position. point: RUN@STEP.
 
@@ -243,6 +251,16 @@ class Run:
         self.go_on(path, manifest)
         self.rows, self.owed = "", None  # both belong to the other run's metrics.jsonl
         self.world.say(f"branching from {path}: step {self.state.step} of {self.config.max_steps}")
+
+    def begin_with(self, init_from: str) -> None:
+        """Begin at step 0 with the weights of a parent. init_from: as in config.yaml. UserError if its tokenizer is not that of the
+        data."""
+        config, world = self.config, self.world
+        parent = checkpoint.together(lambda: find_parent(init_from, world.say), world)[world.rank]
+        checkpoint.together(lambda: parent.check_tokenizer(self.dataset, config.data.path), world)
+        weights = parent.weights(config.init_weights, self.plan.model_class, self.plan.model_config, world)
+        checkpoint.together(lambda: self.engine.begin_with(weights), world)
+        world.say(f"beginning with the weights of {parent} ({config.init_weights})")
 
     def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
         """Load the state and the tensors of a checkpoint, whatever config it was made with."""

@@ -25,10 +25,10 @@ from trainer.planning.run_config import (
     merge_run,
     merged_config,
     read_run,
-    with_branch,
 )
 from trainer.runs.folder import LOCK_SECONDS, locked
 from trainer.runs.metrics import last_row
+from trainer.runs.parent import with_origin
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.exit_status import write_exit_status
@@ -46,7 +46,7 @@ def start(given: dict[str, Any], as_json: bool = False) -> None:
     """Train. given: values of the YAML file and the flags, as in RunConfig; as_json: print the results as JSON at the end."""
     world = read_world()
     stored = read_run(given, world.say)
-    given = with_branch(given, stored, world.size, world.say)
+    given = with_origin(given, stored, world.size, world.say)
     given = with_steps(given, stored, world)
     values = merge_run(given, stored, world.size)
     given = absolute_paths(given, values, {} if stored is None else stored.values, world.say)

@@ -1,0 +1,153 @@
+"""init_from: a new run that begins with the weights of another run.
+
+It takes the parent's model, with all fields, and its tokenizer. Everything else is its own: schedule, optimizer state, data, step 0.
+The run's config.yaml and every checkpoint's manifest name the parent by absolute path and step. A run that has a checkpoint never
+reads its parent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.weights import MODEL, choose_weights
+from trainer.core.config import RunConfig, model_name
+from trainer.core.errors import UserError
+from trainer.core.settings import build
+from trainer.core.text import printable
+from trainer.data.dataset import TOKENIZER, DatasetInfo
+from trainer.engine.meta import build_meta
+from trainer.planning.model import written_out
+from trainer.planning.run_config import (
+    StoredConfig,
+    as_started,
+    branch_point,
+    changeable,
+    drop_inferred,
+    read_config,
+    with_branch,
+)
+from trainer.runs.opening import projections_of
+from trainer.runtime.distributed import World
+
+Say = Callable[[str], None]
+SIZES = ("model_scale", "parameters")
+
+
+@dataclass(frozen=True)
+class RunParent:
+    """A checkpoint of a run. model: the section of its config, with every field; sizes: its SIZES that are set; data: keys of
+    `data` for a dataset with its tokenizer."""
+
+    folder: Path  # absolute
+    step: int
+    stored: StoredConfig
+
+    def __str__(self) -> str:
+        return f"{self.folder}@{self.step}"
+
+    @property
+    def model(self) -> dict[str, Any]:
+        section = self.stored.values["model"]
+        return {"name": model_name(section), **section}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {key: self.stored.values[key] for key in SIZES if self.stored.values.get(key) is not None}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        end = (self.stored.values.get("data") or {}).get("end_of_text")
+        return {"tokenizer": str(self.folder / TOKENIZER)} | ({} if end is None else {"end_of_text": end})
+
+    def check_tokenizer(self, dataset: DatasetInfo, path: Any) -> None:
+        """UserError if the dataset at `path` has another tokenizer."""
+        own = DatasetInfo.load(self.folder).tokenizer
+        if dataset.tokenizer.sha256 != own.sha256:
+            raise UserError(
+                f"init_from: {path} was prepared with tokenizer {dataset.tokenizer.name}, but {self.folder} uses {own.name}; "
+                f"prepare it with --tokenizer {self.folder / TOKENIZER}"
+            )
+
+    def weights(self, wanted: str, model_class: Any, model_config: Any, world: World) -> Iterable[tuple[str, Tensor]]:
+        """(name, whole tensor in CPU memory) of all weights. wanted: which ones, see trainer/checkpoint/weights.py; model_class,
+        model_config: of the new run. All ranks call this; each reads by itself. UserError if there are no such weights."""
+        found = choose_weights(self.folder / "checkpoints", self.step, wanted, world.say, world)
+        shapes = {MODEL + name: shape for name, shape in shapes_of(model_class, model_config).items()}
+        checkpoint.check_shapes(found.paths[-1], shapes)
+        return found.each(projections_of(model_class, model_config, found))
+
+
+def find_parent(text: str, say: Say) -> RunParent:
+    """The run and step that init_from names. UserError if there is none."""
+    folder, step = branch_point(text, "init_from")
+    return RunParent(folder.absolute(), step, read_config(folder, say))
+
+
+def with_origin(given: dict[str, Any], stored: StoredConfig | None, processes: int, say: Say) -> dict[str, Any]:
+    """The values of a `train` command, over those of the run that it begins from: see `with_branch` and `with_parent`."""
+    if stored is not None:
+        return as_started(given, stored)
+    config = build(RunConfig, given)
+    if config.init_from is not None and config.branch_from is not None:
+        raise UserError("init_from: branch_from already says how the run begins; leave one of them out")
+    return with_parent(with_branch(given, None, processes, say), config, say)
+
+
+def with_parent(given: dict[str, Any], config: RunConfig, say: Say) -> dict[str, Any]:
+    """The values of a new run, over those that it takes from its parent, which is named as an absolute path with its step.
+
+    config: built of `given`. UserError if `given` contradicts the parent: another size, another model, or a field of the model
+    that changes the shape of its weights. A line says which other fields differ.
+    """
+    if config.init_from is None:
+        if config.init_weights != "evaluation":
+            raise UserError("init_weights: says which weights of init_from a run begins with; give --init_from too")
+        return given
+    parent = find_parent(config.init_from, say)
+    for key in SIZES:
+        wanted = getattr(config, key)
+        if wanted not in (None, parent.sizes.get(key)):
+            raise UserError(
+                f"init_from: {key} is {wanted:g}, but the size of the model is that of {parent}; leave it out"
+            )
+    return {
+        **given,
+        **parent.sizes,
+        "init_from": str(parent),
+        "model": changed_model(given.get("model") or {}, parent, say),
+        "data": {**parent.data, **drop_inferred(given.get("data") or {}, ())},
+    }
+
+
+def changed_model(given: dict[str, Any], parent: RunParent, say: Say) -> dict[str, Any]:
+    """The parent's section `model` with the fields of `given`; kernels are chosen for this machine."""
+    name = parent.model["name"]
+    kernels = {key.removeprefix("model.") for key in changeable(name) if key.startswith("model.")}
+    given = drop_inferred(given, ())
+    if given.get("name", name) != name:
+        raise UserError(f"init_from: model.name is {given['name']!r}, but {parent} is of {name}; leave it out")
+    before = written_out(build(RunConfig, {"model": parent.model}))
+    model = {**parent.model, **dict.fromkeys(parent.model.keys() & kernels, "auto"), **given}
+    after = written_out(build(RunConfig, {"model": model}))
+    differing = {
+        key: (getattr(after[1], key), getattr(before[1], key))
+        for key in given.keys() - kernels - {"name"}
+        if getattr(after[1], key) != getattr(before[1], key)
+    }
+    shown = ", ".join(f"model.{key} is {now!r} (was {then!r})" for key, (now, then) in sorted(differing.items()))
+    if differing and shapes_of(*after) != shapes_of(*before):
+        raise UserError(f"init_from: {printable(shown)}, which the weights of {parent} do not fit; leave it as it was")
+    if differing:
+        say(f"init_from: {printable(shown)}: the weights of {parent} were trained with the old value")
+    return model
+
+
+def shapes_of(model_class: Any, model_config: Any) -> dict[str, Any]:
+    """Name -> shape of every weight and buffer that a checkpoint of the model holds."""
+    return {name: tensor.shape for name, tensor in build_meta(model_class, model_config).state_dict().items()}
