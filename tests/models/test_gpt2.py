@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from models.hugging_face import gpt2_config, load_openai_weights
 from models.layers.positions import positions_in_documents
-from models.presets import Gpt2, gpt2_config, load_openai_weights
+from models.presets import Gpt2
 from trainer.planning import dial
 
 Gpt2Config = Gpt2.Config

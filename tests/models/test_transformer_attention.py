@@ -13,9 +13,10 @@ from test_transformer import VOCAB, B, T, draw_tokens, small
 
 import models.transformer
 from models.base import Cache
+from models.hugging_face import llama_config, load_llama_weights
 from models.layers import attend
 from models.layers.attention import sum_by_doubling
-from models.presets import Llama, llama_config, load_llama_weights
+from models.presets import Llama
 
 
 def draw(seed, *shape):

@@ -152,6 +152,6 @@ def test_data_with_another_tokenizer_are_refused(tmp_path, parent):
 
 
 def test_the_plan_knows_the_parents_model(tiny_dataset, tmp_path, parent, capsys):
-    plan_verb.run(plan_verb.read(child(tiny_dataset, tmp_path / "r", parent)))
+    plan_verb.run(plan_verb.VERB.argument(child(tiny_dataset, tmp_path / "r", parent)))
     printed = capsys.readouterr().out
     assert f"{parent}@6  its evaluation weights" in printed and "model.d_model" in printed

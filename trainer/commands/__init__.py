@@ -69,6 +69,20 @@ class Verb:
         return build(self.config, values) if self.read is None else self.read(values)
 
 
+def over_parent(config: type) -> Callable[[Values], Any]:
+    """For `read`, of a verb whose keys are a run's: the instance of `config` over what it takes from its parent (init_from)."""
+
+    def read(values: Values) -> Any:
+        built = build(config, values)
+        if built.init_from is None:
+            return built
+        from trainer.runs.parent import with_parent
+
+        return build(config, with_parent(values, built, lambda line: None))
+
+    return read
+
+
 def find_verbs() -> dict[str, Verb]:
     """Every verb that a file or folder of this package declares, by name."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]

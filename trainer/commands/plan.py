@@ -8,10 +8,10 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.commands import Values, Verb
+from trainer.commands import Verb, over_parent
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
-from trainer.core.settings import build, setting
+from trainer.core.settings import setting
 from trainer.core.text import printable_lines
 from trainer.runtime.launcher import RankInfo
 
@@ -30,16 +30,6 @@ class PlanConfig(RunConfig):
     mfu: float | None = setting(
         None, "share of the device's peak FLOP/s to expect; auto: a bench in runs/, else 0.5 to 0.2", above=0, high=1
     )
-
-
-def read(values: Values) -> PlanConfig:
-    """The config, over what it takes from its parent (init_from). Raises UserError for a wrong key or value."""
-    config = build(PlanConfig, values)
-    if config.init_from is None:
-        return config
-    from trainer.runs.parent import with_parent
-
-    return build(PlanConfig, with_parent(values, config, lambda line: None))
 
 
 def resolve_for(config: PlanConfig) -> tuple[Plan, str]:
@@ -82,6 +72,6 @@ VERB = Verb(
     run=run,
     alone=True,
     json=True,
-    read=read,
+    read=over_parent(PlanConfig),
     resolved=lambda config: resolve_for(config)[0].config,
 )

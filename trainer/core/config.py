@@ -287,7 +287,9 @@ class RunConfig:
         "RUN@STEP: a new run that begins with the config, weights, optimizer state and data position of that checkpoint",
     )
     init_from: str | None = setting(
-        None, "RUN[@STEP]: a new run of the same model, at step 0, that begins with these weights and nothing else"
+        None,
+        "RUN[@STEP], folder of a Hugging Face model (GPT-2, Llama, Qwen3), or hf://ORG/NAME: a new run of that model, from step 0, "
+        "that begins with its weights",
     )
     init_weights: str = setting("evaluation", f"which weights of the run init_from names; {WEIGHTS}")
     seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)

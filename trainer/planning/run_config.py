@@ -50,8 +50,6 @@ CHANGEABLE = (
     "log.",
 )
 
-HUB = "hf://"  # begins the name of a model on the Hugging Face hub
-
 # Keys that depend on the strategy and the number of processes. If either changes, they are decided anew.
 BY_STRATEGY = (
     "strategy",
@@ -269,6 +267,8 @@ def with_branch(
 def as_started(given: dict[str, Any], stored: StoredConfig) -> dict[str, Any]:
     """`given` with branch_from and init_from as the run has them, where they mean the same: the command that started a run, with a
     relative path or without a step, may be given again."""
+    from trainer.checkpoint.hugging_face import HUB
+
     config = build(RunConfig, given)
     kept = {}
     for key in ("branch_from", "init_from"):
@@ -289,7 +289,8 @@ def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:
     name, wanted = split_step(text)
     folder = user_path(name, key)
     if not is_run(folder):
-        raise UserError(f"{key}: {printable(folder)} is not a run's folder; write RUN@STEP")
+        also = ", nor that of a Hugging Face model (it has no config.json)" if key == "init_from" else ""
+        raise UserError(f"{key}: {printable(folder)} is not a run's folder{also}; write RUN@STEP")
     steps = [step for step, _ in found(folder / "checkpoints")]
     if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps) or not steps:
         have = ", ".join(map(str, steps)) or "none"

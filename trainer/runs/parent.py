@@ -1,26 +1,32 @@
-"""init_from: a new run that begins with the weights of another run.
+"""init_from: a new run that begins with the weights of a parent, which is another run or a Hugging Face model.
 
 It takes the parent's model, with all fields, and its tokenizer. Everything else is its own: schedule, optimizer state, data, step 0.
-The run's config.yaml and every checkpoint's manifest name the parent by absolute path and step. A run that has a checkpoint never
-reads its parent again.
+The run's config.yaml and every checkpoint's manifest name the parent: a run by absolute path and step, a folder by absolute path, a
+model of the hub by its commit. A run that has a checkpoint never reads its parent again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from models.base import get_model
+from models.hugging_face import family_of
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint import hugging_face
 from trainer.checkpoint.weights import MODEL, choose_weights
 from trainer.core.config import RunConfig, model_name
 from trainer.core.errors import UserError
+from trainer.core.files import user_path
 from trainer.core.settings import build
 from trainer.core.text import printable
 from trainer.data.dataset import TOKENIZER, DatasetInfo
+from trainer.data.tokenizers import get_tokenizer
 from trainer.engine.meta import build_meta
 from trainer.planning.model import written_out
 from trainer.planning.run_config import (
@@ -83,10 +89,77 @@ class RunParent:
         return found.each(projections_of(model_class, model_config, found))
 
 
-def find_parent(text: str, say: Say) -> RunParent:
-    """The run and step that init_from names. UserError if there is none."""
+@dataclass(frozen=True)
+class ModelParent:
+    """A folder of a Hugging Face model. name: as config.yaml keeps it. Otherwise like RunParent."""
+
+    name: str
+    folder: Path
+    model: dict[str, Any]
+    sizes: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"tokenizer": str(self.folder)} if self.has_tokenizer() else {}
+
+    def has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in hugging_face.TOKENIZER_FILES)
+
+    def check_tokenizer(self, dataset: DatasetInfo, path: Any) -> None:
+        if not self.has_tokenizer():
+            return
+        own = get_tokenizer(str(self.folder), end_of_text=dataset.arguments.get("end_of_text"))
+        if dataset.tokenizer.sha256 != own.sha256:
+            raise UserError(
+                f"init_from: {path} was prepared with tokenizer {dataset.tokenizer.name}, but {self} has another one; "
+                f"prepare it with --tokenizer {self.folder}"
+            )
+
+    def weights(self, wanted: str, model_class: Any, model_config: Any, world: World) -> Iterable[tuple[str, Tensor]]:
+        if wanted != "evaluation":
+            raise UserError(f"init_weights: {self} is not a run, so it has no {wanted}; leave it out")
+        if not self.has_tokenizer():
+            world.say(
+                f"init_from: {self} holds no tokenizer, so nothing proves that the data are prepared with the right one"
+            )
+        return self.each(build_meta(model_class, model_config))
+
+    def each(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of the weights for `model`, a model of ours without storage. UserError if they do not fit."""
+        family, _ = family_of(hugging_face.read_config(self.folder))
+        try:
+            yield from family.weights(model, hugging_face.Weights(self.folder))
+        except KeyError as error:
+            raise UserError(f"init_from: {self} lacks the weights {printable(error)}") from None
+        except RuntimeError as error:
+            raise UserError(f"init_from: {self}: {printable(error)}") from None
+
+
+Parent = RunParent | ModelParent
+
+
+def find_parent(text: str, say: Say) -> Parent:
+    """The run or the model that init_from names. UserError if there is none, or if it is of a kind that no model here computes."""
+    if text.startswith(hugging_face.HUB):
+        return model_parent(*hugging_face.fetch(text))
+    folder = user_path(text, "init_from")
+    if (folder / hugging_face.CONFIG).is_file():
+        return model_parent(str(folder.absolute()), folder.absolute())
     folder, step = branch_point(text, "init_from")
     return RunParent(folder.absolute(), step, read_config(folder, say))
+
+
+def model_parent(name: str, folder: Path) -> ModelParent:
+    try:
+        family, config = family_of(hugging_face.read_config(folder))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"init_from: {folder / hugging_face.CONFIG}: {printable(error)}") from None
+    model = {"name": family.name, **dataclasses.asdict(config)}
+    count = get_model(family.name).count_parameters(config)
+    return ModelParent(name, folder, model, {"parameters": count})
 
 
 def with_origin(given: dict[str, Any], stored: StoredConfig | None, processes: int, say: Say) -> dict[str, Any]:
@@ -125,7 +198,7 @@ def with_parent(given: dict[str, Any], config: RunConfig, say: Say) -> dict[str,
     }
 
 
-def changed_model(given: dict[str, Any], parent: RunParent, say: Say) -> dict[str, Any]:
+def changed_model(given: dict[str, Any], parent: Parent, say: Say) -> dict[str, Any]:
     """The parent's section `model` with the fields of `given`; kernels are chosen for this machine."""
     name = parent.model["name"]
     kernels = {key.removeprefix("model.") for key in changeable(name) if key.startswith("model.")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.commands import Verb
+from trainer.commands import Verb, over_parent
 from trainer.core.config import RunConfig
 from trainer.core.settings import setting
 
@@ -57,6 +57,7 @@ STEP = Verb(
     name="bench",
     help="speed and memory of a training step: sweeps, compared with a bare PyTorch loop and transformers",
     config=BenchConfig,
+    read=over_parent(BenchConfig),
     run=run,
     json=True,
 )
@@ -64,6 +65,7 @@ DATA = Verb(
     name="bench data",
     help="speed of loader and tokenizer, compared with what training consumes",
     config=BenchConfig,
+    read=over_parent(BenchConfig),
     run=run_data,
     json=True,
 )
@@ -71,6 +73,7 @@ CHECKPOINT = Verb(
     name="bench checkpoint",
     help="speed of saving and loading, compared with a plain file",
     config=BenchConfig,
+    read=over_parent(BenchConfig),
     run=run_checkpoint,
     json=True,
 )
