@@ -7,8 +7,14 @@ import pytest
 import torch
 from cases import matrix_values, train_cases
 from conftest import WHOLE
+from safetensors.torch import load_file, save_file
+from test_init_from_hugging_face import saved, transformers  # noqa: F401
+from tiny_runs import same
 
+from models.hugging_face import family_of, load_openai_weights
+from models.presets import Gpt2
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.hugging_face import read_config
 from trainer.runs.opening import open_run
 from trainer.runs.parent import with_origin
 from trainer.runtime.distributed import World
@@ -59,3 +65,17 @@ def test_every_strategy_begins_with_the_same_bits_and_trains_as_one_process(tiny
     for strategy, result in several.items():
         for key in ("loss", "average"):
             assert result[key] == pytest.approx(alone[key], rel=SAME), (strategy, key)
+
+
+def test_a_hugging_face_model_in_bf16(transformers, tiny_dataset, tmp_path):  # noqa: F811
+    """Its weights have another type than the run's, and GPT-2's matrices are views that are not contiguous."""
+    saved(transformers, tmp_path / "m", "gpt2")
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    at_once = [case(tiny_dataset, tmp_path / s, tmp_path / "m", s, steps=0, save=str(tmp_path / s)) for s in SAMPLE]
+    train_cases(at_once, 2, tmp_path)
+    model = Gpt2(family_of(read_config(tmp_path / "m"))[1])
+    load_openai_weights(model, load_file(file))
+    for strategy in SAMPLE:
+        found = checkpoint.load(tmp_path / strategy / "checkpoints" / checkpoint.step_name(0), "model.", WORLD)
+        assert same(found, model.state_dict()), strategy

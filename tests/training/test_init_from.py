@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_values
-from tiny_runs import WORLD, make, weights
+from tiny_runs import WORLD, make, same, weights
 
 from trainer.commands import plan as plan_verb
 from trainer.commands.train import resolved, run
@@ -42,10 +42,6 @@ def begun(values: dict) -> dict[str, torch.Tensor]:
     one.begin()
     one.stream.close()
     return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-
-
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("which", ["evaluation", "ema", "last-2"])
