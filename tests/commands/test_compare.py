@@ -137,6 +137,10 @@ def test_a_variant_has_learning_rates_of_its_own():
     [
         ({"variants": {"one": {}}}, "two or more"),
         ({"baseline": "gtp2"}, "no variant 'gtp2'"),
+        (
+            {"common": {"init_from": "runs/a"}},
+            "^variant .*: init_from: the runs of a comparison begin with initial weights",
+        ),
         ({"seeds": ["0", "1"]}, "favours the variant that was lucky"),
         ({"seeds": ["1", "1"]}, "twice"),
         ({"seeds": ["-1"]}, "negative"),

@@ -8,6 +8,7 @@ import yaml
 from conftest import tiny_values
 from tiny_runs import WORLD, make, same, weights
 
+from trainer.commands import bench, lr_range
 from trainer.commands import plan as plan_verb
 from trainer.commands.train import resolved, run
 from trainer.core.config import PrepareConfig
@@ -147,7 +148,12 @@ def test_data_with_another_tokenizer_are_refused(tmp_path, parent):
     assert (tmp_path / "r" / "tokenizer.json").read_bytes() == (parent / "tokenizer.json").read_bytes()
 
 
-def test_the_plan_knows_the_parents_model(tiny_dataset, tmp_path, parent, capsys):
-    plan_verb.run(plan_verb.VERB.argument(child(tiny_dataset, tmp_path / "r", parent)))
+def test_other_verbs_know_the_parent(tiny_dataset, tmp_path, parent, capsys):
+    values = child(tiny_dataset, tmp_path / "r", parent)
+    plan_verb.run(plan_verb.VERB.argument(values))
     printed = capsys.readouterr().out
     assert f"{parent}@6  its evaluation weights" in printed and "model.d_model" in printed
+    assert bench.STEP.argument(values).model["d_model"] == 32
+    copy = lr_range.open_copy(lr_range.VERB.argument(values).values)
+    copy.stream.close()
+    assert same(copy.model.state_dict(), open_run(str(parent), None, "cpu", "auto").model.state_dict())

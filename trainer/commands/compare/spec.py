@@ -51,9 +51,15 @@ class Arm:
     def config(self, **changes: Any) -> RunConfig:
         """The RunConfig of its runs, with top-level or nested `changes`. UserError for a bad key or value names the variant."""
         try:
-            return build(RunConfig, merge(self.values, changes))
+            config = build(RunConfig, merge(self.values, changes))
+            for key in ("init_from", "branch_from"):
+                if (
+                    getattr(config, key) is not None
+                ):  # the budget is that of a model which the parent, not the spec, decides
+                    raise UserError(f"{key}: the runs of a comparison begin with initial weights; leave it out")
         except UserError as error:
             raise UserError(f"variant {printable(self.name)}: {error}") from None
+        return config
 
     def rates(self, lr: float, planned: float) -> dict[str, Any]:
         """The learning rates of a run at optim.lr `lr`. The others that the arm sets keep their ratio to it; planned: optim.lr of
