@@ -216,7 +216,7 @@ def llama_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Iterator
     _refuse_leftovers(left, model, weights, "model.embed_tokens.weight")
 
 
-def _refuse_leftovers(left: set[str], model: Transformer, weights: dict[str, Tensor], embedding: str) -> None:
+def _refuse_leftovers(left: set[str], model: Transformer, weights: Mapping[str, Tensor], embedding: str) -> None:
     """RuntimeError if any name is left; for a tied model, a head that equals the embedding is allowed."""
     if model.head is None and torch.equal(weights.get("lm_head.weight", weights[embedding]), weights[embedding]):
         left = left - {"lm_head.weight"}

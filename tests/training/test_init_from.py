@@ -54,7 +54,7 @@ def test_a_run_begins_with_the_weights_that_init_weights_names(tiny_dataset, tmp
 
 
 def test_nothing_else_is_the_parents(tiny_dataset, tmp_path, parent):
-    values = child(tiny_dataset, tmp_path / "r", f"{parent}@3", seed=5, optim={"ema": 0.9})
+    values = child(tiny_dataset, tmp_path / "r", f"{parent}@3", seed=5, optim={"ema": 0.9}, model_scale=0.05)
     run(values)
     rows, config = (
         read_rows(tmp_path / "r" / "metrics.jsonl"),

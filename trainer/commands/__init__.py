@@ -73,7 +73,7 @@ def over_parent(config: type) -> Callable[[Values], Any]:
     """For `read`, of a verb whose keys are a run's: the instance of `config` over what it takes from its parent (init_from)."""
 
     def read(values: Values) -> Any:
-        built = build(config, values)
+        built: Any = build(config, values)
         if built.init_from is None:
             return built
         from trainer.runs.parent import with_parent

@@ -259,7 +259,7 @@ def with_branch(
         raise UserError("branch_from: a branch is a run of its own; name its folder with --run_dir")
     source, step = branch_point(config.branch_from)
     before = dataclasses.replace(read_config(source, say), processes=_last_start(source, say).get("processes"))
-    own = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
+    own: dict[str, Any] = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
     own |= {"init_from": None, "init_weights": "evaluation"}  # of that run's beginning
     return {**merge_run(given, before, processes), **own}
 

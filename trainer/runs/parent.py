@@ -52,23 +52,22 @@ class RunParent:
 
     folder: Path  # absolute
     step: int
-    stored: StoredConfig
+    config: RunConfig
 
     def __str__(self) -> str:
         return f"{self.folder}@{self.step}"
 
     @property
     def model(self) -> dict[str, Any]:
-        section = self.stored.values["model"]
-        return {"name": model_name(section), **section}
+        return {"name": model_name(self.config.model), **self.config.model}
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {key: self.stored.values[key] for key in SIZES if self.stored.values.get(key) is not None}
+        return {key: getattr(self.config, key) for key in SIZES if getattr(self.config, key) is not None}
 
     @property
     def data(self) -> dict[str, Any]:
-        end = (self.stored.values.get("data") or {}).get("end_of_text")
+        end = self.config.data.end_of_text
         return {"tokenizer": str(self.folder / TOKENIZER)} | ({} if end is None else {"end_of_text": end})
 
     def check_tokenizer(self, dataset: DatasetInfo, path: Any) -> None:
@@ -149,7 +148,7 @@ def find_parent(text: str, say: Say) -> Parent:
     if (folder / hugging_face.CONFIG).is_file():
         return model_parent(str(folder.absolute()), folder.absolute())
     folder, step = branch_point(text, "init_from")
-    return RunParent(folder.absolute(), step, read_config(folder, say))
+    return RunParent(folder.absolute(), step, read_config(folder, say).build())
 
 
 def model_parent(name: str, folder: Path) -> ModelParent:
