@@ -83,7 +83,7 @@ def assert_same_run(hunted: Path, calm: Path) -> None:
     assert not [name for name in left if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("kills", beyond([4], [4, 50]))
+@pytest.mark.parametrize("kills", beyond([2], [2, 50]))
 def test_kills_at_random_moments(tiny_dataset, tmp_path, capsys, kills):
     calm = write(tmp_path / "calm", values(tiny_dataset, tmp_path / "calm" / "run", kills))
     begin = time.monotonic()
