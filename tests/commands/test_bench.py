@@ -11,7 +11,7 @@ from conftest import ROOT, error_line, tiny_values, trainer
 from processes import forked_trainer
 
 from models.base import get_model
-from models.presets import load_llama_weights, load_openai_weights
+from models.hugging_face import load_llama_weights, load_openai_weights
 from trainer.commands.bench import BenchConfig, clock, turns
 from trainer.commands.bench.baselines import (
     COUNTERPARTS,

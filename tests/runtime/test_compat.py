@@ -129,6 +129,7 @@ ALLOWED = {
     "trainer/engine/compilation.py",  # mark_static, and the name of a logger
     # operators in the hot path, probed
     "trainer/optim/adamw.py",
+    "trainer/optim/ema.py",
     "trainer/optim/foreach.py",
     "trainer/optim/matrix_rule.py",
     "trainer/optim/narrow_state.py",
