@@ -339,7 +339,12 @@ def calm(evaluated, tmp_path_factory):
 def rows_of(folder):
     """Without what a clock and the process say."""
     rows = read_rows(folder / "metrics.jsonl")
-    measured = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")  # of the process, which is another one later
+    measured = (
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    )  # of the process, which is another one later
     return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
