@@ -42,6 +42,7 @@ def test_a_run_makes_the_steps_of_its_seconds_and_ends_with_one_line_of_json(val
     folder = {"run_dir": str(tmp_path / "run")}
     before = read_run(folder, print)
     assert "max_steps" not in with_steps({**folder, "max_seconds": 3}, before, World())
+    assert with_steps({**folder, **values, "max_steps": 12}, None, World())["max_steps"] == 12  # a config with both
     run({**values, "max_steps": 14} | {"max_seconds": None})
     assert last_row(tmp_path / "run" / "metrics.jsonl")["step"] == 14
 
@@ -54,7 +55,8 @@ def test_a_run_makes_the_steps_of_its_seconds_and_ends_with_one_line_of_json(val
         ({"max_seconds": -1}, 1, "max_seconds: -1.0 is too small"),
     ],
 )
-def test_a_length_that_cannot_be_told_is_refused(values, change, size, line):
+def test_a_length_that_cannot_be_told_is_refused(values, change, size, line, monkeypatch):
+    monkeypatch.setattr(time_limit, "measure_speed", None)  # refused before anything is measured
     with pytest.raises(UserError, match=line):
         with_steps({**values, **change}, None, World(0, size, 0, size))
 

@@ -27,7 +27,7 @@ def choose_length(draft: Draft, model: ModelFacts, train_tokens: int | None) -> 
     if stated == ["max_seconds"]:
         if config.max_steps is None:
             raise UserError("max_seconds: only `train` measures the speed; give max_steps, tokens or epochs here")
-        rule = f"{config.max_seconds:g} s of training, at the speed that was measured"
+        rule = f"for max_seconds {config.max_seconds:g}"  # measured by `train`, or given beside it
         return draft.note("max_steps", config.max_steps, rule)
     wanted, rule = tokens_wanted(stated[0], getattr(config, stated[0]), model.parameters, train_tokens)
     batch = config.batch

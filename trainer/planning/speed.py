@@ -44,4 +44,4 @@ def _bench(values: dict[str, Any], folder: Path, plugins: list[str], environment
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", env={**os.environ, **environment})
     if done.returncode:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("error: ")), "error: ")
-        raise UserError(f"its speed cannot be measured: {printable(said.removeprefix('error: '), 500)}")
+        raise UserError(f"the speed cannot be measured: {printable(said.removeprefix('error: '), 500)}")

@@ -26,6 +26,7 @@ OURS = {
     "model_scale": "use `scales`",
     "parameters": "use `scales`",
     **dict.fromkeys(LENGTHS, "only `common` sets it, for the baseline; `budget` decides the others"),
+    "max_seconds": "give max_steps in `common`, and `budget: seconds`",
 }
 KEPT_CHECKPOINTS = {"checkpoint": {"keep": 1}}  # a comparison has many runs; the newest is enough to go on
 
