@@ -14,6 +14,7 @@ from torch import nn
 from models.base import Split
 from trainer.core.config import RoleConfig
 from trainer.optim import Assignment, Group, Optimizer, assign, matrices_of, no_schedule, rule_class
+from trainer.optim.groups import shapes_of
 from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
 from trainer.recipes.plain import Plain
 from trainer.recipes.recipe import PlanEntry, Recipe
@@ -31,7 +32,7 @@ def recipe_rows(config: Any, model: Any) -> list[PlanEntry]:
     rows, name = RECIPES[config.optim.recipe].rows(config, model.tied_embedding()), config.optim.name
     if rule_class(name).own_schedule:
         rows = [row._replace(rule=f"constant, because {name} needs no schedule") for row in rows]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
     parameters = sum(shape.numel() for shape in shapes.values())
     return [*law_rows(config, parameters), *rows, *role_rows(config, model, shapes), *evaluation_rows(config)]
 
