@@ -484,8 +484,8 @@ def test_dataset_mistakes(tmp_path):
     for content, message in [
         ('{"format": 1', "malformed"),
         ("[]", "malformed"),
-        (json.dumps({**good, "format": 3}), "its digest is not that of its content"),
-        (json.dumps({**unsealed, "format": 3}), "format 3, this version reads 1 and 2"),
+        (json.dumps({**good, "format": 4}), "its digest is not that of its content"),
+        (json.dumps({**unsealed, "format": 4}), "format 4, this version reads 1 to 3"),
         (json.dumps({key: value for key, value in good.items() if key != "splits"}), "malformed"),
         (json.dumps({**good, "tokenizer": {"name": "x"}}), "malformed"),
     ]:

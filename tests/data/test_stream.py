@@ -37,9 +37,9 @@ def test_an_epoch_holds_every_sample_once(stream):
     length = stream.split.length
     windows = stream.windows(0, length, 0, stream.n_samples)
     seen = {tuple(row) for row in windows}
-    expected = {tuple(stream.split.sample(i)) for i in range(stream.n_samples)}
+    expected = {tuple(stream.split.sample(i)["tokens"]) for i in range(stream.n_samples)}
     assert seen == expected
-    assert [tuple(row) for row in windows] != [tuple(stream.split.sample(i)) for i in range(stream.n_samples)]
+    assert [tuple(row) for row in windows] != [tuple(stream.split.sample(i)["tokens"]) for i in range(stream.n_samples)]
 
 
 @pytest.mark.parametrize("order", ["samples", "windows"])
@@ -87,7 +87,9 @@ def test_no_sample_is_read_for_every_one_of_its_windows(split, monkeypatch):
         stream.read_ahead(position + 16 * count, 16, 0, count)
         seen |= set(map(tuple, windows.tolist()))
     stream.close()
-    expected = {tuple(sample(i)[at : at + 17].tolist()) for i in range(stream.n_samples) for at in range(0, 64, 16)}
+    expected = {
+        tuple(sample(i)["tokens"][at : at + 17].tolist()) for i in range(stream.n_samples) for at in range(0, 64, 16)
+    }
     assert seen == expected
     ahead = len(read) - stream.n_samples  # of the next epoch
     assert sorted(read[: len(read) - ahead]) == list(range(stream.n_samples)) and ahead <= 50

@@ -147,8 +147,7 @@ def matrix_updates(run: Run) -> dict[str, Any]:
     """The hook of matrix optimisers on one more batch: of each update some entries, and which rank computed it."""
     length = run.plan.sequence_length(run.state.step)
     sequences = run.config.batch.tokens_per_step // length
-    rows = run.read(length, sequences)
-    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    batch = run.read(length, sequences)
     parts = microbatches(run, batch, length, sequences)
     for part in parts:
         run.engine.backward(part, 1 / (sequences * length), part is parts[-1])

@@ -2,14 +2,19 @@
 
     DIR/dataset.json            this description, written last
     DIR/tokenizer.json          Hugging Face format, whatever tokenizer was used
-    DIR/{train,validation}/     index.json and shard.*.mds, one column `tokens`
+    DIR/{train,validation}/     index.json, shard.*.mds, and lengths.bin
 
 A split is one stream of tokens: its documents in order, each followed by the end-of-text id. Stored sample i holds the
 stream's tokens [i*L, i*L + L], both ends included, so neighbours share one token and every token except the first is a
-target exactly once. Only the last sample may be shorter (at least two tokens). Nothing is padded.
+target exactly once. Only the last sample may be shorter (at least two tokens). Nothing is padded. lengths.bin holds the number of
+tokens of each document, with its end-of-text id, as little-endian uint32.
 
-The fingerprint covers what decides the tokens: the tokenizer, the sample length and the shards. The digest of dataset.json covers
-everything else in it, and every index.json. Format 1 had neither that digest nor those of the index files.
+A sample has the column `tokens`, and those of `columns`: arrays of the same length that say something about each token. What such a
+column says about the first token of a sample is not used, because that token is a target in the sample before.
+
+The fingerprint covers what decides the tokens: the tokenizer, the sample length and the shards; with further columns also the
+lengths, which then do not follow from the tokens. The digest of dataset.json covers everything else in it, every index.json, and
+lengths.bin. Format 2 had neither lengths nor columns, format 1 no digest either.
 """
 
 from __future__ import annotations
@@ -21,13 +26,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import DIGEST, parse_json, read_small, sealed, system_error, write_file
 from trainer.core.text import printable
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 FILE = "dataset.json"
 TOKENIZER = "tokenizer.json"
+LENGTHS = "lengths.bin"
+LENGTH_TYPE = np.dtype("<u4")
+COLUMN_TYPES = ("uint8", "uint16", "uint32", "float16", "float32")
 SPLITS = ("train", "validation")
 UINT16_IDS = 1 << 16
 
@@ -54,8 +64,17 @@ class SplitInfo:
 
 
 @dataclass
+class ColumnInfo:
+    """A further column: number type and shape of what it says about one token."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclass
 class DatasetInfo:
-    """The content of dataset.json. `indexes`: sha256 of each split's index.json."""
+    """The content of dataset.json. indexes, lengths: sha256 of each split's index.json and lengths.bin; columns: by name, those
+    beside `tokens`."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -66,6 +85,8 @@ class DatasetInfo:
     arguments: dict[str, Any]
     versions: dict[str, str]
     indexes: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, ColumnInfo] = field(default_factory=dict)
     format: int = FORMATS[-1]
 
     @classmethod
@@ -106,7 +127,7 @@ class DatasetInfo:
         version = content.get("format")
         if version not in FORMATS or isinstance(version, bool):
             raise UserError(
-                f"{where}: format {printable(repr(version))}, this version reads {' and '.join(map(str, FORMATS))}; "
+                f"{where}: format {printable(repr(version))}, this version reads {FORMATS[0]} to {FORMATS[-1]}; "
                 "prepare the data again"
             )
         if version > 1 and content.pop(DIGEST, None) is None:
@@ -114,6 +135,7 @@ class DatasetInfo:
         try:
             content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
+            content["columns"] = {name: ColumnInfo(**column) for name, column in content.get("columns", {}).items()}
             info = cls(**content)
             info._check()
             info.tokenizer.name = printable(info.tokenizer.name)
@@ -140,8 +162,13 @@ class DatasetInfo:
             raise ValueError(f"splits are {', '.join(self.splits)}, not {' and '.join(SPLITS)}")
         if self.sealed and set(self.indexes) != set(self.splits):
             raise ValueError("indexes do not name the splits")
-        for name, digest in self.indexes.items():
-            hex_digits(digest, f"indexes.{name}")
+        if self.has_lengths and set(self.lengths) != set(self.splits):
+            raise ValueError("lengths do not name the splits")
+        for key in ("indexes", "lengths"):
+            for name, digest in getattr(self, key).items():
+                hex_digits(digest, f"{key}.{name}")
+        for name, column in self.columns.items():
+            _check_column(name, column)
         for name, split in self.splits.items():
             for key, count in asdict(split).items():
                 whole_number(count, f"splits.{name}.{key}")
@@ -155,9 +182,24 @@ class DatasetInfo:
         """Whether a digest covers the counts. The counts of format 1 cannot be checked."""
         return self.format > 1
 
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the lengths of the documents are stored."""
+        return self.format > 2
+
     def save(self, folder: str | Path) -> None:
         """Write dataset.json into `folder`."""
         write_file(Path(folder) / FILE, sealed(asdict(self)))
+
+
+def _check_column(name: str, column: ColumnInfo) -> None:
+    """Raises ValueError if no command of ours writes such a column."""
+    if not name.isidentifier() or name == "tokens":
+        raise ValueError(f"a column is named {printable(repr(name), 60)}")
+    if column.dtype not in COLUMN_TYPES or not isinstance(column.shape, list):
+        raise ValueError(f"column {name} has dtype {printable(repr(column.dtype), 60)}")
+    for size in column.shape:
+        whole_number(size, f"columns.{name}.shape", 1, UINT16_IDS)
 
 
 def _missing(folder: Path) -> str:
@@ -230,7 +272,12 @@ def shard_hashes(split_folder: str | Path) -> list[str]:
     return [shard["raw_data"]["hashes"]["xxh64"] for shard in index["shards"]]
 
 
-def fingerprint(tokenizer_sha256: str, sample_length: int, hashes: dict[str, list[str]]) -> str:
-    """sha256 over all that decides which tokens a run sees; `hashes` maps each split to its shards' hashes."""
-    identity = [tokenizer_sha256, sample_length, [[split, hashes[split]] for split in sorted(hashes)]]
+def fingerprint(
+    tokenizer_sha256: str, sample_length: int, hashes: dict[str, list[str]], lengths: dict[str, str] | None = None
+) -> str:
+    """sha256 over all that decides which tokens a run sees. hashes: of each split's shards; lengths: sha256 of each split's
+    lengths.bin, for a dataset with further columns."""
+    identity: list[Any] = [tokenizer_sha256, sample_length, [[split, hashes[split]] for split in sorted(hashes)]]
+    if lengths:
+        identity.append([[split, lengths[split]] for split in sorted(lengths)])
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,19 @@ Batch = list[Piece]
 
 
 class Encoded(NamedTuple):
-    """The ids of a batch, an end-of-text id after each document that ends in it, and its sizes (see SplitInfo)."""
+    """The ids of a batch, an end-of-text id after each document that ends in it, and its sizes (see SplitInfo). ends: where these
+    documents end, as counts of the batch's tokens; columns: those beside `tokens`."""
 
     split: str
     tokens: np.ndarray
-    documents: int
+    ends: np.ndarray
     bytes: int
     words: int
     lost_bytes: int = 0  # of characters that no id stands for; not in `bytes`
     lost: str = ""  # some of these characters
     skipped_rows: int = 0
     first_skipped: str = ""  # what was wrong with the first of them
+    columns: Mapping[str, np.ndarray] = {}
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
@@ -64,7 +66,8 @@ class Encoder:
     def __call__(self, batch: Batch) -> Encoded:
         """The encoded batch. Raises UserError that names the file (and line)."""
         tokens = [np.empty(0, self._dtype)]
-        documents = size = words = skipped = 0
+        ends: list[int] = []
+        count = size = words = skipped = 0
         lost, first_skipped = [], ""
         with silent_stderr():
             for piece in batch:
@@ -84,14 +87,16 @@ class Encoder:
                 for part in cut(text):
                     ids, lost_here = self._encode(part, piece.where)
                     tokens.append(ids.astype(self._dtype))
+                    count += len(ids)
                     lost.append(lost_here)
                 if piece.ends_document:
                     tokens.append(self._end)
-                    documents += 1
+                    count += 1
+                    ends.append(count)
         all_lost = "".join(lost)
         lost_bytes = len(all_lost.encode("utf-8"))
         return Encoded(
-            *(batch[0].split, np.concatenate(tokens), documents, size - lost_bytes, words),
+            *(batch[0].split, np.concatenate(tokens), np.array(ends, np.int64), size - lost_bytes, words),
             *(lost_bytes, "".join(dict.fromkeys(all_lost[:10_000]))[:10], skipped, first_skipped),
         )
 

@@ -55,7 +55,8 @@ def read_index(folder: Path, split: str, info: DatasetInfo) -> list[Shard]:
 def check_fingerprint(folder: Path, info: DatasetInfo) -> None:
     """Raises Damaged if the dataset in `folder` is not the one that `info` describes. Reads only small files."""
     hashes = {split: [shard.xxh64 for shard in read_index(folder, split, info)] for split in info.splits}
-    if dataset.fingerprint(info.tokenizer.sha256, info.sample_length, hashes) != info.fingerprint:
+    lengths = info.lengths if info.columns else None
+    if dataset.fingerprint(info.tokenizer.sha256, info.sample_length, hashes, lengths) != info.fingerprint:
         raise Damaged(
             f"data: the fingerprint in {folder / dataset.FILE} does not match its tokenizer and shards: one of these files was "
             "changed or belongs to another dataset; copy or prepare the data again"
@@ -89,9 +90,10 @@ def _shard(entry: dict[str, Any], number: int, info: DatasetInfo) -> Shard:
     _expect(bare_name(raw["basename"], "raw_data.basename"), name, "raw_data.basename")
     _expect(entry["version"], 2, "version")
     _expect(entry["format"], "mds", "format")
-    _expect(entry["column_names"], ["tokens"], "column_names")
-    _expect(entry["column_encodings"], [f"ndarray:{info.dtype}"], "column_encodings")
-    _expect(entry["column_sizes"], [None], "column_sizes")
+    encodings = encodings_of(info)
+    _expect(entry["column_names"], list(encodings), "column_names")
+    _expect(entry["column_encodings"], list(encodings.values()), "column_encodings")
+    _expect(entry["column_sizes"], [None] * len(encodings), "column_sizes")
     _expect(entry["compression"], None, "compression")
     _expect(entry["zip_data"], None, "zip_data")
     _expect(entry["hashes"], ["xxh64"], "hashes")
@@ -103,6 +105,12 @@ def _shard(entry: dict[str, Any], number: int, info: DatasetInfo) -> Shard:
         whole_number(entry["samples"], "samples"),  # 0 if a single sample is larger than a shard should be
         hex_digits(raw["hashes"]["xxh64"], "xxh64", 16),
     )
+
+
+def encodings_of(info: DatasetInfo) -> dict[str, str]:
+    """Column -> its encoding in MDS, in the order of the library's files."""
+    types = {"tokens": info.dtype, **{name: column.dtype for name, column in info.columns.items()}}
+    return {name: f"ndarray:{types[name]}" for name in sorted(types)}
 
 
 def _expect(found: Any, written: Any, name: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
 
-from trainer.data.dataset import SplitInfo
+from trainer.data.dataset import LENGTH_TYPE, LENGTHS, ColumnInfo, SplitInfo
 from trainer.data.encode import Encoded
 from trainer.data.index import Shard
 
@@ -31,8 +32,9 @@ def import_streaming() -> ModuleType:
     return streaming
 
 
-def open_shard(folder: Path, shard: Shard, dtype: str) -> Any:
-    """The library's reader of a shard in `folder`: `reader[i]["tokens"]` is its sample i. Nothing is read or checked yet."""
+def open_shard(folder: Path, shard: Shard, encodings: Mapping[str, str]) -> Any:
+    """The library's reader of a shard in `folder`: `reader[i]["tokens"]` is that column of its sample i. encodings: as in
+    `encodings_of`. Nothing is read or checked yet."""
     import_streaming()
     from streaming.base.format.base.reader import FileInfo
     from streaming.base.format.mds import MDSReader
@@ -40,9 +42,9 @@ def open_shard(folder: Path, shard: Shard, dtype: str) -> Any:
     return MDSReader(
         dirname=str(folder),
         split=None,
-        column_encodings=[f"ndarray:{dtype}"],
-        column_names=["tokens"],
-        column_sizes=[None],
+        column_encodings=list(encodings.values()),
+        column_names=list(encodings),
+        column_sizes=[None] * len(encodings),
         compression=None,
         hashes=["xxh64"],
         raw_data=FileInfo(shard.basename, shard.bytes, {"xxh64": shard.xxh64}),
@@ -58,42 +60,58 @@ def samples_in(head: bytes) -> int:
 
 
 class SplitWriter:
-    """Packs one split's stream of tokens into samples, and these into MDS shards."""
+    """Packs one split's stream of tokens into samples, and these into MDS shards. columns: those beside `tokens`."""
 
-    def __init__(self, folder: Path, dtype: str, sample_length: int, shard_megabytes: int):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        sample_length: int,
+        shard_megabytes: int,
+        columns: Mapping[str, ColumnInfo] = MappingProxyType({}),
+    ):
+        every = {"tokens": ColumnInfo(dtype, []), **columns}
         self.info = SplitInfo()
         self._length = sample_length
-        self._dtype = dtype
-        self._rest = np.empty(0, dtype)  # begins with the token shared with the last sample written
+        self._folder = folder
+        # Begins with the token shared with the last sample written.
+        self._rest = {name: np.empty((0, *column.shape), column.dtype) for name, column in every.items()}
+        self._open = 0  # tokens of the document that has not ended yet
+        self._lengths: list[np.ndarray] = []
         self._mds = import_streaming().MDSWriter(
             out=str(folder),
-            columns={"tokens": f"ndarray:{dtype}"},
+            columns={name: f"ndarray:{column.dtype}" for name, column in every.items()},
             hashes=["xxh64"],
             size_limit=shard_megabytes << 20,
         )
 
     def add(self, encoded: Encoded) -> None:
         """Append a batch to the stream and write the samples it completes."""
+        columns = {"tokens": encoded.tokens, **encoded.columns}
         for start in range(0, len(encoded.tokens), APPENDED):
-            self._append(encoded.tokens[start : start + APPENDED])
+            self._append({name: values[start : start + APPENDED] for name, values in columns.items()})
+        lengths = np.diff(encoded.ends, prepend=-self._open)
+        self._open += len(encoded.tokens) - int(lengths.sum())
+        self._lengths.append(lengths.astype(LENGTH_TYPE))
         self.info.tokens += len(encoded.tokens)
-        self.info.documents += encoded.documents
+        self.info.documents += len(lengths)
         self.info.bytes += encoded.bytes
         self.info.words += encoded.words
 
-    def _append(self, tokens: np.ndarray) -> None:
-        stream = np.concatenate([self._rest, tokens])
-        ends = range(self._length, len(stream), self._length)
+    def _append(self, columns: Mapping[str, np.ndarray]) -> None:
+        streams = {name: np.concatenate([rest, columns[name]]) for name, rest in self._rest.items()}
+        ends = range(self._length, len(streams["tokens"]), self._length)
         for end in ends:
-            self._write(stream[end - self._length : end + 1])
-        self._rest = stream[len(ends) * self._length :]
+            self._write({name: stream[end - self._length : end + 1] for name, stream in streams.items()})
+        self._rest = {name: stream[len(ends) * self._length :] for name, stream in streams.items()}
 
     def finish(self) -> None:
-        """Write the last, shorter sample and the index."""
-        if len(self._rest) > 1:
+        """Write the last, shorter sample, the index and the lengths of the documents."""
+        if len(self._rest["tokens"]) > 1:
             self._write(self._rest)
         self._mds.finish()
+        (self._folder / LENGTHS).write_bytes(b"".join(lengths.tobytes() for lengths in self._lengths))
 
-    def _write(self, sample: np.ndarray) -> None:
-        self._mds.write({"tokens": sample})
+    def _write(self, sample: Mapping[str, np.ndarray]) -> None:
+        self._mds.write(dict(sample))
         self.info.samples += 1

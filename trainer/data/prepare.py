@@ -102,6 +102,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
         arguments=asdict(config),
         versions=_versions(),
         indexes={split: dataset.sha256_of(folder / split / "index.json") for split in SPLITS},
+        lengths={split: dataset.sha256_of(folder / split / dataset.LENGTHS) for split in SPLITS},
     )
     info.save(folder)
     return info

@@ -146,6 +146,21 @@ def fetch_shard(address: str, split: str, shard: Shard, folder: Path) -> None:
                 )
 
 
+def fetch_once(address: str, name: str, folder: Path, sha256: str) -> None:
+    """Make sure that `folder` holds a file of the dataset that few runs need. The caller checks its sha256 once more."""
+    path = folder / name
+    own_folder(path.parent)
+    with locked(folder), scratch(folder) as fetched:
+        if path.is_symlink():
+            path.unlink()
+        if dataset.present(path) and dataset.sha256_of(path) == sha256:
+            return
+        (fetched / name).parent.mkdir()
+        fetch(address, name, fetched)
+        with system_errors(f"data.cache: {path}: cannot be written"):
+            (fetched / name).replace(path)
+
+
 def is_whole(path: Path, shard: Shard) -> bool:
     """Whether a file has the size and the hash of `shard`."""
     with system_errors(f"{printable(path)}: cannot be read"):

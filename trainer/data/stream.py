@@ -22,8 +22,8 @@ from trainer.core.config import DataConfig
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import system_error, user_path
 from trainer.data import remote
-from trainer.data.dataset import DatasetInfo, present, xxh64_of
-from trainer.data.index import Shard, check_fingerprint, read_index
+from trainer.data.dataset import LENGTH_TYPE, LENGTHS, DatasetInfo, present, sha256_of, xxh64_of
+from trainer.data.index import Shard, check_fingerprint, encodings_of, read_index
 from trainer.data.mds import open_shard, samples_in
 from trainer.data.order import ORDERS, Order
 from trainer.data.remote import Say, is_remote
@@ -72,7 +72,7 @@ class Split:
         self._remote = data.path if is_remote(data.path or "") else None
         self._shards = read_index(self.folder, name, info)
         self._starts = np.cumsum([0] + self.shard_sizes)
-        self._readers = [open_shard(self.folder / name, shard, info.dtype) for shard in self._shards]
+        self._readers = [open_shard(self.folder / name, shard, encodings_of(info)) for shard in self._shards]
         if self._remote is None:
             for shard in self._shards:
                 self._check_size(shard)
@@ -88,33 +88,64 @@ class Split:
     def shard_sizes(self) -> list[int]:
         return [shard.samples for shard in self._shards]
 
-    def sample(self, index: int) -> np.ndarray:
-        """Stored sample `index`: [L + 1] tokens (fewer for the last)."""
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document in order, with its end-of-text id: [documents] int64, read and checked here.
+
+        UserError if the dataset is of a format that has no lengths, Damaged if they are not what was written.
+        """
+        if not self.info.has_lengths:
+            raise UserError(
+                f"data: {self.folder} was prepared before the lengths of documents were stored; prepare the data again"
+            )
+        path = self.folder / self.name / LENGTHS
+        if self._remote is not None:
+            remote.fetch_once(self._remote, f"{self.name}/{LENGTHS}", self.folder, self.info.lengths[self.name])
+        if not present(path) or sha256_of(path) != self.info.lengths[self.name]:
+            raise Damaged(
+                f"data: {path} is missing or damaged: its sha256 is not the one in dataset.json; prepare the data again"
+            )
+        lengths = np.fromfile(path, LENGTH_TYPE).astype(np.int64)
+        if len(lengths) != self.counts.documents or lengths.sum() != self.counts.tokens:
+            raise Damaged(
+                f"data: {path} does not add up to the documents and tokens of the split; prepare the data again"
+            )
+        return lengths
+
+    def sample(self, index: int) -> dict[str, np.ndarray]:
+        """Stored sample `index`: column -> [L + 1, ...] (fewer for the last sample)."""
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         if not self._ready[which]:
             self._prepare(which)
         path = self._path(self._shards[which])
         try:
-            tokens = self._readers[which][index - int(self._starts[which])]["tokens"]
+            sample = self._readers[which][index - int(self._starts[which])]
         except OSError as error:
             raise system_error(error, f"data: {path}: cannot be read") from None
         except Exception as error:  # whatever the decoder raises on bytes that a stranger wrote
             raise Damaged(f"data: {path} cannot be read: {remote.one_line(error)}") from None
         length = min(self.length + 1, self.counts.tokens - index * self.length)
+        tokens = sample["tokens"]
         if tokens.shape != (length,) or tokens.max() >= self.info.tokenizer.vocab_size:
             raise Damaged(
                 f"data: {path} holds a sample that is not {length} ids below {self.info.tokenizer.vocab_size}; "
                 "prepare the data again"
             )
-        return tokens
+        for name, column in self.info.columns.items():
+            if sample[name].shape != (length, *column.shape):
+                raise Damaged(
+                    f"data: {path} holds a sample whose {name} are not those of {length} tokens; prepare the data again"
+                )
+        return sample
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the split's stream from token `start` on: [count] int64. Windows may span samples."""
+    def read(self, start: int, count: int, column: str = "tokens") -> np.ndarray:
+        """`count` tokens of the split's stream from token `start` on, or what a column says about them: [count, ...], tokens as
+        int64. Windows may span samples."""
         first, last = start // self.length, max(start // self.length, (start + count - 2) // self.length)
-        parts = [self.sample(i) for i in range(first, last + 1)]
+        parts = [self.sample(i)[column] for i in range(first, last + 1)]
         joined = np.concatenate([part[: self.length] for part in parts[:-1]] + [parts[-1]])
         offset = start - first * self.length
-        return joined[offset : offset + count].astype(np.int64)
+        window = joined[offset : offset + count]
+        return window.astype(np.int64) if column == "tokens" else window
 
     def _path(self, shard: Shard) -> Path:
         return self.folder / self.name / shard.basename
@@ -177,8 +208,8 @@ class TrainStream:
         self._order = ORDERS[order](Order(split.shard_sizes, self.n_samples, seed), split.length)
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="data")
-        # Sample -> its tokens, or (the task that reads it, its place in the task's result); last used last.
-        self._samples: OrderedDict[int, np.ndarray | tuple[Future, int]] = OrderedDict()
+        # Sample -> its columns, or (the task that reads it, its place in the task's result); last used last.
+        self._samples: OrderedDict[int, dict[str, np.ndarray] | tuple[Future, int]] = OrderedDict()
 
     def start(self, position: int, length: int, before: int | None = None) -> int:
         """Where the step at `position` begins, with windows of `length` tokens; before: length of the windows that led there."""
@@ -188,14 +219,26 @@ class TrainStream:
         """Epochs passed at `position`."""
         return position / self.epoch_tokens
 
-    def windows(self, position: int, length: int, first: int, count: int) -> np.ndarray:
-        """Windows `first` .. `first + count` of the step that begins at `position`: [count, length + 1] int64 (inputs and last
-        target)."""
+    def batch(self, position: int, length: int, first: int, count: int) -> dict[str, np.ndarray]:
+        """Rows `first` .. `first + count` of the step that begins at `position`: tokens and targets [count, length] int64, and what
+        the further columns say about the targets [count, length, ...]."""
+        tokens = self.windows(position, length, first, count)
+        columns = {name: self.windows(position, length, first, count, name) for name in self.split.info.columns}
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            **{name: values[:, 1:] for name, values in columns.items()},
+        }
+
+    def windows(self, position: int, length: int, first: int, count: int, column: str = "tokens") -> np.ndarray:
+        """A column of the windows `first` .. `first + count` of the step that begins at `position`: [count, length + 1, ...], inputs
+        and last target. Tokens are int64."""
         samples, offsets = self._order.windows(self.start(position, length), length, first, count)
-        tokens = {sample: self._read(sample) for sample in self._begin_to_read(samples)}
-        out = np.empty((count, length + 1), dtype=np.int64)
+        read = {sample: self._read(sample)[column] for sample in self._begin_to_read(samples)}
+        info = self.split.info.columns.get(column)
+        out = np.empty((count, length + 1, *(info.shape if info else ())), info.dtype if info else np.int64)
         for row, sample, offset in zip(out, samples.tolist(), offsets.tolist(), strict=True):
-            row[:] = tokens[sample][offset : offset + length + 1]
+            row[:] = read[sample][offset : offset + length + 1]
         return out
 
     def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
@@ -221,13 +264,13 @@ class TrainStream:
             self._samples.move_to_end(sample)
         return wanted
 
-    def _read(self, sample: int) -> np.ndarray:
-        """Tokens of a sample that a thread reads: [L + 1]."""
-        tokens = self._samples[sample]
-        if isinstance(tokens, tuple):
-            future, place = tokens
-            tokens = self._samples[sample] = future.result()[place]
-        return tokens
+    def _read(self, sample: int) -> dict[str, np.ndarray]:
+        """The columns of a sample that a thread reads: [L + 1, ...] each."""
+        found = self._samples[sample]
+        if isinstance(found, tuple):
+            future, place = found
+            found = self._samples[sample] = future.result()[place]
+        return found
 
 
 def ordered_windows(split: Split, length: int, max_tokens: int = 0) -> Iterator[tuple[int, int]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from models.base import Batch
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
@@ -111,13 +111,17 @@ class Run:
         length, before = self.plan.sequence_length(step), self.plan.sequence_length(max(0, step - 1))
         return self.stream.start(self.state.position, length, before)
 
-    def read(self, length: int, sequences: int) -> Tensor:
-        """This rank's sequences of the step, each with its last target, on the device. Starts to read the next step's."""
+    def read(self, length: int, sequences: int) -> Batch:
+        """This rank's sequences of the step, on the device. Starts to read the next step's."""
         position = self.position()
         first, count = self.share(sequences)
-        rows = torch.from_numpy(self.stream.windows(position, length, first, count))
+        batch: Any = {
+            name: torch.from_numpy(values) for name, values in self.stream.batch(position, length, first, count).items()
+        }
         self.stream.read_ahead(position + sequences * length, length, first, count)  # a guess: nothing grows
-        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+        if self.device.type == "cuda":
+            batch = {name: rows.pin_memory().to(self.device, non_blocking=True) for name, rows in batch.items()}
+        return batch
 
     def share(self, sequences: int) -> tuple[int, int]:
         """(first, count) of this rank's sequences: contiguous, as even as whole sequences allow."""

@@ -85,10 +85,9 @@ def optimiser_step(run: Run) -> StepResult:
 
     watchdog.at(step + 1, "reading data", in_step=True)
     position = run.position()
-    rows = run.read(length, sequences)  # [rows of this rank, length + 1]
+    batch = run.read(length, sequences)  # [rows of this rank, length, ...]
     if run.frequency is not None:
-        run.frequency.count(rows[:, :-1], run.world)
-    batch: Batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+        run.frequency.count(batch["tokens"], run.world)
     count = run.engine.count(batch, counted)  # the loss is the sum over the step, divided by this
     losses: Any = 0  # [1 + parts]
     parts = microbatches(run, batch, length, sequences)
