@@ -113,9 +113,9 @@ def read_halves_of(run: Run, ranks: int) -> None:
     """From now on `run`, alone, reads the first halves of all shares, then the second ones."""
     read = run.read
 
-    def halves_first(length: int, sequences: int) -> torch.Tensor:
-        shares = read(length, sequences).unflatten(0, (ranks, 2, -1))
-        return shares.transpose(0, 1).flatten(0, 2)
+    def halves_first(length: int, sequences: int) -> Any:
+        shares = {name: rows.unflatten(0, (ranks, 2, -1)) for name, rows in read(length, sequences).items()}
+        return {name: rows.transpose(0, 1).flatten(0, 2) for name, rows in shares.items()}
 
     run.read = halves_first  # type: ignore[method-assign]
 

@@ -70,12 +70,13 @@ def test_a_step_compares_its_first_half_with_the_whole(tiny_dataset, tmp_path, s
     """Against autograd. A step of one microbatch is cut in two."""
     one = make(tiny_dataset, tmp_path, model={"name": "gpt2"}, log__noise_scale=True, batch__tokens_per_microbatch=size)
     length = one.plan.sequence_length(0)
-    rows = one.read(length, 512 // length)
-    parts = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, length, 512 // length)
+    batch = one.read(length, 512 // length)
+    parts = microbatches(one, batch, length, 512 // length)
     assert len(parts) == {512: 2, 64: 8}[size]
     squares = []
-    for batch in (rows[: len(rows) // 2], rows):
-        one.model(batch[:, :-1], targets=batch[:, 1:]).loss.backward()
+    rows = len(batch["tokens"])
+    for some in (rows // 2, rows):
+        one.model(batch["tokens"][:some], targets=batch["targets"][:some]).loss.backward()
         squares.append(sum(parameter.grad.square().sum().item() for parameter in one.model.parameters()))
         one.model.zero_grad()
     small, big = squares
@@ -103,8 +104,7 @@ def test_it_changes_nothing(tiny_dataset, tmp_path, precision):
 def test_pure_bf16_measures_the_fp32_sums(tiny_dataset, tmp_path):
     """The norm in the middle of a step is that of the sums which the end of the step would round to bf16."""
     one = make(tiny_dataset, tmp_path, model={"name": "gpt2"}, precision="pure_bf16")
-    rows = one.read(16, 16)
-    one.engine.backward({"tokens": rows[:, :-1], "targets": rows[:, 1:]}, 1 / 256, True)
+    one.engine.backward(one.read(16, 16), 1 / 256, True)
     found = one.engine.norm_so_far()
     one.engine.collect_gradients()
     # The rounding changes each entry by at most 2^-9 of it.

@@ -63,8 +63,7 @@ def test_numbers_of_a_step_are_read_after_the_next_one_is_launched(tiny_dataset,
 
 def step_batch(one, length):
     """(tokens, targets) of each microbatch of the next step."""
-    rows = one.read(length, 512 // length)
-    parts = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, length, 512 // length)
+    parts = microbatches(one, one.read(length, 512 // length), length, 512 // length)
     return [(part["tokens"], part["targets"]) for part in parts]
 
 
@@ -148,8 +147,7 @@ def test_shares_cover_every_sequence(tiny_dataset, tmp_path, size):
 def test_a_rank_without_sequences_takes_part_with_nothing(tiny_dataset, tmp_path):
     one = make(tiny_dataset, tmp_path / "r")
     one.world = World(0, 2, 0)  # the first of two ranks gets none of one sequence
-    rows = one.read(64, 1)
-    [part] = microbatches(one, {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, 64, 1)
+    [part] = microbatches(one, one.read(64, 1), 64, 1)
     tokens, targets = part["tokens"], part["targets"]
     assert tokens.shape == (1, 64) and (targets == IGNORE).all()
 
