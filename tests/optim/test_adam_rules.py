@@ -163,7 +163,7 @@ def test_independent_decay_follows_the_schedule_and_not_the_learning_rate(lr):
 def test_no_bf16_average_that_can_never_fall():
     """1 - beta below half a spacing: 0.999 takes off less than rounding puts back."""
     assert get_rule("adam").narrow_refusal() == (
-        "a bf16 average never falls with optim.settings.beta2 0.999; at most 0.9961"
+        "a bf16 average never falls with optim.settings.beta2 0.999; use at most 0.9961"
     )
     assert get_rule("adamw").narrow_refusal() == get_rule("mars").narrow_refusal() == ""
     assert "optim.settings.betas 0.999;" in get_rule("torch:Adam").narrow_refusal()

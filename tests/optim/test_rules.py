@@ -232,7 +232,7 @@ def test_flat_vectors_are_not_evaluated_with_other_weights():
         refuse_scope(engine, [Used("optim", "averaged", get_rule("averaged"))])
 
 
-@pytest.mark.parametrize("name, kind", [("my-lion", "fp32"), ("my-lion", "bf16"), ("gram", "fp32")])
+@pytest.mark.parametrize("name, kind", [("my-lion", "fp32"), ("my-lion", "bf16"), ("gram", "bf16_stochastic")])
 def test_a_run_goes_on_bit_for_bit(tiny_dataset, tmp_path, name, kind):
     """The rule's name and settings are part of the run; its state comes back as it was."""
     changes = {"optim__name": name, "optim__recipe": "hlb", "optim__state_precision": kind, "optim__lr": 1e-3}

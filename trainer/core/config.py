@@ -156,8 +156,10 @@ class OptimConfig:
     weight_decay: float | None = setting(None, "plain: weight decay of parameters with two or more dimensions", low=0)
     loss_driven_decay: bool | None = setting(None, "hlb: weight decay of the matrices follows the loss")
     clip_norm: float | None = setting(None, "global gradient norm to clip to; 0: off", low=0)
-    state_precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "number type of the optimizer's state; bf16: half the memory, rounded after each step"
+    state_precision: Literal["auto", "fp32", "bf16", "bf16_stochastic"] = setting(
+        "auto",
+        "number type of the optimizer's state; bf16: half the memory, rounded after each step to nearest; bf16_stochastic: at random, "
+        "so that small changes count",
     )
     ema: float = setting(
         0.0,
@@ -170,6 +172,11 @@ class OptimConfig:
     )
     non_finite: Literal["stop", "skip"] = setting("stop", "what to do at a NaN or Inf; it never reaches the weights")
     max_skips: int = setting(10, "`skip`: the most non-finite steps in a row; one more stops the run", low=0)
+
+    @property
+    def narrow_state(self) -> bool:
+        """Whether `state_precision` asks for bf16."""
+        return self.state_precision.startswith("bf16")
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """Updates a piece at a time, which bounds the memory of what a rule computes on the way.
 
-bf16 state of fp32 parameters: rules compute with fp32 copies of the piece, and their results are rounded to nearest.
+bf16 state of fp32 parameters: rules compute with fp32 copies of the piece, and their results are rounded to nearest, or at random.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,15 +22,52 @@ PIECE = {"cpu": 2**20, "cuda": 2**24}
 Update = Callable[[list[Tensor], list[Tensor], list[dict[str, Tensor]]], None]  # (parameters, gradients, states)
 
 
+class StochasticRounding:
+    """Rounds fp32 numbers to one of their two neighbours in bf16, to the nearer one with the higher probability, so that the mean is
+    the number itself and no change is too small to count (arXiv 2010.06192).
+
+    The random numbers follow from (seed, step), so that all copies of a parameter on several ranks are rounded alike, and a run
+    that goes on rounds as one that was not interrupted. A number that is one of bf16, or not finite, stays.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._step = seed, 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def begin(self, step: int) -> None:
+        """Every step draws its own numbers. step: 0-based."""
+        self._step = step
+        self._generators = {}
+
+    def __call__(self, values: Tensor) -> None:
+        """Round a contiguous fp32 tensor in place; a copy in bf16 is then exact."""
+        noise = torch.randint(
+            0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=self._of(values)
+        )
+        # The upper 16 bits of fp32 are a bf16; the lower ones carry into them as often as they are part of the way.
+        values.view(torch.int32).add_(noise).bitwise_and_(-1 << 16)
+
+    def _of(self, values: Tensor) -> torch.Generator:
+        if values.device not in self._generators:
+            seed = zlib.crc32(f"{self._seed}:{self._step}:rounding".encode())
+            self._generators[values.device] = torch.Generator(values.device).manual_seed(seed)
+        return self._generators[values.device]
+
+
 def is_narrow(parameter: Tensor, state: dict[str, Tensor]) -> bool:
     """Whether any state has fewer bits than the parameter."""
     return any(value.itemsize < parameter.itemsize for value in state.values())
 
 
 def update_in_pieces(
-    parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    update: Update,
+    rounding: StochasticRounding | None = None,
 ) -> None:
-    """Call `update` for PIECE numbers at a time, with fp32 copies of narrow state. If it changes nothing, the state stays as it was."""
+    """Call `update` for PIECE numbers at a time, with fp32 copies of narrow state. If it changes nothing, the state stays as it was.
+    rounding: of narrow state; None: to nearest."""
     first = parameters[0]
     cut = [key for key in states[0] if key != STEP]
     narrow = [key for key in cut if states[0][key].itemsize < first.itemsize]
@@ -53,11 +91,17 @@ def update_in_pieces(
             [{**state, **{key: given[key][number] for key in cut}} for number, state in enumerate(whole)],
         )
         if narrow:
+            for copy in copies if rounding else ():
+                rounding(copy[: sum(numbers)])
             torch._foreach_copy_(held, copied)
 
 
 def update_whole(
-    parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], update: Update
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    update: Update,
+    rounding: StochasticRounding | None = None,
 ) -> None:
     """Like `update_in_pieces`, for rules that must see each parameter whole: as many parameters at a time as have PIECE numbers
     together, or a single larger one."""
@@ -71,6 +115,8 @@ def update_whole(
         update(parameters[batch], gradients[batch], given)
         for state, copies in zip(states[batch], wide, strict=True):
             for key, value in copies.items():
+                if rounding:
+                    rounding(value)
                 state[key].copy_(value)
 
 

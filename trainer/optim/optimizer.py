@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.base import Split
 from trainer.optim.groups import Group, part_shapes
-from trainer.optim.narrow_state import is_narrow, update_in_pieces, update_whole
+from trainer.optim.narrow_state import StochasticRounding, is_narrow, update_in_pieces, update_whole
 from trainer.optim.rule import STEP, GroupSettings, OptimizerRule, declared_state, get_rule, rule_config, state_bytes
 
 # (names, update) -> this rank's part of each result of `update`; see Engine.update_matrices
@@ -27,7 +27,7 @@ class Optimizer(torch.optim.Optimizer):
     not finite changes nothing, and no step waits for the device.
 
     decay_of: loss of the step before -> weight decay, for groups with loss_driven_decay; narrow: hold state of fp32 parameters
-    in bf16; whole: the parameters whose update must see them whole, by `exchange`: name -> how the parameter splits into matrices
+    in bf16; rounding: of this state, None: to nearest; whole: the parameters whose update must see them whole, by `exchange`: name -> how the parameter splits into matrices
     that the rule sees as one each (None: it does not). State of such a matrix is called PART.KEY.
     """
 
@@ -37,9 +37,9 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, groups: list[Group], shapes: dict[str, torch.Size], local: dict[str, nn.Parameter], first_loss: float,
         decay_of: Callable[[Tensor], Tensor], device: torch.device, narrow: bool = False,
-        whole: Mapping[str, Split | None] | None = None,
+        whole: Mapping[str, Split | None] | None = None, rounding: StochasticRounding | None = None,
     ) -> None:  # fmt: skip
-        self.groups, self.shapes, self.narrow = groups, shapes, narrow
+        self.groups, self.shapes, self.narrow, self._rounding = groups, shapes, narrow, rounding
         rules = [get_rule(group.rule, group.given) for group in groups]
         self.whole = dict(whole or {})
         self._local = local
@@ -70,6 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         for group, settings in zip(self.groups, self.param_groups, strict=True):
             settings["lr"] = group.lr * group.schedule(step)
         self.finite, self.run_step = finite, step
+        if self._rounding is not None:
+            self._rounding.begin(step)
         held = [p for settings in self.param_groups for p in settings["params"] if p.grad is not None]
         self.allocate(p for p in held if p not in self.state and p not in self._by_owner)
 
@@ -139,9 +141,9 @@ class Optimizer(torch.optim.Optimizer):
         if rule.in_place and not is_narrow(parameters[0], states[0]):
             update(parameters, gradients, states)
         elif rule.scope == "element":
-            update_in_pieces(parameters, gradients, states, update)
+            update_in_pieces(parameters, gradients, states, update, self._rounding)
         else:
-            update_whole(parameters, gradients, states, update)
+            update_whole(parameters, gradients, states, update, self._rounding)
 
     def follow(self, loss: Tensor, finite: Tensor) -> None:
         """After the update: set the decay of the next step. loss: global mean of this step, fp32 scalar on the device."""

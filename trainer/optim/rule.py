@@ -105,14 +105,14 @@ class OptimizerRule:
         return parameter
 
     def narrow_refusal(self) -> str:
-        """Why the state cannot be bf16; "" if it can.
+        """Why the state cannot be bf16, rounded to nearest, and what to use instead; "" if it can.
 
         A bf16 number that is rounded to nearest never falls if a step takes off less than 2^-9 to 2^-8 of it: see AdamW.
         """
         values = dataclasses.asdict(self.config)
         betas = [(key, beta) for key in values if key.startswith("beta") for beta in _numbers(values[key])]
         slow = [f"optim.settings.{key} {beta:g}" for key, beta in betas if 1 - beta < 2**-8]
-        return f"a bf16 average never falls with {', '.join(slow)}; at most {1 - 2**-8:.4f}" if slow else ""
+        return f"a bf16 average never falls with {', '.join(slow)}; use at most {1 - 2**-8:.4f}" if slow else ""
 
     @property
     def evaluates_other_weights(self) -> bool:

@@ -88,7 +88,7 @@ class ParallelLayout:
             strategy, shards = engine.strategy, engine.shard_size if engine.strategy == "hsdp" else processes
         compiled = compilation.choose(strategy, target)[0] if engine.compile is None else engine.compile
         compiled = compiled and not engine.background_compile  # eager steps come first and need more
-        narrow = config.optim.state_precision == "bf16"
+        narrow = config.optim.narrow_state
         how = processes, shards, engine.offload, engine.reshard_after_forward, narrow
         device = target.memory is not None, target.triton, compiled, config.deterministic, engine.cuda_graphs
         return cls(strategy, config.precision, *how, *device, config.optim)

@@ -232,14 +232,20 @@ def expected_seconds(config: Any, model: ModelFacts, processes: int, target: Any
 def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str, model: ModelFacts) -> Draft:
     """Type of the optimizer's state. options, rule: how the run is made to fit, and why."""
     if draft.config.precision == "pure_bf16":
-        if draft.config.optim.state_precision == "fp32":
-            raise UserError("optim.state_precision: fp32, but with pure_bf16 the moments are bf16 like the weights")
+        if draft.config.optim.state_precision in ("fp32", "bf16_stochastic"):
+            raise UserError(
+                f"optim.state_precision: {draft.config.optim.state_precision}, but with pure_bf16 the moments are bf16 like the "
+                "weights"
+            )
         options, rule = options._replace(narrow=True), "that of the weights"
     elif not options.narrow:
         rule = "that of the weights"
-    for used in rules_used(model.meta, draft.config.optim) if options.narrow else ():
+    nearest = options.narrow and draft.config.optim.state_precision != "bf16_stochastic"
+    for used in rules_used(model.meta, draft.config.optim) if nearest else ():
         if refusal := used.rule.narrow_refusal():
-            raise UserError(f"optim.state_precision: {used.name} cannot keep its state in bf16: {refusal}")
+            raise UserError(
+                f"optim.state_precision: {used.name} cannot keep its state in bf16: {refusal}, or bf16_stochastic"
+            )
     return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
 

@@ -113,7 +113,9 @@ class StrategySelector:
         fixed = config.precision == "pure_bf16" or state != "auto"  # pure_bf16: bf16 like the weights
         # First the options that give the same weights. Among these, from the fastest to the one that needs least memory.
         self.options = [
-            MemoryOptions(how, n) for n in ((state == "bf16",) if fixed else (False, True)) for how in checkpointing
+            MemoryOptions(how, n)
+            for n in ((config.optim.narrow_state,) if fixed else (False, True))
+            for how in checkpointing
         ]
         self.room = "" if target.memory is None else f"{target.memory / GIB:.0f} GiB"
 

@@ -15,6 +15,7 @@ from models.base import Split
 from trainer.core.config import RoleConfig
 from trainer.optim import Assignment, Group, Optimizer, assign, matrices_of, no_schedule, rule_class
 from trainer.optim.groups import shapes_of
+from trainer.optim.narrow_state import StochasticRounding
 from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
 from trainer.recipes.plain import Plain
 from trainer.recipes.recipe import PlanEntry, Recipe
@@ -120,7 +121,8 @@ def build_optimizer(
     config = plan.config
     groups, matrices = groups_of(config, model, shapes), matrices_of(model, shapes)
     # The state of bf16 parameters is bf16 in any case.
-    narrow = config.optim.state_precision == "bf16" and config.precision != "pure_bf16"
+    narrow = config.optim.narrow_state and config.precision != "pure_bf16"
+    rounding = StochasticRounding(config.seed) if config.optim.state_precision == "bf16_stochastic" else None
     first_loss = math.log(plan.model_config.vocab_size)  # of a model that knows nothing
     decay_of = partial(weight_decay, base=weight_decay_base(sum(shape.numel() for shape in shapes.values())))
     whole: dict[str, Split | None] = {}
@@ -128,4 +130,4 @@ def build_optimizer(
         scope = rule_class(group.rule).scope
         if scope == "matrix" or (scope == "tensor" and not whole_tensors):
             whole |= {name: matrices[name] if scope == "matrix" else None for name in group.parameters}
-    return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, whole)
+    return Optimizer(groups, shapes, local, first_loss, decay_of, device, narrow, whole, rounding)
