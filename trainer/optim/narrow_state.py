@@ -91,8 +91,9 @@ def update_in_pieces(
             [{**state, **{key: given[key][number] for key in cut}} for number, state in enumerate(whole)],
         )
         if narrow:
-            for copy in copies if rounding else ():
-                rounding(copy[: sum(numbers)])
+            if rounding is not None:
+                for copy in copies:
+                    rounding(copy[: sum(numbers)])
             torch._foreach_copy_(held, copied)
 
 
@@ -115,7 +116,7 @@ def update_whole(
         update(parameters[batch], gradients[batch], given)
         for state, copies in zip(states[batch], wide, strict=True):
             for key, value in copies.items():
-                if rounding:
+                if rounding is not None:
                     rounding(value)
                 state[key].copy_(value)
 
