@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models.layers import fill_, normal_
 from models.layers.attend import KERNELS, AttentionMask
+from models.layers.lora import effective_weight
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
 from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
@@ -215,7 +216,9 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
         """Attention where all heads use the latent itself as their one key and one value."""
-        of_keys, of_values = self.up.weight.unflatten(0, (2, self.n_heads, -1)).unbind()  # [H, head_dim, rank]
+        of_keys, of_values = (
+            effective_weight(self.up).unflatten(0, (2, self.n_heads, -1)).unbind()
+        )  # [H, head_dim, rank]
         q = torch.cat((q @ of_keys.to(q.dtype), q_rotated), dim=-1)  # [B, H, T, rank + rope_dim]
         read = self.attend(q, torch.cat((latent, k_rotated), dim=-1), latent, context)  # [B, H, T, rank]
         return read @ of_values.to(read.dtype).transpose(1, 2)

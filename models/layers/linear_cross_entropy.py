@@ -142,11 +142,13 @@ class _LinearNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets = ctx.saved_tensors
-        inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        *given, targets = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]  # a weight may be frozen
+        x, weight = (tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=True))
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            loss = _LinearCrossEntropy.apply(*inputs, None, targets, gradient, None, ctx.form, True)[0]
-        return (*torch.autograd.grad(loss, inputs), None, None)
+            loss = _LinearCrossEntropy.apply(x, weight, None, targets, gradient, None, ctx.form, True)[0]
+        found = iter(torch.autograd.grad(loss, [tensor for tensor in (x, weight) if tensor.requires_grad]))
+        return (*(next(found) if need else None for need in needed), None, None)
 
 
 def divisor(targets: Tensor, reduction: str) -> Tensor | None:

@@ -5,6 +5,8 @@
     last-K       the mean of the last K checkpoints ("latest weight averaging", arXiv 2306.03241)
 
 A mean of projected weights is not projected: a mean of unit vectors is shorter than 1. So all but the trained weights are projected.
+
+The weights of a run with LoRA are those of the model without adapters: W + (alpha / rank) B A in place of W.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.layers.lora import updated
+from models.lora import factors_of, has_lora, is_factor
 from trainer.checkpoint.format import check, choose, found, together
 from trainer.checkpoint.reader import Reader
 from trainer.core.errors import UserError
@@ -45,10 +49,17 @@ class Weights:
     averaged: bool
     manifest: dict[str, Any]
 
+    @property
+    def lora_scale(self) -> float | None:
+        """alpha / rank of a run with LoRA, whose updates `each` merges into the weights. None: there are no updates."""
+        model = (self.manifest.get("config") or {}).get("model") or {}
+        return model["lora_alpha"] / model["lora_rank"] if has_lora(model) else None
+
     def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Name without prefix -> (whole shape, dtype) of what `each` yields, in alphabetical order."""
         stored = Reader(self.paths[-1]).stored()
-        return {name.removeprefix(MODEL): entry for name, entry in stored.items() if name.startswith(MODEL)}
+        found = {name.removeprefix(MODEL): entry for name, entry in stored.items() if name.startswith(MODEL)}
+        return found if self.lora_scale is None else {name: at for name, at in found.items() if not is_factor(name)}
 
     def each(self, projections: Projections) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) on the CPU, one at a time in the order of `stored`, in this process alone.
@@ -58,17 +69,27 @@ class Weights:
         readers = [Reader(path) for path in self.paths]
         there = readers[-1].stored()
         for name, (_, dtype) in self.stored().items():
-            other = self.prefix + name in there
-            source = self.prefix + name if other else MODEL + name
-            tensor = read(readers[-1], source, *there[source])
+            tensor = self._whole(readers[-1], name, there)
             if len(readers) > 1 and dtype.is_floating_point:
                 tensor = tensor.float()
                 for reader in readers[:-1]:
-                    tensor += read(reader, source, *there[source])
+                    tensor += self._whole(reader, name, there)
                 tensor /= len(readers)
-            if name in projections and (other or len(readers) > 1):
+            if name in projections and (self.prefix + name in there or len(readers) > 1):
                 projections[name](tensor)
             yield name, tensor.to(dtype)
+
+    def _whole(self, reader: Reader, name: str, there: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Tensor:
+        """A tensor of one checkpoint, with the updates of LoRA. there: what the newest checkpoint holds."""
+
+        def stored(name: str) -> Tensor:
+            source = self.prefix + name if self.prefix + name in there else MODEL + name
+            return read(reader, source, *there[source])
+
+        tensor, scale, pairs = stored(name), self.lora_scale, []
+        while scale is not None and MODEL + factors_of(name, len(pairs))[0] in there:
+            pairs.append(tuple(map(stored, factors_of(name, len(pairs)))))
+        return updated(tensor, pairs, scale) if scale is not None and pairs else tensor
 
     def load(self, projections: Projections, world: World, device: torch.device | str) -> dict[str, Tensor]:
         """All that `each` yields, on `device`. All ranks call this. If one cannot read, all raise UserError."""

@@ -51,6 +51,7 @@ class ExportConfig:
 def run(config: ExportConfig) -> None:
     """Run the verb in one process, on the CPU. It overwrites nothing, and removes a partial export if it fails."""
     from models.config import kernel_fields_of
+    from models.lora import without_lora
     from trainer.checkpoint.weights import choose_weights
     from trainer.planning.model import written_out
     from trainer.runs.opening import projections_of, stored_run
@@ -61,6 +62,7 @@ def run(config: ExportConfig) -> None:
     say = World().say
     folder, stored = stored_run(config.run_dir, say)
     trained = stored.build()  # the stored config holds every inferred value
+    trained.model = without_lora(trained.model)
     fields = dict(trained.model)
     kernels = kernel_fields_of(model_name(fields))
     fields |= dict.fromkeys(fields.keys() & kernels, "auto")  # another machine chooses its own kernels
@@ -82,7 +84,8 @@ def run(config: ExportConfig) -> None:
         write_file(partial / "config.json", json.dumps(about, indent=1) + "\n")
         shutil.copy(folder / "tokenizer.json", partial / "tokenizer.json")
     which = "" if config.weights == "evaluation" else f" ({config.weights})"
-    say(f"{out}: the weights of {weights.paths[-1]}{which}")
+    merged = "" if weights.lora_scale is None else "; the updates of LoRA are merged into them"
+    say(f"{out}: the weights of {weights.paths[-1]}{which}{merged}")
 
 
 @contextlib.contextmanager

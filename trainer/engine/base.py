@@ -41,7 +41,7 @@ class Engine:
     backward(batch, scale, sync) per microbatch, then step(step, loss); tensors() and load() for checkpoints.
 
     model: the trained model; its forward passes go through `joined`, the module of model and objective. shapes: whole shape of
-    every parameter. local: name -> the part of the parameter that this rank updates; the optimiser sees only these parts.
+    every parameter. local: name -> the part of the trained parameter that this rank updates; the optimiser sees only these parts.
     whole_tensors: whether these parts are whole parameters. lockstep: whether a forward pass contains collectives, so that
     all ranks must take part in each. part_names: names of the partial losses, known after the first `backward`. average: the
     moving average of the weights, with optim.ema.
@@ -68,7 +68,12 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
         self.model: Any = self.parallelize(meta)
         self.optimizer: Optimizer = build_optimizer(
-            plan, self.model, self.shapes, self.local, self.device, self.whole_tensors
+            plan,
+            self.model,
+            {name: self.shapes[name] for name in self.local},
+            self.local,
+            self.device,
+            self.whole_tensors,
         )
         self.take_matrices()
         self.begin_average()
@@ -109,7 +114,7 @@ class Engine:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
-        held, total = self.held(), sum(shape.numel() for shape in self.shapes.values())
+        held, total = self.held(), sum(self.shapes[name].numel() for name in self.local)
         share = f"; rank 0 updates {held:,} of {total:,} parameters" if held != total else ""
         engine = self.config.engine
         how = "" if engine.activation_checkpointing == "none" else f", recomputing {engine.activation_checkpointing}"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +30,7 @@ from trainer.engine.matrices import Piece, Update, deal, update_pieces
 from trainer.engine.meta import build_meta
 from trainer.engine.zero3_coordinator import RestingCoordinator
 from trainer.engine.zero3_linear import linear, plain_linear
+from trainer.optim import trained_parameters
 from trainer.optim.rule import STEP
 from trainer.runtime.compat import deepspeed_attribute, leave_out_shared_memory, private, use_linear
 from trainer.runtime.device import choose_device
@@ -86,7 +88,8 @@ class DeepSpeedEngine(Engine):
                 model = self.plan.model_class(self.plan.model_config)
         self.prepare_blocks(model)
         self.joined = self.join(model)
-        self.local: dict[str, Any] = dict(model.named_parameters())
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self.local = trained_parameters(model)
         return model
 
     def take_matrices(self) -> None:
@@ -132,7 +135,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer.allocate(self._elementwise)
         sizes = self.world.gather({name: piece.size for name, piece in self._pieces.items()})
         self._sizes = {name: [held[name] for held in sizes] for name in self.local}
-        assert all(sum(self._sizes[name]) == shape.numel() for name, shape in self.shapes.items())
+        assert all(sum(sizes) == self.shapes[name].numel() for name, sizes in self._sizes.items())
         self._owners = self.owners(list(self.optimizer.whole))
         super().take_matrices()
         if self.stage < 3:
@@ -186,7 +189,7 @@ class DeepSpeedEngine(Engine):
         self._zero.empty_partition_cache()  # also waits for weights that were prefetched for a pass that does not come
         offload = deepspeed_attribute(self._zero.optimizer, "parameter_offload")
         coordinator = deepspeed_attribute(offload, "param_coordinator")
-        with self._deepspeed.zero.GatheredParameters(list(self.local.values())):
+        with self._deepspeed.zero.GatheredParameters(list(self._parameters.values())):
             offload.param_coordinator = RestingCoordinator()
             try:
                 yield
@@ -271,6 +274,8 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         held = self._state_of_vectors()
+        for name in self._frozen():
+            yield name, MODEL + name, self._whole_computing(name)
         for name, parameter in self.local.items():
             yield name, MODEL + name, self._whole_master(name)
             for key, value in held.items() if name not in self.optimizer.whole else ():
@@ -305,16 +310,33 @@ class DeepSpeedEngine(Engine):
 
         return safe_get_full_fp32_param(self.local[name]).view(self.shapes[name])
 
+    def _frozen(self) -> list[str]:
+        """Parameters that are not trained. They have no fp32 master: at stages 1 to 3 in bf16 they are bf16, also in a checkpoint's
+        values."""
+        return [name for name in self._parameters if name not in self.local]
+
+    def _whole_computing(self, name: str) -> Tensor:
+        """The whole value of a weight for computing, in fp32. All ranks call this."""
+        parameter = self._parameters[name]
+        if self.stage < 3:
+            return parameter.detach().float()
+        piece = deepspeed_attribute(parameter, "ds_tensor").data
+        pieces = [torch.empty_like(piece) for _ in range(self.world.size)]
+        dist.all_gather(pieces, piece)
+        shape = self.shapes[name]
+        return torch.cat(pieces)[: shape.numel()].view(shape).float()
+
     def load(self, path: Any) -> None:
         if self.stage == 0:
             return super().load(path)
         from trainer.checkpoint.format import check_shapes, each
 
         average = self.average if self.average_goes_on(path) else None
-        prefixes = (MODEL,) if average is None else (MODEL, EMA)
-        expected = {prefix + name: shape for name, shape in self.shapes.items() for prefix in prefixes}
+        expected = {MODEL + name: shape for name, shape in self.shapes.items()}
+        trained = {name: self.shapes[name] for name in self.local}
+        expected |= {EMA + name: shape for name, shape in trained.items() if average is not None}
         keys = [key for key in self._state_of_vectors() if key != STEP]
-        cut = {name: shape for name, shape in self.shapes.items() if name not in self.optimizer.whole}
+        cut = {name: shape for name, shape in trained.items() if name not in self.optimizer.whole}
         expected |= {f"optimizer.{name}.{key}": shape for name, shape in cut.items() for key in keys}
         by_owner = {
             f"{name}.{key}": shape
@@ -356,14 +378,15 @@ class DeepSpeedEngine(Engine):
     def _put_model(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set parameters and buffers from (name, whole tensor), which every rank has."""
         for name, whole in weights:
-            if name in self.local:
+            if name in self._parameters:
                 self._put_weight(name, whole)
             elif name not in ties(self.model):
                 self.model.get_buffer(name).copy_(whole)
 
     def _put_weight(self, name: str, whole: Tensor) -> None:
-        """Set the fp32 master and the weight for computing from the whole value, which every rank has."""
-        self._put_master(name, whole)
+        """Set the fp32 master, if it is trained, and the weight for computing from the whole value, which every rank has."""
+        if name in self.local:
+            self._put_master(name, whole)
         self._put_computing(name, whole)
 
     def _put_master(self, name: str, whole: Tensor) -> None:
@@ -376,7 +399,7 @@ class DeepSpeedEngine(Engine):
             safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
 
     def _put_computing(self, name: str, whole: Tensor) -> None:
-        parameter = self.local[name]
+        parameter = self._parameters[name]
         if self.stage < 3:
             parameter.data.copy_(whole)
             return

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from models.base import Batch
 from trainer.engine.base import Engine
 from trainer.engine.matrices import Update, update_shards
+from trainer.optim import trained_parameters
 from trainer.runtime.compat import as_shard
 
 
@@ -61,7 +62,7 @@ class FsdpEngine(Engine):
         for module in model.modules() if engine.offload else ():  # FSDP moves parameters to the device, but not buffers
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-        self._shards: dict[str, Any] = dict(model.named_parameters())
+        self._shards = trained_parameters(model)
         self.local = {name: nn.Parameter(shard.detach().to_local()) for name, shard in self._shards.items()}
         return model
 

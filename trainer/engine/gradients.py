@@ -14,6 +14,7 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.objectives import build_objective
 from trainer.objectives.base import ModelAndObjective
+from trainer.optim import trained_parameters
 from trainer.runtime.compat import fake_tensors
 
 
@@ -57,12 +58,13 @@ def unreached_in_training(plan: Any) -> list[str]:
         names = unreached(joined.model, loss)
         if names is None:
             loss.backward()
-            names = [name for name, parameter in joined.model.named_parameters() if parameter.grad is None]
+            trained = trained_parameters(joined.model)
+            names = [name for name, parameter in trained.items() if parameter.grad is None]
     return names
 
 
 def unreached(model: Any, loss: torch.Tensor) -> list[str] | None:
-    """Names of the parameters that the graph of `loss` does not reach. None if only a backward pass can show them, because an
+    """Names of the trained parameters that the graph of `loss` does not reach. None if only a backward pass can show them, because an
     autograd.Function in the graph may return None for one of its inputs."""
     met, waiting = {loss.grad_fn, None}, [loss.grad_fn]
     reached: set[Any] = set()
@@ -75,4 +77,4 @@ def unreached(model: Any, loss: torch.Tensor) -> list[str] | None:
         following = {after for after, _ in node.next_functions} - met
         met |= following
         waiting += following
-    return [name for name, parameter in model.named_parameters() if parameter not in reached]
+    return [name for name, parameter in trained_parameters(model).items() if parameter not in reached]

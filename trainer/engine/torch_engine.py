@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.base import Batch
 from trainer.engine.base import Engine
 from trainer.engine.cuda_graphs import CudaGraphRecorder, CudaGraphRunner, GraphRecorder
+from trainer.optim import trained_parameters
 
 
 class TorchEngine(Engine):
@@ -25,7 +26,7 @@ class TorchEngine(Engine):
         self._fp32_gradients: dict[nn.Parameter, Tensor] = {}
         model = self.initialise(meta, self.device)
         self.prepare_blocks(model)
-        self.local = dict(model.named_parameters())
+        self.local = trained_parameters(model)
         # DDP would sum bf16 gradients in bf16. So for pure_bf16 `collect_gradients` reduces the fp32 sums.
         self._wrapped = self.strategy == "ddp" and self.precision != "pure_bf16"
         self.joined = self.join(model)

@@ -15,6 +15,7 @@ from trainer.optim.groups import (
     no_schedule,
     rules_used,
     state_bytes_per_parameter,
+    trained_parameters,
 )
 from trainer.optim.optimizer import Optimizer
 from trainer.optim.rule import (
@@ -47,6 +48,7 @@ __all__ = [
     "rules_used",
     "settings_of_run",
     "state_bytes_per_parameter",
+    "trained_parameters",
 ]
 
 for _found in pkgutil.iter_modules(rules.__path__):

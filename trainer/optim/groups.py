@@ -36,15 +36,16 @@ class Group:
 
 
 def names_by_role(model: Any) -> dict[str, list[str]]:
-    """Role -> names of parameters. Raises ValueError unless every parameter has exactly one known role."""
+    """Role -> names of the trained parameters. Raises ValueError unless every parameter has exactly one known role."""
     named = [name for name, _ in model.named_parameters()]
+    trained = trained_parameters(model)
     by_role: dict[str, list[str]] = {role: [] for role in model.roles}
     seen: list[str] = []
     for role, names in model.names_by_role().items():
         if role not in by_role:
             known = ", ".join((*model.roles, *model.further_roles))
             raise ValueError(f"unknown parameter role {role!r} (allowed: {known})")
-        by_role[role] = list(names)
+        by_role[role] = [name for name in names if name in trained]
         seen += names
     if sorted(seen) != sorted(named):
         odd = sorted(set(seen) ^ set(named)) or sorted({name for name in seen if seen.count(name) > 1})
@@ -68,8 +69,13 @@ def matrices_of(model: Any, shapes: Mapping[str, torch.Size] | None = None) -> d
 
 
 def shapes_of(model: Any) -> dict[str, torch.Size]:
-    """Name -> shape of each parameter."""
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    """Name -> shape of each trained parameter."""
+    return {name: parameter.shape for name, parameter in trained_parameters(model).items()}
+
+
+def trained_parameters(model: Any) -> dict[str, Any]:
+    """Those that need a gradient. The others are frozen: no gradient, no state, no weight decay."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def part_shapes(shape: torch.Size, split: Split | None) -> dict[str, torch.Size]:
@@ -98,14 +104,14 @@ class Assignment(NamedTuple):
 
 
 def assign(model: Any, optim: OptimConfig, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Assignment]:
-    """Name of each parameter -> its rule. shapes: see matrices_of."""
-    matrices, found = matrices_of(model, shapes), {}
+    """Name of each trained parameter -> its rule. shapes: see matrices_of."""
+    matrices, trained, found = matrices_of(model, shapes), trained_parameters(model), {}
     rest = optim.name if rule_class(optim.name).scope != "matrix" else DEFAULT_RULE
     for role, names in model.parameter_groups().items():
         treated_as = model.further_roles.get(role, role)
         entry = next((key for key in (role, treated_as) if key in optim.roles), "")
         asked = optim.roles.get(entry, RoleConfig()).name or optim.name
-        for name in names:
+        for name in (name for name in names if name in trained):
             left = rule_class(asked).scope == "matrix" and name not in matrices
             own = entry == "" or not (left and treated_as == "matrix")
             found[name] = Assignment(rest if left else asked, entry, left, own)
@@ -131,7 +137,7 @@ def rules_used(model: Any, optim: OptimConfig) -> list[Used]:
 
 
 def state_bytes_per_parameter(model: Any, optim: OptimConfig, narrow: bool) -> float:
-    """Mean bytes of optimizer state per parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32."""
+    """Mean bytes of optimizer state per trained parameter of `model`, which may have no storage. narrow: bf16 state, otherwise fp32."""
     dtype = torch.bfloat16 if narrow else torch.float32
     shapes, matrices, assigned = shapes_of(model), matrices_of(model), assign(model, optim)
     rules = {how: get_rule(how.rule, how.given(optim)) for how in set(assigned.values())}

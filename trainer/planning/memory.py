@@ -16,7 +16,7 @@ from trainer.core.config import OptimConfig
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, told_of_model
 from trainer.objectives import DEFAULT_OBJECTIVE
-from trainer.optim import state_bytes_per_parameter
+from trainer.optim import names_by_role, state_bytes_per_parameter, trained_parameters
 from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
@@ -114,6 +114,11 @@ class SavedActivations(NamedTuple):
     copies: int
 
 
+def trains_head(model: Any) -> bool:
+    """Whether the output projection gets a gradient. model: may have no storage."""
+    return bool(names_by_role(model)["embedding" if model.tied_embedding() else "head"])
+
+
 _measured: dict[
     tuple[Any, ...], SavedActivations
 ] = {}  # a cache: a process plans the same model several times, and measuring takes seconds
@@ -138,10 +143,12 @@ class MemoryEstimate:
         self._model = model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
         self.parameters = model_class.count_parameters(model_config)
+        self.trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
         # Gathered at once: two blocks (one computes while the next is gathered) and what is outside the blocks.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
         self.caps_logits = model.caps_logits()
-        self.head = model.token_embedding().weight.numel()  # numbers in the output projection, which has this shape
+        projection = model.token_embedding().weight  # the output projection has its shape
+        self.head = projection.numel() if trains_head(model) else 0  # numbers in its gradient
 
     def state(self, layout: ParallelLayout, accumulates: bool = False) -> dict[str, int]:
         """Bytes on one device, by part, without activations and loss. accumulates: a step may have several microbatches."""
@@ -153,23 +160,23 @@ class MemoryEstimate:
             parts["average"] = 4  # fp32 whatever the weights are
         sharded = SHARDED.get(layout.strategy, set())
         away = OFFLOADED[layout.strategy] if layout.offload else set()
-        state = {
-            part: (part not in away)
-            * int(parts[part] * (-(-self.parameters // layout.shards) if part in sharded else self.parameters))
-            for part in ORDER
-            if part in parts
-        }
+        state = {}
+        for part in (part for part in ORDER if part in parts):
+            count = self.parameters if part == "weights" else self.trained
+            held = -(-count // layout.shards) if part in sharded else count
+            state[part] = (part not in away) * int(parts[part] * held)
         copies = self._measure(layout, "none").copies
         if copies:
             state["copies"] = copies
         # The loss computes the head's gradient while all activations are held: unsharded, in fp32.
-        state["head gradient"] = 4 * self.head
+        if self.head:
+            state["head gradient"] = 4 * self.head
         if fsdp or layout.strategy == "zero3":
             kept = ZERO3_REUSE if layout.strategy == "zero3" else 0 if layout.reshard else self.parameters
             copies = min(self.parameters, max(self.gathered, kept))
             state["gathered"] = copies * (4 if layout.precision == "fp32" else 2)
         if fsdp and accumulates:
-            state["unsharded gradients"] = 4 * self.parameters  # ranks exchange gradients at the last microbatch only
+            state["unsharded gradients"] = 4 * self.trained  # ranks exchange gradients at the last microbatch only
         if layout.strategy in ("zero2", "zero3"):
             state["buckets"] = (4 if layout.precision == "fp32" else 2) * BUCKET
         return state

@@ -49,7 +49,8 @@ class Plan:
     """A run with nothing left to infer. Rank 0 makes it and sends it to the other ranks.
 
     config: RunConfig without `None`s; model_config: the model's Config; entries: every number with its rule
-    parameters: total count; non_embedding: without token and position embeddings and head; processes: of the whole run
+    parameters: total count; non_embedding: without token and position embeddings and head; trained: without frozen ones;
+    processes: of the whole run
     """
 
     config: Any  # a RunConfig; typed Any, since its `None`s are gone
@@ -58,6 +59,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     parameters: int
     non_embedding: int
+    trained: int
     vocab_size: int  # ids the tokenizer uses; the model's may be padded
     processes: int
     target: Any  # the trainer.runtime.device.Target of every process
@@ -127,6 +129,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         entries=draft.entries,
         parameters=model.parameters,
         non_embedding=model.non_embedding,
+        trained=model.trained,
         vocab_size=vocab_size,
         processes=world.size,
         target=target,
@@ -264,6 +267,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "model_scale": config.model_scale,
         "params": plan.parameters,
         "params_non_embedding": plan.non_embedding,
+        "params_trained": plan.trained,
         **{key: value for key, value in config.model.items() if key != "name"},
         "lr": config.optim.lr,
         "recipe": config.optim.recipe,
@@ -314,8 +318,11 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
     for outside in ("activations without checkpointing", "in CPU memory"):  # outside the sum; they come last
         parts = parts.replace(f", {outside}", f"; {outside}")
+    frozen = f"; {plan.trained:,} are trained, the others frozen" if plan.trained < plan.parameters else ""
     derived = [
-        PlanEntry("parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head"),
+        PlanEntry(
+            "parameters", plan.parameters, f"counted; {plan.non_embedding:,} without embeddings and head{frozen}"
+        ),
         PlanEntry("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order of training"),
         PlanEntry("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
         PlanEntry(

@@ -10,10 +10,20 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from models.lora import has_lora
 from trainer.core.errors import UserError
 from trainer.engine import refuse_scope
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
-from trainer.optim import DEFAULT_RULE, OptimizerRule, get_rule, rules_used, schedules, settings_of_run
+from trainer.optim import (
+    DEFAULT_RULE,
+    OptimizerRule,
+    get_rule,
+    rules_used,
+    schedules,
+    settings_of_run,
+    trained_parameters,
+)
+from trainer.planning.lora import check_lora, lora_rate, recipe_of
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.planning.run_config import default_run_dir
 from trainer.planning.strategy import (
@@ -24,7 +34,7 @@ from trainer.planning.strategy import (
     check_shard_size,
     refuse_contradictions,
 )
-from trainer.recipes import RECIPES, PlanEntry, recipe_for
+from trainer.recipes import RECIPES, PlanEntry
 from trainer.recipes.hlb import device_token_capacity, tokens_per_microbatch
 from trainer.recipes.recipe import Default
 
@@ -62,7 +72,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules need of a model. meta: model without storage; non_embedding: parameters without embeddings and head."""
+    """What the rules need of a model. meta: model without storage; non_embedding: parameters without embeddings and head; trained:
+    parameters that are not frozen."""
 
     name: str
     model_class: Any
@@ -70,6 +81,7 @@ class ModelFacts:
     meta: Any
     parameters: int
     non_embedding: int
+    trained: int
 
     @classmethod
     def of(cls, name: str, model_class: Any, config: Any) -> ModelFacts:
@@ -86,7 +98,9 @@ class ModelFacts:
                 f"model {name}: has {sum(sizes.values()):,} parameters, but its count_parameters says {parameters:,}"
             )
         outside = [name for role in ("embedding", "head") for name in roles.get(role, [])]
-        return cls(name, model_class, config, meta, parameters, parameters - sum(sizes[name] for name in outside))
+        non_embedding = parameters - sum(sizes[name] for name in outside)
+        trained = sum(sizes[name] for name in trained_parameters(meta))
+        return cls(name, model_class, config, meta, parameters, non_embedding, trained)
 
 
 def follow_launcher_config(draft: Draft, processes: int) -> Draft:
@@ -135,10 +149,11 @@ def check_kernels(config: Any, model: ModelFacts, device: Any, precision: str) -
 
 def choose_recipe(draft: Draft) -> Draft:
     """The recipe that was made for the model, else plain."""
+    check_lora(draft.config)
     if draft.config.optim.recipe != "auto":
         return draft
-    name = recipe_for(draft.config.model["name"])
-    return draft.set("optim", "recipe", name).note("optim.recipe", name, RECIPES[name].why)
+    name, why = recipe_of(draft.config.model)
+    return draft.set("optim", "recipe", name).note("optim.recipe", name, why)
 
 
 def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
@@ -324,7 +339,8 @@ def optim_defaults(draft: Draft, model: ModelFacts) -> dict[str, Default]:
         key: Default(value, why + f" ({source})" * bool(source))
         for key, value in model.model_class.optim_defaults.items()
     }
-    return {**RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model), **own}
+    found = {**RECIPES[draft.config.optim.recipe].optim_defaults(draft.config, model), **own}
+    return found | {"lr": lora_rate(found["lr"])} if has_lora(draft.config.model) else found
 
 
 def check_schedule(optim: Any, schedule: str, section: str = "optim") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.core.config import OptimConfig, RoleConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
-from trainer.optim import Assignment, assign, get_rule, rule_class, settings_of_run
+from trainer.optim import Assignment, assign, get_rule, rule_class, settings_of_run, trained_parameters
 from trainer.optim.groups import shapes_of
 from trainer.planning.resolver import Draft, ModelFacts, check_schedule, optim_defaults, rate_of
 from trainer.recipes import groups_of
@@ -40,8 +40,9 @@ def check_role(section: str, role: str, model: ModelFacts) -> None:
     known = (*model.meta.roles, *model.meta.further_roles)
     if role not in known:
         raise UserError(f"{section}: is not a role of {model.name} (allowed: {', '.join(known)})")
-    groups = model.meta.parameter_groups()
-    held = [name for name in known if groups.get(name) or model.meta.names_by_role().get(name)]
+    trained = trained_parameters(model.meta)
+    groups, treated_as = model.meta.parameter_groups(), model.meta.names_by_role()
+    held = [name for name in known if trained.keys() & {*groups.get(name, []), *treated_as.get(name, [])}]
     if role not in held:
         tied = "; its head is the embedding's matrix" if role == "head" and model.meta.tied_embedding() else ""
         raise UserError(

@@ -120,6 +120,7 @@ def open_run(
     import torch
 
     from models.config import kernel_fields_of
+    from models.lora import without_lora
     from models.materialise import Unset
     from trainer.checkpoint.weights import choose_weights
     from trainer.data.dataset import DatasetInfo
@@ -136,6 +137,7 @@ def open_run(
     if precision != "auto":
         changes["precision"] = precision
     config = stored.build(without_training(stored.values | changes))
+    config.model = without_lora(config.model)  # whose updates are merged into the weights
     kernels = kernel_fields_of(model_name(config.model))
     # The kernels of the training machine may not exist here.
     config.model |= dict.fromkeys(config.model.keys() & kernels, "auto")

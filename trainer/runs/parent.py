@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.base import get_model
 from models.hugging_face import family_of
+from models.lora import FIELDS, without_lora
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import hugging_face
 from trainer.checkpoint.weights import MODEL, choose_weights
@@ -59,7 +60,7 @@ class RunParent:
 
     @property
     def model(self) -> dict[str, Any]:
-        return {"name": model_name(self.config.model), **self.config.model}
+        return {"name": model_name(self.config.model), **without_lora(self.config.model)}
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class RunParent:
 
     def weights(self, wanted: str, model_class: Any, model_config: Any, world: World) -> Iterable[tuple[str, Tensor]]:
         """(name, whole tensor in CPU memory) of all weights. wanted: which ones, see trainer/checkpoint/weights.py; model_class,
-        model_config: of the new run. All ranks call this; each reads by itself. UserError if there are no such weights."""
+        model_config: of the new run, without LoRA. All ranks call this; each reads by itself. UserError if there are no such
+        weights."""
         found = choose_weights(self.folder / "checkpoints", self.step, wanted, world.say, world)
         shapes = {MODEL + name: shape for name, shape in shapes_of(model_class, model_config).items()}
         checkpoint.check_shapes(found.paths[-1], shapes)
@@ -202,6 +204,8 @@ def changed_model(given: dict[str, Any], parent: Parent, say: Say) -> dict[str, 
     name = parent.model["name"]
     kernels = {key.removeprefix("model.") for key in changeable(name) if key.startswith("model.")}
     given = drop_inferred(given, ())
+    adapters = {key: value for key, value in given.items() if key in FIELDS}
+    given = without_lora(given)
     if given.get("name", name) != name:
         raise UserError(f"init_from: model.name is {given['name']!r}, but {parent} is of {name}; leave it out")
     before = written_out(build(RunConfig, {"model": parent.model}))
@@ -217,7 +221,7 @@ def changed_model(given: dict[str, Any], parent: Parent, say: Say) -> dict[str, 
         raise UserError(f"init_from: {printable(shown)}, which the weights of {parent} do not fit; leave it as it was")
     if differing:
         say(f"init_from: {printable(shown)}: the weights of {parent} were trained with the old value")
-    return model
+    return model | adapters
 
 
 def shapes_of(model_class: Any, model_config: Any) -> dict[str, Any]:

@@ -95,9 +95,13 @@ def opening(run: Run) -> str:
         # Pass the run's device: offloaded weights are on another one.
         kernels = run.model.describe_kernels(run.device, run.config.data.separate_documents)
     threads = f"\n{thread_line()}" if run.device.type == "cpu" else ""
+    trained = run.plan.trained
+    frozen = (
+        f", {trained:,} of them trained ({trained / run.plan.parameters:.2%})" if trained < run.plan.parameters else ""
+    )
     return (
         f"\nengine: {run.engine.describe()}{threads}" + (f"\nkernels: {kernels}" if kernels else "") + "\n"
-        f"{run.plan.parameters:,} parameters; sequences per step {run.plan.sequences(0):,} of {lengths[0]} tokens at the start, "
+        f"{run.plan.parameters:,} parameters{frozen}; sequences per step {run.plan.sequences(0):,} of {lengths[0]} tokens at the start, "
         f"{run.plan.sequences(last):,} of {run.plan.sequence_length(last)} at the end; lr {run.config.optim.lr:.8f}"
     )
 

@@ -343,7 +343,7 @@ def before_training(plan: Any, world: World) -> None:
     folder = Path(config.run_dir).expanduser()
     seen = survey(world, device, folder)
     # Weights and two moments, with every engine. Buffers and the second names of tied weights are small in comparison.
-    checkpoint = plan.parameters * 3 * (2 if config.precision == "pure_bf16" else 4)
+    checkpoint = (plan.parameters + 2 * plan.trained) * (2 if config.precision == "pure_bf16" else 4)
 
     def tell() -> None:
         there = min(config.checkpoint.keep, len(found(folder / "checkpoints")))

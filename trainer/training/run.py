@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models.base import Batch
+from models.lora import without_lora
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
@@ -20,6 +21,7 @@ from trainer.engine import build_engine
 from trainer.inference.decoding import complete
 from trainer.inference.evaluation import check_enough, validate
 from trainer.optim.frequency import FrequencyScaling
+from trainer.planning.model import written_out
 from trainer.planning.plan import Plan
 from trainer.planning.run_config import branch_point, check_branch, check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
@@ -262,7 +264,8 @@ class Run:
         config, world = self.config, self.world
         parent = checkpoint.together(lambda: find_parent(init_from, world.say), world)[world.rank]
         checkpoint.together(lambda: parent.check_tokenizer(self.dataset, config.data.path), world)
-        weights = parent.weights(config.init_weights, self.plan.model_class, self.plan.model_config, world)
+        plain = written_out(dataclasses.replace(config, model=without_lora(config.model)))
+        weights = parent.weights(config.init_weights, *plain, world)
         checkpoint.together(lambda: self.engine.begin_with(weights), world)
         world.say(f"beginning with the weights of {parent} ({config.init_weights})")
 
