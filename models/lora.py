@@ -30,7 +30,7 @@ from models.layers.lora import Adapter, Pair, add_update
 class LoraConfig:
     """The fields that a Config with adapters has besides its own."""
 
-    lora_rank: int = setting(8, "LoRA: rows of A and columns of B for each matrix", low=1, high=10**6)
+    lora_rank: int = setting(8, "LoRA: rows of A and columns of B for each matrix; 0: no LoRA", low=0, high=10**6)
     lora_alpha: float = setting(
         32.0,
         "LoRA: an update is (lora_alpha / lora_rank) B A; if it stays the same for every rank, the best learning rate hardly changes",
@@ -52,24 +52,23 @@ class LoraModel(LanguageModel):
         super().__init__(config)
         if super().projections() or type(self).post_step is not LanguageModel.post_step:
             raise ValueError(
-                "lora_rank: this model projects its weights after each step, and W + B A would not stay projected"
+                "lora_rank: this model projects its weights after each step, but W + B A is not projected; train all weights"
             )
         self.requires_grad_(False)
         # Asked for before there are adapters, of which the model knows nothing.
-        self._roles, self._fused = super().parameter_groups(), super().fused_matrices()
+        self._lora_roles, fused = super().parameter_groups(), super().fused_matrices()
         for path, layer, role in self._targets():
-            rows = self._fused[f"{path}.weight"].sizes.values() if self._splits_rows(path) else [layer.out_features]
+            split = fused.get(f"{path}.weight")
+            rows = split.sizes.values() if split is not None and split.dim in (0, -2) else [layer.out_features]
             scale = config.lora_alpha / config.lora_rank
             layer.lora = Adapter(Pair(layer.in_features, count, config.lora_rank, scale) for count in rows)
             layer.register_forward_hook(add_update)
-            self._roles[role] = [
-                *self._roles[role],
-                *(f"{path}.lora.{name}" for name, _ in layer.lora.named_parameters()),
-            ]
+            factors = [f"{path}.lora.{name}" for name, _ in layer.lora.named_parameters()]
+            self._lora_roles[role] = [*self._lora_roles[role], *factors]
 
     def _targets(self) -> list[tuple[str, Any, str]]:
         """(path, layer, role of its weight) of each layer that gets an adapter. ValueError if there is none for a role."""
-        role_of = {name: role for role, names in self._roles.items() for name in names}
+        role_of = {name: role for role, names in self._lora_roles.items() for name in names}
         inside = {module for block in self.blocks() for module in block.modules()}
         # A weight that two layers share would no longer be shared if one of them got an adapter.
         holders = Counter(parameter for module in self.modules() for parameter in module.parameters(recurse=False))
@@ -78,22 +77,19 @@ class LoraModel(LanguageModel):
             for path, module in self.named_modules()
             if module in inside and isinstance(module, nn.Linear) and holders[module.weight] == 1
         ]
-        found = []
-        for wanted in self.config.lora_targets.split(","):
-            of_role = [target for target in linear if wanted.strip() in (target[2], self.further_roles.get(target[2]))]
+        found = {}
+        for wanted in map(str.strip, self.config.lora_targets.split(",")):
+            of_role = {at[0]: at for at in linear if wanted in (at[2], self.further_roles.get(at[2]))}
             if not of_role:
                 there = ", ".join(sorted({role for _, _, role in linear})) or "none"
                 raise ValueError(
-                    f"lora_targets: no linear layer in the blocks has the role {wanted.strip()!r} (roles there: {there})"
+                    f"lora_targets: no linear layer in the blocks has the role {wanted!r} (roles there: {there})"
                 )
-            found += [target for target in of_role if target not in found]
-        for path, layer, _ in found:
-            if hasattr(layer, "lora"):
-                raise ValueError(f"lora_targets: {path} has an attribute `lora` of its own; rename it")
-        return found
-
-    def _splits_rows(self, path: str) -> bool:
-        return f"{path}.weight" in self._fused and self._fused[f"{path}.weight"].dim == 0
+            found |= of_role
+        taken = [path for path, layer, _ in found.values() if hasattr(layer, "lora")]
+        if taken:
+            raise ValueError(f"lora_targets: {taken[0]} has an attribute `lora` of its own; rename it")
+        return list(found.values())
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -104,10 +100,11 @@ class LoraModel(LanguageModel):
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """The factors of a matrix have its role, so that an optimiser of matrices updates them."""
-        return {role: list(names) for role, names in self._roles.items()}
+        return {role: list(names) for role, names in self._lora_roles.items()}
 
     def fused_matrices(self) -> dict[str, Split]:
-        return self._fused
+        """None: what is trained fuses no matrices."""
+        return {}
 
     @classmethod
     def count_parameters(cls, config: Any) -> int:
@@ -125,11 +122,10 @@ class LoraModel(LanguageModel):
     def flops_per_token(self, sequence_length: int) -> int:
         """Without the gradients of frozen matrices: 2 FLOPs for each of their entries."""
         roles = self.names_by_role()
-        products = [*roles.get("matrix", []), *roles.get("embedding" if self.tied_embedding() else "head", [])]
-        matrices = [self.get_parameter(name) for name in products]
-        return super().flops_per_token(sequence_length) - 2 * sum(
-            matrix.numel() for matrix in matrices if not matrix.requires_grad
-        )
+        matrices = [self.get_parameter(name) for name in (*roles.get("matrix", []), *roles.get("head", []))]
+        matrices += [self.token_embedding().weight] if self.tied_embedding() else []
+        frozen = sum(matrix.numel() for matrix in matrices if not matrix.requires_grad)
+        return super().flops_per_token(sequence_length) - 2 * frozen
 
 
 @functools.cache

@@ -9,8 +9,10 @@ from trainer.planning.advice import advice, epochs_of
 from trainer.recipes import schedule_change
 
 
-def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None):
-    return SimpleNamespace(parameters=parameters, non_embedding=non_embedding, train_tokens=train_tokens)
+def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None, trained=None):
+    return SimpleNamespace(
+        parameters=parameters, non_embedding=non_embedding, train_tokens=train_tokens, trained=trained or parameters
+    )
 
 
 def test_a_usual_run_needs_no_advice():
@@ -33,6 +35,7 @@ def test_few_tokens_of_the_run_or_of_the_text_are_told():
     assert few.startswith("7,000,000 tokens of text for 1,300,000,000 parameters") and "are 0.0054 per parameter" in few
     assert few.endswith("or more text, reaches a lower loss")
     assert many.startswith("the run reads its text 142.9 times")
+    assert advice(plan(trained=10**6), 119_000_000) == [], "adapters of weights that are trained already"
 
 
 def test_reading_the_text_many_times_is_told():

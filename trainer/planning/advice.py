@@ -24,7 +24,8 @@ def advice(plan: Any, tokens: int) -> list[str]:
         )
     own = max(1, plan.non_embedding)
     text = tokens if plan.train_tokens is None else min(tokens, plan.train_tokens)
-    if text * FAR_BELOW < own * COMPUTE_OPTIMAL:
+    trains_all = plan.trained == plan.parameters  # with LoRA, the other weights have read their text already
+    if trains_all and text * FAR_BELOW < own * COMPUTE_OPTIMAL:
         what = "of the run" if text == tokens else "of text"
         lines.append(
             f"{text:,} tokens {what} for {own:,} parameters without embeddings and head are {text / own:.2g} per parameter; "

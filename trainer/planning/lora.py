@@ -37,6 +37,7 @@ def check_lora(config: Any) -> None:
 
 
 def lora_rate(full: Default) -> Default:
-    """The learning rate for adapters: ten times that for all weights, `full`, at any rank ("LoRA Without Regret", Thinking Machines
-    2025). arXiv 2106.09685, appendix D, takes 2e-4 for GPT-3, whose full rate is 6e-5 before fine-tuning."""
-    return Default(RATE * full.value, f"LoRA: {RATE} times {full.rule} (LoRA Without Regret, 2025)")
+    """The learning rate for adapters. full: for all weights. The factor hardly depends on rank and model, with alpha 32."""
+    return Default(
+        RATE * full.value, f"{RATE} times {full.rule}, as LoRA needs (LoRA Without Regret, Schulman et al. 2025)"
+    )

@@ -16,7 +16,7 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     is not registered, a key that its Config does not have, or a value of another type. With model.lora_rank, the class is that
     of the model with adapters."""
     from models.base import get_model, load_models, model_names
-    from models.lora import FIELDS, has_lora, with_lora
+    from models.lora import FIELDS, with_lora, without_lora
 
     load_models()
     options = dict(config.model)
@@ -24,13 +24,14 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     if name not in model_names():
         raise UserError(_unknown(str(name), model_names()))
     model_class = get_model(name)
-    if str(options.get("lora_rank")) == "0":  # no adapters
-        del options["lora_rank"]
-    if has_lora(options):
-        model_class = with_lora(model_class)
-    elif without := [key for key in FIELDS if key in options]:
-        raise UserError(f"model.{without[0]}: has no effect without model.lora_rank; set that too, or leave it out")
-    return name, model_class, coerced(model_class.Config, options, "model.")
+    adapted = with_lora(model_class)
+    given = coerced(adapted.Config, options, "model.")
+    if given.get("lora_rank"):
+        return name, adapted, given
+    useless = [key for key in FIELDS if key in given and key != "lora_rank"]
+    if useless:
+        raise UserError(f"model.{useless[0]}: has no effect without model.lora_rank; set that too, or leave it out")
+    return name, model_class, without_lora(given)
 
 
 def written_out(config: RunConfig) -> tuple[Any, Any]:

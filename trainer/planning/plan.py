@@ -160,6 +160,7 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
     """The model at model_scale, its fields in the draft, and the ids that the tokenizer uses."""
     from models.base import pad_vocab
     from models.config import check_range
+    from models.lora import FIELDS, has_lora
 
     config: Any = draft.config
     name, model_class, options = read_model(config)
@@ -194,6 +195,8 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
             draft = draft.note(f"model.{key}", value, "set" + meaning)
+        elif key in FIELDS:
+            draft = draft.note(f"model.{key}", value, "the default of LoRA")
         elif key != "vocab_size":
             draft = draft.note(f"model.{key}", value, f"{name} at model_scale {config.model_scale:g}{meaning}")
     draft = draft.set("", "model", {"name": name, **dataclasses.asdict(model_config)})
@@ -202,9 +205,10 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
             f"data.separate_documents: {name} does not mask documents (its masks_documents is false); leave it out"
         )
     facts = ModelFacts.of(name, model_class, model_config)
-    if config.parameters is not None and abs(facts.parameters / config.parameters - 1) > SIZE_TOLERANCE:
+    size = facts.parameters - (facts.trained if has_lora(draft.config.model) else 0)
+    if config.parameters is not None and abs(size / config.parameters - 1) > SIZE_TOLERANCE:
         raise UserError(
-            f"parameters: the nearest size of {name} to {config.parameters:,} is {facts.parameters:,} parameters; "
+            f"parameters: the nearest size of {name} to {config.parameters:,} is {size:,} parameters; "
             "give model_scale, or other fields of model.*"
         )
     return draft, facts, vocab_size
