@@ -81,6 +81,12 @@ def test_a_run_begins_with_the_logits_of_transformers(transformers, tiny_dataset
     assert distance(child(tiny_dataset, tmp_path / "r", tmp_path / "m"), theirs) < 1e-4
 
 
+def test_adapters_leave_the_logits_as_they_are(transformers, tiny_dataset, tmp_path):
+    """Even adapters that have more parameters than the model, whose size the parent states."""
+    theirs = saved(transformers, tmp_path / "m", "llama")
+    assert distance(child(tiny_dataset, tmp_path / "r", tmp_path / "m", model={"lora_rank": "64"}), theirs) < 1e-4
+
+
 def test_openais_own_files_name_the_weights_in_another_way(transformers, tiny_dataset, tmp_path):
     theirs = saved(transformers, tmp_path / "m", "gpt2")
     file, config = tmp_path / "m" / "model.safetensors", json.loads((tmp_path / "m" / "config.json").read_text())
