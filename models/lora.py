@@ -71,13 +71,15 @@ class LoraModel(LanguageModel):
         role_of = {name: role for role, names in self._lora_roles.items() for name in names}
         inside = {module for block in self.blocks() for module in block.modules()}
         # A weight that two layers share would no longer be shared if one of them got an adapter.
-        holders = Counter(parameter for module in self.modules() for parameter in module.parameters(recurse=False))
+        holders: Counter[Any] = Counter(
+            parameter for module in self.modules() for parameter in module.parameters(recurse=False)
+        )
         linear = [
             (path, module, role_of[f"{path}.weight"])
             for path, module in self.named_modules()
             if module in inside and isinstance(module, nn.Linear) and holders[module.weight] == 1
         ]
-        found = {}
+        found: dict[str, tuple[str, Any, str]] = {}
         for wanted in map(str.strip, self.config.lora_targets.split(",")):
             of_role = {at[0]: at for at in linear if wanted in (at[2], self.further_roles.get(at[2]))}
             if not of_role:
@@ -122,14 +124,14 @@ class LoraModel(LanguageModel):
     def flops_per_token(self, sequence_length: int) -> int:
         """Without the gradients of frozen matrices: 2 FLOPs for each of their entries."""
         roles = self.names_by_role()
-        matrices = [self.get_parameter(name) for name in (*roles.get("matrix", []), *roles.get("head", []))]
+        matrices: list[Any] = [self.get_parameter(name) for name in (*roles.get("matrix", []), *roles.get("head", []))]
         matrices += [self.token_embedding().weight] if self.tied_embedding() else []
         frozen = sum(matrix.numel() for matrix in matrices if not matrix.requires_grad)
         return super().flops_per_token(sequence_length) - 2 * frozen
 
 
 @functools.cache
-def with_lora(model_class: type[LanguageModel]) -> type[LoraModel]:
+def with_lora(model_class: Any) -> type[LoraModel]:
     """A class of the same model with adapters, frozen except for these. Its Config has the fields of `model_class.Config` and FIELDS."""
     about = {"__module__": model_class.__module__, "__doc__": model_class.__doc__, "adapts": model_class}
     members = {**about, "Config": _with_fields(model_class.Config)}

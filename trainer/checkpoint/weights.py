@@ -86,9 +86,11 @@ class Weights:
             source = self.prefix + name if self.prefix + name in there else MODEL + name
             return read(reader, source, *there[source])
 
-        tensor, scale, pairs = stored(name), self.lora_scale, []
+        tensor, scale = stored(name), self.lora_scale
+        pairs: list[tuple[Tensor, Tensor]] = []
         while scale is not None and MODEL + factors_of(name, len(pairs))[0] in there:
-            pairs.append(tuple(map(stored, factors_of(name, len(pairs)))))
+            a, b = factors_of(name, len(pairs))
+            pairs.append((stored(a), stored(b)))
         return updated(tensor, pairs, scale) if scale is not None and pairs else tensor
 
     def load(self, projections: Projections, world: World, device: torch.device | str) -> dict[str, Tensor]:
