@@ -24,7 +24,7 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     if name not in model_names():
         raise UserError(_unknown(str(name), model_names()))
     model_class = get_model(name)
-    adapted = with_lora(model_class)
+    adapted = with_lora(model_class)  # type: ignore[arg-type]  # classes can be hashed
     given = coerced(adapted.Config, options, "model.")
     if given.get("lora_rank"):
         return name, adapted, given
