@@ -216,6 +216,56 @@ def test_hub_names(monkeypatch):
     assert "expected hf://NAME" in error("hf://a/b/c/d")
 
 
+class Endless:
+    """Rows without end, that know how many were asked for and whether their reader let them go."""
+
+    def __init__(self):
+        self.given, self.closed = 0, False
+
+    def __iter__(self):
+        try:
+            while True:
+                self.given += 1
+                yield {"text": "" if self.given == 3 else f"row {self.given}"}
+        finally:
+            self.closed = True
+
+
+def test_max_documents_closes_a_stream(monkeypatch):
+    rows = Endless()
+    monkeypatch.setitem(sys.modules, "datasets", FakeHub(rows))
+    found = documents("hf://imdb", max_documents=4)
+    assert found == {"train": ["row 1", "row 4", "row 5", "row 6"], "validation": ["row 2"]}
+    assert (rows.closed, rows.given) == (True, 7), "a document ends where the next one begins"
+    assert documents("hf://imdb", "validation", max_documents=2) == {"validation": ["row 8", "row 9"]}
+
+
+def test_max_documents_counts_documents_with_text(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ["", "one", "", "two", "three", "four", "five"])
+    found = documents(path, max_documents=2)
+    assert {split: [text for text in texts if text] for split, texts in found.items()} == {
+        "train": ["two", "three"],
+        "validation": ["one"],
+    }
+    assert documents(path, max_documents=100) == documents(path)
+
+
+def test_max_documents_of_files_that_are_named(tmp_path):
+    for name in ("train-0", "train-1", "valid"):
+        write_rows(tmp_path / f"{name}.jsonl", [f"{name} row {i}" for i in range(4)])
+    for count in (3, 4, 5, 9):
+        found, whole = documents(tmp_path, max_documents=count), documents(tmp_path)
+        assert found == {split: texts[:count] for split, texts in whole.items()}
+
+
+def test_max_documents_of_files_whose_ends_are_held_out(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"line of {number}\n" * 200)
+    assert documents(tmp_path, max_documents=100) == documents(tmp_path)
+    found = documents(tmp_path, max_documents=1)
+    assert {split: len(texts) for split, texts in found.items()} == {"train": 1, "validation": 1}
+
+
 def test_hub_mistakes(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(ConnectionError("no way\nto get there")))
     assert "hf://imdb: cannot be read from the Hugging Face hub" in error("hf://imdb")
@@ -412,9 +462,9 @@ def test_other_json_in_a_folder_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *(("a.csv", "is a table; convert it to rows of JSON"), ("a.TSV", "is a table"), ("a.bin", "holds numbers")),
+        *(("a.csv", "is a table; convert it to rows of JSON"), ("a.TSV", "is a table"), ("a.idx", "holds numbers")),
         *(
-            ("a.npy", "holds numbers"),
+            ("a.mds", "holds numbers"),
             ("a.zip", "is packed"),
             ("a.txt.gz", "is packed"),
             ("a.pdf", "is not plain text"),

@@ -30,8 +30,8 @@ class CorpusConfig:
 
     source: str | None = setting(
         None,
-        "text file, directory, .jsonl, .ndjson or .json of rows (also .gz, .zst), .parquet, hf://NAME[/CONFIG][:SPLIT], or "
-        "builtin:python-stdlib",
+        "text file, directory, .jsonl, .ndjson or .json of rows (also .gz, .zst), .parquet, hf://NAME[/CONFIG][:SPLIT], "
+        "builtin:python-stdlib, token ids (.bin, .npy), or MDS shards of another program",
     )
     tokenizer: str = setting(
         "gpt2", "gpt2, gpt-neox-20b, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one"
@@ -42,7 +42,13 @@ class CorpusConfig:
     validation_fraction: float = setting(
         0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
     )
-    text_field: str = setting("text", "field of a row that holds the text; a.b means field b inside field a")
+    text_field: str = setting(
+        "text", "field of a row (or column of MDS) that holds the text; a.b means field b inside field a"
+    )
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] | None = setting(
+        None, "type of stored token ids that nothing states: a .bin without a header (auto: uint16), raw bytes in MDS"
+    )
+    max_documents: int | None = setting(None, "most documents of each split; the rest of the source is not read", low=1)
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop", "for a row that is not JSON, is not UTF-8 or has no text in text_field; skip: leave it out and count it"
     )

@@ -18,6 +18,7 @@ from trainer.data.readers import BLOCK
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".text")
 ROW_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 PARQUET_SUFFIXES = (".parquet",)
+TOKEN_SUFFIXES = (".bin", ".npy")
 READ = (*TEXT_SUFFIXES, *ROW_SUFFIXES, *PARQUET_SUFFIXES)
 STDLIB = "builtin:python-stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
@@ -31,7 +32,7 @@ ARCHIVES = (*(".gz", ".zst", ".bz2", ".xz", ".lzma", ".lz4", ".zip", ".tar", ".t
 TABLES = (".csv", ".tsv", ".psv")
 DATABASES = (*(".arrow", ".feather", ".avro", ".orc", ".h5", ".hdf5", ".sqlite", ".db", ".pkl", ".pickle", ".lance"),)
 DOCUMENTS = (*(".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ods", ".ppt", ".pptx"),)
-NUMBERS = (*(".bin", ".idx", ".npy", ".npz", ".mds", ".tfrecord", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf"),)
+NUMBERS = (*(".idx", ".npz", ".mds", ".tfrecord", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf"),)
 REFUSED = {
     **dict.fromkeys(ARCHIVES, "is packed; unpack it first (.jsonl, .ndjson and .json may be .gz or .zst)"),
     **dict.fromkeys(
@@ -41,15 +42,17 @@ REFUSED = {
     ),
     **dict.fromkeys(DATABASES, "is not a supported format; write its text to a .parquet or .jsonl file"),
     **dict.fromkeys(DOCUMENTS, "is not plain text; convert it to a .txt file first"),
-    **dict.fromkeys(NUMBERS, "holds numbers (token ids or weights of another program); give the text instead"),
+    **dict.fromkeys(NUMBERS, "holds numbers, not text; of token ids, .bin, .npy and folders of MDS shards can be read"),
 }
 
 
 def kind_of(path: Path) -> str:
-    """The format of a file by its name, in upper or lower case: "rows", "parquet" or "text"."""
+    """The format of a file by its name, in upper or lower case: "rows", "parquet", "ids" or "text"."""
     name = path.name.lower()
     if name.endswith(ROW_SUFFIXES):
         return "rows"
+    if name.endswith(TOKEN_SUFFIXES):
+        return "ids"
     return "parquet" if name.endswith(PARQUET_SUFFIXES) else "text"
 
 
@@ -87,10 +90,12 @@ def _of_folder(folder: Path, spec: str, text_field: str) -> tuple[list[Path], li
     _check_access(files)
     json_files = [path for path in files if path.name.lower().endswith(".json")]
     others = {path for path in json_files if not _holds_rows(path, text_field)}
-    files = [path for path in files if path not in others]
+    files = [path for path in files if path not in others] or [path for path in found if kind_of(path) == "ids"]
     if not files:
         hint = f" (a .json file counts if its first line is a JSON object with {text_field!r} in it)" if others else ""
-        raise UserError(f"{printable(spec)}: holds no text; looked for *{', *'.join(READ)} in it and below{hint}")
+        raise UserError(
+            f"{printable(spec)}: holds no text; looked for *{', *'.join((*READ, *TOKEN_SUFFIXES))} in it and below{hint}"
+        )
     counts = Counter(path.suffix or "without a suffix" for path in found if path not in set(files)).most_common()
     if not counts:
         return files, []

@@ -6,22 +6,31 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from trainer.data import readers
 
 CHUNK = 1 << 16  # characters, so at most 256 KiB of UTF-8
 
 
 class Piece(NamedTuple):
-    """A part of a document: text, or a raw row of JSON that a tokenising process parses; `where` is for error lines."""
+    """A part of a document: text, a raw row of JSON that a tokenising process parses, or an array of token ids.
 
-    data: str | bytes
+    where: for error lines. context: how many ids at the beginning belong to the piece before; they only show where words begin.
+    """
+
+    data: str | bytes | np.ndarray
     ends_document: bool
     where: str
     split: str = "train"
+    context: int = 0
 
     def text(self, field: str) -> str:
-        """The text; `field` is the field of a row that holds it. Raises BadRow."""
-        return self.data if isinstance(self.data, str) else readers.row_text(self.data, field, self.where)
+        """The text of a piece without ids; `field` is the field of a row that holds it. Raises BadRow."""
+        if isinstance(self.data, bytes):
+            return readers.row_text(self.data, field, self.where)
+        assert isinstance(self.data, str)
+        return self.data
 
 
 def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:

@@ -79,7 +79,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     progress = Progress(sources, log)
     flaws = Flaws()
     arguments = (folder / "tokenizer.json", tokenizer.eot_id, dtype, config.text_field, config.on_bad_row == "skip")
-    pieces = (piece for source in sources for piece in source.pieces())
+    pieces = (piece for source in sources for piece in source.pieces(tokenizer.eot_id))
     with closing(_encoded(encode.batches(pieces), arguments, config.workers or _cores())) as results:
         for encoded in results:
             writers[encoded.split].add(encoded)
@@ -88,6 +88,11 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     for writer in writers.values():
         writer.finish()
     splits = {split: writer.info for split, writer in writers.items()}
+    for source in sources:
+        if source.stopped:
+            log(
+                f"{printable(source.spec)}: reading stopped at max_documents: {config.max_documents:,} of each split at most"
+            )
     flaws.tell(sources, splits, log)
     _refuse_empty(splits, config)
     _summary(splits, progress.seconds(), config, log)
@@ -110,6 +115,11 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
 
 def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokenizer:
     """The tokenizer of `config`; if it is trained, it sees only training text."""
+    ids = next((source for source in sources if source.holds_ids), None)
+    if ids and config.tokenizer.startswith(("train-bpe", "chars")):
+        raise UserError(
+            f"{printable(ids.spec)}: holds token ids, so the tokenizer that made them is needed, not {config.tokenizer}"
+        )
     if config.tokenizer.startswith("train-bpe"):
         log(f"training {config.tokenizer} on the first text of {printable(config.source)}")
     elif config.tokenizer == "chars":
@@ -119,6 +129,11 @@ def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokeni
         log(note)
     end = printable(tokenizer.decode([tokenizer.eot_id]))
     log(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size:,} ids, {end} (id {tokenizer.eot_id}) ends documents")
+    if ids:
+        log(
+            f"{printable(ids.spec)}: holds token ids; {end} separates documents, and is stored at their end even if it stood at their "
+            "beginning"
+        )
     return tokenizer
 
 

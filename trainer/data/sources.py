@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +16,7 @@ from trainer.core.config import CorpusConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
-from trainer.data import readers
+from trainer.data import readers, token_files
 from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
 from trainer.data.pieces import Piece, lines, opens, to_pieces
 from trainer.data.readers import BadRow
@@ -31,6 +33,8 @@ class Source:
     last `validation_fraction` (by bytes, from the next line start on) is a validation document. A single text file without
     document_start is in `ends`. In all other cases a document goes to validation if the hash of its number is below
     `validation_fraction`; the second document always does, so that there is one even among few documents.
+
+    Files of token ids are one stream for each split, so a document may go on in the next file.
     """
 
     spec: str
@@ -40,38 +44,73 @@ class Source:
     validation_fraction: float
     split: str | None
     skip_bad_rows: bool = False
+    token_dtype: str | None = None
+    max_documents: int | None = None  # of each split
     named: dict[Path, str] = field(default_factory=dict)
     ends: frozenset[Path] = frozenset()
     notes: list[str] = field(default_factory=list)  # what the user should know about how it is read
     bytes_read: int = 0
     skipped_rows: int = 0  # rows that were read here and left out as bad
     first_skipped: str = ""  # what was wrong with the first of them
+    stopped: bool = False  # whether max_documents ended the reading
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether its files hold token ids instead of text."""
+        return any(kind_of(path) == "ids" for path in self.files)
 
     @property
     def total_bytes(self) -> int | None:
-        """Size of the files on disk, None if it is not known."""
-        return sum(path.stat().st_size for path in self.files) if self.files else None
+        """How many bytes will be read, None if it is not known."""
+        known = self.files and self.max_documents is None
+        return sum(path.stat().st_size for path in self.files) if known else None
 
-    def pieces(self) -> Iterator[Piece]:
-        """All pieces from the beginning, in order, each with its split. Documents without any text are left out."""
+    def pieces(self, eot_id: int = -1) -> Iterator[Piece]:
+        """All pieces from the beginning, in order, each with its split. Documents without any text are left out.
+
+        eot_id: the id that separates documents, for files of token ids.
+        """
         second = self._second_document()
         self.bytes_read = self.skipped_rows = 0
-        document = 0
-        for path in self._paths():
-            split = self._split_of_file(path)
-            for piece in self._pieces(path):
-                if path not in self.ends:
-                    piece = piece._replace(split=split or self._split_of(document, second))
-                yield piece
-                document += piece.ends_document
+        self.stopped = False
+        document, kept = 0, dict.fromkeys(("train", "validation"), 0)
+        for files in self._groups():
+            split = self._split_of_files(files)
+            with closing(self._pieces(files, eot_id)) as pieces:
+                while not self._enough(kept, split) and (piece := next(pieces, None)) is not None:
+                    if not self.ends.intersection(files):
+                        piece = piece._replace(split=split or self._split_of(document, second))
+                    document += piece.ends_document
+                    if self.max_documents is None:
+                        yield piece
+                    elif kept[piece.split] < self.max_documents:
+                        yield piece
+                        kept[piece.split] += piece.ends_document and self._has_text(piece)
         if document == 0:
             raise UserError(f"{printable(self.spec)}: is empty; there must be some text")
 
-    def _split_of_file(self, path: Path | None) -> str | None:
-        """The split of all documents of a file; None: drawn for each document."""
-        if self.split or not (self.named or self.ends):
+    def _enough(self, kept: dict[str, int], split: str | None) -> bool:
+        """Whether no document is missing of `split`, or of both splits if it is None. kept: documents of each split so far."""
+        if self.max_documents is None:
+            return False
+        # Documents are drawn for validation at a fixed rate: as soon as there is one, nobody waits for max_documents of them.
+        wanted = {split: self.max_documents} if split else {"train": self.max_documents, "validation": 1}
+        enough = all(kept[name] >= count for name, count in wanted.items())
+        self.stopped |= enough
+        return enough
+
+    def _groups(self) -> list[list[Path]]:
+        """The files in the order of reading; those that are one stream are together. [[]] for hf://."""
+        if not self.holds_ids:
+            return [[path] for path in self.files] or [[]]
+        splits = dict.fromkeys(self.named.get(path) for path in self.files)
+        return [[path for path in self.files if self.named.get(path) == split] for split in splits]
+
+    def _split_of_files(self, files: list[Path]) -> str | None:
+        """The split of all documents of files that are read together; None: both, or drawn for each document."""
+        if self.split or not (self.named or self.ends) or self.ends.intersection(files):
             return self.split
-        return self.named.get(path, "train") if path else None
+        return self.named.get(files[0], "train") if files else None
 
     def _split_of(self, document: int, second: int) -> str:
         drawn = document > 0 and _drawn(document, self.validation_fraction)
@@ -85,7 +124,7 @@ class Source:
         with_text: list[int] = []
         number = 0
         for path in self.files:
-            for piece in self._pieces(path):
+            for piece in self._pieces([path]):
                 certain = number == 1 or (number > 0 and _drawn(number, self.validation_fraction))
                 if piece.ends_document and (certain or len(with_text) < 2) and self._has_text(piece):
                     if certain:
@@ -96,7 +135,7 @@ class Source:
 
     def _has_text(self, piece: Piece) -> bool:
         try:
-            return bool(piece.text(self.text_field))
+            return not isinstance(piece.data, bytes) or bool(piece.text(self.text_field))
         except BadRow:
             return False
 
@@ -108,17 +147,18 @@ class Source:
                 for piece in to_pieces(((chunk, False) for chunk in chunks), printable(path)):
                     yield piece._replace(split=split)
 
-    def _paths(self) -> list[Path] | list[None]:
-        return self.files or [None]
-
-    def _pieces(self, path: Path | None) -> Iterator[Piece]:
-        if path is None:
+    def _pieces(self, files: list[Path], eot_id: int = -1) -> Generator[Piece, None, None]:
+        """The pieces of one group of files."""
+        if not files:
             yield from self._row_pieces(readers.read_hub(self.spec, self.text_field, self._bad), self.spec)
-        elif path in self.ends:
-            yield from self._halves(path)
+        elif self.holds_ids:
+            blocks = (token_files.read_blocks(path, self.token_dtype, self._count) for path in files)
+            yield from token_files.to_documents(chain.from_iterable(blocks), eot_id)
+        elif files[0] in self.ends:
+            yield from self._halves(files[0])
         else:
-            with self._open(path) as file:
-                yield from self._file_pieces(file, path)
+            with self._open(files[0]) as file:
+                yield from self._file_pieces(file, files[0])
 
     def _file_pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
         kind, name, start = kind_of(path), printable(path), self.document_start
@@ -171,6 +211,7 @@ def open_source(spec: str, config: CorpusConfig, split: str | None = None) -> So
     files, notes = find_files(spec, key, config.text_field)
     source = Source(spec, files, config.text_field, start, config.validation_fraction, split)
     source.skip_bad_rows = config.on_bad_row == "skip"
+    source.token_dtype, source.max_documents = config.token_dtype, config.max_documents
     source.notes = notes
     if spec.startswith(("hf://", "builtin:")):
         return source

@@ -107,10 +107,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Ids out of range are left out, broken UTF-8 becomes U+FFFD, end of text is spelled out."""
-        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self.decode_bytes([int(i) for i in ids if 0 <= i < self.vocab_size]).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 text of `ids`, all below `vocab_size`; of a byte-level tokenizer also bytes that are not whole characters."""
         if self._fast is not None:
-            return self._fast.decode_bytes(known).decode("utf-8", errors="replace")
-        return self._library.decode(known, skip_special_tokens=False)
+            return self._fast.decode_bytes(ids)
+        return self._library.decode(ids, skip_special_tokens=False).encode("utf-8")
 
 
 def _bytes(path: Path) -> bytes:
