@@ -13,12 +13,15 @@ from pathlib import Path
 from trainer.core.errors import UserError
 from trainer.core.files import system_error, user_path
 from trainer.core.text import printable
+from trainer.data.mds_source import FILE as INDEX
+from trainer.data.mds_source import is_index
 from trainer.data.readers import BLOCK
 
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".text")
 ROW_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 PARQUET_SUFFIXES = (".parquet",)
 TOKEN_SUFFIXES = (".bin", ".npy")
+ABOUT = ("readme", "license", "licence")  # texts that are not the data of a folder
 READ = (*TEXT_SUFFIXES, *ROW_SUFFIXES, *PARQUET_SUFFIXES)
 STDLIB = "builtin:python-stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
@@ -47,8 +50,10 @@ REFUSED = {
 
 
 def kind_of(path: Path) -> str:
-    """The format of a file by its name, in upper or lower case: "rows", "parquet", "ids" or "text"."""
+    """The format of a file by its name, in upper or lower case: "mds", "rows", "parquet", "ids" or "text"."""
     name = path.name.lower()
+    if name == INDEX:
+        return "mds"
     if name.endswith(ROW_SUFFIXES):
         return "rows"
     if name.endswith(TOKEN_SUFFIXES):
@@ -89,20 +94,32 @@ def _of_folder(folder: Path, spec: str, text_field: str) -> tuple[list[Path], li
     files = [path for path in found if path.name.lower().endswith(READ) and path.is_file()]
     _check_access(files)
     json_files = [path for path in files if path.name.lower().endswith(".json")]
-    others = {path for path in json_files if not _holds_rows(path, text_field)}
-    files = [path for path in files if path not in others] or [path for path in found if kind_of(path) == "ids"]
+    others = {path for path in json_files if path.name == INDEX or not _holds_rows(path, text_field)}
+    files = [path for path in files if path not in others]
+    if all(path.stem.lower() in ABOUT for path in files):
+        files = _indexes(found) or [path for path in found if kind_of(path) == "ids"] or files
+        _check_access(files)
     if not files:
         hint = f" (a .json file counts if its first line is a JSON object with {text_field!r} in it)" if others else ""
         raise UserError(
             f"{printable(spec)}: holds no text; looked for *{', *'.join((*READ, *TOKEN_SUFFIXES))} in it and below{hint}"
         )
-    counts = Counter(path.suffix or "without a suffix" for path in found if path not in set(files)).most_common()
+    mds = files[0].name == INDEX
+    left_out = [path for path in found if path not in set(files) and not (mds and ".mds" in path.suffixes)]
+    counts = Counter(path.suffix or "without a suffix" for path in left_out).most_common()
     if not counts:
         return files, []
     named = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts[:5]) + ", and others" * (
         len(counts) > 5
     )
     return files, [f"{printable(spec)}: left out files whose names are not those of text: {named}"]
+
+
+def _indexes(found: list[Path]) -> list[Path]:
+    """The files among `found` that list MDS shards, without those whose shards an index further up lists too."""
+    indexes = [path for path in found if is_index(path)]
+    folders = {path.parent for path in indexes}
+    return [path for path in indexes if folders.isdisjoint(path.parent.parents)]
 
 
 def _walk(folder: Path) -> Iterator[Path]:

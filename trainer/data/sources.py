@@ -18,6 +18,7 @@ from trainer.core.files import user_path
 from trainer.core.text import printable
 from trainer.data import readers, token_files
 from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
+from trainer.data.mds_source import MdsIndex, open_index
 from trainer.data.pieces import Piece, lines, opens, to_pieces
 from trainer.data.readers import BadRow
 
@@ -48,6 +49,7 @@ class Source:
     max_documents: int | None = None  # of each split
     named: dict[Path, str] = field(default_factory=dict)
     ends: frozenset[Path] = frozenset()
+    indexes: dict[Path, MdsIndex] = field(default_factory=dict)  # of its files that list MDS shards
     notes: list[str] = field(default_factory=list)  # what the user should know about how it is read
     bytes_read: int = 0
     skipped_rows: int = 0  # rows that were read here and left out as bad
@@ -57,13 +59,18 @@ class Source:
     @property
     def holds_ids(self) -> bool:
         """Whether its files hold token ids instead of text."""
-        return any(kind_of(path) == "ids" for path in self.files)
+        return any(
+            self.indexes[path].holds_ids if path in self.indexes else kind_of(path) == "ids" for path in self.files
+        )
 
     @property
     def total_bytes(self) -> int | None:
         """How many bytes will be read, None if it is not known."""
-        known = self.files and self.max_documents is None
-        return sum(path.stat().st_size for path in self.files) if known else None
+        if not self.files or self.max_documents is not None:
+            return None
+        return sum(
+            self.indexes[path].total_bytes if path in self.indexes else path.stat().st_size for path in self.files
+        )
 
     def pieces(self, eot_id: int = -1) -> Iterator[Piece]:
         """All pieces from the beginning, in order, each with its split. Documents without any text are left out.
@@ -152,13 +159,21 @@ class Source:
         if not files:
             yield from self._row_pieces(readers.read_hub(self.spec, self.text_field, self._bad), self.spec)
         elif self.holds_ids:
-            blocks = (token_files.read_blocks(path, self.token_dtype, self._count) for path in files)
+            blocks = (self._blocks(path, eot_id) for path in files)
             yield from token_files.to_documents(chain.from_iterable(blocks), eot_id)
+        elif files[0] in self.indexes:
+            rows = self.indexes[files[0]].texts(self._bad, self._count)
+            yield from self._row_pieces(rows, printable(files[0].parent))
         elif files[0] in self.ends:
             yield from self._halves(files[0])
         else:
             with self._open(files[0]) as file:
                 yield from self._file_pieces(file, files[0])
+
+    def _blocks(self, path: Path, eot_id: int) -> token_files.Blocks:
+        if path in self.indexes:
+            return self.indexes[path].blocks(eot_id, self._count)
+        return token_files.read_blocks(path, self.token_dtype, self._count)
 
     def _file_pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
         kind, name, start = kind_of(path), printable(path), self.document_start
@@ -217,9 +232,23 @@ def open_source(spec: str, config: CorpusConfig, split: str | None = None) -> So
         return source
     if user_path(spec, key).is_dir():
         _heed_names(source, user_path(spec, key))
+    _open_indexes(source)
     if split is None and not source.named:
         _choose_ends(source)
     return source
+
+
+def _open_indexes(source: Source) -> None:
+    """Read the indexes of MDS shards among a source's files, and say how their rows are read."""
+    found = [path for path in source.files if kind_of(path) == "mds"]
+    source.indexes = {path: open_index(path, source.text_field, source.token_dtype) for path in found}
+    if len({index.holds_ids for index in source.indexes.values()}) > 1:
+        raise UserError(
+            f"{printable(source.spec)}: one split holds text and another token ids; prepare them from one kind"
+        )
+    for index in source.indexes.values():
+        rows = "parts of one stream of ids" if index.holds_ids and index.is_stream else "documents"
+        source.notes.append(f"{printable(index.path.parent)}: the rows of column {index.column!r} are {rows}")
 
 
 def open_sources(config: CorpusConfig) -> list[Source]:
