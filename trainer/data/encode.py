@@ -65,19 +65,14 @@ class Encoder:
 
     def __call__(self, batch: Batch) -> Encoded:
         """The encoded batch. Raises UserError that names the file (and line)."""
+        if isinstance(batch[0].data, np.ndarray):
+            return self._given(batch)
         tokens = [np.empty(0, self._dtype)]
         ends: list[int] = []
         count = size = words = skipped = 0
         lost, first_skipped = [], ""
         with silent_stderr():
             for piece in batch:
-                if isinstance(piece.data, np.ndarray):
-                    ids, bytes_of_text, words_of_text = self._given(piece.data, piece.context, piece.where)
-                    tokens += [ids, self._end] if piece.ends_document else [ids]
-                    documents += piece.ends_document
-                    size += bytes_of_text
-                    words += words_of_text
-                    continue
                 try:
                     text = piece.text(self._field)
                     bytes_of_text = utf8_size(text, piece.where)
@@ -107,17 +102,33 @@ class Encoder:
             *(lost_bytes, "".join(dict.fromkeys(all_lost[:10_000]))[:10], skipped, first_skipped),
         )
 
-    def _given(self, ids: np.ndarray, context: int, where: str) -> tuple[np.ndarray, int, int]:
-        """`ids` without the first `context` of them, checked, and how many bytes and words of text they add."""
+    def _given(self, batch: Batch) -> Encoded:
+        """A batch of ids, checked, with the sizes of the text that they stand for."""
+        tokens, ends = [], []
+        count = size = words = 0
+        for piece in batch:
+            ids = np.asarray(piece.data)
+            self._check(ids, piece.where)
+            # Both ends of the piece may be inside a word or a character. The difference is what this piece adds to those before.
+            texts = [self._tokenizer.decode_bytes(part.tolist()) for part in (ids, ids[: piece.context])]
+            whole, before = (_word_count(text.decode("utf-8", "replace")) for text in texts)
+            size += len(texts[0]) - len(texts[1])
+            words += whole - before
+            tokens.append(ids[piece.context :].astype(self._dtype))
+            count += len(tokens[-1])
+            if piece.ends_document:
+                tokens.append(self._end)
+                count += 1
+                ends.append(count)
+        return Encoded(batch[0].split, np.concatenate(tokens), np.array(ends, np.int64), size, words)
+
+    def _check(self, ids: np.ndarray, where: str) -> None:
         lowest, highest, known = ids.min(), ids.max(), self._tokenizer.vocab_size
         if lowest < 0 or highest >= known:
             raise UserError(
                 f"{where}: holds the id {lowest if lowest < 0 else highest}, but the tokenizer has {known:,} ids, from 0 on; name the "
                 "tokenizer that made the ids, or set token_dtype if a file without a header has another type"
             )
-        texts = [self._tokenizer.decode_bytes(part.tolist()) for part in (ids, ids[:context])]
-        words = [_word_count(text.decode("utf-8", "replace")) for text in texts]
-        return ids[context:].astype(self._dtype), len(texts[0]) - len(texts[1]), words[0] - words[1]
 
     def _encode(self, text: str, where: str) -> tuple[np.ndarray, str]:
         try:
