@@ -73,6 +73,8 @@ def test_the_picture_is_beside_the_dataset_and_never_in_it(known, tmp_path, caps
     before = sorted(known.rglob("*"))
     assert report(capsys, known)["picture"] == str(known.parent / "data-lengths.png")
     assert (known.parent / "data-lengths.png").exists() and sorted(known.rglob("*")) == before
+    monkeypatch.chdir(known)
+    assert report(capsys, ".")["picture"] == str(known.parent / "data-lengths.png")
     monkeypatch.chdir(tmp_path)
     remote = report(capsys, f"file://{known}", cache=str(tmp_path / "cache"))
     assert (tmp_path / "data-lengths.png").exists(), "of a remote dataset, here"

@@ -56,9 +56,8 @@ def run(config: SurveyConfig, as_json: bool = False) -> None:
     assert info is not None  # without data.source a missing dataset is an error
     splits = {name: Split(data, info, name) for name in info.splits}
     documents = {name: read_documents(split, progress(name)) for name, split in splits.items()}
-    name = Path(config.path.rstrip("/")).name
-    default = Path() if is_remote(config.path) else user_path(config.path, "path").absolute().parent
-    picture = user_path(config.out, "out") if config.out else default / f"{name}-lengths.png"
+    folder = Path(Path(config.path).name) if is_remote(config.path) else user_path(config.path, "path").resolve()
+    picture = user_path(config.out, "out") if config.out else folder.with_name(f"{folder.name}-lengths.png")
     report = {
         "path": config.path,
         "fingerprint": info.fingerprint,
@@ -69,7 +68,7 @@ def run(config: SurveyConfig, as_json: bool = False) -> None:
         "picture": str(picture),
     }
     try:
-        write_file(picture, render(documents, info.sample_length, name))
+        write_file(picture, render(documents, info.sample_length, folder.name))
     except OSError as error:
         raise system_error(error, f"out: {printable(picture)}: cannot be written") from None
     sys.stdout.write((json.dumps(report, indent=1) if as_json else printable_lines(in_words(report))) + "\n")

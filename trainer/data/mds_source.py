@@ -211,7 +211,7 @@ def _content(shard: MdsShard) -> memoryview:
 
     try:
         if shard.zipped is None or shard.raw.exists():
-            content = memoryview(np.memmap(shard.raw, np.uint8, "r"))
+            content = np.memmap(shard.raw, np.uint8, "r").data
         else:
             packed = shard.zipped.read_bytes()
             _compare(packed, shard.zip_hashes, shard.zipped)
@@ -222,10 +222,9 @@ def _content(shard: MdsShard) -> memoryview:
         raise system_error(error, f"{printable(shard.raw)}: cannot be read") from None
     except UserError:
         raise
-    except Exception as error:  # each compression library has its own
-        raise UserError(
-            f"{printable(shard.zipped)}: cannot be unpacked ({printable(error, 200)}); copy it again"
-        ) from None
+    except Exception as error:  # each compression library has its own; an empty file cannot be mapped
+        name = printable(shard.raw if shard.zipped is None else shard.zipped)
+        raise UserError(f"{name}: cannot be read ({printable(error, 200)}); copy it again") from None
     if len(content) != shard.raw_bytes:
         raise UserError(
             f"{printable(shard.raw)}: has {len(content):,} bytes, its index says {shard.raw_bytes:,}; copy it again"

@@ -53,12 +53,12 @@ def read_documents(split: Split, tell: Callable[[int, int], None]) -> Documents:
             here = stored[first:last] - begin
         start = 0
         for end in here.tolist():
-            hasher.update(tokens[start:end])
+            hasher.update(tokens[start:end].data)
             ends.append(begin + end)
             hashes.append(hasher.intdigest())
             hasher.reset()
             start = end
-        hasher.update(tokens[start:])
+        hasher.update(tokens[start:].data)
     if not ends or ends[-1] < split.counts.tokens:  # a stream whose last document has no end
         ends.append(split.counts.tokens)
         hashes.append(hasher.intdigest())
