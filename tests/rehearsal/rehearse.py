@@ -109,8 +109,8 @@ class Rows:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def windows(self, position: int, length: int, first: int, count: int) -> Any:
-        return np.zeros((count, length + 1), dtype=np.int64)
+    def batch(self, position: int, length: int, first: int, count: int) -> Any:
+        return {name: np.zeros((count, length), dtype=np.int64) for name in ("tokens", "targets")}
 
     def read_ahead(self, *_: Any) -> None: ...
 
