@@ -29,7 +29,16 @@ from trainer.planning.time import expected_time
 from trainer.runtime.device import GPUS
 from trainer.runtime.distributed import World
 
-MAY_STAY_OPEN = {"branch_from", "init_from", "data.path", "data.source", "data.cache", "data.validation_source"}
+MAY_STAY_OPEN = {
+    "branch_from",
+    "init_from",
+    "data.path",
+    "data.max_documents",
+    "data.token_dtype",
+    "data.source",
+    "data.cache",
+    "data.validation_source",
+}
 MAY_STAY_OPEN |= {"data.document_start", "data.end_of_text"}
 MAY_STAY_OPEN |= {"engine.shard_size", "engine.deepspeed_config"}  # where hsdp and DeepSpeed are not in play
 MAY_STAY_OPEN |= {
