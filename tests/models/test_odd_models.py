@@ -54,7 +54,8 @@ def plan_of(model):
     return resolve(build(RunConfig, values("nowhere", "r", model)))
 
 
-def test_a_frozen_parameter_is_one_without_gradient(monkeypatch):
+def test_a_frozen_parameter_needs_no_gradient(monkeypatch):
+    """The model says that it is not trained, as LoRA does; `idle` is refused, as it should be trained and is not reached."""
     original = odd_model.Steady.__init__
 
     def freeze(self, config):
@@ -64,8 +65,9 @@ def test_a_frozen_parameter_is_one_without_gradient(monkeypatch):
     refuse_unreached(plan_of("steady"), print)  # nothing to refuse
     monkeypatch.setattr("trainer.planning.memory._measured", {})
     monkeypatch.setattr(odd_model.Steady, "__init__", freeze)
+    refuse_unreached(plan_of("steady"), print)
     with pytest.raises(UserError, match="gives no gradient to idle; "):
-        refuse_unreached(plan_of("steady"), print)
+        refuse_unreached(plan_of("idle"), print)
 
 
 def test_where_that_cannot_be_found_out_it_is_said(monkeypatch):
