@@ -216,9 +216,8 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, q: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, context: Context) -> Tensor:
         """Attention where all heads use the latent itself as their one key and one value."""
-        of_keys, of_values = (
-            effective_weight(self.up).unflatten(0, (2, self.n_heads, -1)).unbind()
-        )  # [H, head_dim, rank]
+        up = effective_weight(self.up)  # [2 H head_dim, rank]
+        of_keys, of_values = up.unflatten(0, (2, self.n_heads, -1)).unbind()  # [H, head_dim, rank]
         q = torch.cat((q @ of_keys.to(q.dtype), q_rotated), dim=-1)  # [B, H, T, rank + rope_dim]
         read = self.attend(q, torch.cat((latent, k_rotated), dim=-1), latent, context)  # [B, H, T, rank]
         return read @ of_values.to(read.dtype).transpose(1, 2)
