@@ -14,6 +14,7 @@ def test_landmarks_of_a_known_curve():
     """Flat, then down by one for each factor, steepest in the middle, then up."""
     rates = [10.0**-exponent for exponent in range(8, 0, -1)]
     assert landmarks(rates, [5, 5, 4.5, 3, 2, 1.8, 2.5, 9]) == (rates[3], rates[5])
+    assert landmarks(rates, [5, 5, 4, 3, 9, 8, 6, 5]) == (rates[2], rates[3]), "not the fall after an explosion"
     assert landmarks(rates, [5, 5, 5.5, 6, 6, 7, 8, 9]) == (None, None), "it never falls"
     assert landmarks(rates[:4], [5, 4, 3, 2]) == (None, None), "too short"
 

@@ -60,12 +60,15 @@ def test_nothing_is_left_over(cluster, tmp_path, how):
     """Ctrl-C and kill -9 of the tests in the middle of a job: all processes, links and mounts of the cluster are gone."""
     cluster()  # skips where there is none
     script = f"""
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so inherited, where the tests are a shell's background job
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from slurm.cluster import Cluster
 with Cluster({str(tmp_path)!r}) as slurm:
-    slurm.wait(slurm.sbatch("-N2", "--wrap", "srun sleep 1000"), "RUNNING")
+    marks = {str(tmp_path)!r} + "/started."
+    slurm.sbatch("-N2", "--wrap", f"srun bash -c 'touch {{marks}}$SLURM_PROCID; exec sleep 1000'")
+    # A job is RUNNING before its processes are there.
+    slurm.until(lambda: all(map(os.path.exists, (marks + "0", marks + "1"))), "both tasks", 30)
     print(slurm.link, *(pid for node in slurm.names for pid in slurm.pids(node)), flush=True)
     time.sleep(60)
 """

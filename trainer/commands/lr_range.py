@@ -43,8 +43,8 @@ class LrRangeConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Range:
-    """The result. learning_rates, losses, smoothed: [steps]; steepest: where the smoothed loss falls fastest per factor of the
-    learning rate; lowest: where it is lowest; both None if the loss never falls."""
+    """The result. learning_rates, losses, smoothed: [steps]; lowest: where the smoothed loss is lowest; steepest: where it falls
+    fastest per factor of the learning rate, at most at `lowest`; both None if the loss never falls."""
 
     learning_rates: list[float]
     losses: list[float]
@@ -153,9 +153,8 @@ def landmarks(rates: list[float], smoothed: list[float]) -> tuple[float | None, 
     if len(smoothed) < LEAST or min(smoothed) == smoothed[0]:
         return None, None
     lowest = smoothed.index(min(smoothed))
-    slopes = [
-        smoothed[i + 1] - smoothed[i - 1] for i in range(1, len(smoothed) - 1)
-    ]  # equal steps on a logarithmic axis
+    # Equal steps on a logarithmic axis. Beyond the lowest point the loss falls only from where a too large rate has put it.
+    slopes = [smoothed[i + 1] - smoothed[i - 1] for i in range(1, min(lowest + 1, len(smoothed) - 1))]
     steepest = 1 + slopes.index(min(slopes))
     return rates[steepest], rates[lowest]
 
