@@ -56,6 +56,7 @@ from models.layers.linear_cross_entropy import score_nothing  # noqa: E402
 from trainer.commands.plugins import import_plugin  # noqa: E402
 from trainer.core.config import RunConfig  # noqa: E402
 from trainer.core.settings import build, load_yaml, merge, parse_flags  # noqa: E402
+from trainer.data.stream import Stream  # noqa: E402
 from trainer.planning.memory import expected_memory  # noqa: E402
 from trainer.planning.plan import resolve  # noqa: E402
 from trainer.runtime.distributed import World  # noqa: E402
@@ -104,7 +105,7 @@ class Outcome:
 # -- what stands for parts of the trainer ------------------------------------------------------------------------------------
 
 
-class Rows:
+class Rows(Stream):
     """The data: rows of zeros."""
 
     def __init__(self, *_: Any) -> None: ...
@@ -112,13 +113,8 @@ class Rows:
     def batch(self, position: int, length: int, first: int, count: int) -> Any:
         return {name: np.zeros((count, length), dtype=np.int64) for name in ("tokens", "targets")}
 
-    def read_ahead(self, *_: Any) -> None: ...
-
     def epoch(self, position: int) -> float:
         return 0.0
-
-    def start(self, position: int, length: int, before: int) -> int:
-        return position
 
 
 def kernel_refusal(device: torch.device) -> str | None:
@@ -194,7 +190,7 @@ def patches() -> dict[str, Any]:
         "trainer.runtime.device.HostCopy.read": lambda self: {name: [1.0] * n for name, n in self._sizes.items()},
         "trainer.runtime.distributed.World.gather": lambda self, value: [value] * self.size,
         "trainer.runtime.distributed.World.limit_groups": lambda self: None,
-        "trainer.training.run.TrainStream": Rows,
+        "trainer.training.run.open_stream": Rows,
         "trainer.training.run.Split": lambda *_: None,
         "trainer.training.run.check_enough": lambda *_: None,
     }

@@ -36,9 +36,15 @@ FORMATS = (1, 2, 3)
 FILE = "dataset.json"
 TOKENIZER = "tokenizer.json"
 LENGTHS = "lengths.bin"
+LOSS_MASK = "loss_mask"  # column of chat and preference data, uint8: 1 for a token that an answer consists of, else 0
 LENGTH_TYPE = np.dtype("<u4")
 COLUMN_TYPES = ("uint8", "uint16", "uint32", "float16", "float32")
 SPLITS = ("train", "validation")
+RECORDS = (
+    "text",
+    "chat",
+    "preference",
+)  # what a document is; preference: two in a row answer the same, the first better
 UINT16_IDS = 1 << 16
 
 
@@ -87,6 +93,7 @@ class DatasetInfo:
     indexes: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, str] = field(default_factory=dict)
     columns: dict[str, ColumnInfo] = field(default_factory=dict)
+    records: str = RECORDS[0]
     format: int = FORMATS[-1]
 
     @classmethod
@@ -164,6 +171,10 @@ class DatasetInfo:
             raise ValueError("indexes do not name the splits")
         if self.has_lengths and set(self.lengths) != set(self.splits):
             raise ValueError("lengths do not name the splits")
+        if self.records not in RECORDS:
+            raise ValueError(f"records are {printable(repr(self.records), 60)}, not {', '.join(RECORDS)}")
+        if self.records != "text" and LOSS_MASK not in self.columns:
+            raise ValueError(f"records are {self.records}, but there is no column {LOSS_MASK}")
         for key in ("indexes", "lengths"):
             for name, digest in getattr(self, key).items():
                 hex_digits(digest, f"{key}.{name}")

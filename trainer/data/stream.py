@@ -190,8 +190,46 @@ class Split:
             self._ready[which] = True
 
 
-class TrainStream:
-    """The training split as an endless stream of windows, read ahead by threads.
+class Stream:
+    """The training data as endless rows. Which rows a step has follows from the seed and its position alone; the position counts
+    row lengths, padding included.
+
+    every_token: whether every target of every row counts, so that a step's count is its size.
+    """
+
+    every_token = True
+
+    def start(self, position: int, length: int, before: int | None = None) -> int:
+        """Where the step at `position` begins, with rows of `length` tokens; before: length of the rows that led there."""
+        return position
+
+    def epoch(self, position: int) -> float:
+        """Epochs passed at `position`."""
+        raise NotImplementedError
+
+    def tokens(self, position: int, length: int, count: int) -> int:
+        """How many tokens the first `count` rows of the step at `position` hold, without padding."""
+        return length * count
+
+    def batch(self, position: int, length: int, first: int, count: int) -> dict[str, np.ndarray]:
+        """Rows `first` .. `first + count` of the step that begins at `position`: see models.base.Batch; no row is longer than
+        `length`."""
+        raise NotImplementedError
+
+    def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
+        """Begin to read what `batch` is expected to need next; a wrong guess costs time, never correctness."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+def open_stream(data: DataConfig, info: DatasetInfo, seed: int) -> Stream:
+    """The training split as `data` says it is to be read."""
+    return TrainStream(Split(data, info, "train"), seed, data.threads, data.order)
+
+
+class TrainStream(Stream):
+    """The training split as one text, cut into windows, read ahead by threads.
 
     order: "samples" or "windows", see trainer/data/order.py, which also explains positions.
     """
@@ -212,11 +250,9 @@ class TrainStream:
         self._samples: OrderedDict[int, dict[str, np.ndarray] | tuple[Future, int]] = OrderedDict()
 
     def start(self, position: int, length: int, before: int | None = None) -> int:
-        """Where the step at `position` begins, with windows of `length` tokens; before: length of the windows that led there."""
         return self._order.start(position, length, before or length)
 
     def epoch(self, position: int) -> float:
-        """Epochs passed at `position`."""
         return position / self.epoch_tokens
 
     def batch(self, position: int, length: int, first: int, count: int) -> dict[str, np.ndarray]:

@@ -194,12 +194,13 @@ class Engine:
         """Logits [B, T, V] of tokens [B, T]. documents: [B, T], see Batch; cache: a result of the model's `new_state`."""
         return self.joined(tokens_alone(tokens, documents), cache=cache).logits
 
-    def count(self, batch: Batch, tokens: int) -> int | Tensor:
-        """The number by which the loss of a step is divided, summed over ranks. batch: of this rank; tokens: of all ranks.
+    def count(self, batch: Batch, tokens: int | None) -> int | Tensor:
+        """The number by which the loss of a step is divided, summed over ranks. batch: of this rank; tokens: targets of all ranks,
+        None if not all of them count.
 
         An int if every token counts. Else a scalar on the device, for which the host does not wait.
         """
-        if self.objective.counts_every_token and "weights" not in batch:
+        if tokens is not None and self.objective.counts_every_token and "weights" not in batch:
             return tokens
         return self.world.sum(self.objective.count(batch)).float()
 

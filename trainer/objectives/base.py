@@ -46,13 +46,17 @@ class Objective(nn.Module):
         """model: has the methods hidden, logits, nll and loss of `LanguageModel`, and can be called like it; batch: tensors [B, T]."""
         raise NotImplementedError
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The targets that are trained on, and that validation measures: [B, T], IGNORE for the others; by default the batch's."""
+        return batch["targets"]
+
     def count(self, batch: Batch) -> Tensor:
         """The count that `forward` returns for this batch, computed from the batch alone: fp64 scalar on its device.
 
         The trainer calls it before the first backward pass, so that all gradients are gradients of the mean. By default it is
-        the sum of the weights of the targets that are not IGNORE (without weights: their number).
+        the sum of the weights of the `targets` that are not IGNORE (without weights: their number).
         """
-        counted = batch["targets"] != IGNORE
+        counted = self.targets(batch) != IGNORE
         weights = batch.get("weights")
         return (
             counted.sum(dtype=torch.float64) if weights is None else weights.where(counted, 0).sum(dtype=torch.float64)

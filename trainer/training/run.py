@@ -16,7 +16,7 @@ from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.core.errors import Damaged, Stopped, UserError
 from trainer.data.dataset import DatasetInfo
-from trainer.data.stream import Split, TrainStream
+from trainer.data.stream import Split, open_stream
 from trainer.engine import build_engine
 from trainer.inference.decoding import complete
 from trainer.inference.evaluation import check_enough, validate
@@ -41,7 +41,7 @@ class State:
     """All that the loop itself must remember; the rest follows from the step."""
 
     step: int = 0  # optimiser steps done
-    position: int = 0  # tokens of the data stream passed
+    position: int = 0  # row lengths of the data stream passed, see trainer/data/stream.py
     tokens: int = 0  # tokens trained on
     seconds: float = 0.0
     n: float = 0.0  # hlb's batch multiplier, and its dithered value for the next step
@@ -83,9 +83,7 @@ class Run:
         self.engine = build_engine(plan, world)
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
-        self.stream = TrainStream(
-            Split(config.data, dataset, "train"), config.seed, config.data.threads, config.data.order
-        )
+        self.stream = open_stream(config.data, dataset, config.seed)
         self.validation = Split(config.data, dataset, "validation")
         check_enough(self.validation, config.evaluation.protocol, "evaluation.protocol")
         law = GradNormLaw.of(plan.parameters)

@@ -80,15 +80,17 @@ def optimiser_step(run: Run) -> StepResult:
     state, step, watchdog = run.state, run.state.step, run.watchdog
     length = run.plan.sequence_length(step)
     sequences = state.k * run.plan.sequences(step)
-    counted = sequences * length  # tokens of this step on all ranks
     torch.manual_seed(zlib.crc32(f"{run.config.seed}:{step}:{run.world.rank}".encode()))  # for dropout
 
     watchdog.at(step + 1, "reading data", in_step=True)
     position = run.position()
+    tokens = run.stream.tokens(position, length, sequences)  # of this step on all ranks
     batch = run.read(length, sequences)  # [rows of this rank, length, ...]
     if run.frequency is not None:
         run.frequency.count(batch["tokens"], run.world)
-    count = run.engine.count(batch, counted)  # the loss is the sum over the step, divided by this
+    count = run.engine.count(
+        batch, tokens if run.stream.every_token else None
+    )  # the loss is the sum over the step, divided by this
     losses: Any = 0  # [1 + parts]
     parts = microbatches(run, batch, length, sequences)
     half = len(parts) // 2 if run.config.log.noise_scale else 0
@@ -107,8 +109,8 @@ def optimiser_step(run: Run) -> StepResult:
         run.noise.add(half_norm, half_count, norm, count, finite)
     result = StepResult(
         step=step + 1,
-        tokens=state.tokens + counted,
-        step_tokens=counted,
+        tokens=state.tokens + tokens,
+        step_tokens=tokens,
         epoch=run.stream.epoch(state.position),
         sequence_length=length,
         batch_multiplier=state.k,
@@ -124,7 +126,7 @@ def optimiser_step(run: Run) -> StepResult:
             save_failed=flags[-1:],
         ),
     )
-    state.position, state.tokens, state.step = position + counted, result.tokens, result.step
+    state.position, state.tokens, state.step = position + sequences * length, result.tokens, result.step
     if run.config.batch.dynamic:
         run.multiplier.after_step(step, run.last_norm())
         state.n, state.k = run.multiplier.n, run.multiplier.k
