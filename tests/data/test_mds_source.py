@@ -9,6 +9,8 @@ import pytest
 from test_prepare import error, make, stream
 from test_token_files import END, described, ids_of, texts
 
+from trainer.core.errors import UserError
+from trainer.data.dataset import DatasetInfo
 from trainer.data.mds import import_streaming
 from trainer.data.mds_source import open_index
 
@@ -71,6 +73,18 @@ def test_rows_of_different_lengths_are_documents(tmp_path, end):
     assert described(tmp_path / "out") == {"train": written, "validation": written[:3]}
 
 
+def test_documents_that_begin_like_a_stream(tmp_path):
+    """The rows of the first shard have one length, a later one has not."""
+    written = ["a" * 1000] * 20 + ["b" * 999, "c" * 1000]
+    write(
+        tmp_path / "mds" / "train", "ids", "ndarray:uint16", [np.array([*text.encode()], np.uint16) for text in written]
+    )
+    write(tmp_path / "mds" / "val", "ids", "ndarray:int64", [np.arange(9), np.arange(8), np.arange(9)])
+    assert len(list((tmp_path / "mds" / "train").glob("shard.*"))) > 5
+    make(tmp_path, source=str(tmp_path / "mds"), text_field="ids")
+    assert described(tmp_path / "out")["train"] == written
+
+
 @pytest.mark.parametrize("encoding", ["str", "bytes"])
 def test_a_text_column(tmp_path, encoding):
     written = texts(60)
@@ -111,7 +125,18 @@ def test_what_is_wrong_is_said(tmp_path):
     assert "is of type pkl; str, bytes and ndarray" in error(tmp_path, source=str(tmp_path / "pickled"))
     write(tmp_path / "floats", "tokens", "ndarray", [np.zeros(3)])
     assert "float64 of shape (3,), not token ids" in error(tmp_path, source=str(tmp_path / "floats"))
-    make(tmp_path, source=str(write(tmp_path / "good", "text", "str", texts(20))))
+    good = write(tmp_path / "good", "text", "str", texts(20), hashes=["sha1"])
+    for folder in (good, tmp_path):  # the shards, and a folder with folders of them
+        with pytest.raises(
+            UserError, match="has no dataset.json.*for MDS shards of another program, give it as data.source"
+        ):
+            DatasetInfo.load(folder)
+    make(tmp_path, source=str(good))
+    index = good / "index.json"
+    index.write_text(index.read_text().replace("sha1", "sha0"))
+    assert "states only hashes that are not known here (sha0)" in error(
+        tmp_path, source=str(good), out=str(tmp_path / "x")
+    )
     assert "is a prepared dataset, which is trained on as it is" in error(
         tmp_path, source=str(tmp_path / "out"), out=str(tmp_path / "again")
     )

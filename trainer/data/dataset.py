@@ -36,6 +36,7 @@ FORMATS = (1, 2, 3)
 FILE = "dataset.json"
 TOKENIZER = "tokenizer.json"
 LENGTHS = "lengths.bin"
+INDEX = "index.json"
 LOSS_MASK = "loss_mask"  # column of chat and preference data, uint8: 1 for a token that an answer consists of, else 0
 LENGTH_TYPE = np.dtype("<u4")
 COLUMN_TYPES = ("uint8", "uint16", "uint32", "float16", "float32")
@@ -114,6 +115,7 @@ class DatasetInfo:
             if not present(folder / name):
                 raise UserError(
                     f"{folder}: has no {name}, so it is not a dataset, or an unfinished copy; copy or prepare it again"
+                    + foreign_shards(folder)
                 )
         info = cls.from_json(read_small(folder / FILE), str(folder / FILE))
         if sha256_of(folder / TOKENIZER) != info.tokenizer.sha256:
@@ -223,6 +225,12 @@ def _missing(folder: Path) -> str:
     )
 
 
+def foreign_shards(folder: Path) -> str:
+    """What to do if a folder without dataset.json holds MDS shards, or folders of them."""
+    found = present(folder / INDEX) or any(present(path / INDEX) for path in folder.iterdir() if path.is_dir())
+    return "; for MDS shards of another program, give it as data.source, and a new folder as data.path" if found else ""
+
+
 def present(path: Path) -> bool:
     """Whether `path` exists. Raises MachineError or UserError if the system cannot tell."""
     try:
@@ -279,7 +287,7 @@ def _digest(path: Path, digest: Any) -> str:
 
 def shard_hashes(split_folder: str | Path) -> list[str]:
     """The xxh64 of every shard of a split, in order, as its index.json states them."""
-    index = json.loads((Path(split_folder) / "index.json").read_bytes())
+    index = json.loads((Path(split_folder) / INDEX).read_bytes())
     return [shard["raw_data"]["hashes"]["xxh64"] for shard in index["shards"]]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.core.errors import UserError
 from trainer.core.files import system_error, user_path
 from trainer.core.text import printable
-from trainer.data.mds_source import FILE as INDEX
+from trainer.data.dataset import INDEX
 from trainer.data.mds_source import is_index
 from trainer.data.readers import BLOCK
 

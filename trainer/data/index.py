@@ -19,7 +19,6 @@ from trainer.core.text import printable
 from trainer.data import dataset
 from trainer.data.dataset import DatasetInfo, hex_digits, whole_number
 
-FILE = "index.json"
 KEYS = {
     *("column_encodings", "column_names", "column_sizes", "compression", "format", "hashes"),
     *("raw_data", "samples", "size_limit", "version", "zip_data"),
@@ -38,14 +37,14 @@ class Shard:
 
 def read_index(folder: Path, split: str, info: DatasetInfo) -> list[Shard]:
     """The shards of a split of the dataset in `folder`. Raises Damaged if index.json is missing or not what was written."""
-    path = folder / split / FILE
+    path = folder / split / dataset.INDEX
     if not dataset.present(path):
         raise Damaged(f"data: {path} is missing or damaged: there is no such file; copy or prepare the dataset again")
     data = read_small(path)
     try:
         if info.sealed and hashlib.sha256(data).hexdigest() != info.indexes[split]:
             raise Damaged(f"its sha256 is not the one in {dataset.FILE}")
-        return _shards(parse_json(data, FILE), split, info)
+        return _shards(parse_json(data, dataset.INDEX), split, info)
     except (Damaged, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(
             f"data: {path} is missing or damaged: {printable(error, 300)}; copy or prepare the data again"

@@ -23,7 +23,6 @@ from trainer.data.dataset import whole_number
 from trainer.data.readers import BadRow, OnBadRow
 from trainer.data.token_files import TYPES
 
-FILE = "index.json"
 TEXT_COLUMN, TOKEN_COLUMN = "text", "tokens"
 
 
@@ -85,12 +84,18 @@ class MdsIndex:
 
     @functools.cached_property
     def is_stream(self) -> bool:
-        """Whether rows of ids are parts of one stream, as llm-foundry cuts it: in the first shard, all but the last have one length.
-
-        Otherwise each row is a document.
+        """Whether rows of ids are parts of one stream, as llm-foundry cuts it: all have one length, only the last one of a writer,
+        which has a folder of its own, may be shorter. Otherwise each row is a document.
         """
-        lengths = [len(self._ids(value, where)) for value, where in self._rows_of(self.shards[0])]
-        return len(set(lengths[:-1])) < 2 and lengths[-1] <= lengths[0]
+        length = None
+        for shard, after in zip(self.shards, [*self.shards[1:], None], strict=True):
+            may_be_shorter = after is None or after.raw.parent != shard.raw.parent
+            for row, (value, where) in enumerate(self._rows_of(shard), 1):
+                count = len(self._ids(value, where))
+                length = count if length is None else length
+                if count > length or (count < length and not (may_be_shorter and row == shard.samples)):
+                    return False
+        return True
 
     def _values(self, on_read: Callable[[int], None]) -> Iterator[tuple[bytes, str]]:
         for shard in self.shards:
@@ -136,7 +141,7 @@ class MdsIndex:
 def is_index(path: Path) -> bool:
     """Whether a file is the index.json of MDS shards."""
     try:
-        return path.name == FILE and isinstance(json.loads(read_small(path)).get("shards"), list)
+        return path.name == dataset.INDEX and isinstance(json.loads(read_small(path)).get("shards"), list)
     except (ValueError, RecursionError, AttributeError, UserError):
         return False
 
@@ -234,11 +239,17 @@ def _content(shard: MdsShard) -> memoryview:
 
 
 def _compare(content: bytes | memoryview, hashes: dict[str, str], path: Path) -> None:
-    """Raises UserError if `content` has another hash than its index states."""
+    """Raises UserError if `content` has another hash than its index states, or if none that it states can be computed."""
     from streaming.base.hashing import get_hash, is_hash
 
-    for name, stated in hashes.items():
-        if is_hash(name) and get_hash(name, content) != stated:  # type: ignore[arg-type]  # any buffer will do
+    known = {name: stated for name, stated in hashes.items() if is_hash(name)}
+    if hashes and not known:
+        raise UserError(
+            f"{printable(path)}: its index states only hashes that are not known here ({printable(', '.join(hashes))}), so it cannot "
+            "be checked; write the shards again with sha1 or xxh64"
+        )
+    for name, stated in known.items():
+        if get_hash(name, content) != stated:  # type: ignore[arg-type]  # any buffer will do
             raise UserError(
                 f"{printable(path)}: is damaged: its {printable(name)} is not the one in its index; copy it again"
             )

@@ -106,7 +106,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
         source=str(config.source),
         arguments=asdict(config),
         versions=_versions(),
-        indexes={split: dataset.sha256_of(folder / split / "index.json") for split in SPLITS},
+        indexes={split: dataset.sha256_of(folder / split / dataset.INDEX) for split in SPLITS},
         lengths={split: dataset.sha256_of(folder / split / dataset.LENGTHS) for split in SPLITS},
     )
     info.save(folder)

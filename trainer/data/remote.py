@@ -71,7 +71,7 @@ def find(data: DataConfig, say: Say) -> DatasetInfo:
         info = DatasetInfo.from_json(text, f"{address}/{dataset.FILE}")
         folder = cache_folder(data, info)
         if not _holds(folder, text):
-            names = [dataset.TOKENIZER, *(f"{split}/{index.FILE}" for split in info.splits)]
+            names = [dataset.TOKENIZER, *(f"{split}/{dataset.INDEX}" for split in info.splits)]
             for name in names:
                 fetch(address, name, fetched)
             try:
@@ -113,7 +113,7 @@ def _last_seen(data: DataConfig, note: Path) -> DatasetInfo | None:
 def _description(folder: Path) -> DatasetInfo:
     """The dataset that `folder` of the cache describes. Raises UserError if a file of it is missing, damaged or a link."""
     info = DatasetInfo.load(folder)
-    names = [dataset.FILE, dataset.TOKENIZER, *(f"{split}/{index.FILE}" for split in info.splits)]
+    names = [dataset.FILE, dataset.TOKENIZER, *(f"{split}/{dataset.INDEX}" for split in info.splits)]
     links = [path for name in names for path in (folder / name, (folder / name).parent) if path.is_symlink()]
     if links:
         raise UserError(f"data.cache: {links[0]} is a link")
