@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from trainer.core.settings import setting
 from trainer.core.text import markdown_table, printable, printable_lines
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from trainer.data.stream import Split
     from trainer.data.survey import Documents
+    from trainer.data.tokenizers import Tokenizer
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # percent
 QUANTILE_NAMES = {0: "shortest", 50: "median", 100: "longest"}
@@ -115,24 +119,41 @@ def describe(split: Split, found: Documents, documents: dict[str, Documents]) ->
 
 
 def examples(split: Split, found: Documents, config: SurveyConfig) -> list[dict[str, Any]]:
-    """The beginnings of some documents, drawn with the seed, as text."""
+    """The beginnings of some documents, drawn with the seed, as text; answers stand in [[ ]]."""
     import numpy as np
 
+    from trainer.data.dataset import LOSS_MASK
     from trainer.data.tokenizers import Tokenizer
 
     info = split.info
     tokenizer = Tokenizer.from_file(split.folder / "tokenizer.json", info.tokenizer.name, info.tokenizer.eot_id)
     starts = np.cumsum(found.lengths) - found.lengths
+
+    def text(start: int, count: int) -> str:
+        tokens = split.read(start, count)
+        if LOSS_MASK not in info.columns:
+            return tokenizer.decode(tokens)
+        return marked(tokenizer, tokens, split.read(start, count, LOSS_MASK))
+
     count = min(config.samples, len(starts))
     chosen = np.sort(np.random.default_rng(config.seed).choice(len(starts), count, replace=False)).tolist()
     return [
         {
             "document": number,
             "tokens": int(found.lengths[number]),
-            "text": tokenizer.decode(split.read(int(starts[number]), min(int(found.lengths[number]), SHOWN_TOKENS))),
+            "text": text(int(starts[number]), min(int(found.lengths[number]), SHOWN_TOKENS)),
         }
         for number in chosen
     ]
+
+
+def marked(tokenizer: Tokenizer, tokens: np.ndarray, answers: np.ndarray) -> str:
+    """The text of `tokens` [N], with [[ ]] around those that count in the loss of fine-tuning: answers [N], 1 or 0."""
+    import numpy as np
+
+    edges = [0, *(np.flatnonzero(np.diff(answers)) + 1).tolist(), len(tokens)]
+    parts = [(tokenizer.decode(tokens[start:end]), answers[start]) for start, end in pairwise(edges)]
+    return "".join(f"[[{text}]]" if answer else text for text, answer in parts)
 
 
 def in_words(report: dict[str, Any]) -> str:

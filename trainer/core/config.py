@@ -42,6 +42,15 @@ class CorpusConfig:
     validation_fraction: float = setting(
         0.01, "share of documents held out when there is no validation_source", low=0, high=0.9
     )
+    records: Literal["text", "chat", "preference"] = setting(
+        "text",
+        "what `prepare` reads from a row: text_field; chat: messages, or prompt and completion; preference: prompt, chosen, rejected",
+    )
+    chat_template: Literal["chat", "plain"] = setting(
+        "chat",
+        "how chat and preference rows become text; chat: a marker <|user|>, <|assistant|> or <|system|> before each message; plain: "
+        "prompt and answer joined as they are",
+    )
     text_field: str = setting(
         "text", "field of a row (or column of MDS) that holds the text; a.b means field b inside field a"
     )
@@ -50,7 +59,8 @@ class CorpusConfig:
     )
     max_documents: int | None = setting(None, "most documents of each split; the rest of the source is not read", low=1)
     on_bad_row: Literal["stop", "skip"] = setting(
-        "stop", "for a row that is not JSON, is not UTF-8 or has no text in text_field; skip: leave it out and count it"
+        "stop",
+        "for a row that is not JSON, is not UTF-8 or does not hold what `records` says; skip: leave it out and count it",
     )
     document_start: str | None = setting(
         None, "regular expression: a matching line (or row) starts a document; auto: each file or row is a document"

@@ -182,6 +182,8 @@ class DatasetInfo:
                 hex_digits(digest, f"{key}.{name}")
         for name, column in self.columns.items():
             _check_column(name, column)
+        if self.records == "preference" and any(split.documents % 2 for split in self.splits.values()):
+            raise ValueError("records are preference, but a split has an odd number of documents")
         for name, split in self.splits.items():
             for key, count in asdict(split).items():
                 whole_number(count, f"splits.{name}.{key}")

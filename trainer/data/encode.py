@@ -12,8 +12,10 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.data.child import begin_child
 from trainer.data.coder import silent_stderr
+from trainer.data.dataset import LOSS_MASK
 from trainer.data.pieces import Piece, cut
 from trainer.data.readers import BadRow, utf8_size
+from trainer.data.records import Conversations, Segment
 from trainer.data.tokenizers import Tokenizer
 
 BATCH = 1 << 18  # characters (bytes of raw .jsonl) in one unit of work
@@ -53,14 +55,24 @@ def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 class Encoder:
     """Tokenises batches with the tokenizer.json at `path` to ids of type `dtype`; `eot_id` ends documents.
 
-    field: the field of JSON rows that holds the text. skip_bad_rows: count bad rows, and continue.
+    field: the field of JSON rows that holds the text. skip_bad_rows: count bad rows, and continue. conversations: what the rows hold
+    instead of text; then there is the column LOSS_MASK.
     """
 
-    def __init__(self, path: Path, eot_id: int, dtype: str, field: str, skip_bad_rows: bool):
+    def __init__(
+        self,
+        path: Path,
+        eot_id: int,
+        dtype: str,
+        field: str,
+        skip_bad_rows: bool,
+        conversations: Conversations | None = None,
+    ):
         self._tokenizer = Tokenizer.from_file(path, eot_id=eot_id)
         self._dtype = dtype
         self._field = field
         self._skip_bad_rows = skip_bad_rows
+        self._conversations = conversations
         self._end = np.array([eot_id], dtype)
 
     def __call__(self, batch: Batch) -> Encoded:
@@ -68,39 +80,52 @@ class Encoder:
         if isinstance(batch[0].data, np.ndarray):
             return self._given(batch)
         tokens = [np.empty(0, self._dtype)]
+        answers = [np.empty(0, np.uint8)]  # of LOSS_MASK
         ends: list[int] = []
         count = size = words = skipped = 0
         lost, first_skipped = [], ""
         with silent_stderr():
             for piece in batch:
                 try:
-                    text = piece.text(self._field)
-                    bytes_of_text = utf8_size(text, piece.where)
+                    segments = self._segments(piece)
+                    size += sum(utf8_size(segment.text, piece.where) for segment in segments)
                 except BadRow as error:
                     if not self._skip_bad_rows:
                         raise
                     first_skipped = first_skipped or str(error)
                     skipped += 1
                     continue
-                if not text:
-                    continue  # an empty row is not a document
-                size += bytes_of_text
-                words += _word_count(text)
-                for part in cut(text):
-                    ids, lost_here = self._encode(part, piece.where)
-                    tokens.append(ids.astype(self._dtype))
-                    count += len(ids)
-                    lost.append(lost_here)
-                if piece.ends_document:
-                    tokens.append(self._end)
-                    count += 1
-                    ends.append(count)
+                for segment in segments:
+                    words += _word_count(segment.text)
+                    began = count
+                    for part in cut(segment.text):
+                        ids, lost_here = self._encode(part, piece.where)
+                        tokens.append(ids.astype(self._dtype))
+                        count += len(ids)
+                        lost.append(lost_here)
+                    if segment.closed:
+                        tokens.append(self._end)
+                        count += 1
+                    if segment.last:
+                        ends.append(count)
+                    answers.append(np.full(count - began, segment.answer, np.uint8))
         all_lost = "".join(lost)
         lost_bytes = len(all_lost.encode("utf-8"))
         return Encoded(
             *(batch[0].split, np.concatenate(tokens), np.array(ends, np.int64), size - lost_bytes, words),
             *(lost_bytes, "".join(dict.fromkeys(all_lost[:10_000]))[:10], skipped, first_skipped),
+            columns={} if self._conversations is None else {LOSS_MASK: np.concatenate(answers)},
         )
+
+    def _segments(self, piece: Piece) -> list[Segment]:
+        """The text of a piece, in parts that are tokenised on their own. Raises BadRow."""
+        if self._conversations is not None:
+            assert isinstance(piece.data, bytes)
+            documents = self._conversations.documents(piece.data, piece.where)
+            return [segment for document in documents for segment in document]
+        text = piece.text(self._field)
+        # An empty row is not a document.
+        return [Segment(text, closed=piece.ends_document, last=piece.ends_document)] if text else []
 
     def _given(self, batch: Batch) -> Encoded:
         """A batch of ids, checked, with the sizes of the text that they stand for."""

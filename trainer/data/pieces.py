@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +51,12 @@ def to_pieces(parts: Iterable[tuple[str, bool]], where: str) -> Iterator[Piece]:
             held, size = [rest], len(rest)
     if held:
         yield Piece("".join(held), True, where)
+
+
+def whole_rows(rows: Iterable[Any], where: str) -> Iterator[Piece]:
+    """Rows of several fields as raw rows of JSON, each with all of its documents."""
+    for number, row in enumerate(rows, 1):
+        yield Piece(json.dumps(row, default=str).encode("utf-8"), True, f"{where}:row {number}")
 
 
 def cut(text: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
 from trainer.data import dataset, encode
-from trainer.data.dataset import SPLITS, DatasetInfo, SplitInfo, TokenizerInfo
+from trainer.data.dataset import LOSS_MASK, SPLITS, ColumnInfo, DatasetInfo, SplitInfo, TokenizerInfo
 from trainer.data.learn import learn_in_child
 from trainer.data.mds import SplitWriter
 from trainer.data.progress import Log, Progress, say, telling_of_endless_search
@@ -73,12 +73,17 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     tokenizer = _tokenizer(config, sources, log)
     tokenizer.save(folder / "tokenizer.json")
     dtype = dataset.dtype_of(tokenizer.vocab_size)
+    columns = {} if config.records == "text" else {LOSS_MASK: ColumnInfo("uint8", [])}
     writers = {
-        split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes) for split in SPLITS
+        split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes, columns)
+        for split in SPLITS
     }
     progress = Progress(sources, log)
     flaws = Flaws()
-    arguments = (folder / "tokenizer.json", tokenizer.eot_id, dtype, config.text_field, config.on_bad_row == "skip")
+    arguments = (
+        *(folder / "tokenizer.json", tokenizer.eot_id, dtype, config.text_field, config.on_bad_row == "skip"),
+        sources[0].conversations,
+    )
     pieces = (piece for source in sources for piece in source.pieces(tokenizer.eot_id))
     with closing(_encoded(encode.batches(pieces), arguments, config.workers or _cores())) as results:
         for encoded in results:
@@ -97,17 +102,20 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     _refuse_empty(splits, config)
     _summary(splits, progress.seconds(), config, log)
     hashes = {split: dataset.shard_hashes(folder / split) for split in SPLITS}
+    lengths = {split: dataset.sha256_of(folder / split / dataset.LENGTHS) for split in SPLITS}
     info = DatasetInfo(
         tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id),
         dtype=dtype,
         sample_length=config.sample_length,
         splits=splits,
-        fingerprint=dataset.fingerprint(tokenizer.sha256, config.sample_length, hashes),
+        fingerprint=dataset.fingerprint(tokenizer.sha256, config.sample_length, hashes, lengths if columns else None),
         source=str(config.source),
         arguments=asdict(config),
         versions=_versions(),
         indexes={split: dataset.sha256_of(folder / split / dataset.INDEX) for split in SPLITS},
-        lengths={split: dataset.sha256_of(folder / split / dataset.LENGTHS) for split in SPLITS},
+        lengths=lengths,
+        columns=columns,
+        records=config.records,
     )
     info.save(folder)
     return info
@@ -141,14 +149,14 @@ def _training_texts(source: Source) -> Iterator[str]:
     for piece in source.pieces():
         if piece.split == "train":
             try:
-                yield piece.text(source.text_field)
+                yield source.text(piece)
             except BadRow:
                 if not source.skip_bad_rows:
                     raise
 
 
 def _encoded(
-    batches: Iterable[encode.Batch], arguments: tuple[Path, int, str, str, bool], workers: int
+    batches: Iterable[encode.Batch], arguments: tuple[Any, ...], workers: int
 ) -> Generator[encode.Encoded, None, None]:
     """Encoded batches in the order of `batches`; arguments: those of Encoder."""
     if workers == 1:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,13 +158,17 @@ class ZstdFile(io.RawIOBase):
 
 def row_text(line: bytes, field: str, where: str) -> str:
     """The text of one raw row of JSON, "" for a null; `where` is file:line. Raises BadRow."""
+    return _field(parsed_row(line, where), field, where)
+
+
+def parsed_row(line: bytes, where: str) -> Any:
+    """The value of one raw row of JSON; `where` is file:line. Raises BadRow."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"{where}: not UTF-8 at byte {error.start} of the line; convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not valid JSON ({printable(error, 200)}); each line must be one JSON object") from None
-    return _field(row, field, where)
 
 
 def utf8_size(text: str, where: str) -> int:
@@ -199,6 +203,24 @@ def read_parquet(file: BinaryIO, path: Path, field: str, bad: OnBadRow) -> Itera
                 except BadRow as error:
                     bad(error)
     except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: not a readable .parquet file ({_first_line(error)})") from None
+
+
+def parquet_rows(file: BinaryIO, path: Path, fields: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, of each those of `fields` that it has."""
+    _optional("pyarrow", "parquet", path)
+    import pyarrow
+    from pyarrow import parquet
+
+    name = printable(path)
+    try:
+        table = parquet.ParquetFile(file)
+        columns = [column for column in table.schema_arrow.names if column in fields]
+        if not columns:
+            raise UserError(f"{name}: has none of the fields {', '.join(fields)}")
+        for batch in table.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable .parquet file ({_first_line(error)})") from None
 
 
@@ -237,7 +259,18 @@ def _values(column: Any, nested: list[str]) -> list[Any]:
 
 
 def read_hub(spec: str, field: str, bad: OnBadRow) -> Iterator[str]:
-    """The rows of one text field of the Hugging Face dataset `hf://NAME[/CONFIG][:SPLIT]`, streamed.
+    """The texts in one field of the rows of `hub_rows`."""
+    for number, row in enumerate(hub_rows(spec), 1):
+        try:
+            text = _field(row, field, f"{spec}:row {number}")
+        except BadRow as error:
+            bad(error)
+        else:
+            yield text
+
+
+def hub_rows(spec: str) -> Iterator[Any]:
+    """The rows of the Hugging Face dataset `hf://NAME[/CONFIG][:SPLIT]`, streamed.
 
     NAME is `owner/name` or a bare `name`; a third part is the configuration; the split is `train` unless given.
     """
@@ -253,16 +286,7 @@ def read_hub(spec: str, field: str, bad: OnBadRow) -> Iterator[str]:
             f"{spec}: expected hf://NAME[/CONFIG][:SPLIT], e.g. hf://Salesforce/wikitext/wikitext-103-raw-v1"
         )
     try:
-        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            try:
-                text = _field(row, field, f"{spec}:row {number}")
-            except BadRow as error:
-                bad(error)
-            else:
-                yield text
-    except UserError:
-        raise
+        yield from datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
     except Exception as error:  # the library's errors have no common base
         raise hub_error(error)(
             f"{spec}: cannot be read from the Hugging Face hub; check name, split and network, or pass local files "

@@ -19,8 +19,9 @@ from trainer.core.text import printable
 from trainer.data import readers, token_files
 from trainer.data.folders import STDLIB, find_files, kind_of, splits_by_name
 from trainer.data.mds_source import MdsIndex, open_index
-from trainer.data.pieces import Piece, lines, opens, to_pieces
+from trainer.data.pieces import Piece, lines, opens, to_pieces, whole_rows
 from trainer.data.readers import BadRow
+from trainer.data.records import FIELDS, Conversations, open_conversations
 
 FAR_ABOVE = 0.1  # a share of validation text that is never right if 1 % was asked for
 BIG = 100  # a file that is at least a hundredth of the text can decide the share alone
@@ -45,6 +46,7 @@ class Source:
     validation_fraction: float
     split: str | None
     skip_bad_rows: bool = False
+    conversations: Conversations | None = None  # what its rows hold instead of text
     token_dtype: str | None = None
     max_documents: int | None = None  # of each split
     named: dict[Path, str] = field(default_factory=dict)
@@ -140,9 +142,16 @@ class Source:
                 number += piece.ends_document
         return with_text[-1] if len(with_text) > 1 else 1
 
+    def text(self, piece: Piece) -> str:
+        """The text of a piece without ids. Raises BadRow."""
+        if self.conversations is None:
+            return piece.text(self.text_field)
+        assert isinstance(piece.data, bytes)
+        return self.conversations.text(piece.data, piece.where)
+
     def _has_text(self, piece: Piece) -> bool:
         try:
-            return not isinstance(piece.data, bytes) or bool(piece.text(self.text_field))
+            return not isinstance(piece.data, bytes) or bool(self.text(piece))
         except BadRow:
             return False
 
@@ -156,7 +165,9 @@ class Source:
 
     def _pieces(self, files: list[Path], eot_id: int = -1) -> Generator[Piece, None, None]:
         """The pieces of one group of files."""
-        if not files:
+        if not files and self.conversations is not None:
+            yield from whole_rows(readers.hub_rows(self.spec), self.spec)
+        elif not files:
             yield from self._row_pieces(readers.read_hub(self.spec, self.text_field, self._bad), self.spec)
         elif self.holds_ids:
             blocks = (self._blocks(path, eot_id) for path in files)
@@ -177,7 +188,9 @@ class Source:
 
     def _file_pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
         kind, name, start = kind_of(path), printable(path), self.document_start
-        if kind == "parquet":
+        if kind == "parquet" and self.conversations is not None:
+            yield from whole_rows(readers.parquet_rows(file, path, FIELDS), name)
+        elif kind == "parquet":
             yield from self._row_pieces(readers.read_parquet(file, path, self.text_field, self._bad), name)
         elif kind == "rows":
             rows = (Piece(line, True, f"{name}:{number}") for number, line in readers.read_rows(file, path))
@@ -228,6 +241,7 @@ def open_source(spec: str, config: CorpusConfig, split: str | None = None) -> So
     source.skip_bad_rows = config.on_bad_row == "skip"
     source.token_dtype, source.max_documents = config.token_dtype, config.max_documents
     source.notes = notes
+    source.conversations = open_conversations(config, files)
     if spec.startswith(("hf://", "builtin:")):
         return source
     if user_path(spec, key).is_dir():
