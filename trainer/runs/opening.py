@@ -176,12 +176,15 @@ def load_model(model_class: Any, model_config: Any, weights: Any, device: Any, w
 
 
 def projections_of(model_class: Any, model_config: Any, weights: Any) -> dict[str, Callable[[Any], None]]:
-    """The model's projection of each name of a parameter, if `weights` need it. UserError for a model whose projection is more."""
+    """`all_projections`, if `weights` need them."""
+    return all_projections(model_class, model_config) if weights.averaged else {}
+
+
+def all_projections(model_class: Any, model_config: Any) -> dict[str, Callable[[Any], None]]:
+    """The model's projection of each name of a parameter. UserError for a model whose projection is more."""
     from models.base import LanguageModel
     from models.materialise import ties
 
-    if not weights.averaged:
-        return {}
     if model_class.post_step is not LanguageModel.post_step:
         raise UserError(
             f"weights: averages of this model need its post_step, which is for all weights at once; define projections in "

@@ -13,6 +13,7 @@ from models.base import Batch
 from models.lora import without_lora
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.merging import MERGED
 from trainer.checkpoint.saver import Saver
 from trainer.core.errors import Damaged, Stopped, UserError
 from trainer.data.dataset import DatasetInfo
@@ -219,6 +220,7 @@ class Run:
         if chosen is None:
             return False
         path, manifest = chosen
+        refuse_merged(path, manifest)
         if manifest.get("fingerprint") != self.dataset.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
@@ -245,6 +247,7 @@ class Run:
         chosen = checkpoint.choose(source / "checkpoints", step, self.world.say, self.world)
         assert chosen is not None  # branch_point found it
         path, manifest = chosen
+        refuse_merged(path, manifest)
         check_branch(manifest.get("config"), self.config, path)
         if manifest.get("fingerprint") != self.dataset.fingerprint:
             raise UserError(
@@ -277,3 +280,12 @@ class Run:
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.noise.averages = torch.tensor(self.state.noise, device=self.device)
+
+
+def refuse_merged(path: Path, manifest: dict[str, Any]) -> None:
+    """UserError if a checkpoint holds weights that `merge` made: training cannot go on from them, only begin with them."""
+    if MERGED in manifest:
+        raise UserError(
+            f"run_dir: {path} holds merged weights, without an optimizer's state; train from them with "
+            f"--init_from {path.parents[1]} and another --run_dir"
+        )
