@@ -14,19 +14,22 @@ from trainer.commands.generate import write
 from trainer.core.errors import UserError
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.inference import decoding as g
+from trainer.inference.sampling import Sampling, penalised, sample
 
 load_models()
 VOCAB = 50  # of 64 rows
 
 
 class Runner:
-    def __init__(self, name):
+    """factor: of the initial weights. With 3 the logits are far from uniform, so that argmax has no ties."""
+
+    def __init__(self, name, factor=3):
         cls = get_model(name)
         config = cls.config_for_scale(0.05, 64, 60_000)
         self.model = cls(config)
         self.model.init_weights(torch.Generator().manual_seed(1))
-        for parameter in self.model.parameters():  # far from uniform, so that argmax has no ties
-            parameter.data.mul_(3)
+        for parameter in self.model.parameters():
+            parameter.data.mul_(factor)
         self.device, self.precision = torch.device("cpu"), "fp32"
 
     def autocast(self):
@@ -91,10 +94,7 @@ def test_zero_tokens(runner):
 def draws(count=4000, **options):
     logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
     generator = torch.Generator().manual_seed(0)
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    tokens = [
-        g.sample(logits, options["temperature"], options["top_k"], options["top_p"], generator) for _ in range(count)
-    ]
+    tokens = [sample(logits, Sampling(**options), generator) for _ in range(count)]
     return [tokens.count(i) / count for i in range(4)]
 
 
@@ -105,8 +105,45 @@ def test_sampling_frequencies():
     assert draws(top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.04)
     assert draws(top_p=0.74) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.04)
     assert draws(top_p=0.76) == pytest.approx([5 / 9, 5 / 18, 1 / 6, 0], abs=0.04)
+    assert draws(min_p=0.4) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.04)
+    assert draws(top_k=2, min_p=0.6, count=50) == [1, 0, 0, 0]
     assert draws(top_p=1e-9, count=50) == [1, 0, 0, 0]
     assert draws(temperature=0, count=5) == [1, 0, 0, 0]
+
+
+def test_the_penalty_of_repetition_is_ctrls():
+    logits = torch.tensor([2.0, -2.0, 0.0, 1.0])
+    assert penalised(logits, 2.0, [0, 1, 0]).tolist() == [1.0, -4.0, 0.0, 1.0]
+    assert penalised(logits, 1.0, [0, 1]) is logits
+    generator = torch.Generator().manual_seed(0)
+    assert sample(logits, Sampling(temperature=0, repetition_penalty=4.0), generator, [0]) == 3
+    before, after = logits.softmax(-1), penalised(logits, 1.3, [0, 1, 2]).softmax(-1)
+    assert (after[3] > before[3]) and logits.tolist() == [2.0, -2.0, 0.0, 1.0]
+
+
+def test_a_prompts_tokens_are_penalised_and_texts_repeat_less(runner):
+    prompt = [3, 1, 4, 1, 5]
+    plain = g.generate(runner, [prompt], 20, VOCAB, temperature=0)[0]
+    assert g.generate(runner, [prompt], 20, VOCAB, temperature=0, repetition_penalty=1.0)[0] == plain
+    never = g.generate(runner, [prompt], 20, VOCAB, temperature=0, repetition_penalty=1e6)[0]
+    assert len(set(prompt + never)) == len(set(prompt)) + 20, "each token is a new one"
+
+
+def test_pieces_of_a_text_are_those_of_the_whole(runner):
+    pieces = []
+    [text] = g.complete(runner, Letters(), ["abc"], 20, [], temperature=0, show=pieces.append)
+    assert "".join(pieces) == text and len(pieces) >= len(text), "one at a time"
+    stop, pieces = text[1:3], []
+    [cut] = g.complete(runner, Letters(), ["abc"], 20, [stop], temperature=0, show=pieces.append)
+    assert "".join(pieces) == cut == text[: text.index(stop)]
+
+
+def test_a_character_or_stop_string_in_the_making_is_held_back():
+    stable = g.Stable(["END", "\n\n"])
+    assert [stable.more(text) for text in ("a\ufffd", "a\u20ac", "a\u20acE", "a\u20acEN")] == ["a", "\u20ac", "", ""]
+    assert stable.more("a\u20acENx\n") == "ENx"
+    assert stable.more("a\u20acENx\n\nmore") == ""
+    assert stable.more("a\u20acENx\n\nmore", ended=True) == ""
 
 
 def test_cut_at():
@@ -197,7 +234,7 @@ def test_a_model_that_takes_no_cache_gets_its_whole_context_and_that_is_said_onc
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure_bf16"])
 @pytest.mark.parametrize("name", [name for name in model_names() if get_model(name).__module__.startswith("models.")])
 def test_rounding_is_no_reason_to_compute_the_whole(name, precision):
-    runner = Runner(name)
+    runner = Runner(name, factor=1)  # with 3, bf16 alone changes tokenformer's logits by a third of their size
     runner.precision = precision
     runner.model.eval()
     if precision == "pure_bf16":

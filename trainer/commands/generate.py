@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
 from trainer.core.config import WEIGHTS, Precision
@@ -27,6 +29,19 @@ class GenerateConfig:
     top_p: float = setting(
         1.0, "sample among the likeliest that hold this share of probability; 1: off", above=0, high=1
     )
+    min_p: float = setting(
+        0.0, "sample among those at least so likely as this share of the likeliest; 0: off", low=0, high=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: a token that the text already holds becomes less likely (CTRL's rule); 1: off", above=0
+    )
+    samples: int = setting(1, "texts for each prompt", low=1)
+    beams: int = setting(
+        0, "beam search of this width instead of sampling, which prints `samples` of them; 0: off", low=0
+    )
+    length_penalty: float = setting(
+        1.0, "beams: log-probabilities are divided by length^length_penalty; 0 favours short texts"
+    )
     stop: list[str] = setting((), "end a text where one of these strings appears; repeat the flag for several")
     seed: int = setting(0, "seed for sampling", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
@@ -34,28 +49,92 @@ class GenerateConfig:
 
 
 def run(config: GenerateConfig) -> None:
-    """Run the verb: print each prompt with its continuation to stdout."""
-    from trainer.inference.decoding import complete
+    """Run the verb: print each prompt with its continuations to stdout, a single one as it is written; its speed to stderr."""
     from trainer.runs.opening import open_run
 
-    if "" in config.stop:
-        raise UserError("stop: is empty; give a text of at least one character")
+    check(config)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, weights=config.weights)
     prompts = config.prompt or [opened.config.log.sample_prompt]
-    texts = complete(
-        opened,
-        opened.tokenizer,
-        prompts,
-        config.max_new_tokens,
-        config.stop,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    for prompt, text in zip(prompts, texts, strict=True):
-        write(for_stream(prompt + text, sys.stdout) + "\n")
-        if len(prompts) > 1:
+    if config.beams:
+        search(config, opened, prompts)
+        return
+    texts = [prompt for prompt in prompts for _ in range(config.samples)]
+    single = len(texts) == 1
+    if single:
+        write(for_stream(texts[0], sys.stdout))
+    begin = time.perf_counter()
+    found = continuations(config, opened, texts, show if single else None)
+    seconds = time.perf_counter() - begin
+    if single:
+        write("\n")
+    else:
+        write_all([prompt + text for prompt, text in zip(texts, found, strict=True)])
+    count = sum(len(opened.tokenizer.encode(text)) for text in found)
+    print(f"about {count:,} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def check(config: GenerateConfig) -> None:
+    """UserError for keys that do not go together."""
+    if "" in config.stop:
+        raise UserError("stop: is empty; give a text of at least one character")
+    if not config.beams and config.length_penalty != 1:
+        raise UserError("length_penalty: is for beam search; give --beams too")
+    if not config.beams:
+        return
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    changed = [key for key, default in sampling.items() if getattr(config, key) != default]
+    if changed:
+        raise UserError(f"{changed[0]}: beam search draws nothing at random; leave it out, or --beams")
+    if config.samples > config.beams:
+        raise UserError(f"samples: {config.samples} are more than the {config.beams} beams; raise --beams")
+
+
+def continuations(
+    config: GenerateConfig, opened: Any, prompts: list[str], show: Callable[[str], None] | None
+) -> list[str]:
+    """A sampled continuation of each prompt. show: see `complete`."""
+    from trainer.inference.decoding import complete
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    options = {name: getattr(config, name) for name in names}
+    return complete(opened, opened.tokenizer, prompts, config.max_new_tokens, config.stop, show=show, **options)
+
+
+def search(config: GenerateConfig, opened: Any, prompts: list[str]) -> None:
+    """Print the best beams of each prompt, each with its score."""
+    from trainer.inference.beam import beam_search
+    from trainer.inference.decoding import continuation, cut_at, encode_prompt
+
+    tokenizer, texts = opened.tokenizer, []
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        found = beam_search(
+            opened,
+            ids,
+            config.max_new_tokens,
+            tokenizer.vocab_size,
+            config.beams,
+            length_penalty=config.length_penalty,
+            repetition_penalty=config.repetition_penalty,
+            end=tokenizer.eot_id,
+        )
+        texts += [
+            prompt + cut_at(continuation(tokenizer, ids, beam.tokens), config.stop) for beam in found[: config.samples]
+        ]
+    write_all(texts)
+
+
+def show(text: str) -> None:
+    """Write a piece of a text to the terminal at once."""
+    write(for_stream(text, sys.stdout))
+    sys.stdout.flush()
+
+
+def write_all(texts: list[str]) -> None:
+    """Write texts to stdout, with a line between several."""
+    for text in texts:
+        write(for_stream(text, sys.stdout) + "\n")
+        if len(texts) > 1:
             write("-" * 80 + "\n")
 
 

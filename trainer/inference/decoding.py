@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from models.layers.float8 import E4M3, Float8Linear
 from models.state import State
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.inference.sampling import Sampling, sample
 
 CHECKED_TOKENS = 8  # to find out whether a model decodes incrementally
 PROMPT_TAIL = 16  # last tokens of a prompt; `continuation` decodes them together with the new tokens
@@ -35,26 +37,24 @@ def generate(
     max_new_tokens: int,
     vocab_size: int,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int = 0,
     end: int | None = None,
     stopped: Callable[[int, list[int]], bool] = lambda row, new: False,
     say: Callable[[str], None] = tell,
+    **sampling: Any,
 ) -> list[list[int]]:
     """Continue each prompt (at least one token id) by up to `max_new_tokens` tokens. Returns only the new tokens.
 
     runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on
     are padding and never sampled. end: id that ends a text (not returned). stopped(index of the prompt, its new tokens):
-    whether that text ends here.
+    whether that text ends here, asked after each token. sampling: fields of Sampling.
 
     Prompts of different length share a batch without padding: the model still reads a longer prompt while it already
     continues a shorter one. Each text has its own random generator, so it does not depend on the others in the batch.
     """
     if max_new_tokens == 0:
         return [[] for _ in prompts]
-    model, device = runner.model, runner.device
+    model, device, how = runner.model, runner.device, Sampling(**sampling)
     training = model.training
     model.eval()
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -68,7 +68,7 @@ def generate(
     while not all(done):
         logits = reader.read(column)  # [B, V]
         following = [
-            prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], temperature, top_k, top_p, draws[i])
+            prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], how, draws[i], chain(prompt, new[i]))
             for i, prompt in enumerate(prompts)
         ]
         following = runner.agree(following)
@@ -117,6 +117,14 @@ class Reader:
             else:
                 logits = self.runner.predict(tokens, cache=self.state)
         return logits[:, -1].float().cpu()
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these texts: row i is the old row rows[i]."""
+        index = torch.tensor(rows, device=self.runner.device)
+        if self.context is not None:
+            self.context = self.context[index]
+        if self.state is not None:
+            self.state.select(index)
 
     def say_once(self, topic: str, text: str) -> None:
         """Say `text` once per model and topic. A run takes many samples of one model."""
@@ -171,21 +179,6 @@ def rounding(runner: Any) -> float:
     return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 on a GPU
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator) -> int:
-    """One token from logits [V]: the likeliest at temperature 0, else among the top_k and the nucleus of top_p."""
-    if temperature < 1e-5:  # as good as 0, and logits / temperature would overflow
-        return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays in
-        probabilities[order[outside]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=draw))
-
-
 def cut_at(text: str, stops: list[str]) -> str:
     """`text` up to the first of the stop strings."""
     return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
@@ -200,6 +193,34 @@ def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     return whole[len(os.path.commonprefix([before, whole])) :]
 
 
+class Stable:
+    """The part of a growing text that no further token changes, for a terminal: it ends before an unfinished character, and before
+    what may be the beginning of a stop string."""
+
+    def __init__(self, stop: list[str]) -> None:
+        self.stop, self.shown = stop, 0
+
+    def more(self, text: str, ended: bool = False) -> str:
+        """What `text`, the whole continuation so far, adds to the stable part. ended: all of it is stable."""
+        text = cut_at(text, self.stop)
+        if not ended:
+            text = text.rstrip("\ufffd")
+            held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text = text[: len(text) - held]
+        new = text[self.shown :]
+        self.shown += len(new)
+        return new
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The token ids of a prompt. An empty one starts as a document does, after an end-of-text token. UserError if it is no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("prompt: is not valid UTF-8 text") from None
+    return tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]
+
+
 def complete(
     runner: Any,
     tokenizer: Any,
@@ -207,21 +228,25 @@ def complete(
     max_new_tokens: int,
     stop: list[str],
     say: Callable[[str], None] = tell,
+    show: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[str]:
-    """Continuations of text prompts. An empty prompt starts as a document does, after an end-of-text token."""
-    try:
-        "".join(prompts).encode()
-    except UnicodeEncodeError:
-        raise UserError("prompt: is not valid UTF-8 text") from None
-    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    """Continuations of text prompts, each up to the first of the stop strings. show: called with the pieces of the first text as
+    they become known. options: further ones of `generate`."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stable = Stable(stop)
 
     def stopped(row: int, new: list[int]) -> bool:
-        return bool(stop) and any(text in continuation(tokenizer, encoded[row], new) for text in stop)
+        if not stop and (show is None or row > 0):
+            return False
+        text = continuation(tokenizer, encoded[row], new)
+        if show is not None and row == 0:
+            show(stable.more(text))
+        return any(word in text for word in stop)
 
     new = generate(
         runner,
-        [ids or [tokenizer.eot_id] for ids in encoded],
+        encoded,
         max_new_tokens,
         tokenizer.vocab_size,
         end=tokenizer.eot_id,
@@ -229,4 +254,7 @@ def complete(
         say=say,
         **options,
     )
-    return [cut_at(continuation(tokenizer, *pair), stop) for pair in zip(encoded, new, strict=True)]
+    texts = [cut_at(continuation(tokenizer, *pair), stop) for pair in zip(encoded, new, strict=True)]
+    if show is not None:
+        show(stable.more(texts[0], ended=True))
+    return texts
