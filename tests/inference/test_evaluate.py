@@ -1,12 +1,14 @@
 """Both protocols against arithmetic done by hand."""
 
 import contextlib
+import json
 import math
 
 import pytest
 import torch
 from conftest import tiny_values
 
+from trainer.commands import evaluate as verb
 from trainer.commands.evaluate import render
 from trainer.core.config import PrepareConfig, RunConfig
 from trainer.core.errors import UserError
@@ -16,6 +18,7 @@ from trainer.data.stream import Split, find_dataset
 from trainer.engine.torch_engine import TorchEngine
 from trainer.inference import evaluation as evaluate
 from trainer.planning.plan import resolve
+from trainer.runs.opening import open_run
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
@@ -131,3 +134,37 @@ def test_the_report_says_what_is_an_estimate(engine_and_split):
     hlb = evaluate.hlb(engine, split, 1.0, WORLD, seed=1, step=50)
     text = render(report | {"full": part, "hlb": hlb})
     assert "are estimates: the split's bytes, in proportion" in text and "bytes of the split's average token" in text
+
+
+def test_a_text_file_counts_every_token_and_byte(finished, tmp_path, capsys):
+    """Whatever the window, the bits are those of all bytes after an end-of-text id."""
+    text = "the cat sat on the mat. " * 4 + "caf\u00e9"
+    (tmp_path / "text.txt").write_text(text)
+    opened = open_run(str(finished), None, "cpu", "auto")
+    ids = torch.tensor([[opened.tokenizer.eot_id, *opened.tokenizer.encode(text).tolist()]])
+    with torch.no_grad():
+        logits = opened.model(ids[:, :-1]).logits[0].double()
+    nats = -logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
+    verb.run(verb.EvaluateConfig(run_dir=str(finished), text=str(tmp_path / "text.txt"), sequence_length=200), True)
+    found = json.loads(capsys.readouterr().out)["full"]
+    size = len(text.encode())
+    assert found["tokens"] == len(ids[0]) - 1 and not found["bits_per_byte_is_estimate"]
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content, changes, line",
+    [
+        (b"", {}, "holds no text"),
+        (b"a\xff", {}, "is not UTF-8 at byte 1"),
+        (None, {}, "cannot be read"),
+        (b"abc", {"split": "train"}, "leave out data.path and split"),
+    ],
+)
+def test_a_text_that_cannot_be_evaluated_is_one_line(finished, tmp_path, content, changes, line):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    config = verb.EvaluateConfig(run_dir=str(finished), text=str(tmp_path / "text.txt"), protocol="full", **changes)
+    with pytest.raises(UserError, match=line):
+        verb.run(config)

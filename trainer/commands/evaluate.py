@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.commands import Verb, run_folder
 from trainer.core.config import LONGEST, WEIGHTS, DataConfig, Precision
 from trainer.core.errors import UserError
+from trainer.core.files import user_path
 from trainer.core.settings import setting
 from trainer.core.text import printable
+from trainer.data.dataset import TOKENIZER
+
+if TYPE_CHECKING:
+    from trainer.data.raw_text import RawText
+    from trainer.runs.opening import OpenRun
 
 
 @dataclass
@@ -23,6 +30,7 @@ class EvaluateConfig:
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     weights: str = setting("evaluation", WEIGHTS)
     data: DataConfig = field(default_factory=DataConfig)
+    text: str | None = setting(None, "a file of UTF-8 text to evaluate on, instead of a dataset")
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
     sequence_length: int | None = setting(None, "window length; auto: the run's", low=1, high=LONGEST)
@@ -32,7 +40,7 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig, as_json: bool = False) -> None:
-    """Run the verb: print a checkpoint's loss on its own validation split, or on another dataset with the same tokenizer."""
+    """Run the verb: print a checkpoint's loss on its own validation split, on another dataset with the same tokenizer, or on a text."""
     from trainer.inference.evaluation import check_enough, validate
     from trainer.runs.opening import open_run
     from trainer.runtime.distributed import join, read_world
@@ -40,7 +48,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     world = read_world()
     join(world, config.device)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, world, config.weights)
-    split = opened.split(config.data, config.split)
+    split = opened.split(config.data, config.split) if config.text is None else text_of(config, opened, world.say)
     check_enough(split, config.protocol, "protocol")
     trained = opened.config
     length = config.sequence_length or trained.evaluation.sequence_length or trained.batch.sequence_length
@@ -52,9 +60,19 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
     results = validate(opened, split, asked, world, opened.step, config.seed)
     if world.leader:
         where = {"run": str(opened.folder), "step": opened.step, "weights": config.weights}
-        report = where | {"data": str(split.folder), "split": config.split} | results
+        report = where | {"data": str(split.folder), "split": split.name} | results
         sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
     world.stop()
+
+
+def text_of(config: EvaluateConfig, opened: OpenRun, say: Callable[[str], None]) -> RawText:
+    """The text to evaluate on. UserError if a dataset is named too."""
+    from trainer.data.raw_text import RawText
+
+    if config.data.path is not None or config.split != "validation":
+        raise UserError("text: is evaluated instead of a dataset; leave out data.path and split")
+    path, own = user_path(config.text or "", "text"), opened.tokenizer
+    return RawText(path, opened.folder / TOKENIZER, own.eot_id, own.vocab_size, say)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -63,7 +81,7 @@ def render(report: dict[str, Any]) -> str:
     from trainer.runs.console import format_number
 
     which = "" if report["weights"] == "evaluation" else f", weights {report['weights']}"
-    lines = [printable(f"{report['run']}, step {report['step']}{which}, {report['split']} split of {report['data']}")]
+    lines = [printable(f"{report['run']}, step {report['step']}{which}, {of_what(report)}")]
     for protocol in ("full", "hlb"):
         if protocol in report:
             values = report[protocol]
@@ -76,6 +94,10 @@ def render(report: dict[str, Any]) -> str:
             if values["bits_per_byte_is_estimate"]:
                 lines[-1] += f" (figures per byte or word are estimates: {ESTIMATED[protocol]})"
     return "\n".join(lines)
+
+
+def of_what(report: dict[str, Any]) -> str:
+    return report["data"] if report["split"] == "text" else f"{report['split']} split of {report['data']}"
 
 
 VERB = Verb(

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,11 @@ class Split:
     def full_samples(self) -> int:
         """Samples of full length; a shorter last one is for validation only."""
         return (self.counts.tokens - 1) // self.length
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that the bytes and words of `counts` belong to."""
+        return self.counts.tokens
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -309,8 +315,8 @@ class TrainStream(Stream):
         return found
 
 
-def ordered_windows(split: Split, length: int, max_tokens: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, targets) of the non-overlapping windows that cover a split in order; the last may be shorter.
+def ordered_windows(split: Any, length: int, max_tokens: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, targets) of the non-overlapping windows that cover a Split (or RawText) in order; the last may be shorter.
 
     max_tokens: stop after about this many targets; 0: the whole split.
     """

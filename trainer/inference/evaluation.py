@@ -20,6 +20,7 @@ from models.base import IGNORE, cross_entropy
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.data.raw_text import RawText
 from trainer.data.stream import Split, ordered_windows
 from trainer.recipes.hlb import evaluation_shape, tokens_per_microbatch
 from trainer.runtime.distributed import World
@@ -37,7 +38,7 @@ ESTIMATED = {
 @torch.no_grad()
 def full(
     runner: Any,
-    split: Split,
+    split: Split | RawText,
     length: int,
     world: World,
     max_tokens: int = 0,
@@ -62,8 +63,8 @@ def full(
             tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
         totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
     nats, correct, count = world.sum(totals).tolist()
-    # Bytes and words are known only for the whole split, whose first token is not a target.
-    share = count / split.counts.tokens
+    # Bytes and words are known only for the whole split; the first token of a dataset's is not a target.
+    share = count / split.text_tokens
     loss = nats / count
     return {
         "loss": loss,
@@ -80,7 +81,7 @@ def full(
 @torch.no_grad()
 def hlb(
     runner: Any,
-    split: Split,
+    split: Split | RawText,
     scale: float,
     world: World,
     seed: int,
@@ -112,7 +113,7 @@ def hlb(
     }
 
 
-def check_enough(split: Split, protocol: str, key: str) -> None:
+def check_enough(split: Split | RawText, protocol: str, key: str) -> None:
     """UserError if the split is too short for `protocol`, the value of `key`."""
     if split.counts.tokens < LEAST_TOKENS[protocol]:
         raise UserError(
@@ -153,7 +154,7 @@ def safe_exp(x: float) -> float:
 
 def validate(
     runner: Any,
-    split: Split,
+    split: Split | RawText,
     config: RunConfig,
     world: World,
     step: int,
