@@ -15,8 +15,8 @@ from models.hugging_face import family_of, load_openai_weights
 from models.presets import Gpt2
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.hugging_face import read_config
+from trainer.planning.parent import with_origin
 from trainer.runs.opening import open_run
-from trainer.runs.parent import with_origin
 from trainer.runtime.distributed import World
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
+from trainer.planning.parent import with_origin
 from trainer.planning.plan import resolve
-from trainer.runs.parent import with_origin
 from trainer.runtime.signals import StopSignals
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.run import Run

@@ -14,9 +14,9 @@ from trainer.commands.train import resolved, run
 from trainer.core.config import PrepareConfig
 from trainer.core.errors import UserError
 from trainer.data.prepare import prepare
+from trainer.planning.parent import with_origin
 from trainer.runs.metrics import read_rows
 from trainer.runs.opening import open_run
-from trainer.runs.parent import with_origin
 
 GPT2 = {"name": "gpt2", "n_layers": 2, "d_model": 32, "n_heads": 2}
 

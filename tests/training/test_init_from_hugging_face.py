@@ -16,8 +16,8 @@ from trainer.commands.train import resolved, run
 from trainer.core.config import PrepareConfig
 from trainer.core.errors import MachineError, UserError
 from trainer.data.prepare import prepare
+from trainer.planning.parent import with_origin
 from trainer.runs.metrics import read_rows
-from trainer.runs.parent import with_origin
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -122,7 +122,7 @@ def test_it_trains_and_goes_on_without_the_folder(transformers, tiny_dataset, tm
 def test_a_tokenizer_that_is_not_the_models(transformers, tiny_dataset, tmp_path, capsys):
     saved(transformers, tmp_path / "m", "gpt2")
     run(child(tiny_dataset, tmp_path / "r", tmp_path / "m"))
-    assert f"init_from: {tmp_path / 'm'} holds no tokenizer, so nothing proves" in capsys.readouterr().err
+    assert f"{tmp_path / 'm'} holds no tokenizer, so nothing proves" in capsys.readouterr().err
     shutil.copy(tiny_dataset / "tokenizer.json", tmp_path / "m")
     (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 500)
     corpus = {"source": str(tmp_path / "text.txt"), "validation_fraction": 0.2, "sample_length": 64}

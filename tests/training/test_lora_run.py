@@ -27,11 +27,11 @@ from trainer.core.settings import build
 from trainer.data.stream import find_dataset
 from trainer.planning.lora import recipe_of
 from trainer.planning.memory import MemoryEstimate, ParallelLayout
+from trainer.planning.parent import with_origin
 from trainer.planning.plan import resolve
 from trainer.recipes.plain import learning_rate
 from trainer.runs.metrics import read_rows
 from trainer.runs.opening import open_run
-from trainer.runs.parent import with_origin
 
 GPT2 = {"name": "gpt2", "n_layers": 2, "d_model": 32, "n_heads": 2}
 LORA = {"lora_rank": 4, "lora_alpha": 16}

@@ -76,7 +76,7 @@ def over_parent(config: type) -> Callable[[Values], Any]:
         built: Any = build(config, values)
         if built.init_from is None:
             return built
-        from trainer.runs.parent import with_parent
+        from trainer.planning.parent import with_parent
 
         return build(config, with_parent(values, built, lambda line: None))
 

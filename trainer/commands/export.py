@@ -53,8 +53,9 @@ def run(config: ExportConfig) -> None:
     from models.config import kernel_fields_of
     from models.lora import without_lora
     from trainer.checkpoint.weights import choose_weights
+    from trainer.engine.meta import projections_of
     from trainer.planning.model import written_out
-    from trainer.runs.opening import projections_of, stored_run
+    from trainer.runs.opening import stored_run
     from trainer.runtime.distributed import World
 
     if config.run_dir is None:

@@ -86,9 +86,9 @@ def open_copy(values: Values) -> Run:
     its folder."""
     from trainer.checkpoint import format as checkpoint
     from trainer.data.obtain import agree_on_dataset, obtain_dataset
+    from trainer.planning.parent import with_origin
     from trainer.planning.plan import resolve
     from trainer.planning.run_config import merged_config, read_run
-    from trainer.runs.parent import with_origin
     from trainer.runtime.distributed import World, join, read_world
     from trainer.runtime.signals import StopSignals
     from trainer.runtime.watchdog import Watchdog

@@ -18,7 +18,7 @@ from trainer.core.settings import setting
 if TYPE_CHECKING:
     from trainer.checkpoint.merging import Merge
     from trainer.checkpoint.weights import Weights
-    from trainer.runs.parent import RunParent
+    from trainer.planning.parent import RunParent
 
 OF_BASE = ("task", "ties")  # methods that add changes to a base
 
@@ -47,8 +47,8 @@ def run(config: MergeConfig) -> None:
     from trainer.checkpoint.merging import merged
     from trainer.commands.export import fresh_folder
     from trainer.core.files import user_path
+    from trainer.engine.meta import all_projections, projections_of
     from trainer.planning.model import written_out
-    from trainer.runs.opening import all_projections, projections_of
     from trainer.runtime.distributed import World
 
     out = user_path(checked(config), "out")
@@ -71,8 +71,8 @@ def run(config: MergeConfig) -> None:
 def open_weights(text: str, key: str, wanted: str, say: Callable[[str], None]) -> tuple[RunParent, Weights]:
     """The run that RUN[@STEP] names, and its weights. UserError, which names `key`, if there is none."""
     from trainer.checkpoint.weights import choose_weights
+    from trainer.planning.parent import RunParent
     from trainer.planning.run_config import branch_point, read_config
-    from trainer.runs.parent import RunParent
     from trainer.runtime.distributed import World
 
     folder, step = branch_point(text, key)

@@ -38,9 +38,9 @@ def checked(values: Values) -> Values:
 def resolved(given: Values) -> Any:
     """The config with all values inferred, for --print_config."""
     from trainer.data.stream import find_dataset
+    from trainer.planning.parent import with_origin
     from trainer.planning.plan import resolve
     from trainer.planning.run_config import merged_config, read_run
-    from trainer.runs.parent import with_origin
 
     def say(line: str) -> None:
         pass

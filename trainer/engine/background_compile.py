@@ -155,7 +155,7 @@ def trace(plan: Any, objective: Any, device: torch.device, say: Callable[[str], 
     for length in plan.sequence_lengths:
         rows = min(config.batch.tokens_per_step, config.batch.tokens_per_microbatch) // length
         tokens = torch.zeros(max(1, rows), length, dtype=torch.long, device=device)
-        batch: Any = {"tokens": tokens, "targets": tokens}
+        batch: Any = objective.example(tokens)
         documents = document_numbers(tokens, plan.end_of_text)
         with autocast(device, config.precision):
             joined(batch if documents is None else batch | {"documents": documents})

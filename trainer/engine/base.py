@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.base import Batch
 from models.layers.float8 import convert_to_float8
-from models.materialise import Unset, materialise, ties
+from models.materialise import Unset, materialise, ties, with_storage
 from trainer.checkpoint.weights import EMA, EMA_UPDATES, EVALUATION, MODEL, holds
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
@@ -22,7 +22,7 @@ from trainer.engine.background_compile import BackgroundCompiler, start_backgrou
 from trainer.engine.compilation import Compiled
 from trainer.engine.matrices import Update, deal, update_copies, update_cost
 from trainer.engine.meta import build_meta
-from trainer.objectives import Loss, build_objective
+from trainer.objectives import FrozenModel, Loss, build_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
 from trainer.optim.ema import WeightAverage
@@ -84,6 +84,22 @@ class Engine:
 
     def join(self, model: Any) -> ModelAndObjective:
         return ModelAndObjective(model, self.objective)
+
+    def hold_frozen(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the objective a model of the plan's `frozen`. weights: (name, whole tensor) of all, which every rank reads by itself;
+        the model holds them on the device in the number type that the run computes in. No collectives."""
+        meta = build_meta(*self.plan.frozen[name].classes())
+        meta = meta if self.precision == "fp32" else meta.to(torch.bfloat16)
+        self.shard_frozen(meta)
+        model = with_storage(meta, self.device)
+        model.init_weights(torch.Generator())  # for buffers that no file holds
+        held = model.state_dict()
+        for key, whole in weights:
+            put_whole(held[key], whole)
+        self.objective.frozen[name] = FrozenModel(model)
+
+    def shard_frozen(self, meta: Any) -> None:
+        """Spread the weights of a frozen model over the ranks, in place. Here every rank holds all of them."""
 
     def prepare_blocks(self, model: Any) -> None:
         """See the function below. With engine.background_compile, a second process begins to compile here."""
@@ -224,16 +240,15 @@ class Engine:
         return {**batch, "documents": self.documents(batch["tokens"])}  # type: ignore[typeddict-item]
 
     def losses(self, output: Loss) -> Tensor:
-        """Losses [1 + parts] of a forward pass, detached, in fp32.
+        """Losses [1 + parts + measures] of a forward pass, detached, in fp32.
 
-        The first is the sum minus its parts (for next_token the cross-entropy, as validation measures it). The parts follow in
-        the order of `part_names`. The first is not finite if any of the parts is not.
+        The first is the sum minus its parts (for next_token the cross-entropy, as validation measures it). The parts and the
+        measures follow in the order of `part_names`. The first is not finite if any of the parts is not.
         """
-        loss, self.part_names = output.sum.detach(), tuple(output.parts or ())
-        if not output.parts:
-            return loss[None]
-        parts = torch.stack([part.detach() for part in output.parts.values()])
-        return torch.cat([(loss - parts.sum())[None], parts])
+        parts, measures = output.parts or {}, output.measures or {}
+        loss, self.part_names = output.sum.detach(), (*parts, *measures)
+        further = [value.detach().float() for value in (*parts.values(), *measures.values())]
+        return torch.stack([loss - sum(further[: len(parts)]), *further])
 
     def step(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip, update, project, average, clear the gradients.

@@ -66,6 +66,11 @@ class FsdpEngine(Engine):
         self.local = {name: nn.Parameter(shard.detach().to_local()) for name, shard in self._shards.items()}
         return model
 
+    def shard_frozen(self, meta: Any) -> None:
+        """Each block by itself; what is outside of the blocks stays whole."""
+        for block in meta.blocks():
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+
     def autocast(self) -> Any:
         """No autocast, because gathered weights already have the compute type."""
         return contextlib.nullcontext()

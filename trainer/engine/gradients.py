@@ -12,6 +12,7 @@ from models.base import Batch
 from models.layers.linear_cross_entropy import score_nothing, scored_by
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.engine.meta import stand_ins
 from trainer.objectives import build_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.optim import trained_parameters
@@ -51,9 +52,10 @@ def unreached_in_training(plan: Any) -> list[str]:
         scored_by(score_nothing),
         torch.autocast("cpu", torch.bfloat16, enabled=plan.config.precision != "fp32"),
     ):
-        joined = ModelAndObjective(plan.model_class(config), build_objective(plan.config.objective))
+        objective = build_objective(plan.config.objective, stand_ins(plan.frozen))
+        joined = ModelAndObjective(plan.model_class(config), objective)
         tokens = torch.zeros(1, plan.sequence_lengths[0], dtype=torch.long)  # [B, T]
-        batch: Batch = {"tokens": tokens, "targets": tokens}
+        batch: Batch = objective.example(tokens)
         loss = joined(batch | {"documents": tokens} if plan.config.data.separate_documents else batch).sum
         names = unreached(joined.model, loss)
         if names is None:

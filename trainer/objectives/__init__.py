@@ -19,14 +19,25 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from models.base import told_in_one_line
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.objectives.base import REGISTRY, Loss, Objective, register_objective
+from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
-__all__ = ["Loss", "Objective", "build_objective", "load_objectives", "register_objective", "resolve_objective"]
+__all__ = [
+    "FrozenModel",
+    "FrozenSpec",
+    "Loss",
+    "Objective",
+    "build_objective",
+    "load_objectives",
+    "register_objective",
+    "resolve_objective",
+]
 
 DEFAULT_OBJECTIVE = {"name": "next_token"}
 
@@ -57,8 +68,10 @@ def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, **dataclasses.asdict(config)}
 
 
-def build_objective(options: Mapping[str, Any]) -> Objective:
-    """The objective of a resolved section. Raises UserError if it holds parameters or buffers: no engine trains or moves them."""
+def build_objective(options: Mapping[str, Any], frozen: Mapping[str, Any] = MappingProxyType({})) -> Objective:
+    """The objective of a resolved section. Raises UserError if it holds parameters or buffers: no engine trains or moves them.
+
+    frozen: the modules that its `frozen_models` asks for, where they exist already."""
     load_objectives()  # a rank that did not make the plan has not loaded them yet
     name, fields = options["name"], {key: value for key, value in options.items() if key != "name"}
     cls = REGISTRY[name]
@@ -66,4 +79,5 @@ def build_objective(options: Mapping[str, Any]) -> Objective:
     held = [key for key, _ in (*objective.named_parameters(), *objective.named_buffers())]
     if held:
         raise UserError(f"objective {name}: holds {', '.join(held)}; parameters and buffers belong to the model")
+    objective.frozen = {key: FrozenModel(module) for key, module in frozen.items()}
     return objective

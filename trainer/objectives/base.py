@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import IGNORE, Batch, Output, with_hidden
+from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
 
 class Loss(NamedTuple):
@@ -16,11 +17,13 @@ class Loss(NamedTuple):
 
     sum: fp32 scalar, the sum of the losses of the targets that count. count: fp64 scalar, as in `Objective.count`.
     parts: further losses by name, already included in `sum` (None: there are none).
+    measures: what else is printed by name as a mean over the count, such as an accuracy: sums that are not part of `sum`.
     """
 
     sum: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not needed
     parts: dict[str, Tensor] | None = None
+    measures: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class NoConfig:
 class Objective(nn.Module):
     """Base of every objective. A step minimises the sum of `Loss.sum` over all microbatches and ranks, divided by the sum of
     `count`. So the result does not depend on how the batch is divided.
+
+    An objective that needs other models, which are not trained, says which (`frozen_models`) and finds them in `frozen`:
+
+        def frozen_models(self):
+            return {"teacher": FrozenSpec(self.config.teacher)}  # teacher: the field of Config that names it
+
+        def forward(self, model, batch):
+            teacher = self.frozen["teacher"]
+            hidden = teacher.hidden(batch["tokens"], documents=batch.get("documents"))
+            logits = teacher.logits(hidden)  # no gradient, no dropout; bf16 unless the run is fp32
     """
 
     Config: ClassVar[type] = NoConfig
@@ -41,6 +54,15 @@ class Objective(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.frozen: dict[str, FrozenModel] = {}  # as `frozen_models` asks; set before the first forward pass
+
+    def frozen_models(self) -> dict[str, FrozenSpec]:
+        """The models that `forward` needs besides the trained one: name of the field of Config that names the model -> which."""
+        return {}
+
+    def example(self, tokens: Tensor) -> Batch:
+        """A batch with these tokens [B, T] and all keys that `forward` needs; its values do not matter. The plan computes with it."""
+        return {"tokens": tokens, "targets": tokens}
 
     def forward(self, model: Any, batch: Batch) -> Loss:
         """model: has the methods hidden, logits, nll and loss of `LanguageModel`, and can be called like it; batch: tensors [B, T]."""

@@ -14,9 +14,10 @@ import torch
 from models.base import Batch
 from trainer.core.config import OptimConfig
 from trainer.engine.deepspeed_config import BUCKET
-from trainer.engine.meta import build_meta, told_of_model
+from trainer.engine.meta import build_meta, stand_ins, told_of_model
 from trainer.objectives import DEFAULT_OBJECTIVE
 from trainer.optim import names_by_role, state_bytes_per_parameter, trained_parameters
+from trainer.planning.frozen import NO_MODELS, Frozen
 from trainer.runtime.compat import fake_tensors, private
 
 GIB = 1024**3
@@ -127,7 +128,8 @@ _measured: dict[
 class MemoryEstimate:
     """The memory that a model needs at one sequence length. Models are built without storage; measurements are cached.
 
-    documents: whether the model is given the document number of each token; objective: the section of a resolved config.
+    documents: whether the model is given the document number of each token; objective: the section of a resolved config; frozen:
+    the models that it needs, as in a Plan.
     """
 
     def __init__(
@@ -137,8 +139,10 @@ class MemoryEstimate:
         length: int,
         documents: bool = False,
         objective: Mapping[str, Any] = DEFAULT_OBJECTIVE,
+        frozen: Mapping[str, Frozen] = NO_MODELS,
     ) -> None:
         self.model_class, self.model_config, self.objective = model_class, model_config, dict(objective)
+        self.frozen = dict(frozen)
         self.length, self.documents = length, documents
         self._model = model = build_meta(model_class, model_config)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
@@ -165,6 +169,9 @@ class MemoryEstimate:
             count = self.parameters if part == "weights" else self.trained
             held = -(-count // layout.shards) if part in sharded else count
             state[part] = (part not in away) * int(parts[part] * held)
+        if self.frozen:
+            shards = layout.shards if fsdp else 1
+            state["frozen models"] = sum(model.bytes(layout.precision, shards) for model in self.frozen.values())
         copies = self._measure(layout, "none").copies
         if copies:
             state["copies"] = copies
@@ -278,10 +285,11 @@ class MemoryEstimate:
 
     def _measure(self, layout: ParallelLayout, how: str) -> SavedActivations:
         asked = self.length, layout.compute, how, self.documents, layout.triton, layout.compiled
-        key = self.model_class, repr(self.model_config), *asked, layout.deterministic, repr(self.objective)
+        under = self.objective, self.frozen
+        key = self.model_class, repr(self.model_config), *asked, layout.deterministic, repr(under)
         if key not in _measured:
             with _determinism(layout.deterministic):
-                _measured[key] = saved_activations(self.model_class, self.model_config, *asked, self.objective)
+                _measured[key] = saved_activations(self.model_class, self.model_config, *asked, *under)
         return _measured[key]
 
 
@@ -295,16 +303,17 @@ def saved_activations(
     flex: bool = False,
     compiled: bool = False,
     objective: Mapping[str, Any] = DEFAULT_OBJECTIVE,
+    frozen: Mapping[str, Frozen] = NO_MODELS,
 ) -> SavedActivations:
     """What is alive after the forward pass of one sequence, its loss included.
 
     Measured by running the model on tensors without storage. Parameters, their copies and their gradients do not count.
-    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective: see MemoryEstimate.
+    compute, flex, compiled: see ParallelLayout; how: engine.activation_checkpointing; documents, objective, frozen: see MemoryEstimate.
     A model that cannot be compiled trains uncompiled, so it is measured uncompiled.
     """
     from trainer.engine import compilation
 
-    asked = model_class, model_config, objective, length, compute, how, documents, flex
+    asked = model_class, model_config, objective, frozen, length, compute, how, documents, flex
     what = (
         f"its forward pass under the objective {objective['name']} does not run on tensors without values, as planning "
         "does (no .item(), .tolist(), numpy)"
@@ -324,6 +333,7 @@ def _saved_activations(
     model_class: Any,
     model_config: Any,
     objective: Mapping[str, Any],
+    frozen: Mapping[str, Frozen],
     length: int,
     compute: str,
     how: str,
@@ -343,6 +353,9 @@ def _saved_activations(
     with fake_tensors(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
+        with _default_dtype(torch.float32 if compute == "fp32" else torch.bfloat16):
+            others = stand_ins(frozen)
+        joined = ModelAndObjective(model, build_objective(objective, others))
         activation_checkpointing.apply(model, how)
         if compiled:
             compilation.hold_as_compiled(model)
@@ -351,16 +364,14 @@ def _saved_activations(
         if compute == "autocast":
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         stack.enter_context(scored_by(score_nothing))
-        alive = stack.enter_context(_alive_tensors(model))
+        alive = stack.enter_context(_alive_tensors(model, *others.values()))
         starts, added = [], []
         for block in model.blocks():
             block.register_forward_pre_hook(lambda *_: starts.append(alive.activations.bytes))
             block.register_forward_hook(lambda *_: added.append(alive.activations.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
-        batch: Batch = {"tokens": tokens, "targets": tokens}
-        loss = ModelAndObjective(model, build_objective(objective))(
-            batch | {"documents": tokens} if documents else batch
-        ).sum
+        batch: Batch = joined.objective.example(tokens)
+        loss = joined(batch | {"documents": tokens} if documents else batch).sum
         total = alive.activations.bytes
         entries = length * model_config.vocab_size
         logits = any(
@@ -418,7 +429,7 @@ class _Held:
             self.bytes -= self.storages.pop(reference)[0]
 
 
-def _alive_tensors(model: Any) -> Any:
+def _alive_tensors(*models: Any) -> Any:
     """A dispatch mode that watches the memory that operators allocate: `activations`, and `copies` of parameters."""
 
     weak_reference, tree_leaves = private("StorageWeakRef"), private("tree_leaves")
@@ -434,7 +445,7 @@ def _alive_tensors(model: Any) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            tensors = (*model.parameters(), *model.buffers())
+            tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
             self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
             self.vectors: set[Any] = set()  # made from parameters; each layer holds its own, so they count
             self.activations, self.copies = _Held(), _Held()
@@ -476,7 +487,7 @@ def expected_memory(plan: Any) -> dict[str, int]:
     layout, length = ParallelLayout.of(plan.config, plan.processes, plan.target), batch.sequence_length
     config = plan.config
     estimate = MemoryEstimate(
-        plan.model_class, plan.model_config, length, config.data.separate_documents, config.objective
+        plan.model_class, plan.model_config, length, config.data.separate_documents, config.objective, plan.frozen
     )
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
     share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into even parts

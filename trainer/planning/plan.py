@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.core.config import RunConfig
@@ -21,6 +21,7 @@ from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
 from trainer.planning.dial import DEFAULT_SCALE
+from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
@@ -65,6 +66,7 @@ class Plan:
     target: Any  # the trainer.runtime.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, if none attends to another
     train_tokens: int | None = None  # of the training split, if it exists already
+    frozen: dict[str, Frozen] = field(default_factory=dict)  # models that the objective needs and does not train
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +117,8 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     train_tokens = dataset.splits["train"].tokens if dataset is not None else None
     draft = choose_length(draft, model, train_tokens)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
-    estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective)
+    draft, frozen = choose_frozen(draft, vocab_size, dataset)
+    estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective, frozen)
     draft = choose_engine(draft, model, estimate, world, target)
     draft = choose_microbatch(draft, estimate, world.size, target)
     draft = choose_background(draft, estimate, world.size, target)
@@ -135,6 +138,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         target=target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
         train_tokens=train_tokens,
+        frozen=frozen,
         unreached=estimate.unreached(
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
@@ -272,6 +276,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "params": plan.parameters,
         "params_non_embedding": plan.non_embedding,
         "params_trained": plan.trained,
+        "frozen": {name: model.parameters for name, model in plan.frozen.items()},
         **{key: value for key, value in config.model.items() if key != "name"},
         "lr": config.optim.lr,
         "recipe": config.optim.recipe,

@@ -265,20 +265,24 @@ def with_branch(
 
 
 def as_started(given: dict[str, Any], stored: StoredConfig) -> dict[str, Any]:
-    """`given` with branch_from and init_from as the run has them, where they mean the same: the command that started a run, with a
-    relative path or without a step, may be given again."""
+    """`given` with branch_from, init_from and the models of the objective as the run has them, where they mean the same: the command
+    that started a run, with a relative path or without a step, may be given again."""
+    config, values = build(RunConfig, given), stored.values
+    named = {key: (getattr(config, key), values.get(key)) for key in ("branch_from", "init_from")}
+    kept = {key: before for key, (text, before) in named.items() if names_same(text, before, key)}
+    objective, before = given.get("objective") or {}, values.get("objective") or {}
+    same = {key: before[key] for key in objective.keys() & before if names_same(objective[key], before[key], key)}
+    return given | kept | ({"objective": objective | same} if same else {})
+
+
+def names_same(text: Any, before: Any, key: str) -> bool:
+    """Whether a source of weights, given as `text`, is the one that a run has stored as `before`, with an absolute path and a step."""
     from trainer.checkpoint.hugging_face import HUB
 
-    config = build(RunConfig, given)
-    kept = {}
-    for key in ("branch_from", "init_from"):
-        text, before = getattr(config, key), stored.values.get(key)
-        if text is None or before is None:
-            continue
-        whole = text if text.startswith(HUB) else str(user_path(text, key).absolute())
-        if whole in (before, before.rpartition("@")[0]):
-            kept[key] = before
-    return given | kept
+    if not (isinstance(text, str) and isinstance(before, str)):
+        return False
+    whole = text if text.startswith(HUB) else str(user_path(text, key).absolute())
+    return whole in (before, before.rpartition("@")[0])
 
 
 def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:

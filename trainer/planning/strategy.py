@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from trainer.core.errors import UserError
+from trainer.objectives import build_objective
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
 from trainer.runtime.device import GPUS, Target
 
@@ -77,6 +78,8 @@ def background_refusal(config: Any) -> str | None:
         return "in a deterministic run the time of compiling must not decide which code runs"
     if engine.cuda_graphs:
         return "CUDA graphs record the code of the first steps"
+    if build_objective(config.objective).frozen_models():
+        return "the second process would need the models that the objective reads"
     return None
 
 

@@ -11,7 +11,7 @@ from trainer.core.config import DataConfig, RunConfig, model_name
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
-from trainer.engine.meta import build_meta, told_of_model
+from trainer.engine.meta import build_meta, projections_of, told_of_model
 from trainer.planning.run_config import (
     CONFIG,
     StoredConfig,
@@ -173,24 +173,3 @@ def load_model(model_class: Any, model_config: Any, weights: Any, device: Any, w
     checkpoint.put_into(model, tensors, weights.paths[-1], assign=True)
     refuse_unset(model, given=tensors)
     return model
-
-
-def projections_of(model_class: Any, model_config: Any, weights: Any) -> dict[str, Callable[[Any], None]]:
-    """`all_projections`, if `weights` need them."""
-    return all_projections(model_class, model_config) if weights.averaged else {}
-
-
-def all_projections(model_class: Any, model_config: Any) -> dict[str, Callable[[Any], None]]:
-    """The model's projection of each name of a parameter. UserError for a model whose projection is more."""
-    from models.base import LanguageModel
-    from models.materialise import ties
-
-    if model_class.post_step is not LanguageModel.post_step:
-        raise UserError(
-            f"weights: averages of this model need its post_step, which is for all weights at once; define projections in "
-            f"{model_class.__name__} instead"
-        )
-    with told_of_model(model_class, "it cannot be built on the meta device"):
-        model = build_meta(model_class, model_config)
-    found = model.projections()
-    return {**found, **{name: found[first] for name, first in ties(model).items() if first in found}}

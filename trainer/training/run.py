@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from trainer.engine import build_engine
 from trainer.inference.decoding import complete
 from trainer.inference.evaluation import check_enough, validate
 from trainer.optim.frequency import FrequencyScaling
+from trainer.planning.frozen import open_weights
 from trainer.planning.model import written_out
+from trainer.planning.parent import find_parent
 from trainer.planning.plan import Plan
 from trainer.planning.run_config import branch_point, check_branch, check_trained_with, folder_of
 from trainer.recipes.hlb import BatchMultiplier, GradNormLaw
 from trainer.runs.metrics import checked_row
-from trainer.runs.parent import find_parent
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
@@ -82,6 +84,7 @@ class Run:
         self.watchdog, self.signals = watchdog, signals
         self.folder = folder_of(config)
         self.engine = build_engine(plan, world)
+        self.hold_frozen()
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
         self.stream = open_stream(config.data, dataset, config.seed)
@@ -269,6 +272,13 @@ class Run:
         weights = parent.weights(config.init_weights, *plain, world)
         checkpoint.together(lambda: self.engine.begin_with(weights), world)
         world.say(f"beginning with the weights of {parent} ({config.init_weights})")
+
+    def hold_frozen(self) -> None:
+        """Open the models that the objective needs and does not train, and pass them down."""
+        for name, frozen in self.plan.frozen.items():
+            weights = open_weights(frozen, name, self.world)
+            checkpoint.together(functools.partial(self.engine.hold_frozen, name, weights), self.world)
+            self.world.say(f"objective.{name}: {frozen.spec.source}, {frozen.parameters:,} parameters, frozen")
 
     def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
         """Load the state and the tensors of a checkpoint, whatever config it was made with."""

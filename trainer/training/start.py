@@ -17,6 +17,7 @@ from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset
 from trainer.engine.gradients import refuse_unreached
 from trainer.planning.launcher_config import read_launcher_config
+from trainer.planning.parent import with_origin
 from trainer.planning.plan import Plan, render, resolve
 from trainer.planning.run_config import (
     StoredConfig,
@@ -28,7 +29,6 @@ from trainer.planning.run_config import (
 )
 from trainer.runs.folder import LOCK_SECONDS, locked
 from trainer.runs.metrics import last_row
-from trainer.runs.parent import with_origin
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.exit_status import write_exit_status

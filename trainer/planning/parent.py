@@ -28,7 +28,7 @@ from trainer.core.settings import build
 from trainer.core.text import printable
 from trainer.data.dataset import TOKENIZER, DatasetInfo
 from trainer.data.tokenizers import get_tokenizer
-from trainer.engine.meta import build_meta
+from trainer.engine.meta import build_meta, projections_of
 from trainer.planning.model import written_out
 from trainer.planning.run_config import (
     StoredConfig,
@@ -39,7 +39,6 @@ from trainer.planning.run_config import (
     read_config,
     with_branch,
 )
-from trainer.runs.opening import projections_of
 from trainer.runtime.distributed import World
 
 Say = Callable[[str], None]
@@ -123,9 +122,7 @@ class ModelParent:
         if wanted != "evaluation":
             raise UserError(f"init_weights: {self} is not a run, so it has no {wanted}; leave it out")
         if not self.has_tokenizer():
-            world.say(
-                f"init_from: {self} holds no tokenizer, so nothing proves that the data are prepared with the right one"
-            )
+            world.say(f"{self} holds no tokenizer, so nothing proves that the data are prepared with the right one")
         return self.each(build_meta(model_class, model_config))
 
     def each(self, model: Any) -> Iterator[tuple[str, Tensor]]:
