@@ -57,7 +57,7 @@ def test_the_answers_of_a_conversation_are_marked(tmp_path):
     assert shown(folder, "validation") == [f"<|user|>\np\n<|assistant|>\n[[held out{END}]]"]
     info = DatasetInfo.load(folder)
     assert (info.records, info.splits["train"].documents, info.arguments["chat_template"]) == ("chat", 2, "chat")
-    assert conversations_of(info.arguments, info.records).prompt("hi") == "<|user|>\nhi\n<|assistant|>\n"
+    assert conversations_of(info, "here").prompt("hi") == "<|user|>\nhi\n<|assistant|>\n"
 
 
 def test_a_merge_that_would_cross_the_seam_does_not(tmp_path):
@@ -184,5 +184,5 @@ def test_parquet_gives_the_same_as_rows_of_json(tmp_path):
 
 def test_text_has_no_template(tiny_dataset):
     info = DatasetInfo.load(tiny_dataset)
-    with pytest.raises(UserError, match="its data have no chat template"):
-        conversations_of(info.arguments, info.records)
+    with pytest.raises(UserError, match="here: its data are text without a chat template"):
+        conversations_of(info, "here")

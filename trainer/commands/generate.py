@@ -23,6 +23,9 @@ class GenerateConfig:
     step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
     weights: str = setting("evaluation", WEIGHTS)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
+    chat: bool = setting(
+        False, "a prompt is a message, put into the chat template of the run's data; the answer alone is printed"
+    )
     max_new_tokens: int = setting(128, "tokens to add to each prompt", low=0)
     temperature: float = setting(1.0, "0: always the likeliest token", low=0)
     top_k: int = setting(0, "sample among the k likeliest; 0: off", low=0)
@@ -54,27 +57,29 @@ def run(config: GenerateConfig) -> None:
 
     check(config)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, weights=config.weights)
-    prompts = config.prompt or [opened.config.log.sample_prompt]
+    prompts = messages(config, opened) if config.chat else config.prompt or [opened.config.log.sample_prompt]
     if config.beams:
         search(config, opened, prompts)
         return
     texts = [prompt for prompt in prompts for _ in range(config.samples)]
     single = len(texts) == 1
     if single:
-        write(for_stream(texts[0], sys.stdout))
+        write(for_stream(printed(config, texts[0]), sys.stdout))
     begin = time.perf_counter()
     found = continuations(config, opened, texts, show if single else None)
     seconds = time.perf_counter() - begin
     if single:
         write("\n")
     else:
-        write_all([prompt + text for prompt, text in zip(texts, found, strict=True)])
+        write_all([printed(config, prompt) + text for prompt, text in zip(texts, found, strict=True)])
     count = sum(len(opened.tokenizer.encode(text)) for text in found)
     print(f"about {count:,} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def check(config: GenerateConfig) -> None:
     """UserError for keys that do not go together."""
+    if config.chat and not config.prompt:
+        raise UserError("prompt: --chat answers a message; give one")
     if "" in config.stop:
         raise UserError("stop: is empty; give a text of at least one character")
     if not config.beams and config.length_penalty != 1:
@@ -119,9 +124,24 @@ def search(config: GenerateConfig, opened: Any, prompts: list[str]) -> None:
             end=tokenizer.eot_id,
         )
         texts += [
-            prompt + cut_at(continuation(tokenizer, ids, beam.tokens), config.stop) for beam in found[: config.samples]
+            printed(config, prompt) + cut_at(continuation(tokenizer, ids, beam.tokens), config.stop)
+            for beam in found[: config.samples]
         ]
     write_all(texts)
+
+
+def messages(config: GenerateConfig, opened: Any) -> list[str]:
+    """The prompts as messages of a user, in the chat template of the run's data. UserError if these have none."""
+    from trainer.data.dataset import DatasetInfo
+    from trainer.data.records import conversations_of
+
+    conversations = conversations_of(DatasetInfo.load(opened.folder), f"chat: {opened.folder}")
+    return [conversations.prompt(prompt) for prompt in config.prompt]
+
+
+def printed(config: GenerateConfig, prompt: str) -> str:
+    """What is printed before a continuation."""
+    return "" if config.chat else prompt
 
 
 def show(text: str) -> None:

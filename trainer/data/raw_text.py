@@ -22,6 +22,7 @@ class RawText:
     """
 
     name = "text"
+    records = "text"
 
     def __init__(self, path: Path, tokenizer: Path, eot_id: int, vocab_size: int, say: Say) -> None:
         """tokenizer: a tokenizer.json. UserError if the file cannot be read, is not UTF-8, or holds no text; `say` gets a line about

@@ -6,7 +6,6 @@ tokens, as it is when a model continues a prompt. What an answer consists of, it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from trainer.core.config import CorpusConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.data.dataset import DatasetInfo
 from trainer.data.folders import kind_of
 from trainer.data.readers import BadRow, parsed_row
 
@@ -116,14 +116,15 @@ def open_conversations(config: CorpusConfig, files: list[Path]) -> Conversations
     return Conversations(config.records, config.chat_template)
 
 
-def conversations_of(arguments: Mapping[str, Any], records: str) -> Conversations:
-    """How the rows of a prepared dataset were read. arguments, records: of its dataset.json. UserError if it is text."""
-    template = arguments.get("chat_template")
-    if records == "text" or template not in TEMPLATES:
+def conversations_of(info: DatasetInfo, where: str) -> Conversations:
+    """How the rows of a prepared dataset were read. where: for the error line. UserError if they were text."""
+    template = info.arguments.get("chat_template")
+    if info.records == "text" or template not in TEMPLATES:
         raise UserError(
-            "its data have no chat template: they were prepared as text; prepare rows of messages with --records chat"
+            f"{where}: its data are {info.records} without a chat template; prepare rows of messages with --records chat, and train "
+            "on them"
         )
-    return Conversations(records, template)
+    return Conversations(info.records, template)
 
 
 def _conversation(row: Any, where: str) -> tuple[list[Message], int]:

@@ -86,6 +86,11 @@ class Split:
         return (self.counts.tokens - 1) // self.length
 
     @property
+    def records(self) -> str:
+        """What its documents are, of RECORDS."""
+        return self.info.records
+
+    @property
     def text_tokens(self) -> int:
         """Tokens that the bytes and words of `counts` belong to."""
         return self.counts.tokens

@@ -3,6 +3,9 @@
 full: the split in order, in windows that do not overlap. Every token is a target once. The figure is the same on any number
       of devices.
 hlb:  150 random windows as in hlb-gpt, from a seed; for comparison with hlb-gpt's 3.80.
+
+Of chat and preference data there is `full` alone: each document is a row, and the objective says which of its targets are measured
+(sft: the answers). Of preference data the better answers are measured; while a run trains on them, also its objective on the pairs.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from models.base import IGNORE, cross_entropy
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable
+from trainer.data.dataset import LOSS_MASK
 from trainer.data.raw_text import RawText
 from trainer.data.stream import Split, ordered_windows
+from trainer.objectives import Objective, build_objective
 from trainer.recipes.hlb import evaluation_shape, tokens_per_microbatch
 from trainer.runtime.distributed import World
 
@@ -62,7 +67,100 @@ def full(
             window = split.read(start, count + 1)
             tokens[i, :count], targets[i, :count] = window[:-1], window[1:]
         totals += torch.stack(score(runner, torch.from_numpy(tokens), torch.from_numpy(targets)))
-    nats, correct, count = world.sum(totals).tolist()
+    return figures(split, world.sum(totals), len(windows))
+
+
+@torch.no_grad()
+def by_document(
+    runner: Any,
+    split: Split,
+    objective: Objective,
+    length: int,
+    world: World,
+    max_tokens: int = 0,
+    at: Callable[[str], None] = lambda where: None,
+) -> dict[str, Any]:
+    """As `full`, of chat or preference data: the targets of `objective` in each document, of pairs in the better one. `windows` are
+    documents. What a document has beyond `length` tokens is left out, as in training."""
+    rows = Documents(split, length, max_tokens)
+    chosen = rows.numbers[:: rows.texts]
+    at_once = rows_at_once(runner.model.config.vocab_size, length, runner.device.type)
+    totals = torch.zeros(3, dtype=torch.float64, device=runner.device)
+    for first in turns(world, len(chosen), at_once):
+        at(f"validation document {first} of {len(chosen)}")
+        batch = rows.batch(chosen[first : first + at_once])
+        totals += torch.stack(score(runner, batch["tokens"], objective.targets(batch), joined=False))
+    return figures(split, world.sum(totals), len(chosen))
+
+
+@torch.no_grad()
+def of_pairs(
+    engine: Any, split: Split, length: int, world: World, max_tokens: int, at: Callable[[str], None]
+) -> dict[str, float]:
+    """The engine's objective on the pairs of a split: objective_loss, and objective_NAME of each measure, as means over pairs."""
+    rows = Documents(split, length, max_tokens)
+    count = len(rows.numbers) // 2
+    at_once = max(1, rows_at_once(engine.model.config.vocab_size, length, engine.device.type) // 2)
+    totals: dict[str, Any] = {}
+    training = engine.model.training
+    engine.model.eval()
+    for first in turns(world, count, at_once):
+        at(f"validation pair {first} of {count}")
+        flat = rows.batch(rows.numbers[2 * first : 2 * (first + at_once)])
+        batch = {name: values.unflatten(0, (-1, 2)).to(engine.device) for name, values in flat.items()}  # [B, 2, T]
+        with engine.autocast():
+            loss = engine.joined(batch)
+        for name, value in {"count": loss.count, "loss": loss.sum, **(loss.measures or {})}.items():
+            totals[name] = totals.get(name, 0) + value.double()
+    engine.model.train(training)
+    summed = world.sum(torch.stack(list(totals.values()))).tolist()
+    found = dict(zip(totals, summed, strict=True))
+    pairs = found.pop("count")
+    return {f"objective_{name}": value / max(pairs, 1) for name, value in found.items()}
+
+
+class Documents:
+    """The documents of a split as padded rows. numbers: those that are measured, of similar length side by side; pairs stay together.
+    texts: documents of a row of training."""
+
+    def __init__(self, split: Split, length: int, max_tokens: int) -> None:
+        """max_tokens: stop after about so many; 0: all."""
+        self.split, self.texts = split, 2 if split.records == "preference" else 1
+        whole = split.lengths()
+        self._starts, self._lengths = np.cumsum(whole) - whole, np.minimum(whole, length + 1)
+        longest = self._lengths.reshape(-1, self.texts).max(1)
+        if max_tokens:
+            longest = longest[: 1 + int(np.searchsorted(np.cumsum(self.texts * longest), max_tokens))]
+        order = np.argsort(longest, kind="stable")
+        self.numbers = (order[:, None] * self.texts + np.arange(self.texts)).ravel()
+
+    def batch(self, numbers: np.ndarray) -> Any:
+        """Documents as tensors [B, T] as wide as the longest, at least two rows without targets: every rank has a batch."""
+        width = int(self._lengths[numbers].max(initial=2)) - 1
+        shape = max(2, len(numbers)), width
+        batch: dict[str, np.ndarray] = {
+            "tokens": np.zeros(shape, np.int64),
+            "targets": np.full(shape, IGNORE, np.int64),
+            LOSS_MASK: np.zeros(shape, np.uint8),
+        }
+        for row, number in enumerate(numbers):
+            start, count = int(self._starts[number]), int(self._lengths[number])
+            if count < 2:
+                continue  # an end-of-text id alone has no target
+            tokens = self.split.read(start, count)
+            batch["tokens"][row, : count - 1], batch["targets"][row, : count - 1] = tokens[:-1], tokens[1:]
+            batch[LOSS_MASK][row, : count - 1] = self.split.read(start, count, LOSS_MASK)[1:]
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def figures(split: Split | RawText, totals: Tensor, windows: int) -> dict[str, Any]:
+    """What `full` returns. totals: [3], sums of what `score` returns."""
+    nats, correct, count = totals.tolist()
+    if not count:
+        raise UserError(
+            f"data: no document of the {split.name} split of {printable(split.folder)} has a target within the length of "
+            "evaluation.sequence_length; raise it, or prepare other data"
+        )
     # Bytes and words are known only for the whole split; the first token of a dataset's is not a target.
     share = count / split.text_tokens
     loss = nats / count
@@ -74,7 +172,7 @@ def full(
         "word_perplexity": safe_exp(nats / (split.counts.words * share)) if split.counts.words else None,
         "accuracy": correct / count,
         "tokens": int(count),
-        "windows": len(windows),
+        "windows": windows,
     }
 
 
@@ -114,7 +212,9 @@ def hlb(
 
 
 def check_enough(split: Split | RawText, protocol: str, key: str) -> None:
-    """UserError if the split is too short for `protocol`, the value of `key`."""
+    """UserError if the split is too short for `protocol`, the value of `key`, or of data that it does not measure."""
+    if split.records != "text" and protocol == "hlb":
+        raise UserError(f"{key}: the windows of hlb are of text, and the data are {split.records}; set it to full")
     if split.counts.tokens < LEAST_TOKENS[protocol]:
         raise UserError(
             f"{key}: {protocol} needs at least {LEAST_TOKENS[protocol]} tokens, but the {split.name} split of "
@@ -129,13 +229,14 @@ def turns(world: World, windows: int, rows: int) -> range:
     return range(world.rank * rows, -(-windows // stride) * stride, stride)
 
 
-def score(runner: Any, tokens: Tensor, targets: Tensor) -> list[Tensor]:
-    """(sum of losses, correct predictions, targets) of a batch [B, T], as fp64 scalars on the device."""
+def score(runner: Any, tokens: Tensor, targets: Tensor, joined: bool = True) -> list[Tensor]:
+    """(sum of losses, correct predictions, targets) of a batch [B, T], as fp64 scalars on the device. joined: whether a row may hold
+    several documents."""
     tokens, targets = tokens.to(runner.device), targets.to(runner.device)
     training = runner.model.training
     runner.model.eval()
     with runner.autocast():
-        logits = runner.predict(tokens, runner.documents(tokens)).float()  # [B, T, V]
+        logits = runner.predict(tokens, runner.documents(tokens) if joined else None).float()  # [B, T, V]
     runner.model.train(training)
     right = (logits.max(-1).indices == targets).sum()  # on a CPU max is twice as fast as argmax
     loss = cross_entropy(logits, targets, reduction="sum")
@@ -164,6 +265,15 @@ def validate(
 ) -> dict[str, Any]:
     """The protocols of `evaluation.protocol`: {"full": {...}, "hlb": {...}}; the first one there gives the run's val_loss."""
     results: dict[str, Any] = {}
+    if isinstance(split, Split) and split.records != "text":
+        length = config.evaluation.sequence_length
+        assert length is not None  # resolved
+        trained = getattr(runner, "objective", None)  # an engine's, with its frozen models
+        objective = trained or build_objective(config.objective)
+        results["full"] = by_document(runner, split, objective, length, world, max_tokens, at)
+        if trained is not None and split.records == "preference":
+            results["full"] |= of_pairs(runner, split, length, world, max_tokens, at)
+        return results
     if config.evaluation.protocol in ("full", "both"):
         length = config.evaluation.sequence_length
         assert length is not None  # resolved

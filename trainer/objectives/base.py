@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import IGNORE, Batch, Output, with_hidden
+from trainer.data.dataset import LOSS_MASK
 from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
 
@@ -51,6 +52,8 @@ class Objective(nn.Module):
         False  # True: without weights every token counts 1, so a step's count is its size
     )
 
+    records: ClassVar[tuple[str, ...]] = ("text", "chat")  # kinds of data that it can train on, of RECORDS
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
@@ -83,6 +86,11 @@ class Objective(nn.Module):
         return (
             counted.sum(dtype=torch.float64) if weights is None else weights.where(counted, 0).sum(dtype=torch.float64)
         )
+
+
+def answers_alone(batch: Batch) -> Tensor:
+    """The targets of a batch of chat or preference data, with IGNORE for those that are not of an answer: [..., T]"""
+    return batch["targets"].where(batch[LOSS_MASK] != 0, IGNORE)  # type: ignore[literal-required]
 
 
 REGISTRY: dict[str, type[Objective]] = {}

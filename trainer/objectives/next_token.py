@@ -15,7 +15,7 @@ class NextToken(Objective):
     counts_every_token = True
 
     def forward(self, model: Any, batch: Batch) -> Loss:
-        tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
+        tokens, targets, documents = batch["tokens"], self.targets(batch), batch.get("documents")
         weights = batch.get("weights")
         if weights is None:
             output = model(tokens, targets=targets, documents=documents, reduction="sum")

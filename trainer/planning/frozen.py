@@ -63,6 +63,10 @@ def choose_frozen(draft: Draft, vocab_size: int, dataset: DatasetInfo | None) ->
         source = config.init_from if spec.source is None else spec.source
         if source is None:
             raise UserError(f"{key}: name a model: RUN[@STEP], the folder of a Hugging Face model, or hf://ORG/NAME")
+        if spec.source is None and spec.weights != config.init_weights:
+            raise UserError(
+                f"{key}: the run begins with the {config.init_weights} weights of init_from, so set {key}_weights to that too"
+            )
         with told_as(key):
             parent = find_parent(source, lambda line: None)  # `open_weights` says the lines
             if dataset is not None:

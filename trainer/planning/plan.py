@@ -108,7 +108,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     if draft.config.init_from is not None:
         rule = f"its {draft.config.init_weights} weights, model and tokenizer; the rest begins at step 0"
         draft = draft.note("init_from", draft.config.init_from, rule)
-    draft = choose_objective(draft)
+    draft = choose_objective(draft, dataset.records if dataset is not None else draft.config.data.records)
     draft = follow_launcher_config(draft, world.size)
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
@@ -234,12 +234,22 @@ def choose_scale(draft: Draft, vocab_size: int) -> Draft:
     return draft.fill("", "model_scale", scale, "set")
 
 
-def choose_objective(draft: Draft) -> Draft:
-    """The objective's settings, in the types of its own Config."""
+def choose_objective(draft: Draft, records: str) -> Draft:
+    """The objective's settings, in the types of its own Config. records: what the documents of the data are. UserError if the
+    objective cannot train on them."""
     from trainer.objectives import resolve_objective
+    from trainer.objectives.base import REGISTRY
 
     given = draft.config.objective
     resolved = resolve_objective(given)
+    name, fit = resolved["name"], REGISTRY[resolved["name"]].records
+    if records not in fit:
+        raise UserError(
+            f"objective.name: {name} trains on {' or '.join(fit)} data, and {draft.config.data.path or 'data.records'} is {records}; "
+            f"prepare data with --records {fit[0]}, or set another objective"
+        )
+    if records == "chat" and name == "next_token":
+        draft = draft.note("objective.name", name, "trains on prompts and answers alike; sft trains on answers alone")
     for key, value in resolved.items():
         if key != "name":
             draft = draft.note(

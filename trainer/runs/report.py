@@ -172,6 +172,7 @@ def validation_keys(results: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The keys of a row that hold the results of `validate`. prefix: of these keys, for other weights than the run's own."""
     best = results.get("full") or results["hlb"]
     found = {f"{prefix}val_loss": best["loss"], f"{prefix}val_bits_per_byte": best["bits_per_byte"]}
+    found |= {f"{prefix}val_{key}": value for key, value in best.items() if key.startswith("objective_")}
     if "full" in results and "hlb" in results:
         found[f"{prefix}val_loss_hlb"] = results["hlb"]["loss"]
     return found
