@@ -38,6 +38,8 @@ TOKENIZER = "tokenizer.json"
 LENGTHS = "lengths.bin"
 INDEX = "index.json"
 LOSS_MASK = "loss_mask"  # column of chat and preference data, uint8: 1 for a token that an answer consists of, else 0
+# Columns of `prepare --teacher`: the ids that a teacher finds most likely at each token, and their log-probabilities, [k] each.
+TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
 LENGTH_TYPE = np.dtype("<u4")
 COLUMN_TYPES = ("uint8", "uint16", "uint32", "float16", "float32")
 SPLITS = ("train", "validation")

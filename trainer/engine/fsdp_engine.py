@@ -4,6 +4,7 @@ ranks of a group, and each group holds a copy of the model."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ class FsdpEngine(Engine):
         self._shard_group = self.mesh.get_group("shard")
         self.world.limit_groups()
         self.prepare_blocks(meta)
-        options = {
+        options: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": engine.reshard_after_forward,
             "mp_policy": MixedPrecisionPolicy(
@@ -51,7 +52,10 @@ class FsdpEngine(Engine):
             fully_shard(block, **options)
         # Parameters outside of the blocks are needed at the end of the forward and at the start of the backward, so they stay
         # gathered in between.
-        self.joined = fully_shard(self.join(meta), **options | {"reshard_after_forward": False})
+        # The batch keeps its number types: weights of targets and a teacher's log-probabilities need more than bf16.
+        as_given = dataclasses.replace(options["mp_policy"], cast_forward_inputs=False)
+        root = {"reshard_after_forward": False, "mp_policy": as_given}
+        self.joined = fully_shard(self.join(meta), **options | root)
         model = meta
         assert all(isinstance(module, FSDPModule) for module in (self.joined, *model.blocks()))
         place = torch.device("cpu") if engine.offload else self.device

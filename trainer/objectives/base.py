@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import IGNORE, Batch, Output, with_hidden
-from trainer.data.dataset import LOSS_MASK
+from trainer.data.dataset import LOSS_MASK, ColumnInfo
 from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
 
@@ -62,6 +63,9 @@ class Objective(nn.Module):
     def frozen_models(self) -> dict[str, FrozenSpec]:
         """The models that `forward` needs besides the trained one: name of the field of Config that names the model -> which."""
         return {}
+
+    def check_columns(self, columns: Mapping[str, ColumnInfo]) -> None:
+        """ValueError, which begins with the name of a field of Config, if a dataset with these columns lacks what `forward` reads."""
 
     def example(self, tokens: Tensor) -> Batch:
         """A batch with these tokens [B, T] and all keys that `forward` needs; its values do not matter. The plan computes with it."""

@@ -108,7 +108,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     if draft.config.init_from is not None:
         rule = f"its {draft.config.init_weights} weights, model and tokenizer; the rest begins at step 0"
         draft = draft.note("init_from", draft.config.init_from, rule)
-    draft = choose_objective(draft, dataset.records if dataset is not None else draft.config.data.records)
+    draft = choose_objective(draft, dataset)
     draft = follow_launcher_config(draft, world.size)
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
@@ -234,12 +234,13 @@ def choose_scale(draft: Draft, vocab_size: int) -> Draft:
     return draft.fill("", "model_scale", scale, "set")
 
 
-def choose_objective(draft: Draft, records: str) -> Draft:
-    """The objective's settings, in the types of its own Config. records: what the documents of the data are. UserError if the
-    objective cannot train on them."""
-    from trainer.objectives import resolve_objective
+def choose_objective(draft: Draft, dataset: Any) -> Draft:
+    """The objective's settings, in the types of its own Config. UserError if the objective cannot train on the data, or if the dataset
+    lacks what it reads."""
+    from trainer.objectives import build_objective, resolve_objective
     from trainer.objectives.base import REGISTRY
 
+    records = dataset.records if dataset is not None else draft.config.data.records
     given = draft.config.objective
     resolved = resolve_objective(given)
     name, fit = resolved["name"], REGISTRY[resolved["name"]].records
@@ -255,6 +256,11 @@ def choose_objective(draft: Draft, records: str) -> Draft:
             draft = draft.note(
                 f"objective.{key}", value, "set" if key in given else f"the default of {resolved['name']}"
             )
+    if dataset is not None:
+        try:
+            build_objective(resolved).check_columns(dataset.columns)
+        except ValueError as error:
+            raise UserError(f"objective.{error}") from None
     return draft.set("", "objective", resolved)
 
 
