@@ -105,6 +105,13 @@ class Tokenizer:
         assert self._coder is not None
         return self._coder(text)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token of that name, or to which `token` is encoded alone; None if there is none."""
+        found = self._library.token_to_id(token)
+        if found is None and len(ids := self.encode(token)) == 1:
+            found = ids[0]
+        return None if found is None else int(found)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Ids out of range are left out, broken UTF-8 becomes U+FFFD, end of text is spelled out."""
         return self.decode_bytes([int(i) for i in ids if 0 <= i < self.vocab_size]).decode("utf-8", errors="replace")

@@ -53,6 +53,8 @@ class Objective(nn.Module):
         False  # True: without weights every token counts 1, so a step's count is its size
     )
 
+    # Fields of Config that name tokens. The plan sets the field `ids` to their ids, and to that of the end of a text behind them.
+    token_fields: ClassVar[tuple[str, ...]] = ()
     records: ClassVar[tuple[str, ...]] = ("text", "chat")  # kinds of data that it can train on, of RECORDS
 
     def __init__(self, config: Any) -> None:

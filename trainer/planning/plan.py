@@ -25,6 +25,7 @@ from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
+from trainer.planning.objective import choose_objective
 from trainer.planning.resolver import (
     Draft,
     ModelFacts,
@@ -232,36 +233,6 @@ def choose_scale(draft: Draft, vocab_size: int) -> Draft:
             f"model_scale: {scale:g} is a size of {targets[0]:,} parameters, `parameters` is {wanted:,}; leave one of them out"
         )
     return draft.fill("", "model_scale", scale, "set")
-
-
-def choose_objective(draft: Draft, dataset: Any) -> Draft:
-    """The objective's settings, in the types of its own Config. UserError if the objective cannot train on the data, or if the dataset
-    lacks what it reads."""
-    from trainer.objectives import build_objective, resolve_objective
-    from trainer.objectives.base import REGISTRY
-
-    records = dataset.records if dataset is not None else draft.config.data.records
-    given = draft.config.objective
-    resolved = resolve_objective(given)
-    name, fit = resolved["name"], REGISTRY[resolved["name"]].records
-    if records not in fit:
-        raise UserError(
-            f"objective.name: {name} trains on {' or '.join(fit)} data, and {draft.config.data.path or 'data.records'} is {records}; "
-            f"prepare data with --records {fit[0]}, or set another objective"
-        )
-    if records == "chat" and name == "next_token":
-        draft = draft.note("objective.name", name, "trains on prompts and answers alike; sft trains on answers alone")
-    for key, value in resolved.items():
-        if key != "name":
-            draft = draft.note(
-                f"objective.{key}", value, "set" if key in given else f"the default of {resolved['name']}"
-            )
-    if dataset is not None:
-        try:
-            build_objective(resolved).check_columns(dataset.columns)
-        except ValueError as error:
-            raise UserError(f"objective.{error}") from None
-    return draft.set("", "objective", resolved)
 
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
