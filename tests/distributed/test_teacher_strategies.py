@@ -16,6 +16,7 @@ SAMPLE = ("fsdp", "zero3")
 GPT2 = {"name": "gpt2", "n_layers": 2, "d_model": 32, "n_heads": 2, "vocab_size": 384}
 OBJECTIVES = {
     "distill": {"temperature": 2.0, "top_k": 50},
+    "cosine_embedding": {},
 }
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.base import IGNORE, Batch, Hidden
+from models.base import Batch, Hidden
 from models.config import check_ranges, setting
-from trainer.data.dataset import LOSS_MASK, TEACHER_IDS, TEACHER_LOG_PROBS, ColumnInfo
-from trainer.objectives.base import Loss, Objective, answers_alone, register_objective
+from trainer.data.dataset import TEACHER_IDS, TEACHER_LOG_PROBS, ColumnInfo
+from trainer.objectives.base import Loss, register_objective
 from trainer.objectives.frozen import FrozenSpec
+from trainer.objectives.taught import TEACHER, Taught
 
 CHUNK_BYTES = (
     64 << 20
@@ -26,10 +27,7 @@ IMPOSSIBLE = -1e4  # a finite logit whose probability is 0
 
 @dataclass(frozen=True)
 class DistillConfig:
-    teacher: str | None = setting(
-        None,
-        "RUN[@STEP], folder of a Hugging Face model or hf://ORG/NAME; none: the columns that `prepare --teacher` stored",
-    )
+    teacher: str | None = setting(None, f"{TEACHER}; none: the columns that `prepare --teacher` stored")
     teacher_weights: str = setting("evaluation", "which weights of the run that `teacher` names")
     alpha: float = setting(0.5, "share of the teacher; the rest is that of the next token", low=0, high=1)
     temperature: float = setting(1.0, "both distributions are softened: softmax(logits / temperature)", above=0)
@@ -45,7 +43,7 @@ class DistillConfig:
 
 
 @register_objective("distill")
-class Distill(Objective):
+class Distill(Taught):
     """(1 - alpha) cross-entropy + alpha temperature^2 divergence, summed over the targets that count.
 
     The square keeps the size of the gradient, which shrinks with the square of the temperature.
@@ -54,9 +52,7 @@ class Distill(Objective):
     Config = DistillConfig
 
     def frozen_models(self) -> dict[str, FrozenSpec]:
-        if self.config.teacher is None:
-            return {}
-        return {"teacher": FrozenSpec(self.config.teacher, self.config.teacher_weights)}
+        return {} if self.config.teacher is None else super().frozen_models()
 
     def check_columns(self, columns: Mapping[str, ColumnInfo]) -> None:
         if self.config.teacher is not None:
@@ -69,10 +65,6 @@ class Distill(Objective):
         if self.config.top_k > stored:
             raise ValueError(f"top_k: is {self.config.top_k}, but the dataset stores {stored} ids of the teacher's")
 
-    def targets(self, batch: Batch) -> Tensor:
-        """Of chat data those of answers alone."""
-        return answers_alone(batch) if LOSS_MASK in batch else batch["targets"]
-
     def example(self, tokens: Tensor) -> Batch:
         batch: Any = super().example(tokens)
         if self.config.teacher is None:
@@ -82,11 +74,10 @@ class Distill(Objective):
 
     def forward(self, model: Any, batch: Batch) -> Loss:
         tokens, targets, documents = batch["tokens"], self.targets(batch), batch.get("documents")
-        weights = (targets != IGNORE) * batch.get("weights", 1.0)  # [B, T]
         predicted = self.predicted(batch)  # first: the student holds no activations yet
         hidden = model.hidden(tokens, documents=documents)
         own, parts = model.loss(hidden, targets, "sum", batch.get("weights"))
-        apart = self.apart(model, hidden, predicted, weights)
+        apart = self.apart(model, hidden, predicted, self.weights(batch))
         measures = {"cross_entropy": own - sum(parts.values()), "divergence": apart}
         share = self.config.alpha
         parts = {name: (1 - share) * part for name, part in parts.items()}
