@@ -1,22 +1,25 @@
 """Objectives: what they promise, what is divided by what, and that their settings are settings of a run."""
 
+import re
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_values
 from tiny_runs import make
 
 from models.base import IGNORE, get_model, load_models
 from trainer.commands.check import CheckConfig
 from trainer.commands.check.suite import names_of, outcome
 from trainer.commands.plugins import import_plugin
+from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.objectives import Loss, Objective, build_objective, load_objectives, register_objective, resolve_objective
 from trainer.objectives.base import REGISTRY
 from trainer.planning.plan import resolve
+from trainer.runs.metrics import read_rows
 from trainer.testing import objectives
 from trainer.testing.subject import Subject
 
@@ -32,9 +35,15 @@ def smoothing(monkeypatch):
     return import_plugin(str(PLUGIN)).LabelSmoothing
 
 
-def checked(name, model="gpt2"):
-    subject = Subject(model, get_model(model), objective={"name": name}, weighted=True)
+def checked(name, model="gpt2", **options):
+    subject = Subject(model, get_model(model), objective={"name": name, **options}, weighted=True)
     return {check: outcome(subject, CHECKS[check]) for check in CHECKS}
+
+
+@pytest.mark.parametrize("name", ["distill", "cosine_embedding"])
+def test_objectives_with_a_teacher_keep_all_that_is_promised(name, monkeypatch):
+    monkeypatch.setattr("trainer.objectives.distill.CHUNK_BYTES", 1 << 14)
+    assert set(checked(name, teacher="given by the check").values()) == {("ok", "")}
 
 
 @pytest.mark.parametrize("model", ["gpt2", "hlb"])
@@ -54,6 +63,19 @@ def broken():
     yield register_objective
     REGISTRY.clear()
     REGISTRY.update(before)
+
+
+def test_label_smoothing_of_the_guide_is_twenty_lines_and_trains(tiny_dataset, tmp_path, monkeypatch, broken):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "trainer" / "objectives" / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    (tmp_path / "smooth.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import_plugin(str(tmp_path / "smooth.py"))
+    assert set(checked("smooth").values()) == {("ok", "")}
+    objective = {"name": "smooth", "smoothing": 0.2}
+    small = {"name": "gpt2", "n_layers": 1, "d_model": 16, "n_heads": 2}
+    run(tiny_values(tiny_dataset, tmp_path / "r", model=small, objective=objective, max_steps=2))
+    assert len(read_rows(tmp_path / "r" / "metrics.jsonl")) == 2
 
 
 def test_a_broken_promise_is_named(broken):

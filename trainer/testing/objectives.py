@@ -15,7 +15,10 @@ from trainer.testing.subject import Check, Subject, require, require_close
 
 
 def joined(subject: Subject) -> ModelAndObjective:
-    return ModelAndObjective(subject.model, build_objective(resolve_objective(subject.objective)))
+    """With small models of other weights in place of the frozen ones that the objective asks for."""
+    settings = resolve_objective(subject.objective)
+    frozen = {name: subject.build(seed=1) for name in build_objective(settings).frozen_models()}
+    return ModelAndObjective(subject.model, build_objective(settings, frozen))
 
 
 def loss_of(module: ModelAndObjective, batch: Batch) -> Loss:

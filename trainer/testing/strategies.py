@@ -19,6 +19,7 @@ from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.engine import build_engine
 from trainer.engine.gradients import refuse_unreached
+from trainer.objectives import build_objective, resolve_objective
 from trainer.planning.plan import resolve
 from trainer.runtime.distributed import World, join
 from trainer.testing.subject import SCALE, Check, Skipped, Subject, require, require_close
@@ -40,7 +41,9 @@ def group_of_one() -> Iterator[None]:
 
 
 def plan_of(subject: Subject, strategy: str, **settings: Any) -> Any:
-    """The plan of a small run without data."""
+    """The plan of a small run without data. Raises Skipped if it would need frozen models, which `check` does not have."""
+    if build_objective(resolve_objective(subject.objective)).frozen_models():
+        raise Skipped("it needs a frozen model")
     values = {
         "model_scale": SCALE,
         "model": {"name": subject.name, **subject.choices},
