@@ -38,6 +38,9 @@ def prepared(folder, records, rows):
     return folder / "data"
 
 
+FULL_ROWS = {"batch__sequence_start": 64}  # rows of documents do not grow
+
+
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     """A word is answered in capitals within brackets."""
@@ -57,7 +60,7 @@ def preference(tmp_path_factory):
 
 def test_what_an_objective_cannot_train_on_is_one_line(chat, preference, tiny_dataset, tmp_path):
     def plan(dataset, name):
-        config = build(RunConfig, tiny_values(dataset, tmp_path, objective={"name": name}))
+        config = build(RunConfig, tiny_values(dataset, tmp_path, objective={"name": name}, **FULL_ROWS))
         return resolve(config, find_dataset(config.data))
 
     with pytest.raises(
@@ -73,7 +76,7 @@ def test_what_an_objective_cannot_train_on_is_one_line(chat, preference, tiny_da
 
 
 def test_validation_measures_the_answers_of_each_document_alone(chat, tmp_path):
-    one = make(chat, tmp_path, objective={"name": "sft"}, data={"path": str(chat), "separate_documents": False})
+    one = make(chat, tmp_path, objective={"name": "sft"}, **FULL_ROWS)
     split = one.validation
     found = validate(one.engine, split, one.config, one.world, 0)["full"]
     nats = count = start = 0
@@ -93,12 +96,12 @@ def test_validation_measures_the_answers_of_each_document_alone(chat, tmp_path):
 
 def test_the_windows_of_hlb_are_refused(chat, tmp_path):
     with pytest.raises(UserError, match="evaluation.protocol: the windows of hlb are of text, and the data are chat"):
-        make(chat, tmp_path, objective={"name": "sft"}, evaluation={"protocol": "hlb"})
+        make(chat, tmp_path, objective={"name": "sft"}, evaluation={"protocol": "hlb"}, **FULL_ROWS)
 
 
 def test_sft_goes_on_bit_for_bit(chat, tmp_path):
     values = tiny_values(
-        chat, tmp_path / "run", objective={"name": "sft"}, max_steps=4, checkpoint={"every": 2, "keep": 9}
+        chat, tmp_path / "run", objective={"name": "sft"}, max_steps=4, checkpoint={"every": 2, "keep": 9}, **FULL_ROWS
     )
     run(values)
     whole, rows = weights(tmp_path / "run", 4), losses(tmp_path / "run")

@@ -21,7 +21,12 @@ Schedule = Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_s
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 
 # Values for keys that are missing in the config.yaml of an older run, which was started before these keys existed.
-ABSENT_MEANS: dict[str, Any] = {"data.order": "samples", "optim.name": "adamw", "objective.name": "next_token"}
+ABSENT_MEANS: dict[str, Any] = {
+    "data.order": "samples",
+    "data.packing": "concat",
+    "optim.name": "adamw",
+    "objective.name": "next_token",
+}
 
 
 @dataclass
@@ -92,6 +97,11 @@ class DataConfig(CorpusConfig):
     order: Literal["windows", "samples"] = setting(
         "windows",
         "windows: a step takes its windows from as many samples as possible; samples: finish each sample before the next",
+    )
+    packing: Literal["auto", "concat", "best_fit", "none"] = setting(
+        "auto",
+        "concat: rows are windows of the text; best_fit: rows of whole documents, then padding; none is one document in each row; auto: "
+        "none for chat and preference data, else concat",
     )
     separate_documents: bool = setting(False, "a token attends only to tokens of its own document")
 

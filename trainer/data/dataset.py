@@ -204,6 +204,11 @@ class DatasetInfo:
         """Whether the lengths of the documents are stored."""
         return self.format > 2
 
+    @property
+    def texts_per_row(self) -> int:
+        """Documents that belong together, and stay in one row of a batch."""
+        return 2 if self.records == "preference" else 1
+
     def save(self, folder: str | Path) -> None:
         """Write dataset.json into `folder`."""
         write_file(Path(folder) / FILE, sealed(asdict(self)))

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
 SHUFFLE_BLOCK = 2**18  # samples shuffled together: shards are visited in random order, a few at a time
+T = TypeVar("T")
 GROUP_TOKENS = 2**22  # of `windows`: 8 or 16 MiB in memory; when sequences double, at most half of a group is skipped
 
 
@@ -30,7 +32,7 @@ class Order:
         # Only full samples are trained on; a shorter one can only be the very last.
         self._sizes[-1] -= int(self._sizes.sum()) - n_samples
         self._firsts = np.cumsum(self._sizes) - self._sizes
-        self._blocks = LruCache(2)  # a step may straddle two blocks
+        self._blocks: LruCache[np.ndarray] = LruCache(2)  # a step may straddle two blocks
 
     def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """The samples at `places` of `epoch`: [n] -> [n]."""
@@ -51,14 +53,14 @@ class Order:
         return np.random.Generator(np.random.PCG64([self.seed, epoch, block])).permutation(samples)
 
 
-class LruCache:
+class LruCache(Generic[T]):
     """Keeps the results of the last few keys."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._results: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self._results: OrderedDict[tuple[int, ...], T] = OrderedDict()
 
-    def get(self, key: tuple[int, ...], compute: Callable[..., np.ndarray]) -> np.ndarray:
+    def get(self, key: tuple[int, ...], compute: Callable[..., T]) -> T:
         """`compute(*key)`, or its kept result."""
         if key not in self._results:
             self._results[key] = compute(*key)
@@ -104,7 +106,7 @@ class WindowOrder:
         # In samples; sizes of groups differ by at most one.
         self._ends = order.n_samples * np.arange(1, groups + 1) // groups
         self._begins = np.concatenate([[0], self._ends[:-1]])
-        self._rows = LruCache(8)
+        self._rows: LruCache[np.ndarray] = LruCache(8)
         self.reused = int((self._ends - self._begins).max())
 
     def start(self, position: int, length: int, before: int) -> int:

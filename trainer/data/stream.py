@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,36 @@ def local_folder(data: DataConfig, info: DatasetInfo) -> Path:
     return remote.cache_folder(data, info) if is_remote(path) else user_path(path, "data.path")
 
 
+def read_lengths(data: DataConfig, info: DatasetInfo, name: str) -> np.ndarray:
+    """Tokens of each document of a split in order, with its end-of-text id: [documents] int64, read and checked here.
+
+    UserError if the dataset is of a format that has no lengths, Damaged if they are not what was written.
+    """
+    folder = local_folder(data, info)
+    if not info.has_lengths:
+        raise UserError(
+            f"data: {folder} was prepared before the lengths of documents were stored; prepare the data again"
+        )
+    path = folder / name / LENGTHS
+    if is_remote(data.path or ""):
+        remote.fetch_once(str(data.path), f"{name}/{LENGTHS}", folder, info.lengths[name])
+    if not present(path) or sha256_of(path) != info.lengths[name]:
+        raise Damaged(
+            f"data: {path} is missing or damaged: its sha256 is not the one in dataset.json; prepare the data again"
+        )
+    lengths = np.fromfile(path, LENGTH_TYPE).astype(np.int64)
+    if len(lengths) != info.splits[name].documents or lengths.sum() != info.splits[name].tokens:
+        raise Damaged(f"data: {path} does not add up to the documents and tokens of the split; prepare the data again")
+    return lengths
+
+
 class Split:
     """Random access to one split. Every shard's size is checked at the start and its hash before its first sample is used."""
 
     def __init__(self, data: DataConfig, info: DatasetInfo, name: str) -> None:
         if name not in info.splits:
             raise UserError(f"data: {data.path} has no split {name!r} (it has {', '.join(info.splits)})")
-        self.name, self.info, self.counts = name, info, info.splits[name]
+        self.name, self.info, self.counts, self._data = name, info, info.splits[name], data
         self.length = info.sample_length
         self.folder = local_folder(data, info)
         self._remote = data.path if is_remote(data.path or "") else None
@@ -100,27 +123,8 @@ class Split:
         return [shard.samples for shard in self._shards]
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each document in order, with its end-of-text id: [documents] int64, read and checked here.
-
-        UserError if the dataset is of a format that has no lengths, Damaged if they are not what was written.
-        """
-        if not self.info.has_lengths:
-            raise UserError(
-                f"data: {self.folder} was prepared before the lengths of documents were stored; prepare the data again"
-            )
-        path = self.folder / self.name / LENGTHS
-        if self._remote is not None:
-            remote.fetch_once(self._remote, f"{self.name}/{LENGTHS}", self.folder, self.info.lengths[self.name])
-        if not present(path) or sha256_of(path) != self.info.lengths[self.name]:
-            raise Damaged(
-                f"data: {path} is missing or damaged: its sha256 is not the one in dataset.json; prepare the data again"
-            )
-        lengths = np.fromfile(path, LENGTH_TYPE).astype(np.int64)
-        if len(lengths) != self.counts.documents or lengths.sum() != self.counts.tokens:
-            raise Damaged(
-                f"data: {path} does not add up to the documents and tokens of the split; prepare the data again"
-            )
-        return lengths
+        """As `read_lengths` of this split."""
+        return read_lengths(self._data, self.info, self.name)
 
     def sample(self, index: int) -> dict[str, np.ndarray]:
         """Stored sample `index`: column -> [L + 1, ...] (fewer for the last sample)."""
@@ -151,12 +155,20 @@ class Split:
     def read(self, start: int, count: int, column: str = "tokens") -> np.ndarray:
         """`count` tokens of the split's stream from token `start` on, or what a column says about them: [count, ...], tokens as
         int64. Windows may span samples."""
-        first, last = start // self.length, max(start // self.length, (start + count - 2) // self.length)
-        parts = [self.sample(i)[column] for i in range(first, last + 1)]
-        joined = np.concatenate([part[: self.length] for part in parts[:-1]] + [parts[-1]])
+        return self.read_columns(start, count, [column])[column]
+
+    def read_columns(self, start: int, count: int, columns: Iterable[str]) -> dict[str, np.ndarray]:
+        """`read` of several columns at once."""
+        # A sample's last token is the first of the next one, which the split's last sample does not have.
+        first = max(0, min(start, start + count - 2)) // self.length
+        last = max(first, (start + count - 2) // self.length)
+        samples = [self.sample(i) for i in range(first, last + 1)]
         offset = start - first * self.length
-        window = joined[offset : offset + count]
-        return window.astype(np.int64) if column == "tokens" else window
+        found = {}
+        for name in columns:
+            parts = [*(sample[name][: self.length] for sample in samples[:-1]), samples[-1][name]]
+            found[name] = np.concatenate(parts)[offset : offset + count]
+        return found | ({"tokens": found["tokens"].astype(np.int64)} if "tokens" in found else {})
 
     def _path(self, shard: Shard) -> Path:
         return self.folder / self.name / shard.basename
@@ -234,9 +246,16 @@ class Stream:
         """Stop reading ahead."""
 
 
-def open_stream(data: DataConfig, info: DatasetInfo, seed: int) -> Stream:
-    """The training split as `data` says it is to be read."""
-    return TrainStream(Split(data, info, "train"), seed, data.threads, data.order)
+def open_stream(data: DataConfig, info: DatasetInfo, seed: int, length: int) -> Stream:
+    """The training split as `data`, resolved, says it is to be read. length: most tokens of a row."""
+    from trainer.data.packing import DocumentStream, rows_of
+
+    split = Split(data, info, "train")
+    if data.packing == "concat":
+        return TrainStream(split, seed, data.threads, data.order)
+    rows = rows_of(split.lengths(), data.packing, length, seed, info.texts_per_row)
+    separate = data.separate_documents and data.packing == "best_fit"
+    return DocumentStream(split, rows, separate, data.threads)
 
 
 class TrainStream(Stream):

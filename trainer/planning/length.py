@@ -8,19 +8,20 @@ from typing import Any
 from trainer.core.config import LENGTHS
 from trainer.core.errors import UserError
 from trainer.optim import schedules
+from trainer.planning.data import Epoch
 from trainer.planning.resolver import Draft, ModelFacts
 
 DEFAULT_STEPS = 1000
 
 
-def choose_length(draft: Draft, model: ModelFacts, train_tokens: int | None) -> Draft:
-    """max_steps, from a key of LENGTHS if the config gives one. train_tokens: of the training split; None: not known yet.
+def choose_length(draft: Draft, model: ModelFacts, epoch: Epoch | None) -> Draft:
+    """max_steps, from a key of LENGTHS if the config gives one. epoch: of the training split; None: not known yet.
 
     UserError for two different lengths, or for epochs of data that do not exist yet.
     """
     config = draft.config
     stated = [key for key in LENGTHS if getattr(config, key) is not None]
-    if not stated or (stated == ["epochs"] and train_tokens is None and config.max_steps is not None):
+    if not stated or (stated == ["epochs"] and epoch is None and config.max_steps is not None):
         return draft.fill("", "max_steps", DEFAULT_STEPS, "the default")
     if len(stated) > 1:
         raise UserError(f"{stated[1]}: {stated[0]} already gives the length of the run; leave one of them out")
@@ -29,7 +30,9 @@ def choose_length(draft: Draft, model: ModelFacts, train_tokens: int | None) -> 
             raise UserError("max_seconds: only `train` measures the speed; give max_steps, tokens or epochs here")
         rule = f"for max_seconds {config.max_seconds:g}"  # measured by `train`, or given beside it
         return draft.note("max_steps", config.max_steps, rule)
-    wanted, rule = tokens_wanted(stated[0], getattr(config, stated[0]), model.parameters, train_tokens)
+    wanted, rule = tokens_wanted(stated[0], getattr(config, stated[0]), model.parameters, epoch)
+    if epoch is not None and epoch.filled < 1:
+        wanted, rule = wanted / epoch.filled, f"{rule}, {epoch.filled:.1%} of each row,"
     batch = config.batch
     steps = nearest_steps(lambda count: sum(tokens_at_lengths(batch, count).values()), wanted)
     if config.max_steps not in (None, steps):
@@ -38,17 +41,17 @@ def choose_length(draft: Draft, model: ModelFacts, train_tokens: int | None) -> 
     return draft.set("", "max_steps", steps).note("max_steps", steps, rule)
 
 
-def tokens_wanted(key: str, value: float, parameters: int, train_tokens: int | None) -> tuple[float, str]:
+def tokens_wanted(key: str, value: float, parameters: int, epoch: Epoch | None) -> tuple[float, str]:
     """The tokens of a run whose length is given by this key of LENGTHS, and the rule. UserError for unknown data."""
     if key == "tokens":
         return value, f"{value:,} tokens"
     if key == "tokens_per_parameter":
         return value * parameters, f"{value:g} tokens for each of {parameters:,} parameters"
-    if train_tokens is None:
+    if epoch is None:
         raise UserError(
             "epochs: the data are not there yet, so their size is not known; run `prepare`, or give `tokens`"
         )
-    return value * train_tokens, f"{value:g} epochs of {train_tokens:,} tokens"
+    return value * epoch.tokens, f"{value:g} epochs of {epoch.tokens:,} tokens"
 
 
 def whole_sequences(batch: Any, step: int, length: int) -> int:

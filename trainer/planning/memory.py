@@ -490,9 +490,10 @@ def expected_memory(plan: Any) -> dict[str, int]:
         plan.model_class, plan.model_config, length, config.data.separate_documents, config.objective, plan.frozen
     )
     step = batch.tokens_per_step // length * (math.ceil(batch.n_max) if batch.dynamic else 1)
-    share = -(-step // plan.processes)  # sequences of the largest step on one device, cut into even parts
-    parts = -(-share // max(1, batch.tokens_per_microbatch // length))
-    first, second = -(-share // parts), (share + parts - 2) // parts
+    share = -(-step // plan.processes)  # rows of the largest step on one device, cut into even parts
+    texts = plan.texts_per_row
+    parts = -(-share // max(1, batch.tokens_per_microbatch // (length * texts)))
+    first, second = texts * -(-share // parts), texts * ((share + parts - 2) // parts)
     memory = estimate.state(layout, parts > 1)
     most = max(estimate.in_microbatch(layout, how, first, accumulates=False), estimate.in_update(memory))
     if parts > 1:

@@ -20,6 +20,7 @@ from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
+from trainer.planning.data import Epoch, choose_packing, read_epoch
 from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
@@ -66,8 +67,9 @@ class Plan:
     processes: int
     target: Any  # the trainer.runtime.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, if none attends to another
-    train_tokens: int | None = None  # of the training split, if it exists already
     frozen: dict[str, Frozen] = field(default_factory=dict)  # models that the objective needs and does not train
+    epoch: Epoch | None = None  # of the training split, if it exists already
+    texts_per_row: int = 1
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +79,11 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         model_class, model_config = written_out(state["config"])
         vars(self).update(state, model_class=model_class, model_config=model_config)
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of an epoch, without padding; None if there is no data yet."""
+        return None if self.epoch is None else self.epoch.tokens
 
     @property
     def memory(self) -> int | None:
@@ -114,14 +121,16 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
     check_roles(draft.config.optim, model)
+    draft = choose_packing(draft, dataset)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
-    train_tokens = dataset.splits["train"].tokens if dataset is not None else None
-    draft = choose_length(draft, model, train_tokens)
+    draft, epoch = read_epoch(draft, dataset)
+    draft = choose_length(draft, model, epoch)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
     draft, frozen = choose_frozen(draft, vocab_size, dataset)
     estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective, frozen)
-    draft = choose_engine(draft, model, estimate, world, target)
-    draft = choose_microbatch(draft, estimate, world.size, target)
+    texts = 1 if dataset is None else dataset.texts_per_row
+    draft = choose_engine(draft, model, estimate, world, target, texts * length)
+    draft = choose_microbatch(draft, estimate, world.size, target, texts * length)
     draft = choose_background(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
     draft = choose_roles(draft, model)
@@ -138,8 +147,9 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         processes=world.size,
         target=target,
         end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
-        train_tokens=train_tokens,
         frozen=frozen,
+        epoch=epoch,
+        texts_per_row=texts,
         unreached=estimate.unreached(
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
@@ -279,6 +289,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "sequence_lengths": plan.sequence_lengths,
         "max_steps": config.max_steps,
         "tokens_at_least": minimum_tokens(plan),
+        "padding": None if plan.epoch is None else plan.epoch.padding,
         "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
         "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
@@ -289,8 +300,9 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def minimum_tokens(plan: Plan) -> int:
-    """Tokens of the whole run if hlb's multiplier stays at one (exact for a fixed batch)."""
-    return sum(tokens_at_lengths(plan.config.batch, plan.config.max_steps).values())
+    """Tokens of the whole run, without padding, if hlb's multiplier stays at one (exact for a fixed batch and full rows)."""
+    places = sum(tokens_at_lengths(plan.config.batch, plan.config.max_steps).values())
+    return places if plan.epoch is None else round(places * plan.epoch.filled)
 
 
 def training_flops(plan: Plan, steps: int) -> int:

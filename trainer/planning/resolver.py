@@ -161,6 +161,8 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
+    if draft.config.data.packing != "concat":
+        draft = keep_length(draft)
     defaults = RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model)
     for key, (value, rule) in defaults.items():
         if key == "tokens_per_step":
@@ -172,6 +174,18 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
     if draft.config.batch.ramp_start > full:
         raise UserError(f"batch.ramp_start: {draft.config.batch.ramp_start:,} is more than tokens_per_step, {full:,}")
     check_lengths(draft.config.batch, model, stored)
+    return draft
+
+
+def keep_length(draft: Draft) -> Draft:
+    """Rows of documents have one length from the first step on. UserError if the config asks for growth."""
+    packing, length = draft.config.data.packing, draft.config.batch.sequence_length
+    draft = draft.fill("batch", "sequence_start", length, f"rows of data.packing {packing} do not grow")
+    if draft.config.batch.sequence_start != length:
+        raise UserError(
+            f"batch.sequence_start: {draft.config.batch.sequence_start}, but rows of data.packing {packing} do not grow to "
+            f"batch.sequence_length, {length}; leave it out"
+        )
     return draft
 
 
@@ -201,14 +215,16 @@ def most_tokens_per_step(batch: Any) -> float:
     return batch.tokens_per_step * (batch.n_max if batch.dynamic else 1)
 
 
-def choose_engine(draft: Draft, model: ModelFacts, estimate: MemoryEstimate, world: Any, target: Any) -> Draft:
-    """Strategy and activation checkpointing, by the memory that one sequence (or the microbatch that was set) needs. UserError
-    if the device is too small to train."""
+def choose_engine(
+    draft: Draft, model: ModelFacts, estimate: MemoryEstimate, world: Any, target: Any, row: int
+) -> Draft:
+    """Strategy and activation checkpointing, by the memory that one row of `row` tokens (or the microbatch that was set) needs.
+    UserError if the device is too small to train."""
     from trainer.engine import activation_checkpointing, compilation
 
     config = draft.config
     batch, engine = config.batch, config.engine
-    wanted = batch.tokens_per_microbatch or batch.sequence_length
+    wanted = batch.tokens_per_microbatch or row
     selector = StrategySelector(estimate, config, world, target, wanted, most_tokens_per_step(batch))
     decided = engine.strategy != "auto"
     strategy, offload, rule = (engine.strategy, engine.offload, "set") if decided else selector.strategy()
@@ -264,8 +280,9 @@ def choose_state_precision(draft: Draft, options: MemoryOptions, rule: str, mode
     return draft.fill("optim", "state_precision", "bf16" if options.narrow else "fp32", rule)
 
 
-def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any) -> Draft:
-    """Tokens of one forward and backward pass on one device: those of hlb's law, lowered to what the memory holds."""
+def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, target: Any, row: int) -> Draft:
+    """Tokens of one forward and backward pass on one device: those of hlb's law, lowered to what the memory holds. row: tokens of
+    one row, at most."""
     config, batch = draft.config, draft.config.batch
     longest, how = batch.sequence_length, config.engine.activation_checkpointing
     capacity: float = tokens_per_microbatch(config.model_scale, batch.device_token_capacity)
@@ -274,13 +291,13 @@ def choose_microbatch(draft: Draft, estimate: MemoryEstimate, processes: int, ta
     fits = estimate.tokens_that_fit(target.memory, layout, how, most_tokens_per_step(batch) > longest * processes)
     if fits < capacity:
         capacity, rule = fits, rule + f"; lowered to what {target.memory / GIB:.0f} GiB hold"
-    if capacity < longest:
-        capacity, rule = longest, rule + "; raised to one sequence"
+    if capacity < row:
+        capacity, rule = row, rule + "; raised to one sequence"
     draft = draft.fill("batch", "tokens_per_microbatch", capacity, rule)
-    for key in ("tokens_per_step", "tokens_per_microbatch"):
+    for key, least in (("tokens_per_step", longest), ("tokens_per_microbatch", row)):
         tokens = getattr(draft.config.batch, key)
-        if tokens < longest:
-            raise UserError(f"batch.{key}: {tokens} is less than one sequence of {longest} tokens")
+        if tokens < least:
+            raise UserError(f"batch.{key}: {tokens} is less than one sequence of {least} tokens")
     return draft
 
 

@@ -60,6 +60,8 @@ def check_graphs(config: Any, target: Target, model_refusal: str | None) -> None
         why = "pure_bf16 moves the gradients of each microbatch"
     elif engine.activation_checkpointing != "none":
         why = "activation checkpointing reads the random number state"
+    elif config.data.packing == "none":
+        why = "rows of data.packing none have many widths, and a graph is of one"
     elif model_refusal is not None:
         why = model_refusal
     else:
@@ -80,6 +82,8 @@ def background_refusal(config: Any) -> str | None:
         return "CUDA graphs record the code of the first steps"
     if build_objective(config.objective).frozen_models():
         return "the second process would need the models that the objective reads"
+    if config.data.packing == "none":
+        return "rows of data.packing none have many widths"
     return None
 
 

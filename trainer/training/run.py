@@ -87,7 +87,7 @@ class Run:
         self.hold_frozen()
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
-        self.stream = open_stream(config.data, dataset, config.seed)
+        self.stream = open_stream(config.data, dataset, config.seed, config.batch.sequence_length)
         self.validation = Split(config.data, dataset, "validation")
         check_enough(self.validation, config.evaluation.protocol, "evaluation.protocol")
         law = GradNormLaw.of(plan.parameters)

@@ -150,7 +150,7 @@ def count_of(run: Run, parts: list[Batch]) -> Tensor:
 def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> list[Batch]:
     """Cut `batch` along dimension 0. Every rank makes equally many parts; for log.noise_scale two at least."""
     largest = -(-sequences // run.world.size)  # share of a rank
-    fit = max(1, run.config.batch.tokens_per_microbatch // length)
+    fit = max(1, run.config.batch.tokens_per_microbatch // (length * run.plan.texts_per_row))
     count = max(-(-largest // fit), 2 if run.config.log.noise_scale else 1)
     parts: list[Any] = [{} for _ in range(count)]
     for key, value in batch.items():

@@ -47,4 +47,10 @@ def enter(config: BenchConfig) -> tuple[World, list[Variant], list[str], Any]:
     join(world, config.device, config.engine.timeout_minutes, alone=True)
     device: torch.device = choose_device(config.device, world.local_rank)
     dataset = agree_on_dataset(config, world)
-    return world, *variants(config, dataset, world, device), dataset
+    found, notes = variants(config, dataset, world, device)
+    for variant in found:
+        if (packing := variant.plan.config.data.packing) != "concat":
+            raise UserError(
+                f"data.packing: bench measures full rows, and those of {packing} hold padding; set it to concat"
+            )
+    return world, found, notes, dataset

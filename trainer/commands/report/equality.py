@@ -16,7 +16,7 @@ TOLERANCE = {
     "seconds": 0.03,
 }  # relative, for amounts to count as equal
 WORDS = {"tokens": "tokens", "flops": "FLOPs", "parameters": "parameters", "seconds": "seconds"}
-ORDER = ("data.order", "data.separate_documents", "batch.tokens_per_step")
+ORDER = ("data.order", "data.packing", "data.separate_documents", "batch.tokens_per_step")
 SEQUENCES = ("batch.sequence_start", "batch.sequence_length", "batch.sequence_double_every")
 
 

@@ -28,7 +28,7 @@ MOST_RUNS = 2000
 # Keys that two runs of one arm may differ in, besides those that change nothing that is computed: the data is known by its
 # fingerprint, the learning rate makes a curve.
 WITHIN_AN_ARM = ("seed", "optim.lr", "data.", "log.")
-OF_THE_DATA = ("data.order", "data.separate_documents")
+OF_THE_DATA = ("data.order", "data.packing", "data.separate_documents")
 NAMED_FIRST = ("model.name", "optim.name", "objective.name", "max_steps")
 
 
