@@ -90,7 +90,7 @@ def test_the_plan_finds_the_ids(tiny_dataset, tmp_path):
         ids(prefix="\x01", suffix="\x02", middle="<|endoftext|>")
     with pytest.raises(UserError, match="objective fim: prefix, suffix and middle must be three tokens"):
         ids(prefix="\x01", suffix="\x01")
-    with pytest.raises(UserError, match="objective fim: rate 2.0 is not from 0 to 1"):
+    with pytest.raises(UserError, match="objective.rate: 2.0 is too large; at most 1"):
         ids(rate=2)
 
 

@@ -182,8 +182,8 @@ def test_sft_is_the_cross_entropy_of_the_answers():
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"beta": 0}, "beta 0.0 is not above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing 0.5 is not from 0 to below"),
+        ({"beta": 0}, "objective.beta: 0.0 is too small"),
+        ({"label_smoothing": 0.6}, "objective.label_smoothing: 0.6 is too large; at most 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for the loss sigmoid"),
         ({"loss": "simpo", "reference": "runs/x"}, "simpo has no reference"),
         ({"loss": "hinge"}, "objective.loss"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import IGNORE, Batch
+from models.config import check_ranges, setting
 from trainer.data.dataset import LOSS_MASK
 from trainer.objectives.base import Loss, Objective, answers_alone, register_objective
 from trainer.objectives.frozen import FrozenSpec
@@ -21,29 +22,26 @@ from trainer.objectives.frozen import FrozenSpec
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """loss: sigmoid, DPO (arXiv 2305.18290); ipo (2310.12036); simpo (2405.14734): log-probabilities per token, without a reference.
-
-    beta: how far the model may move from the reference (the paper of SimPO takes 2 to 2.5). label_smoothing: sigmoid, the share of
-    pairs that are taken to be the wrong way round. gamma: simpo, the margin that is aimed at. reference: RUN[@STEP], a folder of a
-    Hugging Face model, or hf://ORG/NAME; None: the model that init_from names. reference_weights: as init_weights.
-    """
-
-    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    gamma: float = 1.0
-    reference: str | None = None
-    reference_weights: str = "evaluation"
+    loss: Literal["sigmoid", "ipo", "simpo"] = setting(
+        "sigmoid",
+        "sigmoid: DPO (arXiv 2305.18290); ipo (2310.12036); simpo (2405.14734): log-probabilities per token, no reference",
+    )
+    beta: float = setting(
+        0.1, "how closely the model keeps to the reference (the paper of SimPO takes 2 to 2.5)", above=0
+    )
+    label_smoothing: float = setting(
+        0.0, "sigmoid: share of the pairs that are taken to be the wrong way round", low=0, high=0.5
+    )
+    gamma: float = setting(1.0, "simpo: the margin that is aimed at", low=0)
+    reference: str | None = setting(
+        None, "RUN[@STEP], folder of a Hugging Face model, or hf://ORG/NAME; auto: the model that init_from names"
+    )
+    reference_weights: str = setting("evaluation", "which weights of the run that `reference` names")
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta {self.beta} is not above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing {self.label_smoothing} is not from 0 to below 0.5")
+        check_ranges(self)
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing is for the loss sigmoid, not for {self.loss}; leave it out")
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(f"gamma {self.gamma} is below 0")
         if self.loss == "simpo" and self.reference is not None:
             raise ValueError("simpo has no reference; leave it out")
 

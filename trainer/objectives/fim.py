@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.base import IGNORE, Batch
+from models.config import check_ranges, setting
 from trainer.objectives.base import Loss, register_objective
 from trainer.objectives.next_token import NextToken
 
@@ -24,23 +25,17 @@ PRIME, FACTOR = 2**31 - 1, 48_271  # Park and Miller's generator of random numbe
 
 @dataclass(frozen=True)
 class FillInTheMiddleConfig:
-    """rate: share of rows that are rearranged; spm_rate: share of these in which the suffix comes first, prefix and middle together.
-
-    prefix, suffix, middle: tokens of the tokenizer that mark these parts, which no text should hold. ids: of these and of the
-    end-of-text token; the plan sets them.
-    """
-
-    rate: float = 0.5
-    spm_rate: float = 0.5
-    prefix: str = "<|fim_prefix|>"
-    suffix: str = "<|fim_suffix|>"
-    middle: str = "<|fim_middle|>"
-    ids: list[int] | None = None
+    rate: float = setting(0.5, "share of the rows that are rearranged", low=0, high=1)
+    spm_rate: float = setting(
+        0.5, "share of these in which the suffix comes first, then prefix and middle together", low=0, high=1
+    )
+    prefix: str = setting("<|fim_prefix|>", "token of the tokenizer before the prefix; no text should hold it")
+    suffix: str = setting("<|fim_suffix|>", "token before the suffix")
+    middle: str = setting("<|fim_middle|>", "token before the middle")
+    ids: list[int] | None = setting(None, "ids of these and of the token that ends a text; the plan sets them")
 
     def __post_init__(self) -> None:
-        for key in ("rate", "spm_rate"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} {getattr(self, key)} is not from 0 to 1")
+        check_ranges(self)
         if len({self.prefix, self.suffix, self.middle}) < SENTINELS:
             raise ValueError("prefix, suffix and middle must be three tokens")
 

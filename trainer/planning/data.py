@@ -19,13 +19,18 @@ class Epoch(NamedTuple):
 
 def choose_packing(draft: Draft, dataset: Any) -> Draft:
     """data.packing. dataset: the DatasetInfo; None: not prepared yet. UserError where the data are not fit for what is asked."""
-    records = "text" if dataset is None else dataset.records
-    rule = f"the data are {records}" if dataset is not None else "the default of text (data not prepared yet)"
+    records = draft.config.data.records if dataset is None else dataset.records
+    rule = f"the data are {records}" if dataset is not None else f"the default of {records} (data not prepared yet)"
     draft = draft.fill("data", "packing", "concat" if records == "text" else "none", rule)
     packing = draft.config.data.packing
     if records == "preference" and packing != "none":
         raise UserError(
             f"data.packing: {packing} would tear the pairs of preference data in {draft.config.data.path}; set it to none"
+        )
+    if records == "chat" and packing == "concat" and draft.config.data.separate_documents:
+        raise UserError(
+            "data.separate_documents: in rows of packing concat a document ends at an end-of-text id, but so does each answer of a "
+            "conversation; set data.packing to none or best_fit"
         )
     return draft
 

@@ -146,7 +146,10 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         vocab_size=vocab_size,
         processes=world.size,
         target=target,
-        end_of_text=dataset.tokenizer.eot_id if dataset is not None and documents else None,
+        # Each answer of a conversation ends with this id; of chat data the stream says where documents end.
+        end_of_text=dataset.tokenizer.eot_id
+        if documents and dataset is not None and dataset.records == "text"
+        else None,
         frozen=frozen,
         epoch=epoch,
         texts_per_row=texts,
