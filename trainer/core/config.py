@@ -85,6 +85,13 @@ class PrepareConfig(CorpusConfig):
     out: str | None = setting(None, "folder to write; it must not exist yet")
     workers: int | None = setting(None, "processes that tokenise; auto: one per core", low=1)
     shard_megabytes: int = setting(64, "size of one shard in MiB", low=1)
+    teacher: str | None = setting(
+        None,
+        "RUN[@STEP], folder of a Hugging Face model or hf://ORG/NAME: also store what it predicts, for objective.name distill",
+    )
+    teacher_top_k: int = setting(
+        32, "teacher: how many of the likeliest ids are stored for each token", low=1, high=65_536
+    )
 
 
 @dataclass

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from trainer.data.index import Shard
 # These parts import torchvision, which may be built for another torch, and transformers. Together that takes longer than
 # everything else at the start of a process.
 UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal", "streaming.base.dataloader")
+PREDICTED = 8  # samples in one forward pass of a teacher
 APPENDED = 1 << 20  # tokens copied at a time; one row may have many more
 
 
@@ -59,8 +60,18 @@ def samples_in(head: bytes) -> int:
     return int.from_bytes(head[:4], "little")
 
 
+class Predictor(Protocol):
+    """Adds columns to whole samples: what a model predicts of each token. columns: their types."""
+
+    columns: Mapping[str, ColumnInfo]
+
+    def predict(self, tokens: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Samples [N, L + 1] -> each column of their tokens 1 to L: [N, L, ...]"""
+
+
 class SplitWriter:
-    """Packs one split's stream of tokens into samples, and these into MDS shards. columns: those beside `tokens`."""
+    """Packs one split's stream of tokens into samples, and these into MDS shards. columns: those beside `tokens` in what is added;
+    predictor: makes more."""
 
     def __init__(
         self,
@@ -69,8 +80,14 @@ class SplitWriter:
         sample_length: int,
         shard_megabytes: int,
         columns: Mapping[str, ColumnInfo] = MappingProxyType({}),
+        predictor: Predictor | None = None,
     ):
         every = {"tokens": ColumnInfo(dtype, []), **columns}
+        self._predictor = predictor
+        predicted = {} if predictor is None else predictor.columns
+        # What was predicted of the token that the last sample shares with the next; of the split's first token nothing is.
+        self._shared = {name: np.zeros((1, *column.shape), column.dtype) for name, column in predicted.items()}
+        self._waiting: list[dict[str, np.ndarray]] = []  # samples of one length, to be predicted together
         self.info = SplitInfo()
         self._length = sample_length
         self._folder = folder
@@ -80,7 +97,7 @@ class SplitWriter:
         self._lengths: list[np.ndarray] = []
         self._mds = import_streaming().MDSWriter(
             out=str(folder),
-            columns={name: f"ndarray:{column.dtype}" for name, column in every.items()},
+            columns={name: f"ndarray:{column.dtype}" for name, column in {**every, **predicted}.items()},
             hashes=["xxh64"],
             size_limit=shard_megabytes << 20,
         )
@@ -107,11 +124,26 @@ class SplitWriter:
 
     def finish(self) -> None:
         """Write the last, shorter sample, the index and the lengths of the documents."""
+        self._write_waiting()
         if len(self._rest["tokens"]) > 1:
             self._write(self._rest)
+            self._write_waiting()
         self._mds.finish()
         (self._folder / LENGTHS).write_bytes(b"".join(lengths.tobytes() for lengths in self._lengths))
 
     def _write(self, sample: Mapping[str, np.ndarray]) -> None:
-        self._mds.write(dict(sample))
-        self.info.samples += 1
+        self._waiting.append(dict(sample))
+        if self._predictor is None or len(self._waiting) == PREDICTED:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        samples, self._waiting = self._waiting, []
+        if self._predictor is not None and samples:
+            predicted = self._predictor.predict(np.stack([sample["tokens"] for sample in samples]))
+            for name, values in predicted.items():  # [N, L, ...]
+                for sample, rows in zip(samples, values, strict=True):
+                    sample[name] = np.concatenate([self._shared[name], rows])
+                    self._shared[name] = rows[-1:]
+        for sample in samples:
+            self._mds.write(sample)
+            self.info.samples += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -22,17 +22,20 @@ from trainer.core.text import printable
 from trainer.data import dataset, encode
 from trainer.data.dataset import LOSS_MASK, SPLITS, ColumnInfo, DatasetInfo, SplitInfo, TokenizerInfo
 from trainer.data.learn import learn_in_child
-from trainer.data.mds import SplitWriter
+from trainer.data.mds import Predictor, SplitWriter
 from trainer.data.progress import Log, Progress, say, telling_of_endless_search
 from trainer.data.readers import BadRow
 from trainer.data.sources import Source, is_far, open_sources
 from trainer.data.target import fresh_folder, one_line_errors, signals_as_interrupts
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 
+OpenTeacher = Callable[[TokenizerInfo], Predictor]
 
-def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
+
+def prepare(config: PrepareConfig, log: Log = say, teacher: OpenTeacher | None = None) -> DatasetInfo:
     """Write the dataset that `config` describes to `config.out`, which must not exist; returns its description.
 
+    teacher: opens the model of config.teacher.
     The shards are the same bytes for any number of workers. If it raises UserError, it leaves nothing behind.
     """
     out = _checked_target(config)
@@ -41,7 +44,7 @@ def prepare(config: PrepareConfig, log: Log = say) -> DatasetInfo:
         for line in (line for source in sources for line in source.notes):
             log(line)
         with fresh_folder(out) as folder, telling_of_endless_search(log):
-            info = _write(config, sources, folder, log)
+            info = _write(config, sources, folder, log, teacher)
     log(f"prepared {out} (fingerprint {info.fingerprint[:12]})")
     return info
 
@@ -69,15 +72,20 @@ def _has_surrogates(text: str) -> bool:
     return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 
-def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log) -> DatasetInfo:
+def _write(
+    config: PrepareConfig, sources: list[Source], folder: Path, log: Log, teacher: OpenTeacher | None
+) -> DatasetInfo:
     tokenizer = _tokenizer(config, sources, log)
     tokenizer.save(folder / "tokenizer.json")
+    facts = TokenizerInfo(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id)
+    predictor = None if teacher is None else teacher(facts)
     dtype = dataset.dtype_of(tokenizer.vocab_size)
     columns = {} if config.records == "text" else {LOSS_MASK: ColumnInfo("uint8", [])}
     writers = {
-        split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes, columns)
+        split: SplitWriter(folder / split, dtype, config.sample_length, config.shard_megabytes, columns, predictor)
         for split in SPLITS
     }
+    columns = columns if predictor is None else {**columns, **predictor.columns}
     progress = Progress(sources, log)
     flaws = Flaws()
     arguments = (
@@ -104,7 +112,7 @@ def _write(config: PrepareConfig, sources: list[Source], folder: Path, log: Log)
     hashes = {split: dataset.shard_hashes(folder / split) for split in SPLITS}
     lengths = {split: dataset.sha256_of(folder / split / dataset.LENGTHS) for split in SPLITS}
     info = DatasetInfo(
-        tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id),
+        tokenizer=facts,
         dtype=dtype,
         sample_length=config.sample_length,
         splits=splits,

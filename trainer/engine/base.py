@@ -91,12 +91,7 @@ class Engine:
         meta = build_meta(*self.plan.frozen[name].classes())
         meta = meta if self.precision == "fp32" else meta.to(torch.bfloat16)
         self.shard_frozen(meta)
-        model = with_storage(meta, self.device)
-        model.init_weights(torch.Generator())  # for buffers that no file holds
-        held = model.state_dict()
-        for key, whole in weights:
-            put_whole(held[key], whole)
-        self.objective.frozen[name] = FrozenModel(model)
+        self.objective.frozen[name] = frozen_model(meta, weights, self.device)
 
     def shard_frozen(self, meta: Any) -> None:
         """Spread the weights of a frozen model over the ranks, in place. Here every rank holds all of them."""
@@ -405,6 +400,16 @@ def prepare_blocks(model: Any, config: Any, say: Callable[[str], None]) -> Compi
             convert_to_float8(block)
     checkpoint_activations(model, config.engine.activation_checkpointing)
     return Compiled(model, say) if config.engine.compile else None
+
+
+def frozen_model(meta: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> FrozenModel:
+    """The model `meta`, which has no storage and may be sharded, on `device` with these weights, whole and of any number type."""
+    model = with_storage(meta, device)
+    model.init_weights(torch.Generator())  # for buffers that no file holds
+    held = model.state_dict()
+    for name, whole in weights:
+        put_whole(held[name], whole)
+    return FrozenModel(model)
 
 
 def put_whole(tensor: Tensor, whole: Tensor) -> None:

@@ -70,7 +70,7 @@ def choose_frozen(draft: Draft, vocab_size: int, dataset: DatasetInfo | None) ->
         with told_as(key):
             parent = find_parent(source, lambda line: None)  # `open_weights` says the lines
             if dataset is not None:
-                parent.check_tokenizer(dataset, config.data.path)
+                parent.check_tokenizer(dataset.tokenizer, config.data.path, dataset.arguments.get("end_of_text"))
             frozen = Frozen(dataclasses.replace(spec, source=str(parent)), portable(parent.model))
             check_reads(frozen, str(parent), config, vocab_size)
         found[field] = frozen

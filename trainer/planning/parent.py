@@ -26,7 +26,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.settings import build
 from trainer.core.text import printable
-from trainer.data.dataset import TOKENIZER, DatasetInfo
+from trainer.data.dataset import TOKENIZER, DatasetInfo, TokenizerInfo
 from trainer.data.tokenizers import get_tokenizer
 from trainer.engine.meta import build_meta, projections_of
 from trainer.planning.model import written_out
@@ -70,12 +70,12 @@ class RunParent:
         end = self.config.data.end_of_text
         return {"tokenizer": str(self.folder / TOKENIZER)} | ({} if end is None else {"end_of_text": end})
 
-    def check_tokenizer(self, dataset: DatasetInfo, path: Any) -> None:
-        """UserError if the dataset at `path` has another tokenizer."""
+    def check_tokenizer(self, tokenizer: TokenizerInfo, path: Any, end_of_text: str | None) -> None:
+        """UserError unless `tokenizer`, that of the dataset at `path`, is the model's. end_of_text: as in its config."""
         own = DatasetInfo.load(self.folder).tokenizer
-        if dataset.tokenizer.sha256 != own.sha256:
+        if tokenizer.sha256 != own.sha256:
             raise UserError(
-                f"init_from: {path} was prepared with tokenizer {dataset.tokenizer.name}, but {self.folder} uses {own.name}; "
+                f"init_from: {path} was prepared with tokenizer {tokenizer.name}, but {self.folder} uses {own.name}; "
                 f"prepare it with --tokenizer {self.folder / TOKENIZER}"
             )
 
@@ -108,13 +108,13 @@ class ModelParent:
     def has_tokenizer(self) -> bool:
         return any((self.folder / name).is_file() for name in hugging_face.TOKENIZER_FILES)
 
-    def check_tokenizer(self, dataset: DatasetInfo, path: Any) -> None:
+    def check_tokenizer(self, tokenizer: TokenizerInfo, path: Any, end_of_text: str | None) -> None:
         if not self.has_tokenizer():
             return
-        own = get_tokenizer(str(self.folder), end_of_text=dataset.arguments.get("end_of_text"))
-        if dataset.tokenizer.sha256 != own.sha256:
+        own = get_tokenizer(str(self.folder), end_of_text=end_of_text)
+        if tokenizer.sha256 != own.sha256:
             raise UserError(
-                f"init_from: {path} was prepared with tokenizer {dataset.tokenizer.name}, but {self} has another one; "
+                f"init_from: {path} was prepared with tokenizer {tokenizer.name}, but {self} has another one; "
                 f"prepare it with --tokenizer {self.folder}"
             )
 

@@ -267,7 +267,8 @@ class Run:
         data."""
         config, world = self.config, self.world
         parent = checkpoint.together(lambda: find_parent(init_from, world.say), world)[world.rank]
-        checkpoint.together(lambda: parent.check_tokenizer(self.dataset, config.data.path), world)
+        given = self.dataset.tokenizer, config.data.path, self.dataset.arguments.get("end_of_text")
+        checkpoint.together(lambda: parent.check_tokenizer(*given), world)
         plain = written_out(dataclasses.replace(config, model=without_lora(config.model)))
         weights = parent.weights(config.init_weights, *plain, world)
         checkpoint.together(lambda: self.engine.begin_with(weights), world)
