@@ -32,7 +32,7 @@ def choose_length(draft: Draft, model: ModelFacts, epoch: Epoch | None) -> Draft
         return draft.note("max_steps", config.max_steps, rule)
     wanted, rule = tokens_wanted(stated[0], getattr(config, stated[0]), model.parameters, epoch)
     if epoch is not None and epoch.filled < 1:
-        wanted, rule = wanted / epoch.filled, f"{rule}, {epoch.filled:.1%} of each row,"
+        wanted, rule = wanted / epoch.filled, f"{rule} in rows that are {epoch.filled:.1%} full"
     batch = config.batch
     steps = nearest_steps(lambda count: sum(tokens_at_lengths(batch, count).values()), wanted)
     if config.max_steps not in (None, steps):
