@@ -17,7 +17,7 @@ from trainer.data.prepare import prepare
 from trainer.data.stream import find_dataset
 from trainer.planning.plan import minimum_tokens, render, resolve, summary
 from trainer.training.start import start
-from trainer.training.step import optimiser_step
+from trainer.training.step import microbatches, optimiser_step
 
 LENGTH = 64
 
@@ -94,9 +94,12 @@ def test_a_step_counts_its_tokens_and_means_over_its_targets(sentences, tmp_path
     for size in (128, 512):
         run = make(sentences, tmp_path / str(size), **changes(sentences, packing, size=size))
         tokens = run.stream.tokens(0, LENGTH, 8)
+        parts = microbatches(run, run.read(LENGTH, 8), LENGTH, 8)
+        widths = [part["tokens"].shape[1] for part in parts]
         result = optimiser_step(run)
         assert result.tokens == result.step_tokens == tokens < 512
         assert run.state.position == 512
+        assert packing == "best_fit" or min(widths) < LENGTH  # as wide as its own rows
         found.append((result.loss, result.grad_norm))
         run.stream.close()
     assert found[0] == pytest.approx(found[1], rel=1e-5)

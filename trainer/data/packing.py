@@ -264,6 +264,9 @@ class DocumentStream(Stream):
             return batch
         return {name: values.reshape(count, self.rows.texts, *values.shape[1:]) for name, values in batch.items()}
 
+    def width(self, position: int, length: int, first: int, count: int) -> int:
+        return self.rows.width(self.rows.at(position // length + first + np.arange(count)))
+
     def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
         self._begin(position // length + first, count)
 

@@ -239,6 +239,10 @@ class Stream:
         `length`."""
         raise NotImplementedError
 
+    def width(self, position: int, length: int, first: int, count: int) -> int:
+        """Tokens of the longest of these rows, or a few more: `batch` of more rows may be wider, by padding alone."""
+        return length
+
     def read_ahead(self, position: int, length: int, first: int, count: int) -> None:
         """Begin to read what `batch` is expected to need next; a wrong guess costs time, never correctness."""
 

@@ -148,7 +148,8 @@ def count_of(run: Run, parts: list[Batch]) -> Tensor:
 
 
 def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> list[Batch]:
-    """Cut `batch` along dimension 0. Every rank makes equally many parts; for log.noise_scale two at least."""
+    """Cut `batch` along dimension 0, each part as wide as its own rows. Every rank makes equally many parts; for log.noise_scale two
+    at least."""
     largest = -(-sequences // run.world.size)  # share of a rank
     fit = max(1, run.config.batch.tokens_per_microbatch // (length * run.plan.texts_per_row))
     count = max(-(-largest // fit), 2 if run.config.log.noise_scale else 1)
@@ -156,8 +157,13 @@ def microbatches(run: Run, batch: Batch, length: int, sequences: int) -> list[Ba
     for key, value in batch.items():
         for part, values in zip(parts, value.tensor_split(count), strict=True):  # type: ignore[attr-defined]
             part[key] = values
+    first, _ = run.share(sequences)
     for part in parts:
-        if len(part["tokens"]) == 0:  # fewer sequences than on other ranks: a row without targets joins the collectives
+        rows, axis = len(part["tokens"]), part["tokens"].dim() - 1
+        width = run.stream.width(run.position(), length, first, rows)
+        part |= {key: values.narrow(axis, 0, min(width, values.shape[axis])) for key, values in part.items()}
+        first += rows
+        if rows == 0:  # fewer sequences than on other ranks: a row without targets joins the collectives
             part |= {key: value.new_zeros(1, *value.shape[1:]) for key, value in part.items()}
             part["targets"] = torch.full_like(part["targets"], IGNORE)
     return parts
