@@ -22,6 +22,7 @@ from trainer.engine.background_compile import BackgroundCompiler, start_backgrou
 from trainer.engine.compilation import Compiled
 from trainer.engine.matrices import Update, deal, update_copies, update_cost
 from trainer.engine.meta import build_meta
+from trainer.engine.nf4 import quantise
 from trainer.objectives import FrozenModel, Loss, build_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
@@ -88,10 +89,15 @@ class Engine:
     def hold_frozen(self, name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Give the objective a model of the plan's `frozen`. weights: (name, whole tensor) of all, which every rank reads by itself;
         the model holds them on the device in the number type that the run computes in. No collectives."""
-        meta = build_meta(*self.plan.frozen[name].classes())
+        frozen = self.plan.frozen[name]
+        meta = build_meta(*frozen.classes())
         meta = meta if self.precision == "fp32" else meta.to(torch.bfloat16)
-        self.shard_frozen(meta)
-        self.objective.frozen[name] = frozen_model(meta, weights, self.device)
+        if frozen.spec.precision == "nf4":
+            model = quantise(with_weights(meta, weights, torch.device("cpu")), self.device)
+        else:
+            self.shard_frozen(meta)
+            model = with_weights(meta, weights, self.device)
+        self.objective.frozen[name] = FrozenModel(model)
 
     def shard_frozen(self, meta: Any) -> None:
         """Spread the weights of a frozen model over the ranks, in place. Here every rank holds all of them."""
@@ -402,14 +408,14 @@ def prepare_blocks(model: Any, config: Any, say: Callable[[str], None]) -> Compi
     return Compiled(model, say) if config.engine.compile else None
 
 
-def frozen_model(meta: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> FrozenModel:
+def with_weights(meta: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> Any:
     """The model `meta`, which has no storage and may be sharded, on `device` with these weights, whole and of any number type."""
     model = with_storage(meta, device)
     model.init_weights(torch.Generator())  # for buffers that no file holds
     held = model.state_dict()
     for name, whole in weights:
         put_whole(held[name], whole)
-    return FrozenModel(model)
+    return model
 
 
 def put_whole(tensor: Tensor, whole: Tensor) -> None:

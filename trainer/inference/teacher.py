@@ -10,9 +10,9 @@ from trainer.core.config import PrepareConfig
 from trainer.core.errors import UserError
 from trainer.data.dataset import TEACHER_IDS, TEACHER_LOG_PROBS, ColumnInfo, TokenizerInfo, dtype_of
 from trainer.data.documents import document_numbers
-from trainer.engine.base import frozen_model
+from trainer.engine.base import with_weights
 from trainer.engine.meta import build_meta
-from trainer.objectives import FrozenSpec
+from trainer.objectives import FrozenModel, FrozenSpec
 from trainer.planning.frozen import Frozen, open_weights, portable, told_as
 from trainer.planning.parent import RunParent, find_parent
 from trainer.runtime.device import choose_device
@@ -41,7 +41,7 @@ class Teacher:
         self.end_of_text = tokenizer.eot_id if apart else None  # documents are kept apart as in its training
         self.device = choose_device("auto", 0)
         meta = meta if self.device.type == "cpu" else meta.to(torch.bfloat16)
-        self.model = frozen_model(meta, open_weights(frozen, "teacher", world), self.device)
+        self.model = FrozenModel(with_weights(meta, open_weights(frozen, "teacher", world), self.device))
         self.ids = tokenizer.vocab_size  # others are padding
         self.k = min(config.teacher_top_k, self.ids)
         self.columns = {

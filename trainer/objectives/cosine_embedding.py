@@ -15,6 +15,7 @@ from models.base import Batch
 from models.config import check_ranges, setting
 from trainer.core.errors import UserError
 from trainer.objectives.base import Loss, register_objective
+from trainer.objectives.frozen import PRECISION, Precision
 from trainer.objectives.taught import TEACHER, Taught
 
 SEED = 0  # of the projections
@@ -24,6 +25,7 @@ SEED = 0  # of the projections
 class CosineConfig:
     teacher: str | None = setting(None, f"{TEACHER}; none: the model that init_from names")
     teacher_weights: str = setting("evaluation", "which weights of the run that `teacher` names")
+    teacher_precision: Precision = setting("compute", PRECISION)
     weight: float = setting(1.0, "factor of the cosine loss, which is added to the cross-entropy", low=0)
     layers: str = setting(
         "even",

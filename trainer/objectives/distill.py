@@ -15,7 +15,7 @@ from models.base import Batch, Hidden
 from models.config import check_ranges, setting
 from trainer.data.dataset import TEACHER_IDS, TEACHER_LOG_PROBS, ColumnInfo
 from trainer.objectives.base import Loss, register_objective
-from trainer.objectives.frozen import FrozenSpec
+from trainer.objectives.frozen import PRECISION, FrozenSpec, Precision
 from trainer.objectives.taught import TEACHER, Taught
 
 CHUNK_BYTES = (
@@ -29,6 +29,7 @@ IMPOSSIBLE = -1e4  # a finite logit whose probability is 0
 class DistillConfig:
     teacher: str | None = setting(None, f"{TEACHER}; none: the columns that `prepare --teacher` stored")
     teacher_weights: str = setting("evaluation", "which weights of the run that `teacher` names")
+    teacher_precision: Precision = setting("compute", PRECISION)
     alpha: float = setting(0.5, "share of the teacher; the rest is that of the next token", low=0, high=1)
     temperature: float = setting(1.0, "both distributions are softened: softmax(logits / temperature)", above=0)
     divergence: Literal["forward", "reverse", "js"] = setting(

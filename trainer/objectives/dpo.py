@@ -17,7 +17,7 @@ from models.base import IGNORE, Batch
 from models.config import check_ranges, setting
 from trainer.data.dataset import LOSS_MASK
 from trainer.objectives.base import Loss, Objective, answers_alone, register_objective
-from trainer.objectives.frozen import FrozenSpec
+from trainer.objectives.frozen import PRECISION, FrozenSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class PreferenceConfig:
         None, "RUN[@STEP], folder of a Hugging Face model, or hf://ORG/NAME; auto: the model that init_from names"
     )
     reference_weights: str = setting("evaluation", "which weights of the run that `reference` names")
+    reference_precision: Precision = setting("compute", PRECISION)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -58,9 +59,10 @@ class PreferenceOptimisation(Objective):
     records = ("preference",)
 
     def frozen_models(self) -> dict[str, FrozenSpec]:
-        if self.config.loss == "simpo":
+        c = self.config
+        if c.loss == "simpo":
             return {}
-        return {"reference": FrozenSpec(self.config.reference, self.config.reference_weights)}
+        return {"reference": FrozenSpec(c.reference, c.reference_weights, c.reference_precision)}
 
     def targets(self, batch: Batch) -> Tensor:
         return answers_alone(batch)

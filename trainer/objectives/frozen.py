@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from models.base import Hidden, with_hidden
 
 T = TypeVar("T")
+Precision = Literal["compute", "nf4"]
+PRECISION = "weights of that model's blocks: compute, as the run computes; nf4: 4 bits (bitsandbytes)"
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,12 @@ class FrozenSpec:
     """Which model, and how it is held.
 
     source: RUN[@STEP], folder of a Hugging Face model, or hf://ORG/NAME; None: the model that init_from names. weights: which ones
-    of a run, see trainer/checkpoint/weights.py.
+    of a run, see trainer/checkpoint/weights.py. precision: compute, as the run computes, or nf4, see trainer/engine/nf4.py.
     """
 
     source: str | None
     weights: str = "evaluation"
+    precision: Precision = "compute"
 
 
 def without_history(method: Callable[..., T]) -> Callable[..., T]:

@@ -13,10 +13,11 @@ TEACHER = "RUN[@STEP], folder of a Hugging Face model or hf://ORG/NAME"
 
 
 class Taught(Objective):
-    """Its Config has the fields teacher and teacher_weights. Of chat data only the answers are trained on."""
+    """Its Config has the fields teacher, teacher_weights and teacher_precision. Of chat data only the answers are trained on."""
 
     def frozen_models(self) -> dict[str, FrozenSpec]:
-        return {"teacher": FrozenSpec(self.config.teacher, self.config.teacher_weights)}
+        c = self.config
+        return {"teacher": FrozenSpec(c.teacher, c.teacher_weights, c.teacher_precision)}
 
     def targets(self, batch: Batch) -> Tensor:
         return answers_alone(batch) if LOSS_MASK in batch else batch["targets"]
