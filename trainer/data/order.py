@@ -18,8 +18,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-SHUFFLE_BLOCK = 2**18  # samples shuffled together: shards are visited in random order, a few at a time
 T = TypeVar("T")
+
+SHUFFLE_BLOCK = 2**18  # samples shuffled together: shards are visited in random order, a few at a time
 GROUP_TOKENS = 2**22  # of `windows`: 8 or 16 MiB in memory; when sequences double, at most half of a group is skipped
 
 
