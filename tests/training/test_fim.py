@@ -46,7 +46,7 @@ def test_rows_are_rearranged_as_written_out(spm_rate):
     stream[torch.rand(300, 25, generator=torch.Generator().manual_seed(1)) < 0.15] = END
     objective = fim(rate=0.8, spm_rate=spm_rate)
     found = objective.rearranged({"tokens": stream[:, :-1], "targets": stream[:, 1:]})
-    numbers = torch.cat(draws(stream, 4), 1).tolist()
+    numbers = torch.cat(draws(stream, END, 4), 1).tolist()
     expected = [written_out(row, 0.8, spm_rate, n) for row, n in zip(stream.tolist(), numbers, strict=True)]
     assert torch.equal(found["tokens"], torch.tensor(expected)[:, :-1])
     assert torch.equal(found["targets"], torch.tensor(expected)[:, 1:])
@@ -61,6 +61,18 @@ def test_padding_stays_padding():
     assert torch.equal(found["targets"] == IGNORE, targets == IGNORE) and (found["tokens"][:, 15:] == END).all()
     assert (found["tokens"] == PRE).sum() == 50
     assert torch.equal(found["targets"][:, :14], found["tokens"][:, 1:15])
+
+
+def test_how_much_padding_follows_changes_nothing():
+    stream = torch.randint(90, (50, 17), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": stream[:, :-1], "targets": stream[:, 1:].clone()}
+    batch["targets"][:, -1] = IGNORE
+    wider = {
+        "tokens": torch.nn.functional.pad(batch["tokens"], (0, 16), value=END),
+        "targets": torch.nn.functional.pad(batch["targets"], (0, 16), value=IGNORE),
+    }
+    one, other = (fim(rate=0.7).rearranged(each) for each in (batch, wider))
+    assert all(torch.equal(one[key], other[key][:, :16]) for key in batch)
 
 
 def test_the_share_of_rows_is_the_rate():

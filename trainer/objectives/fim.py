@@ -68,7 +68,7 @@ class FillInTheMiddle(NextToken):
         places = torch.arange(width, device=text.device)
         begin, size = longest_piece(text, end)  # [B, 1]
         length = (size - SENTINELS).clamp(min=0)  # of prefix, middle and suffix
-        whether, how, *cuts = draws(text, 4)  # [B, 1] each
+        whether, how, *cuts = draws(text, end, 4)  # [B, 1] each
         first, second = torch.cat([(cut * (length + 1)).long() for cut in cuts], 1).sort(1).values.split(1, 1)
         suffix = length - second
         content = begin + SENTINELS
@@ -94,11 +94,13 @@ def longest_piece(text: Tensor, end: int) -> tuple[Tensor, Tensor]:
     return last - size + 1, size
 
 
-def draws(text: Tensor, count: int) -> list[Tensor]:
-    """Numbers from 0 to below 1 that follow from the tokens of each row [B, T]: `count` fp64 tensors [B, 1]."""
+def draws(text: Tensor, end: int, count: int) -> list[Tensor]:
+    """Numbers from 0 to below 1 that follow from the tokens of each row [B, T]: `count` fp64 tensors [B, 1].
+
+    End-of-text ids do not enter: padding consists of them, and how much there is depends on the other rows."""
     places = torch.arange(1, text.shape[1] + 1, device=text.device)
     factors = (places * 2_654_435_761 % 2**32) >> 12  # below 2^20, so that the sum of 2^24 tokens fits in 63 bits
-    state = (text * factors).sum(1, keepdim=True) % (PRIME - 1) + 1
+    state = (text.where(text != end, 0) * factors).sum(1, keepdim=True) % (PRIME - 1) + 1
     found = []
     for _ in range(count):
         state = state * FACTOR % PRIME
