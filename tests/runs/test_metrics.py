@@ -212,7 +212,7 @@ def test_time_goes_to_the_step_that_took_it(tiny_dataset, tmp_path):
     report.clock = SimpleNamespace(seconds=0.0, stop=lambda: None)  # moved by hand
     first, second = (
         StepResult(
-            step, 0, 12, 0.0, 16, 1, 0.1, ("head_2",),
+            step, 0, 12, 0.0, {}, 16, 1, 0.1, ("head_2",),
             HostCopy(**{name: torch.ones(1) for name in ("loss", "grad_norm", "finite", "parts")}),
         )
         for step in (1, 2)

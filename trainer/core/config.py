@@ -95,6 +95,20 @@ class PrepareConfig(CorpusConfig):
 
 
 @dataclass
+class MixConfig:
+    """data.mix.NAME: a further dataset, whose rows are mixed with those of data.path."""
+
+    path: str | None = setting(None, "prepared dataset, with the tokenizer of data.path")
+    weight: float = setting(1.0, "rows for each row of data.path", low=0)
+    weight_start: float = setting(0.0, "with until: the weight at the start", low=0)
+    until: int | None = setting(
+        None,
+        "tokens of the run, padding included, at which the weight is reached, in a straight line; auto: at once",
+        low=1,
+    )
+
+
+@dataclass
 class DataConfig(CorpusConfig):
     """The prepared dataset that a run reads."""
 
@@ -111,6 +125,10 @@ class DataConfig(CorpusConfig):
         "none for chat and preference data, else concat",
     )
     separate_documents: bool = setting(False, "a token attends only to tokens of its own document")
+    mix: dict[str, MixConfig] = field(
+        default_factory=dict,
+        metadata={"help": "data.mix.NAME.KEY, KEY of path, weight, weight_start, until: further datasets"},
+    )
 
 
 @dataclass

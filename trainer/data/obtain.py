@@ -43,6 +43,11 @@ def absolute_paths(given: dict[str, Any], values: dict[str, Any], before: dict[s
         if own.path is not None and not is_remote(own.path) and not present(folder):
             folder = _of_the_run(folder, user_path(own.path, "data.path"), _data(given).get("path") is not None, say)
         paths["path"] = str(folder.absolute())
+    for name in _data(given).get("mix") or {}:
+        path = data.mix[name].path
+        if path is not None and not is_remote(path):
+            absolute = str(user_path(path, f"data.mix.{name}.path").absolute())
+            paths["mix"] = {**paths.get("mix", {}), name: {"path": absolute}}
     return merge(given, {"data": paths}) if paths else given
 
 

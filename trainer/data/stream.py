@@ -249,9 +249,24 @@ class Stream:
     def close(self) -> None:
         """Stop reading ahead."""
 
+    def epochs(self, position: int) -> dict[str, float]:
+        """Epochs passed of each further dataset, by name."""
+        return {}
+
+    def mark(self, position: int) -> list[int]:
+        """What a checkpoint keeps, so that a later process need not find out what came before `position`."""
+        return []
+
+    def go_on(self, mark: list[int]) -> None:
+        """Take a `mark`. ValueError if it is not of this data."""
+
 
 def open_stream(data: DataConfig, info: DatasetInfo, seed: int, length: int) -> Stream:
     """The training split as `data`, resolved, says it is to be read. length: most tokens of a row."""
+    if data.mix:
+        from trainer.data.mixture import open_mixture
+
+        return open_mixture(data, info, seed, length)
     from trainer.data.packing import DocumentStream, rows_of
 
     split = Split(data, info, "train")

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.core.config import LENGTHS
 from trainer.core.errors import UserError
 from trainer.optim import schedules
-from trainer.planning.data import Epoch
 from trainer.planning.resolver import Draft, ModelFacts
+
+
+class Epoch(NamedTuple):
+    """An epoch of the training split. tokens: without padding; filled: their share of rows x length; padding: share of it in the
+    tensors that the model is given."""
+
+    tokens: int
+    filled: float
+    padding: float
+
 
 DEFAULT_STEPS = 1000
 

@@ -20,10 +20,10 @@ from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
-from trainer.planning.data import Epoch, choose_packing, read_epoch
+from trainer.planning.data import choose_packing, note_mix, read_epoch
 from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.frozen import Frozen, choose_frozen
-from trainer.planning.length import choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
+from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
 from trainer.planning.objective import choose_objective
@@ -124,7 +124,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_packing(draft, dataset)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
     draft, epoch = read_epoch(draft, dataset)
-    draft = choose_length(draft, model, epoch)
+    draft = note_mix(choose_length(draft, model, epoch), dataset)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
     draft, frozen = choose_frozen(draft, vocab_size, dataset)
     estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective, frozen)

@@ -161,7 +161,7 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
-    if draft.config.data.packing != "concat":
+    if draft.config.data.packing != "concat" or draft.config.data.mix:
         draft = keep_length(draft)
     defaults = RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model)
     for key, (value, rule) in defaults.items():
@@ -178,12 +178,13 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
 
 
 def keep_length(draft: Draft) -> Draft:
-    """Rows of documents have one length from the first step on. UserError if the config asks for growth."""
-    packing, length = draft.config.data.packing, draft.config.batch.sequence_length
-    draft = draft.fill("batch", "sequence_start", length, f"rows of data.packing {packing} do not grow")
+    """Rows of documents, or of several datasets, have one length from the first step on. UserError if the config asks for growth."""
+    data, length = draft.config.data, draft.config.batch.sequence_length
+    of = "data.mix" if data.mix else f"data.packing {data.packing}"
+    draft = draft.fill("batch", "sequence_start", length, f"rows of {of} do not grow")
     if draft.config.batch.sequence_start != length:
         raise UserError(
-            f"batch.sequence_start: {draft.config.batch.sequence_start}, but rows of data.packing {packing} do not grow to "
+            f"batch.sequence_start: {draft.config.batch.sequence_start}, but rows of {of} do not grow to "
             f"batch.sequence_length, {length}; leave it out"
         )
     return draft

@@ -103,6 +103,7 @@ class Report:
         }
         if self.config.log.noise_scale:
             row["noise_scale"] = m.noise_scale
+        row |= {f"epoch_{name}": passed for name, passed in m.epochs.items()}
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
     def write(self, row: dict[str, Any], validation: dict[str, dict[str, Any]] | None = None) -> None:

@@ -18,6 +18,7 @@ from trainer.checkpoint.merging import MERGED
 from trainer.checkpoint.saver import Saver
 from trainer.core.errors import Damaged, Stopped, UserError
 from trainer.data.dataset import DatasetInfo
+from trainer.data.mixture import fingerprint
 from trainer.data.stream import Split, open_stream
 from trainer.engine import build_engine
 from trainer.inference.decoding import complete
@@ -51,23 +52,25 @@ class State:
     k: int = 1
     norm: float | None = None  # gradient norm of the last step, set when a checkpoint is saved
     noise: list[float] = field(default_factory=lambda: [0.0, 0.0])  # averages of the noise scale, set like `norm`
+    mark: list[int] = field(default_factory=list)  # of the data stream, see Stream.mark; set like `norm`
 
     @classmethod
     def stored(cls, values: Any, where: Path) -> State:
         """The state in a manifest. Damaged if it has a value that no run can have."""
         names = {field.name for field in dataclasses.fields(cls)}
-        # Up to 0.3.0 there was no `noise`.
-        if not isinstance(values, dict) or values.keys() | {"noise"} != names:
+        later = {"noise": [0.0, 0.0], "mark": []}  # which 0.3.0 did not have
+        if not isinstance(values, dict) or values.keys() | later.keys() != names:
             raise Damaged(
                 f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(names))}"
             )
-        values = {"noise": [0.0, 0.0], **values}
+        values = {**later, **values}
         whole = all(
             type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in ("step", "position", "tokens", "k")
         )
         real = all(type(values[name]) in (int, float) and values[name] >= 0 for name in ("seconds", "n"))
-        noise = values["noise"]
+        noise, mark = values["noise"], values["mark"]
         real = real and isinstance(noise, list) and len(noise) == 2 and all(type(mean) is float for mean in noise)
+        whole = whole and isinstance(mark, list) and all(type(number) is int and number >= 0 for number in mark)
         if not (whole and real and values["k"] >= 1 and type(values["norm"]) in (int, float, type(None))):
             raise Damaged(f"checkpoint: the state in {where} holds a value that no run can have")
         return cls(**values)
@@ -87,6 +90,7 @@ class Run:
         self.hold_frozen()
         self.model, self.device = self.engine.model, self.engine.device
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
+        self.fingerprint = fingerprint(config.data, dataset)
         self.stream = open_stream(config.data, dataset, config.seed, config.batch.sequence_length)
         self.validation = Split(config.data, dataset, "validation")
         check_enough(self.validation, config.evaluation.protocol, "evaluation.protocol")
@@ -205,11 +209,11 @@ class Run:
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
         """What a checkpoint's manifest says about the run."""
         self.state.seconds, self.state.norm = seconds, self.last_norm()
-        self.state.noise = self.noise.averages.tolist()
+        self.state.noise, self.state.mark = self.noise.averages.tolist(), self.stream.mark(self.state.position)
         return {
             "tokens": self.state.tokens,
             "state": dataclasses.asdict(self.state),
-            "fingerprint": self.dataset.fingerprint,
+            "fingerprint": self.fingerprint,
             "metrics": rows,
             "world_size": self.world.size,
             "config": dataclasses.asdict(self.config),
@@ -224,7 +228,7 @@ class Run:
             return False
         path, manifest = chosen
         refuse_merged(path, manifest)
-        if manifest.get("fingerprint") != self.dataset.fingerprint:
+        if manifest.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"data.path: {self.config.data.path} is not the data that {path} was trained on (another fingerprint); "
                 "set --data.path to that data or choose another --run_dir"
@@ -252,7 +256,7 @@ class Run:
         path, manifest = chosen
         refuse_merged(path, manifest)
         check_branch(manifest.get("config"), self.config, path)
-        if manifest.get("fingerprint") != self.dataset.fingerprint:
+        if manifest.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"branch_from: {path} was trained on other data than {self.config.data.path}; a branch goes on in it"
             )
@@ -288,6 +292,12 @@ class Run:
         self.owed = manifest.get(OWED)
         if self.owed is not None and (checked_row(self.owed) is None or self.owed["step"] != self.state.step):
             raise Damaged(f"checkpoint: {OWED} in {path / checkpoint.MANIFEST} is not a row of step {self.state.step}")
+        try:
+            self.stream.go_on(self.state.mark)
+        except ValueError as error:
+            raise Damaged(
+                f"checkpoint: the state in {path / checkpoint.MANIFEST} is not of these data: {error}"
+            ) from None
         self.engine.load(path)
         self.multiplier.n, self.multiplier.k = self.state.n, self.state.k
         self.noise.averages = torch.tensor(self.state.noise, device=self.device)

@@ -27,6 +27,7 @@ class StepResult:
     tokens: int  # trained on so far
     step_tokens: int
     epoch: float
+    epochs: dict[str, float]  # of each further dataset of data.mix
     sequence_length: int
     batch_multiplier: int
     lr: float
@@ -112,6 +113,7 @@ def optimiser_step(run: Run) -> StepResult:
         tokens=state.tokens + tokens,
         step_tokens=tokens,
         epoch=run.stream.epoch(state.position),
+        epochs=run.stream.epochs(state.position),
         sequence_length=length,
         batch_multiplier=state.k,
         lr=run.engine.optimizer.matrix_lr,
