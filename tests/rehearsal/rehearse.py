@@ -190,6 +190,7 @@ def patches() -> dict[str, Any]:
         "trainer.runtime.device.HostCopy.read": lambda self: {name: [1.0] * n for name, n in self._sizes.items()},
         "trainer.runtime.distributed.World.gather": lambda self, value: [value] * self.size,
         "trainer.runtime.distributed.World.limit_groups": lambda self: None,
+        "trainer.training.run.fingerprint": lambda *_: "",
         "trainer.training.run.open_stream": Rows,
         "trainer.training.run.Split": lambda *_: None,
         "trainer.training.run.check_enough": lambda *_: None,
