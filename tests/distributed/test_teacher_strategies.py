@@ -1,4 +1,5 @@
-"""Objectives with a frozen model, where ranks hold parts of the weights: each strategy trains as one process does."""
+"""Objectives with a frozen model, and one with a layer of its own (cosine_embedding, as the teacher is narrower), where ranks hold
+parts of the weights: each strategy trains as one process does."""
 
 from pathlib import Path
 
@@ -30,12 +31,13 @@ def case(dataset, folder: Path, teacher: Path, strategy: str, objective: str) ->
     changes = {"objective": {"name": objective, "teacher": str(teacher), **OBJECTIVES[objective]}}
     checkpointing = "full" if strategy in ("fsdp", "zero3") else "none"
     values = matrix_values(dataset, folder / strategy, "gpt2", strategy, evaluation__max_tokens=128, **changes)
+    values["model"] |= {"d_model": 48, "n_heads": 2}
     values["engine"]["activation_checkpointing"] = checkpointing
     return {"name": f"{objective} {strategy}", "values": values, "steps": 3}
 
 
 ALL = [(name, strategy) for name in OBJECTIVES for strategy in STRATEGIES]
-SAMPLE = [("distill", "fsdp"), ("distill", "zero3"), ("cosine_embedding", "fsdp")]
+SAMPLE = [("distill", "fsdp"), ("distill", "zero3"), ("cosine_embedding", "fsdp"), ("cosine_embedding", "zero2")]
 
 
 @pytest.mark.parametrize("whole", WHOLE)

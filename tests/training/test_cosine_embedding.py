@@ -1,22 +1,25 @@
 """The cosine loss of hidden states: against a plain formula, over blocks of unequal number and width."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.base import IGNORE, get_model, load_models
+from models.objective_layers import with_layers
 from trainer.core.errors import UserError
 from trainer.objectives import FrozenModel, build_objective, resolve_objective
 from trainer.objectives.base import ModelAndObjective
-from trainer.objectives.cosine_embedding import apart_of, block_pairs, projection
+from trainer.objectives.cosine_embedding import apart_of, block_pairs
 from trainer.testing.subject import Subject
 
 load_models()
 GPT2 = get_model("gpt2")
 STUDENT = Subject("gpt2", GPT2, {"n_layers": 2, "d_model": 32, "n_heads": 2}, weighted=True)
 TEACHER = Subject("gpt2", GPT2, {"n_layers": 4, "d_model": 48, "n_heads": 2})
+WIDER = dataclasses.replace(STUDENT, model_class=with_layers(GPT2, {"32_48": (32, 48)}))
 
 
 def taught(student, teacher, **options):
@@ -38,7 +41,7 @@ def states(model, tokens):
 
 @pytest.mark.parametrize("layers, pairs", [("even", [(0, 1), (1, 3)]), ("0:0,1:0,1:3", [(0, 0), (1, 0), (1, 3)])])
 def test_loss_and_gradients_are_those_of_a_plain_reference(layers, pairs):
-    student, teacher = STUDENT.build(0).double(), TEACHER.build(1).double()
+    student, teacher = WIDER.build(0).double(), TEACHER.build(1).double()
     batch = STUDENT.batch
     batch["weights"] = batch["weights"].double()
     loss = taught(student, teacher, layers=layers, weight=3.0)(batch)
@@ -49,9 +52,9 @@ def test_loss_and_gradients_are_those_of_a_plain_reference(layers, pairs):
     theirs, _ = states(teacher, batch["tokens"])
     weights = batch["weights"].where(batch["targets"] != IGNORE, 0)
     ce = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="none")
-    cosine = 0
+    cosine, projection = 0, student.objective_layers["32_48"].weight
     for here, there in pairs:
-        a, b = ours[here], theirs[there] @ projection(48, 32)
+        a, b = ours[here] @ projection.T, theirs[there]
         cosine = cosine + 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
     cosine = 3.0 * (cosine / len(pairs) * weights).sum()
     expected = (ce * weights.flatten()).sum() + cosine
@@ -61,6 +64,7 @@ def test_loss_and_gradients_are_those_of_a_plain_reference(layers, pairs):
     torch.testing.assert_close(loss.parts["cosine"], cosine, rtol=1e-10, atol=0)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert found["objective_layers.32_48.weight"].any()
     assert not any(block._forward_hooks for model in (student, teacher) for block in model.blocks())
 
 
@@ -77,12 +81,10 @@ def test_what_is_measured_is_the_angle_alone():
         torch.testing.assert_close(apart_of(states, other), torch.full((2, 3), expected).double(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("width, wanted", [(48, 32), (32, 48)])
-def test_a_projection_is_orthonormal_and_always_the_same(width, wanted):
-    matrix = projection(width, wanted)
-    small = matrix.T @ matrix if width > wanted else matrix @ matrix.T
-    torch.testing.assert_close(small, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert matrix.shape == (width, wanted) and torch.equal(matrix, projection(width, wanted))
+def test_one_projection_serves_all_pairs_of_the_same_widths():
+    for teacher, expected in ((TEACHER, {"32_48": (32, 48)}), (STUDENT, {})):
+        joined = taught(STUDENT.build(0), teacher.build(1))
+        assert joined.objective.linear_layers(joined.model, STUDENT.batch) == expected
 
 
 def test_blocks_are_compared_evenly():

@@ -78,6 +78,23 @@ def test_label_smoothing_of_the_guide_is_twenty_lines_and_trains(tiny_dataset, t
     assert len(read_rows(tmp_path / "r" / "metrics.jsonl")) == 2
 
 
+def test_the_layers_of_an_objective_are_checked_with_it(broken):
+    @broken("probe")
+    class Probe(Objective):
+        """A further matrix before the output projection."""
+
+        def linear_layers(self, model, batch):
+            width = model.hidden(batch["tokens"]).states.shape[-1]
+            return {"before": (width, width)}
+
+        def forward(self, model, batch):
+            hidden = model.hidden(batch["tokens"])
+            hidden = hidden._replace(states=model.objective_layers["before"](hidden.states))
+            return Loss(model.nll(hidden, batch["targets"], batch.get("weights")).sum(), self.count(batch))
+
+    assert set(checked("probe").values()) == {("ok", "")}
+
+
 def test_a_broken_promise_is_named(broken):
     class Base(Objective):
         def forward(self, model, batch):

@@ -6,7 +6,8 @@
 
 A mean of projected weights is not projected: a mean of unit vectors is shorter than 1. So all but the trained weights are projected.
 
-The weights of a run with LoRA are those of the model without adapters: W + (alpha / rank) B A in place of W.
+The weights of a run with LoRA are those of the model without adapters: W + (alpha / rank) B A in place of W. Layers that the
+objective trains with the model are no part of it, and are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from models.layers.lora import updated
 from models.lora import factors_of, has_lora, is_factor
+from models.objective_layers import is_objective_layer
 from trainer.checkpoint.format import check, choose, found, together
 from trainer.checkpoint.reader import Reader
 from trainer.core.errors import UserError
@@ -59,6 +61,7 @@ class Weights:
         """Name without prefix -> (whole shape, dtype) of what `each` yields, in alphabetical order."""
         stored = Reader(self.paths[-1]).stored()
         found = {name.removeprefix(MODEL): entry for name, entry in stored.items() if name.startswith(MODEL)}
+        found = {name: entry for name, entry in found.items() if not is_objective_layer(name)}
         return found if self.lora_scale is None else {name: at for name, at in found.items() if not is_factor(name)}
 
     def each(self, projections: Projections) -> Iterator[tuple[str, Tensor]]:

@@ -66,6 +66,12 @@ class Objective(nn.Module):
         """The models that `forward` needs besides the trained one: name of the field of Config that names the model -> which."""
         return {}
 
+    def linear_layers(self, model: Any, batch: Batch) -> dict[str, tuple[int, int]]:
+        """Linear layers without bias that are trained with the model, as the role matrix: name -> (inputs, outputs). `forward` finds
+        them in `model.objective_layers`; they are no part of what is exported. model, batch: as in `forward`, before there are layers.
+        The plan calls this on tensors without values."""
+        return {}
+
     def check_columns(self, columns: Mapping[str, ColumnInfo]) -> None:
         """ValueError, which begins with the name of a field of Config, if a dataset with these columns lacks what `forward` reads."""
 

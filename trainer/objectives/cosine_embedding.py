@@ -1,4 +1,5 @@
-"""The next token, and hidden states that point where a teacher's do (the cosine loss of DistilBERT, arXiv 1910.01108)."""
+"""The next token, and hidden states that point where a teacher's do (the cosine loss of DistilBERT, arXiv 1910.01108). Where the
+widths differ, a learned matrix takes the student's states to the teacher's width, as in TinyBERT (arXiv 1909.10351)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import Batch
+from models.base import Batch, Hidden
 from models.config import check_ranges, setting
 from trainer.core.errors import UserError
 from trainer.objectives.base import Loss, register_objective
 from trainer.objectives.frozen import PRECISION, Precision
 from trainer.objectives.taught import TEACHER, Taught
-
-SEED = 0  # of the projections
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,24 @@ class CosineConfig:
 @register_objective("cosine_embedding")
 class CosineEmbedding(Taught):
     """cross-entropy + weight (1 - cos(student's state, teacher's state)), a mean over pairs of blocks, summed over the targets that
-    count. A state is the output of a block where the target is predicted."""
+    count. A state is the output of a block where the target is predicted; all pairs of the same two widths share one projection."""
 
     Config = CosineConfig
 
+    def linear_layers(self, model: Any, batch: Batch) -> dict[str, tuple[int, int]]:
+        _, pairs = self.states(model, batch)
+        widths = [(mine.shape[-1], other.shape[-1]) for mine, other in pairs]
+        return {layer_name(*both): both for both in widths if both[0] != both[1]}
+
     def forward(self, model: Any, batch: Batch) -> Loss:
+        hidden, pairs = self.states(model, batch)
+        loss, parts = model.loss(hidden, self.targets(batch), "sum", batch.get("weights"))
+        apart = torch.stack([apart_of(projected(model, mine, other.shape[-1]), other) for mine, other in pairs])
+        cosine = self.config.weight * (apart.mean(0) * self.weights(batch)).sum()
+        return Loss(loss + cosine, self.count(batch), {**parts, "cosine": cosine})
+
+    def states(self, model: Any, batch: Batch) -> tuple[Hidden, list[tuple[Tensor, Tensor]]]:
+        """(the student's last states, the states [B, T, D] and [B, T, D'] of each pair of blocks)"""
         tokens, documents = batch["tokens"], batch.get("documents")
         teacher = self.frozen["teacher"]
         pairs = block_pairs(self.config.layers, len(model.blocks()), len(teacher.blocks()))
@@ -53,10 +65,7 @@ class CosineEmbedding(Taught):
             teacher.hidden(tokens, documents=documents)
         with outputs_of([model.blocks()[here] for here, _ in pairs]) as ours:
             hidden = model.hidden(tokens, documents=documents)
-        loss, parts = model.loss(hidden, self.targets(batch), "sum", batch.get("weights"))
-        apart = [apart_of(mine, other) for mine, other in zip(ours, theirs, strict=True)]
-        cosine = self.config.weight * (torch.stack(apart).mean(0) * self.weights(batch)).sum()
-        return Loss(loss + cosine, self.count(batch), {**parts, "cosine": cosine})
+        return hidden, list(zip(ours, theirs, strict=True))
 
 
 def parsed(layers: str) -> list[tuple[int, int]]:
@@ -100,22 +109,19 @@ def outputs_of(blocks: list[Any]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def layer_name(width: int, wanted: int) -> str:
+    return f"{width}_{wanted}"
+
+
+def projected(model: Any, states: Tensor, width: int) -> Tensor:
+    """The student's states [B, T, D] at the teacher's width: [B, T, width]."""
+    if states.shape[-1] == width:
+        return states
+    layer = model.objective_layers[layer_name(states.shape[-1], width)]
+    return layer(states.to(layer.weight.dtype))  # a residual stream may be wider than the weights
+
+
 def apart_of(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos of the states of each token: [B, T, D] and [B, T, D'] -> [B, T], fp32 or more; 0 to 2."""
+    """1 - cos of the states of each token: two [B, T, D] -> [B, T], fp32 or more; 0 to 2."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(wide), teacher.to(wide)
-    if student.shape[-1] != teacher.shape[-1]:
-        teacher = teacher @ projection(teacher.shape[-1], student.shape[-1]).to(teacher)
-    return 1 - F.cosine_similarity(student, teacher, dim=-1)
-
-
-def projection(width: int, wanted: int) -> Tensor:
-    """[width, wanted], fp64: orthonormal columns (or rows, if it widens), the same in every run.
-
-    It nearly keeps the angles between states (Johnson and Lindenstrauss), and the student's own matrices can follow any rotation. So
-    it needs no training, no place in checkpoints and no optimizer.
-    """
-    draw = torch.Generator().manual_seed(SEED)
-    tall = torch.randn(max(width, wanted), min(width, wanted), dtype=torch.float64, generator=draw)
-    q = torch.linalg.qr(tall).Q
-    return q if width > wanted else q.T
+    return 1 - F.cosine_similarity(student.to(wide), teacher.to(wide), dim=-1)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from models.base import with_hidden
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.data.dataset import TOKENIZER, DatasetInfo
 from trainer.data.stream import local_folder
 from trainer.data.tokenizers import Tokenizer
+from trainer.engine.meta import stand_ins, told_of_model
 from trainer.objectives import build_objective, resolve_objective
-from trainer.objectives.base import REGISTRY
-from trainer.planning.resolver import Draft
+from trainer.objectives.base import REGISTRY, Objective
+from trainer.planning.frozen import Frozen
+from trainer.planning.resolver import Draft, ModelFacts
+from trainer.runtime.compat import fake_tensors
 
 
 def choose_objective(draft: Draft, dataset: DatasetInfo | None) -> Draft:
@@ -42,6 +49,26 @@ def choose_objective(draft: Draft, dataset: DatasetInfo | None) -> Draft:
         except ValueError as error:
             raise UserError(f"objective.{error}") from None
     return draft.set("", "objective", resolved)
+
+
+def choose_layers(
+    draft: Draft, model: ModelFacts, frozen: Mapping[str, Frozen]
+) -> tuple[Draft, dict[str, tuple[int, int]]]:
+    """The linear layers that the objective trains with the model: name -> (inputs, outputs). frozen: its frozen models."""
+    config = draft.config
+    name = config.objective["name"]
+    if REGISTRY[name].linear_layers is Objective.linear_layers:
+        return draft, {}
+    what = f"the objective {name} does not find its layers on tensors without values, as planning does"
+    with told_of_model(model.model_class, what), fake_tensors(), torch.no_grad():
+        student = model.model_class(model.model_class.without_device_kernels(model.config))
+        objective = build_objective(config.objective, stand_ins(frozen))
+        tokens = torch.zeros(1, config.batch.sequence_length, dtype=torch.long)  # [B, T]
+        layers = objective.linear_layers(with_hidden(student), objective.example(tokens))
+    for key, (inputs, outputs) in layers.items():
+        rule = f"parameters of a layer {inputs:,} -> {outputs:,}, trained with the model and no part of it"
+        draft = draft.note(f"objective layer {key}", inputs * outputs, rule)
+    return draft, layers
 
 
 def token_ids(texts: dict[str, Any], tokenizer: Tokenizer) -> list[int]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.objective_layers import with_layers
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
@@ -26,7 +27,7 @@ from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, written_out
-from trainer.planning.objective import choose_objective
+from trainer.planning.objective import choose_layers, choose_objective
 from trainer.planning.resolver import (
     Draft,
     ModelFacts,
@@ -53,7 +54,7 @@ class Plan:
 
     config: RunConfig without `None`s; model_config: the model's Config; entries: every number with its rule
     parameters: total count; non_embedding: without token and position embeddings and head; trained: without frozen ones;
-    processes: of the whole run
+    processes: of the whole run. The counts are of the published model: `model_class` may have `objective_layers` besides.
     """
 
     config: Any  # a RunConfig; typed Any, since its `None`s are gone
@@ -68,6 +69,8 @@ class Plan:
     target: Any  # the trainer.runtime.device.Target of every process
     end_of_text: int | None = None  # id that ends a document, if none attends to another
     frozen: dict[str, Frozen] = field(default_factory=dict)  # models that the objective needs and does not train
+    # Linear layers that the objective trains with the model: name -> (inputs, outputs).
+    objective_layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     epoch: Epoch | None = None  # of the training split, if it exists already
     texts_per_row: int = 1
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
@@ -78,6 +81,7 @@ class Plan:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model_class, model_config = written_out(state["config"])
+        model_class = with_layers(model_class, state["objective_layers"])
         vars(self).update(state, model_class=model_class, model_config=model_config)
 
     @property
@@ -127,7 +131,9 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = note_mix(choose_length(draft, model, epoch), dataset)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
     draft, frozen = choose_frozen(draft, vocab_size, dataset)
-    estimate = MemoryEstimate(model.model_class, model.config, length, documents, draft.config.objective, frozen)
+    draft, layers = choose_layers(draft, model, frozen)
+    model_class = with_layers(model.model_class, layers)
+    estimate = MemoryEstimate(model_class, model.config, length, documents, draft.config.objective, frozen)
     texts = 1 if dataset is None else dataset.texts_per_row
     draft = choose_engine(draft, model, estimate, world, target, texts * length)
     draft = choose_microbatch(draft, estimate, world.size, target, texts * length)
@@ -137,7 +143,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_rest(draft, model.meta.max_context)
     plan = Plan(
         config=draft.config,
-        model_class=model.model_class,
+        model_class=model_class,
         model_config=model.config,
         entries=draft.entries,
         parameters=model.parameters,
@@ -151,6 +157,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         if documents and dataset is not None and dataset.records == "text"
         else None,
         frozen=frozen,
+        objective_layers=layers,
         epoch=epoch,
         texts_per_row=texts,
         unreached=estimate.unreached(
@@ -277,6 +284,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "params_non_embedding": plan.non_embedding,
         "params_trained": plan.trained,
         "frozen": {name: model.parameters for name, model in plan.frozen.items()},
+        "params_objective_layers": sum(inputs * outputs for inputs, outputs in plan.objective_layers.values()),
         **{key: value for key, value in config.model.items() if key != "name"},
         "lr": config.optim.lr,
         "recipe": config.optim.recipe,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models.lora import has_lora
+from models.objective_layers import ATTRIBUTE
 from trainer.core.errors import UserError
 from trainer.engine import refuse_scope
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
@@ -91,6 +92,10 @@ class ModelFacts:
             if parameters > MOST_PARAMETERS:
                 raise UserError(f"model {name}: {parameters:,} parameters are beyond any machine")
             meta = build_meta(model_class, config)
+        if hasattr(meta, ATTRIBUTE):
+            raise UserError(
+                f"model {name}: has an attribute {ATTRIBUTE}, where the layers of an objective are kept; rename it"
+            )
         roles = meta.names_by_role()
         sizes = {name: parameter.numel() for name, parameter in meta.named_parameters()}
         if parameters != sum(sizes.values()):

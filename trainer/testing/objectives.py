@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.base import IGNORE, Batch
+from models.base import IGNORE, Batch, with_hidden
+from models.objective_layers import with_layers
 from trainer.objectives import Loss, build_objective, resolve_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.testing.strategies import SAME
@@ -15,10 +17,14 @@ from trainer.testing.subject import Check, Subject, require, require_close
 
 
 def joined(subject: Subject) -> ModelAndObjective:
-    """With small models of other weights in place of the frozen ones that the objective asks for."""
+    """With small models of other weights in place of the frozen ones that the objective asks for, and with its layers."""
     settings = resolve_objective(subject.objective)
     frozen = {name: subject.build(seed=1) for name in build_objective(settings).frozen_models()}
-    return ModelAndObjective(subject.model, build_objective(settings, frozen))
+    objective, model = build_objective(settings, frozen), subject.model
+    layers = objective.linear_layers(with_hidden(model), subject.batch)
+    if layers:
+        model = replace(subject, model_class=with_layers(subject.model_class, layers)).model
+    return ModelAndObjective(model, objective)
 
 
 def loss_of(module: ModelAndObjective, batch: Batch) -> Loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 
 from models.base import Batch
 from models.lora import without_lora
+from models.objective_layers import is_objective_layer
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.merging import MERGED
+from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.weights import MODEL
 from trainer.core.errors import Damaged, Stopped, UserError
 from trainer.data.dataset import DatasetInfo
 from trainer.data.mixture import fingerprint
@@ -256,6 +260,7 @@ class Run:
         path, manifest = chosen
         refuse_merged(path, manifest)
         check_branch(manifest.get("config"), self.config, path)
+        self.world.on_leader(lambda: refuse_other_layers(path, self.engine.shapes))
         if manifest.get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"branch_from: {path} was trained on other data than {self.config.data.path}; a branch goes on in it"
@@ -309,4 +314,15 @@ def refuse_merged(path: Path, manifest: dict[str, Any]) -> None:
         raise UserError(
             f"run_dir: {path} holds merged weights, without an optimizer's state; train from them with "
             f"--init_from {path.parents[1]} and another --run_dir"
+        )
+
+
+def refuse_other_layers(path: Path, names: Iterable[str]) -> None:
+    """UserError if a checkpoint holds other layers of an objective than a run with parameters of these names trains."""
+    held = {name.removeprefix(MODEL) for name in Reader(path).stored() if name.startswith(MODEL)}
+    differing = sorted(name for name in held ^ set(names) if is_objective_layer(name))
+    if differing:
+        raise UserError(
+            f"branch_from: {differing[0]}, a layer of an objective, is in one of {path} and this run; a branch goes on with the "
+            "same objective; to begin with the weights alone, give --init_from instead"
         )
