@@ -18,6 +18,7 @@ from compare_stub import STUB, TWO, experiment, spec
 from conftest import COMPARISONS, tiny_values
 from hypothesis import given
 from hypothesis import strategies as st
+from test_export import make_run
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare import read
@@ -218,8 +219,10 @@ def test_equal_parameters_refuse_another_size(sized):
 
 
 @pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
-def test_our_comparisons_can_run(file):
+def test_our_comparisons_can_run(file, tiny_dataset, tmp_path, monkeypatch):
     """Every arm of configs/compare-*.yaml resolves, has the baseline's budget, and as many tokens per step."""
+    make_run(tiny_dataset, tmp_path / "runs" / "shakespeare", "llama")  # the teacher of one
+    monkeypatch.chdir(tmp_path)
     config = read(load_yaml(file))
     found = arms(config)
     result = lengths(found, config.budget, lambda data: None, rate=None)

@@ -15,7 +15,6 @@ from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.settings import setting
 from trainer.core.text import printable
-from trainer.data.dataset import TOKENIZER
 
 if TYPE_CHECKING:
     from trainer.data.raw_text import RawText
@@ -67,6 +66,7 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
 def text_of(config: EvaluateConfig, opened: OpenRun, say: Callable[[str], None]) -> RawText:
     """The text to evaluate on. UserError if a dataset is named too."""
+    from trainer.data.dataset import TOKENIZER
     from trainer.data.raw_text import RawText
 
     if config.data.path is not None or config.split != "validation":
