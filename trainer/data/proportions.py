@@ -104,9 +104,9 @@ class Proportions:
 
     def _chunk(self, chunk: int) -> np.ndarray:
         """The datasets of a chunk's rows, [CHUNK]; those of earlier chunks are assigned first, from the nearest one that is known."""
-        nearest = max(known for known in self._counts if known <= chunk)
-        for at in range(nearest, chunk):
-            self._chunks.get((at,), self._assign)
+        if chunk not in self._counts:  # a step asks for the same chunk several times, and a long run knows many
+            for at in range(max(known for known in self._counts if known <= chunk), chunk):
+                self._chunks.get((at,), self._assign)
         return self._chunks.get((chunk,), self._assign)
 
     def _assign(self, chunk: int) -> np.ndarray:
