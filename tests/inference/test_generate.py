@@ -91,6 +91,39 @@ def test_zero_tokens(runner):
     assert g.generate(runner, [[1, 2]], 0, VOCAB) == [[]]
 
 
+def test_events_name_each_new_token_with_its_log_probability(runner):
+    """Of the model's own distribution, whatever the sampling options are; nothing for the token that ends a text."""
+    prompts, events = [[3], [1, 4, 1, 5, 9, 2]], []
+    options = {"temperature": 0.5, "top_k": 10, "repetition_penalty": 1.3}
+    plain = g.generate(runner, prompts, 12, VOCAB, **options)
+    end = plain[0][5]
+    new = g.generate(runner, prompts, 12, VOCAB, end=end, on_token=events.append, alternatives=3, **options)
+    assert new == [row[: row.index(end)] if end in row else row for row in plain]
+    for row, prompt in enumerate(prompts):
+        mine = [event for event in events if event.row == row]
+        assert [event.token for event in mine] == new[row]
+        with torch.no_grad():
+            logits = runner.model(torch.tensor([prompt + new[row]])).logits[0, len(prompt) - 1 :, :VOCAB]
+        for event, scores in zip(mine, logits.log_softmax(-1), strict=False):
+            assert event.log_probability == pytest.approx(scores[event.token].item(), abs=1e-3)
+            best = scores.topk(3)
+            assert [token for token, _ in event.alternatives] == best.indices.tolist()
+            assert [value for _, value in event.alternatives] == pytest.approx(best.values.tolist(), abs=1e-3)
+    events.clear()
+    assert g.generate(runner, prompts, 3, VOCAB, on_token=events.append, **options) == [row[:3] for row in plain]
+    assert all(event.log_probability is None and event.alternatives == () for event in events) and len(events) == 6
+    events.clear()
+    g.generate(runner, [[3]], 1, VOCAB, on_token=events.append, alternatives=0)
+    assert events[0].log_probability < 0 and events[0].alternatives == ()
+
+
+def test_a_cancelled_text_is_what_was_made_until_then(runner):
+    plain, events = g.generate(runner, [[3], [6, 5]], 12, VOCAB), []
+    new = g.generate(runner, [[3], [6, 5]], 12, VOCAB, on_token=events.append, cancelled=lambda: len(events) >= 7)
+    assert new == [plain[0][:4], plain[1][:3]]
+    assert g.generate(runner, [[3]], 12, VOCAB, cancelled=lambda: True) == [[]]
+
+
 def draws(count=4000, **options):
     logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class TokenEvent(NamedTuple):
+    """A new token of a text. row: index of the prompt. The log-probabilities (nats) are of the model's own distribution: before
+    temperature, penalty and the other options. alternatives: (id, log-probability) of the likeliest tokens, best first."""
+
+    row: int
+    token: int
+    log_probability: float | None = None  # None: not asked for
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
 @torch.no_grad()
 def generate(
     runner: Any,
@@ -40,6 +50,9 @@ def generate(
     seed: int = 0,
     end: int | None = None,
     stopped: Callable[[int, list[int]], bool] = lambda row, new: False,
+    on_token: Callable[[TokenEvent], None] | None = None,
+    alternatives: int | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = tell,
     **sampling: Any,
 ) -> list[list[int]]:
@@ -48,6 +61,11 @@ def generate(
     runner: has model, predict(), device, precision, autocast() and agree(), as an engine does. vocab_size: ids from here on
     are padding and never sampled. end: id that ends a text (not returned). stopped(index of the prompt, its new tokens):
     whether that text ends here, asked after each token. sampling: fields of Sampling.
+
+    on_token: called with each new token, before `stopped`; not with `end`. alternatives: how many likeliest tokens an event
+    names, with log-probabilities (0: that of the token alone); None: no log-probabilities are computed.
+    cancelled: asked before each forward pass; once it says yes, what has been made so far is returned. Where ranks generate
+    together, on_token and stopped run on each, and cancelled must say the same on all.
 
     Prompts of different length share a batch without padding: the model still reads a longer prompt while it already
     continues a shorter one. Each text has its own random generator, so it does not depend on the others in the batch.
@@ -65,25 +83,48 @@ def generate(
     # The last token is sampled, but never read.
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
     reader = Reader(runner, vocab_size, len(prompts), longest, say)
-    while not all(done):
-        logits = reader.read(column)  # [B, V]
+    while not (all(done) or cancelled()):
+        logits = reader.read(column)[:, :vocab_size]  # [B, V]
         following = [
-            prompt[at] if at < len(prompt) else sample(logits[i, :vocab_size], how, draws[i], chain(prompt, new[i]))
+            prompt[at] if at < len(prompt) else sample(logits[i], how, draws[i], chain(prompt, new[i]))
             for i, prompt in enumerate(prompts)
         ]
         following = runner.agree(following)
-        for i, token in enumerate(following):
-            if done[i] or at < len(prompts[i]):
-                continue
-            if token == end:
-                done[i] = True
-                continue
-            new[i].append(token)
+        live = [i for i in range(len(prompts)) if not done[i] and at >= len(prompts[i])]
+        ended = [i for i in live if following[i] == end]
+        for i in ended:
+            done[i] = True
+        going_on = [i for i in live if i not in ended]
+        events = [TokenEvent(i, following[i]) for i in going_on]
+        if on_token is not None and alternatives is not None:
+            events = with_log_probabilities(events, logits, alternatives)
+        for i, event in zip(going_on, events, strict=True):
+            new[i].append(event.token)
+            if on_token is not None:
+                on_token(event)
             done[i] = len(new[i]) >= max_new_tokens or stopped(i, new[i])
         column = torch.tensor(following, device=device)[:, None]
         at += 1
     model.train(training)
     return new
+
+
+def with_log_probabilities(events: list[TokenEvent], logits: Tensor, alternatives: int) -> list[TokenEvent]:
+    """The events with their log-probabilities and alternatives. logits: [B, V]."""
+    if not events:
+        return []
+    rows = torch.tensor([event.row for event in events], device=logits.device)
+    tokens = torch.tensor([event.token for event in events], device=logits.device)
+    scores = logits[rows].log_softmax(-1)  # [N, V]
+    own = scores.gather(1, tokens[:, None])[:, 0].tolist()
+    best = scores.topk(min(alternatives, scores.shape[1]))  # [N, alternatives]
+    likeliest = [
+        tuple(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return [
+        TokenEvent(event.row, event.token, value, others)
+        for event, value, others in zip(events, own, likeliest, strict=True)
+    ]
 
 
 class Reader:
