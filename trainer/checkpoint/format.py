@@ -129,7 +129,12 @@ def _hash_own_files(temporary: Path, world: World) -> dict[str, dict[str, Any]]:
     """Size and xxh64 of the files that this rank wrote (on rank 0 also of .metadata)."""
     names = sorted(path.name for path in temporary.iterdir())
     mine = [name for name in names if name.startswith(f"__{world.rank}_") or (world.leader and name == METADATA)]
-    return {name: {"bytes": (temporary / name).stat().st_size, "xxh64": _hash(temporary / name)} for name in mine}
+    return {name: file_entry(temporary / name) for name in mine}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says about a file."""
+    return {"bytes": path.stat().st_size, "xxh64": _hash(path)}
 
 
 def _hash(path: Path) -> str:
@@ -275,7 +280,7 @@ def check(path: Path, world: World = ALONE) -> dict[str, Any]:
 
     def check_share() -> None:
         for name, entry in shares:
-            _check_file(path / name, entry["bytes"], entry["xxh64"])
+            check_file(path / name, entry["bytes"], entry["xxh64"])
 
     together(check_share, world)
     world.on_leader(lambda: _check_names(path, set(manifest["files"])))
@@ -317,7 +322,8 @@ def _check_names(path: Path, listed: set[str]) -> None:
         raise Damaged(f"checkpoint: {path}: {printable(name)} {place}")
 
 
-def _check_file(file: Path, size: int, digest: str) -> None:
+def check_file(file: Path, size: int, digest: str) -> None:
+    """Damaged, MachineError or UserError unless the file is there with this size and hash."""
     try:
         there = file.stat().st_size
         if there != size:

@@ -25,6 +25,7 @@ from models.layers.lora import updated
 from models.lora import factors_of, has_lora, is_factor
 from models.objective_layers import is_objective_layer
 from trainer.checkpoint.format import check, choose, found, together
+from trainer.checkpoint.quantized import refuse_quantized
 from trainer.checkpoint.reader import Reader
 from trainer.core.errors import UserError
 from trainer.runtime.distributed import World
@@ -120,6 +121,7 @@ def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[s
     UserError if there is no such checkpoint, it holds no moving average, or fewer than K are kept.
     """
     count = how_many(wanted)
+    world.on_leader(lambda: refuse_quantized(folder.parent, "run_dir"))
     chosen = world.on_leader(lambda: choose(folder, step, say))
     if chosen is None:
         raise UserError(f"run_dir: {folder.parent} has no checkpoint yet")

@@ -215,11 +215,13 @@ def read_run(given: dict[str, Any], say: Callable[[str], None]) -> StoredConfig 
     UserError if the folder holds something else.
     """
     from trainer.checkpoint.format import found
+    from trainer.checkpoint.quantized import refuse_quantized
 
     folder = folder_of(build(RunConfig, given))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file, not a folder; choose another --run_dir")
     if is_run(folder):
+        refuse_quantized(folder, "run_dir")
         return dataclasses.replace(read_config(folder, say), processes=_last_start(folder, say).get("processes"))
     if found(folder / "checkpoints"):
         raise UserError(f"run_dir: {folder} has checkpoints but no {CONFIG}; put it back or choose another --run_dir")
@@ -289,12 +291,14 @@ def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:
     """The run's folder and the step that RUN[@STEP] means; without a step, the newest one. UserError, which names `key`, if there is
     none."""
     from trainer.checkpoint.format import found
+    from trainer.checkpoint.quantized import refuse_quantized
 
     name, wanted = split_step(text)
     folder = user_path(name, key)
     if not is_run(folder):
         also = ", nor that of a Hugging Face model (it has no config.json)" if key == "init_from" else ""
         raise UserError(f"{key}: {printable(folder)} is not a run's folder{also}; write RUN@STEP")
+    refuse_quantized(folder, key)
     steps = [step for step, _ in found(folder / "checkpoints")]
     if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps) or not steps:
         have = ", ".join(map(str, steps)) or "none"

@@ -122,6 +122,7 @@ def open_run(
     from models.config import kernel_fields_of
     from models.lora import without_lora
     from models.materialise import Unset
+    from trainer.checkpoint.quantized import is_quantized
     from trainer.checkpoint.weights import choose_weights
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
@@ -148,15 +149,18 @@ def open_run(
     check_vocabulary(model_class, model_config, dataset.tokenizer.vocab_size)
     if place.type == "cpu":
         keep_freed_memory()
-    chosen = choose_weights(folder / "checkpoints", step, weights, world.say, world)
+    dtype = torch.bfloat16 if config.precision == "pure_bf16" else torch.float32
     try:
-        model = load_model(model_class, model_config, chosen, place, world)
+        if is_quantized(folder):
+            model, at = load_quantized(model_class, model_config, folder, step, weights, dtype, place)
+        else:
+            chosen = choose_weights(folder / "checkpoints", step, weights, world.say, world)
+            model, at = load_model(model_class, model_config, chosen, place, world).to(dtype), chosen.manifest["step"]
     except Unset as error:
         raise UserError(f"model {config.model['name']}: {error}") from None
-    model = model.to(torch.bfloat16) if config.precision == "pure_bf16" else model.float()
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
     end_of_text = dataset.tokenizer.eot_id if config.data.separate_documents else None
-    return OpenRun(folder, config, model.eval(), tokenizer, place, chosen.manifest["step"], end_of_text)
+    return OpenRun(folder, config, model.eval(), tokenizer, place, at, end_of_text)
 
 
 def load_model(model_class: Any, model_config: Any, weights: Any, device: Any, world: Any) -> Any:
@@ -173,3 +177,39 @@ def load_model(model_class: Any, model_config: Any, weights: Any, device: Any, w
     checkpoint.put_into(model, tensors, weights.paths[-1], assign=True)
     refuse_unset(model, given=tensors)
     return model
+
+
+def load_quantized(
+    model_class: Any,
+    model_config: Any,
+    folder: Path,
+    step: int | None,
+    weights: str,
+    dtype: Any,
+    device: Any,
+) -> tuple[Any, int]:
+    """(the model on `device` with the packed weights of a folder that `quantize` wrote, the step that they are of). The rest has
+    `dtype`. UserError if the folder holds other weights than those asked for; Unset as in `load_model`.
+
+    In between, all weights of the model are in CPU memory: `init_weights`, which sets what follows from the config, may use them.
+    """
+    import torch
+
+    from models.materialise import refuse_unset, with_storage
+    from models.quantization import packed_layers
+    from trainer.checkpoint.quantized import put_quantized, read_manifest
+
+    found = read_manifest(folder)
+    if step not in (None, found.step) or weights != "evaluation":
+        asked = f"weights: {weights}" if weights != "evaluation" else f"step: {step}"
+        raise UserError(f"{asked} is not in {folder}, which holds those of {found.source} alone; leave it out")
+    with told_of_model(model_class, "it cannot be built on the meta device"):
+        model = with_storage(build_meta(model_class, model_config), torch.device("cpu"))
+    model.init_weights(torch.Generator())
+    given = put_quantized(model, found)
+    refuse_unset(model, given=given)
+    model = model.to(device, dtype)
+    for layer in packed_layers(model).values():
+        layer.packed = {part: tensor.to(device) for part, tensor in layer.packed.items()}
+        layer.dtype = dtype
+    return model, found.step
