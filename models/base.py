@@ -353,9 +353,10 @@ def register(name: str):
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}: see LanguageModel in models/base.py")
         from models.lora import FIELDS  # it imports this module
 
-        taken = [field for field in FIELDS if hasattr(cls.Config, field)]
+        taken = [field for field in (*FIELDS, "linear") if hasattr(cls.Config, field)]
         if taken:
-            raise TypeError(f"{cls.__name__}.Config has a field {taken[0]}, as every model has: see models/lora.py")
+            file = "lora" if taken[0] in FIELDS else "bitnet"
+            raise TypeError(f"{cls.__name__}.Config has a field {taken[0]}, as every model has: see models/{file}.py")
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ValueError(f"model name {name!r} is taken by {_REGISTRY[name].__module__}")
         _REGISTRY[name] = cls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from models.base import get_model, load_models, model_names
 
@@ -38,6 +38,29 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"{field.name} must be above {above:,}, not {value}")
     if high is not None and value > high:
         raise ValueError(f"{field.name} must be at most {high:,}, not {value}")
+
+
+def with_fields(config_class: Any, further: Any) -> Any:
+    """A Config class of the same name with the fields of the dataclass `further` after its own, whose values are checked like these."""
+    hints = get_type_hints(further)
+
+    def check(self: Any) -> None:
+        for cls in (config_class, further):
+            if hasattr(cls, "__post_init__"):
+                cls.__post_init__(self)
+        for field in dataclasses.fields(further):
+            check_range(field, getattr(self, field.name))
+
+    return dataclasses.make_dataclass(
+        config_class.__name__,
+        [
+            (field.name, hints[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
+            for field in dataclasses.fields(further)
+        ],
+        bases=(config_class,),
+        namespace={"__post_init__": check, "__module__": config_class.__module__},
+        frozen=config_class.__dataclass_params__.frozen,
+    )
 
 
 def kernel_fields_of(name: Any) -> tuple[str, ...]:

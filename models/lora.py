@@ -15,14 +15,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from models import counting
 from models.base import LanguageModel, Split
-from models.config import check_range, setting
+from models.config import setting, with_fields
 from models.layers.lora import Adapter, Pair, add_update
 
 
@@ -134,30 +134,8 @@ class LoraModel(LanguageModel):
 def with_lora(model_class: Any) -> type[LoraModel]:
     """A class of the same model with adapters, frozen except for these. Its Config has the fields of `model_class.Config` and FIELDS."""
     about = {"__module__": model_class.__module__, "__doc__": model_class.__doc__, "adapts": model_class}
-    members = {**about, "Config": _with_fields(model_class.Config)}
+    members = {**about, "Config": with_fields(model_class.Config, LoraConfig)}
     return type(model_class.__name__, (LoraModel, model_class), members)
-
-
-def _with_fields(config_class: Any) -> Any:
-    hints = get_type_hints(LoraConfig)
-
-    def check(self: Any) -> None:
-        if hasattr(config_class, "__post_init__"):
-            config_class.__post_init__(self)
-        for field in dataclasses.fields(self):
-            if field.name in FIELDS:
-                check_range(field, getattr(self, field.name))
-
-    return dataclasses.make_dataclass(
-        config_class.__name__,
-        [
-            (field.name, hints[field.name], dataclasses.field(default=field.default, metadata=field.metadata))
-            for field in dataclasses.fields(LoraConfig)
-        ],
-        bases=(config_class,),
-        namespace={"__post_init__": check, "__module__": config_class.__module__},
-        frozen=config_class.__dataclass_params__.frozen,
-    )
 
 
 def factors_of(weight: str, number: int) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from models.layers.lora import effective_weight
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
 from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
+from models.layers.quantized import rounds_inputs
 from models.state import DecodingState
 
 
@@ -199,7 +200,9 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent, k_rotated = cache.extend(self.layer, latent, k_rotated, dim=2, window=self.window)
         # For a prompt, keys of head_dim channels are cheaper than keys of kv_rank, and the kernels of training can be used.
-        attend = self.expanded if latent.shape[2] == x.shape[1] else self.absorbed
+        # Nor can a product that rounds its inputs be taken into the query.
+        prompt = latent.shape[2] == x.shape[1]
+        attend = self.expanded if prompt or rounds_inputs(self.up) else self.absorbed
         attended = attend(q, q_rotated, latent, k_rotated, context)  # [B, H, T, head_dim]
         return self.out(attended.transpose(1, 2).flatten(2)), values
 

@@ -240,4 +240,9 @@ def quantize_linear(layer: Any, format: str, rows: Rows, packed: Tensors | None 
     layer.dtype, layer.rounds_inputs = weight.dtype, of_bits
 
 
+def rounds_inputs(layer: nn.Module) -> bool:
+    """Whether a layer computes with inputs of 8 bits, so that it does more than multiply by its weight."""
+    return isinstance(layer, BitLinear) or (isinstance(layer, QuantizedLinear) and layer.rounds_inputs)
+
+
 OWN_FORMAT = {"bitnet": "ternary", "sign": "sign"}  # kind of a BitLinear -> the format that loses nothing

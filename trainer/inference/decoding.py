@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.layers.bit_linear import LEVELS
 from models.layers.float8 import E4M3, Float8Linear
+from models.layers.quantized import rounds_inputs
 from models.state import State
 from trainer.core.errors import UserError
 from trainer.core.text import printable
@@ -215,6 +217,8 @@ def rounding(runner: Any) -> float:
     """Relative rounding error of the runner's matrix products."""
     if any(isinstance(module, Float8Linear) for module in runner.model.modules()):
         return torch.finfo(E4M3).eps
+    if any(map(rounds_inputs, runner.model.modules())):
+        return 1 / LEVELS
     if runner.precision != "fp32":
         return torch.finfo(torch.bfloat16).eps
     return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 on a GPU

@@ -14,8 +14,9 @@ from trainer.core.settings import coerced
 def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     """(name, class, the fields of its Config that the config gives). Raises UserError, which names model.KEY, for a model that
     is not registered, a key that its Config does not have, or a value of another type. With model.lora_rank, the class is that
-    of the model with adapters."""
+    of the model with adapters; with model.linear, of the model with such layers."""
     from models.base import get_model, load_models, model_names
+    from models.bitnet import PLAIN, with_linear
     from models.lora import FIELDS, with_lora, without_lora
 
     load_models()
@@ -24,10 +25,18 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     if name not in model_names():
         raise UserError(_unknown(str(name), model_names()))
     model_class = get_model(name)
-    adapted = with_lora(model_class)  # type: ignore[arg-type]  # classes can be hashed
-    given = coerced(adapted.Config, options, "model.")
+    both = with_lora(with_linear(model_class))  # type: ignore[arg-type]  # classes can be hashed
+    given = coerced(both.Config, options, "model.")
+    if given.get("linear", PLAIN) != PLAIN:
+        if given.get("lora_rank"):
+            raise UserError(
+                "model.lora_rank: an update of weights of two or three values is no such weight, so it could not be merged; train "
+                f"all weights, or set model.linear to {PLAIN}"
+            )
+        return name, with_linear(model_class), without_lora(given)  # type: ignore[arg-type]
+    given.pop("linear", None)
     if given.get("lora_rank"):
-        return name, adapted, given
+        return name, with_lora(model_class), given  # type: ignore[arg-type]
     useless = [key for key in FIELDS if key in given and key != "lora_rank"]
     if useless:
         raise UserError(f"model.{useless[0]}: has no effect without model.lora_rank; set that too, or leave it out")

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from models.base import get_model
+from models.bitnet import PLAIN
 from models.hugging_face import family_of
 from models.lora import FIELDS, without_lora
 from trainer.checkpoint import format as checkpoint
@@ -208,11 +209,12 @@ def changed_model(given: dict[str, Any], parent: Parent, say: Say) -> dict[str, 
     before = written_out(build(RunConfig, {"model": parent.model}))
     model = {**parent.model, **dict.fromkeys(parent.model.keys() & kernels, "auto"), **given}
     after = written_out(build(RunConfig, {"model": model}))
-    differing = {
-        key: (getattr(after[1], key), getattr(before[1], key))
+    # A Config has the field `linear` only where it is not the default.
+    values = {
+        key: (getattr(after[1], key, PLAIN), getattr(before[1], key, PLAIN))
         for key in given.keys() - kernels - {"name"}
-        if getattr(after[1], key) != getattr(before[1], key)
     }
+    differing = {key: (now, then) for key, (now, then) in values.items() if now != then}
     shown = ", ".join(f"model.{key} is {now!r} (was {then!r})" for key, (now, then) in sorted(differing.items()))
     if differing and shapes_of(*after) != shapes_of(*before):
         raise UserError(f"init_from: {printable(shown)}, which the weights of {parent} do not fit; leave it as it was")

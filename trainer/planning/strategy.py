@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from models.bitnet import PLAIN, linear_of
 from trainer.core.errors import UserError
 from trainer.objectives import build_objective
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
@@ -25,6 +26,10 @@ def refuse_contradictions(config: Any) -> None:
         )
     if config.float8 and config.precision == "fp32":
         raise UserError("float8: products would be far less exact than precision fp32 promises; use bf16")
+    if config.float8 and linear_of(config.model) != PLAIN:
+        raise UserError(
+            f"float8: model.linear {linear_of(config.model)} rounds the products otherwise; leave one of them out"
+        )
     if not engine.reshard_after_forward and strategy not in ("fsdp", "hsdp"):
         raise UserError(
             f"engine.reshard_after_forward: {strategy} gathers no blocks; use fsdp or hsdp, or leave it out"
