@@ -201,6 +201,7 @@ def test_a_wheel_brings_its_configs(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True, timeout=PATIENCE)
     [wheel] = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "trainer" / "commands" / "serve" / "page.html").is_file()
     (tmp_path / "models").mkdir()
     words = ["plan", "configs/llama.yaml", "--model_scale", "0.01", "--model.d_model", "96", "--print_config"]
     done = trainer(*words, "--data.tokenizer", "bytes", env={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path)

@@ -70,6 +70,20 @@ class Conversations:
         """What a model continues to answer the message `text` of a user."""
         return self._opening(Message("user", text)) + (MARKERS["assistant"] if self.template == "chat" else "")
 
+    def unanswered(self, messages: Any, where: str) -> list[Segment]:
+        """What a model continues to answer a conversation: rows of role and content, the last of them a message of the user.
+
+        Raises BadRow."""
+        asked = _messages(messages, "messages", where)
+        roles = [message.role for message in asked]
+        spoken = roles[1:] if roles[:1] == ["system"] else roles
+        if spoken != [*["user", "assistant"] * (len(spoken) // 2), "user"]:
+            raise BadRow(
+                f"{where}: the roles are {', '.join(roles[:6]) or 'none'}{', ...' * (len(roles) > 6)}; after a system message, if any, "
+                "user and assistant must alternate, and the last message must be of the user"
+            )
+        return self._segments([*asked, Message("assistant", "")], len(asked), where)[:-1]
+
     def _segments(self, messages: list[Message], answered: int, where: str) -> list[Segment]:
         """answered: messages before this one are the prompt, whatever their role."""
         if self.template == "plain" and [message.role for message in messages] != ["user", "assistant"]:
