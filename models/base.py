@@ -169,6 +169,16 @@ class LanguageModel(nn.Module):
         """
         return DecodingState(max_length) if self.decodes_incrementally else None
 
+    # Multi-token prediction, which decoding can use for drafts. Head 1 predicts the next token, head i the i-th.
+
+    def states_of_heads(self, hidden: Hidden, state: Any = None) -> list[Tensor]:
+        """The input of each head's output projection, [B, T, D] each, head 1's first. state: that of the call of `hidden`."""
+        return [hidden.states]
+
+    def logits_of_head(self, index: int, states: Tensor) -> Tensor:
+        """Logits [..., V] of the head of `index` (0 is head 1) from its states [..., D]."""
+        return self.logits(Hidden(states))
+
     # Sizes. The defaults count on the meta device. An override must return the same numbers; `check` tests this.
 
     @classmethod

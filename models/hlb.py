@@ -134,13 +134,13 @@ class Hlb(LanguageModel):
 
     def _reach(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Reach | BlockMask:
         length, device = tokens.shape[1], tokens.device
-        start = cache.length if cache is not None else 0
-        if self.max_context is not None and start + length > self.max_context:
-            raise ValueError(f"a sequence of {start + length} tokens exceeds the quantised table of {self.max_context}")
+        n_keys = length if cache is None else cache.n_keys(length)
+        if self.max_context is not None and n_keys > self.max_context:
+            raise ValueError(f"a sequence of {n_keys} tokens exceeds the quantised table of {self.max_context}")
         if cache is None and self._flex_refusal(length, device) is None:
             return flex.causal_blocks(length, device) if documents is None else flex.document_blocks(documents)
-        j = torch.arange(start + length, device=device)
-        i = j[start:, None]
+        j = torch.arange(n_keys, device=device)
+        i = (j if cache is None else cache.positions(length, device))[:, None]
         if self.config.position_bias_quantised:
             # hlb-gpt rounds positions -1023 .. 0 to bf16, and takes those of shorter sequences from the coarse end.
             table = torch.arange(1 - QUANTISED_CONTEXT, 1, device=device).bfloat16()

@@ -153,21 +153,21 @@ class Ngpt(LanguageModel):
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
-        start = state.length if state is not None else 0
-        j = torch.arange(start + tokens.shape[1], device=tokens.device)
-        positions, visible = j[start:], None
+        count, device = tokens.shape[1], tokens.device
+        j = torch.arange(count if state is None else state.n_keys(count), device=device)
+        positions, visible = j if state is None else state.positions(count, device), None
         if documents is not None:
             documents = number_documents(documents)
             positions = positions_in_documents(documents)  # [B, T]
             visible = ((j <= j[:, None]) & (documents[:, :, None] == documents[:, None, :]))[:, None]  # [B, 1, T, T]
-        elif start > 0:
-            visible = j <= j[start:, None]  # [T, start + T]
+        elif len(j) > count:  # there are earlier keys, or space for later ones
+            visible = j <= positions[:, None]  # [T, n_keys]
 
         h = self.embedding(tokens)  # [B, T, D]; unit vectors, as are all later hidden states
         for block in self.layers:
             h = block(h, positions, visible, state)
         if state is not None:
-            state.length += tokens.shape[1]
+            state.length += count
         return Hidden(h)
 
     def logits(self, hidden: Hidden) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class State(Protocol):
         """Keep only the first `length` tokens. If the state cannot go back so far, ValueError, and nothing changes."""
         ...
 
+    def snapshot(self) -> Any:
+        """The state as it is now, for `restore`. It costs no copy of what was read."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back to a snapshot: the tokens read since then are forgotten. Not after a reset, a select or a crop to fewer tokens than
+        the snapshot holds."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
@@ -49,6 +58,14 @@ class DecodingState:
         self._recurrent: dict[Hashable, Tensor] = {}
 
     # -- for models ----------------------------------------------------------------------------------------------------
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """[count] int64: the positions of the next `count` tokens."""
+        return torch.arange(self.length, self.length + count, device=device)
+
+    def n_keys(self, count: int) -> int:
+        """How many keys `append` returns for `count` new tokens, in a layer without a window."""
+        return self.length + count
 
     def extend(self, layer: int, k: Tensor, v: Tensor, dim: int, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append new keys and values of `layer` along `dim`; returns all keys and values that the new tokens see (see `append`)."""
@@ -117,10 +134,106 @@ class DecodingState:
             grown.drop(count)
         self.length = length
 
+    def snapshot(self) -> Any:
+        # Recurrent tensors are replaced and never written to; buffers are only written to behind what they hold.
+        marks = {key: grown.mark() for key, grown in self._grown.items()}
+        return self.length, marks, dict(self._recurrent)
+
+    def restore(self, snapshot: Any) -> None:
+        self.length, marks, recurrent = snapshot
+        self._recurrent = dict(recurrent)
+        self._grown = {key: grown for key, grown in self._grown.items() if key in marks}
+        for key, mark in marks.items():
+            self._grown[key].go_back(mark)
+
     @property
     def nbytes(self) -> int:
         tensors = [*self._recurrent.values(), *(grown.buffer for grown in self._grown.values())]
         return sum({y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in tensors}.values())
+
+
+class StaticState(DecodingState):
+    """A DecodingState whose tensors have one shape and one address for all tokens, so that a step of one token can be compiled and
+    recorded as a CUDA graph. It begins as a copy of another state, which has read the prompt.
+
+    length: int64 scalar on the device. A layer with a window keeps all of its keys. `append` returns the whole space, of which a
+    token sees what `visible` says: the rest is not filled yet. Only single tokens are read; more than max_length of them are
+    not noticed.
+    """
+
+    length: Tensor  # type: ignore[assignment]
+
+    def __init__(self, state: DecodingState, max_length: int, device: torch.device) -> None:
+        super().__init__(max_length)
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self._space: dict[Hashable, Tensor] = {}
+        self._dims: dict[Hashable, int] = {}
+        self.load(state)
+
+    def load(self, state: DecodingState) -> None:
+        """Become a copy of `state`, in the same memory. It must be of the same texts and model."""
+        self.length.fill_(state.length)
+        for key, grown in state._grown.items():
+            held, dim = grown.held(), grown.dim
+            if key not in self._space:
+                shape = list(held.shape)
+                shape[dim] = self.max_length
+                self._space[key], self._dims[key] = held.new_zeros(shape), dim
+            # Behind a window the beginning stays empty, and nobody sees it.
+            self._space[key].narrow(dim, state.length - held.shape[dim], held.shape[dim]).copy_(held)
+        for key, value in state._recurrent.items():
+            self._recurrent.setdefault(key, torch.empty_like(value)).copy_(value)
+
+    @property
+    def max_length(self) -> int:
+        assert self._max_length is not None
+        return self._max_length
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and writes."""
+        return [self.length, *self._space.values(), *self._recurrent.values()]
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        return self.length + torch.arange(count, device=device)
+
+    def n_keys(self, count: int) -> int:
+        return self.max_length
+
+    def visible(self, count: int, window: int) -> Tensor:
+        """[count, max_length] bool: the keys that each of the next tokens sees; window: as for `append`."""
+        keys = torch.arange(self.max_length, device=self.length.device)
+        queries = self.positions(count, self.length.device)[:, None]
+        seen = keys <= queries
+        return seen & (queries - keys < window) if window else seen
+
+    def append(self, key: Hashable, new: Tensor, dim: int, window: int = 0) -> Tensor:
+        return self._space[key].index_copy_(dim, self.positions(new.shape[dim], new.device), new)
+
+    def last(self, key: Hashable) -> Tensor | None:
+        return self._space[key].index_select(self._dims[key], (self.length - 1)[None])
+
+    def recall(self, key: Hashable, like: Tensor) -> Tensor:
+        return self._recurrent[key].clone()  # `remember` writes into it
+
+    def remember(self, key: Hashable, value: Tensor) -> None:
+        self._recurrent[key].copy_(value)
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        raise ValueError("a static state is not reset: load another state")
+
+    def select(self, rows: Tensor) -> None:
+        for tensor in (*self._space.values(), *self._recurrent.values()):
+            tensor.copy_(tensor.index_select(0, rows))
+
+    def crop(self, length: int) -> None:
+        raise ValueError("a static state does not go back")
+
+    def snapshot(self) -> Any:
+        raise ValueError("a static state does not go back")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 class _Growing:
@@ -180,3 +293,9 @@ class _Growing:
 
     def drop(self, count: int) -> None:
         self.stop -= count
+
+    def mark(self) -> tuple[Tensor, int, int, bool]:
+        return self.buffer, self.start, self.stop, self._owned
+
+    def go_back(self, mark: tuple[Tensor, int, int, bool]) -> None:
+        self.buffer, self.start, self.stop, self._owned = mark

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.base import Hidden, LanguageModel, Split, register
 from models.counting import estimate_parameters, training_flops_of
 from models.layers import autocast_dtype, compute_dtype, liger, normal_, truncated_normal_
-from models.layers.attend import choose_kernel, make_attention_mask
+from models.layers.attend import AttentionMask, choose_kernel, make_attention_mask
 from models.layers.attention import (
     Attention,
     Context,
@@ -37,7 +37,7 @@ from models.layers.pattention import Pattention
 from models.layers.positions import number_documents, positions_in_documents
 from models.layers.residual import START_SCALES, HyperConnection, widen
 from models.layers.shapes import shape_for
-from models.state import DecodingState
+from models.state import DecodingState, StaticState
 from models.transformer_config import TransformerConfig
 
 
@@ -99,6 +99,8 @@ class Transformer(LanguageModel):
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
         device, length = tokens.device, tokens.shape[1]
+        if isinstance(cache, StaticState):
+            return self.static_context(length, cache)
         start = cache.length if cache is not None else 0
         if self.max_context is not None and start + length > self.max_context:
             raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
@@ -112,6 +114,13 @@ class Transformer(LanguageModel):
         if documents is not None:
             positions = positions_in_documents(documents)
         return Context(positions, attention_masks, kernel)
+
+    def static_context(self, length: int, cache: StaticState) -> Context:
+        """The context of a step of fixed shapes."""
+        positions = cache.positions(length, self.embedding.weight.device)
+        kernel, _ = self.choose_kernel(positions.device, cache.max_length - length, length, False)
+        masks = {w: AttentionMask(mask=cache.visible(length, w)) for w in self.windows}
+        return Context(positions, masks, kernel)
 
     def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
         """(name of the kernel that computes attention on `device`, why); start: number of cached tokens."""
@@ -168,17 +177,26 @@ class Transformer(LanguageModel):
                 outputs.append(x)
         return x, before, values
 
-    def states_of_heads(self, hidden: Hidden) -> list[Tensor]:
-        """The input of each prediction head's output projection, [B, T, D] each; the next token's head comes first."""
-        return [hidden.states, *(head(*hidden.heads[:4], self.norm) for head in self.further)]
+    def states_of_heads(self, hidden: Hidden, state: DecodingState | None = None) -> list[Tensor]:
+        count = hidden.states.shape[1]
+        if state is not None:
+            state.length -= count  # the blocks of the heads read the same tokens as the trunk did
+        states = [hidden.states, *(head(*hidden.heads[:4], self.norm, state) for head in self.further)]
+        if state is not None:
+            state.length += count
+        return states
 
     def unembedding(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Hidden) -> Tensor:
         """[B, T, V]; -inf for padding rows of the vocabulary."""
+        return self.logits_of_head(0, hidden.states)
+
+    def logits_of_head(self, index: int, states: Tensor) -> Tensor:
         c = self.config
-        logits = F.linear(hidden.states, self.unembedding())
+        own = self.further[index - 1].unembedding if index > 0 else None
+        logits = F.linear(states, self.unembedding() if own is None else own.weight)
         if c.final_softcap:
             logits = c.final_softcap * (logits / c.final_softcap).tanh()
         if c.unpadded_vocab:

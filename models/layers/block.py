@@ -151,13 +151,19 @@ class FurtherHead(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, before: Tensor, values: Tensor | None, context: Context, last_norm: nn.Module
+        self,
+        x: Tensor,
+        before: Tensor,
+        values: Tensor | None,
+        context: Context,
+        last_norm: nn.Module,
+        cache: DecodingState | None = None,
     ) -> Tensor:
         """x [B, T, D]: the trunk's output -> [B, T, D]; before: input of the trunk's last block; last_norm: the trunk's final norm,
         used after a block."""
         if self.block is None:
             return self.norm(x)
-        return last_norm(narrowed(self.block(before, values, context)[0]).to(x.dtype))
+        return last_norm(narrowed(self.block(before, values, context, cache)[0]).to(x.dtype))
 
 
 def norm_of(config: Any, here: bool) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from test_generate import VOCAB, Runner, greedy_without_cache
 
 from trainer.inference.beam import beam_search
-from trainer.inference.sampling import penalised
+from trainer.inference.sampling import penalised, seen_mask
 
 
 @pytest.fixture(params=["hlb", "gpt2"])
@@ -27,7 +27,8 @@ def exhaustive(model, prompt, length, vocab, end, length_penalty, repetition_pen
                 logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, :, :vocab]
             total = 0.0
             for i, token in enumerate(tokens):
-                row = penalised(logits[len(prompt) + i - 1], repetition_penalty, [*prompt, *tokens[:i]])
+                seen = seen_mask([[*prompt, *tokens[:i]]], vocab, logits.device)[0]
+                row = penalised(logits[len(prompt) + i - 1], repetition_penalty, seen)
                 total += row.double().log_softmax(-1)[token].item()
             found.append((total / count**length_penalty, list(tokens[:-1] if tokens[-1] == end else tokens)))
     return sorted(found, reverse=True)

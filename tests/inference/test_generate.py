@@ -14,7 +14,8 @@ from trainer.commands.generate import write
 from trainer.core.errors import UserError
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 from trainer.inference import decoding as g
-from trainer.inference.sampling import Sampling, penalised, sample
+from trainer.inference.reader import CHECKED_TOKENS, why_not_incremental
+from trainer.inference.sampling import Noise, Sampling, choose, penalised, seen_mask
 
 load_models()
 VOCAB = 50  # of 64 rows
@@ -125,9 +126,9 @@ def test_a_cancelled_text_is_what_was_made_until_then(runner):
 
 
 def draws(count=4000, **options):
-    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
-    generator = torch.Generator().manual_seed(0)
-    tokens = [sample(logits, Sampling(**options), generator) for _ in range(count)]
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1])).expand(count, 4)
+    noise = torch.empty(count, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    tokens = choose(logits, Sampling(**options), noise).tolist()
     return [tokens.count(i) / count for i in range(4)]
 
 
@@ -145,13 +146,27 @@ def test_sampling_frequencies():
 
 
 def test_the_penalty_of_repetition_is_ctrls():
-    logits = torch.tensor([2.0, -2.0, 0.0, 1.0])
-    assert penalised(logits, 2.0, [0, 1, 0]).tolist() == [1.0, -4.0, 0.0, 1.0]
-    assert penalised(logits, 1.0, [0, 1]) is logits
-    generator = torch.Generator().manual_seed(0)
-    assert sample(logits, Sampling(temperature=0, repetition_penalty=4.0), generator, [0]) == 3
-    before, after = logits.softmax(-1), penalised(logits, 1.3, [0, 1, 2]).softmax(-1)
+    logits, device = torch.tensor([2.0, -2.0, 0.0, 1.0]), torch.device("cpu")
+    assert penalised(logits, 2.0, seen_mask([[0, 1, 0]], 4, device)[0]).tolist() == [1.0, -4.0, 0.0, 1.0]
+    both = choose(logits.expand(2, 4), Sampling(0, repetition_penalty=4.0), seen=seen_mask([[0], [3]], 4, device))
+    assert both.tolist() == [3, 0], "each text has its own"
+    before, after = logits.softmax(-1), penalised(logits, 1.3, seen_mask([[0, 1, 2]], 4, device)[0]).softmax(-1)
     assert (after[3] > before[3]) and logits.tolist() == [2.0, -2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("vocab", [4, 65, 50_257])
+def test_on_a_cpu_the_numbers_are_those_of_multinomial(vocab):
+    """So a seed gives the texts that it gave in crescendo-lm 0.3.0, which drew with torch.multinomial, text by text."""
+    noise, how = Noise(7, 2, vocab, torch.device("cpu")), Sampling(temperature=0.8, top_k=40)
+    old = [torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)]
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1))
+    best = (logits / 0.8).topk(min(40, vocab)).values[:, -1:]
+    for place in range(20):
+        probabilities = (logits / 0.8).masked_fill(logits / 0.8 < best, -torch.inf).softmax(-1)
+        expected = [
+            int(torch.multinomial(row, 1, generator=draw)) for row, draw in zip(probabilities, old, strict=True)
+        ]
+        assert choose(logits, how, noise.at([place, place])).tolist() == expected
 
 
 def test_a_prompts_tokens_are_penalised_and_texts_repeat_less(runner):
@@ -202,18 +217,47 @@ def test_stop_strings_and_empty_prompts(runner):
     assert len(g.complete(runner, Letters(), [""], 5, [], temperature=0)[0]) <= 5
 
 
-def test_past_its_context_a_model_reads_the_last_tokens():
+@pytest.mark.parametrize("limit", [1, 7, 8])
+@pytest.mark.parametrize("cached", [True, False])
+def test_past_its_context_a_model_drops_the_first_half_of_what_it_sees(limit, cached):
+    """By position alone: also in a batch, without a cache, and with a prompt that is too long itself."""
     runner, said = Runner("gpt2"), []
-    runner.model.max_context = limit = 8
-    long = [list(range(1, 13)), [3, 1]]  # of 12 tokens and of 2
-    new = g.generate(runner, long, 10, VOCAB, temperature=0, say=said.append)
+    if not cached:
+        runner = runner_of(Declared)
+    runner.model.max_context, step = limit, max(1, limit // 2)
+    long = [[n % VOCAB for n in range(1, 32)], [3, 1]]
+    calls = counted_tokens(runner)
+    new = g.generate(runner, long, 20, VOCAB, temperature=0, say=said.append)
+    read = sum(calls)
     for prompt, continued in zip(long, new, strict=True):
         ids = list(prompt)
-        for _ in range(10):
+        for _ in range(20):
+            begin = 0
+            while len(ids) - begin > limit:
+                begin += step
             with torch.no_grad():
-                ids.append(int(runner.model(torch.tensor([ids[-limit:]])).logits[0, -1, :VOCAB].argmax()))
+                ids.append(int(runner.model(torch.tensor([ids[begin:]])).logits[0, -1, :VOCAB].argmax()))
         assert continued == ids[len(prompt) :]
-    assert said == ["text: longer than the model's context: only the last 8 tokens are used"]
+    assert (
+        said[-1]
+        == f"text: longer than the model's context of {limit} tokens: whenever it is full, only its last half is kept"
+    )
+    assert len(said) == (1 if cached else 2)
+    if cached and limit > 1:
+        # Each of 50 tokens once, what stays at most each `step` tokens again, and the trial's.
+        assert read <= 50 + 50 // step * limit + 2 * CHECKED_TOKENS
+
+
+def counted_tokens(runner):
+    """Tokens that each pass of the model computes, from now on."""
+    calls, predict = [], runner.predict
+
+    def counting(tokens, **options):
+        calls.append(tokens.shape[1])
+        return predict(tokens, **options)
+
+    runner.predict = counting
+    return calls
 
 
 # -- models that take no cache ----------------------------------------------------------------------------------------------
@@ -273,7 +317,7 @@ def test_rounding_is_no_reason_to_compute_the_whole(name, precision):
     if precision == "pure_bf16":
         runner.model.bfloat16()
     runner.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    assert g.why_not_incremental(runner, VOCAB) == ""
+    assert why_not_incremental(runner, VOCAB) == ""
 
 
 # -- text -----------------------------------------------------------------------------------------------------------------

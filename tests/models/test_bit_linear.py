@@ -14,7 +14,7 @@ from models.layers.bit_linear import LEVELS, ROUNDINGS, BitLinear, eight_bits, n
 from models.layers.quantized import QuantizedLinear
 from models.lora import with_lora
 from models.quantization import matrix_layers, quantize_matrices
-from trainer.inference.decoding import why_not_incremental
+from trainer.inference.reader import why_not_incremental
 from trainer.testing import numbers, sizes
 from trainer.testing.subject import Subject, gradients, train
 

@@ -169,6 +169,35 @@ def test_a_cropped_state_goes_on_as_one_that_never_read_more(changes, max_length
     assert (read(model, state, tokens[:, 13:]) - whole[:, 13:]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention": "latent"},
+        {"kv_shift": True},
+        {"window": 1, "forget_gate": True},
+        {"window": 5, "kv_shift": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_length", [None, 20])
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_restored_state_goes_on_as_one_that_never_read_more(changes, max_length, start):
+    """Any number of passes later, and twice to the same snapshot; recurrent state and windows too."""
+    model, tokens = model_of("transformer", **changes), texts(2, 20)
+    whole, state = read(model, None, tokens), DecodingState(max_length)
+    for i in range(0, start, 3):
+        read(model, state, tokens[:, i : i + 3])
+    snapshot = state.snapshot()
+    for stop in (start + 11, start + 4):
+        for i in range(start, stop):
+            read(model, state, (tokens + 1)[:, i : i + 1] % 64)  # drafts of which nothing is right
+        state.restore(snapshot)
+        assert state.length == start
+    cached = torch.cat([read(model, state, tokens[:, i : i + 1]) for i in range(start, 20)], dim=1)
+    assert (cached - whole[:, start:]).abs().max() < 1e-5
+
+
 def test_cropping_a_prompt_leaves_its_tensors_as_they_are():
     state, k = DecodingState(), torch.ones(1, 1, 4, 2)
     state.extend(0, k, k.clone(), dim=2)

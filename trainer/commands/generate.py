@@ -42,6 +42,16 @@ class GenerateConfig:
     beams: int = setting(
         0, "beam search of this width instead of sampling, which prints `samples` of them; 0: off", low=0
     )
+    draft: str | None = setting(
+        None,
+        "speculative decoding, which changes no text: folder of a smaller run with the same tokenizer, RUN or RUN@STEP, or mtp, "
+        "the model's own heads for later tokens",
+    )
+    draft_tokens: int = setting(4, "draft: tokens that are drafted at a time, at most", low=1, high=64)
+    compile: bool | None = setting(
+        None,
+        "compile a step of one token, as a CUDA graph on a GPU; it changes no text. auto: on a GPU for many new tokens, without draft",
+    )
     length_penalty: float = setting(
         1.0, "beams: log-probabilities are divided by length^length_penalty; 0 favours short texts"
     )
@@ -53,10 +63,12 @@ class GenerateConfig:
 
 def run(config: GenerateConfig) -> None:
     """Run the verb: print each prompt with its continuations to stdout, a single one as it is written; its speed to stderr."""
+    from trainer.inference.speculative import Account
     from trainer.runs.opening import open_run
 
     check(config)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, weights=config.weights)
+    draft = open_draft(config, opened)
     prompts = messages(config, opened) if config.chat else config.prompt or [opened.config.log.sample_prompt]
     if config.beams:
         search(config, opened, prompts)
@@ -65,15 +77,16 @@ def run(config: GenerateConfig) -> None:
     single = len(texts) == 1
     if single:
         write(for_stream(printed(config, texts[0]), sys.stdout))
-    begin = time.perf_counter()
-    found = continuations(config, opened, texts, show if single else None)
+    begin, account = time.perf_counter(), Account()
+    found = continuations(config, opened, draft, texts, show if single else None, account)
     seconds = time.perf_counter() - begin
     if single:
         write("\n")
     else:
         write_all([printed(config, prompt) + text for prompt, text in zip(texts, found, strict=True)])
-    count = sum(len(opened.tokenizer.encode(text)) for text in found)
-    print(f"about {count:,} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s", file=sys.stderr)
+    print(f"{account.tokens:,} tokens in {seconds:.1f} s: {account.tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    if draft is not None:
+        print(account.line(), file=sys.stderr)
 
 
 def check(config: GenerateConfig) -> None:
@@ -84,8 +97,14 @@ def check(config: GenerateConfig) -> None:
         raise UserError("stop: is empty; give a text of at least one character")
     if not config.beams and config.length_penalty != 1:
         raise UserError("length_penalty: is for beam search; give --beams too")
+    if config.draft is None and config.draft_tokens != 4:
+        raise UserError("draft_tokens: is for speculative decoding; give --draft too")
+    if config.compile and (config.beams or config.draft is not None):
+        raise UserError("compile: is for sampling one token at a time; leave it out, or --draft and --beams")
     if not config.beams:
         return
+    if config.draft is not None:
+        raise UserError("draft: speculative decoding samples; leave it out, or --beams")
     sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     changed = [key for key, default in sampling.items() if getattr(config, key) != default]
     if changed:
@@ -94,15 +113,58 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"samples: {config.samples} are more than the {config.beams} beams; raise --beams")
 
 
+def open_draft(config: GenerateConfig, opened: Any) -> Any:
+    """What drafts for the model, see `generate` in trainer/inference/decoding.py. UserError if it cannot."""
+    from trainer.checkpoint.quantized import is_quantized
+    from trainer.core.files import user_path
+    from trainer.inference.decoding import FURTHER_HEADS
+    from trainer.planning.run_config import branch_point
+    from trainer.runs.opening import open_run
+
+    if config.draft is None:
+        return None
+    if config.draft == FURTHER_HEADS:
+        if getattr(opened.model.config, "n_predict", 1) < 2:
+            name = opened.config.model["name"]
+            raise UserError(
+                f"draft: mtp: this {name} has no heads for later tokens (model.n_predict); name a smaller run"
+            )
+        return FURTHER_HEADS
+    quantized = is_quantized(user_path(config.draft, "draft"))
+    folder, step = (config.draft, None) if quantized else branch_point(config.draft, "draft")
+    draft = open_run(str(folder), step, config.device, config.precision)
+    if draft.tokenizer.sha256 != opened.tokenizer.sha256:
+        raise UserError(
+            f"draft: {draft.folder} uses tokenizer {draft.tokenizer.name}, but the run uses {opened.tokenizer.name}; both must be "
+            "trained with the same one"
+        )
+    return draft
+
+
 def continuations(
-    config: GenerateConfig, opened: Any, prompts: list[str], show: Callable[[str], None] | None
+    config: GenerateConfig,
+    opened: Any,
+    draft: Any,
+    prompts: list[str],
+    show: Callable[[str], None] | None,
+    account: Any,
 ) -> list[str]:
-    """A sampled continuation of each prompt. show: see `complete`."""
+    """A sampled continuation of each prompt. draft, account: see `generate` in trainer/inference/decoding.py; show: see `complete`."""
     from trainer.inference.decoding import complete
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    options = {name: getattr(config, name) for name in names}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "draft_tokens")
+    options = {name: getattr(config, name) for name in names} | {"draft": draft, "account": account}
+    options["compiles"] = compiles(config, opened.device.type)
     return complete(opened, opened.tokenizer, prompts, config.max_new_tokens, config.stop, show=show, **options)
+
+
+def compiles(config: GenerateConfig, device_type: str) -> bool:
+    """Whether steps are compiled."""
+    from trainer.inference.compiled import COMPILED_FROM
+
+    if config.compile is None:
+        return device_type == "cuda" and config.draft is None and config.max_new_tokens >= COMPILED_FROM
+    return config.compile
 
 
 def search(config: GenerateConfig, opened: Any, prompts: list[str]) -> None:

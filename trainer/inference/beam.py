@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from trainer.inference.decoding import Reader, tell
-from trainer.inference.sampling import penalised
+from trainer.inference.reader import Reader, tell
+from trainer.inference.sampling import penalised, seen_mask
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def beam_search(
     training = model.training
     model.eval()
     reader = Reader(runner, vocab_size, 1, len(prompt) + max_new_tokens - 1, say)
-    column = torch.tensor([prompt], device=device)
+    texts = torch.tensor([prompt], device=device)  # [live, T]
     live: list[tuple[list[int], float]] = [([], 0.0)]  # (tokens, log-probability), likeliest first
     finished: list[Beam] = []
 
@@ -56,11 +56,9 @@ def beam_search(
         del finished[beams:]
 
     for length in range(1, max_new_tokens + 1):
-        logits = reader.read(column)[:, :vocab_size]  # [live, V]
-        penalties = [
-            penalised(row, repetition_penalty, prompt + beam[0]) for row, beam in zip(logits, live, strict=True)
-        ]
-        steps = torch.stack(penalties).log_softmax(-1).double()
+        logits = reader.read(texts, texts.shape[1])[:, 0, :vocab_size].cpu()  # [live, V]
+        seen = seen_mask([prompt + tokens for tokens, _ in live], vocab_size, logits.device)
+        steps = penalised(logits, repetition_penalty, seen).log_softmax(-1).double()
         totals = steps + torch.tensor([total for _, total in live], dtype=torch.float64)[:, None]
         # Of 2 * beams candidates at most `live` take `end`, so that enough others are left.
         best = totals.flatten().topk(min(2 * beams, totals.numel()))
@@ -79,7 +77,7 @@ def beam_search(
         ):
             break
         reader.select([row for row, _, _ in following])
-        column = torch.tensor([[token] for _, token, _ in following], device=device)
+        texts = torch.tensor([prompt + tokens for tokens, _ in live], device=device)
     for tokens, total in live:
         if len(tokens) == max_new_tokens:
             finish(tokens, total, max_new_tokens)

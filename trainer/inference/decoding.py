@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
-import weakref
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.layers.bit_linear import LEVELS
-from models.layers.float8 import E4M3, Float8Linear
-from models.layers.quantized import rounds_inputs
-from models.state import State
 from trainer.core.errors import UserError
-from trainer.core.text import printable
-from trainer.inference.sampling import Sampling, sample
+from trainer.inference.reader import Reader, tell
+from trainer.inference.sampling import Noise, Sampling, choose, seen_mask
+from trainer.inference.speculative import Account, Drafter, DraftModel, FurtherHeads
 
-CHECKED_TOKENS = 8  # to find out whether a model decodes incrementally
 PROMPT_TAIL = 16  # last tokens of a prompt; `continuation` decodes them together with the new tokens
-
-_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # topics reported, by model
-
-
-def tell(text: str) -> None:
-    """Print a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+FURTHER_HEADS = "mtp"  # a value of `draft`
 
 
 class TokenEvent(NamedTuple):
@@ -55,6 +41,10 @@ def generate(
     on_token: Callable[[TokenEvent], None] | None = None,
     alternatives: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    draft: Any = None,
+    draft_tokens: int = 4,
+    compiles: bool = False,
+    account: Account | None = None,
     say: Callable[[str], None] = tell,
     **sampling: Any,
 ) -> list[list[int]]:
@@ -69,159 +59,195 @@ def generate(
     cancelled: asked before each forward pass; once it says yes, what has been made so far is returned. Where ranks generate
     together, on_token and stopped run on each, and cancelled must say the same on all.
 
+    draft: another runner with the same vocabulary, or "mtp", the model's own heads for later tokens: speculative decoding of up to
+    draft_tokens tokens at a time, which changes no text (speculative.py); not where ranks generate together. compiles: whether
+    passes of one token are compiled (compiled.py). account: is added to.
+
     Prompts of different length share a batch without padding: the model still reads a longer prompt while it already
     continues a shorter one. Each text has its own random generator, so it does not depend on the others in the batch.
     """
     if max_new_tokens == 0:
         return [[] for _ in prompts]
-    model, device, how = runner.model, runner.device, Sampling(**sampling)
-    training = model.training
-    model.eval()
-    draws = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    new: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    at = min(len(prompt) for prompt in prompts)
-    column = torch.tensor([prompt[:at] for prompt in prompts], device=device)  # [B, at], then [B, 1]
-    # The last token is sampled, but never read.
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
-    reader = Reader(runner, vocab_size, len(prompts), longest, say)
-    while not (all(done) or cancelled()):
-        logits = reader.read(column)[:, :vocab_size]  # [B, V]
-        following = [
-            prompt[at] if at < len(prompt) else sample(logits[i], how, draws[i], chain(prompt, new[i]))
-            for i, prompt in enumerate(prompts)
+    training = runner.model.training
+    runner.model.eval()
+    try:
+        batch = Decoding(runner, prompts, max_new_tokens, vocab_size, seed, Sampling(**sampling), say, compiles)
+        drafter = None if draft is None else batch.drafter(draft, say)
+        while batch.live and not cancelled():
+            for event in batch.advance(drafter, draft_tokens, alternatives if on_token else None):
+                batch.take(event, end, stopped, on_token)
+        if account is not None:
+            batch.settle(account, drafter)
+    finally:
+        runner.model.train(training)
+    return batch.new
+
+
+class Decoding:
+    """A batch of texts in the making.
+
+    new: the new tokens of each. live: the texts that are not finished. tokens: all texts on the device, [B, longest prompt +
+    max_new_tokens]; known: how many tokens of each are certain, the others are drafts or nothing yet.
+
+    A pass of the model begins where the first text has unread tokens, for all texts. A text that is ahead, because its prompt is
+    longer or more of its drafts were right, gets its own tokens there. So all rows of the model's state have the same length.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        vocab_size: int,
+        seed: int,
+        how: Sampling,
+        say: Callable[[str], None],
+        compiles: bool,
+    ) -> None:
+        self.runner, self.how, self.vocab_size, self.max_new_tokens = runner, how, vocab_size, max_new_tokens
+        self.device, self.batch = runner.device, len(prompts)
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.live = list(range(len(prompts)))
+        self.begins = [len(prompt) for prompt in prompts]
+        self.known = list(self.begins)
+        longest = max(self.begins) + max_new_tokens
+        rows = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+        self.tokens = torch.tensor(rows, device=self.device)
+        self.known_tokens = torch.tensor(self.known, device=self.device)  # [B], `known` on the device
+        # The last token is sampled, but never read.
+        self.reader = Reader(runner, vocab_size, len(prompts), longest - 1, say, compiles)
+        self.noise = Noise(seed, len(prompts), vocab_size, self.device) if how.draws else None
+        self.seen: Tensor | None = None  # [B, V], of the first `seen_to` tokens
+        self.seen_to = min(self.begins)
+        if how.repetition_penalty != 1:
+            self.seen = seen_mask([prompt[: self.seen_to] for prompt in prompts], vocab_size, self.device)
+        self.drafted = self.accepted = 0
+
+    def drafter(self, draft: Any, say: Callable[[str], None]) -> Drafter:
+        if draft == FURTHER_HEADS:
+            return FurtherHeads(self.reader, self.vocab_size)
+        return DraftModel(draft, self.vocab_size, self.batch, self.tokens.shape[1] - 1, say)
+
+    def advance(self, drafter: Drafter | None, draft_tokens: int, alternatives: int | None) -> list[TokenEvent]:
+        """One pass of the model: the new tokens of the live texts. alternatives: as in `generate`."""
+        first = min(self.known[i] for i in self.live)  # the first position that is not known in all texts
+        last = max(self.begins[i] + self.max_new_tokens for i in self.live) - 1
+        count = 0
+        if drafter is not None:
+            count = min(draft_tokens, last - first)
+            count = drafter.propose(self.tokens, self.known_tokens, first, count, self.choose_at)
+            self.reader.mark()
+        logits = self.reader.read(self.tokens, first + count, count + 1)[..., : self.vocab_size]  # [B, count + 1, V]
+        places = range(first, first + count + 1)
+        noise = None if self.noise is None else torch.stack([self.noise.at(self.places(p)) for p in places], dim=1)
+        chosen = choose(logits, self.how, noise, self.seen_before(first, count + 1))  # [B, count + 1]
+        found = self.accept(chosen, first)
+        if drafter is not None:
+            read = min(self.known[i] for i in self.live) - 1
+            self.reader.rewind(self.tokens, read)
+            drafter.rewind(self.tokens, read)
+        if alternatives is not None:
+            return with_log_probabilities(found, logits, alternatives)
+        return [TokenEvent(row, token) for row, _, token in found]
+
+    def accept(self, chosen: Tensor, first: int) -> list[tuple[int, int, int]]:
+        """Enter the tokens that the model chose, up to the first one that is not its draft: (text, column, token) of each new one.
+
+        chosen: [B, n], for the positions from `first` on; a choice is the model's own if all tokens before it are.
+        """
+        count = chosen.shape[1]
+        held = self.tokens[:, first : first + count]
+        positions = torch.arange(first, first + count, device=self.device)
+        found = torch.where(positions >= self.known_tokens[:, None], chosen, held)  # [B, n]
+        right = (found == held)[:, :-1].long().cumprod(1).sum(1)  # [B]
+        known = torch.maximum(self.known_tokens, first + right + 1)
+        mine = torch.cat((found, known[:, None]), dim=1).tolist()  # the one thing for which the host waits
+        rows = self.runner.agree(mine)
+        if rows != mine:
+            found, known = torch.tensor(rows, device=self.device).split([count, 1], dim=1)
+            known = known[:, 0]
+        self.tokens[:, first : first + count] = found
+        self.known_tokens = known
+        new = []
+        for i in self.live:
+            before, self.known[i] = self.known[i], rows[i][-1]
+            new += [(i, p - first, rows[i][p - first]) for p in range(before, self.known[i])]
+            self.drafted += max(0, first + count - 1 - before)
+            self.accepted += max(0, self.known[i] - before - 1)
+            if self.noise is not None:
+                self.noise.forget(i, self.known[i] - self.begins[i])
+        return new
+
+    def take(
+        self,
+        event: TokenEvent,
+        end: int | None,
+        stopped: Callable[[int, list[int]], bool],
+        on_token: Callable[[TokenEvent], None] | None,
+    ) -> None:
+        """Add a new token to its text, unless the text has ended at an earlier one of the same pass."""
+        i = event.row
+        if i not in self.live:
+            return
+        if event.token == end:
+            self.live.remove(i)
+            return
+        self.new[i].append(event.token)
+        if on_token is not None:
+            on_token(event)
+        if len(self.new[i]) >= self.max_new_tokens or stopped(i, self.new[i]):
+            self.live.remove(i)
+
+    def settle(self, account: Account, drafter: Drafter | None) -> None:
+        account.tokens += sum(map(len, self.new))
+        account.forwards += self.reader.forwards
+        account.drafted += self.drafted
+        account.accepted += self.accepted
+        account.draft_forwards += 0 if drafter is None else drafter.forwards
+
+    def places(self, position: int) -> list[int | None]:
+        """Which of the new tokens of each text is chosen for this position; None: none is."""
+        live = set(self.live)
+        return [
+            position - begin if i in live and position >= self.known[i] else None for i, begin in enumerate(self.begins)
         ]
-        following = runner.agree(following)
-        live = [i for i in range(len(prompts)) if not done[i] and at >= len(prompts[i])]
-        ended = [i for i in live if following[i] == end]
-        for i in ended:
-            done[i] = True
-        going_on = [i for i in live if i not in ended]
-        events = [TokenEvent(i, following[i]) for i in going_on]
-        if on_token is not None and alternatives is not None:
-            events = with_log_probabilities(events, logits, alternatives)
-        for i, event in zip(going_on, events, strict=True):
-            new[i].append(event.token)
-            if on_token is not None:
-                on_token(event)
-            done[i] = len(new[i]) >= max_new_tokens or stopped(i, new[i])
-        column = torch.tensor(following, device=device)[:, None]
-        at += 1
-    model.train(training)
-    return new
+
+    def choose_at(self, logits: Tensor, position: int) -> Tensor:
+        """Tokens [B] for a position, from logits [B, V]."""
+        noise = None if self.noise is None else self.noise.at(self.places(position))
+        return choose(logits, self.how, noise, self.seen_at(position))
+
+    def seen_before(self, first: int, count: int) -> Tensor | None:
+        """[B, count, V]: the tokens before each of the positions from `first` on; None without a penalty of repetition."""
+        if self.seen is None:
+            return None
+        # What is known in all texts stays; drafts may change.
+        self.seen.scatter_(1, self.tokens[:, self.seen_to : first], True)
+        self.seen_to = first
+        return torch.stack([self.seen_at(first + i) for i in range(count)], dim=1)  # type: ignore[misc]
+
+    def seen_at(self, position: int) -> Tensor | None:
+        """[B, V]: the tokens before a position; None without a penalty of repetition."""
+        if self.seen is None or position <= self.seen_to:
+            return self.seen
+        return self.seen.scatter(1, self.tokens[:, self.seen_to : position], True)
 
 
-def with_log_probabilities(events: list[TokenEvent], logits: Tensor, alternatives: int) -> list[TokenEvent]:
-    """The events with their log-probabilities and alternatives. logits: [B, V]."""
-    if not events:
+def with_log_probabilities(found: list[tuple[int, int, int]], logits: Tensor, alternatives: int) -> list[TokenEvent]:
+    """The events of tokens (text, column, token). logits: [B, columns, V]."""
+    if not found:
         return []
-    rows = torch.tensor([event.row for event in events], device=logits.device)
-    tokens = torch.tensor([event.token for event in events], device=logits.device)
-    scores = logits[rows].log_softmax(-1)  # [N, V]
+    rows, columns, tokens = (torch.tensor(numbers, device=logits.device) for numbers in zip(*found, strict=True))
+    scores = logits[rows, columns].log_softmax(-1)  # [N, V]
     own = scores.gather(1, tokens[:, None])[:, 0].tolist()
     best = scores.topk(min(alternatives, scores.shape[1]))  # [N, alternatives]
     likeliest = [
         tuple(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     return [
-        TokenEvent(event.row, event.token, value, others)
-        for event, value, others in zip(events, own, likeliest, strict=True)
+        TokenEvent(row, token, value, others)
+        for (row, _, token), value, others in zip(found, own, likeliest, strict=True)
     ]
-
-
-class Reader:
-    """Reads texts from left to right. With a cache the model reads only the new tokens, else its whole context each time."""
-
-    def __init__(self, runner: Any, vocab_size: int, batch: int, max_length: int, say: Callable[[str], None]) -> None:
-        """batch: number of texts; max_length: most tokens of a text."""
-        self.runner, self.say = runner, say
-        self.limit: int | None = runner.model.max_context
-        self.context: Tensor | None = None  # [B, T], the tokens within the model's context
-        # Ranks that compute together must make the same choice.
-        why_not = runner.agree(why_not_incremental(runner, vocab_size))
-        longest = max_length if self.limit is None else min(max_length, self.limit)
-        self.state = None if why_not else new_state(runner, batch, longest)
-        if why_not:
-            self.say_once("cache", f"text: the whole context is computed again for every token: {why_not}")
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens [B, T] of all texts. Returns the logits of the token after them, fp32 [B, V] on the CPU."""
-        held = self.context
-        self.context = context = tokens if held is None else torch.cat((held, tokens), dim=1)
-        if self.limit is not None and context.shape[1] > self.limit:
-            self.context = context = context[:, -self.limit :]
-            self.state = None  # every token's position has changed
-            self.say_once(
-                "context", f"text: longer than the model's context: only the last {self.limit} tokens are used"
-            )
-        with self.runner.autocast():
-            if self.state is None:
-                logits = self.runner.predict(context)
-            else:
-                logits = self.runner.predict(tokens, cache=self.state)
-        return logits[:, -1].float().cpu()
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these texts: row i is the old row rows[i]."""
-        index = torch.tensor(rows, device=self.runner.device)
-        if self.context is not None:
-            self.context = self.context[index]
-        if self.state is not None:
-            self.state.select(index)
-
-    def say_once(self, topic: str, text: str) -> None:
-        """Say `text` once per model and topic. A run takes many samples of one model."""
-        topics = _told.setdefault(self.runner.model, set())
-        if topic not in topics:
-            topics.add(topic)
-            self.say(text)
-
-
-def why_not_incremental(runner: Any, vocab_size: int) -> str:
-    """Why a model cannot decode incrementally, found by a trial on a few tokens; "" if it can.
-
-    It can if the logits with a cache are those of the whole text, to half of the digits that the products have.
-    """
-    model = runner.model
-    length = min(CHECKED_TOKENS, model.max_context or CHECKED_TOKENS)
-    tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(runner.device)
-    parts = [length - length // 2] + [1] * (length // 2)
-    state = new_state(runner, 1, length)
-    if state is None:
-        return "the model says that it does not decode incrementally"
-    with runner.autocast():
-        whole = runner.predict(tokens).float()  # [1, T, V]
-        try:
-            cached = torch.cat(
-                [runner.predict(part, cache=state) for part in tokens.split(parts, dim=1)], dim=1
-            ).float()
-        except Exception as error:
-            return f"with a cache the model fails ({type(error).__name__}: {printable(error, 200)})"
-    counted = whole.isfinite()  # masked logits are -inf
-    if not counted.any():
-        return ""
-    apart = (cached - whole)[counted].abs().max().item()
-    size = (whole[counted] - whole[counted].mean()).abs().max().item()
-    if apart <= math.sqrt(rounding(runner)) * size:
-        return ""
-    return f"with a cache the model's logits differ by {apart:.2g} from those of the whole"
-
-
-def new_state(runner: Any, batch: int, max_length: int) -> State | None:
-    """The model's decoding state, in the type that the runner computes in."""
-    dtype = torch.float32 if runner.precision == "fp32" else torch.bfloat16
-    return runner.model.new_state(batch, max_length, runner.device, dtype)
-
-
-def rounding(runner: Any) -> float:
-    """Relative rounding error of the runner's matrix products."""
-    if any(isinstance(module, Float8Linear) for module in runner.model.modules()):
-        return torch.finfo(E4M3).eps
-    if any(map(rounds_inputs, runner.model.modules())):
-        return 1 / LEVELS
-    if runner.precision != "fp32":
-        return torch.finfo(torch.bfloat16).eps
-    return 2.0**-10 if runner.device.type == "cuda" else torch.finfo(torch.float32).eps  # TF32 on a GPU
 
 
 def cut_at(text: str, stops: list[str]) -> str:

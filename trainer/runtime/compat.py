@@ -55,6 +55,7 @@ TORCH = (
     Private("torch.utils._pytree", "tree_leaves", _PLANS, ("tree",)),
     Private("torch.multiprocessing.reductions", "StorageWeakRef", _PLANS, ("storage",)),
     Private("torch._dynamo", "mark_static", _COMPILE, ("t", "index")),
+    Private("torch._dynamo", "mark_static_address", "generate --compile", ("t",)),
     Private("torch._dynamo.config", "recompile_limit", _COMPILE),
     Private("torch._dynamo.config", "optimize_ddp", _COMPILE),
     Private("torch._functorch.config", "force_non_lazy_backward_lowering", _COMPILE),

@@ -195,7 +195,7 @@ def cached_decoding_equals_the_whole(subject: Subject) -> None:
 
 
 def state_can_be_changed(subject: Subject) -> None:
-    """The state of texts that decode together can be reordered, reset and, if the state allows it, cropped."""
+    """The state of texts that decode together can be reordered, reset, restored and, if the state allows it, cropped."""
     model, tokens, length = subject.model, subject.tokens, subject.length
     whole, half = model(tokens).logits, max(1, length // 2)
 
@@ -210,6 +210,13 @@ def state_can_be_changed(subject: Subject) -> None:
     read(state, tokens[swapped, half:], whole[swapped, half:], "select")
     state.reset()
     read(state, tokens, whole, "reset")
+    state.reset()
+    model(tokens[:, :half], cache=state)
+    snapshot = state.snapshot()
+    model(tokens[:, half:].flip(1), cache=state)
+    state.restore(snapshot)
+    require(state.length == half, f"the state's length is {state.length} after restore of a snapshot of {half} tokens")
+    read(state, tokens[:, half:], whole[:, half:], "restore")
     state.reset()
     model(tokens[:, :half], cache=state)
     model(tokens[:, half:].flip(1), cache=state)
