@@ -341,6 +341,14 @@ def with_hidden(model: Any) -> Any:
     return LogitsAsHidden(model)
 
 
+def logits_at(model: Any, tokens: Tensor, documents: Tensor | None, positions: Tensor) -> Tensor:
+    """The logits [1, M, V] of some tokens of a batch, without computing those of the others. positions: [2, M], their rows and columns
+    in `tokens` [B, T]."""
+    model = with_hidden(model)
+    rows, columns = positions
+    return model.logits(Hidden(model.hidden(tokens, documents=documents).states[rows, columns][None]))
+
+
 def pad_vocab(size: int, multiple: int = 64) -> int:
     """Vocabulary rounded up for fast matrix products: GPT-2's 50257 -> 50304."""
     return -(-size // multiple) * multiple

@@ -48,6 +48,7 @@ MAY_STAY_OPEN |= {
     "epochs",
     "max_seconds",
 }  # other ways to say a size and a length
+MAY_STAY_OPEN |= {"evaluation.tasks_dir"}  # where lm-eval fetches the data
 MAY_STAY_OPEN |= {"optim.rest_lr"}  # where one rule updates every parameter
 
 

@@ -1,16 +1,25 @@
-"""`evaluate`: measures the loss of a checkpoint on a split, by one protocol or both."""
+"""`evaluate`: measures the loss of a checkpoint on a split, or its answers to tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import LONGEST, WEIGHTS, DataConfig, Precision
+from trainer.core.config import (
+    LONGEST,
+    TASKS_DIR_HELP,
+    TASKS_HELP,
+    TASKS_LIMIT_HELP,
+    WEIGHTS,
+    DataConfig,
+    Precision,
+)
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.settings import setting
@@ -18,7 +27,11 @@ from trainer.core.text import printable
 
 if TYPE_CHECKING:
     from trainer.data.raw_text import RawText
+    from trainer.inference.tasks.suite import Suite
     from trainer.runs.opening import OpenRun
+    from trainer.runtime.distributed import World
+
+TELL_SECONDS = 30.0  # between two lines about the progress
 
 
 @dataclass
@@ -32,6 +45,13 @@ class EvaluateConfig:
     text: str | None = setting(None, "a file of UTF-8 text to evaluate on, instead of a dataset")
     split: Literal["validation", "train"] = setting("validation", "which split")
     protocol: Literal["full", "hlb", "both"] = setting("both", "see evaluation.protocol")
+    tasks: list[str] = setting((), TASKS_HELP + "; instead of the loss")
+    tasks_dir: str | None = setting(None, TASKS_DIR_HELP)
+    tasks_limit: int = setting(0, TASKS_LIMIT_HELP, low=0)
+    shots: int | None = setting(
+        None, "examples in the prompt of each question; auto: as the task says, else none", low=0
+    )
+    metrics: list[str] = setting((), "names of your own metrics, which --plugin FILE.py registers; instead of the loss")
     sequence_length: int | None = setting(None, "window length; auto: the run's", low=1, high=LONGEST)
     seed: int | None = setting(None, "seed of the hlb windows; auto: the run's", low=0, high=2**62)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
@@ -46,14 +66,14 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
 
     world = read_world()
     join(world, config.device)
+    instead = load_asked(config, world)
     opened = open_run(config.run_dir, config.step, config.device, config.precision, world, config.weights)
+    if instead is not None:
+        answer(instead, config, opened, world, as_json)
+        return
     split = opened.split(config.data, config.split) if config.text is None else text_of(config, opened, world.say)
     check_enough(split, config.protocol, "protocol")
-    trained = opened.config
-    length = config.sequence_length or trained.evaluation.sequence_length or trained.batch.sequence_length
-    if length is None:
-        raise UserError("sequence_length: the run's config does not set it; give --sequence_length")
-    opened.check_length(length)
+    trained, length = opened.config, length_of(config, opened)
     protocol = dataclasses.replace(trained.evaluation, protocol=config.protocol, sequence_length=length)
     asked = dataclasses.replace(trained, evaluation=protocol)
     results = validate(opened, split, asked, world, opened.step, config.seed)
@@ -62,6 +82,78 @@ def run(config: EvaluateConfig, as_json: bool = False) -> None:
         report = where | {"data": str(split.folder), "split": split.name} | results
         sys.stdout.write((json.dumps(report) if as_json else render(report)) + "\n")
     world.stop()
+
+
+def length_of(config: EvaluateConfig, opened: OpenRun) -> int:
+    """Tokens that the model reads at once. UserError if they are more than its context."""
+    trained = opened.config
+    length = config.sequence_length or trained.evaluation.sequence_length or trained.batch.sequence_length
+    if length is None:
+        raise UserError("sequence_length: the run's config does not set it; give --sequence_length")
+    opened.check_length(length)
+    return length
+
+
+class Asked(NamedTuple):
+    """What is measured instead of the loss."""
+
+    suite: Suite | None
+    metrics: list[str]
+
+
+def load_asked(config: EvaluateConfig, world: World) -> Asked | None:
+    """The tasks and metrics that are asked for, before the model is read. None if there are none."""
+    from trainer.checkpoint.format import together
+    from trainer.inference.metrics import check_metrics
+    from trainer.inference.tasks.suite import Suite, split_names
+
+    names, metrics = split_names(config.tasks), split_names(config.metrics)
+    if not names and not metrics:
+        return None
+    if config.text is not None or config.data.path is not None:
+        raise UserError("tasks, metrics: need no data; leave out data.path and text")
+    check_metrics(metrics, "metrics")
+    loaded: list[Suite] = []
+    if names:
+        together(lambda: loaded.append(Suite(names, config.tasks_dir, config.tasks_limit, config.shots)), world)
+    return Asked(loaded[0] if loaded else None, metrics)
+
+
+def answer(asked: Asked, config: EvaluateConfig, opened: OpenRun, world: World, as_json: bool) -> None:
+    """Measure the metrics, and let the model answer the tasks. Prints the figures, and keeps those of tasks in RUN/evaluation."""
+    from trainer.inference.metrics import Measured, measure
+    from trainer.runs.console import format_number
+    from trainer.runs.task_results import table, write_results
+
+    record: dict[str, Any] = {"run": str(opened.folder), "step": opened.step, "weights": config.weights}
+    found: dict[str, float] = {}
+    for name in asked.metrics:
+        found |= measure(name, Measured(opened, opened.tokenizer, opened.step, world, world.say))
+    if found:
+        record["metrics"] = found
+    if asked.suite is not None:
+        length = length_of(config, opened)
+        record |= asked.suite.evaluate(opened, opened.tokenizer, length, world, Progress(world.say))
+    if world.leader:
+        lines = [f"{name} {format_number(value)}" for name, value in found.items()]
+        lines += [table(record)] if asked.suite is not None else []
+        sys.stdout.write((json.dumps(record) if as_json else "\n".join(lines)) + "\n")
+        sys.stdout.flush()
+        if asked.suite is not None:
+            world.say(f"{write_results(opened.folder, record)}: {record['documents_per_second']:,.1f} documents/s")
+    world.stop()
+
+
+class Progress:
+    """Says every half minute how far a long evaluation is."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._told = say, time.monotonic()
+
+    def __call__(self, where: str) -> None:
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            self._told = time.monotonic()
+            self._say(where)
 
 
 def text_of(config: EvaluateConfig, opened: OpenRun, say: Callable[[str], None]) -> RawText:
@@ -102,7 +194,7 @@ def of_what(report: dict[str, Any]) -> str:
 
 VERB = Verb(
     name="evaluate",
-    help="loss of a run's checkpoint on a validation split",
+    help="loss of a run's checkpoint on a validation split, or its figures in tasks",
     config=EvaluateConfig,
     run=run,
     json=True,

@@ -16,6 +16,10 @@ Precision = Literal["auto", "fp32", "bf16", "pure_bf16"]
 WEIGHTS = (
     "evaluation: those that the run validates with; ema: the moving average; last-K: the mean of the last K checkpoints"
 )
+TASKS_HELP = "names of lm-eval tasks that the model answers, such as hellaswag,lambada_openai,blimp (extra lm-eval)"
+TASKS_DIR_HELP = "folder with the data of the tasks, see trainer/inference/README.md; auto: lm-eval fetches them"
+TASKS_LIMIT_HELP = "most questions of each task; 0: all"
+METRICS_HELP = "names of your own metrics, which --plugin FILE.py registers; measured at each evaluation"
 LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
 Schedule = Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -277,6 +281,15 @@ class EvaluationConfig:
     sequence_length: int | None = setting(
         None, "window length; auto: the longest training sequence", low=1, high=LONGEST
     )
+    tasks: list[str] = setting((), TASKS_HELP)
+    tasks_every: int = setting(
+        0,
+        "optimiser steps between evaluations of the tasks, with the validation loss beside them; 0: only at the end",
+        low=0,
+    )
+    tasks_dir: str | None = setting(None, TASKS_DIR_HELP)
+    tasks_limit: int = setting(0, TASKS_LIMIT_HELP, low=0)
+    metrics: list[str] = setting((), METRICS_HELP)
 
 
 @dataclass

@@ -207,9 +207,12 @@ class Engine:
         """With `lockstep`, where all ranks generate text together: rank 0's `value`. Else this rank's own."""
         return self.world.on_leader(lambda: value) if self.lockstep else value
 
-    def predict(self, tokens: Tensor, documents: Tensor | None = None, cache: Any = None) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]. documents: [B, T], see Batch; cache: a result of the model's `new_state`."""
-        return self.joined(tokens_alone(tokens, documents), cache=cache).logits
+    def predict(
+        self, tokens: Tensor, documents: Tensor | None = None, cache: Any = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T], or [1, M, V] of those at `positions` [2, M], their rows and columns. documents: [B, T], see
+        Batch; cache: a result of the model's `new_state`."""
+        return self.joined(tokens_alone(tokens, documents, positions), cache=cache).logits
 
     def count(self, batch: Batch, tokens: int | None) -> int | Tensor:
         """The number by which the loss of a step is divided, summed over ranks. batch: of this rank; tokens: targets of all ranks,
@@ -427,9 +430,10 @@ def put_whole(tensor: Tensor, whole: Tensor) -> None:
     tensor.copy_(whole)
 
 
-def tokens_alone(tokens: Tensor, documents: Tensor | None = None) -> Batch:
-    """A batch without targets."""
-    return {"tokens": tokens} if documents is None else {"tokens": tokens, "documents": documents}
+def tokens_alone(tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> Batch:
+    """A batch without targets. positions: of the tokens whose logits are wanted, if not those of all are."""
+    batch: Any = {"tokens": tokens, "documents": documents, "positions": positions}
+    return {name: values for name, values in batch.items() if values is not None}  # type: ignore[return-value]
 
 
 def prepare_device(device: torch.device, deterministic: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import IGNORE, Batch, Output, with_hidden
+from models.base import IGNORE, Batch, Output, logits_at, with_hidden
 from trainer.data.dataset import LOSS_MASK, ColumnInfo
 from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
@@ -130,7 +130,12 @@ class ModelAndObjective(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, batch: Batch, cache: Any = None) -> Loss | Output:
-        """For a batch with targets, the objective's Loss; for one without, the model's Output with the logits."""
+        """For a batch with targets, the objective's Loss; for one without, the model's Output with the logits, all of them or those at
+        "positions"."""
         if "targets" in batch:
             return self.objective(with_hidden(self.model), batch)
+        if "positions" in batch:
+            return Output(
+                logits=logits_at(self.model, batch["tokens"], batch.get("documents"), batch["positions"])  # type: ignore[typeddict-item]
+            )
         return self.model(batch["tokens"], documents=batch.get("documents"), cache=cache)

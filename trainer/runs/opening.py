@@ -43,7 +43,12 @@ class OpenRun:
     def precision(self) -> str:
         return self.config.precision
 
-    def predict(self, tokens: Any, documents: Any = None, cache: Any = None) -> Any:
+    def predict(self, tokens: Any, documents: Any = None, cache: Any = None, positions: Any = None) -> Any:
+        """As an engine's."""
+        if positions is not None:
+            from models.base import logits_at
+
+            return logits_at(self.model, tokens, documents, positions)
         return self.model(tokens, documents=documents, cache=cache).logits
 
     def autocast(self) -> Any:

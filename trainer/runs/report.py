@@ -9,8 +9,9 @@ from typing import Any
 
 from trainer.engine.compilation import compile_seconds
 from trainer.engine.meta import flops_per_token
-from trainer.runs.console import open_console
+from trainer.runs.console import format_number, open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
+from trainer.runs.task_results import columns, one_line, write_results
 from trainer.runs.wandb import Wandb
 from trainer.runtime.device import peak_flops, peak_memory_bytes
 
@@ -106,16 +107,30 @@ class Report:
         row |= {f"epoch_{name}": passed for name, passed in m.epochs.items()}
         return row | {f"loss_{name}": part if finite else None for name, part in m.parts.items()}
 
-    def write(self, row: dict[str, Any], validation: dict[str, dict[str, Any]] | None = None) -> None:
-        """Report the row of a step, with the results of an evaluation after it (see Run.validate)."""
-        for weights, results in (validation or {}).items():
-            row = row | validation_keys(results, "" if weights == "evaluation" else f"{weights}_")
+    def write(self, row: dict[str, Any], evaluated: Any = None) -> None:
+        """Report the row of a step, with the results of an evaluation after it, an Evaluated."""
+        if evaluated is not None:
+            for weights, results in evaluated.validation.items():
+                row = row | validation_keys(results, "" if weights == "evaluation" else f"{weights}_")
+            row = row | evaluated.metrics | ({} if evaluated.tasks is None else columns(evaluated.tasks))
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
         if self._metrics is not None:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.write(row)
             self._wandb.write(row)
-        self._show(row, validation is not None)
+        self._show(row, evaluated is not None)
+        if evaluated is not None and evaluated.metrics:
+            figures = ", ".join(f"{name} {format_number(value)}" for name, value in evaluated.metrics.items())
+            self.console.say(f"step {row['step']:,}: {figures}")
+        if evaluated is not None and evaluated.tasks is not None:
+            self._keep_tasks(row["step"], evaluated.tasks)
+
+    def _keep_tasks(self, step: int, results: dict[str, Any]) -> None:
+        """Show the figures of the tasks, and keep them, with what no column of metrics.jsonl holds, in RUN/evaluation."""
+        self.console.say(f"step {step:,}: {one_line(results)}")
+        if self.world.leader:
+            with self.world.decoration("evaluation"):
+                write_results(self.folder, {"run": str(self.folder), "step": step, "weights": "evaluation"} | results)
 
     def _show(self, row: dict[str, Any], evaluated: bool) -> None:
         self.console.step(self._facts(row))

@@ -20,6 +20,7 @@ from trainer.runs.folder import write_start
 from trainer.runs.report import Report, average_line
 from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
+from trainer.training.measuring import Evaluated
 from trainer.training.profile import Profiler
 from trainer.training.run import Run
 from trainer.training.step import StepResult, optimiser_step
@@ -159,20 +160,20 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             stop = previous.stop_signal if state.step < config.max_steps else None
         previous = result
         save = due(config.checkpoint.every) or due(config.checkpoint.keep_every)
-        evaluate = due(config.evaluation.every)
+        evaluate = due(config.evaluation.every) or run.measuring.due(state.step, config.max_steps)
         if not (stop is not None or evaluate or save or due(config.log.every)):
             continue
         result.wait()  # the device may wait for other ranks, which is part of the step's time
         run.watchdog.at(state.step, "log row")
         report.stop_clock()
-        row, unreported, validation = report.row(result), None, None
+        row, unreported, evaluated = report.row(result), None, None
         if evaluate and stop is None:
-            validation, stop = validated(run)
+            evaluated, stop = evaluation(run, report, tokenizer)
         owed = row if evaluate and stop is not None else None  # the process that goes on makes its evaluation
         if owed is None:
-            report.write(row, validation)
+            report.write(row, evaluated)
         check_finite(row)
-        if validation is not None:
+        if evaluated is not None:
             show_progress(run, report, tokenizer)
         if save or stop is not None:
             run.save(report.clock.seconds, report.sync(), owed)
@@ -183,10 +184,10 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     return stop
 
 
-def validated(run: Run) -> tuple[dict[str, dict[str, Any]] | None, signal.Signals | None]:
+def evaluation(run: Run, report: Report, tokenizer: Any) -> tuple[Evaluated | None, signal.Signals | None]:
     """(results of the run's evaluation, None), or (None, the signal that stopped it)."""
     try:
-        return run.validate(), None
+        return run.evaluate(tokenizer, report.console.say), None
     except Stopped as stop:
         return None, signal.Signals(stop.number)
 
@@ -204,9 +205,9 @@ def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> si
     """Make the evaluation that was still to be made when the run's checkpoint was saved, and write its `row`. Returns the
     signal that stopped it, if any."""
     report.stop_clock()
-    validation, stop = validated(run)
+    evaluated, stop = evaluation(run, report, tokenizer)
     if stop is None:
-        report.write(row, validation)
+        report.write(row, evaluated)
         show_progress(run, report, tokenizer)
         run.settle(report.sync())
     report.clock.start()

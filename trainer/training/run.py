@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from trainer.runs.metrics import checked_row
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
+from trainer.training.measuring import Evaluated, Measuring
 from trainer.training.noise_scale import NoiseScale
 from trainer.training.step import StepResult, own_flags
 
@@ -90,6 +91,7 @@ class Run:
         self.plan, self.config, self.world, self.dataset = plan, config, world, dataset
         self.watchdog, self.signals = watchdog, signals
         self.folder = folder_of(config)
+        self.measuring = Measuring(config, dataset, world)
         self.engine = build_engine(plan, world)
         self.hold_frozen()
         self.model, self.device = self.engine.model, self.engine.device
@@ -143,22 +145,38 @@ class Run:
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
-    def validate(self) -> dict[str, dict[str, Any]]:
-        """The run's protocols on the validation split: on all of it after the last step, or if max_tokens is 0. Those of each of
-        `Engine.evaluated`.
-
-        Raises Stopped on all ranks if one is asked to stop: the evaluation may take longer than a cluster waits.
-        """
+    def evaluate(self, tokenizer: Any, say: Callable[[str], None]) -> Evaluated:
+        """All that the evaluation of this step measures. Raises Stopped on all ranks if one is asked to stop."""
         step = self.state.step
-        self.watchdog.at(step, "validation")
+        validation, tasks, metrics = self.validate(), None, {}
+        if self.measuring.metrics:
+            self.watchdog.at(step, "metrics")
+            with self.engine.evaluating():
+                metrics = self.measuring.measure(self.engine, tokenizer, step, say)
+        if self.measuring.due(step, self.config.max_steps):
+            self.watchdog.at(step, "tasks")
+            with self.engine.evaluating(), self.engine.gathered():
+                tasks = self.measuring.answer(self.engine, tokenizer, self.stoppable())
+        return Evaluated(validation, tasks, metrics)
+
+    def stoppable(self) -> Callable[[str], None]:
+        """A function that tells the watchdog of the progress of a long evaluation, and raises Stopped on all ranks if one is asked to
+        stop: the evaluation may take longer than a cluster waits. All ranks call it equally often."""
         check = StopCheck(lambda: own_flags(self), self.world)
 
         def at(place: str) -> None:
-            self.watchdog.at(step, place)
+            self.watchdog.at(self.state.step, place)
             asked = check.heard()
             if asked is not None:
                 raise Stopped(asked)
 
+        return at
+
+    def validate(self) -> dict[str, dict[str, Any]]:
+        """The run's protocols on the validation split: on all of it after the last step, or if max_tokens is 0. Those of each of
+        `Engine.evaluated`. Raises Stopped as `stoppable` says."""
+        step, at = self.state.step, self.stoppable()
+        self.watchdog.at(step, "validation")
         final = step == self.config.max_steps
         limit = 0 if final else self.config.evaluation.max_tokens
         found = {}
