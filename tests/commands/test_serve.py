@@ -204,6 +204,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         (TEXT, {"seed": -1}, "seed", "0"),
         (TEXT, {"logprobs": 21}, "logprobs", "20"),
+        (TEXT, {"echo": True, "logprobs": 1}, "echo", "not supported"),
+        (TEXT, {"repetition_penalty": 1e9}, "repetition_penalty", "less than or equal to 1000"),
         (TEXT, {"stop": ""}, "stop", "none of them empty"),
         (TEXT, {"stop": ["a"] * 17}, "stop", "at most 16"),
         (TEXT, {"stop": [1]}, "stop", "list of texts"),
@@ -391,6 +393,28 @@ def test_a_long_computation_ends_with_an_error(limited, stream):
     connection.close()
 
 
+def test_a_body_that_does_not_come(models, capfd):
+    with serving(models, max_seconds=0.3) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        for ends in (False, True):
+            connection.putrequest("POST", TEXT)
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", "100")
+            connection.endheaders(b'{"model":')
+            if not ends:
+                assert connection.getresponse().status == 408
+            connection.close()
+    assert capfd.readouterr().err.strip() == "", "a client that leaves is no error"
+
+
+def test_a_fault_of_the_server_is_an_error_object_and_a_traceback(models, monkeypatch, capfd):
+    monkeypatch.setattr(models["run"], "opened", None)
+    with serving(models) as address:
+        status, content, _ = ask(address, None, "/v1/models", "GET")
+    assert status == 500 and content["error"]["code"] == "failed"
+    assert "AttributeError" in capfd.readouterr().err
+
+
 def test_a_model_that_fails_is_an_error_and_serves_on(models, address, monkeypatch, capfd):
     def fails(*args, **options):
         raise RuntimeError("broken kernel")
@@ -490,6 +514,7 @@ def test_what_is_wrong_with_the_command_is_one_line(finished, tmp_path, monkeypa
     assert f"{tmp_path} is not a run's folder" in refused(tmp_path, "--port", "0")
     assert "two are named run" in refused(finished, finished, "--port", "0", "--device", "cpu")
     assert "has no checkpoint of step 7" in refused(f"{finished}@7", "--port", "0")
+    assert "host: is empty" in refused(finished, "--host", " ")
     assert "api_key: is empty" in refused(finished, "--api_key", " ")
     assert "is not an address of this machine" in refused(finished, "--host", "no.such.host.invalid")
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -502,6 +527,16 @@ def test_what_is_wrong_with_the_command_is_one_line(finished, tmp_path, monkeypa
 def test_steps_of_one_run_are_models(finished):
     found = open_models(ServeConfig(runs=[f"{finished}@8", str(finished)], device="cpu"))
     assert {name: model.opened.step for name, model in found.items()} == {"run@8": 8, "run": 12}
+
+
+def test_what_quantize_wrote_is_served(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.commands.quantize.DECODED", 1)
+    monkeypatch.setattr("trainer.commands.quantize.REPEATS", 1)
+    dispatch(["quantize", str(finished), "--to", "int8", "--out", str(tmp_path / "int8"), "--device", "cpu"])
+    [model] = open_models(ServeConfig(runs=[str(tmp_path / "int8")], device="cpu")).values()
+    with serving({"int8": model}) as address:
+        body = {"model": "int8", "prompt": "the cat", "max_tokens": 3, "temperature": 0}
+        assert ask(address, body)[1]["choices"][0]["text"] == expected(model, ["the cat"], 3, temperature=0)[0]
 
 
 def test_others_are_told_that_there_is_no_key():

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from trainer.commands.serve import ServeConfig
 from trainer.commands.serve.guard import Guard, content_policy
@@ -66,6 +67,10 @@ def make_app(config: ServeConfig, models: dict[str, ServedModel]) -> FastAPI:
         where = f"{request.method} {printable(request.url.path, 200)}"
         return await refuse(request, RequestError(f"{where}: {error.detail}", status=error.status_code))
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:  # uvicorn prints the traceback
+        return await refuse(request, RequestError("the server failed; see its terminal", status=500, code="failed"))
+
     app.add_middleware(
         Guard,
         hosts=[config.host, *config.allowed_hosts],
@@ -103,6 +108,8 @@ class Endpoints:
             body = await asyncio.wait_for(request.body(), self.config.max_seconds)
         except asyncio.TimeoutError:
             raise RequestError("the body did not arrive in time", status=408) from None
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
         asked = parse(kind, body)
         model = self.model(asked.model)
         prompts = await asyncio.get_running_loop().run_in_executor(self._encoding, self._prompts, model, asked)

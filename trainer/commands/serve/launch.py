@@ -42,6 +42,8 @@ def check(config: ServeConfig) -> None:
         raise UserError(f"serve: needs the package {missing[0]}; install it with `pip install 'crescendo-lm[serve]'`")
     if not config.runs:
         raise UserError("runs: name the folders of one or more runs, as in `python -m trainer serve runs/NAME`")
+    if not config.host.strip():
+        raise UserError("host: is empty; give an address, such as 127.0.0.1")
     if config.api_key is not None and not (config.api_key.strip().isascii() and config.api_key.strip()):
         raise UserError("api_key: is empty or not ASCII; give a long random text, or leave it out")
 
@@ -68,14 +70,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 def open_models(config: ServeConfig) -> dict[str, ServedModel]:
     """The models by name: the run's folder, with @STEP if that was given. Each is loaded once."""
+    from trainer.checkpoint.quantized import is_quantized
     from trainer.commands.serve.models import ServedModel
+    from trainer.core.files import user_path
     from trainer.planning.run_config import branch_point
     from trainer.runs.opening import open_run
 
     models: dict[str, ServedModel] = {}
     for text in config.runs:
-        folder, step = branch_point(text, "runs")
-        wanted = step if "@" in text else None
+        folder, step, wanted = user_path(text, "runs"), 0, None
+        if not is_quantized(folder):
+            folder, step = branch_point(text, "runs")
+            wanted = step if "@" in text else None
         name = folder.resolve().name + (f"@{step}" if wanted is not None else "")
         if name in models:
             raise UserError(f"runs: two are named {printable(name)}; a model is named after its folder, so rename one")

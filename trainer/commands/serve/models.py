@@ -16,7 +16,8 @@ from typing import Any
 from trainer.commands.serve.schema import RequestError
 from trainer.commands.serve.text import Answer, Piece, Spelling
 from trainer.core.text import printable
-from trainer.inference.decoding import TokenEvent, generate, tell
+from trainer.inference.decoding import TokenEvent, generate
+from trainer.inference.reader import tell
 
 ANY_LENGTH = 32768  # longest prompt of a model whose context has no limit
 

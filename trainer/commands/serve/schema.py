@@ -72,7 +72,7 @@ class Asked(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=1e-3, le=1e3)  # beyond these, fp32 overflows
     n: int = Field(1, ge=1)
     stop: Any = None
     seed: int | None = Field(None, ge=0, le=2**62)
@@ -136,6 +136,13 @@ class Completion(Asked):
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise RequestError(
+                "echo: log-probabilities of a prompt are not supported; leave out echo or logprobs", "echo"
+            )
 
     @property
     def prompts(self) -> list[str | list[int]]:
