@@ -139,6 +139,14 @@ OPENAI_NAMES = {
 OPENAI_MASKS = ("attn.bias", "attn.masked_bias")
 
 
+def openai_sources(n_layers: int) -> dict[str, str]:
+    """Our module -> OpenAI's, without `transformer.`."""
+    sources = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
+    for layer in range(n_layers):
+        sources |= {f"layers.{layer}.{ours}": f"h.{layer}.{theirs}" for ours, theirs in OPENAI_NAMES.items()}
+    return sources
+
+
 def load_openai_weights(model: Transformer, weights: Mapping[str, Tensor]) -> None:
     """Copy OpenAI's weights from the state dict of a Hugging Face `GPT2LMHeadModel` into a `gpt2` of the same sizes; see
     `gpt2_config` and `openai_weights`."""
@@ -152,9 +160,7 @@ def openai_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Iterato
     or if weights are left over. Attention masks are ignored.
     """
     start = "transformer." if "transformer.wte.weight" in weights else ""
-    sources = {"embedding": "wte", "positions": "wpe", "norm": "ln_f"}
-    for layer in range(model.config.n_layers):
-        sources |= {f"layers.{layer}.{ours}": f"h.{layer}.{theirs}" for ours, theirs in OPENAI_NAMES.items()}
+    sources = openai_sources(model.config.n_layers)
     left = set(weights)
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
@@ -183,6 +189,21 @@ LLAMA_JOINED = {
 }
 
 
+def llama_sources(n_layers: int) -> dict[str, tuple[str, ...]]:
+    """Our module -> theirs, of which ours joins the rows."""
+    sources: dict[str, tuple[str, ...]] = {
+        "embedding": ("model.embed_tokens",),
+        "norm": ("model.norm",),
+        "head": ("lm_head",),
+    }
+    for layer in range(n_layers):
+        for ours, theirs in LLAMA_NAMES.items():
+            sources[f"layers.{layer}.{ours}"] = (f"model.layers.{layer}.{theirs}",)
+        for ours, several in LLAMA_JOINED.items():
+            sources[f"layers.{layer}.{ours}"] = tuple(f"model.layers.{layer}.{theirs}" for theirs in several)
+    return sources
+
+
 def load_llama_weights(model: Transformer, weights: Mapping[str, Tensor]) -> None:
     """Copy the state dict of a Hugging Face `LlamaForCausalLM` or `Qwen3ForCausalLM` into a `llama` of the same sizes.
 
@@ -198,15 +219,7 @@ def llama_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Iterator
     Both models rotate channels i and i + head_dim / 2 together. KeyError or RuntimeError if names or shapes do not match, or if
     weights are left over.
     """
-    names = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    sources: dict[str, tuple[str, ...]] = {
-        ours: (theirs,) for ours, theirs in names.items() if ours != "head" or model.head is not None
-    }
-    for layer in range(model.config.n_layers):
-        for ours, theirs in LLAMA_NAMES.items():
-            sources[f"layers.{layer}.{ours}"] = (f"model.layers.{layer}.{theirs}",)
-        for ours, several in LLAMA_JOINED.items():
-            sources[f"layers.{layer}.{ours}"] = tuple(f"model.layers.{layer}.{theirs}" for theirs in several)
+    sources = llama_sources(model.config.n_layers)
     left = set(weights)
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")

@@ -16,7 +16,7 @@ import models.base
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint.weights import EVALUATION, Weights
 from trainer.commands import export
-from trainer.commands.export import ExportConfig
+from trainer.commands.export import ExportConfig, tensors
 from trainer.core.config import DataConfig, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
@@ -36,10 +36,10 @@ def make_run(dataset: Path, folder: Path, model: str, precision: str = "fp32") -
     for step in (3, 5):
         own.init_weights(torch.Generator().manual_seed(step))
         own = own.to(torch.bfloat16) if precision == "pure_bf16" else own
-        tensors = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
-        tensors |= {f"optimizer.{name}.exp_avg": tensor for name, tensor in own.state_dict().items()}
+        held = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
+        held |= {f"optimizer.{name}.exp_avg": tensor for name, tensor in own.state_dict().items()}
         facts = {"tokens": 512 * step}
-        checkpoint.save(folder / "checkpoints", step, tensors, facts, World(), checkpoint.retention(9, 0))
+        checkpoint.save(folder / "checkpoints", step, held, facts, World(), checkpoint.retention(9, 0))
     write_start(folder, plan.config, "plan", dataset, print)
     return folder
 
@@ -116,7 +116,7 @@ def test_a_text_file_in_place_of_a_dataset_is_told_the_way(tiny_dataset, tmp_pat
 
 
 def stranger(out: Path) -> torch.nn.Module:
-    """The lines at the top of trainer/commands/export.py."""
+    """The lines at the top of trainer/commands/export/__init__.py."""
     about = json.loads((out / "config.json").read_text())
     models.base.load_models()
     model_class = models.base.get_model(about["model"])
@@ -137,7 +137,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("limit", [2 << 30, 100_000, 1])
 def test_a_stranger_loads_the_same_model(finished, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(export, "SHARD_BYTES", limit)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", limit)
     out = tmp_path / "out"
     export.run(ExportConfig(run_dir=str(finished), out=str(out)))
     opened = open_run(str(finished), None, "cpu", "auto")
@@ -177,15 +177,20 @@ def test_bf16_weights_stay_so(tiny_dataset, tmp_path):
     assert torch.equal(logits(stranger(folder / "export-5").bfloat16()), logits(opened.model))
 
 
+def write(weights: Weights, out: Path, limit: int) -> None:
+    sizes = {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in weights.stored().items()}
+    tensors.write_tensors(sizes, weights.each({}), out, limit)
+
+
 def test_the_same_bytes_however_the_checkpoint_was_written(finished, tmp_path):
     """Names in another order, as ranks leave them, and another step's export beside it."""
     path = finished / "checkpoints" / checkpoint.step_name(5)
-    tensors = checkpoint.load(path, "model.", World())
-    backwards = {f"model.{name}": tensors[name] for name in reversed(list(tensors))}
+    held = checkpoint.load(path, "model.", World())
+    backwards = {f"model.{name}": held[name] for name in reversed(list(held))}
     other = checkpoint.save(tmp_path / "other", 5, backwards, {}, World(), checkpoint.retention(1, 0))
     for source, out in ((path, tmp_path / "one"), (other, tmp_path / "two")):
         out.mkdir()
-        export.write_weights(Weights((source,), EVALUATION, False, {}), {}, out, 100_000)
+        write(Weights((source,), EVALUATION, False, {}), out, 100_000)
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "two").iterdir())
     for name in names:
@@ -230,14 +235,16 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from trainer.checkpoint.weights import EVALUATION, Weights
-from trainer.commands import export
+from trainer.commands.export.tensors import write_tensors
 import safetensors.torch
 import torch.distributed.checkpoint
 source, out, limit = sys.argv[1:]
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) << 10
 before = peak()
-export.write_weights(Weights((Path(source),), EVALUATION, False, {}), {}, Path(out), int(limit))
+weights = Weights((Path(source),), EVALUATION, False, {})
+sizes = {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in weights.stored().items()}
+write_tensors(sizes, weights.each({}), Path(out), int(limit))
 print(peak() - before)
 """
 
@@ -250,8 +257,8 @@ def test_memory_is_that_of_a_shard(tmp_path):
     read, and up to 16 MiB of libraries that are loaded at the first read: 64 MiB where everything would be 256.
     """
     mib = 1 << 20
-    tensors = {f"model.{i:02d}": torch.full((mib,), float(i)) for i in range(64)}
-    source = checkpoint.save(tmp_path / "run", 1, tensors, {}, World(), checkpoint.retention(1, 0))
+    held = {f"model.{i:02d}": torch.full((mib,), float(i)) for i in range(64)}
+    source = checkpoint.save(tmp_path / "run", 1, held, {}, World(), checkpoint.retention(1, 0))
     (tmp_path / "out").mkdir()
     words = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(16 * mib)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

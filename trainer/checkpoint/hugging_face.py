@@ -1,4 +1,5 @@
-"""A folder of a Hugging Face model: config.json, and its weights as safetensors, in one file or in several with an index."""
+"""A folder of a Hugging Face model, or of one that `export` wrote: config.json, and its weights as safetensors, in one file or in
+several with an index."""
 
 from __future__ import annotations
 
@@ -17,6 +18,11 @@ HUB = "hf://"  # begins the name of a model on the hub
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+END_OF_TEXT = (
+    "crescendo_end_of_text"  # in a config.json of `export`: the token that ends documents, if it is not the usual one
+)
+# What `export` writes for a model that transformers has no class for: fields of config.json, and the prefix of every weight's name.
+MODEL_NAME, MODEL_CONFIG, NETWORK = "crescendo_model", "crescendo_config", "network."
 
 
 class Weights(Mapping[str, Tensor]):
@@ -69,6 +75,23 @@ def _one_line(path: Path) -> Iterator[None]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json."""
     return parse_json(read_small(folder / CONFIG), folder / CONFIG)
+
+
+def own_model(content: dict[str, Any], where: Path) -> dict[str, Any] | None:
+    """The section `model` of the run that `export` wrote with our own names; None if `content`, a config.json, is another model's.
+
+    where: the file, for the error. UserError if it names one of ours but is not whole.
+    """
+    plain = "crescendo" in content and "model" in content  # --format safetensors
+    names = ("model", "config") if plain else (MODEL_NAME, MODEL_CONFIG)
+    if names[0] not in content:
+        return None
+    name, fields = (content.get(key) for key in names)
+    if not isinstance(name, str) or not isinstance(fields, dict):
+        raise UserError(
+            f"init_from: {where} has no text in {names[0]!r}, or no object in {names[1]!r}; export it again"
+        )
+    return {**fields, "name": name}
 
 
 def fetch(name: str) -> tuple[str, Path]:

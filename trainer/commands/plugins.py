@@ -11,9 +11,22 @@ from types import ModuleType
 
 from trainer.core.errors import UserError
 
+_IMPORTED: dict[str, ModuleType] = {}
+
+
+def imported_plugins() -> list[ModuleType]:
+    """The plug-ins that this process has imported, in order."""
+    return list(_IMPORTED.values())
+
 
 def import_plugin(given: str) -> ModuleType:
     """Import a plug-in by its module's name, or by the path of its .py file. Raises a one-line UserError if that fails."""
+    module = _import(given)
+    _IMPORTED[module.__name__] = module
+    return module
+
+
+def _import(given: str) -> ModuleType:
     from models.base import BrokenModel, told_in_one_line
 
     try:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from models.base import get_model
 from models.bitnet import PLAIN
+from models.config import with_later_fields
 from models.hugging_face import family_of
 from models.lora import FIELDS, without_lora
+from models.materialise import ties
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import hugging_face
 from trainer.checkpoint.weights import MODEL, choose_weights
@@ -92,19 +94,24 @@ class RunParent:
 
 @dataclass(frozen=True)
 class ModelParent:
-    """A folder of a Hugging Face model. name: as config.yaml keeps it. Otherwise like RunParent."""
+    """A folder of a Hugging Face model, or of one that `export` wrote. name: as config.yaml keeps it; own: whether the weights have our
+    names; end_of_text: the token that ends documents, if `export` says so. Otherwise like RunParent."""
 
     name: str
     folder: Path
     model: dict[str, Any]
     sizes: dict[str, Any]
+    own: bool = False
+    end_of_text: str | None = None
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def data(self) -> dict[str, Any]:
-        return {"tokenizer": str(self.folder)} if self.has_tokenizer() else {}
+        if not self.has_tokenizer():
+            return {}
+        return {"tokenizer": str(self.folder)} | ({} if self.end_of_text is None else {"end_of_text": self.end_of_text})
 
     def has_tokenizer(self) -> bool:
         return any((self.folder / name).is_file() for name in hugging_face.TOKENIZER_FILES)
@@ -128,9 +135,9 @@ class ModelParent:
 
     def each(self, model: Any) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of the weights for `model`, a model of ours without storage. UserError if they do not fit."""
-        family, _ = family_of(hugging_face.read_config(self.folder))
+        content, stored = hugging_face.read_config(self.folder), hugging_face.Weights(self.folder)
         try:
-            yield from family.weights(model, hugging_face.Weights(self.folder))
+            yield from own_weights(model, stored) if self.own else family_of(content)[0].weights(model, stored)
         except KeyError as error:
             raise UserError(f"init_from: {self} lacks the weights {printable(error)}") from None
         except RuntimeError as error:
@@ -152,13 +159,45 @@ def find_parent(text: str, say: Say) -> Parent:
 
 
 def model_parent(name: str, folder: Path) -> ModelParent:
+    content = hugging_face.read_config(folder)
+    own = hugging_face.own_model(content, folder / hugging_face.CONFIG)
+    end = content.get(hugging_face.END_OF_TEXT)
+    if own is not None:
+        return own_parent(name, folder, own, end)
     try:
-        family, config = family_of(hugging_face.read_config(folder))
+        family, config = family_of(content)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"init_from: {folder / hugging_face.CONFIG}: {printable(error)}") from None
     model = {"name": family.name, **dataclasses.asdict(config)}
     count = get_model(family.name).count_parameters(config)
-    return ModelParent(name, folder, model, {"parameters": count})
+    return ModelParent(name, folder, model, {"parameters": count}, end_of_text=end)
+
+
+def own_parent(name: str, folder: Path, own: dict[str, Any], end: str | None) -> ModelParent:
+    """own: the section `model` of the run that was exported; end: the token that ends its documents, if it is not the usual one."""
+    try:
+        model_class, config = written_out(build(RunConfig, {"model": with_later_fields(own)}))
+    except UserError as error:
+        raise UserError(f"init_from: {folder / hugging_face.CONFIG}: {error}") from None
+    model = {"name": own["name"], **dataclasses.asdict(config)}
+    return ModelParent(name, folder, model, {"parameters": model_class.count_parameters(config)}, True, end)
+
+
+def own_weights(model: Any, stored: hugging_face.Weights) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each weight that a checkpoint of `model` holds, from a folder that `export` wrote. KeyError or RuntimeError
+    if names or shapes do not match."""
+    start = hugging_face.NETWORK if any(name.startswith(hugging_face.NETWORK) for name in stored) else ""
+    tied = ties(model)
+    left = {name.removeprefix(start) for name in stored}
+    for name, expected in model.state_dict().items():
+        source = name if start + name in stored else tied.get(name, name)
+        value = stored[start + source]
+        if value.shape != expected.shape:
+            raise RuntimeError(f"{start}{source} is {tuple(value.shape)}, not {tuple(expected.shape)}")
+        yield name, value
+    left -= {name for name, _ in model.named_buffers()} | set(model.state_dict())
+    if left:
+        raise RuntimeError(f"the model has no place for {', '.join(sorted(left)[:5])}")
 
 
 def with_origin(given: dict[str, Any], stored: StoredConfig | None, processes: int, say: Say) -> dict[str, Any]:
