@@ -242,6 +242,17 @@ def test_a_wrong_field_is_named(address, path, change, param, words):
     assert words in error["message"] and "\n" not in error["message"]
 
 
+def test_a_prompt_must_fit_into_the_context(models):
+    model = ServedModel("run", models["run"].opened, None, max_requests=2, max_seconds=60)
+    model.context = 8
+    with serving({"run": model}) as address:
+        assert ask(address, {"model": "run", "prompt": "a" * 8, "max_tokens": 20})[0] == 200, (
+            "what follows may be longer"
+        )
+        status, content, _ = ask(address, {"model": "run", "prompt": "a" * 9})
+        assert status == 400 and content["error"]["code"] == "context_length_exceeded"
+
+
 def test_values_that_mean_off_are_taken(client):
     off = {
         "presence_penalty": 0,
@@ -445,6 +456,7 @@ def answer_of(tokens, stops=(), prompt=b"x"):
         (b"\x80\x80a", [0, 1, 2]),  # no characters at all
         (b"\xe2a\xf0\x9f", [0, 1, 2, 2]),  # unfinished in the middle and at the end
         (bytes(range(97, 123)) * 9, list(range(234))),  # more than is decoded together
+        (b"a" * 62 + "\u20ac!".encode(), [*range(62), 62, 62, 62, 63]),  # whose end is within a character
     ],
 )
 def test_each_token_has_its_place_in_the_text(data, offsets):
@@ -497,7 +509,7 @@ def test_ctrl_c_ends_a_busy_server_within_a_second(finished):
     send(started, signal.SIGINT)
     rest = answer.read().decode()
     ended = wait(started)
-    assert time.monotonic() - begin < 1 + 1, "a second, and one for a machine that is busy"
+    assert time.monotonic() - begin < 5, "a second, on a machine that has nothing else to do; the text takes minutes"
     assert json.loads(rest.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "stopped"
     assert ended.returncode == 130 and ended.stderr.splitlines()[-1] == "stopped"
     assert "Traceback" not in ended.stderr and "warning" not in ended.stderr
