@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def answers(suite):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_figures_are_those_of_lm_evals_own_model(kind, tiny_dataset, folder, tmp_path, monkeypatch):
     """All tasks, with contexts that are cut (their 128 tokens are bytes) and with examples in the prompt."""
@@ -150,6 +152,7 @@ def test_figures_are_those_of_lm_evals_own_model(kind, tiny_dataset, folder, tmp
                     assert ours["tasks"][name]["stderr"][metric] == pytest.approx(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_texts_are_those_of_lm_evals_own_model(kind, tiny_dataset, tmp_path, monkeypatch):
     """Whole texts in windows of the context, and texts that the model writes."""
@@ -355,3 +358,35 @@ def test_the_verb_prints_and_keeps_the_figures(finished, folder, tmp_path, capfd
     assert f"{tasks['boolq']['acc']:.4f}" in next(line for line in table.splitlines() if line.startswith("| boolq"))
     written = sorted((run / "evaluation").glob("*.md"))
     assert len(written) == 2 and written[-1].read_text() == table
+
+
+def test_a_run_that_wandb_records_gets_the_figures_in_its_summary(finished, folder, tmp_path, monkeypatch, capfd):
+    """Under the id of the run, and beside the rows of its steps, which stay as they are."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "wandb-id").write_text("abc")
+    begun, summary = [], {}
+
+    class Service:
+        Settings = dict
+        init = staticmethod(lambda **settings: begun.append(settings) or Service)
+        finish = staticmethod(lambda: None)
+
+    Service.summary = summary
+    monkeypatch.setitem(sys.modules, "wandb", Service)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = verb.EvaluateConfig(run_dir=str(run), device="cpu", tasks=["piqa"], tasks_dir=str(folder), tasks_limit=2)
+    config.sequence_length = 200
+    verb.run(config, True)
+    assert not begun, "this run is not recorded by wandb"
+    capfd.readouterr()
+    recorded = open_run(str(run), None, "cpu", "fp32")
+    recorded.config.log.wandb = "offline"
+    monkeypatch.setattr("trainer.runs.opening.open_run", lambda *_: recorded)
+    verb.run(config, True)
+    found = json.loads(capfd.readouterr().out)["tasks"]["piqa"]
+    assert summary == {
+        "evaluate_task_piqa_acc": found["acc"],
+        "evaluate_task_piqa_acc_norm": found["acc_norm"],
+        "evaluate_step": 12,
+    }
+    assert [settings["id"] for settings in begun] == ["abc"]

@@ -4,7 +4,17 @@ import odd_model
 import pytest
 import torch
 
-from models.base import IGNORE, Hidden, LanguageModel, LogitsAsHidden, get_model, load_models, register, with_hidden
+from models.base import (
+    IGNORE,
+    Hidden,
+    LanguageModel,
+    LogitsAsHidden,
+    get_model,
+    load_models,
+    logits_at,
+    register,
+    with_hidden,
+)
 from models.transformer import Transformer, TransformerConfig
 
 load_models()
@@ -90,3 +100,15 @@ def test_a_model_without_either_is_refused():
         @register("nothing")
         class Nothing(LanguageModel):
             pass
+
+
+@pytest.mark.parametrize("name, changes", MODELS, ids=str)
+def test_logits_of_some_tokens_are_those_among_all(name, changes):
+    model = model_of(name, **changes)
+    tokens, *_ = drawn()
+    positions = torch.tensor([[0, 0, 1], [8, 2, 5]])
+    logits = model(tokens).logits
+    found = logits_at(model, tokens, None, positions)
+    assert found.shape == (1, 3, logits.shape[-1])
+    # The same products, of fewer rows: the sums of 32 terms may be in another order.
+    assert torch.allclose(found[0], logits[positions[0], positions[1]], atol=1e-5)

@@ -123,7 +123,7 @@ def answer(asked: Asked, config: EvaluateConfig, opened: OpenRun, world: World, 
     """Measure the metrics, and let the model answer the tasks. Prints the figures, and keeps those of tasks in RUN/evaluation."""
     from trainer.inference.metrics import Measured, measure
     from trainer.runs.console import format_number
-    from trainer.runs.task_results import table, write_results
+    from trainer.runs.task_results import columns, table, write_results
 
     record: dict[str, Any] = {"run": str(opened.folder), "step": opened.step, "weights": config.weights}
     found: dict[str, float] = {}
@@ -141,7 +141,22 @@ def answer(asked: Asked, config: EvaluateConfig, opened: OpenRun, world: World, 
         sys.stdout.flush()
         if asked.suite is not None:
             world.say(f"{write_results(opened.folder, record)}: {record['documents_per_second']:,.1f} documents/s")
+            found |= columns(record)
+        tell_wandb(opened, found, config.weights, world)
     world.stop()
+
+
+def tell_wandb(opened: OpenRun, figures: dict[str, float], weights: str, world: World) -> None:
+    """If the run is recorded by wandb: add the figures to its summary there, as evaluate_FIGURE, with their step."""
+    from trainer.runs.wandb import Wandb
+
+    log = opened.config.log
+    if log.wandb == "disabled":
+        return
+    prefix = "evaluate_" if weights == "evaluation" else f"evaluate_{weights}_"
+    recorder = Wandb(log.wandb, log.wandb_project, opened.folder, {}, world)
+    recorder.summarise({f"{prefix}{name}": value for name, value in figures.items()} | {f"{prefix}step": opened.step})
+    recorder.close()
 
 
 class Progress:

@@ -57,6 +57,12 @@ class Wandb:
             with self._world.decoration("wandb"):
                 self._run.log(values, step=row["step"])
 
+    def summarise(self, values: dict[str, float]) -> None:
+        """Set values of the run that belong to none of its steps, such as those of an evaluation after it."""
+        if self._run is not None:
+            with self._world.decoration("wandb"):
+                self._run.summary.update(values)
+
     def close(self) -> None:
         """Send what is left. Wait at most a minute."""
         if self._run is None:
