@@ -7,7 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from trainer.core.files import write_file
+from trainer.core.errors import UserError
+from trainer.core.files import read_json, write_file
 from trainer.core.text import markdown_table, printable
 
 FOLDER = "evaluation"
@@ -71,3 +72,30 @@ def write_results(folder: Path, record: dict[str, Any]) -> Path:
     write_file(path, json.dumps(record, indent=1) + "\n")
     write_file(path.with_suffix(".md"), table(record) + "\n")
     return path
+
+
+def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records in RUN/evaluation, oldest first, and a line for each file that is none."""
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for path in sorted((folder / FOLDER).glob("step-*.json")):
+        try:
+            record = read_json(path)
+            if not is_record(record):
+                raise UserError(f"{printable(path)}: holds no figures of tasks")
+            records.append(record)
+        except UserError as error:
+            problems.append(f"{error}; it is left out")
+    return records, problems
+
+
+def is_record(record: dict[str, Any]) -> bool:
+    """Whether a JSON object has what `write_results` wrote, as far as a report needs it."""
+    tasks = record.get("tasks")
+    return (
+        type(record.get("step")) is int
+        and isinstance(record.get("weights"), str)
+        and isinstance(tasks, dict)
+        and all(isinstance(entry, dict) for entry in tasks.values())
+        and all(type(value) in (int, float) for entry in tasks.values() for value in metrics_in(entry).values())
+    )

@@ -62,6 +62,7 @@ def _section(section: Section, prefix: str) -> str:
         "<h3>What it cost</h3>",
         _table(section.cost),
         *(_figures(heading, figures, f"{prefix}-{i}") for i, (heading, figures) in enumerate(section.figures.items())),
+        _titled("Tasks", section.tasks),
         _titled("Differences between the configs", section.differences),
         _samples(section.samples),
         _titled("Runs that did not finish", section.failures),

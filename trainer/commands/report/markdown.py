@@ -62,6 +62,7 @@ def _details_of(section: Section) -> list[str]:
     for heading, figures in section.figures.items():
         lines += ["", f"### {escape(heading)}", "", *[_picture(figure) for figure in figures]]
     for title, table in (
+        ("Tasks", section.tasks),
         ("Differences between the configs", section.differences),
         ("Runs that did not finish", section.failures),
         ("Data", section.data),

@@ -45,6 +45,7 @@ class Section:
     environment: Table
     data: Table
     commands: list[str]
+    tasks: Table = field(default_factory=lambda: Table([], []))
 
 
 @dataclass

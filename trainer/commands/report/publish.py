@@ -17,6 +17,7 @@ from trainer.commands.report.figures import curve_figures, rate_figures
 from trainer.commands.report.page import Figure, Page, Section
 from trainer.commands.report.results import LEVEL, Result, p_text, results
 from trainer.commands.report.study import Study, read_studies
+from trainer.commands.report.task_table import task_table
 from trainer.core.files import user_path, write_file
 from trainer.core.text import for_stream, printable
 
@@ -92,6 +93,7 @@ def section(study: Study, stem: str, found: list[Result], caveats: list[Caveat],
         tables.environment_table(study),
         tables.data_table(study),
         tables.commands(study),
+        tasks=task_table(study),
     )
 
 

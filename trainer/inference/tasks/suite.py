@@ -226,11 +226,13 @@ def quiet(level: int) -> Iterator[None]:
     import datasets
     from lm_eval.api import metrics, task
 
-    logger = logging.getLogger("lm_eval")
-    before, bars = logger.level, not datasets.are_progress_bars_disabled()
+    loggers = {name: logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")}
+    before = {name: logger.level for name, logger in loggers.items()}
+    bars = not datasets.are_progress_bars_disabled()
     replaced = {(task, "tqdm"): lambda documents, **options: documents, (metrics, "bootstrap_stderr"): bootstrap_error}
     originals = {place: getattr(*place) for place in replaced}
-    logger.setLevel(level)
+    loggers["lm_eval"].setLevel(level)
+    loggers["huggingface_hub"].setLevel(logging.ERROR)  # its lines about retries would hide the one of the error
     datasets.disable_progress_bars()
     for place, value in replaced.items():
         setattr(*place, value)
@@ -239,6 +241,7 @@ def quiet(level: int) -> Iterator[None]:
     finally:
         for place, value in originals.items():
             setattr(*place, value)
-        logger.setLevel(before)
+        for name, logger in loggers.items():
+            logger.setLevel(before[name])
         if bars:
             datasets.enable_progress_bars()
