@@ -79,6 +79,8 @@ def with_later_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     if saved.get("name") not in model_names():
         return dict(saved)
     completed = dict(saved)
+    if "lora_rank" in completed:
+        completed.setdefault("lora_base", "compute")
     for cls in reversed(get_model(saved["name"]).Config.__mro__):
         for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
             if field.default is not dataclasses.MISSING:

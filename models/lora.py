@@ -24,6 +24,7 @@ from models import counting
 from models.base import LanguageModel, Split
 from models.config import setting, with_fields
 from models.layers.lora import Adapter, Pair, add_update
+from models.quantization import packed_layers, reserve_packed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class LoraConfig:
         high=10**6,
     )
     lora_targets: str = setting("matrix", "LoRA: ROLE,ROLE: roles of the linear layers in the blocks that get adapters")
+    lora_base: str = setting(
+        "compute", "LoRA: frozen matrices: compute, as the run computes, or nf4, in 4 bits (QLoRA, arXiv 2305.14314)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_base not in BASES:
+            raise ValueError(f"lora_base must be {' or '.join(BASES)}, not {self.lora_base!r}")
+
+
+BASES = ("compute", "nf4")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
@@ -102,7 +113,8 @@ class LoraModel(LanguageModel):
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """The factors of a matrix have its role, so that an optimiser of matrices updates them."""
-        return {role: list(names) for role, names in self._lora_roles.items()}
+        packed = packed_layers(self).keys()  # no parameters any more
+        return {role: [name for name in names if name not in packed] for role, names in self._lora_roles.items()}
 
     def fused_matrices(self) -> dict[str, Split]:
         """None: what is trained fuses no matrices."""
@@ -138,6 +150,13 @@ def with_lora(model_class: Any) -> type[LoraModel]:
     return type(model_class.__name__, (LoraModel, model_class), members)
 
 
+def reserve_base(model: Any, device: torch.device | str) -> None:
+    """Give a model with lora_base nf4, without storage, packed tensors on `device` instead of its frozen matrices. Of another model
+    nothing changes."""
+    if getattr(model.config, "lora_base", None) == "nf4":
+        reserve_packed(model, "nf4", device)
+
+
 def factors_of(weight: str, number: int) -> tuple[str, str]:
     """The names of A and B of the `number`-th matrix that a weight fuses. weight: its name, as in `named_parameters`."""
     pair = f"{weight.removesuffix('.weight')}.lora.{number}"
@@ -152,6 +171,11 @@ def is_factor(name: str) -> bool:
 def has_lora(model: Mapping[str, Any]) -> bool:
     """Whether a section `model` of a config is of a model with adapters."""
     return "lora_rank" in model
+
+
+def has_packed_base(model: Mapping[str, Any]) -> bool:
+    """Whether a section `model` of a config is of a model with adapters whose frozen matrices have 4 bits."""
+    return model.get("lora_base") == "nf4"
 
 
 def without_lora(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from models.layers.quantized import QuantizedLinear, packed_bytes, quantize_linear
+from models.layers.quantized import FORMATS, QuantizedLinear, packed_bytes, quantize_linear, refusal
 
 
 def matrix_layers(model: Any) -> tuple[dict[str, tuple[Any, list[int]]], dict[str, str]]:
@@ -38,14 +39,36 @@ def matrix_layers(model: Any) -> tuple[dict[str, tuple[Any, list[int]]], dict[st
     return found, left
 
 
+def packable(model: Any, format: str) -> tuple[dict[str, tuple[Any, list[int]]], dict[str, str]]:
+    """As `matrix_layers`; layers that cannot have the format are among those that stay as they are."""
+    layers, left = matrix_layers(model)
+    refused = {name: why for name, (layer, _) in layers.items() if (why := refusal(format, layer)) is not None}
+    return {name: found for name, found in layers.items() if name not in refused}, left | refused
+
+
 def quantize_matrices(model: Any, format: str, packed: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """Pack these weights, in place, each on its device. packed: as in `packed_tensors`, instead of the weights that the model has.
     Returns the matrices that stay as they are, with the reason."""
-    layers, left = matrix_layers(model)
+    layers, left = packable(model, format)
     for name, (layer, rows) in layers.items():
         own = None if packed is None else packed_of(name, packed)
         quantize_linear(layer, format, rows, own)
     return left
+
+
+def reserve_packed(model: Any, format: str, device: torch.device | str) -> None:
+    """As `quantize_matrices`, for a model without storage or values: the packed tensors are zeros on `device`."""
+    for layer, rows in packable(model, format)[0].values():
+        room = FORMATS[format].room(layer.out_features, layer.in_features, rows)
+        packed = {part: torch.zeros(shape, dtype=dtype, device=device) for part, (shape, dtype) in room.items()}
+        quantize_linear(layer, format, rows, packed)
+
+
+def move_packed(model: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Move the packed tensors, which `to` does not move. dtype: of the unpacked weights from now on, if it changes."""
+    for layer in packed_layers(model).values():
+        layer.packed = {part: tensor.to(device) for part, tensor in layer.packed.items()}
+        layer.dtype = dtype or layer.dtype
 
 
 def packed_of(name: str, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,5 +92,5 @@ def packed_tensors(model: Any) -> dict[str, Tensor]:
 
 def matrix_bytes(model: Any, format: str) -> tuple[int, int]:
     """(weights, bytes) of the matrices that `quantize_matrices` would pack. model: may have no storage."""
-    layers = [(layer.out_features, layer.in_features, rows) for layer, rows in matrix_layers(model)[0].values()]
+    layers = [(layer.out_features, layer.in_features, rows) for layer, rows in packable(model, format)[0].values()]
     return sum(out * width for out, width, _ in layers), sum(packed_bytes(format, *shape) for shape in layers)

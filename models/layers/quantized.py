@@ -1,7 +1,8 @@
 """Linear layers whose weights are packed into a few bits, and unpacked for each product: less memory, not more speed.
 
     nf4      4 bits: one of 16 quantiles of a normal distribution times the largest weight of a block of 64; these scales have 8 bits
-             and a scale for each 256 of them (double quantisation): 4.127 bits a weight (QLoRA, arXiv 2305.14314), by bitsandbytes
+             and a scale for each 256 of them (double quantisation): 4.127 bits a weight (QLoRA, arXiv 2305.14314), by bitsandbytes.
+             The paper's 8-bit scales are floats; these are integers, which are off by 1/254 of the largest at most
     int8     8 bits: -127 .. 127 times a scale for each row
     ternary  2 bits: -1, 0 or 1 times a scale for a matrix (BitNet b1.58, arXiv 2402.17764)
     sign     1 bit: -1 or 1 times a scale for a matrix (BitNet, arXiv 2310.11453)
@@ -11,7 +12,6 @@ The packed tensors are neither parameters nor buffers: a change of the model's t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -104,47 +104,39 @@ def _int8_room(out: int, width: int, rows: Rows) -> Room:
 def _pack_nf4(weight: Tensor, rows: Rows) -> dict[str, Tensor]:
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    offset = state.absmax.mean()
+    rest = state.absmax - offset
+    outer = F.pad(rest, (0, -len(rest) % OUTER)).view(-1, OUTER).abs().amax(1) / 127
+    safe = torch.where(outer > 0, outer, 1).repeat_interleave(OUTER)[: len(rest)]
     return {
-        "packed": packed.flatten(),
-        "scales": state.absmax,
-        "scales_of_scales": state.state2.absmax,
-        "offset": state.offset.reshape(1),
+        "packed": packed.view(len(weight), -1),
+        "scales": (rest / safe).round().to(torch.int8),
+        "scales_of_scales": outer,
+        "offset": offset.reshape(1),
     }
 
 
 def _nf4(tensors: Tensors, width: int, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     from bitsandbytes import functional
 
-    scales = functional.dequantize_blockwise(
-        tensors["scales"],
-        absmax=tensors["scales_of_scales"],
-        code=_outer_levels(tensors["scales"].device),
-        blocksize=OUTER,
-    )
+    scales = tensors["scales"].float()
+    outer = tensors["scales_of_scales"][:, None].expand(-1, OUTER).flatten()[: len(scales)]
     state = functional.QuantState(
-        absmax=scales + tensors["offset"],
+        absmax=scales * outer + tensors["offset"],
         shape=torch.Size((sum(rows), width)),
         dtype=dtype,
         blocksize=BLOCK,
         quant_type="nf4",
     )
-    return functional.dequantize_4bit(tensors["packed"][:, None], state), None
-
-
-@functools.cache
-def _outer_levels(device: torch.device) -> Tensor:
-    """The 256 levels of the scales, bitsandbytes' default."""
-    from bitsandbytes import functional
-
-    return functional.create_dynamic_map().to(device)
+    return functional.dequantize_4bit(tensors["packed"].view(-1, 1), state), None
 
 
 def _nf4_room(out: int, width: int, rows: Rows) -> Room:
     blocks = math.ceil(out * width / BLOCK)
     return {
-        "packed": ((math.ceil(out * width / 2),), torch.uint8),
-        "scales": ((blocks,), torch.uint8),
+        "packed": ((out, width // 2), torch.uint8),
+        "scales": ((blocks,), torch.int8),
         "scales_of_scales": ((math.ceil(blocks / OUTER),), torch.float32),
         "offset": ((1,), torch.float32),
     }
@@ -160,6 +152,12 @@ FORMATS = {
     "int8": Format(_pack_int8, _int8, _int8_room),
     "ternary": Format(_pack_ternary, _ternary, _bits_room(2)),
     "sign": Format(_pack_sign, _sign, _bits_room(1)),
+}
+
+
+PARTS = {
+    "nf4": ("packed", "scales", "scales_of_scales", "offset"),
+    **dict.fromkeys(("int8", "ternary", "sign"), ("packed", "scales")),
 }
 
 
@@ -187,6 +185,8 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        if self.packed["packed"].is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         matrix, scales = self._matrix(self.dtype)
         return matrix if scales is None else (matrix * scales[:, None]).to(self.dtype)
 
@@ -201,7 +201,8 @@ class QuantizedLinear(nn.Linear):
             assert scales is not None  # of signs and ternary values, see `quantize_linear`
             out = integer_product(normed(x), matrix, scales, dtype)
         else:
-            out = _Product.apply(x.to(dtype), self.format, self.in_features, self.rows, *self.packed.items())
+            tensors = [self.packed[part] for part in PARTS[self.format]]
+            out = _Product.apply(x.to(dtype), self.format, self.in_features, self.rows, *tensors)
         return out if self.bias is None else out + self.bias.to(dtype)
 
 
@@ -209,18 +210,31 @@ class _Product(torch.autograd.Function):
     """x [..., in] -> x W^T [..., out]. The backward pass unpacks W again, as keeping it would take the memory of all layers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, format: str, width: int, rows: Rows, *packed: tuple[str, Tensor]) -> Tensor:
-        ctx.how = format, width, rows, dict(packed)
-        matrix, scales = FORMATS[format].matrix(dict(packed), width, rows, x.dtype)
+    def forward(ctx: Any, x: Tensor, format: str, width: int, rows: Rows, *packed: Tensor) -> Tensor:
+        ctx.save_for_backward(*packed)
+        ctx.format, ctx.width, ctx.rows = format, width, rows
+        matrix, scales = _unpacked(packed, format, width, rows, x.dtype)
         out = F.linear(x, matrix)
         return out if scales is None else (out * scales).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        format, width, rows, packed = ctx.how
-        matrix, scales = FORMATS[format].matrix(packed, width, rows, gradient.dtype)
+        packed = ctx.saved_tensors
+        matrix, scales = _unpacked(packed, ctx.format, ctx.width, ctx.rows, gradient.dtype)
         scaled = gradient if scales is None else (gradient * scales).to(gradient.dtype)
         return (scaled @ matrix, None, None, None, *[None] * len(packed))
+
+
+def _unpacked(
+    packed: Sequence[Tensor], format: str, width: int, rows: Rows, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    return FORMATS[format].matrix(dict(zip(PARTS[format], packed, strict=True)), width, rows, dtype)
+
+
+def refusal(format: str, layer: nn.Linear) -> str | None:
+    """Why a linear layer cannot have this format; None if it can."""
+    odd = format == "nf4" and layer.in_features % 2
+    return f"has {layer.in_features} columns, and nf4 packs two in a byte" if odd else None
 
 
 def quantize_linear(layer: Any, format: str, rows: Rows, packed: Tensors | None = None) -> None:
@@ -238,6 +252,19 @@ def quantize_linear(layer: Any, format: str, rows: Rows, packed: Tensors | None 
     layer.__class__ = QuantizedLinear
     layer.format, layer.rows, layer.packed = format, tuple(rows), dict(packed)
     layer.dtype, layer.rounds_inputs = weight.dtype, of_bits
+
+
+def fill_packed(layer: QuantizedLinear, weight: Tensor) -> None:
+    """Pack `weight` [out, in], of any device, into the tensors that the layer has."""
+    device = layer.packed["packed"].device
+    for part, values in FORMATS[layer.format].pack(weight.to(device).float().contiguous(), layer.rows).items():
+        layer.packed[part].copy_(values)
+
+
+def unpack(format: str, packed: Tensors, width: int, rows: Rows) -> Tensor:
+    """The weight [out, width] in fp32."""
+    matrix, scales = FORMATS[format].matrix(packed, width, rows, torch.float32)
+    return matrix if scales is None else matrix * scales[:, None]
 
 
 def rounds_inputs(layer: nn.Module) -> bool:

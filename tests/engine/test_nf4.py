@@ -1,4 +1,4 @@
-"""Frozen models in NF4: the levels of QLoRA, what stays whole, what the plan counts."""
+"""Frozen models in NF4: what stays whole, what the plan counts. Levels: tests/models/test_quantized_linear.py."""
 
 import dataclasses
 
@@ -8,19 +8,16 @@ from conftest import tiny_values
 from tiny_runs import make
 from torch import nn
 
+from models.layers.quantized import QuantizedLinear, packed_bytes
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
-from trainer.engine import nf4
 from trainer.planning.plan import resolve
 
 GPT2 = {"name": "gpt2", "n_layers": 2, "d_model": 32, "n_heads": 2}
 OBJECTIVE = {"name": "distill", "teacher_precision": "nf4"}
-# Quantiles of N(0, 1), from the definition in appendix E of the paper, computed with scipy.
-LEVELS = [-1, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0]
-LEVELS += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229567, 1]
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +29,6 @@ def teacher(tiny_dataset, tmp_path_factory):
 
 def needs_bitsandbytes():
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the extra quantize)")
-
-
-def test_a_weight_is_its_nearest_level():
-    needs_bitsandbytes()
-    linear = nn.Linear(96, 10)
-    found = nf4.Nf4Linear(linear, torch.device("cpu")).weight.view(-1, 64)  # 15 blocks of 64
-    weights = linear.weight.detach().view(-1, 64)
-    levels = torch.tensor(LEVELS) * weights.abs().amax(1, keepdim=True)[..., None]  # [15, 1, 16]
-    distances = (weights[..., None] - levels).abs()
-    expected = levels.expand(-1, 64, -1).gather(-1, distances.argmin(-1, keepdim=True))[..., 0]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_blocks_are_packed_and_the_rest_stays_whole(tiny_dataset, tmp_path, teacher):
@@ -57,25 +43,29 @@ def test_the_blocks_are_packed_and_the_rest_stays_whole(tiny_dataset, tmp_path, 
     linears = [
         type(module) for block in frozen.blocks() for module in block.modules() if hasattr(module, "in_features")
     ]
-    assert set(linears) == {nf4.Nf4Linear} and len(linears) == 8
+    assert set(linears) == {QuantizedLinear} and len(linears) == 8
     assert type(frozen.model.embedding) is nn.Embedding
     error = (apart[0] - apart[1]).norm() / apart[0].norm()
     assert 0 < error < 0.2, "half the widest step between levels is 0.15 of the largest weight of a block"
 
 
 def test_the_plan_counts_packed_weights(tiny_dataset, tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr("trainer.planning.frozen.is_installed", lambda: True)
+    monkeypatch.setattr("trainer.checkpoint.quantized.is_installed", lambda: True)
     config = build(
         RunConfig, tiny_values(tiny_dataset, tmp_path / "r", objective={**OBJECTIVE, "teacher": str(teacher)})
     )
     frozen = resolve(config, find_dataset(config.data)).frozen["teacher"]
     packed = 2 * 12 * 32**2  # of each block: 4 d^2 in attention, 8 d^2 in the MLP
-    assert frozen.bytes("bf16", 4) == packed * 9 // 16 + 2 * (frozen.parameters - packed)
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
+    held = 2 * sum(packed_bytes("nf4", *shape, [shape[0]]) for shape in shapes)
+    assert frozen.bytes("bf16", 4) == held + 2 * (frozen.parameters - packed)
+    # 4 bits and 8 for each block of 64; of each matrix here an fp32 scale of scales and an offset.
+    assert held == packed * (32 + 1) // 64 + 8 * 8
     plain = dataclasses.replace(frozen, spec=dataclasses.replace(frozen.spec, precision="compute"))
     assert plain.bytes("bf16", 1) == 2 * frozen.parameters
 
 
 def test_without_the_package_it_is_one_line(tiny_dataset, tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr("trainer.planning.frozen.is_installed", lambda: False)
+    monkeypatch.setattr("trainer.checkpoint.quantized.is_installed", lambda: False)
     with pytest.raises(UserError, match=r"^objective.teacher_precision: nf4 needs bitsandbytes; run pip install"):
         make(tiny_dataset, tmp_path / "r", objective={**OBJECTIVE, "teacher": str(teacher)})

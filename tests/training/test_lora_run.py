@@ -104,7 +104,7 @@ def test_the_start_says_what_is_trained(tiny_dataset, tmp_path, parent, capsys):
         "the default of LoRA"
     )
     config = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
-    assert [config["model"][key] for key in FIELDS] == [4, 16.0, "matrix"]
+    assert [config["model"][key] for key in FIELDS] == [4, 16.0, "matrix", "compute"]
 
 
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path, tuned):

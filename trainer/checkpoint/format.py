@@ -341,9 +341,12 @@ def stored(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return Reader(path).stored()
 
 
-def check_shapes(path: Path, shapes: dict[str, torch.Size]) -> None:
-    """UserError names the first of `shapes` (by full name) that differs in the checkpoint or is missing. Reads no tensors."""
-    Reader(path).check_shapes(shapes)
+def check_shapes(
+    path: Path, shapes: dict[str, torch.Size], there: dict[str, tuple[torch.Size, torch.dtype]] | None = None
+) -> None:
+    """UserError names the first of `shapes` (by full name) that differs in the checkpoint or is missing. Reads no tensors. there: as
+    for Reader."""
+    Reader(path).check_shapes(shapes, there)
 
 
 def read_into(path: Path, tensors: dict[str, Tensor], world: World) -> None:

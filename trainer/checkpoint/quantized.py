@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.layers.quantized import FORMATS, is_installed
 from models.materialise import ties
-from models.quantization import matrix_layers, packed_of, packed_tensors, quantize_matrices
+from models.quantization import packable, packed_of, packed_tensors, quantize_matrices
 from trainer.checkpoint.format import check_file, file_entry, put_into
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import DIGEST, read_json, sealed, write_file
@@ -117,7 +117,7 @@ def take_packed(model: Any, to: str, tensors: dict[str, Tensor], file: Path) -> 
     """The packed tensors of the model's matrices, taken out of `tensors`. UserError unless their shapes and types are those of the
     model."""
     packed: dict[str, Tensor] = {}
-    for name, (layer, rows) in matrix_layers(model)[0].items():
+    for name, (layer, rows) in packable(model, to)[0].items():
         there = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in packed_of(name, tensors).items()}
         if there != FORMATS[to].room(layer.out_features, layer.in_features, rows):
             raise UserError(f"{file}: {name} is not packed as {to} for the model of config.yaml")

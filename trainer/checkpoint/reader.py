@@ -67,8 +67,11 @@ class Reader(dcp.FileSystemReader):
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def check_shapes(self, shapes: dict[str, torch.Size]) -> None:
-        there = self.stored()
+    def check_shapes(
+        self, shapes: dict[str, torch.Size], there: dict[str, tuple[torch.Size, torch.dtype]] | None = None
+    ) -> None:
+        """there: what the checkpoint stands for, if not `stored`."""
+        there = self.stored() if there is None else there
         for name, shape in sorted(shapes.items()):
             if name not in there or there[name][0] != shape:
                 held = list(there[name][0]) if name in there else "missing"

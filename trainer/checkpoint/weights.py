@@ -6,7 +6,8 @@
 
 A mean of projected weights is not projected: a mean of unit vectors is shorter than 1. So all but the trained weights are projected.
 
-The weights of a run with LoRA are those of the model without adapters: W + (alpha / rank) B A in place of W. Layers that the
+The weights of a run with LoRA are those of the model without adapters: W + (alpha / rank) B A in place of W, which may have to be
+unpacked from 4 bits. Layers that the
 objective trains with the model are no part of it, and are left out.
 """
 
@@ -22,18 +23,20 @@ import torch
 from torch import Tensor
 
 from models.layers.lora import updated
-from models.lora import factors_of, has_lora, is_factor
+from models.layers.quantized import FORMATS, unpack
+from models.lora import factors_of, has_lora, has_packed_base, is_factor
 from models.objective_layers import is_objective_layer
 from trainer.checkpoint.format import check, choose, found, together
-from trainer.checkpoint.quantized import refuse_quantized
+from trainer.checkpoint.quantized import check_installed, refuse_quantized
 from trainer.checkpoint.reader import Reader
-from trainer.core.errors import UserError
+from trainer.core.errors import Damaged, UserError
 from trainer.runtime.distributed import World
 
 MODEL = "model."  # prefix of the trained weights and buffers
 EVALUATION = "evaluation."  # of the weights for evaluation, if they differ from the trained ones
 EMA = "ema."  # of the moving average
 EMA_UPDATES = "ema_updates"  # how many updates it holds
+PACKED = ".packed"  # follows the name of a matrix in that of its packed tensor
 LAST = re.compile(r"last-([0-9]{1,9})")
 
 Projections = Mapping[str, Callable[[Tensor], None]]  # name of a parameter -> projects it in place
@@ -55,7 +58,7 @@ class Weights:
     @property
     def lora_scale(self) -> float | None:
         """alpha / rank of a run with LoRA, whose updates `each` merges into the weights. None: there are no updates."""
-        model = (self.manifest.get("config") or {}).get("model") or {}
+        model = model_of(self.manifest)
         return model["lora_alpha"] / model["lora_rank"] if has_lora(model) else None
 
     def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -63,6 +66,7 @@ class Weights:
         stored = Reader(self.paths[-1]).stored()
         found = {name.removeprefix(MODEL): entry for name, entry in stored.items() if name.startswith(MODEL)}
         found = {name: entry for name, entry in found.items() if not is_objective_layer(name)}
+        found = with_unpacked(found) if has_packed_base(model_of(self.manifest)) else found
         return found if self.lora_scale is None else {name: at for name, at in found.items() if not is_factor(name)}
 
     def each(self, projections: Projections) -> Iterator[tuple[str, Tensor]]:
@@ -87,6 +91,8 @@ class Weights:
         """A tensor of one checkpoint, with the updates of LoRA. there: what the newest checkpoint holds."""
 
         def stored(name: str) -> Tensor:
+            if has_packed_base(model_of(self.manifest)) and MODEL + name + PACKED in there:
+                return self._unpacked(reader, name, there)
             source = self.prefix + name if self.prefix + name in there else MODEL + name
             return read(reader, source, *there[source])
 
@@ -97,6 +103,18 @@ class Weights:
             pairs.append((stored(a), stored(b)))
         return updated(tensor, pairs, scale) if scale is not None and pairs else tensor
 
+    def _unpacked(self, reader: Reader, name: str, there: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Tensor:
+        """A matrix of a base in 4 bits (model.lora_base nf4), in fp32."""
+        check_installed("nf4", "run_dir")
+        out, half = there[MODEL + name + PACKED][0]
+        room = FORMATS["nf4"].room(out, 2 * half, [out])
+        parts = {part: MODEL + f"{name}.{part}" for part in room}
+        missing = [stored for stored in parts.values() if stored not in there]
+        if missing:
+            raise Damaged(f"checkpoint: {reader.path} lacks {missing[0]}")
+        packed = {part: read(reader, stored, *there[stored]) for part, stored in parts.items()}
+        return unpack("nf4", packed, 2 * half, [out])
+
     def load(self, projections: Projections, world: World, device: torch.device | str) -> dict[str, Tensor]:
         """All that `each` yields, on `device`. All ranks call this. If one cannot read, all raise UserError."""
         tensors: dict[str, Tensor] = {}
@@ -106,6 +124,16 @@ class Weights:
 
         together(fill, world)
         return tensors
+
+
+def with_unpacked(found: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """In alphabetical order, with the matrices in place of their packed tensors. found: as in `Weights.stored`."""
+    packed = [name.removesuffix(PACKED) for name in found if name.endswith(PACKED)]
+    kept = {name: entry for name, entry in found.items() if name.rpartition(".")[0] not in packed}
+    for name in packed:
+        out, half = found[name + PACKED][0]
+        kept[name] = torch.Size((out, 2 * half)), torch.float32
+    return dict(sorted(kept.items()))
 
 
 def read(reader: Reader, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -126,6 +154,10 @@ def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[s
     if chosen is None:
         raise UserError(f"run_dir: {folder.parent} has no checkpoint yet")
     path, manifest = chosen
+    if has_packed_base(model_of(manifest)):
+        say(
+            f"weights: the frozen matrices of {path} have 4 bits; they are unpacked, and LoRA's updates are merged into them"
+        )
     if wanted == "ema":
         if not world.on_leader(lambda: holds(path, EMA)):
             raise UserError(f"weights: {path} holds no moving average; only runs with optim.ema have one")
@@ -144,6 +176,11 @@ def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[s
     if count > 1:
         say(f"weights: the mean of the checkpoints of steps {steps}")
     return Weights(paths, EVALUATION, averaged, manifest)
+
+
+def model_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The section `model` of the config in a manifest."""
+    return (manifest.get("config") or {}).get("model") or {}
 
 
 def how_many(wanted: str) -> int:

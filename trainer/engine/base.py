@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.base import Batch
 from models.layers.float8 import convert_to_float8
+from models.layers.quantized import fill_packed
+from models.lora import reserve_base
 from models.materialise import Unset, materialise, ties, with_storage
+from models.quantization import move_packed, packed_layers, packed_tensors, quantize_matrices
 from trainer.checkpoint.weights import EMA, EMA_UPDATES, EVALUATION, MODEL, holds
 from trainer.core.errors import UserError
 from trainer.data.documents import document_numbers
@@ -22,7 +25,6 @@ from trainer.engine.background_compile import BackgroundCompiler, start_backgrou
 from trainer.engine.compilation import Compiled
 from trainer.engine.matrices import Update, deal, update_copies, update_cost
 from trainer.engine.meta import build_meta
-from trainer.engine.nf4 import quantise
 from trainer.objectives import FrozenModel, Loss, build_objective
 from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
@@ -66,6 +68,7 @@ class Engine:
         self.objective = build_objective(self.config.objective)
         meta = build_meta(plan.model_class, plan.model_config)
         meta = meta.to(torch.bfloat16) if self.precision == "pure_bf16" else meta
+        reserve_base(meta, self.device)
         self.shapes = {name: parameter.shape for name, parameter in meta.named_parameters()}
         self.model: Any = self.parallelize(meta)
         self.optimizer: Optimizer = build_optimizer(
@@ -93,7 +96,11 @@ class Engine:
         meta = build_meta(*frozen.classes())
         meta = meta if self.precision == "fp32" else meta.to(torch.bfloat16)
         if frozen.spec.precision == "nf4":
-            model = quantise(with_weights(meta, weights, torch.device("cpu")), self.device)
+            # In CPU memory first: the device need not hold it whole.
+            model = with_weights(meta, weights, torch.device("cpu"))
+            quantize_matrices(model, "nf4")
+            model = model.to(self.device)
+            move_packed(model, self.device)
         else:
             self.shard_frozen(meta)
             model = with_weights(meta, weights, self.device)
@@ -345,6 +352,7 @@ class Engine:
         state, whole = self.optimizer.state, set(self.optimizer.whole)
         self.optimizer.allocate(p for name, p in self.local.items() if p not in state and name not in whole)
         tensors = {MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {MODEL + name: tensor for name, tensor in packed_tensors(self.model).items()}
         for name, parameter in self.local.items():
             for key, value in state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value if name in whole else self.as_stored(name, value)
@@ -379,9 +387,12 @@ class Engine:
 
         weights: (name, whole tensor in CPU memory) of all, which every rank reads by itself. No collectives.
         """
-        held = self.model.state_dict()
+        held, packed = self.model.state_dict(), packed_layers(self.model)
         for name, whole in weights:
-            put_whole(held[name], whole)
+            if name in packed:
+                fill_packed(packed[name], whole)
+            else:
+                put_whole(held[name], whole)
         self.begin_average()
 
     def average_goes_on(self, path: Any) -> bool:

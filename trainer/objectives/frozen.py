@@ -22,7 +22,7 @@ class FrozenSpec:
     """Which model, and how it is held.
 
     source: RUN[@STEP], folder of a Hugging Face model, or hf://ORG/NAME; None: the model that init_from names. weights: which ones
-    of a run, see trainer/checkpoint/weights.py. precision: compute, as the run computes, or nf4, see trainer/engine/nf4.py.
+    of a run, see trainer/checkpoint/weights.py. precision: compute, as the run computes, or nf4, see models/layers/quantized.py.
     """
 
     source: str | None

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from models.config import kernel_fields_of
+from models.quantization import matrix_bytes
+from trainer.checkpoint.quantized import check_installed
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
 from trainer.data.dataset import DatasetInfo
 from trainer.engine.meta import build_meta
-from trainer.engine.nf4 import BYTES, is_installed, quantised_weights
 from trainer.objectives import FrozenSpec, build_objective
 from trainer.planning.model import written_out
 from trainer.planning.parent import find_parent
@@ -48,8 +49,8 @@ class Frozen:
         """Of its weights on one device. precision: of the run; shards: ranks that share the weights of its blocks."""
         meta, each = build_meta(*self.classes()), 4 if precision == "fp32" else 2
         if self.spec.precision == "nf4":
-            packed = quantised_weights(meta)  # whole on every rank
-            return int(BYTES * packed) + each * (self.parameters - packed)
+            count, packed = matrix_bytes(meta, "nf4")  # whole on every rank
+            return packed + each * (self.parameters - count)
         blocks = sum(p.numel() for block in meta.blocks() for p in block.parameters())
         return each * (self.parameters - blocks + -(-blocks // shards))
 
@@ -72,8 +73,8 @@ def choose_frozen(draft: Draft, vocab_size: int, dataset: DatasetInfo | None) ->
             raise UserError(
                 f"{key}: the run begins with the {config.init_weights} weights of init_from, so set {key}_weights to that too"
             )
-        if spec.precision == "nf4" and not is_installed():
-            raise UserError(f"{key}_precision: nf4 needs bitsandbytes; run pip install 'crescendo-lm[quantize]'")
+        if spec.precision == "nf4":
+            check_installed("nf4", f"{key}_precision")
         with told_as(key):
             parent = find_parent(source, lambda line: None)  # `open_weights` says the lines
             if dataset is not None:

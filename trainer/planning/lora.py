@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.lora import has_lora
+from models.lora import has_lora, has_packed_base
+from trainer.checkpoint.quantized import check_installed
 from trainer.core.errors import UserError
 from trainer.recipes import RECIPES, recipe_for
 from trainer.recipes.recipe import Default
@@ -34,6 +35,8 @@ def check_lora(config: Any) -> None:
         raise UserError(
             f"optim.recipe: {config.optim.recipe} does not suit model.lora_rank, as {WHY_RECIPE}; leave it out"
         )
+    if has_packed_base(config.model):
+        check_installed("nf4", "model.lora_base")
 
 
 def lora_rate(full: Default) -> Default:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from models.base import Batch
+from models.lora import reserve_base
+from models.quantization import packed_layers, packed_tensors
 from trainer.core.config import OptimConfig
 from trainer.engine.deepspeed_config import BUCKET
 from trainer.engine.meta import build_meta, stand_ins, told_of_model
@@ -145,8 +147,13 @@ class MemoryEstimate:
         self.frozen = dict(frozen)
         self.length, self.documents = length, documents
         self._model = model = build_meta(model_class, model_config)
+        every = model_class.count_parameters(model_config)
+        reserve_base(model, "meta")
+        self.packed = sum(
+            tensor.nbytes for tensor in packed_tensors(model).values()
+        )  # of frozen matrices, whole on every device
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
-        self.parameters = model_class.count_parameters(model_config)
+        self.parameters = every - sum(layer.weight.numel() for layer in packed_layers(model).values())  # without these
         self.trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
         # Gathered at once: two blocks (one computes while the next is gathered) and what is outside the blocks.
         self.gathered = min(self.parameters, 2 * max(blocks, default=0) + self.parameters - sum(blocks))
@@ -169,6 +176,8 @@ class MemoryEstimate:
             count = self.parameters if part == "weights" else self.trained
             held = -(-count // layout.shards) if part in sharded else count
             state[part] = (part not in away) * int(parts[part] * held)
+        if self.packed:
+            state["weights in nf4"] = self.packed
         if self.frozen:
             shards = layout.shards if fsdp else 1
             state["frozen models"] = sum(model.bytes(layout.precision, shards) for model in self.frozen.values())
@@ -353,6 +362,7 @@ def _saved_activations(
     with fake_tensors(), contextlib.ExitStack() as stack:
         with _default_dtype(torch.bfloat16 if compute == "bf16" else torch.float32):
             model = model_class(model_config)
+        reserve_base(model, "cpu")
         with _default_dtype(torch.float32 if compute == "fp32" else torch.bfloat16):
             others = stand_ins(frozen)
         joined = ModelAndObjective(model, build_objective(objective, others))
@@ -445,7 +455,11 @@ def _alive_tensors(*models: Any) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+            tensors = [
+                tensor
+                for model in models
+                for tensor in (*model.parameters(), *model.buffers(), *packed_tensors(model).values())
+            ]
             self.own = {weak_reference(tensor.untyped_storage()) for tensor in tensors}
             self.vectors: set[Any] = set()  # made from parameters; each layer holds its own, so they count
             self.activations, self.copies = _Held(), _Held()

@@ -88,7 +88,7 @@ class RunParent:
         weights."""
         found = choose_weights(self.folder / "checkpoints", self.step, wanted, world.say, world)
         shapes = {MODEL + name: shape for name, shape in shapes_of(model_class, model_config).items()}
-        checkpoint.check_shapes(found.paths[-1], shapes)
+        checkpoint.check_shapes(found.paths[-1], shapes, {MODEL + name: at for name, at in found.stored().items()})
         return found.each(projections_of(model_class, model_config, found))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from models.bitnet import PLAIN, linear_of
+from models.lora import has_packed_base
 from trainer.core.errors import UserError
 from trainer.objectives import build_objective
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout
@@ -41,6 +42,11 @@ def refuse_contradictions(config: Any) -> None:
     if config.log.noise_scale and strategy in ("zero1", "zero2", "zero3"):
         raise UserError(
             f"log.noise_scale: {strategy} has no norm of the gradient in the middle of a step; use another strategy or set it to false"
+        )
+    if has_packed_base(config.model) and strategy in ("zero1", "zero2", "zero3"):
+        raise UserError(
+            f"model.lora_base: nf4 with engine.strategy {strategy}, but DeepSpeed takes the weights before they are packed; use "
+            "single, ddp, fsdp, hsdp or zero0"
         )
     if engine.shard_size is not None and strategy != "hsdp":
         raise UserError(f"engine.shard_size: only hsdp has groups of shards, not {strategy}; use hsdp or leave it out")
@@ -87,6 +93,8 @@ def background_refusal(config: Any) -> str | None:
         return "CUDA graphs record the code of the first steps"
     if build_objective(config.objective).frozen_models():
         return "the second process would need the models that the objective reads"
+    if has_packed_base(config.model):
+        return "the second process does not pack the frozen matrices of model.lora_base"
     if config.data.packing == "none":
         return "rows of data.packing none have many widths"
     return None

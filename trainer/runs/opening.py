@@ -201,7 +201,7 @@ def load_quantized(
     import torch
 
     from models.materialise import refuse_unset, with_storage
-    from models.quantization import packed_layers
+    from models.quantization import move_packed
     from trainer.checkpoint.quantized import put_quantized, read_manifest
 
     found = read_manifest(folder)
@@ -214,7 +214,5 @@ def load_quantized(
     given = put_quantized(model, found)
     refuse_unset(model, given=given)
     model = model.to(device, dtype)
-    for layer in packed_layers(model).values():
-        layer.packed = {part: tensor.to(device) for part, tensor in layer.packed.items()}
-        layer.dtype = dtype
+    move_packed(model, device, dtype)
     return model, found.step
