@@ -21,6 +21,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainer.checkpoint import format as checkpoint  # noqa: E402
+from trainer.checkpoint.manifest import amend  # noqa: E402
 from trainer.core.files import digest_of  # noqa: E402
 from trainer.planning import run_config  # noqa: E402
 
@@ -62,7 +63,7 @@ def anonymous(run: Path, scratch: str) -> None:
     (run / run_config.CONFIG).write_text(run_config.seal(body.replace(f"{scratch}/", ""), *found.groups()[:2]))
     for _, path in checkpoint.found(run / "checkpoints"):
         config = json.dumps(checkpoint.check(path)["config"]).replace(f"{scratch}/", "")
-        checkpoint.amend(path, {"config": json.loads(config)})
+        amend(path, {"config": json.loads(config)})
 
 
 def make(name: str) -> None:

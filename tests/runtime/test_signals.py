@@ -15,6 +15,7 @@ from conftest import tiny_values
 from trainer.__main__ import interrupted_line
 from trainer.checkpoint import format as checkpoint
 from trainer.checkpoint import saver as checkpoint_saver
+from trainer.checkpoint.manifest import amend
 from trainer.core.errors import Damaged, Stopped
 from trainer.core.files import read_json
 from trainer.inference import evaluation as evaluate
@@ -371,9 +372,9 @@ def test_an_evaluation_is_left_to_the_next_process_where_all_have_heard_before_i
     manifest = read_json(path / checkpoint.MANIFEST)
     assert step == 3 and manifest["row"].keys() >= rows_of(calm)[2].keys()
     for row in ({"step": 3}, manifest["row"] | {"step": 4}, 7):
-        checkpoint.amend(path, {"row": row})
+        amend(path, {"row": row})
         with pytest.raises(Damaged, match="is not a row of step 3"):
             evaluated(folder)
-    checkpoint.amend(path, {"row": manifest["row"]})
+    amend(path, {"row": manifest["row"]})
     assert evaluated(folder) == 0
     assert rows_of(folder) == rows_of(calm)

@@ -10,6 +10,7 @@ from conftest import tiny_values
 from tiny_runs import make, same, weights
 
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.manifest import amend
 from trainer.commands.train import run
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
@@ -128,7 +129,7 @@ def test_a_run_goes_on_with_the_averages(tiny_dataset, tmp_path):
     path = folder / "checkpoints" / checkpoint.step_name(4)
     state = json.loads((path / checkpoint.MANIFEST).read_text())["state"]
     del state["noise"]
-    checkpoint.amend(path, {"state": state})
+    amend(path, {"state": state})
     after = go_on()
     assert after[:4] == before[:4] and after[4:] != before[4:]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,24 +26,28 @@ import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.checkpoint.reader import METADATA, Reader, misfit, plain_error
+from trainer.checkpoint.manifest import (
+    BEST,
+    FORMAT,
+    MANIFEST,
+    METADATA,
+    VALIDATION,
+    found,
+    ranked,
+    read_manifest,
+    step_name,
+)
+from trainer.checkpoint.reader import Reader, misfit, plain_error
 from trainer.core.errors import Damaged, MachineError, UserError
-from trainer.core.files import DIGEST, bare_name, read_json, sealed, sync_path, system_error, write_file
+from trainer.core.files import sealed, sync_path, system_error, write_file
 from trainer.core.text import printable
 from trainer.runtime.distributed import World
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 2  # 1: no digest of the manifest
-NAME = re.compile(r"step-[0-9]{8,}")
 ALONE = World()
 
 # We use one process on purpose. The filter is permanent, because `catch_warnings` would affect other threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def save(
@@ -156,12 +159,6 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_file(final.parent / LATEST, final.name)
 
 
-def amend(path: Path, facts: dict[str, Any]) -> None:
-    """Change facts in the manifest of a finished checkpoint. A fact that is None is removed."""
-    manifest = _read_manifest(path) | facts
-    write_file(path / MANIFEST, sealed({key: value for key, value in manifest.items() if value is not None}))
-
-
 def _set_aside(path: Path) -> Path:
     """Rename an unusable checkpoint, so that it is no longer found. Nothing of it is removed."""
     aside = path.with_name(path.name + ".damaged")
@@ -191,51 +188,56 @@ def _purge(folder: Path, step: int, keep: Callable) -> None:
         (folder / f"{LATEST}.tmp").unlink(missing_ok=True)
 
 
-def retention(newest: int, every: int) -> Callable[[list[int]], list[int]]:
-    """A function that selects the steps to keep: all multiples of `every` (0: none), and the last `newest` of the others.
+def retention(newest: int, every: int, best: Callable[[list[int]], list[int]] = lambda steps: []) -> Callable:
+    """A function that selects the steps to keep: all multiples of `every` (0: none), the last `newest` of the others, and those that
+    `best` selects.
 
-    The multiples do not count among the newest. The last step of all is always kept.
+    The multiples do not count among the newest, the best ones do. The last step of all is always kept.
     """
 
     def keep(steps: list[int]) -> list[int]:
         lasting = [step for step in steps if every and step % every == 0]
-        return lasting + sorted(set(steps) - set(lasting))[-max(1, newest) :]
+        return lasting + sorted(set(steps) - set(lasting))[-max(1, newest) :] + best(steps)
 
     return keep
 
 
-def found(folder: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every finished checkpoint, oldest first. Checkpoints without a manifest are unfinished."""
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    complete = [(int(name[5:]), folder / name) for name in names if NAME.fullmatch(name)]
-    return sorted((step, path) for step, path in complete if (path / MANIFEST).is_file())
-
-
 def choose(
-    folder: Path, step: int | None, say: Callable[[str], None], world: World = ALONE
+    folder: Path, step: int | str | None, say: Callable[[str], None], world: World = ALONE
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint (or that of `step`) and its manifest; None if there are no checkpoints.
+    """The newest undamaged checkpoint and its manifest; None if there are no checkpoints. step: that of this step instead, or with
+    "best" the undamaged one with the lowest validation loss.
 
     A damaged checkpoint is reported through `say`, and the one before it is tried; UserError if all are damaged. A read error
     is not damage: it is raised, as MachineError if it may pass.
     world: if it is given, all ranks call this, share the reading and get the same result.
     """
     there = world.on_leader(lambda: found(folder))
-    candidates = [(at, path) for at, path in there if step in (None, at)]
+    if step == BEST:
+        candidates = [(at, path) for _, at, path in reversed(world.on_leader(lambda: ranked(folder, say)))]
+    else:
+        candidates = [(at, path) for at, path in there if step in (None, at)]
     if not candidates:
         if step is not None:
             have = ", ".join(str(at) for at, _ in there) or "none"
-            raise UserError(f"step: there is no checkpoint of step {step} in {folder} (available: {have})")
+            of = "with a validation loss" if step == BEST else f"of step {step}"
+            raise UserError(f"step: there is no checkpoint {of} in {folder} (available: {have})")
         return None
     for _, path in reversed(candidates):
         try:
-            return path, check(path, world)
+            manifest = check(path, world)
         except Damaged as error:
-            say(f"{error}; trying the one before it")
+            say(f"{error}; trying the {'next best' if step == BEST else 'one before it'}")
+        else:
+            if step == BEST:
+                say(f"step best: {path}, {_of_validation(manifest)}")
+            return path, manifest
     raise UserError(f"checkpoint: every checkpoint in {folder} is damaged; remove the folder to start again")
+
+
+def _of_validation(manifest: dict[str, Any]) -> str:
+    """What its validation says of a checkpoint."""
+    return f"{manifest[VALIDATION]['metric']} {manifest[VALIDATION]['value']:.4f}"
 
 
 def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
@@ -260,7 +262,7 @@ def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]
             say(f"checkpoint: {path} is damaged; it is kept as {_set_aside(path).name}")
         elif at < step:
             try:
-                _read_manifest(path)
+                read_manifest(path)
             except Damaged as error:
                 say(f"{error}; the run does not need it now, but cannot go back to it")
     latest = folder / LATEST
@@ -275,7 +277,7 @@ def check(path: Path, world: World = ALONE) -> dict[str, Any]:
     The check: the manifest's digest is right; the manifest lists exactly the tensor files that exist, with the right sizes and
     hashes; and these files hold all tensors. world: if it is given, all ranks call this and each hashes a share of the files.
     """
-    manifest = world.on_leader(lambda: _read_manifest(path))
+    manifest = world.on_leader(lambda: read_manifest(path))
     shares = sorted(manifest["files"].items(), key=lambda item: item[1]["bytes"])[world.rank :: world.size]
 
     def check_share() -> None:
@@ -284,33 +286,6 @@ def check(path: Path, world: World = ALONE) -> dict[str, Any]:
 
     together(check_share, world)
     world.on_leader(lambda: _check_names(path, set(manifest["files"])))
-    return manifest
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    manifest = read_json(file)
-    version, files = manifest.get("format"), manifest.get("files")
-    if type(version) is int and version > FORMAT:
-        release = printable(manifest.get("crescendo", "a later release"))
-        raise UserError(
-            f"checkpoint: {path} has format {version}, of crescendo-lm {release}; this version reads formats up to {FORMAT}"
-        )
-    where = f"checkpoint: {file} cannot be used"
-    if type(version) is not int or version < 1 or (version > 1 and DIGEST not in manifest):
-        raise Damaged(f"{where}: it has no valid format or no digest")
-    if manifest.get("step") != int(path.name[5:]):
-        raise Damaged(f"{where}: it is of step {printable(manifest.get('step'))}")
-    if not isinstance(files, dict) or METADATA not in files:
-        raise Damaged(f"{where}: it does not list {METADATA}")
-    for name, entry in files.items():
-        bare_name(name, where)
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("xxh64"), str)
-        ):
-            raise Damaged(f"{where}: it does not give the size and hash of {printable(name)}")
     return manifest
 
 

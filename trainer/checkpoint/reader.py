@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from trainer.checkpoint.manifest import METADATA
 from trainer.core.errors import UserError
 from trainer.core.files import bare_name, system_error
-
-METADATA = ".metadata"
 
 
 def plain_error(problem: BaseException) -> UserError:

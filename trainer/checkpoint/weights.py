@@ -143,8 +143,10 @@ def read(reader: Reader, name: str, shape: torch.Size, dtype: torch.dtype) -> Te
     return tensor
 
 
-def choose_weights(folder: Path, step: int | None, wanted: str, say: Callable[[str], None], world: World) -> Weights:
-    """The weights that `wanted` names, of the newest good checkpoint in `folder` or that of `step`. All ranks call this.
+def choose_weights(
+    folder: Path, step: int | str | None, wanted: str, say: Callable[[str], None], world: World
+) -> Weights:
+    """The weights that `wanted` names, of the checkpoint that `choose` takes for `step` in `folder`. All ranks call this.
 
     UserError if there is no such checkpoint, it holds no moving average, or fewer than K are kept.
     """

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from trainer.commands import Verb, run_folder
 from trainer.core.config import (
     LONGEST,
+    STEP,
     TASKS_DIR_HELP,
     TASKS_HELP,
     TASKS_LIMIT_HELP,
     WEIGHTS,
     DataConfig,
     Precision,
+    Step,
 )
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
@@ -39,7 +41,7 @@ class EvaluateConfig:
     """`evaluate`: loss of a run's checkpoint on a validation split."""
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
-    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    step: Step = setting(None, STEP, low=0)
     weights: str = setting("evaluation", WEIGHTS)
     data: DataConfig = field(default_factory=DataConfig)
     text: str | None = setting(None, "a file of UTF-8 text to evaluate on, instead of a dataset")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import WEIGHTS, Precision
+from trainer.core.config import STEP, WEIGHTS, Precision, Step
 from trainer.core.errors import UserError
 from trainer.core.settings import setting
 from trainer.core.text import for_stream
@@ -20,7 +20,7 @@ class GenerateConfig:
     """`generate`: text from a run's checkpoint."""
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
-    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    step: Step = setting(None, STEP, low=0)
     weights: str = setting("evaluation", WEIGHTS)
     prompt: list[str] = setting((), "text to continue; repeat the flag for a batch")
     chat: bool = setting(

@@ -75,7 +75,7 @@ def open_weights(text: str, key: str, wanted: str, say: Callable[[str], None]) -
     from trainer.planning.run_config import branch_point, read_config
     from trainer.runtime.distributed import World
 
-    folder, step = branch_point(text, key)
+    folder, step = branch_point(text, key, World().say)
     parent = RunParent(folder.absolute(), step, read_config(folder, say).build())
     return parent, choose_weights(folder / "checkpoints", step, wanted, say, World())
 

@@ -20,6 +20,8 @@ TASKS_HELP = "names of lm-eval tasks that the model answers, such as hellaswag,l
 TASKS_DIR_HELP = "folder with the data of the tasks, see trainer/inference/README.md; auto: lm-eval fetches them"
 TASKS_LIMIT_HELP = "most questions of each task; 0: all"
 METRICS_HELP = "names of your own metrics, which --plugin FILE.py registers; measured at each evaluation"
+Step = Literal["best"] | int | None
+STEP = "checkpoint to use: its step, or best: the kept one with the lowest validation loss; auto: the newest good one"
 LONGEST = 2**24  # tokens of a sequence: longer than any model needs, and a plan can still compute with it
 Schedule = Literal["cosine", "linear", "wsd", "exponential", "power", "inverse_sqrt", "constant", "hlb"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -290,6 +292,15 @@ class EvaluationConfig:
     tasks_dir: str | None = setting(None, TASKS_DIR_HELP)
     tasks_limit: int = setting(0, TASKS_LIMIT_HELP, low=0)
     metrics: list[str] = setting((), METRICS_HELP)
+    metric: Literal["val_loss", "ema_val_loss", "val_objective_loss"] = setting(
+        "val_loss",
+        "key of metrics.jsonl by which patience and checkpoint.keep_best judge an evaluation, lower is better; ema_val_loss needs "
+        "optim.ema, val_objective_loss preference data",
+    )
+    patience: int = setting(
+        0, "end the run after so many evaluations in a row without an improvement of metric; 0: never", low=0
+    )
+    min_delta: float = setting(0.0, "patience: an improvement is more than this", low=0)
 
 
 @dataclass
@@ -301,6 +312,9 @@ class CheckpointConfig:
     )
     keep: int = setting(2, "how many of the newest checkpoints to keep", low=1)
     keep_every: int = setting(0, "also write one at every multiple of this step, and never delete it; 0: none", low=0)
+    keep_best: int = setting(
+        0, "also write one after each evaluation that is among the best so many, and keep these; 0: none", low=0
+    )
     asynchronous: bool = setting(False, "train while a checkpoint is written; needs a copy of it in CPU memory")
 
 

@@ -292,8 +292,10 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     """`value` (from YAML or a flag) as type `hint`. The `UserError` names the key and what is allowed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in arguments if a is not type(None))
+        *words, inner = [a for a in arguments if a is not type(None)]  # words: Literals besides a type
         last = _last(value, inner)
+        if any(last in typing.get_args(one) for one in words):
+            return last
         is_auto = isinstance(last, str) and last.lower() in ("none", "null", "auto")
         return None if value is None or is_auto else coerce(inner, value, key)
     if value is None:

@@ -154,7 +154,7 @@ def find_parent(text: str, say: Say) -> Parent:
     folder = user_path(text, "init_from")
     if (folder / hugging_face.CONFIG).is_file():
         return model_parent(str(folder.absolute()), folder.absolute())
-    folder, step = branch_point(text, "init_from")
+    folder, step = branch_point(text, "init_from", say)
     return RunParent(folder.absolute(), step, read_config(folder, say).build())
 
 

@@ -140,7 +140,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_background(draft, estimate, world.size, target)
     draft = choose_optimiser(draft, model)
     draft = choose_roles(draft, model)
-    draft = choose_rest(draft, model.meta.max_context)
+    draft = choose_rest(draft, model.meta.max_context, None if dataset is None else dataset.records)
     plan = Plan(
         config=draft.config,
         model_class=model_class,

@@ -425,8 +425,8 @@ def choose_embedding_frequency(draft: Draft, tied: bool) -> Draft:
     return draft
 
 
-def choose_rest(draft: Draft, max_context: int | None) -> Draft:
-    """Folder, checkpoints and validation."""
+def choose_rest(draft: Draft, max_context: int | None, records: str | None) -> Draft:
+    """Folder, checkpoints and validation. records: of the dataset; None if there is none yet."""
     draft = draft.fill("", "run_dir", default_run_dir(draft.config), "runs/MODEL-SCALE")
     draft = draft.fill("checkpoint", "every", max(1, draft.config.max_steps // 10), "a tenth of max_steps")
     longest = draft.config.batch.sequence_length
@@ -434,4 +434,20 @@ def choose_rest(draft: Draft, max_context: int | None) -> Draft:
     length = draft.config.evaluation.sequence_length
     if max_context is not None and length > max_context:
         raise UserError(f"evaluation.sequence_length: {length} is more than the model's context of {max_context}")
-    return draft
+    return choose_patience(draft, records)
+
+
+def choose_patience(draft: Draft, records: str | None) -> Draft:
+    """Check by what evaluations are judged, and tell what early stopping does. records: of the dataset; None if there is none yet."""
+    config = draft.config
+    evaluation, metric = config.evaluation, config.evaluation.metric
+    if metric == "ema_val_loss" and not config.optim.ema:
+        raise UserError("evaluation.metric: ema_val_loss is of the moving average; set optim.ema, such as 0.999")
+    if metric == "val_objective_loss" and records not in (None, "preference"):
+        raise UserError(f"evaluation.metric: only preference data have val_objective_loss, these are {records}")
+    if not evaluation.patience:
+        return draft
+    if not evaluation.every:
+        raise UserError("evaluation.patience: nothing is evaluated before the end; set evaluation.every above 0")
+    rule = f"evaluations without a lower {metric} end the run; the schedules stay those of {config.max_steps:,} steps"
+    return draft.note("evaluation.patience", evaluation.patience, rule)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import __version__
+from trainer.checkpoint.manifest import BEST, found, ranked
 from trainer.core.config import ABSENT_MEANS, LENGTHS, RunConfig, model_name
 from trainer.core.errors import Damaged, UserError
 from trainer.core.files import parse_json, read_small, user_path, write_file
@@ -214,7 +215,6 @@ def read_run(given: dict[str, Any], say: Callable[[str], None]) -> StoredConfig 
 
     UserError if the folder holds something else.
     """
-    from trainer.checkpoint.format import found
     from trainer.checkpoint.quantized import refuse_quantized
 
     folder = folder_of(build(RunConfig, given))
@@ -259,7 +259,7 @@ def with_branch(
         return given
     if config.run_dir is None:
         raise UserError("branch_from: a branch is a run of its own; name its folder with --run_dir")
-    source, step = branch_point(config.branch_from)
+    source, step = branch_point(config.branch_from, "branch_from", say)
     before = dataclasses.replace(read_config(source, say), processes=_last_start(source, say).get("processes"))
     own: dict[str, Any] = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
     own |= {"init_from": None, "init_weights": "evaluation"}  # of that run's beginning
@@ -283,14 +283,14 @@ def names_same(text: Any, before: Any, key: str) -> bool:
 
     if not (isinstance(text, str) and isinstance(before, str)):
         return False
+    text = text.removesuffix(f"@{BEST}")  # which stood for a step when the run began
     whole = text if text.startswith(HUB) else str(user_path(text, key).absolute())
     return whole in (before, before.rpartition("@")[0])
 
 
-def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:
-    """The run's folder and the step that RUN[@STEP] means; without a step, the newest one. UserError, which names `key`, if there is
-    none."""
-    from trainer.checkpoint.format import found
+def branch_point(text: str, key: str, say: Callable[[str], None]) -> tuple[Path, int]:
+    """The run's folder and the step that RUN[@STEP] means; without a step, the newest one, and @best is that with the lowest validation
+    loss. UserError, which names `key`, if there is none."""
     from trainer.checkpoint.quantized import refuse_quantized
 
     name, wanted = split_step(text)
@@ -300,6 +300,12 @@ def branch_point(text: str, key: str = "branch_from") -> tuple[Path, int]:
         raise UserError(f"{key}: {printable(folder)} is not a run's folder{also}; write RUN@STEP")
     refuse_quantized(folder, key)
     steps = [step for step, _ in found(folder / "checkpoints")]
+    if wanted == BEST:
+        best = ranked(folder / "checkpoints", say)
+        if not best:
+            have = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{key}: no checkpoint of {printable(folder)} has a validation loss (available: {have})")
+        return folder, best[0][1]
     if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) in steps) or not steps:
         have = ", ".join(map(str, steps)) or "none"
         raise UserError(

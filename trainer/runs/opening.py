@@ -114,7 +114,7 @@ def without_training(values: dict[str, Any]) -> dict[str, Any]:
 
 def open_run(
     run_dir: str | None,
-    step: int | None,
+    step: int | str | None,
     device: str,
     precision: str,
     world: Any = None,

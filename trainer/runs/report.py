@@ -110,9 +110,8 @@ class Report:
     def write(self, row: dict[str, Any], evaluated: Any = None) -> None:
         """Report the row of a step, with the results of an evaluation after it, an Evaluated."""
         if evaluated is not None:
-            for weights, results in evaluated.validation.items():
-                row = row | validation_keys(results, "" if weights == "evaluation" else f"{weights}_")
-            row = row | evaluated.metrics | ({} if evaluated.tasks is None else columns(evaluated.tasks))
+            row = row | validation_columns(evaluated.validation) | evaluated.metrics
+            row = row | ({} if evaluated.tasks is None else columns(evaluated.tasks))
         self.last = {**self.last, **{key: value for key, value in row.items() if value is not None}}
         if self._metrics is not None:
             with self.world.decoration("metrics.jsonl"):
@@ -182,6 +181,14 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.close()
             self._wandb.close()
+
+
+def validation_columns(validation: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of a row that hold what `Run.validate` returns."""
+    found: dict[str, Any] = {}
+    for weights, results in validation.items():
+        found |= validation_keys(results, "" if weights == "evaluation" else f"{weights}_")
+    return found
 
 
 def validation_keys(results: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from trainer.runs.folder import write_start
 from trainer.runs.report import Report, average_line
 from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
+from trainer.training.early_stopping import ended, judge
 from trainer.training.measuring import Evaluated
 from trainer.training.profile import Profiler
 from trainer.training.run import Run
@@ -37,10 +38,8 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
     if not (plan_text is None and run.restore()):
         world.on_leader(lambda: start_anew(run.folder, world.say))
         run.begin()
-    if run.state.step >= config.max_steps and run.owed is None:
-        world.say(
-            f"{run.folder} is finished ({run.state.step} steps); raise --max_steps to go on, or choose another --run_dir"
-        )
+    if run.owed is None and finished(run):
+        world.say(finished(run))
         return None
     if steps_before is not None:
         world.on_leader(lambda: tell_schedule(run, steps_before))
@@ -67,6 +66,18 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
         report.close()
     run.engine.close()
     return asked
+
+
+def finished(run: Run) -> str:
+    """The line of a run that has nothing left to do; "" if it has."""
+    step, early = run.state.step, ended(run)
+    if step >= run.config.max_steps:
+        return f"{run.folder} is finished ({step} steps); raise --max_steps to go on, or choose another --run_dir"
+    if early:
+        return (
+            f"{run.folder} ended early at step {step:,}: {early}; raise --evaluation.patience to go on, or set it to 0"
+        )
+    return ""
 
 
 def start_anew(folder: Path, say: Callable[[str], None]) -> None:
@@ -140,7 +151,7 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     if config.profile and state.step < config.max_steps:
         steps = state.step, config.max_steps
         profiler = Profiler(run.folder, run.world.rank, run.world.size, run.device, *steps, report.console.say)
-    while state.step < config.max_steps and stop is None:
+    while state.step < config.max_steps and stop is None and not ended(run):
         result = optimiser_step(run)
         if unreported is not None:
             row = report.row(unreported)
@@ -169,9 +180,11 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         row, unreported, evaluated = report.row(result), None, None
         if evaluate and stop is None:
             evaluated, stop = evaluation(run, report, tokenizer)
+        if evaluated is not None:
+            save = judge(run, evaluated.validation) or bool(ended(run)) or save
         owed = row if evaluate and stop is not None else None  # the process that goes on makes its evaluation
         if owed is None:
-            report.write(row, evaluated)
+            report.write(row | why_ended(run), evaluated)
         check_finite(row)
         if evaluated is not None:
             show_progress(run, report, tokenizer)
@@ -182,6 +195,12 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
         profiler.close()
     run.saver.finish()
     return stop
+
+
+def why_ended(run: Run) -> dict[str, str]:
+    """What the last row of a run says if the run ends early."""
+    early = ended(run)
+    return {"ended_early": early} if early else {}
 
 
 def evaluation(run: Run, report: Report, tokenizer: Any) -> tuple[Evaluated | None, signal.Signals | None]:
@@ -195,7 +214,7 @@ def evaluation(run: Run, report: Report, tokenizer: Any) -> tuple[Evaluated | No
 def show_progress(run: Run, report: Report, tokenizer: Any) -> None:
     """Write a text sample and the curves after an evaluation. After the last step, `finish` writes the sample."""
     step, tokens = run.state.step, run.config.log.sample_tokens
-    if tokens and step < run.config.max_steps:
+    if tokens and step < run.config.max_steps and not ended(run):
         run.write_sample(tokenizer, tokens, f"step {step}")
     run.watchdog.at(step, "curves")
     report.draw_curves()
@@ -207,7 +226,9 @@ def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> si
     report.stop_clock()
     evaluated, stop = evaluation(run, report, tokenizer)
     if stop is None:
-        report.write(row, evaluated)
+        assert evaluated is not None
+        judge(run, evaluated.validation)
+        report.write(row | why_ended(run), evaluated)
         show_progress(run, report, tokenizer)
         run.settle(report.sync())
     report.clock.start()
@@ -246,7 +267,11 @@ def finish(run: Run, report: Report, tokenizer: Any) -> None:
         text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
     if not run.world.leader:
         return
-    last = report.last
+    last, early = report.last, ended(run)
+    if early:
+        text += f"ended early at step {run.state.step:,} of {run.config.max_steps:,}: {early}\n\n"
+    if run.best:
+        text += f"best: step {run.best[0][1]:,}, {run.state.metric} {run.best[0][0]:.4f}; `--step best` chooses it\n\n"
     plugins = "".join(f" --plugin {module}" for module in plugins_of(run.folder))
     seconds = last.get("compile_seconds", 0.0)  # missing if the last row was owed by an older release
     average = average_line(last)

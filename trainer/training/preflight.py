@@ -346,8 +346,9 @@ def before_training(plan: Any, world: World) -> None:
     checkpoint = (plan.parameters + 2 * plan.trained) * (2 if config.precision == "pure_bf16" else 4)
 
     def tell() -> None:
-        there = min(config.checkpoint.keep, len(found(folder / "checkpoints")))
-        warnings = check_room(seen, folder, checkpoint, (config.checkpoint.keep + 1 - there) * checkpoint)
+        most = config.checkpoint.keep + config.checkpoint.keep_best
+        there = min(most, len(found(folder / "checkpoints")))
+        warnings = check_room(seen, folder, checkpoint, (most + 1 - there) * checkpoint)
         say_survey(world, summary(seen), warnings + judge(seen))
 
     world.on_leader(tell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from models.lora import without_lora
 from models.objective_layers import is_objective_layer
 from trainer import __version__
 from trainer.checkpoint import format as checkpoint
+from trainer.checkpoint.manifest import VALIDATION, amend, best_steps
 from trainer.checkpoint.merging import MERGED
 from trainer.checkpoint.reader import Reader
 from trainer.checkpoint.saver import Saver
@@ -38,6 +40,7 @@ from trainer.runs.metrics import checked_row
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import STOPPING, StopCheck, StopSignals
 from trainer.runtime.watchdog import Watchdog
+from trainer.training.early_stopping import read_best
 from trainer.training.measuring import Evaluated, Measuring
 from trainer.training.noise_scale import NoiseScale
 from trainer.training.step import StepResult, own_flags
@@ -58,23 +61,31 @@ class State:
     norm: float | None = None  # gradient norm of the last step, set when a checkpoint is saved
     noise: list[float] = field(default_factory=lambda: [0.0, 0.0])  # averages of the noise scale, set like `norm`
     mark: list[int] = field(default_factory=list)  # of the data stream, see Stream.mark; set like `norm`
+    metric: str = ""  # of the evaluations that patience has counted
+    reference: list[float] = field(
+        default_factory=list
+    )  # step and value of its last improvement, see early_stopping.py
+    stale: int = 0  # evaluations since then
 
     @classmethod
     def stored(cls, values: Any, where: Path) -> State:
         """The state in a manifest. Damaged if it has a value that no run can have."""
         names = {field.name for field in dataclasses.fields(cls)}
-        later = {"noise": [0.0, 0.0], "mark": []}  # which 0.3.0 did not have
+        later = {"noise": [0.0, 0.0], "mark": [], "metric": "", "reference": [], "stale": 0}  # which 0.3.0 did not have
         if not isinstance(values, dict) or values.keys() | later.keys() != names:
             raise Damaged(
                 f"checkpoint: the state in {where} is not this version's: it must hold {', '.join(sorted(names))}"
             )
         values = {**later, **values}
         whole = all(
-            type(values[name]) is int and 0 <= values[name] < 1 << 63 for name in ("step", "position", "tokens", "k")
+            type(values[name]) is int and 0 <= values[name] < 1 << 63
+            for name in ("step", "position", "tokens", "k", "stale")
         )
         real = all(type(values[name]) in (int, float) and values[name] >= 0 for name in ("seconds", "n"))
-        noise, mark = values["noise"], values["mark"]
+        noise, mark, reference = values["noise"], values["mark"], values["reference"]
         real = real and isinstance(noise, list) and len(noise) == 2 and all(type(mean) is float for mean in noise)
+        real = real and isinstance(reference, list) and len(reference) in (0, 2) and isinstance(values["metric"], str)
+        real = real and all(type(number) in (int, float) and math.isfinite(number) for number in reference)
         whole = whole and isinstance(mark, list) and all(type(number) is int and number >= 0 for number in mark)
         if not (whole and real and values["k"] >= 1 and type(values["norm"]) in (int, float, type(None))):
             raise Damaged(f"checkpoint: the state in {where} holds a value that no run can have")
@@ -102,8 +113,13 @@ class Run:
         check_enough(self.validation, config.evaluation.protocol, "evaluation.protocol")
         law = GradNormLaw.of(plan.parameters)
         self.multiplier = BatchMultiplier(law, plan.parameters, config.seed, config.batch.n_max)
-        keep = checkpoint.retention(config.checkpoint.keep, config.checkpoint.keep_every)
-        self.saver = Saver(self.folder / "checkpoints", world, keep, config.checkpoint.asynchronous)
+        place, kept = self.folder / "checkpoints", config.checkpoint
+        best = functools.partial(best_steps, place, kept.keep_best, config.evaluation.metric)
+        self.saver = Saver(place, world, checkpoint.retention(kept.keep, kept.keep_every, best), kept.asynchronous)
+        self.best: list[tuple[float, int]] = []  # (value, step) of the best evaluations whose checkpoints are kept
+        self.judged: tuple[int, dict[str, Any]] | None = (
+            None  # the last finite evaluation: its step, what a manifest says of it
+        )
         self.state = State()
         self.noise = NoiseScale(self.device)
         self.rows = ""  # digest of metrics.jsonl in the checkpoint that the run goes on from
@@ -225,7 +241,8 @@ class Run:
     def settle(self, rows: str) -> None:
         """Note in the run's checkpoint that its missing evaluation is made. rows: the digest of metrics.jsonl with that row."""
         path = self.saver.folder / checkpoint.step_name(self.state.step)
-        self.world.on_leader(lambda: checkpoint.amend(path, {"metrics": rows, OWED: None}))
+        facts = {"metrics": rows, OWED: None, "state": dataclasses.asdict(self.state), **self.validation_fact()}
+        self.world.on_leader(lambda: amend(path, facts))
         self.owed = None
 
     def facts(self, seconds: float, rows: str = "") -> dict[str, Any]:
@@ -241,7 +258,13 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "torch": torch.__version__,
             "crescendo": __version__,
+            **self.validation_fact(),
         }
+
+    def validation_fact(self) -> dict[str, Any]:
+        """What a manifest says of the evaluation at its step; empty if there was none."""
+        step, validation = self.judged or (None, {})
+        return {VALIDATION: validation} if step == self.state.step else {}
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint. False if there is none."""
@@ -257,6 +280,7 @@ class Run:
             )
         check_trained_with(manifest.get("config"), self.config, path / checkpoint.MANIFEST)
         self.go_on(path, manifest)
+        self.best = read_best(self)
         self.world.say(f"going on from {path}, step {self.state.step} of {self.config.max_steps}")
         return True
 
@@ -272,7 +296,7 @@ class Run:
 
         UserError if that run trained another model or on other data, or with another optimizer.
         """
-        source, step = branch_point(point)
+        source, step = branch_point(point, "branch_from", self.world.say)
         chosen = checkpoint.choose(source / "checkpoints", step, self.world.say, self.world)
         assert chosen is not None  # branch_point found it
         path, manifest = chosen
@@ -287,6 +311,7 @@ class Run:
             raise UserError(f"max_steps: {self.config.max_steps} is not beyond step {step} of branch_from; raise it")
         self.go_on(path, manifest)
         self.rows, self.owed = "", None  # both belong to the other run's metrics.jsonl
+        self.state.metric, self.state.reference, self.state.stale = "", [], 0  # patience begins anew
         self.world.say(f"branching from {path}: step {self.state.step} of {self.config.max_steps}")
 
     def begin_with(self, init_from: str) -> None:

@@ -93,7 +93,8 @@ def arms(config: CompareConfig) -> list[Arm]:
         rates = learning_rates(changes.pop("learning_rates", None), f"variants.{name}.learning_rates")
         values = merge(merge(shared, changes), {"model_scale": scale})
         arm = Arm(name, scale, values, flat_text(changes), rates or learning_rates(config.learning_rates))
-        arm.config()
+        if arm.config().evaluation.patience:
+            raise UserError("evaluation.patience: runs that end early are not of equal compute; leave it out")
         found.append(arm)
     return found
 

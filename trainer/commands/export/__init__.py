@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import WEIGHTS
+from trainer.core.config import STEP, WEIGHTS, Step
 from trainer.core.errors import UserError
 from trainer.core.files import sync_path, user_path
 from trainer.core.settings import setting
@@ -42,7 +42,7 @@ class ExportConfig:
     """`export`: which checkpoint to write, and where."""
 
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
-    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    step: Step = setting(None, STEP, low=0)
     weights: str = setting("evaluation", WEIGHTS)
     format: Literal["safetensors", "hf"] = setting(
         "safetensors",
