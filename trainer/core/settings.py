@@ -409,6 +409,11 @@ def help_text(cls: Any) -> str:
     return "\n".join(lines)
 
 
+def helps(cls: Any) -> dict[str, str]:
+    """The meaning of every key of `cls`, by dotted key."""
+    return {key: meaning for key, _, _, meaning in _walk(cls, "")}
+
+
 def _walk(cls: Any, prefix: str):
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):

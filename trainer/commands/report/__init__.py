@@ -2,7 +2,8 @@
 
 load.py: a run's folder; study.py: experiment.json, and the arms of a comparison or of loose runs; statistics.py: tests and
 intervals; results.py: what each arm reached; evidence.py: the caveats; figures.py, tables.py: what the page shows; page.py: the
-page's parts; html.py, markdown.py: how they are written; publish.py: the verb's work.
+page's parts; html.py, markdown.py: how they are written; publish.py: the verb's work. Of a single run: one_run.py, series.py (its
+curves), run_html.py with run_page.css and run_page.js.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class ReportConfig:
         (), "run folders, comparison folders, or folders that hold such folders (the flag is optional)"
     )
     out: str | None = setting(
-        None, "folder for report.html, .md, .json and figures; auto: COMPARISON/report, else runs/report-TIME"
+        None,
+        "folder for report.html, .md, .json and figures; auto: RUN/report or COMPARISON/report, of several runs/report-TIME",
     )
     baseline: str | None = setting(
         None, "arm that the others are compared with; auto: the comparison's, else the first"
@@ -38,7 +40,7 @@ def run(config: ReportConfig, as_json: bool) -> None:
 
 VERB = Verb(
     name="report",
-    help="one page of several runs or a comparison: curves, final table, intervals, caveats",
+    help="a page of one run, of several, or of a comparison: curves, tables, caveats",
     config=ReportConfig,
     run=run,
     alone=True,

@@ -151,7 +151,8 @@ def data_repeated(study: Study) -> list[Caveat]:
     most = max(run.epochs or 0 for run in runs)
     return [
         Caveat(
-            "data_repeated", f"The training data were seen more than once (up to {most:.3g} times) in {len(runs)} runs."
+            "data_repeated",
+            f"The training data were seen more than once (up to {most:.3g} times) in {len(runs)} run{'s' if len(runs) > 1 else ''}.",
         )
     ]
 

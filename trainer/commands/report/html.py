@@ -26,7 +26,7 @@ def render(page: Page) -> str:
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_text(page.title)}</title>
+<title>{text_of(page.title)}</title>
 <style>
 {style()}
 </style>
@@ -34,8 +34,8 @@ def render(page: Page) -> str:
 <body>
 <main>
 <header>
-<h1>{_text(page.title)}</h1>
-<p class="made">{_text(page.made)}</p>
+<h1>{text_of(page.title)}</h1>
+<p class="made">{text_of(page.made)}</p>
 </header>
 {sections}
 </main>
@@ -44,23 +44,24 @@ def render(page: Page) -> str:
 """
 
 
-def _text(words: str) -> str:
+def text_of(words: str) -> str:
+    """Words as HTML, on one line."""
     return escape(printable(words))
 
 
 def _section(section: Section, prefix: str) -> str:
     """All parts of a study. Long lists are closed until the reader opens them."""
-    verdicts = "".join(f'<li class="{kind}">{_text(line)}</li>' for kind, line in section.verdicts)
-    caveats = "".join(f"<li>{_text(line)}</li>" for line in section.caveats)
+    verdicts = "".join(f'<li class="{kind}">{text_of(line)}</li>' for kind, line in section.verdicts)
+    caveats = "".join(f"<li>{text_of(line)}</li>" for line in section.caveats)
     parts = [
-        f"<h2>{_text(section.title)}</h2>",
-        *(f'<p class="lead">{_text(line)}</p>' for line in section.lead),
+        f"<h2>{text_of(section.title)}</h2>",
+        *(f'<p class="lead">{text_of(line)}</p>' for line in section.lead),
         f'<ul class="verdicts">{verdicts}</ul>' if verdicts else "",
         f'<div class="caveats"><h3>Caveats</h3><ul>{caveats}</ul></div>' if caveats else "",
         "<h3>Final table</h3>",
-        _table(section.final),
+        table_of(section.final),
         "<h3>What it cost</h3>",
-        _table(section.cost),
+        table_of(section.cost),
         *(_figures(heading, figures, f"{prefix}-{i}") for i, (heading, figures) in enumerate(section.figures.items())),
         _titled("Tasks", section.tasks),
         _titled("Differences between the configs", section.differences),
@@ -74,17 +75,19 @@ def _section(section: Section, prefix: str) -> str:
 
 
 def _titled(title: str, table: Table) -> str:
-    return f"<h3>{title}</h3>\n{_table(table)}" if table.rows else ""
+    return f"<h3>{title}</h3>\n{table_of(table)}" if table.rows else ""
 
 
-def _table(table: Table) -> str:
+def table_of(table: Table) -> str:
     """Columns of numbers stand to the right; the first column stays in sight when the rest is scrolled."""
     kinds = [
         ' class="number"' if i and _is_numeric(row[i] for row in table.rows) else "" for i in range(len(table.header))
     ]
-    head = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for kind, cell in zip(kinds, table.header, strict=True))
+    head = "".join(
+        f'<th scope="col"{kind}>{text_of(cell)}</th>' for kind, cell in zip(kinds, table.header, strict=True)
+    )
     rows = "".join(f"<tr>{_row(row, kinds)}</tr>\n" for row in table.rows)
-    notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{text_of(note)}</li>" for note in table.notes)
     return (
         f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
@@ -98,9 +101,9 @@ def _is_numeric(cells: Iterable[str]) -> bool:
 def _row(row: list[str], kinds: list[str]) -> str:
     first, *rest = row
     cells = "".join(
-        f"<td{COLOURED.get(cell, kind)}>{_text(cell)}</td>" for kind, cell in zip(kinds[1:], rest, strict=True)
+        f"<td{COLOURED.get(cell, kind)}>{text_of(cell)}</td>" for kind, cell in zip(kinds[1:], rest, strict=True)
     )
-    return f'<th scope="row">{_text(first)}</th>{cells}'
+    return f'<th scope="row">{text_of(first)}</th>{cells}'
 
 
 def _figures(heading: str, figures: list[Figure], group: str) -> str:
@@ -108,23 +111,23 @@ def _figures(heading: str, figures: list[Figure], group: str) -> str:
     shown = figures[:MOST_TABS]
     buttons = "".join(
         f'<input type="radio" name="{group}" id="{group}-{i}"{" checked" if i == 0 else ""}>'
-        f'<label for="{group}-{i}">{_text(figure.tab)}</label>'
+        f'<label for="{group}-{i}">{text_of(figure.tab)}</label>'
         for i, figure in enumerate(shown)
     )
     panels = "\n".join(
-        f"<figure>{_inline(figure)}<figcaption>{_text(figure.caption)}</figcaption></figure>" for figure in shown
+        f"<figure>{inline(figure)}<figcaption>{text_of(figure.caption)}</figcaption></figure>" for figure in shown
     )
     kind = "tabs" if len(shown) > 1 else "tabs single"
-    return f'<h3>{_text(heading)}</h3>\n<div class="{kind}">{buttons}\n{panels}</div>'
+    return f'<h3>{text_of(heading)}</h3>\n<div class="{kind}">{buttons}\n{panels}</div>'
 
 
-def _inline(figure: Figure) -> str:
+def inline(figure: Figure) -> str:
     """The SVG as a part of a page: without its XML head and size, and in the page's colours."""
     svg = figure.svg[figure.svg.index("<svg") :]
     svg = (
         re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
     )
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{_text(figure.caption)}"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{text_of(figure.caption)}"', 1)
     return in_tags(svg, _with_the_pages_colours)
 
 
@@ -138,7 +141,7 @@ def _samples(samples: dict[str, str]) -> str:
     if not samples:
         return ""
     quotes = "\n".join(
-        f"<details><summary>{_text(arm)}</summary><pre>{escape(printable_lines(text))}</pre></details>"
+        f"<details><summary>{text_of(arm)}</summary><pre>{escape(printable_lines(text))}</pre></details>"
         for arm, text in samples.items()
     )
     return f"<h3>Samples</h3>\n{quotes}"

@@ -41,7 +41,7 @@ class Run:
     seed, learning_rate, scale: of config.yaml, or of experiment.json if the run has no config
     purpose: test (for the final table), tuning (for the learning-rate curve) or both; state: finished, unfinished, waiting, running, diverged, failed, refused
     loss, bits: validation loss (nats per token) and bits per byte at the end of the schedule; last_loss: the last one that is there
-    tokens, flops, seconds: training in all; rate: tokens per second (median of the steps after the first)
+    ended_early: why the run ended before max_steps, by evaluation.patience; tokens, flops, seconds: training in all; rate: tokens per second (median of the steps after the first)
     training, validation: AXES and loss (nats per token), and bits for validation -> [points]
     starts: the lines of environment.jsonl; data: dataset.json; sample: the last text of samples.txt
     """
@@ -68,10 +68,12 @@ class Run:
     parameters: int | None = None
     epochs: float | None = None
     multiplied: bool = False
+    ended_early: str = ""
     training: dict[str, np.ndarray] = field(default_factory=dict)
     validation: dict[str, np.ndarray] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    config: RunConfig | None = None  # as read, without the kernels of its machine
     sample: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -93,6 +95,7 @@ def load_run(folder: Path, name: str) -> Run:
     config = _read_config(run)
     rows = _read_rows(run)
     if config is not None:
+        run.config = config
         run.values = {key: value for key, value in flat(config).items() if not isinstance(value, dict)}
         run.seed, run.learning_rate, run.scale = config.seed, config.optim.lr, config.model_scale or DEFAULT_SCALE
         per_token = _count(run, config, rows)
@@ -152,6 +155,7 @@ class Rows:
     multiplied: bool = False
     epochs: float | None = None
     peak_memory_bytes: int | None = None
+    ended_early: str = ""  # why, if the last row says so
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -170,6 +174,8 @@ def _read_rows(run: Run) -> Rows:
             before = row["step"]
             rows.multiplied |= row.get("batch_multiplier", 1) != 1
             rows.epochs = _epochs(row.get("epoch"), rows.epochs)
+            early = row.get("ended_early")
+            rows.ended_early = printable(early, 400) if isinstance(early, str) else ""
             peak = max(peak, _whole(row.get("peak_memory_bytes")))
     except FileNotFoundError:
         pass  # a run that was stopped before its first step
@@ -243,6 +249,7 @@ def _measure(run: Run, config: RunConfig, rows: Rows, per_token: dict[int, int])
     """Fill in what the rows say: state, losses, sums and curves."""
     columns = rows.columns
     run.multiplied, run.epochs, run.peak_memory_bytes = rows.multiplied, rows.epochs, rows.peak_memory_bytes
+    run.ended_early = rows.ended_early
     if not len(rows):
         run.state = "unfinished"
         return
@@ -277,7 +284,8 @@ def _decide(run: Run, max_steps: float, columns: dict[str, np.ndarray]) -> None:
     if last["loss"] is None:
         run.state, run.message = "diverged", f"the loss of step {run.step:,} is not finite"
     elif run.step != max_steps:
-        run.state, run.message = "unfinished", f"{run.step:,} of {max_steps:,} steps"
+        early = f", ended early: {run.ended_early}" if run.ended_early else ""
+        run.state, run.message = "unfinished", f"{run.step:,} of {max_steps:,} steps{early}"
     elif last["val_loss"] is None:
         run.state, run.message = "unfinished", "no validation loss at the last step"
     else:

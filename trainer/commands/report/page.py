@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -49,7 +50,30 @@ class Section:
 
 
 @dataclass
+class RunDetails:
+    """All that is shown of one run.
+
+    state: finished, unfinished, diverged; tiles: (name, value, more) of the most important numbers
+    tables: title -> table, in order; series: see series.py; samples: (header, text), the first one first
+    figures: as in a Section, for Markdown and for readers without scripts
+    """
+
+    name: str
+    state: str
+    lead: list[str]
+    tiles: list[tuple[str, str, str]]
+    caveats: list[str]
+    series: dict[str, Any]
+    charts: list[dict[str, Any]]
+    figures: dict[str, list[Figure]]
+    samples: list[tuple[str, str]]
+    tables: dict[str, Table]
+    commands: list[str]
+
+
+@dataclass
 class Page:
     title: str
     made: str  # when, by which release
     sections: list[Section]
+    run: RunDetails | None = None  # instead of sections

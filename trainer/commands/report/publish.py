@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import __version__
-from trainer.commands.report import ReportConfig, html, markdown, tables
+from trainer.commands.report import ReportConfig, html, markdown, run_html, tables
 from trainer.commands.report.caveats import Caveat, label, metric_of
 from trainer.commands.report.evidence import find_caveats
 from trainer.commands.report.figures import curve_figures, rate_figures
+from trainer.commands.report.load import Run
+from trainer.commands.report.one_run import details, run_body
 from trainer.commands.report.page import Figure, Page, Section
 from trainer.commands.report.results import LEVEL, Result, p_text, results
 from trainer.commands.report.study import Study, read_studies
@@ -37,10 +39,21 @@ def run(config: ReportConfig, as_json: bool) -> None:
         sections.append(section(study, f"s{i}", found, caveats, config.target))
         bodies.append(body(study, found, caveats))
     page = Page(_title(studies), f"Made by crescendo-lm {__version__}, {made}", sections)
-    text = json.dumps(
-        {"format": FORMAT, "made": made, "level": LEVEL, "target": config.target, "studies": bodies}, indent=1
-    )
-    files = {"report.html": html.render(page), "report.md": markdown.render(page), "report.json": text + "\n"}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "made": made,
+        "level": LEVEL,
+        "target": config.target,
+        "studies": bodies,
+    }
+    single = only_run(studies)
+    if single is not None:
+        page.run = details(single, studies[0], sections[0], find_caveats(studies[0]))
+        page.title = f"Run {single.name}"
+        content["run"] = run_body(page.run)
+    text = json.dumps(content, indent=1)
+    rendered = html.render(page) if page.run is None else run_html.render(page, page.run)
+    files = {"report.html": rendered, "report.md": markdown.render(page), "report.json": text + "\n"}
     for name, content in (files | markdown.figure_files(page)).items():
         write_file(folder / name, content)
     sys.stdout.write((text if as_json else for_stream(markdown.summary(page), sys.stdout)) + "\n")
@@ -53,10 +66,18 @@ def _folder(config: ReportConfig, studies: list[Study]) -> Path:
         folder = user_path(config.out, "out")
     elif len(studies) == 1 and studies[0].folder is not None:
         folder = studies[0].folder / "report"
+    elif (single := only_run(studies)) is not None:
+        folder = single.folder / "report"
     else:
         folder = Path("runs") / time.strftime("report-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def only_run(studies: list[Study]) -> Run | None:
+    """The run, if a single one is reported."""
+    runs = [run for study in studies for run in study.runs]
+    return runs[0] if len(runs) == 1 and not studies[0].declared else None
 
 
 def _title(studies: list[Study]) -> str:
