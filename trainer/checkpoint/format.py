@@ -153,19 +153,19 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_file(temporary / MANIFEST, sealed(manifest))
     sync_path(temporary)
     if final.exists():  # it cannot be a good checkpoint, because the run would have continued from it
-        _set_aside(final)
+        set_aside(final)
     temporary.rename(final)
     sync_path(final.parent)
     write_file(final.parent / LATEST, final.name)
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename an unusable checkpoint, so that it is no longer found. Nothing of it is removed."""
-    aside = path.with_name(path.name + ".damaged")
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint that is not to be used, so that it is no longer found. Nothing of it is removed."""
+    aside = path.with_name(f"{path.name}.{why}")
     number = 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
+        aside = path.with_name(f"{path.name}.{why}-{number}")
     path.rename(aside)
     sync_path(path.parent)
     return aside
@@ -259,7 +259,7 @@ def go_on_from(folder: Path, world: World) -> tuple[Path, dict[str, Any]] | None
 def _leave_behind(folder: Path, step: int, name: str, say: Callable[[str], None]) -> None:
     for at, path in found(folder):
         if at > step:
-            say(f"checkpoint: {path} is damaged; it is kept as {_set_aside(path).name}")
+            say(f"checkpoint: {path} is damaged; it is kept as {set_aside(path).name}")
         elif at < step:
             try:
                 read_manifest(path)

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.commands import Values, Verb, run_folder
 from trainer.core.config import RunConfig
-from trainer.core.settings import build
+from trainer.core.settings import build, setting
 from trainer.runtime.launcher import find_rank_info
 
 
+@dataclass
+class TrainConfig(RunConfig):
+    """`train`: the settings of a run, and how it goes on. What is added here is of one start, and not a part of the run."""
+
+    from_step: int | None = setting(
+        None,
+        "an existing run goes on from this older checkpoint; newer ones, rows and samples are kept under other names",
+        low=0,
+    )
+
+
 def run(given: Values, as_json: bool = False) -> None:
-    """Run the verb. given: values of the YAML file and the flags, by the keys of RunConfig."""
+    """Run the verb. given: values of the YAML file and the flags, by the keys of TrainConfig."""
     from trainer.training.start import start
 
-    start(given, as_json)
+    start(of_the_run(given), as_json, build(TrainConfig, given).from_step)
+
+
+def of_the_run(given: Values) -> Values:
+    """The values of the run itself, by the keys of RunConfig."""
+    return {key: value for key, value in given.items() if key != "from_step"}
 
 
 def config_or_run(word: str, flags: Values) -> Values:
@@ -31,7 +48,7 @@ def config_or_run(word: str, flags: Values) -> Values:
 
 def checked(values: Values) -> Values:
     """Return the values unchanged: `start` puts them over those stored in the run's folder. Raises UserError for a wrong key or value."""
-    build(RunConfig, values)
+    build(TrainConfig, values)
     return values
 
 
@@ -45,6 +62,7 @@ def resolved(given: Values) -> Any:
     def say(line: str) -> None:
         pass
 
+    given = of_the_run(given)
     stored, processes = read_run(given, say), find_rank_info(os.environ).size
     config = merged_config(with_origin(given, stored, processes, say), stored, processes)
     return resolve(config, find_dataset(config.data)).config
@@ -53,7 +71,7 @@ def resolved(given: Values) -> Any:
 VERB = Verb(
     name="train",
     help="train; in an existing run folder: continue from its newest good checkpoint",
-    config=RunConfig,
+    config=TrainConfig,
     run=run,
     json=True,
     positional=config_or_run,

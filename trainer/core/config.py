@@ -328,6 +328,7 @@ class LogConfig:
         "disabled", "auto: online if there is a login and a network, else offline"
     )
     wandb_project: str = setting("crescendo", "wandb project")
+    tensorboard: bool = setting(False, "also record to TensorBoard, in RUN/tensorboard")
     sample_prompt: str = setting("In 1856, Abraham Lincoln", "prompt of the text samples")
     sample_tokens: int = setting(128, "tokens of a text sample during training; 0: no samples", low=0)
     demo_tokens: int = setting(512, "tokens of the demonstration at the end; 0: none", low=0)

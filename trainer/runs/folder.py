@@ -71,6 +71,14 @@ def write_start(
     write_config(folder, config)  # last, since a folder with config.yaml can be resumed
 
 
+def unused_name(path: Path) -> Path:
+    """A name beside `path` that no file has, for what it held until now: metrics.before-1.jsonl."""
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
+        number += 1
+    return kept
+
+
 def _copy(source: Path, target: Path, new: bool, say: Callable[[str], None]) -> None:
     """Make `target` a copy of `source`. In the folder of a new run, UserError if `target` already holds something else."""
     content = read_small(source)

@@ -1,4 +1,4 @@
-"""Reports each optimiser step and the time it took, on the console and in metrics.jsonl, wandb and curves.png."""
+"""Reports each optimiser step and the time it took, on the console and in metrics.jsonl, wandb, TensorBoard and curves.png."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trainer.engine.meta import flops_per_token
 from trainer.runs.console import format_number, open_console
 from trainer.runs.metrics import MetricsFile, rewind_samples
 from trainer.runs.task_results import columns, one_line, write_results
+from trainer.runs.tensorboard import TensorBoard
 from trainer.runs.wandb import Wandb
 from trainer.runtime.device import peak_flops, peak_memory_bytes
 
@@ -59,6 +60,7 @@ class Report:
             with world.decoration("samples.txt"):
                 rewind_samples(folder / "samples.txt", step)
             self._wandb = Wandb(log.wandb, log.wandb_project, folder, settings, world)
+            self._board = TensorBoard(log.tensorboard, folder, step, world)
         self.folder, self.title = folder, f"{plan.config.model['name']}, {plan.parameters / 1e6:.1f} M parameters"
         self.console = open_console(plan.config.log.console, world.leader, self.title)
 
@@ -117,6 +119,7 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.write(row)
             self._wandb.write(row)
+            self._board.write(row)
         self._show(row, evaluated is not None)
         if evaluated is not None and evaluated.metrics:
             figures = ", ".join(f"{name} {format_number(value)}" for name, value in evaluated.metrics.items())
@@ -158,12 +161,18 @@ class Report:
             },
         }
 
+    def sample(self, text: str, step: int) -> None:
+        """Report a text that the model wrote after `step` steps; samples.txt has it already."""
+        if self._metrics is not None:
+            self._board.sample(text, step)
+
     def sync(self) -> str:
         """Put the rows on disk before a checkpoint is saved. Returns their digest ("" on ranks without metrics.jsonl)."""
         if self._metrics is None:
             return ""
         with self.world.decoration("metrics.jsonl"):
             self._metrics.sync()
+        self._board.flush()
         return self._metrics.digest
 
     def draw_curves(self) -> None:
@@ -181,6 +190,7 @@ class Report:
             with self.world.decoration("metrics.jsonl"):
                 self._metrics.close()
             self._wandb.close()
+            self._board.close()
 
 
 def validation_columns(validation: dict[str, dict[str, Any]]) -> dict[str, Any]:

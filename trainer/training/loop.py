@@ -16,7 +16,7 @@ from trainer.engine.base import autocast
 from trainer.optim import names_by_role
 from trainer.planning.run_config import plugins_of
 from trainer.recipes import schedule_change
-from trainer.runs.folder import write_start
+from trainer.runs.folder import unused_name, write_start
 from trainer.runs.report import Report, average_line
 from trainer.runtime.device import thread_line
 from trainer.runtime.signals import stopped_line
@@ -86,9 +86,7 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size == 0:
             continue
-        number = 1
-        while (kept := path.with_name(f"{path.stem}.before-{number}{path.suffix}")).exists():
-            number += 1
+        kept = unused_name(path)
         path.rename(kept)
         say(f"{folder} has no checkpoint: the run starts at step 0; the old {name} is kept as {kept.name}")
 
@@ -215,7 +213,7 @@ def show_progress(run: Run, report: Report, tokenizer: Any) -> None:
     """Write a text sample and the curves after an evaluation. After the last step, `finish` writes the sample."""
     step, tokens = run.state.step, run.config.log.sample_tokens
     if tokens and step < run.config.max_steps and not ended(run):
-        run.write_sample(tokenizer, tokens, f"step {step}")
+        report.sample(run.write_sample(tokenizer, tokens, f"step {step}"), step)
     run.watchdog.at(step, "curves")
     report.draw_curves()
 
@@ -264,6 +262,7 @@ def finish(run: Run, report: Report, tokenizer: Any) -> None:
     text = ""
     if run.config.log.demo_tokens:
         sample = run.write_sample(tokenizer, run.config.log.demo_tokens, f"step {run.state.step}, final")
+        report.sample(sample, run.state.step)
         text = "\n".join(textwrap.fill(line, 80) for line in sample.splitlines()) + "\n\n"
     if not run.world.leader:
         return

@@ -11,7 +11,8 @@ from typing import Any
 
 from trainer.checkpoint import format as checkpoint
 from trainer.core.config import RunConfig
-from trainer.core.errors import Stopped
+from trainer.core.errors import Stopped, UserError
+from trainer.core.settings import build
 from trainer.data.dataset import DatasetInfo
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset
@@ -28,7 +29,9 @@ from trainer.planning.run_config import (
     read_run,
 )
 from trainer.runs.folder import LOCK_SECONDS, locked
+from trainer.runs.going_back import go_back
 from trainer.runs.metrics import last_row
+from trainer.runs.tensorboard import check_installed
 from trainer.runtime.device import choose_device
 from trainer.runtime.distributed import World, join, read_world
 from trainer.runtime.exit_status import write_exit_status
@@ -42,10 +45,16 @@ from trainer.training.run import Run
 from trainer.training.time_limit import with_steps
 
 
-def start(given: dict[str, Any], as_json: bool = False) -> None:
-    """Train. given: values of the YAML file and the flags, as in RunConfig; as_json: print the results as JSON at the end."""
+def start(given: dict[str, Any], as_json: bool = False, from_step: int | None = None) -> None:
+    """Train. given: values of the YAML file and the flags, as in RunConfig; as_json: print the results as JSON at the end; from_step:
+    see going_back.py."""
     world = read_world()
     stored = read_run(given, world.say)
+    if from_step is not None and stored is None:
+        raise UserError(
+            f"from_step: {folder_of(build(RunConfig, given))} holds no run that could go on; to begin a new run from a checkpoint of "
+            "another, give --branch_from RUN@STEP"
+        )
     given = with_origin(given, stored, world.size, world.say)
     given = with_steps(given, stored, world)
     values = merge_run(given, stored, world.size)
@@ -57,7 +66,7 @@ def start(given: dict[str, Any], as_json: bool = False) -> None:
         if launched:
             follow_launcher()
         try:
-            asked = run_joined(given, stored, config, world, signals)
+            asked = run_joined(given, stored, config, world, signals, from_step)
         except Stopped as stop:
             raise before_training_began(stop, folder_of(config), world) from None
     if asked is not None:
@@ -81,7 +90,12 @@ def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:
 
 
 def run_joined(
-    given: dict[str, Any], stored: StoredConfig | None, config: RunConfig, world: World, signals: StopSignals
+    given: dict[str, Any],
+    stored: StoredConfig | None,
+    config: RunConfig,
+    world: World,
+    signals: StopSignals,
+    from_step: int | None = None,
 ) -> signal.Signals | None:
     """The run, from the process group's beginning to its end. Returns the signal that ended it early, if any. given: values of
     the command; stored: the run that goes on; config: both together."""
@@ -94,6 +108,7 @@ def run_joined(
         join(world, config.device, alone=config.engine.strategy != "single")
     with contextlib.ExitStack() as stack:
         folder = folder_of(config)
+        world.on_leader(lambda: check_installed(config.log.tensorboard))
         limits = 60 * config.engine.timeout_minutes, 60 * config.engine.step_timeout_minutes
         # A process of an earlier try may survive on a machine that was cut off. It locks the folder until its watchdog ends it.
         patience = 2 * min(limits) if restarts(os.environ) else LOCK_SECONDS
@@ -101,6 +116,8 @@ def run_joined(
         watchdog = stack.enter_context(contextlib.closing(Watchdog(world, *limits)))
         world.on_leader(lambda: refuse_unreached(plan, world.say))
         before_training(plan, world)
+        if from_step is not None:
+            go_back(folder, from_step, world)
         device = choose_device(config.device, world.local_rank)
         with explain_out_of_memory(folder, world.rank, device, lambda: ways_out(config)):
             steps_before = None if stored is None else stored.build().max_steps
