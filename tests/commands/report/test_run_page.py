@@ -15,7 +15,7 @@ from test_report_page import BROWSER, EVIL, Reader
 from trainer.__main__ import dispatch
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.commands.report.load import load_run
-from trainer.commands.report.one_run import checkpoints_table, config_table, read_plan, results_table
+from trainer.commands.report.run_tables import checkpoints_table, config_table, read_plan, results_table
 from trainer.commands.report.series import EVALUATIONS, POINTS, charts, read_columns, thinned
 from trainer.core.files import sealed
 

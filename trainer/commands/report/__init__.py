@@ -2,8 +2,8 @@
 
 load.py: a run's folder; study.py: experiment.json, and the arms of a comparison or of loose runs; statistics.py: tests and
 intervals; results.py: what each arm reached; evidence.py: the caveats; figures.py, tables.py: what the page shows; page.py: the
-page's parts; html.py, markdown.py: how they are written; publish.py: the verb's work. Of a single run: one_run.py, series.py (its
-curves), run_html.py with run_page.css and run_page.js.
+page's parts; html.py, markdown.py: how they are written; publish.py: the verb's work. Of a single run: one_run.py, run_tables.py,
+series.py (its curves), run_html.py with run_page.css and run_page.js.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def run(config: ReportConfig, as_json: bool) -> None:
     text = json.dumps(content, indent=1)
     rendered = html.render(page) if page.run is None else run_html.render(page, page.run)
     files = {"report.html": rendered, "report.md": markdown.render(page), "report.json": text + "\n"}
-    for name, content in (files | markdown.figure_files(page)).items():
-        write_file(folder / name, content)
+    for name, written in (files | markdown.figure_files(page)).items():
+        write_file(folder / name, written)
     sys.stdout.write((text if as_json else for_stream(markdown.summary(page), sys.stdout)) + "\n")
     print(f"{printable(folder)}: {', '.join(files)}, {len(markdown.figure_files(page))} figures", file=sys.stderr)
 
