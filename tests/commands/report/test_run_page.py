@@ -100,6 +100,7 @@ def test_each_value_has_its_reason(made):
     assert rows["optim.lr"] == ["0.002", "inferred", "a rule <script>"]
     assert rows["batch.tokens_per_step"][1] == "set" and "tokens of a step" in rows["batch.tokens_per_step"][2]
     assert rows["max_steps"] == ["40", "changed", "the plan of the first start had 50: told first"]
+    assert rows["parameters"][:2] == ["None", "default"]  # the row of the plan is what the model has
     assert rows["evaluation.every"][1] == "set" and rows["evaluation.patience"][1] == "default"
 
 

@@ -26,6 +26,11 @@ from trainer.planning.plan import show_number
 from trainer.planning.run_config import flat
 
 PLAN_BYTES = 1 << 20  # read of plan.txt
+COUNTED = (
+    "parameters",
+    "tokens",
+    "epochs",
+)  # rows of a plan that count something, beside keys of the config with these names
 MOST_RESULTS = 20  # files of RUN/evaluation
 
 
@@ -58,7 +63,8 @@ def config_table(run: Run, plan: dict[str, Rule]) -> Table:
     """Every key of config.yaml: its value, where that comes from, and the rule. First what was set or inferred, then defaults."""
     defaults, meanings, rows = flat(RunConfig()), helps(RunConfig), []
     for key, value in run.values.items():
-        origin, rule = _origin(value, plan.get(key), key in defaults and defaults[key] == value, meanings.get(key, ""))
+        row = None if key in COUNTED else plan.get(key)
+        origin, rule = _origin(value, row, key in defaults and defaults[key] == value, meanings.get(key, ""))
         rows.append([printable(key, CELL), printable(show_number(value), CELL), origin, printable(rule, 400)])
     rows.sort(key=lambda row: row[2] == "default")
     notes = [
@@ -88,7 +94,6 @@ def amounts_table(run: Run, plan: dict[str, Rule], columns: dict[str, np.ndarray
         _spread(columns.get("mfu", np.array([])), ".1%"),
     )
     peak = run.peak_memory_bytes
-    device = str(run.get("device"))
     rows = [
         ["steps", show(run.get("max_steps"), ",.0f"), f"{run.step:,}", ""],
         ["tokens", planned("tokens"), show(run.tokens, ",.0f"), ""],
@@ -104,12 +109,7 @@ def amounts_table(run: Run, plan: dict[str, Rule], columns: dict[str, np.ndarray
     notes = [
         "planned: of the first start, for the whole run; measured: up to the last row of metrics.jsonl",
         "tokens/s and MFU: median of the steps, and from the 10th to the 90th percentile; a plan holds neither",
-        "memory: peak of rank 0, "
-        + (
-            "of torch's allocator"
-            if device != "cpu"
-            else "of the whole process with its libraries, beside the plan's tensors"
-        ),
+        "measured memory: the peak of rank 0; on a GPU of torch's allocator, on a CPU of the whole process with its libraries",
     ]
     if "memory, GiB" in plan:
         notes.append(f"planned memory: {printable(plan['memory, GiB'].rule, 400)}")
