@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.commands import Verb, run_folder
-from trainer.core.config import WEIGHTS, DataConfig, Precision
+from trainer.core.config import STEP, WEIGHTS, DataConfig, Precision, Step
 from trainer.core.errors import UserError
 from trainer.core.files import user_path, write_file
 from trainer.core.settings import setting
@@ -34,7 +34,7 @@ class QuantizeConfig:
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     to: Literal["nf4", "int8", "ternary", "sign"] | None = setting(None, "format of the matrices")
     out: str | None = setting(None, "folder to write; must not exist; auto: RUN/quantized-FORMAT-STEP")
-    step: int | None = setting(None, "checkpoint to use; auto: the newest good one", low=0)
+    step: Step = setting(None, STEP, low=0)
     weights: str = setting("evaluation", WEIGHTS)
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to measure")

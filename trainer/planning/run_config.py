@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ BY_STRATEGY = (
     "activation_checkpointing",
     "cuda_graphs",
 )
+
+
+def to_stderr(line: str) -> None:
+    print(printable(line), file=sys.stderr)
 
 
 def default_run_dir(config: RunConfig) -> str:
@@ -288,7 +293,7 @@ def names_same(text: Any, before: Any, key: str) -> bool:
     return whole in (before, before.rpartition("@")[0])
 
 
-def branch_point(text: str, key: str, say: Callable[[str], None]) -> tuple[Path, int]:
+def branch_point(text: str, key: str = "branch_from", say: Callable[[str], None] = to_stderr) -> tuple[Path, int]:
     """The run's folder and the step that RUN[@STEP] means; without a step, the newest one, and @best is that with the lowest validation
     loss. UserError, which names `key`, if there is none."""
     from trainer.checkpoint.quantized import refuse_quantized

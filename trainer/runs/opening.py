@@ -188,7 +188,7 @@ def load_quantized(
     model_class: Any,
     model_config: Any,
     folder: Path,
-    step: int | None,
+    step: int | str | None,
     weights: str,
     dtype: Any,
     device: Any,
