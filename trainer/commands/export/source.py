@@ -148,7 +148,9 @@ class Source:
             return None  # moved, or damaged: the fixed text serves as well
 
 
-def find_source(run_dir: str | None, step: int | None, wanted: str, dtype: str, say: Callable[[str], None]) -> Source:
+def find_source(
+    run_dir: str | None, step: int | str | None, wanted: str, dtype: str, say: Callable[[str], None]
+) -> Source:
     """The checkpoint that the user names. UserError if there is none."""
     import torch
 
