@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -38,6 +39,13 @@ def parameters_of(model_class: Any, config: Any) -> int:
     return sum(parameter.numel() for parameter in build_on_meta(model_class, config).parameters())
 
 
+@functools.lru_cache(maxsize=KEPT)
+def parameters_of_kind(model_class: Any, config: Any, kind: str) -> int:
+    """The number of parameters of `model_class.parts(config, kind)`."""
+    with torch.device("meta"), _NoInitialisers():
+        return sum(parameter.numel() for part in model_class.parts(config, kind) for parameter in part.parameters())
+
+
 def estimate_parameters(model_class: Any, config: Any) -> int:
     """Estimate `parameters_of` from the two shallowest models that the Config allows: every further layer adds their difference.
 
@@ -56,6 +64,17 @@ def estimate_parameters(model_class: Any, config: Any) -> int:
     return parameters_of(model_class, config)
 
 
+def _counter() -> FlopCounterMode:
+    """Counts matrix products, and the triangular systems of the delta rule, which torch leaves out."""
+    systems = {torch.ops.aten.linalg_solve_triangular: _triangular_flops}
+    return FlopCounterMode(display=False, custom_mapping=systems)
+
+
+def _triangular_flops(matrix: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of half a product, each 2. Arguments are shapes: [..., Q, Q] and [..., Q, R]."""
+    return math.prod(right) * matrix[-1]
+
+
 @functools.lru_cache(maxsize=KEPT)
 def training_flops_of(model_class: Any, config: Any, length: int) -> int:
     """FLOPs of training on one sequence of `length` tokens: three times the forward pass, without recomputation.
@@ -68,13 +87,21 @@ def training_flops_of(model_class: Any, config: Any, length: int) -> int:
     from models.layers.linear_cross_entropy import score_nothing, scored_by
 
     # Scores are not matrix products, and a long sequence would need millions of calls for them.
-    with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), _counter() as counter:
         model(tokens, targets=tokens)
     return 3 * counter.get_total_flops()
 
 
-def find_shape(model_class: Any, vocab_size: int, target: int, choices: Mapping[str, Any]) -> Any:
+def find_shape(
+    model_class: Any,
+    vocab_size: int,
+    target: int,
+    choices: Mapping[str, Any],
+    count: Callable[[Any], int] | None = None,
+) -> Any:
     """The Config with about `target` parameters: `shape_for` searches over d_model, n_layers and, if the Config has it, n_heads.
+
+    count: of a Config's parameters; by default `estimate_parameters`.
 
     ValueError if the Config has no d_model and n_layers, or if no shape is near the target.
     """
@@ -89,4 +116,4 @@ def find_shape(model_class: Any, vocab_size: int, target: int, choices: Mapping[
         shape |= {"n_heads": n_heads} if "n_heads" in names else {}
         return model_class.Config(**{**shape, **choices})
 
-    return shape_for(functools.partial(estimate_parameters, model_class), target, of_shape, choices)
+    return shape_for(count or functools.partial(estimate_parameters, model_class), target, of_shape, choices)

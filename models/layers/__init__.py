@@ -20,6 +20,13 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator | None = N
 
 
 @torch.no_grad()
+def uniform_(parameter: Tensor, bound: float, generator: torch.Generator | None = None) -> None:
+    """As `normal_`, uniform in [-bound, bound]."""
+    values = torch.rand(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+    fill_(parameter, (2 * values - 1) * bound)
+
+
+@torch.no_grad()
 def truncated_normal_(parameter: Tensor, std: float, generator: torch.Generator | None = None) -> None:
     """As `normal_`, but truncated at three standard deviations from 0."""
     values = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)

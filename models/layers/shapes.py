@@ -10,6 +10,7 @@ from typing import Any
 STEPS = (64, 32, 16, 8)
 WIDTHS = 128  # widths to try per step: up to 8192, 4096, ...; at any depth, one is within 3 % of most targets
 HEAD_DIM = 64  # preferred channels of a head, if they divide the width
+GUESSES = 8  # of the depth
 FAR = 1.5  # a count above FAR times or below 1 / FAR of the target is too far from it
 
 
@@ -51,9 +52,18 @@ def head_counts(width: int) -> list[int]:
 
 def fit_depth(count: Callable[[Any], int], config: Any, target: int) -> Any:
     """`config` with the number of added layers that brings count(config) nearest to the target."""
-    deeper = replace(config, n_layers=config.n_layers + 1)
-    first, per_layer = count(config), count(deeper) - count(config)
-    return replace(config, n_layers=config.n_layers + max(0, round((target - first) / per_layer)))
+    first, least = count(config), config.n_layers
+    deeper = replace(config, n_layers=least + 1)
+    for _ in range(GUESSES):  # where all layers have the same size, the first guess is right
+        per_layer = (count(deeper) - first) / (deeper.n_layers - least)
+        guess = max(0, round((target - first) / per_layer))
+        if guess == 0:
+            return config
+        if least + guess == deeper.n_layers:
+            break
+        deeper = replace(config, n_layers=least + guess)
+    around = [replace(config, n_layers=n) for n in range(max(least, deeper.n_layers - 1), deeper.n_layers + 2)]
+    return min(around, key=lambda near: abs(count(near) - target))
 
 
 def nearest_shape(count: Callable[[Any], int], target: int, of_width: Callable[[int], Any]) -> Any:
