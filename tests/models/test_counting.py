@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from recurrent_flops import of_stack
 from torch import nn
 
 from models import base, counting
@@ -13,6 +14,7 @@ from models.layers import normal_
 from models.layers.attention import DifferentialHeads, LatentAttention, SoftmaxHeads
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection
+from models.layers.stack import Stack
 from trainer.planning import dial
 from trainer.testing.sizes import CHECKS as SIZES
 from trainer.testing.subject import Subject
@@ -34,6 +36,8 @@ def by_formula(model, length):
         return 6 * weights + 6 * c.n_layers * length * (c.d_qk + c.d_model)
     if type(model).__name__ == "Ngpt":
         return 6 * (c.vocab_size * c.d_model + c.n_layers * 16 * c.d_model**2) + 12 * c.n_layers * length * c.d_model
+    if isinstance(model, Stack):
+        return of_stack(model, length)
     weights = scores = others = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):

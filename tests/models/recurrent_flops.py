@@ -1,0 +1,59 @@
+"""Training FLOPs of the recurrent models and hybrids by formula: 2 per multiply-add, three times the forward pass."""
+
+from torch import nn
+
+from models.gated_delta_net import DeltaMixer
+from models.layers import delta_rule, ssd
+from models.layers.mamba import Mamba2Mixer
+from models.layers.plain_attention import PlainAttention
+from models.rwkv7 import LowRank, TimeMixFinal
+from models.zamba2 import SharedBlock
+
+
+def of_stack(model, length):
+    """Per token of a sequence of `length`, rounded down."""
+    once = sum(of_module(module, length) for module in model.modules())
+    again = 0  # what the second and later uses of a shared block compute, without its adapters
+    for block in (module for module in model.modules() if isinstance(module, SharedBlock)):
+        own = [block.attention.qkv, block.attention.out, block.up, block.down, block.attention]
+        again += (len(block.adapters) - 1) * sum(of_module(module, length) for module in own)
+    head = 2 * length * model.config.vocab_size * model.config.d_model if model.head is None else 0
+    return 3 * (once + again + head) // length
+
+
+def of_module(module, length):
+    """Forward, of what the module itself multiplies."""
+    if isinstance(module, nn.Linear):
+        return 2 * length * module.weight.numel()
+    if isinstance(module, LowRank):
+        return 2 * length * (module.A.numel() + module.B.numel())
+    if isinstance(module, PlainAttention):
+        return 4 * length * length * module.rows["query"]
+    if isinstance(module, Mamba2Mixer):
+        return of_ssd(length, module.heads, module.head_dim, module.groups, module.state_size)
+    if isinstance(module, TimeMixFinal):
+        size = len(module.bonus) // module.heads
+        return of_delta_rule(length, module.heads, size, size)
+    if isinstance(module, DeltaMixer):
+        keys, values = (module.widths[name] // module.heads for name in ("key", "value"))
+        return of_delta_rule(length, module.heads, keys, values)
+    return 0
+
+
+def of_ssd(length, heads, width, groups, states):
+    size = min(ssd.CHUNK, length)
+    chunks = -(-length // size)
+    within = chunks * size * size * (groups * states + heads * width)
+    return 2 * (within + 2 * (chunks - 1) * size * heads * width * states)
+
+
+def of_delta_rule(length, heads, keys, values):
+    """Of one decay per head, or bounded ones. A triangular system costs half a product."""
+    size = min(delta_rule.CHUNK, 1 << (length - 1).bit_length())
+    chunks = -(-length // size)
+    between, inner = chunks - 1, max(0, chunks - 2)  # chunks that add to a state, that a state passes through
+    square = size * size
+    within = chunks * (4 * square * keys + 3 * square * values + square * (values + keys) / 2)
+    passing = between * (4 * size * keys * values + square * values)
+    factors = inner * (size * keys * keys + values * keys * keys)
+    return round(2 * heads * (within + passing + factors))
