@@ -16,6 +16,32 @@ pytestmark = pytest.mark.slow
 KEEPS = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
 
 
+def test_fsdp_gathers_each_block_once_for_a_text_and_trains_on_bit_for_bit(tiny_dataset, tmp_path):
+    def case(name, strategy="fsdp", **more):
+        folder = tmp_path / name
+        return {
+            "name": name,
+            "values": matrix_values(tiny_dataset, folder, "gpt2", strategy),
+            "save": str(folder),
+            **more,
+        }
+
+    texts = [10, 40]
+    cases = [case("none", steps=4), case("texts", steps=4, texts=texts), case("two steps", steps=2)]
+    results = train_cases(cases, 2, tmp_path)
+    ours, calm = results["texts"], results["none"]
+    # Three blocks and what is outside of them, once more before the first text for the trial of the cache at most.
+    assert 0 < ours["gathers"][1] <= ours["gathers"][0] <= 2 * 4, "a longer text gathers no more"
+    assert [ours[key] for key in ("loss", "grad_norm")] == [calm[key] for key in ("loss", "grad_norm")]
+    mine, expected = (
+        checkpoint.load(tmp_path / name / "checkpoints" / checkpoint.step_name(4), "", World())
+        for name in ("texts", "none")
+    )
+    assert mine.keys() == expected.keys() and all(torch.equal(mine[key], expected[key]) for key in expected)
+    alone = case("alone", "single", steps=1, texts=texts, load=str(tmp_path / "two steps"))
+    assert train_cases([alone], 1, tmp_path)["alone"]["texts"] == ours["texts"]
+
+
 def test_zero3_gathers_once_for_a_text_and_trains_on_bit_for_bit(tiny_dataset, tmp_path):
     def case(name, strategy="zero3", precision="fp32", keeps=False, **more):
         folder = tmp_path / name

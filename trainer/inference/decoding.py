@@ -161,7 +161,7 @@ class Decoding:
         found = torch.where(positions >= self.known_tokens[:, None], chosen, held)  # [B, n]
         right = (found == held)[:, :-1].long().cumprod(1).sum(1)  # [B]
         known = torch.maximum(self.known_tokens, first + right + 1)
-        mine = torch.cat((found, known[:, None]), dim=1).tolist()  # the one thing for which the host waits
+        mine = fetch(torch.cat((found, known[:, None]), dim=1))
         rows = self.runner.agree(mine)
         if rows != mine:
             found, known = torch.tensor(rows, device=self.device).split([count, 1], dim=1)
@@ -231,6 +231,11 @@ class Decoding:
         if self.seen is None or position <= self.seen_to:
             return self.seen
         return self.seen.scatter(1, self.tokens[:, self.seen_to : position], True)
+
+
+def fetch(numbers: Tensor) -> list[list[int]]:
+    """The one thing for which the host waits in a pass: its tokens, [B, columns]."""
+    return numbers.tolist()
 
 
 def with_log_probabilities(found: list[tuple[int, int, int]], logits: Tensor, alternatives: int) -> list[TokenEvent]:
