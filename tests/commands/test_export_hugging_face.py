@@ -316,6 +316,7 @@ def test_the_card_says_what_the_run_was(tiny_dataset, tmp_path, later):
     ):
         assert words in card.text, words
     assert "0.9000" not in card.text, "the figure of a later step"
+    assert r"`<\|endoftext\|>` ends documents |" in card.text, "a bar would begin another cell"
     unknown = ModelCard.load(exported(run, tmp_path / "two") / "README.md")
     assert unknown.data.license == "unknown" and "nobody stated one" in unknown.text
 

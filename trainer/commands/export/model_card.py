@@ -167,7 +167,12 @@ def data_facts(source: Source) -> list[list[str]]:
         rows.append(["records", f"{info.records}, chat template {template_of(source)}"])
     for name, mix in source.config.data.mix.items():
         rows.append([f"mixed in: {printable(name)}", f"`{printable(mix.path, 200)}`, weight {mix.weight:g}"])
-    return rows
+    return escaped(rows)
+
+
+def escaped(rows: list[list[str]]) -> list[list[str]]:
+    """A bar would begin another cell of a table."""
+    return [[cell.replace("|", "\\|") for cell in row] for row in rows]
 
 
 def training_facts(source: Source) -> list[list[str]]:
@@ -192,12 +197,12 @@ def training_facts(source: Source) -> list[list[str]]:
         rows.append(["began with", f"`{printable(begin, 200)}`"])
     if start:
         rows.append(
-            ["hardware", f"{start[0].get('processes')} processes on {config.device}, {start[0].get('cpus')} CPU cores"]
+            ["hardware", f"{config.device}, processes: {start[0].get('processes')}, CPU cores: {start[0].get('cpus')}"]
         )
     row = measured(source)
     if row is not None and row.get("seconds"):
         rows.append(["seconds of training", f"{row['seconds']:,.0f}"])
-    return [[name, value.replace("|", "\\|")] for name, value in rows]
+    return escaped(rows)
 
 
 def written_dtypes(source: Source) -> str:
