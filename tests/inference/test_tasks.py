@@ -316,6 +316,7 @@ def test_wrong_data_are_one_line(tmp_path, name, content, line):
     "changes, line",
     [
         ({"tasks": ["hellaswga"]}, "^tasks: there is no task 'hellaswga'; did you mean hellaswag\\?"),
+        ({"tasks": [","]}, "^tasks: ',' names nothing; give names, or leave it out"),
         ({"tasks": ["piqa"], "tasks_dir": "/nowhere"}, "^tasks_dir: /nowhere is not a folder"),
         ({"tasks": ["piqa"], "text": "a.txt"}, "^tasks, metrics: need no data; leave out data.path and text"),
         ({"tasks": ["lambada"], "sequence_length": 1}, "^evaluation.sequence_length: 1 tokens are too few"),

@@ -109,7 +109,7 @@ def load_asked(config: EvaluateConfig, world: World) -> Asked | None:
     from trainer.inference.metrics import check_metrics
     from trainer.inference.tasks.suite import Suite, split_names
 
-    names, metrics = split_names(config.tasks), split_names(config.metrics)
+    names, metrics = split_names(config.tasks, "tasks"), split_names(config.metrics, "metrics")
     if not names and not metrics:
         return None
     if config.text is not None or config.data.path is not None:

@@ -33,10 +33,10 @@ class Measuring:
     def __init__(self, config: RunConfig, dataset: DatasetInfo, world: World) -> None:
         asked = config.evaluation
         self.config, self.world = asked, world
-        self.metrics = split_names(asked.metrics)
+        self.metrics = split_names(asked.metrics, "evaluation.metrics")
         check_metrics(self.metrics, "evaluation.metrics")
         self.suite: Suite | None = None
-        names = split_names(asked.tasks)
+        names = split_names(asked.tasks, "evaluation.tasks")
         if names:
             together(lambda: self._load(names, config, dataset), world)
 

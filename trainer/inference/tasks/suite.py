@@ -27,9 +27,14 @@ BOOTSTRAPS = 1000  # samples for the standard error of a figure that is no mean,
 MAIN_METRICS = ("acc_norm", "acc", "exact_match")
 
 
-def split_names(names: list[str]) -> list[str]:
-    """The names in a list whose entries may hold several, with commas between them; each once."""
-    return list(dict.fromkeys(name.strip() for entry in names for name in entry.split(",") if name.strip()))
+def split_names(names: list[str], key: str) -> list[str]:
+    """The names in a list whose entries may hold several, with commas between them; each once. UserError if entries hold none."""
+    found = list(dict.fromkeys(name.strip() for entry in names for name in entry.split(",") if name.strip()))
+    if names and not found:
+        raise UserError(
+            f"{key}: {printable(', '.join(map(repr, names)), 100)} names nothing; give names, or leave it out"
+        )
+    return found
 
 
 class Suite:
