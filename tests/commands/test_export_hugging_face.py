@@ -84,7 +84,8 @@ def test_every_architecture_gives_its_logits_without_this_package(tiny_dataset, 
     load_models()
     names = [name for name in model_names() if name.isascii() and "odd" not in name]
     for name in names:
-        exported(make_run(tiny_dataset, tmp_path / f"run-{name}", name), tmp_path / name)
+        fields = {"d_model": 64, "n_layers": 1} if name in ("rwkv7", "zamba2") else {}  # these have no smaller shape
+        exported(make_run(tiny_dataset, tmp_path / f"run-{name}", name, **fields), tmp_path / name)
     heads = make_run(tiny_dataset, tmp_path / "run-heads", "llama", n_predict=3, qk_norm=True, unpadded_vocab=257)
     exported(heads, tmp_path / "heads", dtype="bf16")
     exported(make_run(tiny_dataset, tmp_path / "run-bitnet", "llama", linear="bitnet"), tmp_path / "bitnet")
