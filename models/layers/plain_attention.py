@@ -13,6 +13,7 @@ from models.layers.attend import KERNELS, AttentionMask, choose_kernel, make_att
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.positions import Rotary, positions_in_documents
+from models.state import StaticState
 
 
 class Visible(NamedTuple):
@@ -27,7 +28,12 @@ def visible(
     wanted: str, windows: Iterable[int], head_dim: int, weight: Tensor, tokens: Tensor, context: Context
 ) -> Visible:
     """wanted: name of a kernel, or auto; weight: one of the model's, whose dtype and device count."""
-    start, length, device = 0 if context.state is None else context.state.length, tokens.shape[1], tokens.device
+    state, length, device = context.state, tokens.shape[1], tokens.device
+    if isinstance(state, StaticState):  # a step of fixed shapes
+        kernel, _ = kernel_for(wanted, windows, head_dim, weight, device, state.max_length - length, length, False)
+        masks = {w: AttentionMask(mask=state.visible(length, w)) for w in windows}
+        return Visible(state.positions(length, device), masks, kernel)
+    start = 0 if state is None else state.length
     kernel, _ = kernel_for(wanted, windows, head_dim, weight, device, start, length, context.documents is not None)
     masks = {
         w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, context.documents, device)

@@ -6,6 +6,7 @@ from test_generate import VOCAB, Convolution, Runner
 from test_generate import runner_of as gpt2_of
 from test_speculative import runner_of
 
+from models.base import get_model
 from models.state import DecodingState, StaticState
 from models.transformer import Transformer
 from trainer.inference import compiled
@@ -23,8 +24,24 @@ SWITCHES = {
     "parallel, values": {"block": "parallel", "value_residual": True, "x0_skip": True},
 }
 RUNNERS = {name: lambda s=switches: runner_of(**s) for name, switches in SWITCHES.items()} | {
-    name: lambda n=name: Runner(n) for name in ("hlb", "ngpt", "gpt2")
+    name: lambda n=name: Runner(n) for name in ("hlb", "ngpt", "gpt2", "mamba2", "rwkv7", "gated-delta-net")
 }
+HYBRIDS = {
+    "lfm2": {"n_layers": 3, "attention_head_dim": 8},
+    "rene": {"n_layers": 3, "attention_head_dim": 8, "window": 5, "ssm_head_dim": 16},
+    "zamba2": {"n_layers": 3, "attention_head_dim": 16, "hybrid_every": 1, "ssm_head_dim": 16, "rope_theta": 1e4},
+}
+
+
+def hybrid(name):
+    """With attention."""
+    runner, cls = Runner("gpt2"), get_model(name)
+    runner.model = cls(cls.Config(vocab_size=64, d_model=32, **HYBRIDS[name]))
+    runner.model.init_weights(torch.Generator().manual_seed(1))
+    return runner
+
+
+RUNNERS |= {name: lambda n=name: hybrid(n) for name in HYBRIDS}
 
 
 @pytest.mark.parametrize("make", RUNNERS.values(), ids=RUNNERS)
