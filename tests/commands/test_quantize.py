@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_values
 from safetensors.torch import load_file, save_file
 from test_export import make_run
 
@@ -64,6 +65,20 @@ def test_the_folder_is_what_the_table_says(folder, tmp_path, capsys, to, bits):
     assert before["loss"] != after["loss"]
     generate.run(GenerateConfig(run_dir=str(tmp_path / "q"), prompt=["the"], max_new_tokens=3, device="cpu"))
     assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.parametrize("kind, to", [("bitnet", "ternary"), ("sign", "sign")])
+def test_a_run_trained_so_is_packed_without_loss(tiny_dataset, tmp_path, capsys, kind, to):
+    """From training to the table; another format is refused."""
+    model = {"name": "gpt2", "n_layers": 2, "d_model": 32, "n_heads": 2, "linear": kind}
+    train.run(tiny_values(tiny_dataset, tmp_path / "run", model=model, max_steps=2))
+    report = table(capsys, run_dir=str(tmp_path / "run"), to=to, out=str(tmp_path / "q"))
+    assert report["after"]["loss"] == report["before"]["loss"]
+    assert report["after"]["bits_per_matrix_weight"] < 1.1 * (1 + (to == "ternary"))
+    with pytest.raises(
+        UserError, match=f"^to: the run was trained with model.linear {kind}, so --to {to} loses nothing"
+    ):
+        quantize.run(QuantizeConfig(run_dir=str(tmp_path / "run"), to="int8", out=str(tmp_path / "r")))
 
 
 def test_what_is_not_a_matrix_stays_to_the_bit(folder, packed):
