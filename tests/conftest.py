@@ -114,6 +114,12 @@ WHOLE = [pytest.param(False, id="sample"), pytest.param(True, id="all", marks=py
 
 
 @pytest.fixture(autouse=True)
+def own_plugins(monkeypatch):
+    """What a test imports as a plug-in is none of the next test's."""
+    monkeypatch.setattr("trainer.commands.plugins._IMPORTED", {})
+
+
+@pytest.fixture(autouse=True)
 def full_fp32():
     """A run on a GPU multiplies fp32 in TF32 from then on; the next test does not."""
     yield

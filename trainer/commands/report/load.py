@@ -239,8 +239,9 @@ def _count(run: Run, config: RunConfig, rows: Rows) -> dict[int, int]:
         words = " ".join(f"--plugin {name}" for name in plugins_of(run.folder))
         told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         run.note(
-            f"{run.name}: its model cannot be built here, so its parameters and FLOPs are not known: {told}"
-            f"{f'; the run was started with {words}: add it' if words else ''}"
+            f"{run.name}: its model cannot be built here"
+            f"{f' (the run was started with {words}: add it)' if words else ''}"
+            f", so its parameters and FLOPs are not known: {told}"
         )
         return {}
 
