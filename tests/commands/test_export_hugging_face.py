@@ -132,7 +132,8 @@ def test_what_gives_other_logits_is_refused_and_removed(tiny_dataset, tmp_path, 
         save_file(held, out / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(hugging_face, "write_weights", swapped)
-    with pytest.raises(UserError, match=r"^format: what was written gives other logits in transformers \(by "):
+    found = r"^format: (what was written gives other logits in transformers \(by|transformers reads another model .*generate writes)"
+    with pytest.raises(UserError, match=found):  # the text is compared first, where no near tie decides it
         exported(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
