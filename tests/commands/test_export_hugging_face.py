@@ -57,8 +57,8 @@ def later(monkeypatch):
     """Exports are not loaded at once: `check` loads all of them in one process."""
     cases: list = []
 
-    def remember(folder, expected, gguf=None):
-        cases.append([folder, expected, gguf])
+    def remember(folder, expected):
+        cases.append([folder, expected])
         return 0.0
 
     def check() -> dict[str, float]:
@@ -90,7 +90,7 @@ def test_every_architecture_gives_its_logits_without_this_package(tiny_dataset, 
     exported(heads, tmp_path / "heads", dtype="bf16")
     exported(make_run(tiny_dataset, tmp_path / "run-bitnet", "llama", linear="bitnet"), tmp_path / "bitnet")
     errors = later()
-    for (folder, expected, _), (name, error) in zip(later.cases, errors.items(), strict=True):
+    for (folder, expected), (name, error) in zip(later.cases, errors.items(), strict=True):
         assert expected.logits[..., :257].std() > 0.1, "logits this small would agree by themselves"
         assert expected.sure and expected.written, f"{name}: nothing was generated and compared"
         code = (folder / "modeling_crescendo.py").exists()
@@ -177,7 +177,7 @@ def test_every_tokenizer_encodes_the_same(tiny_dataset, tmp_path, later, shared)
             tmp_path / f"out-{template}",
         )
     later()
-    prompts = [expected.prompt for _, expected, _ in later.cases]
+    prompts = [expected.prompt for _, expected in later.cases]
     assert prompts == (
         [None, None] if shared else [None, None, "<|user|>\nWhat is 2 + 2?\n<|assistant|>\n", "What is 2 + 2?"]
     )

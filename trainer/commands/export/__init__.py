@@ -16,7 +16,7 @@ The files do not depend on how the weights were trained (devices, processes, str
     model.init_weights()  # sets what no file holds: buffers that follow from the config
     model.load_state_dict(safetensors.torch.load_file("export/model.safetensors"))  # several files: their union
 
---format hf is a folder for transformers: see `hugging_face.py`.
+--format hf is a folder for transformers: see `hugging_face.py`; --format gguf a file for llama.cpp: see `gguf_file.py`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class ExportConfig:
     run_dir: str | None = setting(None, "folder of the run (the flag itself is optional)")
     step: Step = setting(None, STEP, low=0)
     weights: str = setting("evaluation", WEIGHTS)
-    format: Literal["safetensors", "hf"] = setting(
+    format: Literal["safetensors", "hf", "gguf"] = setting(
         "safetensors",
-        "safetensors: under the model's own names; hf: a folder that transformers loads, with tokenizer and model card",
+        "safetensors: under the model's own names; hf: a folder that transformers loads, with tokenizer and model card; "
+        "gguf: one file for llama.cpp, of a GPT-2, Llama or Qwen3",
     )
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of the written weights; auto: as the checkpoint holds them, which is fp32 unless the run was pure_bf16"
@@ -81,6 +82,11 @@ def writer(config: ExportConfig) -> Callable[[Any, Path], str]:
 
     if config.format == "safetensors":
         return write_plain
+    if config.format == "gguf":
+        require("gguf", config.format)
+        from trainer.commands.export.gguf_file import write_gguf
+
+        return write_gguf
     require("transformers", config.format)
     from trainer.commands.export.hugging_face import write_hugging_face
     from trainer.commands.export.model_card import check_license
@@ -115,7 +121,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 VERB = Verb(
     name="export",
-    help="a run's weights for other programs: safetensors, transformers",
+    help="a run's weights for other programs: safetensors, transformers, llama.cpp",
     config=ExportConfig,
     run=run,
     alone=True,

@@ -33,9 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 answers = []
 for case in json.load(sys.stdin):
     tokenizer = AutoTokenizer.from_pretrained(case["folder"])
-    file = {} if case["gguf"] is None else {"gguf_file": case["gguf"]}
     model, found = AutoModelForCausalLM.from_pretrained(
-        case["folder"], trust_remote_code=True, torch_dtype=torch.float32, output_loading_info=True, **file
+        case["folder"], trust_remote_code=True, torch_dtype=torch.float32, output_loading_info=True
     )
     with torch.no_grad():
         tokens = torch.tensor(case["tokens"])
@@ -124,14 +123,12 @@ def tolerance_of(model: Any, logits: Tensor) -> float:
     return 4 * torch.finfo(torch.float32).eps * terms**0.5 * (len(model.blocks()) + 1) * largest
 
 
-def check_loaded(folder: Path, expected: Expected, gguf: str | None = None) -> float:
-    """The largest difference of logits. UserError, of one line, if the folder gives another model or tokenizer than `expected`.
-
-    gguf: name of the file in the folder that holds model and tokenizer."""
-    return check_all([(folder, expected, gguf)])[0]
+def check_loaded(folder: Path, expected: Expected) -> float:
+    """The largest difference of logits. UserError, of one line, if the folder gives another model or tokenizer than `expected`."""
+    return check_all([(folder, expected)])[0]
 
 
-def check_all(cases: list[tuple[Path, Expected, str | None]]) -> list[float]:
+def check_all(cases: list[tuple[Path, Expected]]) -> list[float]:
     """`check_loaded` of several folders, in one process."""
     import numpy as np
     import torch
@@ -141,7 +138,6 @@ def check_all(cases: list[tuple[Path, Expected, str | None]]) -> list[float]:
         asked = [
             {
                 "folder": str(folder.absolute()),
-                "gguf": gguf,
                 "tokens": expected.tokens.tolist(),
                 "start": expected.tokens.shape[1] // 2,
                 "more": min(NEW, expected.tokens.shape[1] // 2),
@@ -149,12 +145,12 @@ def check_all(cases: list[tuple[Path, Expected, str | None]]) -> list[float]:
                 "question": QUESTION if expected.prompt is not None else None,
                 "logits": str(file),
             }
-            for (folder, expected, gguf), file in zip(cases, files, strict=True)
+            for (folder, expected), file in zip(cases, files, strict=True)
         ]
         answers = loaded(asked, Path(place))
         return [
             compare(expected, answer, torch.from_numpy(np.load(file)))
-            for (_, expected, _), answer, file in zip(cases, answers, files, strict=True)
+            for (_, expected), answer, file in zip(cases, answers, files, strict=True)
         ]
 
 
