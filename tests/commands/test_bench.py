@@ -22,6 +22,7 @@ from trainer.commands.bench.baselines import (
     counterpart,
 )
 from trainer.commands.bench.clock import PhaseClock, covered, peak_memory
+from trainer.commands.bench.curves import curves_of
 from trainer.commands.bench.data import rate_of
 from trainer.commands.bench.report import MISSING, distribution, ratio, train_report
 from trainer.commands.bench.variants import Candidate, Record, comparable, label, leaving_out, run_config, variants
@@ -325,6 +326,28 @@ def test_a_report_from_made_up_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("trainer.commands.bench.report.peak_flops", lambda device, precision, float8: 1e12)
     body = train_report(config, pair, True, []).body
     assert body["rows"][0]["mfu"] == pytest.approx(100 * ours["flops_per_token"] / 1e12)
+
+
+def test_a_swept_number_is_drawn_as_lines(tmp_path, monkeypatch):
+    """Microseconds a token over the number with the most values; text and short sweeps stay bars."""
+    swept = []
+    for length, rate in (("256", 1000.0), ("512", 500.0), ("1024", 250.0)):
+        for model in ("gpt2", "llama"):
+            one = made_candidate(f"{model} {length}", "trainer", [rate, rate])
+            one.details = {"batch.sequence_length": length, "model.name": model}
+            swept.append(one)
+    curves = curves_of(swept)
+    step = swept[0].plan.config.batch.tokens_per_step
+    assert curves.key == "batch.sequence_length"
+    assert curves.lines["step"]["name=llama"] == [(256, 1000), (512, 2000), (1024, 4000)]
+    assert curves.lines["forward"]["name=gpt2"] == [(length, 1e3 / step) for length in (256, 512, 1024)]
+    assert curves_of(swept[:4]) is None and curves_of([swept[0]]) is None
+
+    drawn = []
+    monkeypatch.setattr("trainer.commands.bench.report.draw", lambda *_: drawn.append("bars"))
+    config = BenchConfig(bench_dir=str(tmp_path), rounds=2)
+    train_report(config, swept, True, []).publish(as_json=True)
+    assert not drawn and (tmp_path / "bench.png").stat().st_size > 5000
 
 
 def test_tables_line_up():

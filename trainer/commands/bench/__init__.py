@@ -1,7 +1,7 @@
 """`bench`: measures what a training step costs. Also `bench data` and `bench checkpoint`. README.md explains the files they write.
 
 compare.py: the verb `bench`; variants.py: what it compares; baselines.py, nanogpt.py: with what; turns.py, clock.py: how it
-measures; report.py: table, JSON and plot; data.py, checkpoint.py: the other two verbs.
+measures; report.py: table, JSON and plot; curves.py: the plot of a swept number; data.py, checkpoint.py: the other two verbs.
 """
 
 from __future__ import annotations

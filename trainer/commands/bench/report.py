@@ -15,6 +15,7 @@ import torch
 
 from trainer.commands.bench import BenchConfig
 from trainer.commands.bench.clock import PHASES
+from trainer.commands.bench.curves import Curves, curves_of, draw_curves
 from trainer.commands.bench.variants import Candidate
 from trainer.core.files import user_path, write_file
 from trainer.core.text import markdown_table, printable, printable_lines
@@ -29,7 +30,8 @@ MISSING = "n/a"
 
 @dataclass
 class Report:
-    """The results. body: for the JSON; table: header and rows; notes: lines below; bars: name -> samples to plot."""
+    """The results. body: for the JSON; table: header and rows; notes: lines below; bars: name -> samples to plot; curves: to plot
+    instead of them."""
 
     config: BenchConfig
     kind: str  # train, data or checkpoint
@@ -38,6 +40,7 @@ class Report:
     table: list[list[str]]
     notes: list[str]
     bars: dict[str, list[float]] = field(default_factory=dict)
+    curves: Curves | None = None
 
     def publish(self, as_json: bool) -> None:
         """Write the files, and print the JSON or the table to stdout."""
@@ -46,7 +49,9 @@ class Report:
         markdown = "\n".join([f"# {self.title}", "", *markdown_table(self.table), "", *[f"- {n}" for n in self.notes]])
         write_file(folder / "bench.json", text + "\n")
         write_file(folder / "bench.md", markdown + "\n")
-        if self.bars:
+        if self.curves:
+            draw_curves(self.curves, folder / "bench.png", self.title)
+        elif self.bars:
             draw(self.bars, folder / "bench.png", self.title)
         sys.stdout.write((text if as_json else printable_lines(markdown)) + "\n")
         written = ", ".join(sorted(path.name for path in folder.glob("bench.*")))
@@ -87,9 +92,8 @@ def train_report(config: BenchConfig, candidates: list[Candidate], together: boo
     header += [*PHASES, "communication", "peak GiB", "expected", "first step s", "recompiled"]
     table = [header, *(cells(entry, [one.name for one in references]) for entry in rows)]
     lines = [*reading(first, rows, order, config), *notes]
-    return Report(
-        config, "train", title(first), body, table, lines, {one.name: one.record.rates for one in reversed(candidates)}
-    )
+    bars = {one.name: one.record.rates for one in reversed(candidates)}
+    return Report(config, "train", title(first), body, table, lines, bars, curves_of(candidates))
 
 
 def device_facts(one: Candidate) -> dict[str, Any]:
