@@ -25,7 +25,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 COMPARISONS = sorted((ROOT / "configs").glob("compare-*.yaml"))
-RUN_CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - set(COMPARISONS))
+LADDERS = sorted((ROOT / "configs").glob("ladder-*.yaml"))
+RUN_CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*COMPARISONS, *LADDERS})
 
 # Seconds: what a test starts and does not end by then is stuck, not slow (the longest test took 135 beside CI's other lane on
 # two slow cores). Less than engine.step_timeout_minutes: a run that only its watchdog ended counts as stuck.

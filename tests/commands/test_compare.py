@@ -464,7 +464,7 @@ def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):
         speeds, "measured", lambda arm: {"tokens_per_second": {"median": 100.0}, "peak_memory_bytes": 2**29}
     )
     config.price = 2.0
-    text = estimate(made, config, speeds, at_once=2)
+    text = estimate(made, config.price, speeds, at_once=2)
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]

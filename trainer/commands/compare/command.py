@@ -39,7 +39,7 @@ def compare(config: CompareConfig) -> None:
         speeds = Speeds(folder / SPEED, slots[0], plugins, say)
         size_arms(experiment, config, speeds)
         if config.estimate:
-            sys.stdout.write(printable_lines(estimate(experiment, config, speeds, len(slots))) + "\n")
+            sys.stdout.write(printable_lines(estimate(experiment, config.price, speeds, len(slots))) + "\n")
             return
         experiment.write()
         if config.elements != "none":

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.compare import CompareConfig
 from trainer.commands.compare.experiment import Experiment
 from trainer.commands.compare.spec import Arm, folder_name
+from trainer.core import yaml_text
 from trainer.core.errors import UserError
 from trainer.core.text import markdown_table, printable
 from trainer.data.stream import find_dataset
@@ -21,6 +21,7 @@ class Speeds:
 
     def __init__(self, folder: Path, slot: dict[str, str], plugins: list[str], say: Callable[[str], None]) -> None:
         self.folder, self.slot, self.plugins, self.say = folder, slot, plugins, say
+        self._benches: dict[str, Path] = {}  # keys of a run -> the bench of the first arm that has them
 
     def tokens_per_second(self, arm: Arm, plan: Any = None) -> float:
         return self.measured(arm)["tokens_per_second"]["median"]
@@ -30,13 +31,14 @@ class Speeds:
 
     def measured(self, arm: Arm) -> dict[str, Any]:
         """The row of the arm's bench. UserError if it cannot be measured."""
-        folder = self.folder / f"{folder_name(arm.name)}-scale{arm.scale:g}"
+        own = self.folder / f"{folder_name(arm.name)}-scale{arm.scale:g}"
+        folder = self._benches.setdefault(yaml_text.dump(yaml_text.untyped(arm.values)), own)
         if not (folder / "bench.json").exists():
             self.say(f"measuring the speed of {arm.name} at scale {arm.scale:g}")
         return measure_speed(arm.values, folder, self.plugins, self.slot)
 
 
-def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_once: int) -> str:
+def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_once: int) -> str:
     """A table of what each arm still has to train, and the sum. at_once: runs at a time."""
     rows = [
         ["arm", "scale", "parameters", "steps", "tokens", "TFLOP", "tokens/s", "min a run", "runs left", "hours", "GiB"]
@@ -62,10 +64,13 @@ def estimate(experiment: Experiment, config: CompareConfig, speeds: Speeds, at_o
             ]
         )
     hours = total / 3600
-    cost = "" if config.price is None else f", {hours * config.price:,.2f} at {config.price:g} an hour and device"
+    cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour and device"
+    tried = experiment.facts["most_learning_rates"]
+    sweeps = (
+        f"at most {most} runs: a sweep ends when it has bracketed its best learning rate, at the latest after {tried}"
+    )
     notes = [
-        f"at most {most} runs: a sweep ends when it has bracketed its best learning rate, at the latest after "
-        f"{config.most_learning_rates}",
+        sweeps if tried > 1 else f"{most} runs, each at the learning rate that `plan` infers",
         f"{hours:.2f} hours of one device{cost}; {hours / at_once:.2f} hours with {at_once} at a time",
         f"tokens/s and GiB: measured by `bench` ({speeds.folder}); with validation, without start and samples",
         *notes,

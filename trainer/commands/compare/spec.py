@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,20 @@ def arms(config: CompareConfig) -> list[Arm]:
 
 def shared_values(config: CompareConfig) -> dict[str, Any]:
     """The keys of a run that all arms share."""
-    values = load_yaml(config.config) if config.config else {}
-    values.pop("run_dir", None)  # a config of configs/ names its own
-    values.pop("seed", None)
     refuse_ours(
         config.common, "common", allowed=("max_steps", "model_scale", *(key for key in LENGTHS if key != "max_seconds"))
     )
-    values = merge(merge(KEPT_CHECKPOINTS, values), config.common)
+    return run_values(config.config, config.common)
+
+
+def run_values(path: str | None, common: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the runs: those of the config in `path`, overridden by `common`. UserError if they name a number of parameters."""
+    values = load_yaml(path) if path else {}
+    values.pop("run_dir", None)  # a config of configs/ names its own
+    values.pop("seed", None)
+    values = merge(merge(KEPT_CHECKPOINTS, values), common)
     if build(RunConfig, values).parameters is not None:
-        raise UserError(
-            f"parameters: a comparison names sizes by model_scale; use `scales` (it is set in {config.config})"
-        )
+        raise UserError(f"parameters: name sizes by model_scale, with `scales` (it is set in {path})")
     return values
 
 
@@ -143,11 +147,13 @@ def grid_values(grid: dict[str, Any]) -> dict[str, list[str]]:
     return lists
 
 
-def refuse_ours(values: dict[str, Any], where: str, allowed: tuple[str, ...] = ()) -> None:
-    """UserError if `values` set a key that the comparison sets itself."""
+def refuse_ours(
+    values: dict[str, Any], where: str, allowed: tuple[str, ...] = (), ours: Mapping[str, str] = OURS
+) -> None:
+    """UserError if `values` set a key of `ours`: one that the command sets itself, with the reason."""
     for key in flat(values):
-        if key in OURS and key not in allowed:
-            raise UserError(f"{printable(where)}: leave {key} out; {OURS[key]}")
+        if key in ours and key not in allowed:
+            raise UserError(f"{printable(where)}: leave {key} out; {ours[key]}")
 
 
 def check_numbers(config: CompareConfig) -> None:

@@ -1,0 +1,235 @@
+"""`ladder`: fits of known laws, the prediction that comes before its run, and the rule of the learning rate beside the optimum."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import LADDERS, tiny_values
+
+from trainer.commands.compare import queue as compare_queue
+from trainer.commands.ladder import read
+from trainer.commands.ladder.command import Work, ladder, predicted
+from trainer.commands.ladder.fit import Law, fit, non_negative
+from trainer.commands.ladder.rates import Optimum, optimum, power_law
+from trainer.commands.ladder.spec import check_numbers, held_out_scale
+from trainer.core.errors import UserError
+from trainer.core.files import Damaged
+from trainer.core.settings import load_yaml
+
+CHINCHILLA = Law(("N", "D"), 1.69, (406.4, 410.7), (0.34, 0.28))
+POINTS = [(size, size * multiple) for size in (1e6, 2e6, 4e6, 8e6) for multiple in (5, 10, 20)]
+
+# -- fits ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_law_is_found_again():
+    found = fit(("N", "D"), POINTS, [CHINCHILLA.loss(*point) for point in POINTS], draws=3)
+    assert found.law.irreducible == pytest.approx(1.69, abs=2e-3)
+    assert found.law.exponents == pytest.approx((0.34, 0.28), abs=2e-3)
+    assert max(map(abs, found.errors)) < 1e-5  # the search stops at steps of 1e-5 of the exponents
+    loss, low, high = found.predict(64e6, 1280e6)  # 8 times beyond the largest
+    assert low <= loss <= high and loss == pytest.approx(CHINCHILLA.loss(64e6, 1280e6), rel=1e-4)
+    one = Law(("C",), 2.0, (90.0,), (0.15,))
+    found = fit(("C",), [(10.0**k,) for k in range(12, 18)], [one.loss(10.0**k) for k in range(12, 18)], draws=0)
+    assert found.law.exponents[0] == pytest.approx(0.15, abs=1e-3) and found.law.scales[0] == pytest.approx(
+        90, rel=1e-2
+    )
+
+
+def test_a_run_that_went_wrong_does_not_bend_the_law():
+    losses = [CHINCHILLA.loss(*point) for point in POINTS]
+    losses[4] *= 1.2
+    law = fit(("N", "D"), POINTS, losses, draws=0).law
+    right = [index for index in range(len(POINTS)) if index != 4]
+    assert max(abs(law.loss(*POINTS[i]) / losses[i] - 1) for i in right) < 0.01  # plain least squares: 0.03
+
+
+def test_the_interval_is_as_wide_as_the_scatter():
+    noise = 0.002 * np.random.default_rng(3).standard_normal(len(POINTS))
+    noisy = [CHINCHILLA.loss(*point) * (1 + error) for point, error in zip(POINTS, noise, strict=True)]
+    found = fit(("N", "D"), POINTS, noisy, draws=30)
+    loss, low, high = found.predict(16e6, 160e6)
+    truth = CHINCHILLA.loss(16e6, 160e6)
+    assert low < truth < high and 0.002 < (high - low) / loss < 0.05
+    assert found.predict(16e6, 160e6) == (loss, low, high)  # nothing in it is left to chance
+
+
+def test_numbers_below_zero_are_left_out():
+    """The best non-negative solution, against a search over a grid."""
+    generator = np.random.default_rng(0)
+    columns, weights = generator.random((3, 6, 3)) - 0.2, np.ones((3, 6))
+    found = non_negative(columns, weights)
+    axis = np.linspace(0, 3, 61)
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    for one, solution in zip(columns, found, strict=True):
+        assert (solution >= 0).all()
+        searched = ((grid @ one.T - 1) ** 2).sum(axis=1).min()
+        assert ((one @ solution - 1) ** 2).sum() <= searched + 1e-12
+
+
+@pytest.mark.parametrize(
+    "points, said", [(POINTS[:5], "5 points"), ([(1e6, 1e6 * k) for k in range(1, 9)], "1 values of N")]
+)
+def test_too_few_points_are_no_law(points, said):
+    with pytest.raises(ValueError, match=said):
+        fit(("N", "D"), points, [3.0] * len(points))
+
+
+# -- learning rates --------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimum_between_the_rates_is_found():
+    def loss(rate):
+        return 3 + 0.1 * np.log(rate / 3e-3) ** 2
+
+    rates = (1e-3, 2e-3, 4e-3)
+    found = optimum(1000, 1e-3, {rate: loss(rate) for rate in rates})
+    assert (found.best, found.bracketed) == (4e-3, False) and found.verdict.startswith(
+        "open"
+    )  # the highest that was tried
+    found = optimum(1000, 4e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: loss(8e-3)})
+    assert (found.best, found.lowest) == (pytest.approx(3e-3), pytest.approx(3.0))
+    assert found.bracketed and found.lost == pytest.approx(0.1 * np.log(4 / 3) ** 2) and found.verdict == "within 0.01"
+    found = optimum(1000, 1e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: float("inf")})  # it diverged: worse
+    assert found.bracketed and found.lost > 0.1 and found.verdict == "off: the best is 4 times the rule"
+
+
+def test_the_law_of_the_optima():
+    optima = [Optimum(size, 1e-3, 0.7 * size**-0.4, 3.0, 0.0, True) for size in (10**5, 10**6, 10**7)]
+    assert power_law(optima) == (pytest.approx(0.7), pytest.approx(-0.4))
+    with pytest.raises(ValueError, match="two sizes"):
+        power_law(optima[:1])
+
+
+# -- the verb --------------------------------------------------------------------------------------------------------------
+
+# Stands for `train`. Its loss follows CHINCHILLA in the numbers that the table gives for its scale, and is lowest at lr 2e-3.
+STUB = """
+import json, math, re, sys
+from pathlib import Path
+
+config = dict(re.findall(r"^ *([a-z_]+): (.+)$", Path(sys.argv[1]).read_text(), re.MULTILINE))
+folder, steps, lr = Path(config["run_dir"]), int(config["max_steps"]), float(config["lr"])
+work = folder.parent.parent.parent
+if "held-out" in config["run_dir"]:
+    assert (work / "prediction.json").exists(), "the prediction comes first"
+size = json.loads((work / "sizes.json").read_text())[config["model_scale"]]
+loss = 1.69 + 406.4 * size**-0.34 + 410.7 * (512 * steps)**-0.28
+if folder.parent.parent.name == "learning-rates":
+    loss += 0.1 * math.log(lr / 2e-3)**2
+(folder / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
+(folder / "checkpoints" / f"step-{steps:08d}" / "manifest.json").write_text("{}")
+row = dict(step=steps, tokens=512 * steps, loss=loss, grad_norm=1.0, lr=lr, val_loss=loss, val_bits_per_byte=1.0,
+           tokens_per_second=1.0, seconds=1.0)
+(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
+(folder / "config.yaml").write_text("# crescendo-lm stub\\n")
+"""
+
+
+@pytest.fixture
+def spec(tiny_dataset, tmp_path, monkeypatch):
+    """A function: the config of a ladder of three tiny sizes in tmp_path, with changes."""
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(compare_queue, "TRAIN", [sys.executable, "-IS", str(tmp_path / "stub.py")])
+    monkeypatch.setattr(compare_queue, "POLL_SECONDS", 0.02)
+    common = tiny_values(tiny_dataset, tmp_path, model={"name": "llama"}, optim={"recipe": "plain"})
+    for key in ("run_dir", "max_steps", "model_scale"):
+        del common[key]
+    common["batch"] = {"tokens_per_step": 512, "sequence_start": 64, "sequence_length": 64, "dynamic": False}
+
+    sizes: dict[str, int] = {}
+
+    def made(**changes):
+        values = {
+            "ladder_dir": str(tmp_path / "ladder"),
+            "common": common,
+            "scales": [0.15, 0.3, 0.6],
+            "tokens_per_parameter": [0.5, 1, 2],
+            "held_out_scale": 0.45,
+            **changes,
+        }
+        config = read(values)
+        if not sizes:
+            rungs = Work(config, tmp_path / "ladder").rungs([(scale, 1) for scale in (*config.scales, 0.45)])
+            sizes.update({f"{one.arm.scale:g}": one.size for one in rungs})
+            (tmp_path / "ladder").mkdir()
+            (tmp_path / "ladder" / "sizes.json").write_text(json.dumps(sizes))
+        return config
+
+    return made
+
+
+def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.commands.ladder.command.fit", lambda *data: fit(*data, draws=5))
+    ladder(spec())
+    folder = tmp_path / "ladder"
+    before = (folder / "prediction.json").read_bytes()
+    found = json.loads((folder / "ladder.json").read_text())
+    assert len(found["points"]) == 9 and (folder / "ladder.png").stat().st_size > 5000
+    assert found["measured"] == pytest.approx(found["prediction"]["loss"], rel=1e-3)  # the stub's runs follow one law
+    assert found["numbers"]["alpha"]["value"] == pytest.approx(0.34, abs=0.02)
+    page = capsys.readouterr().out
+    assert "predicted before the run: scale 0.45" in page and "measured: " in page
+
+    ladder(spec(seeds=[1, 2]))  # more points do not change what was said before the held-out run
+    assert len(json.loads((folder / "ladder.json").read_text())["points"]) == 18
+    assert (folder / "prediction.json").read_bytes() == before
+    work = Work(spec(), folder)
+    (other,) = work.rungs([(0.45, 2)])
+    with pytest.raises(UserError, match="put held_out_. back"):
+        predicted(folder / "prediction.json", fit(("N",), [(k,) for k in range(1, 6)], [3.0] * 5, draws=1), other)
+    (folder / "prediction.json").write_bytes(before.replace(b'"loss"', b'"lost"'))
+    with pytest.raises(Damaged, match="digest"):
+        ladder(spec(seeds=[1, 2]))
+
+
+def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_path, capsys):
+    ladder(spec(check="lr", common={**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}}))
+    found = json.loads((tmp_path / "ladder" / "learning-rates.json").read_text())
+    assert [one["rule"] for one in found["sizes"]] == [5e-4] * 3
+    assert [one["best"] for one in found["sizes"]] == pytest.approx([2e-3] * 3, rel=1e-3)
+    assert found["law"]["power"] == pytest.approx(0, abs=1e-3) and all(one["bracketed"] for one in found["sizes"])
+    page = capsys.readouterr().out
+    assert page.count("off: the best is 4 times the rule") == 3
+    assert (tmp_path / "ladder" / "learning-rates.png").stat().st_size > 5000
+
+
+def test_a_run_without_a_loss_is_no_point(spec, tmp_path):
+    (tmp_path / "stub.py").write_text("raise SystemExit('error: lost the device')")
+    with pytest.raises(UserError, match="failed: exit code 1; error: lost the device"):
+        ladder(spec())
+    assert not (tmp_path / "ladder" / "prediction.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"scales": [0.1, 0.2]}, "scales: a ladder needs 3 or more"),
+        ({"scales": [0.1, 0.2, 0.2]}, "scales: is empty, names a value twice"),
+        ({"tokens_per_parameter": [1, 2]}, "three or more"),
+        ({"held_out_scale": 0.3}, "held_out_scale: is one of `scales`"),
+        ({"common": {"max_steps": 3}}, "common: leave max_steps out; the ladder's own tokens_per_parameter"),
+        ({"common": {"model_scale": 3}}, "common: leave model_scale out; use `scales`"),
+    ],
+)
+def test_specs_that_make_no_ladder(tmp_path, changes, said):
+    values = {"ladder_dir": str(tmp_path / "ladder"), "scales": [0.15, 0.3, 0.6], "held_out_scale": 0.45, **changes}
+    with pytest.raises(UserError, match=said):
+        ladder(read(values))
+
+
+@pytest.mark.parametrize("file", LADDERS, ids=lambda file: file.stem)
+def test_our_ladders_can_run(file, tmp_path, monkeypatch):
+    """Every size of configs/ladder-*.yaml resolves, and is larger than the one before it."""
+    monkeypatch.chdir(tmp_path)
+    config = read(load_yaml(file))
+    check_numbers(config)
+    sizes = [
+        one.size for one in Work(config, tmp_path).rungs([(s, 1) for s in (*config.scales, held_out_scale(config))])
+    ]
+    assert sizes == sorted(set(sizes)) and sizes[-1] > 1.5 * sizes[-2]
+
+
+def test_the_next_scale_of_the_series():
+    assert held_out_scale(read({"scales": [1, 2, 0.5]})) == 4

@@ -1,0 +1,210 @@
+"""What the verb does, in order: read the spec, train the sizes, fit, write the prediction, train the held-out size, report.
+
+ladder-NAME/losses/            the runs that the law is fitted to: an experiment of `compare`
+            prediction.json    the law and what it expects of the held-out run; written before that run begins, and never again
+            held-out/          the run that was predicted
+            learning-rates/    the sweeps of `--check lr`
+            ladder.md .json .png
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.compare.budget import plan_of
+from trainer.commands.compare.command import dataset_finder, say
+from trainer.commands.compare.estimate import Speeds, estimate
+from trainer.commands.compare.experiment import SPEED, Experiment, Task, stored_experiment
+from trainer.commands.compare.learning_rates import RULE
+from trainer.commands.compare.queue import Queue, device_slots
+from trainer.commands.compare.spec import Arm
+from trainer.commands.ladder import LadderConfig
+from trainer.commands.ladder.fit import Fit, fit
+from trainer.commands.ladder.page import publish_losses, publish_rates
+from trainer.commands.ladder.rates import Optimum, optimum
+from trainer.commands.ladder.spec import (
+    Rung,
+    arm,
+    check_numbers,
+    held_out_multiple,
+    held_out_scale,
+    ladder_folder,
+    middle,
+    rung,
+)
+from trainer.core.errors import UserError
+from trainer.core.files import read_json, sealed, write_file
+from trainer.core.text import printable, printable_lines
+from trainer.data.obtain import obtain_dataset
+from trainer.planning.plan import Plan
+from trainer.planning.run_config import plugins_in
+from trainer.runs.folder import locked
+from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+
+PREDICTION = "prediction.json"
+SHARE = 0.9  # of the interval
+
+
+def ladder(config: LadderConfig) -> None:
+    """Train what is missing of the ladder, and report it."""
+    check_numbers(config)
+    folder = ladder_folder(config)
+    with locked(folder, key="ladder_dir", doing="at work on"):
+        work = Work(config, folder)
+        (check_rates if config.check == "lr" else predict_and_check)(work)
+
+
+class Work:
+    """What both ladders need. folder: of the ladder."""
+
+    def __init__(self, config: LadderConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.plugins = plugins_in(sys.argv[1:])
+        self.datasets: Callable[[Any], Any] = dataset_finder()
+        self.plans: dict[float, Plan] = {}  # by scale: its length changes nothing else
+
+    def rungs(self, sizes: list[tuple[float, float]]) -> list[Rung]:
+        """The rungs of (scale, multiple) pairs; prepares the data where it is missing."""
+        arms = [(arm(self.config, scale, multiple), multiple) for scale, multiple in sizes]
+        with contextlib.suppress(UserError):  # the plan reports it
+            obtain_dataset(arms[0][0].config(), World())
+        for made, _ in arms:
+            if made.scale not in self.plans:
+                self.plans[made.scale] = plan_of(made, self.datasets)
+        return [rung(made, multiple, self.plans[made.scale]) for made, multiple in arms]
+
+    def experiment(self, name: str, rungs: list[Rung], seeds: list[int], rates: int) -> Experiment:
+        """The experiment of these rungs in the folder `name`. rates: most learning rates of one rung; 1: the inferred one."""
+        folder, config = self.folder / name, self.config
+        facts = {
+            "name": f"{self.folder.name} {name}",
+            "command": ["python", "-m", "trainer", *sys.argv[1:]],
+            "budget": "tokens_per_parameter",
+            "baseline": rungs[0].arm.name,
+            "rule": RULE.format(most=rates),
+            "seeds": list(seeds),
+            "tuning_seed": config.tuning_seed,
+            "most_learning_rates": rates,
+        }
+        made = Experiment(folder, facts, [one.arm for one in rungs], stored_experiment(folder))
+        check_lengths(folder, made, rungs)
+        made.lengths = {one.arm.key: one.length for one in rungs}
+        return made
+
+    def train(self, experiment: Experiment) -> bool:
+        """Train what is missing; false if only the cost was asked for."""
+        slots = device_slots(self.config.jobs, experiment.arms[0].config().device)
+        if self.config.estimate:
+            speeds = Speeds(experiment.folder / SPEED, slots[0], self.plugins, say)
+            sys.stdout.write(printable_lines(estimate(experiment, self.config.price, speeds, len(slots))) + "\n")
+            return False
+        experiment.write()
+        Queue(experiment, slots, self.plugins, say).run()
+        return True
+
+
+def check_lengths(folder: Path, experiment: Experiment, rungs: list[Rung]) -> None:
+    """UserError if runs of the folder have another length than the rungs: the program or the data has changed since."""
+    for one in rungs:
+        before = experiment.lengths.get(one.arm.key)
+        if before is not None and (before.steps, before.parameters) != (one.length.steps, one.length.parameters):
+            raise UserError(
+                f"ladder_dir: {printable(folder)} has {one.arm.name} at scale {one.arm.scale:g} with {before.parameters:,} "
+                f"parameters and {before.steps:,} steps, now it has {one.length.parameters:,} and {one.length.steps:,}; "
+                "choose another --ladder_dir"
+            )
+
+
+def predict_and_check(work: Work) -> None:
+    """Fit the law, predict the held-out size, train it, and report."""
+    config = work.config
+    pairs = [(scale, multiple) for scale in config.scales for multiple in config.tokens_per_parameter]
+    *fitted, held_out = work.rungs([*pairs, (held_out_scale(config), held_out_multiple(config))])
+    experiment = work.experiment("losses", fitted, config.seeds, rates=1)
+    if not work.train(experiment):
+        return
+    points = [(one, seed, final_loss(experiment, one.arm, seed)) for one in fitted for seed in config.seeds]
+    found = fit_points(points)
+    prediction = predicted(work.folder / PREDICTION, found, held_out)
+    check = work.experiment("held-out", [held_out], config.seeds[:1], rates=1)
+    work.train(check)
+    measured = final_loss(check, held_out.arm, config.seeds[0])
+    publish_losses(work.folder, points, found, held_out, prediction, measured)
+
+
+def final_loss(experiment: Experiment, of: Arm, seed: int) -> float:
+    """The validation loss of a run at its end. UserError if it did not end well: a law through the others would hide it."""
+    task = Task(of, experiment.lengths[of.key].learning_rate, seed, "test")
+    state = experiment.state(task)
+    if state.loss is None:
+        raise UserError(
+            f"{task.name}: {state.word}: {state.message or 'it has no loss'}; the same command tries it again"
+        )
+    return state.loss
+
+
+def fit_points(points: list[tuple[Rung, int, float]]) -> Fit:
+    try:
+        return fit(("N", "D"), [one.point for one, _, _ in points], [loss for _, _, loss in points])
+    except ValueError as error:
+        raise UserError(f"scales, tokens_per_parameter: {error}") from None
+
+
+def predicted(path: Path, found: Fit, held_out: Rung) -> dict[str, Any]:
+    """What the law says of the held-out run. It is written once: a prediction that changes after the run is none."""
+    if path.exists():
+        before = read_json(path)
+        if (before["N"], before["D"]) != (held_out.size, held_out.length.tokens):
+            raise UserError(
+                f"{printable(path)}: predicts {before['N']:,} parameters and {before['D']:,} tokens, not the {held_out.size:,} and "
+                f"{held_out.length.tokens:,} of the spec; put held_out_* back, or choose another --ladder_dir"
+            )
+        return before
+    loss, low, high = found.predict(*held_out.point, share=SHARE)
+    content = {
+        "environment": environment(),
+        "law": found.law.formula(),
+        "scale": held_out.arm.scale,
+        "N": held_out.size,
+        "D": held_out.length.tokens,
+        "loss": loss,
+        "low": low,
+        "high": high,
+        "share": SHARE,
+    }
+    write_file(path, sealed(content))
+    say(
+        f"prediction: scale {held_out.arm.scale:g}, {held_out.size:,} parameters without embeddings and head, "
+        f"{held_out.length.tokens:,} tokens: loss {loss:.4f}, {SHARE:.0%} between {low:.4f} and {high:.4f}; {path}"
+    )
+    return json.loads(json.dumps(content))
+
+
+def check_rates(work: Work) -> None:
+    """Sweep the learning rate at each scale, and report where the rule is off."""
+    config = work.config
+    rungs = work.rungs([(scale, middle(config.tokens_per_parameter)) for scale in sorted(config.scales)])
+    experiment = work.experiment("learning-rates", rungs, [], rates=config.most_learning_rates)
+    if not work.train(experiment):
+        return
+    publish_rates(work.folder, rungs, [swept(experiment, one) for one in rungs])
+
+
+def swept(experiment: Experiment, one: Rung) -> tuple[Optimum, dict[float, float]]:
+    """The optimum of a rung, and the losses of its sweep. UserError if a run of it failed."""
+    losses: dict[float, float] = {}
+    for rate in experiment.sweep(one.arm).tried:
+        state = experiment.state(Task(one.arm, rate, experiment.facts["tuning_seed"], "tuning"))
+        if state.word not in ("finished", "diverged"):
+            raise UserError(f"{one.arm.name} at scale {one.arm.scale:g}, lr {rate:g}: {state.word}: {state.message}")
+        losses[rate] = float("inf") if state.loss is None else state.loss
+    rule = min(losses, key=lambda rate: abs(rate - one.length.learning_rate))  # six digits of it
+    if losses[rule] == float("inf") and min(losses.values()) == float("inf"):
+        raise UserError(f"scale {one.arm.scale:g}: every learning rate diverged")
+    return optimum(one.size, rule, losses), losses

@@ -1,0 +1,197 @@
+"""ladder.md, ladder.json and ladder.png: points, laws, the prediction beside what came, and where the rule of lr is off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.commands.ladder.fit import Fit, Law, fit
+from trainer.commands.ladder.rates import GOAL, Optimum, power_law
+from trainer.commands.ladder.spec import Rung
+from trainer.core.files import write_file
+from trainer.core.text import markdown_table, printable_lines
+from trainer.runtime.environment import environment
+
+Points = Sequence[tuple[Rung, int, float]]
+
+
+def publish_losses(
+    folder: Path, points: Points, found: Fit, held_out: Rung, prediction: dict[str, Any], measured: float
+) -> None:
+    """Write the page of the loss law, and print it. measured: loss of the held-out run."""
+    off = measured - prediction["loss"]
+    inside = prediction["low"] <= measured <= prediction["high"]
+    rows = [["scale", "N", "tokens", "tokens / N", "seed", "lr", "loss", "law", "off"]]
+    for one, seed, loss in points:
+        expected = found.law.loss(*one.point)
+        rows.append([*cells(one, seed), f"{loss:.4f}", f"{expected:.4f}", f"{loss / expected - 1:+.2%}"])
+    lines = [
+        f"L(N, D) = {found.law.formula()}, in nats a token",
+        *intervals(found),
+        *compute_laws(points),
+        f"predicted before the run: scale {held_out.arm.scale:g}, N {held_out.size:,}, {held_out.length.tokens:,} tokens: "
+        f"{prediction['loss']:.4f}, {prediction['share']:.0%} between {prediction['low']:.4f} and {prediction['high']:.4f}",
+        f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
+        f"{'inside' if inside else 'outside'} the interval",
+        "N: parameters without embeddings and head; the interval: bootstrap of the residuals, with a run's own scatter",
+    ]
+    body = {
+        "law": found.law.formula(),
+        "numbers": law_numbers(found),
+        "points": [
+            {"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "seed": seed, "loss": loss}
+            for one, seed, loss in points
+        ],
+        "prediction": prediction,
+        "measured": measured,
+    }
+    publish(folder, "ladder", "Ladder of losses", rows, lines, body)
+    draw_losses(folder / "ladder.png", points, found.law, held_out, prediction, measured)
+
+
+def cells(one: Rung, seed: int) -> list[str]:
+    return [
+        f"{one.arm.scale:g}",
+        f"{one.size:,}",
+        f"{one.length.tokens:,}",
+        f"{one.length.tokens / one.size:.1f}",
+        str(seed),
+        f"{one.length.learning_rate:.3g}",
+    ]
+
+
+def law_numbers(found: Fit) -> dict[str, dict[str, float]]:
+    """Each number of the law, with the middle 90 % of the bootstrap."""
+    getters: dict[str, Callable[[Law], float]] = {
+        "E": lambda law: law.irreducible,
+        "A": lambda law: law.scales[0],
+        "alpha": lambda law: law.exponents[0],
+        "B": lambda law: law.scales[1],
+        "beta": lambda law: law.exponents[1],
+    }
+    numbers = {}
+    for name, getter in getters.items():
+        low, high = found.interval(getter)
+        numbers[name] = {"value": getter(found.law), "low": low, "high": high}
+    return numbers
+
+
+def intervals(found: Fit) -> list[str]:
+    shown = (f"{name} {n['value']:.4g} [{n['low']:.4g}, {n['high']:.4g}]" for name, n in law_numbers(found).items())
+    return ["90 % intervals: " + ", ".join(shown)]
+
+
+def compute_laws(points: Points) -> list[str]:
+    """L(C) = E + k C^-gamma at each number of tokens a parameter that has enough sizes; C: training FLOPs."""
+    lines = []
+    for multiple in sorted({one.multiple for one, _, _ in points}):
+        part = [(one.length.flops, loss) for one, _, loss in points if one.multiple == multiple]
+        try:
+            law = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part], draws=0).law
+        except ValueError:
+            continue  # a power with an irreducible term needs four points
+        lines.append(f"at {multiple:g} tokens a parameter: L(C) = {law.formula()}, C in training FLOPs")
+    return lines
+
+
+def publish_rates(folder: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]) -> None:
+    """Write the page of the learning rates, and print it."""
+    rows = [["scale", "N", "tokens", "rule's lr", "best lr", "rule's loss", "lowest", "rule loses", "verdict"]]
+    for one, (best, losses) in zip(rungs, found, strict=True):
+        rows.append(
+            [
+                *(
+                    f"{one.arm.scale:g}",
+                    f"{one.size:,}",
+                    f"{one.length.tokens:,}",
+                    f"{best.rule:.3g}",
+                    f"{best.best:.3g}",
+                ),
+                *(f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict),
+            ]
+        )
+    constant, power = power_law([best for best, _ in found])
+    lines = [
+        f"lr = {constant:.4g} N^{power:.3f} through the optima, N without embeddings and head",
+        f"best: lowest point of a parabola in ln lr through the best rate and its neighbours; goal: the rule loses {GOAL:g} nats "
+        "or less; one seed, so differences of a few thousandths mean nothing",
+    ]
+    body = {
+        "law": {"constant": constant, "power": power},
+        "sizes": [
+            {
+                **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "rule": best.rule, "best": best.best},
+                **{"lowest": best.lowest, "lost": best.lost, "bracketed": best.bracketed},
+                "losses": {f"{rate:g}": loss for rate, loss in sorted(losses.items())},
+            }
+            for one, (best, losses) in zip(rungs, found, strict=True)
+        ],
+    }
+    publish(folder, "learning-rates", "Learning rates of the ladder", rows, lines, body)
+    draw_rates(folder / "learning-rates.png", rungs, found)
+
+
+def publish(folder: Path, name: str, title: str, rows: list[list[str]], lines: list[str], body: dict[str, Any]) -> None:
+    """Write NAME.md and NAME.json, and print the table."""
+    markdown = "\n".join([f"# {title}", "", *markdown_table(rows), "", *(f"- {line}" for line in lines)])
+    write_file(folder / f"{name}.md", markdown + "\n")
+    write_file(folder / f"{name}.json", json.dumps({"environment": environment(), **body}, indent=1) + "\n")
+    sys.stdout.write(printable_lines(markdown) + "\n")
+
+
+def draw_losses(
+    out: Path, points: Points, law: Law, held_out: Rung, prediction: dict[str, Any], measured: float
+) -> None:
+    """Loss over tokens, a line of the law for each size, and the prediction with what was measured."""
+    figure, axis = new_figure()
+    sizes = sorted({one.size for one, _, _ in points})
+    longest = max(one.length.tokens for one, _, _ in points)
+    shortest = min(one.length.tokens for one, _, _ in points)
+    tokens = np.geomspace(shortest, max(longest, held_out.length.tokens), 60)
+    for index, size in enumerate([*sizes, held_out.size]):
+        colour = f"C{index}"
+        axis.plot(tokens, [law.loss(size, d) for d in tokens], color=colour, linewidth=1, label=f"N {size:,}")
+        own = [(one.length.tokens, loss) for one, _, loss in points if one.size == size]
+        axis.plot(*zip(*own, strict=True), "o", color=colour, markersize=4) if own else None
+    low, high = prediction["loss"] - prediction["low"], prediction["high"] - prediction["loss"]
+    at = held_out.length.tokens
+    axis.errorbar([at], [prediction["loss"]], [[low], [high]], fmt="s", color="k", capsize=4, label="predicted, 90 %")
+    axis.plot([at], [measured], "r*", markersize=11, label="measured")
+    axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation loss, nats a token")
+    axis.set_title(f"L(N, D) = {law.formula()}", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(out, dpi=100)
+
+
+def draw_rates(out: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]) -> None:
+    """Loss above the lowest over the learning rate, a line for each size; the rule's rate is ringed."""
+    figure, axis = new_figure()
+    for index, (one, (best, losses)) in enumerate(zip(rungs, found, strict=True)):
+        finite = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
+        axis.plot(*zip(*finite, strict=True), "o-", color=f"C{index}", markersize=4, label=f"N {one.size:,}")
+        axis.plot(
+            [best.rule], [losses[best.rule] - best.lowest], "o", color=f"C{index}", markersize=11, fillstyle="none"
+        )
+        axis.axvline(best.best, color=f"C{index}", linewidth=0.8, linestyle=":")
+    axis.axhline(GOAL, color="k", linewidth=0.8, linestyle="--")
+    axis.set(
+        xscale="log", xlabel="learning rate (ringed: the rule's; dotted: the optimum)", ylabel="nats above the lowest"
+    )
+    axis.legend(fontsize=8)
+    figure.savefig(out, dpi=100)
+
+
+def new_figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.grid(which="both", alpha=0.3)
+    return figure, axis
