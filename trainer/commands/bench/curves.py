@@ -56,8 +56,8 @@ def swept_number(details: Sequence[dict[str, str]]) -> str | None:
         for key, value in changes.items():
             values.setdefault(key, set()).add(value)
     numeric = {key: len(found) for key, found in values.items() if all(is_number(value) for value in found)}
-    key = max(numeric, key=lambda name: numeric[name], default=None)
-    return key if key is not None and numeric[key] >= POINTS else None
+    most = max(numeric, key=lambda key: numeric[key], default="")
+    return most if numeric.get(most, 0) >= POINTS else None
 
 
 def is_number(text: str) -> bool:
