@@ -12,10 +12,12 @@ A model is a config dataclass plus an `nn.Module`, joined by one decorator:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -400,9 +402,20 @@ def load_models() -> None:
     for module in _zoo_modules(importlib.import_module("models")):
         with told_in_one_line(module):
             importlib.import_module(module)
-    for entry in importlib.metadata.entry_points(group="crescendo.models"):
+    load_entry_points("crescendo.models")
+
+
+def load_entry_points(group: str) -> None:
+    """Import what installed packages name in an entry point group. BrokenModel if an import fails."""
+    for entry in _entry_points(group, tuple(sys.path)):
         with told_in_one_line(entry.value):
             entry.load()
+
+
+@functools.cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[Any, ...]:
+    """Looking through all installed packages takes a tenth of a second, so it is done once. path: where they are looked for."""
+    return tuple(importlib.metadata.entry_points(group=group))
 
 
 @contextlib.contextmanager

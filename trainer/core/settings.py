@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -190,6 +191,12 @@ def _put(nested: dict[str, Any], path: list[str], value: str, full: str) -> None
     nested[leaf] = value if before is None else Repeated([*(before if isinstance(before, list) else [before]), value])
 
 
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Field -> type. A plan asks for them a hundred times, and they are texts that Python evaluates each time."""
+    return typing.get_type_hints(cls)
+
+
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """The dataclass `cls` from nested `values`, each coerced to its field's type. Raises `UserError` for a bad key or value."""
     return cls(**coerced(cls, values, prefix))
@@ -197,7 +204,7 @@ def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
 
 def coerced(cls: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`values`, each coerced to the type of its field of `cls`. Raises `UserError` for a bad key or value."""
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     known = leaf_keys(cls, prefix)
     built: dict[str, Any] = {}
@@ -267,7 +274,7 @@ def unknown_key(full: str, known: list[str]) -> str:
 
 def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
     """All keys of a dataclass that can be set, with dots, in order."""
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     keys: list[str] = []
     for f in dataclasses.fields(cls):
         if f.init:
@@ -278,7 +285,7 @@ def leaf_keys(cls: Any, prefix: str = "") -> list[str]:
 
 def free_sections(cls: Any, prefix: str = "") -> list[str]:
     """The sections of a dataclass whose keys it does not know, dotted, in order: model, objective, optim.settings, optim.roles."""
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     found: list[str] = []
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[f.name]):
@@ -415,7 +422,7 @@ def helps(cls: Any) -> dict[str, str]:
 
 
 def _walk(cls: Any, prefix: str):
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from models.base import told_in_one_line
+from models.base import load_entry_points
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
 from trainer.objectives.base import REGISTRY, Loss, Objective, register_objective
@@ -46,9 +45,7 @@ def load_objectives() -> None:
     """Import the modules of this folder, and those that installed packages name in the entry point group `crescendo.objectives`."""
     for found in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{found.name}")
-    for entry in importlib.metadata.entry_points(group="crescendo.objectives"):
-        with told_in_one_line(entry.value):
-            entry.load()
+    load_entry_points("crescendo.objectives")
 
 
 def resolve_objective(options: dict[str, Any]) -> dict[str, Any]:
