@@ -113,8 +113,9 @@ class LanguageModel(nn.Module):
         | None = None,  # [B, T] document number of each token, changes at each new document; see Batch
         cache: Any = None,  # the State from `new_state`: `tokens` continue the tokens that it has read
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
+        **further: Tensor,  # of `further_keys`
     ) -> Output:
-        hidden = self.hidden(tokens, documents=documents, state=cache)
+        hidden = self.hidden(tokens, documents=documents, state=cache, **further)
         if targets is None:
             return Output(logits=self.logits(hidden))
         loss, parts = self.loss(hidden, targets, reduction)
@@ -144,6 +145,11 @@ class LanguageModel(nn.Module):
         A model with an output projection overrides this with `linear_nll`, which never holds all logits.
         """
         return token_losses(self.logits(hidden), targets, weights)
+
+    def further_keys(self) -> tuple[str, ...]:
+        """Keys of a batch, columns of a dataset, that `hidden` and `forward` also take, by name: fp32 tensors [B, T] that say something about
+        each target."""
+        return ()
 
     def loss(
         self, hidden: Hidden, targets: Tensor, reduction: str = "mean", weights: Tensor | None = None
@@ -206,6 +212,12 @@ class LanguageModel(nn.Module):
         """
         config = type(self).with_kernels(self.config, "torch")  # fused kernels pad their inputs
         return counting.training_flops_of(type(self), config, sequence_length) // sequence_length  # type: ignore[arg-type]
+
+    @classmethod
+    def entropy_rule(cls, config: Any) -> str | None:
+        """The rule by which this Config cuts texts where another model is uncertain, one of ENTROPY_RULES in layers/patching.py; then the
+        Config has a `threshold`, and the model an attribute `patcher`. None: it needs no other model."""
+        return None
 
     # Kernels. The trainer asks these questions about a Config, so that it need not know its fields.
 
@@ -325,6 +337,31 @@ class LogitsAsHidden:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         total = self.nll(hidden, targets, weights).sum()
         return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+class WithColumns:
+    """A model with the columns of one batch that it takes by name: an objective need not know of them."""
+
+    def __init__(self, model: Any, batch: Any) -> None:
+        self.model, self.tokens = model, batch["tokens"]
+        self.columns = {key: batch[key] for key in model.further_keys() if key in batch}
+
+    def of(self, tokens: Tensor) -> dict[str, Tensor]:
+        if self.columns and tokens is not self.tokens:
+            raise ValueError(
+                f"the objective changes the tokens, and {', '.join(self.columns)} are of those that the batch holds; train with another "
+                "objective, or another patching"
+            )
+        return self.columns
+
+    def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Output:
+        return self.model(tokens, *args, **kwargs, **self.of(tokens))
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Hidden:
+        return self.model.hidden(tokens, **kwargs, **self.of(tokens))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)

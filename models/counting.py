@@ -88,7 +88,7 @@ def training_flops_of(model_class: Any, config: Any, length: int) -> int:
 
     # Scores are not matrix products, and a long sequence would need millions of calls for them.
     with torch.device("meta"), torch.no_grad(), scored_by(score_nothing), _counter() as counter:
-        model(tokens, targets=tokens)
+        model(tokens, targets=tokens, **{key: torch.zeros(1, length) for key in model.further_keys()})
     return 3 * counter.get_total_flops()
 
 

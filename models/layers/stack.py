@@ -32,12 +32,14 @@ class Stack(LanguageModel):
     further_roles: ClassVar[dict[str, str]] = {"convolution": "norm"}
     embedding_std = 0.02
 
-    def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module, width: int = 0) -> None:
+        """width: of the embedding and the output projection; 0: d_model."""
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        width = width or config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, width)
         self.layers: Any = nn.ModuleList(layers)
         self.norm = norm
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tied else nn.Linear(width, config.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         if documents is not None and state is not None:

@@ -16,13 +16,15 @@ def run(config: PrepareConfig) -> None:
     """Run the verb. Raises UserError."""
     from trainer.data.prepare import prepare
 
-    prepare(config, teacher=None if config.teacher is None else functools.partial(open_teacher, config))
+    predicts = config.teacher is not None or config.patches is not None
+    prepare(config, predictor=functools.partial(open_predictor, config) if predicts else None)
 
 
-def open_teacher(config: PrepareConfig, tokenizer: TokenizerInfo) -> Any:
+def open_predictor(config: PrepareConfig, tokenizer: TokenizerInfo) -> Any:
+    from trainer.inference.patches import EntropyColumn
     from trainer.inference.teacher import Teacher
 
-    return Teacher(config, tokenizer)
+    return Teacher(config, tokenizer) if config.teacher is not None else EntropyColumn(config, tokenizer)
 
 
 VERB = Verb(name="prepare", help="text to MDS shards", config=PrepareConfig, run=run, alone=True)

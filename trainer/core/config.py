@@ -98,6 +98,14 @@ class PrepareConfig(CorpusConfig):
     teacher_top_k: int = setting(
         32, "teacher: how many of the likeliest ids are stored for each token", low=1, high=65_536
     )
+    patches: str | None = setting(
+        None,
+        "RUN[@STEP], folder of a Hugging Face model or hf://ORG/NAME: also store how uncertain it is of each token, for models that cut text "
+        "into patches there (model.patching entropy)",
+    )
+    patch_size: float = setting(
+        4.5, "patches: mean size in tokens for which the thresholds are chosen", above=1, high=1e4
+    )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ INDEX = "index.json"
 LOSS_MASK = "loss_mask"  # column of chat and preference data, uint8: 1 for a token that an answer consists of, else 0
 # Columns of `prepare --teacher`: the ids that a teacher finds most likely at each token, and their log-probabilities, [k] each.
 TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
+# Column of `prepare --patches`: how uncertain an entropy model was of each token, in nats.
+ENTROPIES = "entropies"
 LENGTH_TYPE = np.dtype("<u4")
 COLUMN_TYPES = ("uint8", "uint16", "uint32", "float16", "float32")
 SPLITS = ("train", "validation")
@@ -81,9 +84,33 @@ class ColumnInfo:
 
 
 @dataclass
+class PatchesInfo:
+    """What `prepare --patches` found. run: the entropy model, as init_from names one; weights: sha256 of its weights; separate: whether it
+    kept documents apart. thresholds: for each rule of models/layers/patching.py, in nats, for patches of patch_size tokens on average.
+    histogram: how many entropies lie in each tenth of a nat."""
+
+    run: str
+    weights: str
+    separate: bool
+    patch_size: float
+    thresholds: dict[str, float]
+    histogram: list[int]
+
+    def check(self) -> None:
+        """Raises ValueError if `prepare` would not write such a value."""
+        hex_digits(self.weights, "patches.weights")
+        numbers = [self.patch_size, *self.thresholds.values()]
+        right = isinstance(self.run, str) and isinstance(self.separate, bool)
+        if not right or not all(type(number) is float and math.isfinite(number) for number in numbers):
+            raise ValueError("patches have a value of the wrong type")
+        for count in self.histogram:
+            whole_number(count, "patches.histogram")
+
+
+@dataclass
 class DatasetInfo:
     """The content of dataset.json. indexes, lengths: sha256 of each split's index.json and lengths.bin; columns: by name, those
-    beside `tokens`."""
+    beside `tokens`; patches: of a dataset with the column ENTROPIES."""
 
     tokenizer: TokenizerInfo
     dtype: str
@@ -97,6 +124,7 @@ class DatasetInfo:
     lengths: dict[str, str] = field(default_factory=dict)
     columns: dict[str, ColumnInfo] = field(default_factory=dict)
     records: str = RECORDS[0]
+    patches: PatchesInfo | None = None
     format: int = FORMATS[-1]
 
     @classmethod
@@ -147,6 +175,7 @@ class DatasetInfo:
             content["tokenizer"] = TokenizerInfo(**content["tokenizer"])
             content["splits"] = {name: SplitInfo(**split) for name, split in content["splits"].items()}
             content["columns"] = {name: ColumnInfo(**column) for name, column in content.get("columns", {}).items()}
+            content["patches"] = PatchesInfo(**content["patches"]) if "patches" in content else None
             info = cls(**content)
             info._check()
             info.tokenizer.name = printable(info.tokenizer.name)
@@ -184,6 +213,10 @@ class DatasetInfo:
                 hex_digits(digest, f"{key}.{name}")
         for name, column in self.columns.items():
             _check_column(name, column)
+        if (self.patches is None) != (ENTROPIES not in self.columns):
+            raise ValueError(f"patches and a column {ENTROPIES} belong together")
+        if self.patches is not None:
+            self.patches.check()
         if self.records == "preference" and any(split.documents % 2 for split in self.splits.values()):
             raise ValueError("records are preference, but a split has an odd number of documents")
         for name, split in self.splits.items():
@@ -211,7 +244,10 @@ class DatasetInfo:
 
     def save(self, folder: str | Path) -> None:
         """Write dataset.json into `folder`."""
-        write_file(Path(folder) / FILE, sealed(asdict(self)))
+        content = asdict(self)
+        if self.patches is None:
+            del content["patches"]  # which earlier versions do not know
+        write_file(Path(folder) / FILE, sealed(content))
 
 
 def _check_column(name: str, column: ColumnInfo) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
@@ -67,6 +67,11 @@ class Predictor(Protocol):
 
     def predict(self, tokens: np.ndarray) -> Mapping[str, np.ndarray]:
         """Samples [N, L + 1] -> each column of their tokens 1 to L: [N, L, ...]"""
+        ...
+
+    def facts(self, log: Callable[[str], None]) -> dict[str, Any]:
+        """Fields of DatasetInfo that are known once all samples were predicted."""
+        ...
 
 
 class SplitWriter:

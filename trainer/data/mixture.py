@@ -30,6 +30,7 @@ def further_datasets(data: DataConfig, main: DatasetInfo) -> dict[str, tuple[Dat
             ("tokenizer", info.tokenizer.sha256, main.tokenizer.sha256),
             ("records", info.records, main.records),
             ("columns", info.columns, main.columns),
+            ("entropy model", info.patches and info.patches.weights, main.patches and main.patches.weights),
         ):
             if here != there:
                 raise UserError(

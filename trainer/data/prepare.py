@@ -29,13 +29,13 @@ from trainer.data.sources import Source, is_far, open_sources
 from trainer.data.target import fresh_folder, one_line_errors, signals_as_interrupts
 from trainer.data.tokenizers import Tokenizer, get_tokenizer
 
-OpenTeacher = Callable[[TokenizerInfo], Predictor]
+OpenPredictor = Callable[[TokenizerInfo], Predictor]
 
 
-def prepare(config: PrepareConfig, log: Log = say, teacher: OpenTeacher | None = None) -> DatasetInfo:
+def prepare(config: PrepareConfig, log: Log = say, predictor: OpenPredictor | None = None) -> DatasetInfo:
     """Write the dataset that `config` describes to `config.out`, which must not exist; returns its description.
 
-    teacher: opens the model of config.teacher.
+    predictor: opens the model of config.teacher or config.patches.
     The shards are the same bytes for any number of workers. If it raises UserError, it leaves nothing behind.
     """
     out = _checked_target(config)
@@ -44,7 +44,7 @@ def prepare(config: PrepareConfig, log: Log = say, teacher: OpenTeacher | None =
         for line in (line for source in sources for line in source.notes):
             log(line)
         with fresh_folder(out) as folder, telling_of_endless_search(log):
-            info = _write(config, sources, folder, log, teacher)
+            info = _write(config, sources, folder, log, predictor)
     log(f"prepared {out} (fingerprint {info.fingerprint[:12]})")
     return info
 
@@ -58,6 +58,8 @@ def _checked_target(config: PrepareConfig) -> Path:
         raise UserError(f"sample_length: {config.sample_length} is too short; it must be at least 1")
     if not 1 <= config.shard_megabytes < 4096:
         raise UserError(f"shard_megabytes: {config.shard_megabytes} is not allowed; it must be from 1 to 4095")
+    if config.teacher is not None and config.patches is not None:
+        raise UserError("patches: one model at a time predicts; prepare the data with --teacher or with --patches")
     if config.workers is not None and config.workers < 1:
         raise UserError(f"workers: {config.workers} is too few; it must be at least 1")
     for key, value in asdict(config).items():
@@ -73,12 +75,12 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _write(
-    config: PrepareConfig, sources: list[Source], folder: Path, log: Log, teacher: OpenTeacher | None
+    config: PrepareConfig, sources: list[Source], folder: Path, log: Log, opens: OpenPredictor | None
 ) -> DatasetInfo:
     tokenizer = _tokenizer(config, sources, log)
     tokenizer.save(folder / "tokenizer.json")
     facts = TokenizerInfo(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eot_id)
-    predictor = None if teacher is None else teacher(facts)
+    predictor = None if opens is None else opens(facts)
     dtype = dataset.dtype_of(tokenizer.vocab_size)
     columns = {} if config.records == "text" else {LOSS_MASK: ColumnInfo("uint8", [])}
     writers = {
@@ -124,6 +126,7 @@ def _write(
         lengths=lengths,
         columns=columns,
         records=config.records,
+        **({} if predictor is None else predictor.facts(log)),
     )
     info.save(folder)
     return info

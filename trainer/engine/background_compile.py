@@ -141,7 +141,7 @@ def trace(plan: Any, objective: Any, device: torch.device, say: Callable[[str], 
     """
     from trainer.data.documents import document_numbers
     from trainer.engine.base import autocast, prepare_blocks, prepare_device
-    from trainer.objectives.base import ModelAndObjective
+    from trainer.objectives.base import ModelAndObjective, example_batch
 
     config = plan.config
     prepare_device(device, config.deterministic)
@@ -155,7 +155,7 @@ def trace(plan: Any, objective: Any, device: torch.device, say: Callable[[str], 
     for length in plan.sequence_lengths:
         rows = min(config.batch.tokens_per_step, config.batch.tokens_per_microbatch) // length
         tokens = torch.zeros(max(1, rows), length, dtype=torch.long, device=device)
-        batch: Any = objective.example(tokens)
+        batch: Any = example_batch(objective, model, tokens)
         documents = document_numbers(tokens, plan.end_of_text)
         with autocast(device, config.precision):
             joined(batch if documents is None else batch | {"documents": documents})

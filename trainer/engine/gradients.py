@@ -14,7 +14,7 @@ from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.engine.meta import stand_ins
 from trainer.objectives import build_objective
-from trainer.objectives.base import ModelAndObjective
+from trainer.objectives.base import ModelAndObjective, example_batch
 from trainer.optim import trained_parameters
 from trainer.runtime.compat import fake_tensors
 
@@ -55,7 +55,7 @@ def unreached_in_training(plan: Any) -> list[str]:
         objective = build_objective(plan.config.objective, stand_ins(plan.frozen))
         joined = ModelAndObjective(plan.model_class(config), objective)
         tokens = torch.zeros(1, plan.sequence_lengths[0], dtype=torch.long)  # [B, T]
-        batch: Batch = objective.example(tokens)
+        batch: Batch = example_batch(objective, joined.model, tokens)
         loss = joined(batch | {"documents": tokens} if plan.config.data.separate_documents else batch).sum
         names = unreached(joined.model, loss)
         if names is None:

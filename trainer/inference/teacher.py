@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -48,6 +50,9 @@ class Teacher:
             TEACHER_IDS: ColumnInfo(dtype_of(self.ids), [self.k]),
             TEACHER_LOG_PROBS: ColumnInfo("float16", [self.k]),
         }
+
+    def facts(self, log: Any) -> dict[str, Any]:
+        return {}
 
     def predict(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Of token 1 and all later ones of samples [N, L + 1]: the k likeliest ids, likeliest first, and their log-probabilities, of

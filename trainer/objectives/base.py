@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import IGNORE, Batch, Output, logits_at, with_hidden
+from models.base import IGNORE, Batch, Output, WithColumns, logits_at, with_hidden
 from trainer.data.dataset import LOSS_MASK, ColumnInfo
 from trainer.objectives.frozen import FrozenModel, FrozenSpec
 
@@ -100,6 +100,12 @@ class Objective(nn.Module):
         )
 
 
+def example_batch(objective: Objective, model: Any, tokens: Tensor) -> Batch:
+    """`objective.example`, with what the model reads besides."""
+    further: Any = {key: torch.zeros(tokens.shape, device=tokens.device) for key in model.further_keys()}
+    return objective.example(tokens) | further
+
+
 def answers_alone(batch: Batch) -> Tensor:
     """The targets of a batch of chat or preference data, with IGNORE for those that are not of an answer: [..., T]"""
     return batch["targets"].where(batch[LOSS_MASK] != 0, IGNORE)  # type: ignore[literal-required]
@@ -133,7 +139,8 @@ class ModelAndObjective(nn.Module):
         """For a batch with targets, the objective's Loss; for one without, the model's Output with the logits, all of them or those at
         "positions"."""
         if "targets" in batch:
-            return self.objective(with_hidden(self.model), batch)
+            model = with_hidden(self.model)
+            return self.objective(WithColumns(model, batch) if self.model.further_keys() else model, batch)
         if "positions" in batch:
             return Output(
                 logits=logits_at(self.model, batch["tokens"], batch.get("documents"), batch["positions"])  # type: ignore[typeddict-item]

@@ -355,7 +355,7 @@ def _saved_activations(
     from models.layers.linear_cross_entropy import score_nothing, scored_by
     from trainer.engine import activation_checkpointing, compilation, gradients
     from trainer.objectives import build_objective
-    from trainer.objectives.base import ModelAndObjective
+    from trainer.objectives.base import ModelAndObjective, example_batch
 
     model_config = model_class.without_device_kernels(model_config)
     # Not the meta device: fake CPU tensors choose fused kernels and support autocast, as real tensors do.
@@ -380,7 +380,7 @@ def _saved_activations(
             block.register_forward_pre_hook(lambda *_: starts.append(alive.activations.bytes))
             block.register_forward_hook(lambda *_: added.append(alive.activations.bytes - starts[-1]))
         tokens = torch.zeros(1, length, dtype=torch.long)
-        batch: Batch = joined.objective.example(tokens)
+        batch: Batch = example_batch(joined.objective, model, tokens)
         loss = joined(batch | {"documents": tokens} if documents else batch).sum
         total = alive.activations.bytes
         entries = length * model_config.vocab_size

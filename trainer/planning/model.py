@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from trainer.core.config import DEFAULT_MODEL, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import coerced
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import DatasetInfo
 
 
 def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
@@ -67,6 +71,31 @@ def check_vocabulary(model_class: Any, model_config: Any, tokenizer_size: int) -
         model_class.check_sizes(model_config, tokens=tokenizer_size)
     except ValueError as error:
         raise UserError(f"model.{error}") from None
+
+
+def with_threshold(
+    model_class: Any, model_config: Any, given: Mapping[str, Any], dataset: DatasetInfo | None, config: RunConfig
+) -> tuple[Any, dict[str, str]]:
+    """(model_config with what the data say of its patches, unless it is given; by field, where that comes from). dataset: None if it is
+    not prepared yet. UserError if the model needs entropies and the data have none, or only some that see across documents."""
+    rule = model_class.entropy_rule(model_config)
+    if rule is None:
+        return model_config, {}
+    patches = None if dataset is None else dataset.patches
+    if patches is None:
+        raise UserError(
+            f"model.patching: {rule} needs the entropies of another model, and {config.data.path or 'the dataset'} has none: prepare the data "
+            "with --patches RUN, or set model.patching to space or static"
+        )
+    if config.data.separate_documents and not patches.separate:
+        raise UserError(
+            f"data.separate_documents: the entropies of {config.data.path} see across documents; leave it out, or train their model "
+            f"({patches.run}) with it and prepare the data again"
+        )
+    found = {"patch_size": patches.patch_size, "threshold": patches.thresholds[rule]}
+    source = f"measured by `prepare --patches {patches.run} --patch_size {patches.patch_size:g}`"
+    chosen = {key: value for key, value in found.items() if key not in given}
+    return dataclasses.replace(model_config, **chosen), dict.fromkeys(chosen, source)
 
 
 def _unknown(name: str, names: list[str]) -> str:

@@ -15,7 +15,7 @@ from trainer.data.stream import local_folder
 from trainer.data.tokenizers import Tokenizer
 from trainer.engine.meta import stand_ins, told_of_model
 from trainer.objectives import build_objective, resolve_objective
-from trainer.objectives.base import REGISTRY, Objective
+from trainer.objectives.base import REGISTRY, Objective, example_batch
 from trainer.planning.frozen import Frozen
 from trainer.planning.resolver import Draft, ModelFacts
 from trainer.runtime.compat import fake_tensors
@@ -64,7 +64,7 @@ def choose_layers(
         student = model.model_class(model.model_class.without_device_kernels(model.config))
         objective = build_objective(config.objective, stand_ins(frozen))
         tokens = torch.zeros(1, config.batch.sequence_length, dtype=torch.long)  # [B, T]
-        layers = objective.linear_layers(with_hidden(student), objective.example(tokens))
+        layers = objective.linear_layers(with_hidden(student), example_batch(objective, student, tokens))
     for key, (inputs, outputs) in layers.items():
         rule = f"parameters of a layer {inputs:,} -> {outputs:,}, trained with the model and no part of it"
         draft = draft.note(f"objective layer {key}", inputs * outputs, rule)

@@ -26,7 +26,7 @@ from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
-from trainer.planning.model import check_vocabulary, read_model, written_out
+from trainer.planning.model import check_vocabulary, read_model, with_threshold, written_out
 from trainer.planning.objective import choose_layers, choose_objective
 from trainer.planning.resolver import (
     Draft,
@@ -215,11 +215,14 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
         except ValueError as error:
             raise UserError(f"model {name}: {error}") from None
     check_vocabulary(model_class, model_config, vocab_size)
+    model_config, measured = with_threshold(model_class, model_config, options, dataset, config)
     inferred = model_class.inferred(model_config)
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
         if key in options:
             draft = draft.note(f"model.{key}", value, "set" + meaning)
+        elif key in measured:
+            draft = draft.note(f"model.{key}", value, measured[key])
         elif key in FIELDS:
             draft = draft.note(f"model.{key}", value, "the default of LoRA")
         elif key != "vocab_size":

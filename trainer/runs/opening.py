@@ -131,6 +131,7 @@ def open_run(
     from trainer.checkpoint.weights import choose_weights
     from trainer.data.dataset import DatasetInfo
     from trainer.data.tokenizers import Tokenizer
+    from trainer.inference.patches import give_patcher
     from trainer.planning.model import check_vocabulary, written_out
     from trainer.runtime.device import choose_device, choose_precision, keep_freed_memory
     from trainer.runtime.distributed import World
@@ -163,6 +164,7 @@ def open_run(
             model, at = load_model(model_class, model_config, chosen, place, world).to(dtype), chosen.manifest["step"]
     except Unset as error:
         raise UserError(f"model {config.model['name']}: {error}") from None
+    give_patcher(model, dataset.patches, dataset.tokenizer, place, world)
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json", dataset.tokenizer.name, dataset.tokenizer.eot_id)
     end_of_text = dataset.tokenizer.eot_id if config.data.separate_documents else None
     return OpenRun(folder, config, model.eval(), tokenizer, place, at, end_of_text)

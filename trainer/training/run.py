@@ -29,6 +29,7 @@ from trainer.data.stream import Split, open_stream
 from trainer.engine import build_engine
 from trainer.inference.decoding import complete
 from trainer.inference.evaluation import check_enough, validate
+from trainer.inference.patches import give_patcher
 from trainer.optim.frequency import FrequencyScaling
 from trainer.planning.frozen import open_weights
 from trainer.planning.model import written_out
@@ -106,6 +107,7 @@ class Run:
         self.engine = build_engine(plan, world)
         self.hold_frozen()
         self.model, self.device = self.engine.model, self.engine.device
+        self.hold_patcher()
         self.no_flags = torch.zeros(len(STOPPING) + 1, device=self.device)  # see step.own_flags
         self.fingerprint = fingerprint(config.data, dataset)
         self.stream = open_stream(config.data, dataset, config.seed, config.batch.sequence_length)
@@ -332,6 +334,12 @@ class Run:
             weights = open_weights(frozen, name, self.world)
             checkpoint.together(functools.partial(self.engine.hold_frozen, name, weights), self.world)
             self.world.say(f"objective.{name}: {frozen.spec.source}, {frozen.parameters:,} parameters, frozen")
+
+    def hold_patcher(self) -> None:
+        """Pass the model that decides where patches end down to a model that needs one: for validation and for text."""
+        info, tokenizer = self.dataset.patches, self.dataset.tokenizer
+        give = functools.partial(give_patcher, self.model, info, tokenizer, self.device, self.world)
+        checkpoint.together(give, self.world)
 
     def go_on(self, path: Path, manifest: dict[str, Any]) -> None:
         """Load the state and the tensors of a checkpoint, whatever config it was made with."""
