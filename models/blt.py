@@ -65,7 +65,7 @@ class BltConfig:
         high=10**4,
     )
     threshold: float = setting(
-        PUBLISHED_THRESHOLD, "entropy, monotonic: nats above which a patch ends", low=-100, high=100
+        PUBLISHED_THRESHOLD, "entropy, monotonic: nats above which a patch ends", low=0, high=100
     )
     max_patch: int = setting(0, "most bytes of a patch; 0: no limit", low=0, high=10**6)
     smallest_ngram: int = setting(3, "bytes of the shortest hashed n-grams", low=1, high=64)

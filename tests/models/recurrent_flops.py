@@ -21,6 +21,23 @@ def of_stack(model, length):
     return 3 * (once + again + head) // length
 
 
+def of_blt(config, length):
+    """A byte passes the local layers, and one in `patch_size` bytes, of `static` patches, the latent ones. Scores of cross-attention are no
+    matrix products."""
+    c, d, w = config, config.d_model, config.local_width
+    patches = c.rule.slots(length)
+    assert patches == 2 + int((length - 2) // c.patch_size)
+
+    def layer(width, keys):  # multiply-adds of a token: projections, SwiGLU, scores and what they weigh
+        hidden = max(32, round(c.hidden_ratio * width / 32) * 32)
+        return 4 * width * width + 3 * width * hidden + 2 * width * keys
+
+    per_byte = (c.encoder_layers + c.decoder_layers) * (layer(w, length) + 2 * w * w) + c.vocab_size * w
+    per_patch = c.n_layers * layer(d, patches) + w * d + d * d
+    per_patch += (c.encoder_layers + c.decoder_layers) * c.sub_vectors * 2 * w * w
+    return 6 * (per_byte * length + per_patch * patches) // length
+
+
 def of_module(module, length):
     """Forward, of what the module itself multiplies."""
     if isinstance(module, nn.Linear):

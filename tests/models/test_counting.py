@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from recurrent_flops import of_stack
+from recurrent_flops import of_blt, of_stack
 from torch import nn
 
 from models import base, counting
 from models.base import LanguageModel, Output, cross_entropy, get_model, load_models, model_names, register
+from models.blt import Blt
 from models.config import check_ranges, setting
 from models.layers import normal_
 from models.layers.attention import DifferentialHeads, LatentAttention, SoftmaxHeads
@@ -36,6 +37,8 @@ def by_formula(model, length):
         return 6 * weights + 6 * c.n_layers * length * (c.d_qk + c.d_model)
     if type(model).__name__ == "Ngpt":
         return 6 * (c.vocab_size * c.d_model + c.n_layers * 16 * c.d_model**2) + 12 * c.n_layers * length * c.d_model
+    if isinstance(model, Blt):
+        return of_blt(c, length)
     if isinstance(model, Stack):
         return of_stack(model, length)
     weights = scores = others = 0

@@ -71,12 +71,25 @@ def run(config: SurveyConfig, as_json: bool = False) -> None:
         "samples": examples(splits["train"], documents["train"], config) if "train" in splits else [],
         "picture": str(picture),
     }
-    try:
-        write_file(picture, render(documents, info.sample_length, folder.name))
-    except OSError as error:
-        raise system_error(error, f"out: {printable(picture)}: cannot be written") from None
+    pictures = {picture: render(documents, info.sample_length, folder.name)}
+    if info.patches is not None:
+        from trainer.runs.patch_picture import patch_sizes, render_patches
+
+        name = picture.name.removesuffix(".png").removesuffix("-lengths")
+        coloured = picture.with_name(f"{name}-patches.png")
+        pictures[coloured] = render_patches(splits["validation"], info.patches, folder.name)
+        report["patches"] = asdict(info.patches) | {
+            "picture": str(coloured),
+            "sizes": {name: patch_sizes(split, info.patches) for name, split in splits.items()},
+        }
+    for path, content in pictures.items():
+        try:
+            write_file(path, content)
+        except OSError as error:
+            raise system_error(error, f"out: {printable(path)}: cannot be written") from None
     sys.stdout.write((json.dumps(report, indent=1) if as_json else printable_lines(in_words(report))) + "\n")
-    say(f"wrote {picture}")
+    for path in pictures:
+        say(f"wrote {path}")
 
 
 def progress(name: str) -> Callable[[int, int], None]:
@@ -178,6 +191,16 @@ def in_words(report: dict[str, Any]) -> str:
         f"{report['path']}: tokenizer {tokenizer['name']} of {tokenizer['vocab_size']:,} ids, samples of "
         f"{report['sample_length']:,} tokens, fingerprint {report['fingerprint'][:12]}"
     )
+    if "patches" in report:
+        found = report["patches"]
+        rules = (
+            f"{rule} above {threshold:.6g} nats: "
+            + ", ".join(f"{sizes[rule]:.3f} in {name}" for name, sizes in found["sizes"].items())
+            for rule, threshold in found["thresholds"].items()
+        )
+        head += "\n" + "\n".join(
+            f"tokens of a patch, {line} (entropies of {printable(found['run'])})" for line in rules
+        )
     table = markdown_table([list(row) for row in zip(*columns, strict=True)])
     return "\n".join([head, "", *table, *("\n" + line for line in shown)])
 

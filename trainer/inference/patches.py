@@ -88,10 +88,11 @@ def values_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def threshold_for(counts: np.ndarray, size: float) -> tuple[float, float]:
     """(threshold, mean size of the patches that it gives), the size nearest to `size`: patches end where a value is above the threshold,
-    which lies between two float16. counts: of each value, by its code."""
+    which lies between two float16 and is not below 0. counts: of each value, by its code."""
     values, often = values_of(counts)
     above = often.sum() - np.cumsum(often)  # how many are above each value
     sizes = often.sum() / np.maximum(above, 1)
+    sizes = np.where(values < 0, np.inf, sizes)
     best = int(np.argmin(np.abs(np.log(sizes / size))))
     after = values[best + 1] if best + 1 < len(values) else values[best] + 1
     return float((values[best] + after) / 2), float(sizes[best])

@@ -22,6 +22,7 @@ from trainer.commands.export.model_card import write_card
 from trainer.commands.export.self_test import Expected, check_loaded, expected_of
 from trainer.commands.export.source import Source
 from trainer.commands.export.tokenizer_files import write_tokenizer
+from trainer.core.errors import UserError
 from trainer.core.files import write_file
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def write_hugging_face(source: Source, out: Path, license: str | None) -> str:
 
     UserError if what was written does not give the logits and ids of the run.
     """
+    rule = source.model_class.entropy_rule(source.model_config)
+    if rule is not None:
+        raise UserError(
+            f"format: hf holds one model, and model.patching {rule} needs the entropies of a second one; write --format safetensors"
+        )
     model = source.model()
     layout = layout_of(source, model)
     expected = expected_of(source, model, layout.vocabulary)
