@@ -40,6 +40,7 @@ from models.layers.plain_attention import Visible, visible
 from models.layers.plain_layer import PlainLayer, plain_layer_parameters
 from models.layers.positions import number_documents
 from models.layers.stack import HybridStack
+from models.state import DecodingState
 
 PUBLISHED_THRESHOLD = 1.335442066192627  # of the released model, for patches of 4.5 bytes of its data
 HASH_SHARE = 1 / 3  # of the hash tables, by default, relative to all other parameters
@@ -211,7 +212,7 @@ class Blt(HybridStack):
         tokens: Tensor,
         *,
         documents: Tensor | None = None,
-        state: PatchState | None = None,
+        state: Any = None,  # a PatchState
         entropies: Tensor | None = None,
     ) -> Hidden:
         """entropies: [B, T], of what the patcher predicts after each byte."""
@@ -362,7 +363,7 @@ def without_tables(config: BltConfig) -> int:
     )
 
 
-def new_window(patches: Patches, rule: Rule, state: PatchState | None) -> Window:
+def new_window(patches: Patches, rule: Rule, state: DecodingState | None) -> Window:
     """Where the patches lie that end in the new bytes. While decoding, the host waits for the device here, so that steps in which no
     patch ends compute nothing for patches."""
     total = patches.ids.shape[1]
