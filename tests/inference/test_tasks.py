@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_values
+import yaml
+from conftest import tiny_values, trainer
 from task_files import NAMES, QUESTIONS, paradigms, write_tasks
 from tiny_runs import WORLD, make
 
@@ -125,31 +126,67 @@ def answers(suite):
 @pytest.mark.parametrize("kind", MODELS)
 def test_figures_are_those_of_lm_evals_own_model(kind, tiny_dataset, folder, tmp_path, monkeypatch):
     """All tasks, with contexts that are cut (their 128 tokens are bytes) and with examples in the prompt."""
+    hflm, engine, tokenizer = theirs_and_ours(kind, tiny_dataset, tmp_path, monkeypatch)
+    names = [name for name in NAMES if name != "hellaswag_gpt2"]  # HFLM does not tell the number of tokens
+    suite = Suite(names, str(folder), 3, 1)
+    ours = suite.evaluate(engine, tokenizer, 128, WORLD)["tasks"]
+    assert same_answers(suite, hflm, ours) > 3 * 67 * 2
+
+
+def same_answers(suite, hflm, ours) -> int:
+    """How many requests lm-eval's own model answers as ours did. ours: the figures of its tasks, from the answers in the suite."""
     from lm_eval.evaluator import evaluate
 
     from trainer.inference.tasks.suite import SHOT_SEED, quiet
 
-    hflm, engine, tokenizer = theirs_and_ours(kind, tiny_dataset, tmp_path, monkeypatch)
-    names = [name for name in NAMES if name != "hellaswag_gpt2"]  # HFLM does not tell the number of tokens
-    suite = Suite(names, str(folder), 3, 1)
-    ours = suite.evaluate(engine, tokenizer, 128, WORLD)
     found = answers(suite)
     for task in suite.loaded["tasks"].values():
         task.set_fewshot_seed(SHOT_SEED)
     with quiet(40):
-        theirs = evaluate(hflm, suite.loaded, limit=3, log_samples=False, bootstrap_iters=10)["results"]
+        theirs = evaluate(hflm, suite.loaded, limit=suite.limit, log_samples=False, bootstrap_iters=10)["results"]
     expected = answers(suite)
-    assert found.keys() == expected.keys() and len(found) > 3 * 67 * 2
+    assert found.keys() == expected.keys()
     for key, (nats, greedy) in expected.items():
         assert found[key][0] == pytest.approx(nats, abs=1e-4), key
         assert found[key][1] == greedy, key
-    for name in names:
+    for name, figures in ours.items():
         for metric in ("acc", "acc_norm", "perplexity"):
             if f"{metric},none" in theirs[name]:
-                assert ours["tasks"][name][metric] == pytest.approx(theirs[name][f"{metric},none"], rel=1e-4)
+                assert figures[metric] == pytest.approx(theirs[name][f"{metric},none"], rel=1e-4)
                 error = theirs[name][f"{metric}_stderr,none"]
                 if metric != "perplexity":  # a bootstrap of other samples
-                    assert ours["tasks"][name]["stderr"][metric] == pytest.approx(error)
+                    assert figures["stderr"][metric] == pytest.approx(error)
+    return len(found)
+
+
+@pytest.mark.slow
+def test_an_exported_run_has_the_same_figures_in_lm_eval(tiny_dataset, folder, tmp_path, monkeypatch):
+    """Trained, evaluated and exported by the commands; lm-eval reads nothing but the exported folder."""
+    pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
+    values = tiny_values(tiny_dataset, tmp_path / "run", model={"name": "llama"}, max_steps=20, optim={"lr": 3e-2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    names = ["lambada_openai", "arc_easy", "piqa", "winogrande"]
+    asked = ["--tasks", ",".join(names), "--tasks_dir", folder, "--tasks_limit", "4", "--sequence_length", "64"]
+    told = []
+    for words in (
+        ["train", tmp_path / "run.yaml"],
+        ["export", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out"],
+        ["evaluate", tmp_path / "run", *asked, "--json"],
+    ):
+        done = trainer(*words)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    from lm_eval.models.huggingface import HFLM
+
+    hflm = HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=4, max_length=64)
+    suite = Suite(names, str(folder), 4, 0)
+    opened = open_run(str(tmp_path / "run"), None, "cpu", "fp32")
+    again = suite.evaluate(opened, opened.tokenizer, 64, WORLD)["tasks"]  # leaves its answers in the suite
+    ours = json.loads(told[-1])["tasks"]
+    assert {name: figures["acc"] for name, figures in ours.items()} == {name: again[name]["acc"] for name in ours}
+    assert len({nats for nats, _ in answers(suite).values()}) > 20, "a model that knows nothing would agree by itself"
+    assert same_answers(suite, hflm, ours) == 4 + 2 * 4 + 4 * 4 + 4 * 2
 
 
 @pytest.mark.slow
