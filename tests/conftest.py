@@ -251,6 +251,24 @@ def trainer(
     )
 
 
+def text_only_transformers(monkeypatch):
+    """The package transformers, 4 or 5, which does not look for torchvision: text needs no pictures, and a torchvision that was
+    built for another torch stops the import of models. Skips the test where there is none."""
+    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "_torchvision_available", False, raising=False)  # of 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchvision", None)
+        for look in (
+            import_utils._is_package_available,
+            import_utils.is_torchvision_available,
+        ):  # 5 keeps what it found
+            getattr(look, "cache_clear", lambda: None)()
+        import_utils.is_torchvision_available()
+    return transformers
+
+
 def error_line(done: subprocess.CompletedProcess) -> str:
     """The one line a failed command gave; asserts that it was one line, with an exit code that says so and no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from compare_stub import STUB
-from conftest import ROOT, tiny_values, words_text
+from conftest import ROOT, text_only_transformers, tiny_values, words_text
 
 from models.layers.mlp import ACTIVATIONS
 from trainer.__main__ import dispatch, import_plugins
@@ -181,8 +181,7 @@ def test_the_model_of_the_guide_trains(tiny_dataset, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number, name", [(3, "LLAMA"), (4, "GPT2")])
 def test_the_weights_of_the_guide_give_the_same_logits(number, name, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    transformers = text_only_transformers(monkeypatch)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     sizes = {
         "LLAMA": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

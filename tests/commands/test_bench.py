@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, error_line, tiny_values, trainer
+from conftest import ROOT, error_line, text_only_transformers, tiny_values, trainer
 from processes import forked_trainer
 
 from models.base import get_model
@@ -436,7 +436,7 @@ def test_compiled_shapes_go_one_by_one_beside_transformers(tiny_config, tmp_path
     ],
 )
 def test_counterparts_compute_what_ours_does(name, changes, monkeypatch):
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     cls = get_model(name)
     ours = cls(
         cls.Config(**{"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 16, **changes})
@@ -464,7 +464,7 @@ def test_counterparts_compute_what_ours_does(name, changes, monkeypatch):
 )
 def test_what_has_no_counterpart_is_left_out(name, changes, monkeypatch):
     """Most of these switches have no parameters that would tell the models apart."""
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 16}
     notes = []
     with leaving_out("transformers", False, notes, World()):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import text_only_transformers
 from test_export_hugging_face import make_run
 
 from trainer.commands import export
@@ -46,8 +47,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_transformers_reads_the_model_of_the_run(merged_dataset, tmp_path, monkeypatch, capfd, kind):
-    # Text needs no pictures, and a torchvision built for another torch stops the import.
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = make_run(merged_dataset, tmp_path / "run", "gpt2" if kind == "gpt2" else "llama", **FIELDS[kind])

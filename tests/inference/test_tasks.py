@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import tiny_values, trainer
+from conftest import text_only_transformers, tiny_values, trainer
 from task_files import NAMES, QUESTIONS, paradigms, write_tasks
 from tiny_runs import WORLD, make
 
@@ -92,8 +92,7 @@ def test_broken_weights_are_told(opened, monkeypatch):
 
 def theirs_and_ours(kind, dataset, folder, monkeypatch):
     """lm-eval's HFLM of a random model of transformers, and our engine with its weights; the tokenizer."""
-    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    transformers = text_only_transformers(monkeypatch)
     from lm_eval.models.huggingface import HFLM
 
     torch.manual_seed(0)
@@ -176,7 +175,7 @@ def test_an_exported_run_has_the_same_figures_in_lm_eval(tiny_dataset, folder, t
         done = trainer(*words)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     from lm_eval.models.huggingface import HFLM
 
     hflm = HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=4, max_length=64)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import text_only_transformers
 
 from models.hugging_face import gpt2_config, load_openai_weights
 from models.layers.positions import positions_in_documents
@@ -53,9 +54,7 @@ def test_state_dict_holds_parameters_only():
 
 def tiny_pair(monkeypatch, **changes):
     """Hugging Face's model with random weights, and ours of the same shape."""
-    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    # GPT-2 needs no pictures, and a torchvision built for another torch stops the import.
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    transformers = text_only_transformers(monkeypatch)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4)
     ).eval()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import text_only_transformers
 
 from models.base import get_model, load_models
 from models.layers.causal import Context
@@ -30,9 +31,7 @@ TOKENS = torch.randint(64, (3, 70), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def transformers(monkeypatch):
-    found = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
-    return found
+    return text_only_transformers(monkeypatch)
 
 
 def model_of(cls, config):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import text_only_transformers
 
 from models.mamba2 import Mamba2, Mamba2Config
 
@@ -22,7 +23,7 @@ def name_in_ours(theirs):
 
 @pytest.mark.parametrize("length", [5, 150])
 def test_logits_are_those_of_transformers(monkeypatch, length):
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     from transformers import Mamba2Config as Theirs
     from transformers import Mamba2ForCausalLM
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import text_only_transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.layers.positions import SCALINGS, Rotary, alibi_slopes, to_half_split, to_interleaved
@@ -316,9 +317,7 @@ def test_every_scaling_is_tested():
 
 def llama(monkeypatch, width, context, scaling=None):
     """(q, positions) -> q turned by Hugging Face's Llama."""
-    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    # Llama needs no pictures, and a torchvision built for another torch stops the import.
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    transformers = text_only_transformers(monkeypatch)
     from transformers.models.llama import modeling_llama
 
     config = transformers.LlamaConfig(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import text_only_transformers
 
 from models.layers.delta_rule import delta_rule, delta_rule_recurrent
 from models.layers.positions import number_documents
@@ -154,7 +155,7 @@ def test_a_state_and_documents_do_not_go_together(form):
 
 def test_the_delta_rule_is_that_of_transformers(monkeypatch):
     """Qwen3-Next's gated delta rule: decay, then (I - beta k k^T)."""
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    text_only_transformers(monkeypatch)
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
     q, log_w, k, v, _, _ = delta_inputs(40, torch.float32, per_head=True)

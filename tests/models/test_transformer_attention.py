@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import text_only_transformers
 from test_switches import build, distance, stirred
 from test_transformer import VOCAB, B, T, draw_tokens, small
 
@@ -336,8 +337,7 @@ def test_the_kernel_for_documents_is_told_where_they_are_kept_apart():
 
 def tiny_llama(monkeypatch, theirs_changes, **changes):
     """Hugging Face's model with random weights, and ours of the same shape."""
-    transformers = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
+    transformers = text_only_transformers(monkeypatch)
     values = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4} | theirs_changes
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(intermediate_size=80, max_position_embeddings=64, rms_norm_eps=1e-5, **values)

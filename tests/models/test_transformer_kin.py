@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import text_only_transformers
 from test_switches import build
 from test_transformer import draw_tokens, small
 
@@ -15,9 +16,7 @@ from models.transformer_config import TransformerConfig
 
 @pytest.fixture
 def transformers(monkeypatch):
-    found = pytest.importorskip("transformers", reason="needs Hugging Face transformers as the reference")
-    monkeypatch.setattr("transformers.utils.import_utils._torchvision_available", False, raising=False)
-    return found
+    return text_only_transformers(monkeypatch)
 
 
 @torch.no_grad()
