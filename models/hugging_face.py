@@ -1,4 +1,5 @@
-"""Sizes and weights of the Hugging Face models that the decoder of transformer.py computes: GPT-2, Llama, Qwen3.
+"""Sizes and weights of the Hugging Face models that the decoder of transformer.py computes: GPT-2, Llama, Qwen3. All families, also
+those of hugging_face_mamba.py, are in FAMILIES.
 
 `Family` joins what one of them needs. `theirs` is the config of transformers, or an object with the fields of a config.json.
 """
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.hugging_face_checks import fitting, refuse_leftovers, refuse_others
+from models.hugging_face_mamba import mamba2_config, mamba2_weights, zamba2_config, zamba2_weights
 from models.presets import Gpt2, Llama
 from models.transformer import Transformer
 
@@ -29,7 +32,7 @@ def gpt2_config(theirs: Any) -> Any:
         "add_cross_attention": False,
         "tie_word_embeddings": True,
     }
-    _refuse_others(theirs, needed)
+    refuse_others(theirs, needed)
     activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     if theirs.activation_function not in activations:
         raise ValueError(
@@ -54,7 +57,7 @@ def llama_config(theirs: Any) -> Any:
     ValueError, with the name of their field, if it needs something that this decoder does not have.
     """
     biases = bool(theirs.attention_bias), bool(getattr(theirs, "mlp_bias", False))
-    _refuse_others(theirs, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1.0})
+    refuse_others(theirs, {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1.0})
     if biases == (False, True):
         raise ValueError("mlp_bias without attention_bias is not implemented")
     return Llama.Config(
@@ -69,7 +72,7 @@ def qwen3_config(theirs: Any) -> Any:
 
     ValueError, with the name of their field, if it needs something that this decoder does not have.
     """
-    _refuse_others(theirs, {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False})
+    refuse_others(theirs, {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False})
     return Llama.Config(qk_norm=True, attention_bias="all" if theirs.attention_bias else "none", **_llama_sizes(theirs))
 
 
@@ -87,13 +90,6 @@ def _llama_sizes(theirs: Any) -> dict[str, Any]:
         tied=theirs.tie_word_embeddings,
         **_rope_choices(theirs),
     )
-
-
-def _refuse_others(theirs: Any, needed: dict[str, Any]) -> None:
-    for name, value in needed.items():
-        found = getattr(theirs, name, value)
-        if found != value:
-            raise ValueError(f"{name} {found!r} is not implemented here, only {value!r}")
 
 
 # rope_type of transformers -> (our rope_scaling, their key -> our field).
@@ -168,10 +164,10 @@ def openai_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Iterato
         value = weights[source]
         # OpenAI's linear layers hold [in, out].
         linear = isinstance(model.get_submodule(owner), nn.Linear) and kind == "weight"
-        yield name, _fitting(value.t() if linear else value, parameter, source)
+        yield name, fitting(value.t() if linear else value, parameter, source)
         left.remove(source)
     masks = {f"{start}h.{layer}.{mask}" for layer in range(model.config.n_layers) for mask in OPENAI_MASKS}
-    _refuse_leftovers(left - masks, model, weights, f"{start}wte.weight")
+    refuse_leftovers(left - masks, model, weights, f"{start}wte.weight")
 
 
 LLAMA_NAMES = {
@@ -224,24 +220,9 @@ def llama_weights(model: Transformer, weights: Mapping[str, Tensor]) -> Iterator
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
         keys = [f"{source}.{kind}" for source in sources[owner]]
-        yield name, _fitting(torch.cat([weights[key] for key in keys]), parameter, " + ".join(keys))
+        yield name, fitting(torch.cat([weights[key] for key in keys]), parameter, " + ".join(keys))
         left -= set(keys)
-    _refuse_leftovers(left, model, weights, "model.embed_tokens.weight")
-
-
-def _refuse_leftovers(left: set[str], model: Transformer, weights: Mapping[str, Tensor], embedding: str) -> None:
-    """RuntimeError if any name is left; for a tied model, a head that equals the embedding is allowed."""
-    if model.head is None and torch.equal(weights.get("lm_head.weight", weights[embedding]), weights[embedding]):
-        left = left - {"lm_head.weight"}
-    if left:
-        named, more = sorted(left)[:5], f" and {len(left) - 5} more" if len(left) > 5 else ""
-        raise RuntimeError(f"the model has no place for {', '.join(named)}{more}")
-
-
-def _fitting(value: Tensor, parameter: Tensor, source: str) -> Tensor:
-    if value.shape != parameter.shape:
-        raise RuntimeError(f"{source} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
-    return value
+    refuse_leftovers(left, model, weights, "model.embed_tokens.weight")
 
 
 @torch.no_grad()
@@ -263,7 +244,7 @@ class Family:
 
     name: str
     config: Callable[[Any], Any]
-    weights: Callable[[Transformer, Mapping[str, Tensor]], Iterator[tuple[str, Tensor]]]
+    weights: Callable[[Any, Mapping[str, Tensor]], Iterator[tuple[str, Tensor]]]
     absent_means: dict[str, Any]
 
 
@@ -315,6 +296,51 @@ FAMILIES = {
             "num_key_value_heads": 32,
             "head_dim": 128,
             "max_position_embeddings": 32768,
+        },
+    ),
+    "mamba2": Family(
+        "mamba2",
+        mamba2_config,
+        mamba2_weights,
+        {
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "num_hidden_layers": 64,
+            "state_size": 128,
+            "num_heads": 128,
+            "head_dim": 64,
+            "expand": 2,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "zamba2": Family(
+        "zamba2",
+        zamba2_config,
+        zamba2_weights,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 2560,
+            "num_hidden_layers": 54,
+            "layers_block_type": None,
+            "num_mem_blocks": 1,
+            "num_attention_heads": 32,
+            "num_key_value_heads": None,
+            "use_mem_rope": False,
+            "rope_theta": 10000,
+            "intermediate_size": None,
+            "adapter_rank": 128,
+            "use_shared_attention_adapter": False,
+            "mamba_d_state": 64,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 8,
+            "time_step_min": 0.001,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
         },
     ),
 }

@@ -13,9 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from models.hugging_face import ROPE_TYPES, family_of, llama_sources, openai_sources
+from models.hugging_face_mamba import mamba2_converted, mamba2_fields, zamba2_converted, zamba2_fields
+from models.mamba2 import Mamba2Config
 from models.presets import Gpt2
 from models.transformer import Transformer
 from models.transformer_config import TransformerConfig
+from models.zamba2 import Zamba2Config
 
 Converted = Iterator[tuple[str, Tensor]]
 
@@ -25,12 +28,14 @@ class Target:
     """A class of transformers that some of our models can become.
 
     architecture: its name; config: our Config -> the fields of its config.json; weights: (our Config, our name, value) -> (their name,
-    value) of each matrix in it. `value` may be on the meta device.
+    value) of each matrix in it. `value` may be on the meta device. own: the Config whose fields it knows; modules: of our classes.
     """
 
     architecture: str
     config: Callable[[Any], dict[str, Any]]
     weights: Callable[[Any, str, Tensor], Converted]
+    own: type = TransformerConfig
+    modules: tuple[str, ...] = (Transformer.__module__, Gpt2.__module__)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ def native(model_class: type, config: Any) -> tuple[Native | None, str]:
 
     Rows of the vocabulary that are never predicted (`unpadded_vocab`) are cut off. Heads that predict later tokens are left out.
     """
-    if model_class.__module__ not in (Transformer.__module__, Gpt2.__module__):
+    targets = {kind: target for kind, target in TARGETS.items() if model_class.__module__ in target.modules}
+    if not targets:
         return None, f"no class of transformers computes {model_class.__name__}"
-    known = {field.name for field in fields(TransformerConfig)}
+    known = {field.name for target in targets.values() for field in fields(target.own)}
     for field in fields(config):
         if field.name not in known:  # of a model that was changed, as by model.linear
             return (
@@ -68,7 +74,7 @@ def native(model_class: type, config: Any) -> tuple[Native | None, str]:
                 f"no class of transformers computes a decoder with {field.name} {getattr(config, field.name)!r}",
             )
     nearest: list[str] | None = None
-    for kind, target in TARGETS.items():
+    for kind, target in targets.items():
         theirs = {"model_type": kind, "architectures": [target.architecture], **target.config(config)}
         differing = different_fields(config, theirs)
         if not differing:
@@ -80,7 +86,8 @@ def native(model_class: type, config: Any) -> tuple[Native | None, str]:
 
 
 def _native(kind: str, target: Target, config: Any, theirs: dict[str, Any]) -> Native:
-    rows = config.unpadded_vocab or config.vocab_size
+    rows = getattr(config, "unpadded_vocab", 0) or config.vocab_size
+    further = getattr(config, "n_predict", 1) - 1
 
     def convert(name: str, value: Tensor) -> Converted:
         if name.startswith(FURTHER):
@@ -89,27 +96,27 @@ def _native(kind: str, target: Target, config: Any, theirs: dict[str, Any]) -> N
             value = value[:rows]
         return target.weights(config, name, value)
 
-    heads = f"{config.n_predict - 1} heads for later tokens" if config.n_predict > 1 else ""
+    heads = f"{further} heads for later tokens" if further else ""
     return Native(kind, theirs, heads, convert)
 
 
-def different_fields(config: TransformerConfig, theirs: dict[str, Any]) -> list[str]:
+def different_fields(config: Any, theirs: dict[str, Any]) -> list[str]:
     """Fields of `config` that the adapter of hugging_face.py would give another value, or all in doubt."""
     try:
         _, back = family_of(theirs)
     except ValueError:
         return ["rope_scaling"]  # the only field whose values the families cannot all write
-    here, there = (replace(one, **one.inferred()) for one in (config, back))
+    here, there = (replace(one, **getattr(one, "inferred", dict)()) for one in (config, back))
     ignored = WITHOUT_EFFECT if theirs["model_type"] == "gpt2" else (*WITHOUT_EFFECT, "max_context")
     # `bias` and `attention_bias` together say which layers have one.
     here, there = (_with_plain_bias(one) for one in (here, there))
-    names = [field.name for field in fields(TransformerConfig) if field.name not in ignored]
+    names = [field.name for field in fields(TARGETS[theirs["model_type"]].own) if field.name not in ignored]
     return [name for name in names if getattr(here, name) != getattr(there, name)]
 
 
 def _with_plain_bias(config: Any) -> Any:
     """`attention_bias` has no effect beside `bias`."""
-    return replace(config, attention_bias="none") if config.bias else config
+    return replace(config, attention_bias="none") if getattr(config, "bias", False) else config
 
 
 # -- GPT-2 -------------------------------------------------------------------------------------------------------------
@@ -195,4 +202,6 @@ TARGETS = {
     "gpt2": Target("GPT2LMHeadModel", gpt2_fields, gpt2_weights),
     "llama": Target("LlamaForCausalLM", llama_fields, llama_weights),
     "qwen3": Target("Qwen3ForCausalLM", qwen3_fields, llama_weights),
+    "mamba2": Target("Mamba2ForCausalLM", mamba2_fields, mamba2_converted, Mamba2Config, (Mamba2Config.__module__,)),
+    "zamba2": Target("Zamba2ForCausalLM", zamba2_fields, zamba2_converted, Zamba2Config, (Zamba2Config.__module__,)),
 }

@@ -12,11 +12,15 @@ from models.bitnet import with_linear
 from models.counting import build_on_meta
 from models.hugging_face import family_of
 from models.hugging_face_export import TARGETS, native
+from models.mamba2 import Mamba2
 from models.presets import Gpt2, Llama
 from models.transformer import Transformer
+from models.zamba2 import Zamba2
 
 SMALL = {"vocab_size": 70, "d_model": 32, "n_layers": 2, "n_heads": 4}
 GPT2, LLAMA = Gpt2.Config(**SMALL, max_context=16), Llama.Config(**SMALL, n_kv_heads=2, d_hidden=48)
+MAMBA = {"vocab_size": 70, "d_model": 32, "n_layers": 5, "state_size": 8, "ssm_head_dim": 16}
+ZAMBA = {"hybrid_every": 2, "attention_head_dim": 16, "adapter_rank": 4}
 EXACT = {
     "gpt2": (Gpt2, GPT2),
     "gpt2-tanh": (Gpt2, replace(GPT2, mlp="gelu_tanh", d_hidden=80, norm_eps=1e-3, dropout=0.1, z_loss=1e-4)),
@@ -27,6 +31,10 @@ EXACT = {
     "llama-llama3": (Llama, replace(LLAMA, rope_scaling="llama3", rope_factor=4.0, rope_original_context=16)),
     "llama-linear": (Llama, replace(LLAMA, rope_scaling="interpolate", rope_factor=2.0)),
     "qwen3": (Llama, replace(LLAMA, qk_norm=True, attention_bias="all")),
+    "mamba2": (Mamba2, Mamba2.Config(**MAMBA, expand=3, norm_eps=1e-3)),
+    "mamba2-untied": (Mamba2, Mamba2.Config(**MAMBA, tied=False, conv_size=3, dropout=0.1)),
+    "zamba2": (Zamba2, Zamba2.Config(**MAMBA | ZAMBA, attention_adapter=True, rope_theta=500.0, n_groups=2)),
+    "zamba2-untied": (Zamba2, Zamba2.Config(**MAMBA | ZAMBA, tied=False, mlp_ratio=2, shared_blocks=3)),
     "llama-transformer": (Transformer, Transformer.Config(**SMALL)),  # its defaults are those of a tied Llama
 }
 
@@ -60,6 +68,10 @@ def test_weights_that_go_there_and_back_are_the_same(kind):
         (Llama, replace(LLAMA, qk_norm=True, bias=True), "qk_norm True"),
         (Llama, replace(LLAMA, embedding_scale=True), "embedding_scale True"),
         (with_linear(Llama), with_linear(Llama).Config(**vars(LLAMA), linear="sign"), "linear 'sign'"),
+        (Mamba2, Mamba2.Config(**MAMBA, n_groups=2), "n_groups 2"),
+        (Zamba2, Zamba2.Config(**MAMBA | ZAMBA, norm_eps=1e-6), "norm_eps 1e-06"),
+        (Zamba2, Zamba2.Config(**MAMBA | ZAMBA | {"hybrid_every": 9}), "hybrid_every 9"),
+        (with_linear(Mamba2), with_linear(Mamba2).Config(**MAMBA, linear="sign"), "linear 'sign'"),
         (type("Mine", (Llama,), {"__module__": "mine"}), LLAMA, "computes Mine"),
     ],
 )
@@ -85,7 +97,10 @@ def test_which_of_our_models_have_a_class():
         "blagpt": None,
         "blagpt-best": None,
     }
-    for name in set(model_names()) - kinds.keys():
+    for name in ("mamba2", "zamba2"):
+        found, _ = native(get_model(name), get_model(name).Config())
+        assert found is not None and found.kind == name
+    for name in set(model_names()) - kinds.keys() - {"mamba2", "zamba2"}:
         assert native(get_model(name), get_model(name).Config())[0] is None, name
 
 

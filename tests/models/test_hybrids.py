@@ -8,6 +8,8 @@ import torch
 from conftest import text_only_transformers
 
 from models.base import get_model, load_models
+from models.hugging_face import family_of
+from models.hugging_face_mamba import NO_BOUND, zamba2_config, zamba2_converted, zamba2_fields, zamba2_weights
 from models.layers.causal import Context
 from models.lfm2 import Lfm2, Lfm2Config
 from models.rene import Rene, ReneConfig
@@ -57,71 +59,25 @@ def assert_same_logits(ours, theirs):
 @torch.no_grad()
 @pytest.mark.parametrize("adapter", [False, True])
 def test_zamba2_is_that_of_transformers(transformers, adapter):
-    """Layers 1, 3 and 5 use the blocks A, B, A. (Their plain path, but not their kernel, bounds the time steps from below: not here.)"""
+    """Layers 1, 3 and 5 use the blocks A, B, A."""
     theirs = disturbed(
         transformers.Zamba2ForCausalLM(
             transformers.Zamba2Config(
                 vocab_size=64, hidden_size=32, num_hidden_layers=6, layers_block_type=["mamba", "hybrid"] * 3,
                 mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=16,
                 intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_mem_blocks=2, adapter_rank=4,
-                use_shared_attention_adapter=adapter, use_mem_rope=False, pad_token_id=0, hidden_act="gelu",
+                use_shared_attention_adapter=adapter, use_mem_rope=adapter, pad_token_id=0, hidden_act="gelu",
+                time_step_min=NO_BOUND,
             )
         )
     )  # fmt: skip
-    for layer in theirs.model.layers:
-        getattr(layer, "mamba_decoder", layer).mamba.time_step_min = 0.0
-    ours = model_of(Zamba2, Zamba2Config(**ZAMBA, attention_adapter=adapter))
-    weights, values = theirs.state_dict(), {}
-    values["embedding.weight"], values["norm.weight"] = (
-        weights["model.embed_tokens.weight"],
-        weights["model.final_layernorm.weight"],
-    )
-    for i in range(6):
-        hybrid = i % 2 == 1
-        source = f"model.layers.{i}." + ("mamba_decoder." if hybrid else "")
-        if hybrid:
-            values[f"layers.{i}.linear.weight"] = weights[f"model.layers.{i}.linear.weight"]
-        values[f"layers.{i}.norm.weight"] = weights[f"{source}input_layernorm.weight"]
-        for name in (
-            "in_proj.weight",
-            "out_proj.weight",
-            "norm.weight",
-            "A_log",
-            "D",
-            "dt_bias",
-            "conv.bias",
-            "conv.weight",
-        ):
-            value = weights[f"{source}mamba.{name.replace('conv.', 'conv1d.')}"]
-            values[f"layers.{i}.mixer.{name}"] = value.squeeze(1) if name == "conv.weight" else value
-    for block, layers in enumerate(((1, 5), (3,))):
-        source, to = f"model.layers.{layers[0]}.shared_transformer.", f"shared.{block}."
-        values[f"{to}norm.weight"] = weights[f"{source}input_layernorm.weight"]
-        values[f"{to}mlp_norm.weight"] = weights[f"{source}pre_ff_layernorm.weight"]
-        values[f"{to}attention.qkv.weight"] = torch.cat([weights[f"{source}self_attn.{x}_proj.weight"] for x in "qkv"])
-        values[f"{to}attention.out.weight"] = weights[f"{source}self_attn.o_proj.weight"]
-        values[f"{to}up.weight"] = weights[f"{source}feed_forward.gate_up_proj.weight"]
-        values[f"{to}down.weight"] = weights[f"{source}feed_forward.down_proj.weight"]
-        for use, layer in enumerate(layers):
-            number = layer // 2
-            for name, part in (("A", 0), ("B", 1)):
-                lists = f"{source}feed_forward.gate_up_proj_adapter_list.{number}.{part}.weight"
-                values[f"{to}adapters.{use}.{name}.weight"] = weights[lists]
-            if adapter:
-                parts = [
-                    [weights[f"{source}self_attn.linear_{x}_adapter_list.{number}.{n}.weight"] for x in "qkv"]
-                    for n in (0, 1)
-                ]
-                assert all(x.shape[0] == 4 for x in parts[0])
-                # Three changes of rank 4 are one of rank 12, whose B is block-diagonal.
-                values[f"{to}attention_adapters.{use}.A.weight"] = torch.cat(parts[0])
-                values[f"{to}attention_adapters.{use}.B.weight"] = torch.block_diag(*parts[1])
-    if adapter:
-        for block in ours.shared:
-            for change in block.attention_adapters:
-                change.A.weight = torch.nn.Parameter(torch.empty(12, 64))
-                change.B.weight = torch.nn.Parameter(torch.empty(192, 12))
-    ours.load_state_dict(values)
+    for name, value in theirs.state_dict().items():
+        if adapter and "adapter_list" in name and name.endswith(".0.weight"):  # as in ours, the same for all three
+            value.copy_(theirs.state_dict()[name.replace("linear_k", "linear_q").replace("linear_v", "linear_q")])
+    config = zamba2_config(theirs.config)
+    assert config == Zamba2Config(**ZAMBA, attention_adapter=adapter, rope_theta=10000.0 * adapter)
+    ours = model_of(Zamba2, config)
+    ours.load_state_dict(dict(zamba2_weights(ours, theirs.state_dict())))
     assert_same_logits(ours, theirs)
 
 
@@ -258,3 +214,32 @@ def test_renes_last_matrices_are_divided_by_the_root_of_the_depth():
         last = layer.mixer.out_proj if layer.kind == "mamba" else layer.mixer.out
         bound = 1 / math.sqrt(12 * last.in_features)
         assert 0.9 * bound < last.weight.abs().max() <= bound
+
+
+def test_what_zamba2_does_not_compute_is_refused_by_name():
+    plain = {"model_type": "zamba2", **zamba2_fields(Zamba2Config(**ZAMBA))}
+    assert family_of(plain)[1] == Zamba2Config(**ZAMBA)
+    for changes, words in (
+        ({"time_step_min": 0.001}, "time_step_min 0.001 .* no time step has a lower bound"),
+        ({"layers_block_type": ["mamba", "hybrid", "hybrid"]}, "layers_block_type is not implemented here, unless"),
+        ({"layers_block_type": None}, "layers_block_type is not implemented here, unless"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06 is not implemented here, only 1e-05"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not implemented here, only 4"),
+        ({"intermediate_size": 100}, "intermediate_size 100 is not implemented here: 32 must divide 100"),
+        ({"use_long_context": True}, "use_long_context True is not implemented"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            family_of({**plain, **changes})
+    ours = Zamba2(Zamba2Config(**ZAMBA, attention_adapter=True))
+    theirs = dict(
+        pair for name, value in ours.state_dict().items() for pair in zamba2_converted(ours.config, name, value)
+    )
+    copied = next(name for name in theirs if name.endswith("o_proj.weight")).replace("layers.1.", "layers.5.")
+    first = next(name for name in theirs if "linear_k_adapter_list" in name and name.endswith(".0.weight"))
+    for changed, words in (
+        ({copied: torch.ones(32, 64)}, "differ, but they are one weight of a shared block"),
+        ({first: torch.ones(4, 64)}, "queries, keys and values share the first factor"),
+        ({"model.more": torch.ones(1)}, "the model has no place for model.more"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            dict(zamba2_weights(ours, theirs | changed))

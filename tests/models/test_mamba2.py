@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import text_only_transformers
 
+from models.hugging_face_mamba import mamba2_config, mamba2_weights
 from models.mamba2 import Mamba2, Mamba2Config
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "state_size": 16, "ssm_head_dim": 16}
@@ -13,12 +14,6 @@ def model_of(**changes):
     model = Mamba2(Mamba2Config(**{**SIZES, **changes}))
     model.init_weights(torch.Generator().manual_seed(0))
     return model
-
-
-def name_in_ours(theirs):
-    name = theirs.replace("backbone.embeddings", "embedding").replace("backbone.norm_f", "norm")
-    name = name.replace("backbone.layers", "layers").replace("conv1d", "conv")
-    return None if name == "lm_head.weight" else name
 
 
 @pytest.mark.parametrize("length", [5, 150])
@@ -36,10 +31,8 @@ def test_logits_are_those_of_transformers(monkeypatch, length):
     torch.manual_seed(0)
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    weights = {name_in_ours(name): value for name, value in theirs.state_dict().items() if name_in_ours(name)}
-    weights = {name: value.squeeze(1) if name.endswith("conv.weight") else value for name, value in weights.items()}
-    ours = model_of()
-    ours.load_state_dict(weights)
+    ours = Mamba2(mamba2_config(theirs.config))
+    ours.load_state_dict(dict(mamba2_weights(ours, theirs.state_dict())))
     tokens = torch.randint(64, (3, length))
     with torch.no_grad():
         expected, found = theirs(tokens).logits, ours(tokens).logits
