@@ -103,6 +103,7 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(tiny_dataset, tmp_pat
     "model, fields, words",
     [
         ("ngpt", {}, "no class of transformers computes Ngpt"),
+        ("mamba2", {"d_model": 64}, "this model is a Mamba2ForCausalLM"),
         ("gpt2", {"mlp": "gelu"}, "this model has mlp gelu"),
         ("llama", {"attention_bias": "all"}, "this model has biases"),
         (

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from models.hugging_face_export import Native
 
 FILE = "model.gguf"
+KINDS = ("gpt2", "llama", "qwen3")
 SERVED = "gguf holds GPT-2 with mlp gelu_tanh, and Llama and Qwen3 without biases and without rope_scaling"
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 
@@ -50,7 +51,9 @@ def served(source: Source) -> Native:
     from models.hugging_face_export import native
 
     found, why = native(source.model_class, source.model_config)
-    if found is not None:
+    if found is not None and found.kind not in KINDS:
+        why = f"this model is a {found.config['architectures'][0]}"
+    elif found is not None:
         theirs = found.config
         odd = {
             "biases": bool(theirs.get("attention_bias") or theirs.get("mlp_bias")),
