@@ -4,14 +4,15 @@ import pytest
 import torch
 from test_generate import VOCAB, Convolution, Runner
 from test_generate import runner_of as gpt2_of
-from test_speculative import runner_of
+from test_speculative import near, runner_of
 
-from models.base import get_model
+from models.base import get_model, model_names
 from models.state import DecodingState, StaticState
 from models.transformer import Transformer
 from trainer.inference import compiled
 from trainer.inference import decoding as g
 from trainer.inference.reader import Reader
+from trainer.inference.speculative import Account
 
 SWITCHES = {
     "plain": {},
@@ -78,6 +79,19 @@ def test_texts_of_static_steps_are_those_of_plain_ones(make, monkeypatch):
     plain = g.generate(runner, prompts, 12, VOCAB, **options)
     assert g.generate(runner, prompts, 12, VOCAB, compiles=True, say=said.append, **options) == plain
     assert said == []
+
+
+@pytest.mark.parametrize("name", [name for name in model_names() if get_model(name).__module__.startswith("models.")])
+def test_drafts_and_fixed_shapes_change_no_text_of_any_model(name, monkeypatch):
+    """Every model of this package takes both; one that refused would say so in a line."""
+    steps, said, account = [], [], Account()
+    monkeypatch.setattr(compiled, "compiled_step", lambda _: lambda *given: steps.append(0) or compiled.step(*given))
+    runner = hybrid(name) if name in HYBRIDS else Runner(name)
+    prompts, options = [[3], [1, 4, 1, 5]], {"temperature": 0.8, "say": said.append}
+    plain = g.generate(runner, prompts, 9, VOCAB, **options)
+    assert g.generate(runner, prompts, 9, VOCAB, draft=near(runner), account=account, **options) == plain
+    assert g.generate(runner, prompts, 9, VOCAB, compiles=True, **options) == plain
+    assert account.drafted > 0 and len(steps) > 5 and said == []
 
 
 def test_past_the_context_static_steps_go_on(monkeypatch):
