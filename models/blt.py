@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import normal_
-from models.layers.attend import AttentionMask
+from models.layers.attend import KERNELS, AttentionMask
 from models.layers.causal import Context
 from models.layers.ngrams import HashedNgrams
 from models.layers.norms import RMSNorm
@@ -87,6 +87,7 @@ class BltConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         if self.patching not in RULES:
             raise ValueError(f"patching must be {', '.join(RULES)}, not {self.patching!r}")
         if self.d_model % self.n_heads or self.head_dim % 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 from models.base import get_model, load_models, model_names
@@ -38,6 +38,13 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"{field.name} must be above {above:,}, not {value}")
     if high is not None and value > high:
         raise ValueError(f"{field.name} must be at most {high:,}, not {value}")
+
+
+def check_choice(config: Any, field: str, choices: Iterable[str]) -> None:
+    """ValueError unless the field is one of `choices`."""
+    known, value = list(choices), getattr(config, field)
+    if value not in known:
+        raise ValueError(f"{field} must be one of {', '.join(known)}, not {value!r}")
 
 
 def with_fields(config_class: Any, further: Any) -> Any:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import fill_, normal_
 from models.layers.causal import Context, ShortConvolution
 from models.layers.chunks import wide
-from models.layers.delta_rule import delta_rule
+from models.layers.delta_rule import gated_delta_rule
 from models.layers.mamba import draw_time_steps
 from models.layers.norms import RMSNorm, rms_norm
+from models.layers.recurrent_kernels import CONVOLUTION, GATED_DELTA_RULE
 from models.layers.stack import Stack
 
 A_RANGE = 1.0, 16.0  # of the initial decay rates
@@ -45,9 +46,13 @@ class GatedDeltaNetConfig:
     init_std: float = setting(0.02, "standard deviation of the initial matrices", above=0, high=1)
     tied: bool = setting(False, "the output projection is the embedding")
     dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
+    scan_kernel: str = setting("auto", "of the delta rule: auto, torch or fla")
+    conv_kernel: str = setting("auto", "of the short convolution: auto, torch, causal-conv1d or fla")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "scan_kernel", ("auto", "torch", *GATED_DELTA_RULE))
+        check_choice(self, "conv_kernel", ("auto", "torch", *CONVOLUTION))
         if self.decay not in ("head", "channel"):
             raise ValueError(f"decay must be head or channel, not {self.decay!r}")
 
@@ -70,7 +75,7 @@ class DeltaMixer(nn.Module):
         keys, values = c.heads * c.head_dim, c.heads * c.head_dim * c.expand_v
         self.widths = {"query": keys, "key": keys, "value": values}
         self.qkv = nn.Linear(d, 2 * keys + values, bias=False)
-        self.conv = ShortConvolution(2 * keys + values, c.conv_size, key=(layer, "convolution"), bias=False)
+        self.conv = ShortConvolution(2 * keys + values, c.conv_size, key=(layer, "convolution"), bias=False, silu=True)
         self.rate = nn.Linear(d, c.heads, bias=False)  # beta
         self.A_log = nn.Parameter(torch.empty(c.heads))
         self.dt_bias = nn.Parameter(torch.empty(keys if self.by_channel else c.heads))
@@ -81,19 +86,17 @@ class DeltaMixer(nn.Module):
         self.out = nn.Linear(values, d, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = F.silu(self.conv(self.qkv(x), context)).split(list(self.widths.values()), dim=-1)
-        q, k, v = (wide(t).unflatten(-1, (self.heads, -1)) for t in qkv)  # [B, T, H, K or V]
-        q, k = F.normalize(q, dim=-1) / math.sqrt(q.shape[-1]), F.normalize(k, dim=-1)
+        qkv = self.conv(self.qkv(x), context).split(list(self.widths.values()), dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in qkv)  # [B, T, H, K or V]
+        q, k = F.normalize(wide(q), dim=-1) / math.sqrt(q.shape[-1]), F.normalize(wide(k), dim=-1)
         beta = torch.sigmoid(wide(self.rate(x))).unsqueeze(-1)  # [B, T, H, 1]
         steps = F.softplus(wide(self.decay(x)) + wide(self.dt_bias)).unflatten(-1, (self.heads, -1))
         log_w = -wide(self.A_log).exp().unsqueeze(-1) * steps  # [B, T, H, 1 or K]
         state, key = context.state, (self.layer, "delta rule")
-        held = (
-            None if state is None else state.recall(key, v.new_empty(v.shape[0], self.heads, v.shape[-1], k.shape[-1]))
-        )
-        o, last = delta_rule(
-            q, log_w, k, beta * v, -beta * log_w.exp() * k, k, held, context.documents, keep_state=state is not None
-        )
+        shape = v.shape[0], self.heads, v.shape[-1], k.shape[-1]
+        held = None if state is None else state.recall(key, k.new_empty(shape))
+        scan = context.scan or gated_delta_rule
+        o, last = scan(q, log_w, k, v, beta, held, context.documents, keep_state=state is not None)
         if state is not None and last is not None:
             state.remember(key, last)
         gate = wide(self.gate(x)).unflatten(-1, (self.heads, -1))
@@ -149,11 +152,12 @@ class GatedDeltaNet(Stack):
     """Embedding, blocks, RMSNorm, output projection."""
 
     Config = GatedDeltaNetConfig
+    kernel_fields, scans = ("scan_kernel", "conv_kernel"), GATED_DELTA_RULE
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
         layers = [Block(config, layer) for layer in range(config.n_layers)]
         super().__init__(config, layers, RMSNorm(config.d_model, config.norm_eps))
-        self.embedding_std = config.init_std
+        self.embedding_std, self.widths = config.init_std, (config.head_dim, config.head_dim * config.expand_v)
 
     def fused_matrices(self) -> dict[str, Split]:
         found: dict[str, Split] = {}

@@ -53,7 +53,7 @@ class Native:
 WITHOUT_EFFECT = (
     *("vocab_size", "unpadded_vocab", "n_predict", "prediction_heads", "share_unembedding", "prediction_weights"),
     *("init", "init_std", "zero_init", "z_loss", "neftune_alpha", "dropout", "residual_dtype"),
-    *("kernels", "attention_kernel", "hidden_ratio", "hidden_multiple"),
+    *("kernels", "attention_kernel", "scan_kernel", "conv_kernel", "hidden_ratio", "hidden_multiple"),
 )
 FURTHER = "further."  # begins the names of the heads that predict later tokens
 

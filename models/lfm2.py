@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import normal_
+from models.layers.attend import KERNELS
 from models.layers.causal import Context, ShortConvolution
 from models.layers.norms import RMSNorm
 from models.layers.plain_attention import PlainAttention, check_attention_sizes
+from models.layers.recurrent_kernels import CONVOLUTION
 from models.layers.stack import HybridStack, frame_parts
 
 
@@ -39,12 +41,15 @@ class Lfm2Config:
     tied: bool = setting(True, "the output projection is the embedding")
     dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
     attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
+    conv_kernel: str = setting("auto", "of the short convolution: auto, torch, causal-conv1d or fla")
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.attention_head_dim % 2:
             raise ValueError(f"attention_head_dim must be even, for rotary positions, not {self.attention_head_dim}")
         check_attention_sizes(self.d_model, self.attention_head_dim, self.attention_kv_heads)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
+        check_choice(self, "conv_kernel", ("auto", "torch", *CONVOLUTION))
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -111,6 +116,7 @@ class Lfm2(HybridStack):
     """Embedding, blocks, RMSNorm, tied output projection; the reference is transformers' Lfm2ForCausalLM."""
 
     Config = Lfm2Config
+    kernel_fields = ("attention_kernel", "conv_kernel")
 
     def __init__(self, config: Lfm2Config) -> None:
         layers = [Block(config, layer, kind) for layer, kind in enumerate(self.kinds(config))]

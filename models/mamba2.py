@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers.causal import Context
 from models.layers.mamba import Mamba2Mixer, check_ssm_sizes
 from models.layers.norms import RMSNorm
+from models.layers.recurrent_kernels import CONVOLUTION, SSD
 from models.layers.stack import Stack
 
 
@@ -29,10 +30,14 @@ class Mamba2Config:
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
     tied: bool = setting(True, "the output projection is the embedding")
     dropout: float = setting(0.0, "part of what each mixer adds that is zero in training", low=0, high=0.99)
+    scan_kernel: str = setting("auto", "of the state space: auto, torch, mamba-ssm or fla")
+    conv_kernel: str = setting("auto", "of the short convolution: auto, torch, causal-conv1d or fla")
 
     def __post_init__(self) -> None:
         check_ranges(self)
         check_ssm_sizes(self)
+        check_choice(self, "scan_kernel", ("auto", "torch", *SSD))
+        check_choice(self, "conv_kernel", ("auto", "torch", *CONVOLUTION))
 
 
 class Layer(nn.Module):
@@ -58,10 +63,12 @@ class Mamba2(Stack):
     """Embedding, mixers, RMSNorm, tied output projection; the reference is mamba_ssm's MambaLMHeadModel with Mamba2 layers."""
 
     Config = Mamba2Config
+    kernel_fields, scans = ("scan_kernel", "conv_kernel"), SSD
 
     def __init__(self, config: Mamba2Config) -> None:
         layers = [Layer(config, layer) for layer in range(config.n_layers)]
         super().__init__(config, layers, RMSNorm(config.d_model, config.norm_eps))
+        self.widths = config.state_size, config.ssm_head_dim
 
     def fused_matrices(self) -> dict[str, Split]:
         return {

@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, setting
 from models.layers import uniform_
+from models.layers.attend import KERNELS
 from models.layers.causal import Context
-from models.layers.mamba import Mamba2Mixer, check_ssm_sizes
+from models.layers.mamba import Mamba2Mixer
 from models.layers.norms import RMSNorm
 from models.layers.plain_attention import PlainAttention, check_attention_sizes
+from models.layers.recurrent_kernels import SSD
 from models.layers.stack import HybridStack, frame_parts
+from models.mamba2 import Mamba2Config
 
 
 @dataclass(frozen=True)
-class ReneConfig:
-    vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
+class ReneConfig(Mamba2Config):
     d_model: int = setting(1024, "width of the residual stream; a multiple of attention_head_dim", low=1, high=10**6)
     n_layers: int = setting(12, "layers, each with one mixer", low=1, high=1000)
     attention_every: int = setting(12, "one layer of so many is attention, in the middle of them", low=2, high=1000)
@@ -31,19 +33,11 @@ class ReneConfig:
     attention_kv_heads: int = setting(0, "heads of keys and values; 0: as many as of queries", low=0, high=10**4)
     window: int = setting(2048, "a query sees itself and the window - 1 tokens before it; 0: all", low=0, high=10**9)
     mlp_ratio: int = setting(3, "width of an MLP per d_model", low=1, high=100)
-    state_size: int = setting(128, "numbers that the state holds for each channel (N)", low=1, high=10**4)
-    ssm_head_dim: int = setting(64, "channels of a Mamba-2 head; must divide expand * d_model", low=1, high=10**4)
-    expand: int = setting(2, "inner width of Mamba-2 per d_model", low=1, high=100)
-    n_groups: int = setting(1, "groups of Mamba-2 heads that share B and C, and a norm", low=1, high=1000)
-    conv_size: int = setting(4, "tokens of the short convolution", low=2, high=100)
-    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
-    tied: bool = setting(True, "the output projection is the embedding")
-    dropout: float = setting(0.0, "part of what each mixer adds that is zero in training", low=0, high=0.99)
     attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_ssm_sizes(self)
+        super().__post_init__()
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         check_attention_sizes(self.d_model, self.attention_head_dim, self.attention_kv_heads)
 
     @property
@@ -108,11 +102,13 @@ class Rene(HybridStack):
     """Embedding, layers, RMSNorm, tied output projection. The default has BlaGPT's order: attention at 6 of 12, MLPs at 2, 5, 8, 11."""
 
     Config = ReneConfig
+    kernel_fields, scans = ("attention_kernel", "scan_kernel", "conv_kernel"), SSD
 
     def __init__(self, config: ReneConfig) -> None:
         layers = [Layer(config, layer, kind) for layer, kind in enumerate(self.kinds(config))]
         super().__init__(config, layers, RMSNorm(config.d_model, config.norm_eps))
         self.windows, self.attention_head_dim = (config.window,), config.attention_head_dim
+        self.widths = config.state_size, config.ssm_head_dim
 
     @classmethod
     def kinds(cls, config: ReneConfig) -> list[str]:

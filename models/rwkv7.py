@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import fill_, uniform_
 from models.layers.causal import Context, previous
 from models.layers.chunks import wide
 from models.layers.delta_rule import delta_rule
 from models.layers.norms import LayerNorm, set_gain
+from models.layers.recurrent_kernels import DELTA_RULE
 from models.layers.stack import Stack
 
 STRONGEST = -math.exp(-0.5)  # lowest log decay: log w = STRONGEST * sigmoid(z)
@@ -37,9 +38,11 @@ class Rwkv7Config:
     norm_eps: float = setting(1e-5, "added to the variance in LayerNorm", above=0, high=1)
     tied: bool = setting(False, "the output projection is the embedding")
     dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
+    scan_kernel: str = setting("auto", "of the delta rule: auto, torch or fla")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "scan_kernel", ("auto", "torch", *DELTA_RULE))
         if self.d_model % self.head_dim:
             raise ValueError(f"head_dim must divide d_model ({self.d_model}), but {self.head_dim} does not")
         if self.form not in ("final", "preview"):
@@ -245,7 +248,7 @@ def recurrence(
     state, key = context.state, (mixer.layer, "delta rule")
     size = v.shape[-1]
     held = None if state is None else state.recall(key, v.new_empty(v.shape[0], mixer.heads, size, size))
-    y, last = delta_rule(
+    y, last = (context.scan or delta_rule)(
         r, log_w, k, v, -removal, removal * rate, held, context.documents, state is not None, least_log_w=STRONGEST
     )
     if state is not None and last is not None:
@@ -310,11 +313,13 @@ class Rwkv7(Stack):
     """Embedding, LayerNorm, blocks, LayerNorm, output projection. The preview doubles the embedding instead of its LayerNorm."""
 
     Config = Rwkv7Config
+    kernel_fields, scans = ("scan_kernel",), DELTA_RULE
     further_roles: ClassVar[dict[str, str]] = {"low rank": "norm", "token shift": "norm"}
 
     def __init__(self, config: Rwkv7Config) -> None:
         layers = [Block(config, layer) for layer in range(config.n_layers)]
         super().__init__(config, layers, LayerNorm(config.d_model, eps=config.norm_eps))
+        self.widths = config.head_dim, config.head_dim
         self.embedding_norm = LayerNorm(config.d_model, eps=config.norm_eps) if config.form == "final" else None
 
     def embed(self, tokens: Tensor) -> Tensor:

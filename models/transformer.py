@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from models.base import Hidden, LanguageModel, Split, register
 from models.counting import estimate_parameters, training_flops_of
-from models.layers import autocast_dtype, compute_dtype, liger, normal_, truncated_normal_
-from models.layers.attend import AttentionMask, choose_kernel, make_attention_mask
+from models.layers import autocast_dtype, compute_dtype, liger, normal_, truncated_normal_, untraced
+from models.layers.attend import choose_kernel
 from models.layers.attention import (
     Attention,
     Context,
     DifferentialHeads,
     KeyValueShift,
     LatentAttention,
+    context_of,
     latent_widths,
 )
 from models.layers.block import BLOCKS, FurtherHead, Mlp, ParallelBlock, narrowed, norm_of
@@ -34,7 +35,7 @@ from models.layers.linear_cross_entropy import describe_kernel, linear_nll
 from models.layers.multi_token import multi_token_loss
 from models.layers.norms import set_gain
 from models.layers.pattention import Pattention
-from models.layers.positions import number_documents, positions_in_documents
+from models.layers.positions import number_documents
 from models.layers.residual import START_SCALES, HyperConnection, widen
 from models.layers.shapes import shape_for
 from models.state import DecodingState, StaticState
@@ -78,7 +79,7 @@ class Transformer(LanguageModel):
         self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
         self.max_context = c.max_context or None
         self.by_liger = liger.take_over(self, c) if c.kernels == "liger" else []
-        self.single_loss = liger.untraced(liger.linear_cross_entropy) if "loss" in self.by_liger else None
+        self.single_loss = untraced(liger.linear_cross_entropy) if "loss" in self.by_liger else None
         self.windows = sorted({c.window_of(layer) for layer in range(len(self.blocks()))})
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
@@ -98,29 +99,12 @@ class Transformer(LanguageModel):
         """Positions, and for every window size what each query sees."""
         if documents is not None and cache is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
-        device, length = tokens.device, tokens.shape[1]
-        if isinstance(cache, StaticState):
-            return self.static_context(length, cache)
-        start = cache.length if cache is not None else 0
-        if self.max_context is not None and start + length > self.max_context:
-            raise ValueError(f"a sequence of {start + length} tokens exceeds max_context ({self.max_context})")
-        kernel, _ = self.choose_kernel(device, start, length, documents is not None)
-        # Layers with a window w hold only the last w - 1 cached tokens.
-        attention_masks = {
-            w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, documents, device)
-            for w in self.windows
-        }
-        positions = torch.arange(start, start + length, device=device)
-        if documents is not None:
-            positions = positions_in_documents(documents)
-        return Context(positions, attention_masks, kernel)
-
-    def static_context(self, length: int, cache: StaticState) -> Context:
-        """The context of a step of fixed shapes."""
-        positions = cache.positions(length, self.embedding.weight.device)
-        kernel, _ = self.choose_kernel(positions.device, cache.max_length - length, length, False)
-        masks = {w: AttentionMask(mask=cache.visible(length, w)) for w in self.windows}
-        return Context(positions, masks, kernel)
+        length = tokens.shape[1]
+        if self.max_context is not None and not isinstance(cache, StaticState):
+            whole = length if cache is None else cache.length + length
+            if whole > self.max_context:
+                raise ValueError(f"a sequence of {whole} tokens exceeds max_context ({self.max_context})")
+        return context_of(self.choose_kernel, self.windows, length, tokens.device, documents, cache)
 
     def choose_kernel(self, device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
         """(name of the kernel that computes attention on `device`, why); start: number of cached tokens."""

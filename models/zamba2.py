@@ -18,20 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Split, register
-from models.config import check_ranges, setting
+from models.config import check_choice, setting
 from models.layers import normal_
+from models.layers.attend import KERNELS
 from models.layers.causal import Context
-from models.layers.mamba import Mamba2Mixer, check_ssm_sizes
+from models.layers.mamba import Mamba2Mixer
 from models.layers.norms import RMSNorm
 from models.layers.plain_attention import PlainAttention
+from models.layers.recurrent_kernels import SSD
 from models.layers.stack import HybridStack, frame_parts
+from models.mamba2 import Mamba2Config
 
 STD = 0.02
 
 
 @dataclass(frozen=True)
-class Zamba2Config:
-    vocab_size: int = setting(50304, "rows of the embedding and of the output projection", low=1, high=10**9)
+class Zamba2Config(Mamba2Config):
     d_model: int = setting(768, "width of the residual stream", low=1, high=10**6)
     n_layers: int = setting(18, "Mamba-2 layers", low=1, high=1000)
     hybrid_every: int = setting(6, "the last layer of so many uses a shared block", low=1, high=1000)
@@ -44,18 +46,11 @@ class Zamba2Config:
     adapter_rank: int = setting(128, "channels of the low-rank change of each use", low=1, high=10**4)
     attention_adapter: bool = setting(False, "each use changes the attention's input matrix too")
     state_size: int = setting(64, "numbers that the state holds for each channel (N)", low=1, high=10**4)
-    ssm_head_dim: int = setting(64, "channels of a Mamba-2 head; must divide expand * d_model", low=1, high=10**4)
-    expand: int = setting(2, "inner width of Mamba-2 per d_model", low=1, high=100)
-    n_groups: int = setting(1, "groups of Mamba-2 heads that share B and C, and a norm", low=1, high=1000)
-    conv_size: int = setting(4, "tokens of the short convolution", low=2, high=100)
-    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
-    tied: bool = setting(True, "the output projection is the embedding")
-    dropout: float = setting(0.0, "part of what each mixer adds that is zero in training", low=0, high=0.99)
     attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_ssm_sizes(self)
+        super().__post_init__()
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         if 2 * self.d_model % self.attention_head_dim:
             raise ValueError(
                 f"attention_head_dim must divide 2 d_model ({2 * self.d_model}), but {self.attention_head_dim} does not"
@@ -154,6 +149,7 @@ class Zamba2(HybridStack):
     """Embedding, layers and shared blocks, RMSNorm, tied output projection; the reference is transformers' Zamba2ForCausalLM."""
 
     Config = Zamba2Config
+    kernel_fields, scans = ("attention_kernel", "scan_kernel", "conv_kernel"), SSD
 
     def __init__(self, config: Zamba2Config) -> None:
         kinds = self.kinds(config)
@@ -162,7 +158,7 @@ class Zamba2(HybridStack):
             [Layer(config, layer, kind != "mamba") for layer, kind in enumerate(kinds)],
             RMSNorm(config.d_model, config.norm_eps),
         )
-        self.attention_head_dim = config.attention_head_dim
+        self.attention_head_dim, self.widths = config.attention_head_dim, (config.state_size, config.ssm_head_dim)
         self.turn = {layer: divmod(use, config.shared_blocks) for use, layer in enumerate(config.hybrids)}
         uses = [[b for _, b in self.turn.values()].count(block) for block in range(config.shared_blocks)]
         self.shared: Any = nn.ModuleList(SharedBlock(config, count) for count in uses if count)

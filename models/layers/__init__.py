@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +61,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """A context that switches autocast off on any device. (torch's own context raises on the meta device.)"""
     return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+@functools.cache
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which the compiler does not trace. Not a decorator of kernels: torch.compiler.disable imports the
+    compiler, which would take a second in every process that loads the models."""
+    return torch.compiler.disable(function)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import fill_, normal_
-from models.layers.attend import KERNELS, AttentionMask
+from models.layers.attend import KERNELS, AttentionMask, make_attention_mask
 from models.layers.lora import effective_weight
 from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
-from models.layers.positions import Alibi, Rotary, Scaling, yarn_temperature
+from models.layers.positions import Alibi, Rotary, Scaling, positions_in_documents, yarn_temperature
 from models.layers.quantized import rounds_inputs
-from models.state import DecodingState
+from models.state import DecodingState, StaticState
 
 
 class Context(NamedTuple):
@@ -36,6 +36,31 @@ class Context(NamedTuple):
     positions: Tensor
     attention_masks: dict[int, AttentionMask]
     kernel: str
+
+
+def context_of(
+    choose: Callable[[torch.device, int, int, bool], tuple[str, str]],
+    windows: Iterable[int],
+    length: int,
+    device: torch.device,
+    documents: Tensor | None,
+    cache: DecodingState | None,
+) -> Context:
+    """What `length` new tokens see. choose(device, cached tokens, length, whether there are documents) -> (kernel, why)."""
+    if isinstance(cache, StaticState):  # a step of fixed shapes
+        kernel, _ = choose(device, cache.max_length - length, length, False)
+        masks = {w: AttentionMask(mask=cache.visible(length, w)) for w in windows}
+        return Context(cache.positions(length, device), masks, kernel)
+    start = cache.length if cache is not None else 0
+    kernel, _ = choose(device, start, length, documents is not None)
+    # Layers with a window w hold only the last w - 1 cached tokens.
+    masks = {
+        w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, documents, device) for w in windows
+    }
+    positions = torch.arange(start, start + length, device=device)
+    if documents is not None:
+        positions = positions_in_documents(documents)
+    return Context(positions, masks, kernel)
 
 
 class Joined(nn.ModuleList):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,14 @@ from models.state import DecodingState
 
 class Context(NamedTuple):
     """What the layers of a model need besides x. documents: [B, T] as `number_documents` returns them, or None; state: of decoding;
-    visible: what attention sees (plain_attention.py), of a model that has it."""
+    visible: what attention sees (attention.Context), of a model that has it; scan, convolution: fused kernels of the recurrence and
+    of the short convolution (recurrent_kernels.py), None for torch's."""
 
     documents: Tensor | None = None
     state: DecodingState | None = None
     visible: Any = None
+    scan: Callable[..., Any] | None = None
+    convolution: Callable[..., Any] | None = None
 
 
 def with_earlier(x: Tensor, count: int, context: Context, key: Hashable) -> Tensor:
@@ -46,17 +49,21 @@ def previous(x: Tensor, context: Context, key: Hashable) -> Tensor:
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution of each channel over `size` tokens, in fp32; x [B, T, C]. key: of its entry in the state."""
+    """A causal convolution of each channel over `size` tokens, in fp32; x [B, T, C]. key: of its entry in the state; silu: whether SiLU
+    follows."""
 
-    def __init__(self, channels: int, size: int, key: Hashable, bias: bool = True) -> None:
+    def __init__(self, channels: int, size: int, key: Hashable, bias: bool = True, silu: bool = False) -> None:
         super().__init__()
-        self.size, self.key = size, key
+        self.channels, self.size, self.key, self.silu = channels, size, key, silu
         self.weight = nn.Parameter(torch.empty(channels, size))  # the last column is for the token itself
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, C] in the dtype of x."""
         length, taps = x.shape[1], wide(self.weight).unbind(1)
+        if context.convolution is not None:
+            before = x if context.state is None else with_earlier(x, self.size - 1, context, self.key)
+            return context.convolution(before, self.weight, self.bias, context.documents, self.silu)[:, -length:]
         held = with_earlier(x, self.size - 1, context, self.key)
         y = x * taps[-1] if self.bias is None else torch.addcmul(wide(self.bias), wide(x), taps[-1])
         for lag in range(1, min(self.size, held.shape[1])):
@@ -65,7 +72,7 @@ class ShortConvolution(nn.Module):
             if context.documents is not None and lag < length:
                 tap = tap * same_document(context.documents, lag).to(tap.dtype)
             y = y + tap
-        return y.to(x.dtype)
+        return F.silu(y.to(x.dtype)) if self.silu else y.to(x.dtype)
 
     def reset(self, generator: torch.Generator | None) -> None:
         """The initial values of nn.Conv1d."""

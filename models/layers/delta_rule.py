@@ -77,6 +77,21 @@ def delta_rule(
         return o.to(dtype), after
 
 
+def gated_delta_rule(
+    q: Tensor,  # [B, T, H, K]
+    log_w: Tensor,  # [B, T, H, 1], or [B, T, H, K] (KDA)
+    k: Tensor,  # [B, T, H, K], of length 1
+    v: Tensor,  # [B, T, H, V]
+    beta: Tensor,  # [B, T, H, 1], from 0 to 1
+    state: Tensor | None = None,
+    documents: Tensor | None = None,
+    keep_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`delta_rule` of gated delta nets: S_t = decay(S_{t-1}) (I - beta k k^T) + beta v k^T. o is at least fp32."""
+    beta = wide(beta)
+    return delta_rule(q, log_w, k, beta * v, -beta * log_w.exp() * k, k, state, documents, keep_state)
+
+
 def _at(inputs: Inputs, t: int) -> Inputs:
     return Inputs(*(x[:, t] for x in inputs))
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.base import IGNORE
+from models.layers import untraced
 from models.layers.linear_cross_entropy import divisor
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norms import RMSNorm
@@ -37,13 +37,6 @@ def take_over(model: Any, config: Any) -> list[str]:
         elif getattr(module, "activation", None) is ACTIVATIONS["swiglu"].apply:
             module.activation = taken["SwiGLU"] = untraced(swiglu)
     return [*sorted(taken), *(["loss"] if _loss_refusal(config) is None else [])]
-
-
-@functools.cache
-def untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, which the compiler does not trace. Not a decorator of the functions below: torch.compiler.disable imports the
-    compiler, which would take a second in every process that loads the models."""
-    return torch.compiler.disable(function)
 
 
 def describe(taken: list[str], config: Any, device: torch.device) -> str:

@@ -41,7 +41,7 @@ class Mamba2Mixer(nn.Module):
         shared = self.groups * self.state_size
         self.widths = {"gate": inner, "x": inner, "B": shared, "C": shared, "dt": self.heads}
         self.in_proj = nn.Linear(c.d_model, sum(self.widths.values()), bias=False)
-        self.conv = ShortConvolution(inner + 2 * shared, c.conv_size, key=(layer, "convolution"))
+        self.conv = ShortConvolution(inner + 2 * shared, c.conv_size, key=(layer, "convolution"), silu=True)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
@@ -51,14 +51,15 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         inner, shared = self.widths["x"], self.widths["B"]
         gate, mixed, dt = self.in_proj(x).split([inner, inner + 2 * shared, self.heads], dim=-1)
-        u, B, C = F.silu(self.conv(mixed, context)).split([inner, shared, shared], dim=-1)
+        u, B, C = self.conv(mixed, context).split([inner, shared, shared], dim=-1)
         u = u.unflatten(-1, (self.heads, self.head_dim))  # [B, T, H, P]
         B, C = (t.unflatten(-1, (self.groups, self.state_size)) for t in (B, C))  # [B, T, G, N]
         dt = F.softplus(wide(dt) + wide(self.dt_bias))  # [B, T, H]
         state, key = context.state, (self.layer, "state space")
         shape = x.shape[0], self.heads, self.head_dim, self.state_size
         held = None if state is None else state.recall(key, dt.new_empty(shape))
-        y, last = ssd(u, dt, -wide(self.A_log).exp(), B, C, held, context.documents, keep_state=state is not None)
+        scan = context.scan or ssd
+        y, last = scan(u, dt, -wide(self.A_log).exp(), B, C, held, context.documents, keep_state=state is not None)
         if state is not None and last is not None:
             state.remember(key, last)
         y = y + (wide(self.D).unsqueeze(-1) * u).to(y.dtype)

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.layers import compute_dtype
-from models.layers.attend import KERNELS, AttentionMask, choose_kernel, make_attention_mask
+from models.layers.attend import KERNELS, choose_kernel
+from models.layers.attention import Context as Visible
+from models.layers.attention import context_of
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
-from models.layers.positions import Rotary, positions_in_documents
-from models.state import StaticState
-
-
-class Visible(NamedTuple):
-    """What the attention of one forward pass sees, see attention.Context. attention_masks: by window."""
-
-    positions: Tensor
-    attention_masks: dict[int, AttentionMask]
-    kernel: str
+from models.layers.positions import Rotary
 
 
 def visible(
     wanted: str, windows: Iterable[int], head_dim: int, weight: Tensor, tokens: Tensor, context: Context
 ) -> Visible:
-    """wanted: name of a kernel, or auto; weight: one of the model's, whose dtype and device count."""
-    state, length, device = context.state, tokens.shape[1], tokens.device
-    if isinstance(state, StaticState):  # a step of fixed shapes
-        kernel, _ = kernel_for(wanted, windows, head_dim, weight, device, state.max_length - length, length, False)
-        masks = {w: AttentionMask(mask=state.visible(length, w)) for w in windows}
-        return Visible(state.positions(length, device), masks, kernel)
-    start = 0 if state is None else state.length
-    kernel, _ = kernel_for(wanted, windows, head_dim, weight, device, start, length, context.documents is not None)
-    masks = {
-        w: make_attention_mask(kernel, min(start, w - 1) if w else start, length, w, context.documents, device)
-        for w in windows
-    }
-    positions = torch.arange(start, start + length, device=device)
-    if context.documents is not None:
-        positions = positions_in_documents(context.documents)
-    return Visible(positions, masks, kernel)
+    """What the attention of one forward pass sees. wanted: name of a kernel, or auto; weight: one of the model's, whose dtype counts."""
+
+    def choose(device: torch.device, start: int, length: int, documents: bool) -> tuple[str, str]:
+        return kernel_for(wanted, windows, head_dim, weight, device, start, length, documents)
+
+    return context_of(choose, windows, tokens.shape[1], tokens.device, context.documents, context.state)
 
 
 def kernel_for(
@@ -55,7 +38,7 @@ def kernel_for(
     length: int,
     documents: bool,
 ) -> tuple[str, str]:
-    """(kernel, why), see choose_kernel."""
+    """(kernel, why), see choose_kernel; start: number of cached tokens."""
     return choose_kernel(
         wanted,
         head_dim=head_dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, LanguageModel
-from models.layers import normal_
+from models.layers import compute_dtype, normal_
 from models.layers.causal import Context, ShortConvolution
 from models.layers.linear_cross_entropy import linear_cross_entropy, linear_nll
 from models.layers.norms import RMSNorm, set_gain
 from models.layers.plain_attention import kernel_for, visible
 from models.layers.positions import number_documents
+from models.layers.recurrent_kernels import CONVOLUTION, SSD, Case, Fused, choose
 from models.state import DecodingState
+
+USUAL_LENGTH = 1024  # tokens of a sequence for which a run says its kernels
 
 
 class Stack(LanguageModel):
@@ -31,6 +34,9 @@ class Stack(LanguageModel):
     # Parameters that AdamW updates without weight decay, as it does the gains of norms.
     further_roles: ClassVar[dict[str, str]] = {"convolution": "norm"}
     embedding_std = 0.02
+    device_kernels: ClassVar[tuple[str, ...]] = ("cudnn", "flex", "flash", "flash3", *SSD, *CONVOLUTION)
+    scans: ClassVar[Mapping[str, Fused]] = {}  # fused kernels that can replace torch's in the recurrence
+    widths: tuple[int, ...] = ()  # channels of a head's keys and values in the recurrence
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module, width: int = 0) -> None:
         """width: of the embedding and the output projection; 0: d_model."""
@@ -38,6 +44,7 @@ class Stack(LanguageModel):
         width = width or config.d_model
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.layers: Any = nn.ModuleList(layers)
+        self.convolutions = [(m.channels, m.size) for m in self.layers.modules() if isinstance(m, ShortConvolution)]
         self.norm = norm
         self.head = None if config.tied else nn.Linear(width, config.vocab_size, bias=False)
 
@@ -53,7 +60,27 @@ class Stack(LanguageModel):
 
     def context(self, tokens: Tensor, context: Context) -> Context:
         """Completes the context of a forward pass."""
-        return context
+        chosen = self.fused_kernels(tokens.device, tokens.shape[1], context.documents is not None)
+        calls: dict[str, Any] = {name: call for name, (_, _, call) in chosen.items()}
+        return context._replace(**calls)
+
+    def fused_kernels(
+        self, device: torch.device, length: int, documents: bool
+    ) -> dict[str, tuple[str, str, Callable[..., Any] | None]]:
+        """Field of Context -> what `choose` says of it; of those that the model has."""
+        dtype = compute_dtype(self.embedding.weight, device)
+        case = Case(device, dtype, length, documents, self.widths, self.convolutions)
+        tables = {"scan": ("scan_kernel", self.scans), "convolution": ("conv_kernel", CONVOLUTION)}
+        return {
+            name: choose(field, getattr(self.config, field), table, case)
+            for name, (field, table) in tables.items()
+            if field in self.kernel_fields
+        }
+
+    def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
+        device = device or self.embedding.weight.device
+        chosen = self.fused_kernels(device, USUAL_LENGTH, documents)
+        return "; ".join(f"{part}: {name} ({why})" for part, (name, why, _) in chosen.items())
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens)
@@ -113,19 +140,20 @@ class Stack(LanguageModel):
 class HybridStack(Stack):
     """A Stack in which some layers are attention. Its Config has attention_kernel; windows: of its attention layers, 0 for none."""
 
-    kernel_fields, device_kernels = ("attention_kernel",), ("cudnn", "flex", "flash", "flash3")
+    kernel_fields: ClassVar[tuple[str, ...]] = ("attention_kernel",)
     windows: tuple[int, ...] = (0,)
     attention_head_dim: int
 
     def context(self, tokens: Tensor, context: Context) -> Context:
-        wanted, weight = self.config.attention_kernel, self.embedding.weight
+        context, wanted = super().context(tokens, context), self.config.attention_kernel
+        weight = self.embedding.weight
         return context._replace(visible=visible(wanted, self.windows, self.attention_head_dim, weight, tokens, context))
 
     def describe_kernels(self, device: torch.device | None = None, documents: bool = False) -> str:
-        device, weight = device or self.embedding.weight.device, self.embedding.weight
-        wanted, length = self.config.attention_kernel, 1024
-        name, why = kernel_for(wanted, self.windows, self.attention_head_dim, weight, device, 0, length, documents)
-        return f"attention: {name} ({why})"
+        weight, wanted, size = self.embedding.weight, self.config.attention_kernel, self.attention_head_dim
+        device = device or weight.device
+        name, why = kernel_for(wanted, self.windows, size, weight, device, 0, USUAL_LENGTH, documents)
+        return "; ".join(filter(None, (f"attention: {name} ({why})", super().describe_kernels(device, documents))))
 
     @classmethod
     def kinds(cls, config: Any) -> list[str]:

@@ -194,8 +194,10 @@ def test_parameters_counted_by_kind_are_those_of_the_model(name, scale):
 
 
 @torch.no_grad()
-def test_decoding_with_a_window_equals_the_whole_beyond_two_windows():
-    model = disturbed(model_of(Rene, ReneConfig(**RENE)))
+@pytest.mark.parametrize("window", [8, 0, 70, 100])
+def test_decoding_with_a_window_equals_the_whole_beyond_two_windows(window):
+    """And with none, with one as long as the text, and a longer one. (Causality aligned to the top left sees the first key only.)"""
+    model = disturbed(model_of(Rene, ReneConfig(**RENE | {"window": window})))
     state = model.new_state(3, None, torch.device("cpu"), torch.float32)
     parts = [model(part, cache=state).logits for part in TOKENS.split([9] + [1] * 61, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(TOKENS).logits, rtol=1e-4, atol=1e-4)
@@ -243,3 +245,22 @@ def test_what_zamba2_does_not_compute_is_refused_by_name():
     ):
         with pytest.raises(RuntimeError, match=words):
             dict(zamba2_weights(ours, theirs | changed))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "line"),
+    [
+        (
+            Zamba2Config,
+            {"attention_head_dim": 80},
+            r"attention_head_dim must divide 2 d_model \(1536\), but 80 does not",
+        ),
+        (ReneConfig, {"attention_head_dim": 80}, "attention_head_dim must divide 1024 channels, but 80 does not"),
+        (Zamba2Config, {"ssm_head_dim": 80}, r"ssm_head_dim must divide expand \* d_model \(1536\), but 80 does not"),
+        (ReneConfig, {"n_groups": 3}, "n_groups must divide the 32 heads, but 3 does not"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(config, changes, line):
+    """BlaGPT's Zamba2 has heads of 80 channels in a width of 768."""
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        config(**changes)

@@ -4,8 +4,12 @@ import pytest
 import torch
 from conftest import text_only_transformers
 
+from models.base import get_model, load_models
 from models.hugging_face_mamba import mamba2_config, mamba2_weights
+from models.layers.mamba import Mamba2Mixer
 from models.mamba2 import Mamba2, Mamba2Config
+
+load_models()
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "state_size": 16, "ssm_head_dim": 16}
 
@@ -64,3 +68,34 @@ def test_the_state_of_decoding_does_not_grow():
             model(torch.randint(64, (2, 50)), cache=state)
             sizes.append(state.nbytes)
     assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gate_comes_where_the_model_wants_it(before):
+    """Zamba2 and Mamba-2: RMS(y silu(z)); Rene: RMS(y) silu(z). Over each group."""
+    config = Mamba2Config(**SIZES, n_groups=2)
+    mixer = Mamba2Mixer(config, 0, norm_before_gate=before)
+    torch.nn.init.uniform_(mixer.norm.weight)
+    y, z = torch.randn(2, 3, 64, dtype=torch.float64), torch.randn(2, 3, 64, dtype=torch.float64)
+    gate, found = z / (1 + torch.exp(-z)), mixer.double().gated_norm(y, z)
+    normed = (y if before else y * gate).view(2, 3, 2, 32)
+    normed = (normed / (normed.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * mixer.norm.weight
+    torch.testing.assert_close(found, normed * gate if before else normed)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "rwkv7", "gated-delta-net"])
+def test_the_recurrent_state_of_a_model_in_bf16_is_fp32(name):
+    """BlaGPT's RWKV-7 and Zamba2 kept it in bf16."""
+    cls = get_model(name)
+    shape = {"head_dim": 16} if name != "mamba2" else {}
+    model = cls(
+        cls.Config(**{**(SIZES if name == "mamba2" else {"vocab_size": 64, "d_model": 32, "n_layers": 1}), **shape})
+    )
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.bfloat16().eval()
+    state = model.new_state(1, None, torch.device("cpu"), torch.bfloat16)
+    with torch.no_grad():
+        for part in torch.arange(20).view(1, 20).split([19, 1], dim=1):
+            model(part, cache=state)
+    held = {key: value.dtype for key, value in state._recurrent.items() if key[1] in ("state space", "delta rule")}
+    assert held and set(held.values()) == {torch.float32}

@@ -14,7 +14,7 @@ shapes and devices of every tensor. What is faked, so that nothing is proven of 
 - the other ranks: torch's "fake" process group, whose collectives return at once; gathered objects are copies of this rank's.
   DDP keeps its first buckets. A mesh, a store, a watchdog, NCCL: not tested.
 - kernels: FlexAttention is the memory plan's operator of the same tensors (its score functions do not run); scaled_dot_product_attention is the kernel that torch would take;
-  nothing stands for the loss's Triton kernel, which writes in place. Other Triton, Inductor, Liger, flash-attn: none.
+  nothing stands for the loss's Triton kernel, which writes in place. Other Triton, Inductor, Liger, flash-attn, fla, mamba-ssm: none.
   engine.compile traces (Dynamo, AOTAutograd) and then runs the graphs operator by operator.
 - what only the real thing shows: alignment, tile sizes, workspaces, the allocator's fragmentation.
 
@@ -182,6 +182,7 @@ def patches() -> dict[str, Any]:
         "models.materialise.refuse_unset": lambda model: None,
         "models.layers.flex.device_refusal": flex_refusal,
         "models.layers.flex.attention": flex_attention,
+        "models.layers.recurrent_kernels.import_failure": lambda *_: "nothing stands for it",
         "models.layers.linear_cross_entropy.kernel_refusal": kernel_refusal,
         "models.layers.linear_cross_entropy._kernel": loss_kernel,
         "models.layers.linear_cross_entropy._on_gpu": lambda x: x.is_cuda,
