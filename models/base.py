@@ -164,6 +164,8 @@ class LanguageModel(nn.Module):
     kernel_fields: ClassVar[tuple[str, ...]] = ()  # fields of Config that name a kernel; all know "auto" and "torch"
     device_kernels: ClassVar[tuple[str, ...]] = ()  # values of `kernel_fields` that only some devices can run
     masks_documents: ClassVar[bool] = False  # True: the model keeps `documents` apart
+    # Where a document starts in its row changes what is computed for it only modulo this number (tokens of a fixed patch).
+    document_grid: int = 1
     decodes_incrementally: ClassVar[bool] = True  # False: `new_state` returns None
     optim_defaults: ClassVar[dict[str, float]] = {}  # the model's own defaults for the `optim` section; lr: AdamW's
     optim_source: ClassVar[str] = ""  # where they come from

@@ -76,10 +76,18 @@ class DecodingState:
 
         window: a token sees itself and the window - 1 tokens before it, and older tokens are dropped; 0: it sees all of them.
         """
-        if self._max_length is not None and self.length + new.shape[dim] > self._max_length:
+        self.check_room(new.shape[dim])
+        return self.grow(key, new, dim, window)
+
+    def check_room(self, count: int) -> None:
+        """ValueError if `count` more tokens are more than max_length."""
+        if self._max_length is not None and self.length + count > self._max_length:
             raise ValueError(
-                f"the state was made for {self._max_length} tokens, but {self.length + new.shape[dim]} are to be read"
+                f"the state was made for {self._max_length} tokens, but {self.length + count} are to be read"
             )
+
+    def grow(self, key: Hashable, new: Tensor, dim: int, window: int = 0) -> Tensor:
+        """`append` of what is not one per token, and so not counted by `length`."""
         if key not in self._grown:
             self._grown[key] = _Growing(dim, window, self._max_length)
         return self._grown[key].append(new)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hierarchical_flops import of_hierarchical
 from recurrent_flops import of_blt, of_stack
 from torch import nn
 
@@ -13,6 +14,7 @@ from models.blt import Blt
 from models.config import check_ranges, setting
 from models.layers import normal_
 from models.layers.attention import DifferentialHeads, LatentAttention, SoftmaxHeads
+from models.layers.patches_fixed import HierarchicalStack
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection
 from models.layers.stack import Stack
@@ -39,6 +41,8 @@ def by_formula(model, length):
         return 6 * (c.vocab_size * c.d_model + c.n_layers * 16 * c.d_model**2) + 12 * c.n_layers * length * c.d_model
     if isinstance(model, Blt):
         return of_blt(c, length)
+    if isinstance(model, HierarchicalStack):
+        return of_hierarchical(model, length)
     if isinstance(model, Stack):
         return of_stack(model, length)
     weights = scores = others = 0

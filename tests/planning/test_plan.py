@@ -588,6 +588,10 @@ def test_a_plan_says_what_to_think_about(tiny_dataset, tmp_path):
     assert [f"note: {line}" for line in facts["advice"]] == text.splitlines()[-len(facts["advice"]) :]
     assert any(line.startswith("the run reads its text ") for line in facts["advice"])
     assert any(line.startswith("epochs ") for line in text.splitlines())
+    train = find_dataset(build(RunConfig, tiny_values(tiny_dataset, tmp_path)).data).splits["train"]
+    assert facts["flops_per_byte"] == round(facts["flops_per_token"] * train.tokens / train.bytes)
+    assert any(line.startswith("FLOPs per byte ") for line in text.splitlines())
+    assert p.summary(dataclasses.replace(plan, bytes_per_token=None))["flops_per_byte"] is None
 
 
 @pytest.mark.parametrize(

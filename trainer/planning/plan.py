@@ -73,6 +73,7 @@ class Plan:
     objective_layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     epoch: Epoch | None = None  # of the training split, if it exists already
     texts_per_row: int = 1
+    bytes_per_token: float | None = None  # of text in the training split of data.path, if it is known
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,12 +161,26 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         objective_layers=layers,
         epoch=epoch,
         texts_per_row=texts,
+        bytes_per_token=bytes_per_token(dataset),
         unreached=estimate.unreached(
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
     )
     check_noise_scale(plan)
     return plan
+
+
+def bytes_per_token(dataset: Any) -> float | None:
+    train = None if dataset is None else dataset.splits["train"]
+    return train.bytes / train.tokens if train is not None and train.bytes and train.tokens else None
+
+
+def flops_per_byte(plan: Plan) -> int | None:
+    """Training FLOPs of one byte of text, at the longest sequence: models of different tokenizers compare by this."""
+    if plan.bytes_per_token is None:
+        return None
+    flops = flops_per_token(plan.model_class, plan.model_config, plan.config.batch.sequence_length)
+    return round(flops / plan.bytes_per_token)
 
 
 def check_noise_scale(plan: Plan) -> None:
@@ -307,6 +322,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
         "advice": advice(plan, minimum_tokens(plan)),
         "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
+        "flops_per_byte": flops_per_byte(plan),
         "memory_bytes": expected_memory(plan),
         "laws": {row.key: row.value for row in recipe_entries(plan)},
         "rules": {entry.key: entry.rule for entry in plan.entries},
@@ -340,6 +356,8 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
     parts = ", ".join(f"{key} {size / GIB:.2f}" for key, size in memory.items() if key != "total")
     for outside in ("activations without checkpointing", "in CPU memory"):  # outside the sum; they come last
         parts = parts.replace(f", {outside}", f"; {outside}")
+    per_byte = facts["flops_per_byte"]
+    of_text = f"at {plan.bytes_per_token:.4g} bytes of text a token" if per_byte else ""
     frozen = f"; {plan.trained:,} are trained, the others frozen" if plan.trained < plan.parameters else ""
     derived = [
         PlanEntry(
@@ -347,6 +365,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
         ),
         PlanEntry("sequence lengths", " ".join(map(str, plan.sequence_lengths)), "in the order of training"),
         PlanEntry("FLOPs per token", facts["flops_per_token"], "training, at the longest sequence"),
+        *([PlanEntry("FLOPs per byte", per_byte, of_text)] if per_byte else []),
         PlanEntry(
             "tokens",
             facts["tokens_at_least"],

@@ -110,17 +110,35 @@ def copies_share_no_state(subject: Subject) -> None:
 
 @torch.no_grad()
 def no_token_sees_the_future(subject: Subject, tolerance: float = 1e-5) -> None:
+    """Each token of each row is changed, in one batch: a model that mixes its rows fails too."""
     model, tokens, length = subject.model, subject.tokens, subject.length
-    logits = model(tokens).logits
+    same = tokens.repeat_interleave(length, dim=0)  # [B T, T], row b T + j is to be changed at j
+    changed, columns = same.clone(), torch.arange(length).repeat(ROWS)
+    changed[torch.arange(len(same)), columns] = (tokens.flatten() + 1) % VOCAB
+    logits = model(same).logits
     shape = tuple(logits.shape)
-    require(shape[:2] == (ROWS, length) and shape[2] == VOCAB, f"logits are {list(shape)}, not {[ROWS, length, VOCAB]}")
-    for j in (1, length // 2, length - 1):
-        changed = tokens.clone()
-        changed[:, j] = (changed[:, j] + 1) % VOCAB
-        perturbed = model(changed).logits
-        told = f"token {j} changes the logits of those before it"
-        require_close(perturbed[:, :j], logits[:, :j], told, tolerance)
-        require(not torch.equal(perturbed[:, j:], logits[:, j:]), f"token {j} changes no logits")
+    expected = (len(same), length, VOCAB)
+    require(shape == expected, f"logits are {list(shape)}, not {list(expected)}")
+    perturbed = model(changed).logits
+    for j in range(length):
+        rows = columns == j
+        told = f"token {j} changes the logits of those before it, or of other rows"
+        require_close(perturbed[rows, :j], logits[rows, :j], told, tolerance)
+        for row in rows.nonzero():
+            require(not torch.equal(perturbed[row, j:], logits[row, j:]), f"token {j} changes no logits")
+
+
+@torch.no_grad()
+def inputs_stay_as_they_are(subject: Subject) -> None:
+    model, tokens, targets = subject.model, subject.tokens, subject.targets
+    documents = torch.arange(subject.length).expand(ROWS, -1) // 5
+    given = {"tokens": tokens.clone(), "targets": targets.clone(), "documents": documents.clone()}
+    model(given["tokens"])
+    model(given["tokens"], given["targets"], documents=given["documents"] if model.masks_documents else None)
+    if (state := state_of(model, ROWS)) is not None:
+        model(given["tokens"], cache=state)
+    for (name, value), before in zip(given.items(), (tokens, targets, documents), strict=True):
+        require(torch.equal(value, before), f"the model writes into the {name} that it is given")
 
 
 @torch.no_grad()
@@ -169,9 +187,19 @@ def documents_are_kept_apart(subject: Subject) -> None:
         documents = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths)).expand(ROWS, length)
         packed = model(tokens, documents=documents).logits
         for start, stop in itertools.pairwise([0, *itertools.accumulate(lengths)]):
-            alone = model(tokens[:, start:stop]).logits
             name = f"document {start}:{stop} among others (numbers {numbers}) and alone"
-            require_close(packed[:, start:stop], alone, name)
+            require_close(packed[:, start:stop], alone(model, tokens, start, stop), name)
+
+
+def alone(model: Any, tokens: Tensor, start: int, stop: int) -> Tensor:
+    """Logits of a document without others, except for other tokens that put it at the same place of the model's grid."""
+    offset = start % model.document_grid
+    if not offset:
+        return model(tokens[:, start:stop]).logits
+    others = (tokens[:, start - offset : start] + 1) % VOCAB
+    padded = torch.cat((others, tokens[:, start:stop]), dim=1)
+    documents = (torch.arange(padded.shape[1]) >= offset).long().expand_as(padded)
+    return model(padded, documents=documents).logits[:, offset:]
 
 
 @torch.no_grad()
@@ -303,7 +331,7 @@ def flops_are_those_counted(subject: Subject, may_leave_out: bool = True) -> Non
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(tokens, tokens).loss.backward()
         counted, said = counter.get_total_flops() / length, model.flops_per_token(length)
-        least = said - per_length * length if may_leave_out else said
+        least = said - max(0, per_length) * length if may_leave_out else said
         require(
             0.98 * least <= counted <= 1.02 * said,
             f"flops_per_token({length}) is {said:,}, but the count is {counted:,.0f} (2 per multiply-add, attention over the "
@@ -320,6 +348,7 @@ CHECKS = [
     Check("state_dict", "state_dict carries the whole model", state_dict_carries_the_whole),
     Check("copies", "copies share no state", copies_share_no_state),
     Check("causality", "no token sees the future", no_token_sees_the_future),
+    Check("inputs", "the batch that a model is given stays as it is", inputs_stay_as_they_are),
     Check("loss", "the loss is the cross-entropy of the logits", loss_is_the_cross_entropy),
     Check("ignored targets", "targets that are IGNORE do not count", ignored_targets_do_not_count),
     Check("no targets", "if no target counts, loss and gradients are 0", nothing_that_counts_is_a_zero_loss),
