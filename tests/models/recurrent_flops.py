@@ -21,19 +21,27 @@ def of_stack(model, length):
     return 3 * (once + again + head) // length
 
 
+def plain_layer(config, width, keys):
+    """Multiply-adds of a token: projections, SwiGLU, scores and what they weigh."""
+    hidden = max(32, round(config.hidden_ratio * width / 32) * 32)
+    return 4 * width * width + 3 * width * hidden + 2 * width * keys
+
+
+def of_spacebyte(config, length):
+    """A byte passes the local layers; the global ones have room for 1.25 length / patch_size + 17 bytes."""
+    c, slots = config, min(length, 17 + int((length - 1) * 1.25 / config.patch_size))
+    per_byte = 2 * c.local_layers * plain_layer(c, c.d_model // 2, length) + c.vocab_size * (c.d_model // 2)
+    return 6 * (per_byte * length + c.n_layers * plain_layer(c, c.d_model, slots) * slots) // length
+
+
 def of_blt(config, length):
     """A byte passes the local layers, and one in `patch_size` bytes, of `static` patches, the latent ones. Scores of cross-attention are no
     matrix products."""
     c, d, w = config, config.d_model, config.local_width
     patches = c.rule.slots(length)
     assert patches == 2 + int((length - 2) // c.patch_size)
-
-    def layer(width, keys):  # multiply-adds of a token: projections, SwiGLU, scores and what they weigh
-        hidden = max(32, round(c.hidden_ratio * width / 32) * 32)
-        return 4 * width * width + 3 * width * hidden + 2 * width * keys
-
-    per_byte = (c.encoder_layers + c.decoder_layers) * (layer(w, length) + 2 * w * w) + c.vocab_size * w
-    per_patch = c.n_layers * layer(d, patches) + w * d + d * d
+    per_byte = (c.encoder_layers + c.decoder_layers) * (plain_layer(c, w, length) + 2 * w * w) + c.vocab_size * w
+    per_patch = c.n_layers * plain_layer(c, d, patches) + w * d + d * d
     per_patch += (c.encoder_layers + c.decoder_layers) * c.sub_vectors * 2 * w * w
     return 6 * (per_byte * length + per_patch * patches) // length
 

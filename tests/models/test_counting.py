@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hierarchical_flops import of_hierarchical
-from recurrent_flops import of_blt, of_stack
+from recurrent_flops import of_blt, of_spacebyte, of_stack
 from torch import nn
 
 from models import base, counting
@@ -18,6 +18,7 @@ from models.layers.patches_fixed import HierarchicalStack
 from models.layers.pattention import Pattention
 from models.layers.residual import HyperConnection
 from models.layers.stack import Stack
+from models.spacebyte import SpaceByte
 from trainer.planning import dial
 from trainer.testing.sizes import CHECKS as SIZES
 from trainer.testing.subject import Subject
@@ -43,6 +44,8 @@ def by_formula(model, length):
         return of_blt(c, length)
     if isinstance(model, HierarchicalStack):
         return of_hierarchical(model, length)
+    if isinstance(model, SpaceByte):
+        return of_spacebyte(c, length)
     if isinstance(model, Stack):
         return of_stack(model, length)
     weights = scores = others = 0

