@@ -172,7 +172,8 @@ class SpaceByte(HybridStack):
     def fused_matrices(self) -> dict[str, Split]:
         found: dict[str, Split] = {}
         for part in ("early", "layers", "late"):
-            for i, layer in enumerate(self.get_submodule(part)):  # type: ignore[arg-type]
+            layers: Any = self.get_submodule(part)
+            for i, layer in enumerate(layers):
                 found |= layer.fused_matrices(f"{part}.{i}")
         return found
 
