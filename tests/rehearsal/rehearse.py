@@ -192,6 +192,7 @@ def patches() -> dict[str, Any]:
         "trainer.runtime.distributed.World.gather": lambda self, value: [value] * self.size,
         "trainer.runtime.distributed.World.limit_groups": lambda self: None,
         "trainer.training.run.fingerprint": lambda *_: "",
+        "trainer.training.run.Run.hold_patcher": lambda self: None,  # a dataset says which
         "trainer.training.run.open_stream": Rows,
         "trainer.training.run.Split": lambda *_: None,
         "trainer.training.run.check_enough": lambda *_: None,
