@@ -139,6 +139,12 @@ def test_what_gives_other_logits_is_refused_and_removed(tiny_dataset, tmp_path, 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_what_transformers_prints_is_no_answer(tmp_path, monkeypatch):
+    said = "import sys; open(sys.argv[1], 'w').write('[1, 2]'); print('a remark of transformers 5')"
+    monkeypatch.setattr(self_test, "LOAD", said)
+    assert self_test.loaded([], tmp_path) == [1, 2]
+
+
 CHAT = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "so be it"}]}
     for i in range(40)

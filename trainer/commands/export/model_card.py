@@ -127,7 +127,7 @@ def loading(source: Source, layout: Layout, expected: Expected, error: float) ->
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # this folder, or its name on the hub',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
         'tokens = tokenizer("Once upon a time", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(tokens, max_new_tokens=32)[0]))",

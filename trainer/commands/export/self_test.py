@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 QUESTION = "What is 2 + 2?"
 NEW = 8  # tokens that the model writes
 
-# Reads cases from stdin and writes one answer for each: the logits to a file, the rest to stdout. A None in sys.modules stops an
-# import: this package must not be needed, and a torchvision of another torch would stop transformers.
+# Reads cases from stdin and writes one answer for each: the logits to a file, the rest to the file that is its argument, because
+# transformers may print to stdout. A None in sys.modules stops an import: this package must not be needed, and a torchvision of
+# another torch would stop transformers. transformers 5 asks before it reads even a tokenizer beside code, unless it is trusted.
 LOAD = """
 import json, sys
 for name in ("models", "trainer", "torchvision"):
@@ -55,7 +56,8 @@ for case in json.load(sys.stdin):
             [{"role": "user", "content": case["question"]}], tokenize=False, add_generation_prompt=True
         ),
     })
-print(json.dumps(answers))
+with open(sys.argv[1], "w", encoding="utf-8") as file:
+    json.dump(answers, file)
 """
 
 
@@ -163,14 +165,15 @@ def loaded(asked: list[dict[str, Any]], place: Path) -> list[dict[str, Any]]:
         "TRANSFORMERS_VERBOSITY": "error",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    words = [sys.executable, "-c", LOAD]
+    answers = place / "answers.json"
+    words = [sys.executable, "-c", LOAD, str(answers)]
     done = subprocess.run(
         words, input=json.dumps(asked), cwd=place, env=environment, capture_output=True, encoding="utf-8"
     )
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
         raise UserError(f"format: transformers cannot load what was written, so it is removed: {printable(last, 300)}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(answers.read_text(encoding="utf-8"))
 
 
 def compare(expected: Expected, answer: dict[str, Any], logits: Tensor) -> float:
