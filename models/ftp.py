@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import IGNORE, Hidden, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import normal_
-from models.layers.attend import AttentionMask
+from models.layers.attend import KERNELS, AttentionMask
 from models.layers.causal import Context
 from models.layers.linear_cross_entropy import divisor, weighted_linear_cross_entropy
 from models.layers.mlp import ACTIVATIONS, hidden_width
@@ -65,6 +65,7 @@ class FtpConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         if self.mode not in ("paper", "chunked"):
             raise ValueError(f"mode must be paper or chunked, not {self.mode!r}")
         if self.mlp not in ACTIVATIONS:

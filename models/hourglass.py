@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Hidden, register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
+from models.layers.attend import KERNELS
 from models.layers.causal import Context, with_earlier
 from models.layers.mlp import ACTIVATIONS, hidden_width
 from models.layers.norms import RMSNorm
@@ -67,6 +68,7 @@ class HourglassConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         for name, known in (
             ("shortening", ("avg", "linear", "attention")),
             ("upsampling", ("repeat", "linear", "attention")),

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from models.base import register
-from models.config import check_ranges, setting
+from models.config import check_choice, check_ranges, setting
 from models.layers import normal_
+from models.layers.attend import KERNELS
 from models.layers.causal import Context
 from models.layers.mlp import ACTIVATIONS, hidden_width
 from models.layers.norms import RMSNorm
@@ -57,6 +58,7 @@ class MegaByteConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         if self.positions not in ("rotary", "none"):
             raise ValueError(f"positions must be rotary or none, not {self.positions!r}")
         if self.mlp not in ACTIVATIONS:

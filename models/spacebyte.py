@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, Split, register
-from models.config import check_ranges, setting
-from models.layers.attend import AttentionMask
+from models.config import check_choice, check_ranges, setting
+from models.layers.attend import KERNELS, AttentionMask
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.patching import Patches, PatchState, Rule, cut, of_patch
@@ -54,6 +54,7 @@ class SpaceByteConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_choice(self, "attention_kernel", ("auto", *KERNELS))
         if self.patching not in ("space", "static"):
             raise ValueError(f"patching must be space or static, not {self.patching!r}")
         if self.d_model % self.n_heads or self.head_dim % 2:
