@@ -35,6 +35,7 @@ from models.layers.patching import (
     Rule,
     cut,
     pooled,
+    refuse_fixed_shapes,
 )
 from models.layers.plain_attention import Visible, visible
 from models.layers.plain_layer import PlainLayer, plain_layer_parameters
@@ -219,6 +220,7 @@ class Blt(HybridStack):
         """entropies: [B, T], of what the patcher predicts after each byte."""
         if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
+        refuse_fixed_shapes(state)
         if entropies is None and self.entropy_rule(self.config) is not None:
             entropies = self.entropies_of(tokens, documents, state)
         texts = tokens if state is None else state.append("tokens", tokens, dim=1)  # [B, read before + T]

@@ -20,7 +20,7 @@ from models.config import check_choice, check_ranges, setting
 from models.layers.attend import KERNELS, AttentionMask
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
-from models.layers.patching import Patches, PatchState, Rule, cut, of_patch
+from models.layers.patching import Patches, PatchState, Rule, cut, of_patch, refuse_fixed_shapes
 from models.layers.plain_attention import Visible, visible
 from models.layers.plain_layer import PlainLayer, plain_layer_parameters
 from models.layers.positions import number_documents
@@ -114,6 +114,7 @@ class SpaceByte(HybridStack):
     ) -> Hidden:
         if documents is not None and state is not None:
             raise ValueError("documents must be None with a cache: one document is decoded per row")
+        refuse_fixed_shapes(state)
         texts = tokens if state is None else state.append("tokens", tokens, dim=1)  # [B, read before + T]
         numbers = None if documents is None else number_documents(documents)
         context = self.context(tokens, Context(numbers, state))

@@ -235,6 +235,12 @@ class PatchState(DecodingState):
         return super().nbytes + slots + (0 if self.patcher is None else self.patcher.nbytes)
 
 
+def refuse_fixed_shapes(state: Any) -> None:
+    """ValueError for a decoding state that is no PatchState, such as that of compiled steps."""
+    if state is not None and not isinstance(state, PatchState):
+        raise ValueError("its steps have no fixed shapes: what stands for a patch is computed only where one ends")
+
+
 class SlotWriter:
     """Keys and values of patches, which attention appends as to a DecodingState: each row at its own place."""
 
