@@ -8,6 +8,7 @@ The small model is causal within its patch. Its last states predict the next tok
 by the last state of the patch before, as tokens are given and targets are shifted. This is the paper's form. BlaGPT's (after
 lucidrains) puts a start token before every patch, so its first prediction knows one patch less. It has no positions at all;
 here both models are rotary (`positions: none` for BlaGPT's). It has biases in MLPs and head, and shifts tokens (`token_shift`).
+Initial values are PyTorch's, as there.
 Documents: see layers/patches_fixed.py.
 """
 
@@ -51,7 +52,13 @@ class MegaByteConfig:
     )
     mlp: str = setting("gelu", "activation of the MLPs, see layers/mlp.py; they are as wide as there")
     norm_eps: float = setting(1e-6, "added to the mean square in RMSNorm", above=0, high=1)
-    init_std: float = setting(0.02, "standard deviation of the initial matrices", above=0, high=1)
+    init_std: float = setting(
+        0.0,
+        "standard deviation of the initial matrices; 0: PyTorch's, 1 / sqrt(3 inputs), and 1 of embeddings, as 0.02 is little for a "
+        "narrow small model",
+        low=0,
+        high=1,
+    )
     tied: bool = setting(False, "the output projection is the embedding of the small model")
     dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
     attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
@@ -123,7 +130,7 @@ class MegaByte(PatchStack):
         super().__init__(c, local, RMSNorm(c.local, c.norm_eps), c.local)
         self.patch_size = self.document_grid = c.patch_size
         self.attention_head_dim = c.shape.head_dim
-        self.embedding_std = c.init_std
+        self.embedding_std = c.local_shape.std(c.local)
         self.patch_embedder, self.start = PatchEmbedder(c), Learned(c.d_model)
         self.global_layers: Any = nn.ModuleList(PlainBlock(c.shape, ("global", i)) for i in range(c.n_layers))
         self.global_norm = RMSNorm(c.d_model, c.norm_eps)
@@ -180,9 +187,11 @@ class MegaByte(PatchStack):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         super().init_weights(generator)
         c = self.config
-        normal_(self.patch_embedder.embedding.weight, c.init_std, generator)
-        normal_(self.patch_embedder.matrix.weight, c.init_std, generator)
-        normal_(self.to_local.weight, c.init_std, generator)
+        if not (c.init_std or c.tied):
+            normal_(self.embedding.weight, 1.0, generator)
+        normal_(self.patch_embedder.embedding.weight, c.init_std or 1.0, generator)
+        for matrix in (self.patch_embedder.matrix, self.to_local):
+            normal_(matrix.weight, c.shape.std(matrix.in_features), generator)
         self.start.reset(1.0, generator)  # of the size of a patch's embedding, after its norm
         for layer in self.global_layers:
             layer.reset(generator)

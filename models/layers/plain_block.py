@@ -22,7 +22,8 @@ from models.layers.shapes import head_counts
 
 class Shape(NamedTuple):
     """What the blocks of one width have in common. n_heads: 0 for heads of about 64 channels; mlp: a name of ACTIVATIONS; rope_theta:
-    0 for no positions; depth: branches of the model end in matrices of standard deviation init_std / sqrt(2 depth)."""
+    0 for no positions; init_std: standard deviation of matrices, 0 for PyTorch's, 1 / sqrt(3 inputs); depth: the matrices that end a
+    branch have that divided by sqrt(2 depth)."""
 
     width: int
     n_heads: int
@@ -43,6 +44,9 @@ class Shape(NamedTuple):
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    def std(self, inputs: int) -> float:
+        return self.init_std or (3 * inputs) ** -0.5
 
     def check(self, name: str) -> None:
         """ValueError, which begins with `name`, unless the heads divide the width, into an even number of channels for rotary positions."""
@@ -165,7 +169,8 @@ def reset_parts(module: nn.Module, shape: Shape, generator: torch.Generator | No
             part.reset()
         elif isinstance(part, nn.Linear):
             ends = name.rpartition(".")[2] == "out"
-            normal_(part.weight, shape.init_std / math.sqrt(2 * shape.depth) if ends else shape.init_std, generator)
+            std = shape.std(part.in_features)
+            normal_(part.weight, std / math.sqrt(2 * shape.depth) if ends else std, generator)
 
 
 def fused_matrices_in(model: nn.Module) -> dict[str, Split]:
