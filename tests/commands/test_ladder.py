@@ -8,6 +8,7 @@ import pytest
 from conftest import LADDERS, tiny_values
 
 from trainer.commands.compare import queue as compare_queue
+from trainer.commands.compare.budget import plan_of
 from trainer.commands.ladder import read
 from trainer.commands.ladder.command import Work, ladder, predicted
 from trainer.commands.ladder.fit import Law, fit, non_negative
@@ -133,6 +134,15 @@ def spec(tiny_dataset, tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(compare_queue, "TRAIN", [sys.executable, "-IS", str(tmp_path / "stub.py")])
     monkeypatch.setattr(compare_queue, "POLL_SECONDS", 0.02)
+    plans: dict = {}  # the same in every command of a test, and they take most of its time
+
+    def plan_once(arm, datasets):
+        key = (arm.scale, str(arm.values))
+        if key not in plans:
+            plans[key] = plan_of(arm, datasets)
+        return plans[key]
+
+    monkeypatch.setattr("trainer.commands.ladder.command.plan_of", plan_once)
     common = tiny_values(tiny_dataset, tmp_path, model={"name": "llama"}, optim={"recipe": "plain"})
     for key in ("run_dir", "max_steps", "model_scale"):
         del common[key]
