@@ -38,7 +38,7 @@ from models.layers.patching import (
     refuse_fixed_shapes,
 )
 from models.layers.plain_attention import Visible, visible
-from models.layers.plain_layer import PlainLayer, plain_layer_parameters
+from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in, hidden_of
 from models.layers.positions import number_documents
 from models.layers.stack import HybridStack
 from models.state import DecodingState
@@ -116,13 +116,26 @@ class BltConfig:
     def rule(self) -> Rule:
         return Rule(self.patching, self.patch_size, self.threshold, self.max_patch)
 
+    @property
+    def shape(self) -> Shape:
+        """Of the layers of the latent transformer."""
+        hidden = hidden_of(self.d_model, self.hidden_ratio)
+        depth = self.encoder_layers + self.n_layers + self.decoder_layers
+        numbers = self.rope_theta, self.norm_eps, self.init_std, depth, self.dropout
+        return Shape(self.d_model, self.n_heads, "swiglu", hidden, *numbers)
+
+    @property
+    def local_shape(self) -> Shape:
+        w = self.local_width
+        return self.shape.of_width(w, hidden_of(w, self.hidden_ratio), self.local_window)
+
 
 class EncoderLayer(nn.Module):
     """A layer of bytes, then attention of patches to it; x [B, T, local width], vectors [B, M, K, local width]."""
 
     def __init__(self, config: BltConfig, layer: int) -> None:
         super().__init__()
-        self.layer = local_layer(config, ("encoder", layer))
+        self.layer = PlainBlock(config.local_shape, ("encoder", layer))
         self.cross = PatchQueries(config.local_width, config.head_dim, config.norm_eps, ("encoder", layer, "bytes"))
 
     def forward(self, x: Tensor, vectors: Tensor, window: Window, context: Context) -> tuple[Tensor, Tensor]:
@@ -132,7 +145,7 @@ class EncoderLayer(nn.Module):
 
     def reset(self, generator: torch.Generator | None) -> None:
         self.layer.reset(generator)
-        self.cross.reset(generator, self.layer.std, self.layer.out_std)
+        self.cross.reset(generator, self.layer.shape)
 
 
 class DecoderLayer(nn.Module):
@@ -141,33 +154,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: BltConfig, layer: int) -> None:
         super().__init__()
         self.cross = ByteQueries(config.local_width, config.head_dim, config.norm_eps)
-        self.layer = local_layer(config, ("decoder", layer))
+        self.layer = PlainBlock(config.local_shape, ("decoder", layer))
 
     def forward(self, x: Tensor, vectors: Tensor, last: Tensor, known: Tensor | None, context: Context) -> Tensor:
         return self.layer(x + self.cross(x, vectors, last, known), context)
 
     def reset(self, generator: torch.Generator | None) -> None:
         self.layer.reset(generator)
-        self.cross.reset(generator, self.layer.std, self.layer.out_std)
-
-
-def local_layer(config: BltConfig, key: Any) -> PlainLayer:
-    return layer_of(config, config.local_width, key, config.local_window)
-
-
-def layer_of(config: BltConfig, width: int, key: Any, window: int = 0) -> PlainLayer:
-    return PlainLayer(
-        width,
-        config.head_dim,
-        key,
-        config.encoder_layers + config.n_layers + config.decoder_layers,
-        hidden_ratio=config.hidden_ratio,
-        rope_theta=config.rope_theta,
-        norm_eps=config.norm_eps,
-        dropout=config.dropout,
-        init_std=config.init_std,
-        window=window,
-    )
+        self.cross.reset(generator, self.layer.shape)
 
 
 class Window(NamedTuple):
@@ -195,7 +189,7 @@ class Blt(HybridStack):
 
     def __init__(self, config: BltConfig) -> None:
         c, d, w = config, config.d_model, config.local_width
-        layers = [layer_of(c, d, ("latent", i)) for i in range(c.n_layers)]
+        layers = [PlainBlock(c.shape, ("latent", i)) for i in range(c.n_layers)]
         super().__init__(c, layers, RMSNorm(w, c.norm_eps), width=w)
         self.encoder: Any = nn.ModuleList(EncoderLayer(c, i) for i in range(c.encoder_layers))
         self.decoder: Any = nn.ModuleList(DecoderLayer(c, i) for i in range(c.decoder_layers))
@@ -316,12 +310,9 @@ class Blt(HybridStack):
         return [*tables, *self.encoder, *self.layers, *self.decoder]
 
     def fused_matrices(self) -> dict[str, Split]:
-        found: dict[str, Split] = {}
-        for i, layer in enumerate(self.layers):
-            found |= layer.fused_matrices(f"layers.{i}")
-        for part in ("encoder", "decoder"):
-            for i, layer in enumerate(self.get_submodule(part)):  # type: ignore[arg-type]
-                found |= layer.layer.fused_matrices(f"{part}.{i}.layer")
+        found = fused_matrices_in(self)
+        for part, layers in (("encoder", self.encoder), ("decoder", self.decoder)):
+            for i, layer in enumerate(layers):
                 found[f"{part}.{i}.cross.kv.weight"] = layer.cross.split
         return found
 
@@ -360,10 +351,8 @@ def without_tables(config: BltConfig) -> int:
     """The number of parameters besides the hash tables."""
     c, d, w = config, config.d_model, config.local_width
     frame = (1 if c.tied else 2) * c.vocab_size * w + w + w * d + d * d
-    local = plain_layer_parameters(w, c.hidden_ratio) + 4 * w * w + 2 * w
-    return (
-        frame + (c.encoder_layers + c.decoder_layers) * local + c.n_layers * plain_layer_parameters(d, c.hidden_ratio)
-    )
+    local = c.local_shape.parameters + 4 * w * w + 2 * w
+    return frame + (c.encoder_layers + c.decoder_layers) * local + c.n_layers * c.shape.parameters
 
 
 def new_window(patches: Patches, rule: Rule, state: DecodingState | None) -> Window:

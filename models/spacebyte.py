@@ -22,7 +22,7 @@ from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.patching import Patches, PatchState, Rule, cut, of_patch, refuse_fixed_shapes
 from models.layers.plain_attention import Visible, visible
-from models.layers.plain_layer import PlainLayer, plain_layer_parameters
+from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in, hidden_of
 from models.layers.positions import number_documents
 from models.layers.stack import HybridStack
 
@@ -72,20 +72,17 @@ class SpaceByteConfig:
     def rule(self) -> Rule:
         return Rule(self.patching, self.patch_size)
 
+    @property
+    def shape(self) -> Shape:
+        """Of the global layers."""
+        hidden, depth = hidden_of(self.d_model, self.hidden_ratio), self.n_layers + 2 * self.local_layers
+        numbers = self.rope_theta, self.norm_eps, self.init_std, depth, self.dropout
+        return Shape(self.d_model, self.d_model // self.head_dim, "swiglu", hidden, *numbers)
 
-def layer_of(config: SpaceByteConfig, width: int, key: Any, window: int = 0) -> PlainLayer:
-    return PlainLayer(
-        width,
-        config.head_dim,
-        key,
-        config.n_layers + 2 * config.local_layers,
-        hidden_ratio=config.hidden_ratio,
-        rope_theta=config.rope_theta,
-        norm_eps=config.norm_eps,
-        dropout=config.dropout,
-        init_std=config.init_std,
-        window=window,
-    )
+    @property
+    def local_shape(self) -> Shape:
+        w = self.d_model // 2
+        return self.shape.of_width(w, hidden_of(w, self.hidden_ratio), self.local_window)
 
 
 @register("spacebyte")
@@ -97,10 +94,10 @@ class SpaceByte(HybridStack):
 
     def __init__(self, config: SpaceByteConfig) -> None:
         c, w = config, config.d_model // 2
-        layers = [layer_of(c, c.d_model, ("global", i)) for i in range(c.n_layers)]
+        layers = [PlainBlock(c.shape, ("global", i)) for i in range(c.n_layers)]
         super().__init__(c, layers, RMSNorm(w, c.norm_eps), width=w)
         self.early, self.late = (
-            nn.ModuleList(layer_of(c, w, (part, i), c.local_window) for i in range(c.local_layers))
+            nn.ModuleList(PlainBlock(c.local_shape, (part, i)) for i in range(c.local_layers))
             for part in ("early", "late")
         )
         self.windows, self.attention_head_dim = (c.local_window,), c.head_dim
@@ -172,12 +169,7 @@ class SpaceByte(HybridStack):
         return [*self.early, *self.layers, *self.late]
 
     def fused_matrices(self) -> dict[str, Split]:
-        found: dict[str, Split] = {}
-        for part in ("early", "layers", "late"):
-            layers: Any = self.get_submodule(part)
-            for i, layer in enumerate(layers):
-                found |= layer.fused_matrices(f"{part}.{i}")
-        return found
+        return fused_matrices_in(self)
 
     @classmethod
     def config_for_scale(cls, scale: float, vocab_size: int, target_parameters: int, **choices: Any) -> SpaceByteConfig:
@@ -186,6 +178,5 @@ class SpaceByte(HybridStack):
     @classmethod
     def count_parameters(cls, config: SpaceByteConfig) -> int:
         c, w = config, config.d_model // 2
-        local = 2 * c.local_layers * plain_layer_parameters(w, c.hidden_ratio)
-        layers = c.n_layers * plain_layer_parameters(c.d_model, c.hidden_ratio)
-        return local + layers + (1 if c.tied else 2) * c.vocab_size * w + w
+        layers = 2 * c.local_layers * c.local_shape.parameters + c.n_layers * c.shape.parameters
+        return layers + (1 if c.tied else 2) * c.vocab_size * w + w

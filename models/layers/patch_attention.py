@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from models.base import Split
-from models.layers import normal_
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.patching import attend_to_own_bytes, of_patch
+from models.layers.plain_block import Shape, reset_parts
 
 
 class CrossAttention(nn.Module):
@@ -30,11 +30,9 @@ class CrossAttention(nn.Module):
         """[..., width] -> [..., H, d]"""
         return self.query(self.query_norm(x)).unflatten(-1, (-1, self.head_dim))
 
-    def reset(self, generator: torch.Generator | None, std: float, out_std: float) -> None:
-        for norm in (self.query_norm, self.byte_norm):
-            norm.reset()
-        for module, deviation in ((self.query, std), (self.kv, std), (self.out, out_std)):
-            normal_(module.weight, deviation, generator)
+    def reset(self, generator: torch.Generator | None, shape: Shape) -> None:
+        """shape: of the layer beside it."""
+        reset_parts(self, shape, generator)
 
 
 class PatchQueries(CrossAttention):

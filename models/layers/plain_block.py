@@ -36,6 +36,7 @@ class Shape(NamedTuple):
     dropout: float = 0.0
     qk_norm: bool = False
     token_shift: bool = False
+    window: int = 0  # of self-attention; 0: none
 
     @property
     def heads(self) -> int:
@@ -48,11 +49,30 @@ class Shape(NamedTuple):
     def std(self, inputs: int) -> float:
         return self.init_std or (3 * inputs) ** -0.5
 
+    def out_std(self, inputs: int) -> float:
+        """Of a matrix that ends a branch."""
+        return self.std(inputs) / math.sqrt(2 * self.depth)
+
+    @property
+    def parameters(self) -> int:
+        """Of a PlainBlock without cross-attention, and without norms of queries and keys."""
+        d, inputs = self.width, ACTIVATIONS[self.mlp].inputs
+        return 4 * d * d + (inputs + 1) * d * self.hidden + 2 * d
+
+    def of_width(self, width: int, hidden: int, window: int) -> Shape:
+        """The same at another width, with heads as wide as here."""
+        return self._replace(width=width, n_heads=width // self.head_dim, hidden=hidden, window=window)
+
     def check(self, name: str) -> None:
         """ValueError, which begins with `name`, unless the heads divide the width, into an even number of channels for rotary positions."""
         if self.width % self.heads or (self.rope_theta and self.head_dim % 2):
             even = "even widths" if self.rope_theta else "widths"
             raise ValueError(f"{name} must divide {self.width} channels into {even}, but {self.heads} does not")
+
+
+def hidden_of(width: int, ratio: float) -> int:
+    """Width of an MLP, in multiples of 32."""
+    return max(32, round(ratio * width / 32) * 32)
 
 
 class Seen(NamedTuple):
@@ -135,8 +155,9 @@ class PlainBlock(nn.Module):
         d, heads = shape.width, (shape.heads, shape.heads)
         eps = shape.norm_eps
         self.attention_norm = RMSNorm(d, eps)
+        qk_norm_eps = eps if shape.qk_norm else 0.0
         self.attention = PlainAttention(
-            d, d, heads, shape.head_dim, rope_theta=shape.rope_theta, qk_norm_eps=eps if shape.qk_norm else 0.0
+            d, d, heads, shape.head_dim, window=shape.window, rope_theta=shape.rope_theta, qk_norm_eps=qk_norm_eps
         )
         self.cross_norm = RMSNorm(d, eps) if cross else None
         self.cross = CrossAttention(shape, cross_theta) if cross else None
@@ -169,8 +190,7 @@ def reset_parts(module: nn.Module, shape: Shape, generator: torch.Generator | No
             part.reset()
         elif isinstance(part, nn.Linear):
             ends = name.rpartition(".")[2] == "out"
-            std = shape.std(part.in_features)
-            normal_(part.weight, std / math.sqrt(2 * shape.depth) if ends else std, generator)
+            normal_(part.weight, (shape.out_std if ends else shape.std)(part.in_features), generator)
 
 
 def fused_matrices_in(model: nn.Module) -> dict[str, Split]:
