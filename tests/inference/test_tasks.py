@@ -185,7 +185,8 @@ def test_an_exported_run_has_the_same_figures_in_lm_eval(tiny_dataset, folder, t
     ours = json.loads(told[-1])["tasks"]
     assert {name: figures["acc"] for name, figures in ours.items()} == {name: again[name]["acc"] for name in ours}
     assert len({nats for nats, _ in answers(suite).values()}) > 20, "a model that knows nothing would agree by itself"
-    assert same_answers(suite, hflm, ours) == 4 + 2 * 4 + 4 * 4 + 4 * 2
+    # One question of arc_easy has a choice twice, which counts once.
+    assert same_answers(suite, hflm, ours) == 4 + (4 * 4 - 1) + 4 * 2 + 4 * 2
 
 
 @pytest.mark.slow
