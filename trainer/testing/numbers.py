@@ -332,7 +332,7 @@ def flops_are_those_counted(subject: Subject, may_leave_out: bool = True) -> Non
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(tokens, tokens).loss.backward()
         counted, said = counter.get_total_flops() / length, model.flops_per_token(length)
-        least = said - max(0, per_length) * length if may_leave_out else said
+        least = said - per_length * length if may_leave_out else said
         require(
             0.98 * least <= counted <= 1.02 * said,
             f"flops_per_token({length}) is {said:,}, but the count is {counted:,.0f} (2 per multiply-add, attention over the "

@@ -10,7 +10,6 @@ ladder-NAME/losses/            the runs that the law is fitted to: an experiment
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,7 +182,7 @@ def predicted(path: Path, found: Fit, held_out: Rung) -> dict[str, Any]:
         f"prediction: scale {held_out.arm.scale:g}, {held_out.size:,} parameters without embeddings and head, "
         f"{held_out.length.tokens:,} tokens: loss {loss:.4f}, {SHARE:.0%} between {low:.4f} and {high:.4f}; {path}"
     )
-    return json.loads(json.dumps(content))
+    return content
 
 
 def check_rates(work: Work) -> None:

@@ -56,9 +56,9 @@ class Fit:
     draws: tuple[Law, ...]
     errors: tuple[float, ...]
 
-    def predict(self, *values: float, share: float = 0.9, seed: int = 0) -> tuple[float, float, float]:
+    def predict(self, *values: float, share: float = 0.9) -> tuple[float, float, float]:
         """(loss, low, high): the middle `share` of what a new run may have: the law's uncertainty, and a run's own scatter."""
-        scatter = np.random.default_rng(seed).choice(inflated(self), len(self.draws))
+        scatter = np.random.default_rng(0).choice(inflated(self), len(self.draws))
         losses = [law.loss(*values) * (1 + error) for law, error in zip(self.draws, scatter, strict=True)]
         low, high = np.quantile(losses, [(1 - share) / 2, (1 + share) / 2])
         return self.law.loss(*values), float(low), float(high)

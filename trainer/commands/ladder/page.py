@@ -126,14 +126,19 @@ def publish_rates(folder: Path, rungs: Sequence[Rung], found: Sequence[tuple[Opt
         "sizes": [
             {
                 **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "rule": best.rule, "best": best.best},
-                **{"lowest": best.lowest, "lost": best.lost, "bracketed": best.bracketed},
-                "losses": {f"{rate:g}": loss for rate, loss in sorted(losses.items())},
+                **{"lowest": best.lowest, "lost": finite(best.lost), "bracketed": best.bracketed},
+                "losses": {f"{rate:g}": finite(loss) for rate, loss in sorted(losses.items())},
             }
             for one, (best, losses) in zip(rungs, found, strict=True)
         ],
     }
     publish(folder, "learning-rates", "Learning rates of the ladder", rows, lines, body)
     draw_rates(folder / "learning-rates.png", rungs, found)
+
+
+def finite(loss: float) -> float | None:
+    """None for the loss of a run that diverged: JSON has no infinity."""
+    return loss if np.isfinite(loss) else None
 
 
 def publish(folder: Path, name: str, title: str, rows: list[list[str]], lines: list[str], body: dict[str, Any]) -> None:
@@ -172,8 +177,8 @@ def draw_rates(out: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, 
     """Loss above the lowest over the learning rate, a line for each size; the rule's rate is ringed."""
     figure, axis = new_figure()
     for index, (one, (best, losses)) in enumerate(zip(rungs, found, strict=True)):
-        finite = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
-        axis.plot(*zip(*finite, strict=True), "o-", color=f"C{index}", markersize=4, label=f"N {one.size:,}")
+        points = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
+        axis.plot(*zip(*points, strict=True), "o-", color=f"C{index}", markersize=4, label=f"N {one.size:,}")
         axis.plot(
             [best.rule], [losses[best.rule] - best.lowest], "o", color=f"C{index}", markersize=11, fillstyle="none"
         )
