@@ -34,6 +34,17 @@ def of_spacebyte(config, length):
     return 6 * (per_byte * length + c.n_layers * plain_layer(c, c.d_model, slots) * slots) // length
 
 
+def of_aunet(config, length):
+    """A stage has room for so many vectors of the one before; each passes a matrix on its way down, and one for each place on its way up."""
+    c, room, total = config, length, length * config.vocab_size * config.widths[0]
+    for level, rule in enumerate(c.rules):
+        width, below = c.widths[level : level + 2]
+        total += 2 * c.depths[level] * plain_layer(c, width, room) * room
+        room = rule.slots(room)
+        total += (1 + c.places[level]) * width * below * room
+    return 6 * (total + c.n_layers * plain_layer(c, c.d_model, room) * room) // length
+
+
 def of_blt(config, length):
     """A byte passes the local layers, and one in `patch_size` bytes, of `static` patches, the latent ones. Scores of cross-attention are no
     matrix products."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hierarchical_flops import of_hierarchical
-from recurrent_flops import of_blt, of_spacebyte, of_stack
+from recurrent_flops import of_aunet, of_blt, of_spacebyte, of_stack
 from torch import nn
 
 from models import base, counting
+from models.aunet import AUNet
 from models.base import LanguageModel, Output, cross_entropy, get_model, load_models, model_names, register
 from models.blt import Blt
 from models.config import check_ranges, setting
@@ -46,6 +47,8 @@ def by_formula(model, length):
         return of_hierarchical(model, length)
     if isinstance(model, SpaceByte):
         return of_spacebyte(c, length)
+    if isinstance(model, AUNet):
+        return of_aunet(c, length)
     if isinstance(model, Stack):
         return of_stack(model, length)
     weights = scores = others = 0
