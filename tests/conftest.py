@@ -24,7 +24,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-COMPARISONS = sorted((ROOT / "configs").glob("compare-*.yaml"))
+COMPARISONS = sorted([*(ROOT / "configs").glob("compare-*.yaml"), *(ROOT / "configs" / "record").glob("*.yaml")])
 LADDERS = sorted((ROOT / "configs").glob("ladder-*.yaml"))
 RUN_CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*COMPARISONS, *LADDERS})
 

@@ -28,7 +28,7 @@ from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import Experiment, State, facts_of, state_of, stored_experiment
 from trainer.commands.compare.learning_rates import DIVERGED, start, sweep
 from trainer.commands.compare.queue import Queue, device_slots, tail
-from trainer.commands.compare.spec import arms
+from trainer.commands.compare.spec import arms, claims_of
 from trainer.core.errors import UserError
 from trainer.core.settings import load_yaml
 from trainer.data.stream import find_dataset
@@ -218,9 +218,34 @@ def test_equal_parameters_refuse_another_size(sized):
     assert "parameters, the baseline" in result["llama", 0.05].refused
 
 
+@pytest.mark.parametrize(
+    "claim, message",
+    [
+        ({"source": "x", "order": ["small", "huge"]}, "there is no variant 'huge' (variants: small, other)"),
+        ({"source": "x", "order": ["small", ["other", "small"]]}, "names two variants or more, each once"),
+        ({"source": "x", "order": [["small", "other"]]}, "names two variants or more"),
+        ({"source": "x", "order": "small"}, "names two variants or more"),
+        ({"order": ["small", "other"]}, "is {source: TEXT, order:"),
+    ],
+)
+def test_a_claim_that_names_no_order_of_variants_is_refused(claim, message):
+    with pytest.raises(UserError) as raised:
+        claims_of(spec(claims={"it is so": claim}))
+    assert message in str(raised.value) and "claims.it is so" in str(raised.value)
+
+
+def test_a_claim_may_be_added_but_not_left_out(tmp_path, stub):
+    claims = {"first": {"source": "x", "order": ["small", "other"]}}
+    folder = tmp_path / "compare"
+    experiment(folder)
+    experiment(folder, claims=claims)
+    with pytest.raises(UserError, match="was begun with the claim 'first', which the spec no longer has"):
+        experiment(folder)
+
+
 @pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
 def test_our_comparisons_can_run(file, tiny_dataset, tmp_path, monkeypatch):
-    """Every arm of configs/compare-*.yaml resolves, has the baseline's budget, and as many tokens per step."""
+    """Every arm of our specs resolves, has the baseline's budget, and as many tokens per step."""
     make_run(tiny_dataset, tmp_path / "runs" / "shakespeare", "llama")  # the teacher of one
     monkeypatch.chdir(tmp_path)
     config = read(load_yaml(file))
@@ -464,7 +489,7 @@ def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):
         speeds, "measured", lambda arm: {"tokens_per_second": {"median": 100.0}, "peak_memory_bytes": 2**29}
     )
     config.price = 2.0
-    text = estimate(made, config.price, speeds, at_once=2)
+    text = estimate(made, config.price, speeds, at_once=2).text
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]

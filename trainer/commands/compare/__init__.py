@@ -36,6 +36,12 @@ class CompareConfig:
         "what the variants have in common: as many tokens, FLOPs or seconds of training as the baseline in its max_steps; "
         "parameters: tokens, and sizes within 3 %",
     )
+    claims: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "what others claim -> {source: TEXT, order: [variants, the best first]}; the report judges it"
+        },
+    )
     seeds: list[int] = setting((1, 2, 3), "seeds of the runs that are compared; the same for all variants")
     tuning_seed: int = setting(0, "seed of the runs that choose the learning rates; none of `seeds`", low=0)
     learning_rates: list[float] | None = setting(
@@ -61,7 +67,7 @@ def spec_file(word: str, flags: Values) -> Values:
 def read(values: Values) -> CompareConfig:
     """The spec. What belongs to runs stays text: the type of its key decides later what it means, as in a run's config."""
     config = build(CompareConfig, values)
-    for key in ("common", "variants", "grid"):
+    for key in ("common", "variants", "grid", "claims"):
         setattr(config, key, values.get(key) or {})
     return config
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.commands.compare import CompareConfig
 from trainer.commands.compare.budget import lengths
-from trainer.commands.compare.estimate import Speeds, estimate
+from trainer.commands.compare.estimate import Estimate, Speeds, estimate
 from trainer.commands.compare.experiment import SPEED, Experiment, facts_of, stored_experiment
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import arms, compare_folder
@@ -26,8 +27,28 @@ def say(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def compare(config: CompareConfig) -> None:
-    """Train what is missing of the comparison, and report it."""
+@dataclass(frozen=True)
+class Work:
+    """A comparison whose folder is locked, and whose arms have lengths. slots: the environment of each device."""
+
+    experiment: Experiment
+    speeds: Speeds
+    slots: list[dict[str, str]]
+    plugins: list[str]
+
+    def estimate(self, price: float | None) -> Estimate:
+        return estimate(self.experiment, price, self.speeds, len(self.slots))
+
+    def train(self) -> None:
+        """Train what is missing, and write the report."""
+        self.experiment.write()
+        Queue(self.experiment, self.slots, self.plugins, say).run()
+        publish(self.experiment)
+
+
+@contextlib.contextmanager
+def opened(config: CompareConfig) -> Iterator[Work]:
+    """The comparison of a spec. UserError for a spec that makes no sense, or a folder that holds something else."""
     words = sys.argv[1:]
     plugins = plugins_in(words)
     folder, found = compare_folder(config), arms(config)
@@ -38,15 +59,19 @@ def compare(config: CompareConfig) -> None:
         experiment = Experiment(folder, facts, found, stored_experiment(folder))
         speeds = Speeds(folder / SPEED, slots[0], plugins, say)
         size_arms(experiment, config, speeds)
+        yield Work(experiment, speeds, slots, plugins)
+
+
+def compare(config: CompareConfig) -> None:
+    """Train what is missing of the comparison, and report it."""
+    with opened(config) as work:
         if config.estimate:
-            sys.stdout.write(printable_lines(estimate(experiment, config.price, speeds, len(slots))) + "\n")
-            return
-        experiment.write()
-        if config.elements != "none":
-            write_elements(experiment, plugins, config.elements == "new")
-            return
-        Queue(experiment, slots, plugins, say).run()
-        publish(experiment)
+            sys.stdout.write(printable_lines(work.estimate(config.price).text) + "\n")
+        elif config.elements != "none":
+            work.experiment.write()
+            write_elements(work.experiment, work.plugins, config.elements == "new")
+        else:
+            work.train()
 
 
 def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:

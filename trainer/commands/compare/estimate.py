@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,17 @@ class Speeds:
         return measure_speed(arm.values, folder, self.plugins, self.slot)
 
 
-def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_once: int) -> str:
-    """A table of what each arm still has to train, and the sum. at_once: runs at a time."""
+@dataclass(frozen=True)
+class Estimate:
+    """What is still to be trained, at most. text: a table of the arms, and notes; hours: of one device."""
+
+    text: str
+    runs: int
+    hours: float
+
+
+def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_once: int) -> Estimate:
+    """What each arm still has to train, and the sum. at_once: runs at a time."""
     rows = [
         ["arm", "scale", "parameters", "steps", "tokens", "TFLOP", "tokens/s", "min a run", "runs left", "hours", "GiB"]
     ]
@@ -75,7 +85,7 @@ def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_onc
         f"tokens/s and GiB: measured by `bench` ({speeds.folder}); with validation, without start and samples",
         *notes,
     ]
-    return "\n".join([*markdown_table(rows), "", *(f"- {note}" for note in notes)])
+    return Estimate("\n".join([*markdown_table(rows), "", *(f"- {note}" for note in notes)]), most, hours)
 
 
 def validation_seconds(arm: Arm, steps: int, rate: float) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 from trainer.checkpoint.format import found
 from trainer.commands.compare.budget import Length
 from trainer.commands.compare.learning_rates import DIVERGED, RULE, Sweep, start, sweep
-from trainer.commands.compare.spec import Arm, folder_name
+from trainer.commands.compare.spec import Arm, claims_of, folder_name
 from trainer.core import yaml_text
 from trainer.core.errors import UserError
 from trainer.core.files import DIGEST, read_json, sealed, write_file
@@ -272,6 +272,7 @@ def facts_of(config: Any, name: str, command: list[str], baseline: str) -> dict[
         "seeds": list(config.seeds),
         "tuning_seed": config.tuning_seed,
         "most_learning_rates": config.most_learning_rates,
+        "claims": claims_of(config),
     }
 
 
@@ -290,6 +291,9 @@ def check_same(folder: Path, stored: dict[str, Any], facts: dict[str, Any], arms
     gone = [seed for seed in stored["seeds"] if seed not in facts["seeds"]]
     if gone:
         refuse(f"seed {gone[0]}, which the spec no longer names")
+    dropped = [claim["words"] for claim in stored.get("claims", []) if claim not in facts.get("claims", [])]
+    if dropped:
+        refuse(f"the claim {printable(repr(dropped[0]))}, which the spec no longer has in these words")
     now = {arm.key: arm for arm in arms}
     for entry in stored["arms"]:
         arm = now.get((entry["name"], entry["scale"]))

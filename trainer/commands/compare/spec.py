@@ -136,6 +136,30 @@ def variants(config: CompareConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
+def claims_of(config: CompareConfig) -> list[dict[str, Any]]:
+    """The claims of a CompareConfig, as the report reads them. UserError for one that names no order of variants."""
+    names, found = variants(config), []
+    for words, claim in config.claims.items():
+        where = f"claims.{printable(words)}"
+        if not isinstance(claim, dict) or set(claim) != {"source", "order"}:
+            raise UserError(
+                f"{where}: is {{source: TEXT, order: [VARIANT, VARIANT]}}, the best first; a list in it stands for several"
+            )
+        order = claim["order"] if isinstance(claim["order"], list) else []
+        groups = [one if isinstance(one, list) else [one] for one in order]
+        flat = [str(name) for group in groups for name in group]
+        unknown = next((name for name in flat if name not in names), None)
+        if unknown is not None:
+            raise UserError(
+                f"{where}.order: there is no variant {printable(repr(unknown))} (variants: {', '.join(names)})"
+            )
+        if len(groups) < 2 or not all(groups) or len(set(flat)) < len(flat):
+            raise UserError(f"{where}.order: names two variants or more, each once")
+        pairs = [list(map(str, pair)) for two in itertools.pairwise(groups) for pair in itertools.product(*two)]
+        found.append({"words": str(words), "source": str(claim["source"]), "pairs": pairs})
+    return found
+
+
 def grid_values(grid: dict[str, Any]) -> dict[str, list[str]]:
     """Dotted key -> its values. UserError for a key that no run has, or a value that occurs twice."""
     lists = {}

@@ -101,7 +101,7 @@ class Work:
         slots = device_slots(self.config.jobs, experiment.arms[0].config().device)
         if self.config.estimate:
             speeds = Speeds(experiment.folder / SPEED, slots[0], self.plugins, say)
-            sys.stdout.write(printable_lines(estimate(experiment, self.config.price, speeds, len(slots))) + "\n")
+            sys.stdout.write(printable_lines(estimate(experiment, self.config.price, speeds, len(slots)).text) + "\n")
             return False
         experiment.write()
         Queue(experiment, slots, self.plugins, say).run()

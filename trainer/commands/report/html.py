@@ -58,6 +58,7 @@ def _section(section: Section, prefix: str) -> str:
         *(f'<p class="lead">{text_of(line)}</p>' for line in section.lead),
         f'<ul class="verdicts">{verdicts}</ul>' if verdicts else "",
         f'<div class="caveats"><h3>Caveats</h3><ul>{caveats}</ul></div>' if caveats else "",
+        _titled("Claims", section.claims),
         "<h3>Final table</h3>",
         table_of(section.final),
         "<h3>What it cost</h3>",

@@ -90,6 +90,8 @@ def results_of(section: Section) -> list[str]:
                 for kind, line in section.verdicts
             ],
         ]
+    if section.claims.rows:
+        lines += ["", *_table("Claims", section.claims)]
     lines += ["", *_table("Final table", section.final), "", *_table("What it cost", section.cost)]
     if section.caveats:
         lines += ["", "### Caveats", "", *[f"- {escape(line)}" for line in section.caveats]]

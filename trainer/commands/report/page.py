@@ -47,6 +47,7 @@ class Section:
     data: Table
     commands: list[str]
     tasks: Table = field(default_factory=lambda: Table([], []))
+    claims: Table = field(default_factory=lambda: Table([], []))
 
 
 @dataclass

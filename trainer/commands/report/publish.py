@@ -12,12 +12,14 @@ from typing import Any
 from trainer import __version__
 from trainer.commands.report import ReportConfig, html, markdown, run_html, tables
 from trainer.commands.report.caveats import Caveat, label, metric_of
+from trainer.commands.report.claims import Judgement, claim_table, judge
 from trainer.commands.report.evidence import find_caveats
 from trainer.commands.report.figures import curve_figures, rate_figures
 from trainer.commands.report.load import Run
 from trainer.commands.report.one_run import details, run_body
 from trainer.commands.report.page import Figure, Page, Section
 from trainer.commands.report.results import LEVEL, Result, p_text, results
+from trainer.commands.report.statistics import TTest
 from trainer.commands.report.study import Study, read_studies
 from trainer.commands.report.task_table import task_table
 from trainer.core.files import user_path, write_file
@@ -36,8 +38,10 @@ def run(config: ReportConfig, as_json: bool) -> None:
     for i, study in enumerate(studies):
         caveats = find_caveats(study)
         found = results(study, metric_of(study), caveats, config.target)
+        judged = judge(study, metric_of(study), caveats)
         sections.append(section(study, f"s{i}", found, caveats, config.target))
-        bodies.append(body(study, found, caveats))
+        sections[-1].claims = claim_table(study, judged, metric_of(study))
+        bodies.append(body(study, found, caveats) | {"claims": [_claim_body(one) for one in judged]})
     page = Page(_title(studies), f"Made by crescendo-lm {__version__}, {made}", sections)
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -169,6 +173,7 @@ def body(study: Study, found: list[Result], caveats: list[Caveat]) -> dict[str, 
         "arms": [_arm_body(one) for one in found],
         "caveats": [{"rule": caveat.rule, "text": caveat.text, "arms": caveat.arms} for caveat in caveats],
         "notes": study.notes,
+        "environment": {fact: value for fact, value in tables.environment_table(study).rows},
         "runs": [
             {
                 "folder": str(run.folder),
@@ -197,6 +202,29 @@ RUN_KEYS = (
 )
 
 
+def _claim_body(one: Judgement) -> dict[str, Any]:
+    return {
+        "claim": one.claim.words,
+        "source": one.claim.source,
+        "scale": one.scale,
+        "verdict": one.verdict,
+        "pairs": [
+            {
+                "better": pair.better.name,
+                "worse": pair.worse.name,
+                "difference": _test_body(pair.test),
+                "p_holm": pair.adjusted,
+                "blocked": pair.blocked,
+            }
+            for pair in one.pairs
+        ],
+    }
+
+
+def _test_body(test: TTest | None) -> dict[str, Any] | None:
+    return None if test is None else {key: tables.json_number(value) for key, value in dataclasses.asdict(test).items()}
+
+
 def _arm_body(one: Result) -> dict[str, Any]:
     return {
         "name": one.arm.name,
@@ -208,9 +236,8 @@ def _arm_body(one: Result) -> dict[str, Any]:
         "planned": one.planned,
         "mean": one.mean,
         "sd": one.sd,
-        "difference": None
-        if one.test is None
-        else {k: tables.json_number(v) for k, v in dataclasses.asdict(one.test).items()},
+        "bits_per_byte": tables.mean([run.bits for run in one.arm.by_seed.values()]),
+        "difference": _test_body(one.test),
         "bootstrap": one.bootstrap,
         "p_holm": one.adjusted,
         "seeds_needed": one.needed,

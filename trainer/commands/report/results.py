@@ -89,14 +89,20 @@ def _measured(study: Study, arm: Arm, metric: str, target: float | None) -> Resu
         result.below_target = p_below(losses, target)
     if baseline is None or arm is baseline:
         return result
-    others = {seed: getattr(run, metric) for seed, run in baseline.by_seed.items()}
-    differences = [values[seed] - others[seed] for seed in sorted(values) if others.get(seed) is not None]
+    differences = paired_differences(arm, baseline, metric)
     if differences:
         result.test = t_test(differences)
         if result.test.sd is not None:
             result.bootstrap = bootstrap_interval(differences)
             result.needed = seeds_needed(result.test.mean, result.test.sd, LEVEL)
     return result
+
+
+def paired_differences(arm: Arm, other: Arm, metric: str) -> list[float]:
+    """arm - other, of each seed of which both have a finished run, by seed."""
+    mine, theirs = arm.by_seed, other.by_seed
+    pairs = [(getattr(mine[seed], metric), getattr(theirs[seed], metric)) for seed in sorted(mine) if seed in theirs]
+    return [one - two for one, two in pairs if one is not None and two is not None]
 
 
 def _judge(one: Result, baseline: str, blocks: list[str]) -> None:

@@ -71,11 +71,20 @@ class Arm:
         return {rate: [run for run in tuning if run.learning_rate == rate] for rate in rates}
 
 
+@dataclass(frozen=True)
+class Claim:
+    """words: what is claimed; source: who says so; pairs: names of two arms each, the better one first."""
+
+    words: str
+    source: str
+    pairs: tuple[tuple[str, str], ...]
+
+
 @dataclass
 class Study:
     """Arms that are compared with each other.
 
-    budget, rule, seeds, tuning_seed, command: of experiment.json; declared: whether there is one
+    budget, rule, seeds, tuning_seed, claims, command: of experiment.json; declared: whether there is one
     notes: what could not be read, each a line
     """
 
@@ -88,6 +97,7 @@ class Study:
     rule: str = ""
     seeds: list[int] = field(default_factory=list)
     tuning_seed: int | None = None
+    claims: list[Claim] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -213,6 +223,7 @@ def read_comparison(folder: Path) -> Study:
         rule=printable(_value(content, "rule", (str,), where), MESSAGE_LENGTH),
         seeds=[_value({"seeds": seed}, "seeds", (int,), where) for seed in _value(content, "seeds", (list,), where)],
         tuning_seed=_value(content, "tuning_seed", (int, NOTHING), where),
+        claims=[_read_claim(one, by_key, where) for one in _value({"claims": []} | content, "claims", (list,), where)],
         command=[str(word) for word in _value(content, "command", (list,), where)],
     )
     for one in runs:
@@ -234,6 +245,19 @@ def _read_arm(one: Any, where: str) -> Arm:
         bracketed=_value(one, "bracketed", (bool, NOTHING), where),
         refused=None if refused is None else printable(refused, MESSAGE_LENGTH),
     )
+
+
+def _read_claim(one: Any, arms: dict[tuple[str, float], Arm], where: str) -> Claim:
+    """A claim, whose arms must be there at each scale."""
+    scales = {scale for _, scale in arms}
+    pairs = []
+    for pair in _value(one, "pairs", (list,), where):
+        names = [printable(name, NAME_LENGTH) for name in pair] if isinstance(pair, list) else []
+        if len(set(names)) != 2 or any((name, scale) not in arms for name in names for scale in scales):
+            raise UserError(f"{where}: a claim's pair is {printable(repr(pair), 100)}, which are not two of the arms")
+        pairs.append((names[0], names[1]))
+    words, source = (printable(_value(one, key, (str,), where), MESSAGE_LENGTH) for key in ("words", "source"))
+    return Claim(words, source, tuple(pairs))
 
 
 def _read_run(folder: Path, one: Any, where: str) -> tuple[Run, tuple[str, float]]:

@@ -62,15 +62,15 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
     rows = []
     for one in results:
         losses = [run.loss for run in one.arm.by_seed.values() if run.loss is not None]
-        mean, interval, p = (None,) * 3 if one.test is None else (one.test.mean, one.test.interval, one.test.p)
+        difference, interval, p = (None,) * 3 if one.test is None else (one.test.mean, one.test.interval, one.test.p)
         rows.append(
             [
                 *_names(study, one.arm),
                 f"{len(one.arm.by_seed)} of {one.planned}",
                 show(sum(losses) / len(losses) if losses else None, ".4f"),
                 show(one.sd, ".4f"),
-                show(_mean([run.bits for run in one.arm.by_seed.values()]), ".4f"),
-                "baseline" if one.is_baseline else show(mean, "+.4f"),
+                show(mean([run.bits for run in one.arm.by_seed.values()]), ".4f"),
+                "baseline" if one.is_baseline else show(difference, "+.4f"),
                 "" if one.is_baseline else "no claim" if one.claim == "none" else one.claim,
                 span(interval),
                 span(one.bootstrap),
@@ -95,7 +95,8 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
     return Table(header, rows, notes)
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
+    """The mean; None if a value is missing, or there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

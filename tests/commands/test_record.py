@@ -1,0 +1,102 @@
+"""`record`: the page of a folder of comparisons, and what stays when their runs are gone. Nothing is trained here."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from synthetic_runs import simple_comparison
+
+from trainer.__main__ import dispatch
+from trainer.commands.compare import command
+from trainer.commands.compare.estimate import Estimate
+from trainer.core.errors import UserError
+
+SPEC = """
+# A comparison.
+common: {max_steps: 40}
+variants: {gpt2: {model: {name: gpt2}}, llama: {model: {name: llama}}}
+claims:
+  "llama is better": {source: a paper, order: [llama, gpt2]}
+"""
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Call `record` on two specs: one comparison has a report, the other has no run."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "record"
+    folder.mkdir()
+    for name in ("first", "second"):
+        (folder / f"{name}.yaml").write_text(SPEC)
+    experiment = simple_comparison(tmp_path / "runs" / "first")
+    claim = {"words": "llama is | better", "source": "a paper", "pairs": [["llama", "gpt2"]]}
+    experiment.content["claims"] = [claim]
+    dispatch(["report", str(experiment.write())])
+
+    def call(*flags):
+        dispatch(["record", str(folder), "--runs", str(tmp_path / "runs"), *flags])
+        return (folder / "RECORD.md").read_text()
+
+    return call
+
+
+def test_the_page_has_claims_and_results_and_names_what_is_missing(record):
+    page = record("--train", "false")
+    assert "| llama is \\| better | a paper | llama - gpt2 -0.0997" in page and "| shown " in page
+    assert "## first" in page and "Not measured yet: [second](second.yaml)." in page
+    rows = [line for line in page.splitlines() if line.startswith(("| gpt2", "| llama "))]
+    assert "baseline" in rows[0] and "better" in rows[1]
+
+
+def test_results_stay_when_the_runs_are_gone(record, tmp_path):
+    page = record("--train", "false")
+    shutil.rmtree(tmp_path / "runs")
+    assert record("--train", "false") == page
+
+
+def test_results_that_were_changed_are_refused(record, tmp_path):
+    record("--train", "false")
+    kept = tmp_path / "record" / "first.json"
+    kept.write_text(kept.read_text().replace('"mean": 2.9', '"mean": 1.9'))
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(UserError, match=r"first\.json: was changed after it was written"):
+        record("--train", "false")
+
+
+def test_all_hours_are_said_before_anything_trains(record, tmp_path, monkeypatch, capsys):
+    import contextlib
+
+    said = []
+
+    @contextlib.contextmanager
+    def opened(config):
+        said.append(("open", config.compare_dir, config.common["max_steps"], config.jobs))
+        estimate = Estimate("| arm |", 12, 1.5)
+        yield SimpleNamespace(slots=[{}, {}], estimate=lambda price: estimate, train=lambda: said.append("train"))
+
+    monkeypatch.setattr(command, "opened", opened)
+    record("--price", "2", "--jobs", "2", "--common.max_steps", "7")
+    shown = capsys.readouterr().out
+    assert (
+        "| in all     |           24 |  3.00 |" in shown and "1.50 hours with 2 at a time; 6.00 at 2 an hour" in shown
+    )
+    runs = str(tmp_path / "runs")
+    first, second = (("open", f"{runs}/{name}", "7", 2) for name in ("first", "second"))
+    assert said == [first, second, first, "train", second, "train"]
+    said.clear()
+    record("--estimate")
+    assert "train" not in said
+
+
+def test_a_folder_without_specs_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no spec of a comparison"):
+        dispatch(["record", str(tmp_path)])
+
+
+def test_the_record_of_this_project_is_what_its_results_say(tmp_path):
+    """RECORD.md is the page of the results beside it."""
+    folder = tmp_path / "record"
+    shutil.copytree(ROOT / "configs" / "record", folder)
+    dispatch(["record", str(folder), "--train", "false", "--runs", str(tmp_path)])
+    assert (folder / "RECORD.md").read_text() == (ROOT / "configs" / "record" / "RECORD.md").read_text()

@@ -1,0 +1,222 @@
+"""`record`: trains the comparisons of a folder, and writes what they show of the claims in their specs. configs/record/README.md is the guide.
+
+runs/record/NAME/      the comparison of NAME.yaml, as `compare` keeps it
+FOLDER/NAME.json       its results, which stay when the runs are gone
+FOLDER/RECORD.md       the page, from all these results
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.commands import Values, Verb
+from trainer.core.errors import UserError
+from trainer.core.settings import build, merge, setting
+from trainer.core.text import markdown_table, printable, printable_lines
+
+if TYPE_CHECKING:
+    from trainer.commands.compare import CompareConfig
+
+KEPT = ("name", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
+PAGE = "RECORD.md"
+SECONDS_PER_HOUR = 3600
+
+
+@dataclass
+class RecordConfig:
+    """`record`: which specs, where their runs are, and how they run."""
+
+    folder: str = setting("configs/record", "folder of the specs and of the page (the flag is optional)")
+    runs: str = setting("runs/record", "folder of the comparisons, each in a folder with the name of its spec")
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "keys of a run, over those of each spec, such as common.data.path"}
+    )
+    jobs: int | None = setting(None, "runs at a time; auto: one per GPU, one on a CPU", low=1)
+    price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)
+    estimate: bool = setting(False, "measure speeds, print what is left to train and what it costs, and stop")
+    train: bool = setting(True, "false: train nothing; write the page from the comparisons and results that there are")
+
+
+def read(values: Values) -> RecordConfig:
+    """The config; what belongs to runs stays text, as in a spec."""
+    config = build(RecordConfig, values)
+    config.common = values.get("common") or {}
+    return config
+
+
+def run(config: RecordConfig) -> None:
+    """Run the verb."""
+    from trainer.commands.compare.command import opened
+    from trainer.core.files import user_path
+
+    folder = user_path(config.folder, "folder")
+    specs = dict(read_specs(folder, config))
+    if config.train or config.estimate:
+        print_estimate(specs, config)
+    if config.estimate:
+        return
+    for spec in specs.values() if config.train else ():
+        with opened(spec) as work:
+            work.train()
+    for name, spec in specs.items():
+        keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
+    write_page(folder, list(specs))
+
+
+def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, CompareConfig]]:
+    """The name and the spec of each comparison. UserError if there is none, or one makes no sense."""
+    from trainer.commands import compare
+
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise UserError(f"folder: {printable(folder)} holds no spec of a comparison (*.yaml)")
+    for path in paths:
+        values = merge(compare.spec_file(str(path), {}), {"common": config.common} if config.common else {})
+        values["compare_dir"] = str(Path(config.runs) / path.stem)
+        spec = compare.read(values)
+        spec.jobs = config.jobs or spec.jobs
+        yield path.stem, spec
+
+
+def print_estimate(specs: dict[str, CompareConfig], config: RecordConfig) -> None:
+    """What is left to train, of each comparison and in all."""
+    from trainer.commands.compare.command import opened
+
+    rows, runs, hours, at_once = [["comparison", "runs at most", "hours"]], 0, 0.0, 1
+    for name, spec in specs.items():
+        with opened(spec) as work:
+            found, at_once = work.estimate(config.price), len(work.slots)
+        sys.stdout.write(printable_lines(f"{name}\n\n{found.text}\n\n"))
+        rows.append([name, str(found.runs), f"{found.hours:.2f}"])
+        runs, hours = runs + found.runs, hours + found.hours
+    cost = "" if config.price is None else f"; {hours * config.price:,.2f} at {config.price:g} an hour and device"
+    rows.append(["in all", str(runs), f"{hours:.2f}"])
+    text = "\n".join([*markdown_table(rows), "", f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"])
+    print(printable_lines(text), flush=True)
+
+
+def keep_results(report: Path, kept: Path) -> None:
+    """Copy what a page needs from a comparison's report.json to `kept`, if the comparison has a report with finished runs."""
+    from trainer.core.files import read_json, sealed, write_file
+
+    if not report.exists():
+        return
+    content = read_json(report)
+    study = content["studies"][0]
+    finished = [run for run in study["runs"] if run["state"] == "finished"]
+    if not finished:
+        return
+    hours = sum(run["seconds"] or 0 for run in study["runs"]) / SECONDS_PER_HOUR
+    facts = {"made": content["made"], "runs": len(study["runs"]), "finished": len(finished), "hours": hours}
+    write_file(kept, sealed(facts | {key: study[key] for key in KEPT}))
+
+
+def write_page(folder: Path, names: list[str]) -> None:
+    """Write RECORD.md from the results in `folder`."""
+    from trainer.core.files import read_json, write_file
+
+    found = {name: read_json(folder / f"{name}.json") for name in names if (folder / f"{name}.json").exists()}
+    missing = [name for name in names if name not in found]
+    lines = ["# Record", "", "Written by `python -m trainer record`; README.md says how to read it.", ""]
+    lines += claim_lines(found)
+    for name, study in found.items():
+        lines += ["", *study_lines(name, study)]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(f'[{name}]({name}.yaml)' for name in missing)}."]
+    write_file(folder / PAGE, "\n".join(lines) + "\n")
+    print(f"{printable(folder / PAGE)}: {len(found)} comparisons, {len(missing)} not measured yet", file=sys.stderr)
+
+
+def claim_lines(found: dict[str, Any]) -> list[str]:
+    """The table of all claims."""
+    from trainer.commands.report.markdown import escape
+
+    rows = [["claim", "source", "here", "verdict", "comparison"]]
+    for name, study in found.items():
+        for claim in study["claims"]:
+            pairs = "; ".join(pair_words(pair) for pair in claim["pairs"])
+            said = [escape(claim["claim"]), escape(claim["source"]), escape(pairs), claim["verdict"]]
+            rows.append([*said, f"[{name}](#{name}), equal {study['budget']}"])
+    return ["## Claims", "", *markdown_table(rows)] if len(rows) > 1 else []
+
+
+def pair_words(pair: dict[str, Any]) -> str:
+    """What two neighbours of a claimed order differ by."""
+    from trainer.commands.report.tables import span
+
+    test = pair["difference"]
+    names = f"{pair['better']} - {pair['worse']}"
+    if test is None or test["interval"] is None:
+        return f"{names}: {'no pair of runs' if test is None else 'one seed'}"
+    p = "" if pair["p_holm"] is None else f", p {pair['p_holm']:.2g}"
+    return f"{names} {test['mean']:+.4f} {span(test['interval'])}{p}"
+
+
+def study_lines(name: str, study: dict[str, Any]) -> list[str]:
+    """The results of one comparison."""
+    from trainer.commands.report.markdown import escape
+
+    facts = study["environment"]
+    lead = (
+        f"Equal {study['budget']}, spec [{name}.yaml]({name}.yaml); {study['finished']} of {study['runs']} runs finished, "
+        f"{study['hours']:.2f} hours of training; {facts.get('device', 'n/a')}, {facts.get('precision', 'n/a')}, torch "
+        f"{facts.get('torch', 'n/a')}; started {facts.get('started', 'n/a')}."
+    )
+    header = [
+        "arm",
+        "learning rate",
+        "loss",
+        "sd",
+        "bits/byte",
+        f"difference to {study['baseline']}",
+        "p, Holm",
+        "claim",
+    ]
+    rows = [[*header, "parameters", "tokens", "TFLOP", "tokens/s", "peak GiB"]]
+    rows += [arm_cells(arm, study["baseline"]) for arm in study["arms"]]
+    caveats = [f"- {escape(caveat['text'])}" for caveat in study["caveats"]]
+    return [
+        f"## {name}",
+        "",
+        escape(lead).replace("\\[", "[").replace("\\]", "]"),
+        "",
+        *markdown_table(rows),
+        "",
+        *caveats,
+    ]
+
+
+def arm_cells(arm: dict[str, Any], baseline: str) -> list[str]:
+    """The row of an arm."""
+    from trainer.commands.report.tables import p_cell, show, span
+
+    test, name = arm["difference"], arm["name"]
+    difference = "n/a" if test is None else f"{test['mean']:+.4f} {span(test['interval'])}"
+    judged = ["baseline", "", ""] if name == baseline else [difference, p_cell(arm["p_holm"]), arm["claim"]]
+    tera = None if arm["flops"] is None else arm["flops"] / 1e12
+    peak = None if arm["peak_memory_bytes"] is None else arm["peak_memory_bytes"] / 2**30
+    loss = arm["mean"] if arm["metric"] == "loss" else None
+    reached = [show(arm["learning_rate"], ".3g"), show(loss, ".4f"), show(arm["sd"], ".4f")]
+    costs = [
+        show(arm["parameters"], ",.0f"),
+        show(arm["tokens"], ",.0f"),
+        show(tera, ",.1f"),
+        show(arm["rate"], ",.0f"),
+    ]
+    return [name, *reached, show(arm["bits_per_byte"], ".4f"), *judged, *costs, show(peak, ".2f")]
+
+
+VERB = Verb(
+    name="record",
+    help="train the comparisons of a folder, and say which claims of others they bear out",
+    config=RecordConfig,
+    run=run,
+    alone=True,
+    positional=lambda word, flags: {"folder": word},
+    read=read,
+    interrupted="interrupted; the same command goes on",
+)
