@@ -74,7 +74,7 @@ def draw_curves(curves: Curves, out: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     panels = [panel for panel in PANELS if curves.lines[panel]]
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         values = set()
@@ -85,6 +85,6 @@ def draw_curves(curves: Curves, out: Path, title: str) -> None:
         axis.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
         axis.tick_params(which="minor", labelbottom=False)
         axis.grid(which="both", alpha=0.3)
-        axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(out, dpi=100)
