@@ -51,6 +51,7 @@ def test_the_page_has_claims_and_results_and_names_what_is_missing(record):
 
 def test_results_stay_when_the_runs_are_gone(record, tmp_path):
     page = record("--train", "false")
+    assert "(first.svg)" in page and "<svg" in (tmp_path / "record" / "first.svg").read_text()
     shutil.rmtree(tmp_path / "runs")
     assert record("--train", "false") == page
 

@@ -1,7 +1,7 @@
 """`record`: trains the comparisons of a folder, and writes what they show of the claims in their specs. configs/record/README.md is the guide.
 
 runs/record/NAME/      the comparison of NAME.yaml, as `compare` keeps it
-FOLDER/NAME.json       its results, which stay when the runs are gone
+FOLDER/NAME.json .svg  its results, and its losses over FLOPs, which stay when the runs are gone
 FOLDER/RECORD.md       the page, from all these results
 """
 
@@ -113,6 +113,8 @@ def keep_results(report: Path, kept: Path) -> None:
     hours = sum(run["seconds"] or 0 for run in study["runs"]) / SECONDS_PER_HOUR
     facts = {"made": content["made"], "runs": len(study["runs"]), "finished": len(finished), "hours": hours}
     write_file(kept, sealed(facts | {key: study[key] for key in KEPT}))
+    if figures := sorted(report.parent.glob("*-validation-flops-log.svg")):
+        write_file(kept.with_suffix(".svg"), figures[0].read_text(encoding="utf-8"))
 
 
 def write_page(folder: Path, names: list[str]) -> None:
@@ -125,6 +127,8 @@ def write_page(folder: Path, names: list[str]) -> None:
     lines += claim_lines(found)
     for name, study in found.items():
         lines += ["", *study_lines(name, study)]
+        if (folder / f"{name}.svg").exists():
+            lines += ["", f"![{name}: validation loss against training FLOPs, of each arm]({name}.svg)"]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(f'[{name}]({name}.yaml)' for name in missing)}."]
     write_file(folder / PAGE, "\n".join(lines) + "\n")

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from conftest import ROOT, tiny_values
-from synthetic_runs import Experiment, simple_comparison, sweep, write_run
+from synthetic_runs import TOKENIZER, Experiment, simple_comparison, sweep, write_run
 
 from trainer.__main__ import dispatch
 from trainer.commands.report.figures import band_of, rate_figures, spread
@@ -232,6 +232,25 @@ def test_the_band_is_from_the_lowest_to_the_highest_seed(tmp_path):
     assert x.tolist() == [20 * 512, 30 * 512, 40 * 512]
     assert (middle[-1], low[-1], high[-1]) == (2.5, 2.0, 3.0) and np.all((low <= middle) & (middle <= high))
     assert band_of(study.arms[0], "validation", "flops") is not None
+
+
+def test_between_tokenizers_the_curves_are_in_bits_per_byte(tmp_path, capsys):
+    """Nats per token of two tokenizers have no common axis: validation is drawn in bits per byte, training not at all."""
+    write_run(tmp_path / "one", 3.0)
+    write_run(
+        tmp_path / "two",
+        3.0,
+        seed=2,
+        data={"tokenizer": {**TOKENIZER, "sha256": "b" * 64}},
+        row={"val_bits_per_byte": 1.5},
+    )
+    dispatch(["report", str(tmp_path), "--out", str(tmp_path / "page")])
+    figures = {path.name for path in (tmp_path / "page").glob("*.svg")}
+    assert figures and not [name for name in figures if "training" in name]
+    drawn = "".join((tmp_path / "page" / name).read_text() for name in figures)
+    assert "loss, bits per byte" in drawn and "nats per token" not in drawn
+    one = read_studies([str(tmp_path / "two")], None)[0].arms[0]
+    assert band_of(one, "validation", "tokens", "bits")[1][-1] == 1.5
 
 
 def test_labels_of_near_learning_rates_do_not_touch():

@@ -25,6 +25,7 @@ FOREGROUND = "#010203"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8528e", "#9a7400", "#3a9bd1", "#444444", "#6a3d9a")
 STYLES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1.5, 2)), (0, (1.5, 1.5)))
 LABELS = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
+WORDS = {"loss": "nats per token", "bits": "bits per byte"}
 TABS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 GRID = 300  # most points of a curve
 FEW = 40  # evaluations that are drawn as dots
@@ -32,11 +33,14 @@ SIZE = (6.6, 3.8)  # inches, without the legend
 LEGEND_ROW, LEGEND_CHARACTERS = 0.21, 96  # inches of a row, characters that fit into it
 
 
-def curve_figures(study: Study, stem: str, scale: float, kind: str) -> list[Figure]:
-    """`kind` (validation or training) loss of all arms of a scale, against each of AXES, linear and logarithmic."""
-    found = []
-    for axis in AXES:
-        bands = [(arm, band) for arm in study.at(scale) if (band := band_of(arm, kind, axis)) is not None]
+def curve_figures(study: Study, stem: str, scale: float, kind: str, metric: str = "loss") -> list[Figure]:
+    """`kind` (validation or training) loss of all arms of a scale, against each of AXES, linear and logarithmic.
+
+    metric: loss, or bits if the tokenizers differ. Training losses have no common unit then, and are not drawn.
+    """
+    found: list[Figure] = []
+    for axis in AXES if (kind, metric) != ("training", "bits") else ():
+        bands = [(arm, band) for arm in study.at(scale) if (band := band_of(arm, kind, axis, metric)) is not None]
         if not bands:
             continue
         for log in (False, True) if axis != "seconds" else (False,):
@@ -45,18 +49,18 @@ def curve_figures(study: Study, stem: str, scale: float, kind: str) -> list[Figu
                 f"{kind.capitalize()} loss{', smoothed,' if kind == 'training' else ''} against {LABELS[axis]}: median of the finished "
                 "seeds, and the band from the lowest to the highest, as far as all of them go"
             )
-            svg = _draw_curves(study, bands, kind, axis, name, log)
+            svg = _draw_curves(study, bands, kind, axis, name, log, metric)
             found.append(Figure(name, TABS[axis] + (", log" if log else ""), caption, svg))
     return found
 
 
-def band_of(arm: Arm, kind: str, axis: str) -> np.ndarray | None:
+def band_of(arm: Arm, kind: str, axis: str, metric: str = "loss") -> np.ndarray | None:
     """[4, points]: x, median, lowest, highest over the finished seeds, on the part of the axis that all of them cover.
 
     Without a finished seed: of those that are not. None if nothing is known.
     """
     runs = list(arm.by_seed.values()) or [run for run in arm.test_runs if run.step]
-    curves = [curve for run in runs if (curve := _points(run, kind, axis)) is not None]
+    curves = [curve for run in runs if (curve := _points(run, kind, axis, metric)) is not None]
     if not curves:
         return None
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
@@ -70,13 +74,13 @@ def band_of(arm: Arm, kind: str, axis: str) -> np.ndarray | None:
     return np.array([grid, np.median(losses, axis=0), losses.min(axis=0), losses.max(axis=0)])
 
 
-def _points(run: Run, kind: str, axis: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _points(run: Run, kind: str, axis: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """The finite points of a run's curve; None if there are none."""
     curve = run.training if kind == "training" else run.validation
     if not curve:
         return None
-    there = np.isfinite(curve[axis]) & np.isfinite(curve["loss"])
-    return (curve[axis][there], curve["loss"][there]) if there.any() else None
+    there = np.isfinite(curve[axis]) & np.isfinite(curve[metric])
+    return (curve[axis][there], curve[metric][there]) if there.any() else None
 
 
 def look(study: Study, arm: Arm) -> dict[str, Any]:
@@ -86,7 +90,9 @@ def look(study: Study, arm: Arm) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)]}
 
 
-def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, axis: str, name: str, log: bool) -> str:
+def _draw_curves(
+    study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, axis: str, name: str, log: bool, metric: str
+) -> str:
     from matplotlib.ticker import EngFormatter
 
     figure, axes, columns = _figure([arm.name for arm, _ in bands])
@@ -96,7 +102,7 @@ def _draw_curves(study: Study, bands: list[tuple[Arm, np.ndarray]], kind: str, a
         marker = {"marker": "o", "markersize": 2.5} if kind == "validation" and len(x) <= FEW else {}
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0, gid=f"band-{i}")
         axes.plot(x, middle, linewidth=1.5, label=_text(arm.name) + partial, gid=f"curve-{i}", **style, **marker)
-    axes.set(xlabel=LABELS[axis], ylabel="loss, nats per token")
+    axes.set(xlabel=LABELS[axis], ylabel=f"loss, {WORDS[metric]}")
     if log:
         axes.set_xscale("log")
     elif axis != "seconds":
@@ -115,7 +121,7 @@ def _loss_range(bands: list[np.ndarray]) -> tuple[float | None, float | None]:
     return (low - margin, high + margin) if margin else (None, None)
 
 
-def rate_figures(study: Study, stem: str) -> list[Figure]:
+def rate_figures(study: Study, stem: str, metric: str = "loss") -> list[Figure]:
     """Loss at the end against the learning rate: a figure for each scale at which learning rates were tried."""
     found = []
     for scale in study.scales:
@@ -126,15 +132,16 @@ def rate_figures(study: Study, stem: str) -> list[Figure]:
                 "Validation loss at the end against the learning rate, mean over seeds; a star is the chosen value. At the upper edge: "
                 "x diverged, triangle not finished or failed"
             )
-            found.append(Figure(name, f"scale {scale:g}", caption, _draw_rates(study, arms, name)))
+            found.append(Figure(name, f"scale {scale:g}", caption, _draw_rates(study, arms, name, metric)))
     return found
 
 
-def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
+def _draw_rates(study: Study, arms: list[Arm], name: str, metric: str) -> str:
     figure, axes, columns = _figure([arm.name for arm in arms])
     for i, arm in enumerate(arms):
         style, curve = look(study, arm), arm.curve()
-        ends = {rate: [run.loss for run in runs if run.loss is not None] for rate, runs in curve.items()}
+        ends = {rate: [getattr(run, metric) for run in runs] for rate, runs in curve.items()}
+        ends = {rate: [loss for loss in losses if loss is not None] for rate, losses in ends.items()}
         means = {rate: float(np.mean(losses)) for rate, losses in ends.items() if losses}
         axes.plot(
             list(means),
@@ -166,7 +173,7 @@ def _draw_rates(study: Study, arms: list[Arm], name: str) -> str:
                 markersize=7,
                 transform=axes.get_xaxis_transform(),
             )
-    axes.set(xlabel="learning rate", ylabel="loss at the end, nats per token")
+    axes.set(xlabel="learning rate", ylabel=f"loss at the end, {WORDS[metric]}")
     axes.set_xscale("log")
     shown = spread(sorted({rate for arm in arms for rate in arm.curve()}))
     axes.set_xticks(shown, [f"{rate:.3g}" for rate in shown])

@@ -94,13 +94,14 @@ def _title(studies: list[Study]) -> str:
 def section(study: Study, stem: str, found: list[Result], caveats: list[Caveat], target: float | None) -> Section:
     """All that the page shows of a study. stem: the beginning of its figures' names."""
     figures: dict[str, list[Figure]] = {}
+    metric = metric_of(study)
     for kind in ("validation", "training"):
         for scale in study.scales:
             where = f", scale {scale:g}" if len(study.scales) > 1 else ""
-            drawn = curve_figures(study, f"{stem}-{scale:g}".replace(".", "_"), scale, kind)
+            drawn = curve_figures(study, f"{stem}-{scale:g}".replace(".", "_"), scale, kind, metric)
             if drawn:
                 figures[f"{kind.capitalize()} loss{where}"] = drawn
-    rates = rate_figures(study, stem)
+    rates = rate_figures(study, stem, metric)
     if rates:
         figures["Learning rates"] = rates
     return Section(
