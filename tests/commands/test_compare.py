@@ -243,7 +243,17 @@ def test_a_claim_may_be_added_but_not_left_out(tmp_path, stub):
         experiment(folder)
 
 
-@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+WITH_OTHER_BUDGET = [file for file in COMPARISONS if file.stem.endswith("-flops")]
+
+
+@pytest.mark.parametrize("file", WITH_OTHER_BUDGET, ids=lambda file: file.stem)
+def test_our_comparisons_with_equal_flops_have_the_arms_of_those_with_equal_parameters(file):
+    config, base = (read(load_yaml(path)) for path in (file, file.with_stem(file.stem.removesuffix("-flops"))))
+    assert (config.budget, base.budget) == ("flops", "parameters")
+    assert arms(config) == arms(base) and claims_of(config) == claims_of(base)
+
+
+@pytest.mark.parametrize("file", sorted({*COMPARISONS} - {*WITH_OTHER_BUDGET}), ids=lambda file: file.stem)
 def test_our_comparisons_can_run(file, tiny_dataset, tmp_path, monkeypatch):
     """Every arm of our specs resolves, has the baseline's budget, and as many tokens per step."""
     make_run(tiny_dataset, tmp_path / "runs" / "shakespeare", "llama")  # the teacher of one
