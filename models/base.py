@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import counting
+from models.mup import Multipliers, Transfer
 from models.state import DecodingState, State
 
 IGNORE = -1  # a target that does not count
@@ -170,6 +171,8 @@ class LanguageModel(nn.Module):
     optim_defaults: ClassVar[dict[str, float]] = {}  # the model's own defaults for the `optim` section; lr: AdamW's
     optim_source: ClassVar[str] = ""  # where they come from
     max_context: int | None = None  # longest sequence that the model accepts; None: any
+    # Why the model has no field `mup`, if it has none.
+    mup_refusal: ClassVar[str] = "only the decoders of models/transformer.py have its rules"
 
     def new_state(self, batch: int, max_length: int | None, device: torch.device, dtype: torch.dtype) -> State | None:
         """The memory of incremental decoding of `batch` texts; None: the whole context is computed for each token.
@@ -254,6 +257,15 @@ class LanguageModel(nn.Module):
     def caps_logits(self) -> bool:
         """Whether the loss soft-caps the logits, for which it needs a copy of them."""
         return False
+
+    def multipliers(self) -> Multipliers | None:
+        """Of the maximal update parametrisation, if it is on: see mup.py."""
+        return None
+
+    def transfers(self) -> dict[str, Transfer]:
+        """Name of a parameter -> how the optimizer treats it under the maximal update parametrisation; one that is not named is treated
+        as without."""
+        return {}
 
     def names_by_role(self) -> dict[str, list[str]]:
         """`parameter_groups`, with each further role replaced by the role that it is treated as; an unknown role stays unchanged."""

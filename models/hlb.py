@@ -99,6 +99,7 @@ class Hlb(LanguageModel):
 
     Config = HlbConfig
     kernel_fields, device_kernels = ("attention_kernel",), ("flex",)
+    mup_refusal = "its recipe has laws of learning rate and decay over the size"
     masks_documents = True
 
     def __init__(self, config: HlbConfig) -> None:

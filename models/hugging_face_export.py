@@ -15,6 +15,7 @@ from torch import Tensor
 from models.hugging_face import ROPE_TYPES, family_of, llama_sources, openai_sources
 from models.hugging_face_mamba import mamba2_converted, mamba2_fields, zamba2_converted, zamba2_fields
 from models.mamba2 import Mamba2Config
+from models.mup import folded, folded_config
 from models.presets import Gpt2
 from models.transformer import Transformer
 from models.transformer_config import TransformerConfig
@@ -62,7 +63,9 @@ def native(model_class: type, config: Any) -> tuple[Native | None, str]:
     """(the class of transformers that computes the same logits, and its weights; why there is none, as a sentence or "").
 
     Rows of the vocabulary that are never predicted (`unpadded_vocab`) are cut off. Heads that predict later tokens are left out.
+    The multipliers of mup go into the weights.
     """
+    own, config = config, folded_config(config)
     targets = {kind: target for kind, target in TARGETS.items() if model_class.__module__ in target.modules}
     if not targets:
         return None, f"no class of transformers computes {model_class.__name__}"
@@ -78,14 +81,15 @@ def native(model_class: type, config: Any) -> tuple[Native | None, str]:
         theirs = {"model_type": kind, "architectures": [target.architecture], **target.config(config)}
         differing = different_fields(config, theirs)
         if not differing:
-            return _native(kind, target, config, theirs), ""
+            return _native(kind, target, own, theirs), ""
         if nearest is None or len(differing) < len(nearest):
             nearest = differing
     said = ", ".join(f"{name} {getattr(config, name)!r}" for name in (nearest or [])[:4])
     return None, f"no class of transformers computes a decoder with {said}"
 
 
-def _native(kind: str, target: Target, config: Any, theirs: dict[str, Any]) -> Native:
+def _native(kind: str, target: Target, own: Any, theirs: dict[str, Any]) -> Native:
+    config = folded_config(own)
     rows = getattr(config, "unpadded_vocab", 0) or config.vocab_size
     further = getattr(config, "n_predict", 1) - 1
 
@@ -94,7 +98,7 @@ def _native(kind: str, target: Target, config: Any, theirs: dict[str, Any]) -> N
             return iter(())
         if name in ("embedding.weight", "head.weight"):
             value = value[:rows]
-        return target.weights(config, name, value)
+        return target.weights(config, name, folded(own, name, value))
 
     heads = f"{further} heads for later tokens" if further else ""
     return Native(kind, theirs, heads, convert)

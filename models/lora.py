@@ -120,6 +120,12 @@ class LoraModel(LanguageModel):
         """None: what is trained fuses no matrices."""
         return {}
 
+    def multipliers(self) -> None:
+        """None for the optimizer: the rank of an adapter does not grow with the width, so mup's rules are not for it."""
+
+    def transfers(self) -> dict[str, Any]:
+        return {}
+
     @classmethod
     def count_parameters(cls, config: Any) -> int:
         return counting.parameters_of(cls, config)  # type: ignore[arg-type]  # classes can be hashed

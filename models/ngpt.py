@@ -141,6 +141,7 @@ class Ngpt(LanguageModel):
     masks_documents = True
     optim_defaults: ClassVar[dict[str, float]] = {"lr": 15e-4, "weight_decay": 0.0, "warmup_steps": 0}
     optim_source: ClassVar[str] = "arXiv 2410.01131, whose lr is 15e-4 to 30e-4"
+    mup_refusal = "its vectors have norm 1 at every width, and learned scales instead of multipliers"
 
     def __init__(self, config: NgptConfig) -> None:
         super().__init__(config)

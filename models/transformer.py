@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import mup
 from models.base import Hidden, LanguageModel, Split, register
 from models.counting import estimate_parameters, training_flops_of
 from models.layers import autocast_dtype, compute_dtype, liger, normal_, truncated_normal_, untraced
@@ -77,6 +78,7 @@ class Transformer(LanguageModel):
         self.norm = norm_of(c, c.norm_placement != "post")  # with "post" the last block already ends with a norm
         self.head = None if c.tied else nn.Linear(d, c.vocab_size, bias=False)
         self.further: Any = nn.ModuleList(FurtherHead(c, i) for i in range(1, c.n_predict))
+        self.base_width, self.head_scale = mup.base_of(c)[0], c.multipliers.output
         self.max_context = c.max_context or None
         self.by_liger = liger.take_over(self, c) if c.kernels == "liger" else []
         self.single_loss = untraced(liger.linear_cross_entropy) if "loss" in self.by_liger else None
@@ -93,7 +95,11 @@ class Transformer(LanguageModel):
         if state is not None:
             state.length += tokens.shape[1]
         further = ForFurtherHeads(x, before, values, context, documents) if self.further else None
-        return Hidden(self.norm(x), further)
+        return Hidden(self.for_head(self.norm(x)), further)
+
+    def for_head(self, x: Tensor) -> Tensor:
+        """The input of an output projection, from the normalised output of the blocks, [B, T, D]."""
+        return x if self.head_scale == 1 else x * self.head_scale
 
     def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
         """Positions, and for every window size what each query sees."""
@@ -128,11 +134,11 @@ class Transformer(LanguageModel):
         c = self.config
         x = self.embedding(tokens)
         if c.embedding_scale:
-            x = x * math.sqrt(c.d_model)
+            x = x * math.sqrt(self.base_width)
         if self.positions is not None:
             x = x + self.positions(context.positions)
         if self.training and c.neftune_alpha:
-            reach = c.neftune_alpha / math.sqrt(x.shape[1] * x.shape[2])
+            reach = c.neftune_alpha / math.sqrt(x.shape[1] * self.base_width)
             x = x + torch.empty_like(x).uniform_(-reach, reach)
         x = self.dropout(x)
         return widen(x, c.streams) if c.streams else x
@@ -165,7 +171,10 @@ class Transformer(LanguageModel):
         count = hidden.states.shape[1]
         if state is not None:
             state.length -= count  # the blocks of the heads read the same tokens as the trunk did
-        states = [hidden.states, *(head(*hidden.heads[:4], self.norm, state) for head in self.further)]
+        states = [
+            hidden.states,
+            *(self.for_head(head(*hidden.heads[:4], self.norm, state)) for head in self.further),
+        ]
         if state is not None:
             state.length += count
         return states
@@ -256,12 +265,13 @@ class Transformer(LanguageModel):
     def _std(self, module: nn.Module, name: str, layer: int | None) -> float:
         """Standard deviation of a matrix. layer: index of the block if the matrix ends a branch, otherwise None."""
         c = self.config
+        depth = mup.base_of(c)[1]  # with mup the branches are divided by what the model is deeper
         if module is self.head or module in [head.unembedding for head in self.further]:
-            return HEAD_STDS.get(c.init, STDS[c.init])(c.init_std, c.d_model, None, c.n_layers)
+            return HEAD_STDS.get(c.init, STDS[c.init])(c.init_std, c.d_model, None, depth)
         weight = module.get_parameter(name)
         d_in = weight.shape[0 if name == "values" else 1]  # the values of a Pattention are [slots, d_out]
         ends = name != "keys"  # in a Pattention the values end the branch, not the keys
-        std = STDS[c.init](c.init_std, d_in, layer if ends else None, c.n_layers)
+        std = STDS[c.init](c.init_std, d_in, layer if ends else None, depth) * c.multipliers.hidden_std
         return std * c.n_streams ** START_SCALES[c.hyper_start] if layer is not None and ends else std
 
     def blocks(self) -> list[nn.Module]:
@@ -280,6 +290,12 @@ class Transformer(LanguageModel):
             owner, _, kind = name.rpartition(".")
             groups.setdefault(_role(self.get_submodule(owner), owner, kind), []).append(name)
         return groups
+
+    def multipliers(self) -> mup.Multipliers | None:
+        return self.config.multipliers if self.config.mup else None
+
+    def transfers(self) -> dict[str, mup.Transfer]:
+        return mup.transfers(self)
 
     def tied_embedding(self) -> bool:
         return self.config.tied

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
+from models import mup as scaling
 from models.config import check_ranges, setting
 from models.layers.attention import HEADS, LatentAttention, latent_widths, rope_scaling
 from models.layers.block import NORM_PLACES
@@ -60,6 +61,7 @@ MEANT_FOR: dict[tuple[str, ...], tuple[str, Callable[[Any], Any]]] = {
     ("residual_dtype",): ("residual plain or weighted", lambda c: not c.residual.endswith("hyper")),
     ("n_streams", "hyper_start"): ("residual static_hyper or dynamic_hyper", lambda c: c.residual.endswith("hyper")),
     ("prediction_heads", "share_unembedding", "prediction_weights"): ("n_predict above 1", lambda c: c.n_predict > 1),
+    scaling.FIELDS[1:]: ("mup", lambda c: c.mup),
 }
 
 
@@ -188,6 +190,12 @@ class TransformerConfig:
         False, "branches start at zero: their last matrix, or the gain of the norm that follows it"
     )
 
+    # -- the same learning rate at every size: mup.py
+    mup: bool = _field(False, "maximal update parametrisation: lr, decay and init of a base for every width and depth")
+    mup_base_width: int = _field(0, "mup: d_model at which it equals the standard parametrisation (0: 256)")
+    mup_base_depth: int = _field(0, "mup: n_layers at which it equals the standard one (0: 2)", high=DEEPEST)
+    mup_base_head_dim: int = _field(0, "mup: channels of a head at the base (0: as here, so heads do not grow)")
+
     # -- derived ---------------------------------------------------------------------------------------------------
 
     @property
@@ -218,7 +226,12 @@ class TransformerConfig:
         heads = latent if self.attention == "latent" else {"n_kv_heads": self.kv_heads}
         slots = {"pattention_slots": self.slots} if self.pattention_of else {}
         mlp = {"pattention_mlp_slots": self.mlp_slots} if "mlp" in self.pattention_of else {"d_hidden": self.hidden}
-        return {"head_dim": self.head_width} | heads | slots | mlp
+        base = dict(zip(scaling.FIELDS[1:], scaling.base_of(self), strict=True)) if self.mup else {}
+        return {"head_dim": self.head_width} | heads | slots | mlp | base
+
+    @property
+    def multipliers(self) -> scaling.Multipliers:
+        return scaling.Multipliers.of(self)
 
     @property
     def qkv_has_bias(self) -> bool:
@@ -269,6 +282,7 @@ class TransformerConfig:
             self._check_loss,
         ):
             check()
+        scaling.check(self)
 
     def _check_meanings(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}

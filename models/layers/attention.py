@@ -110,7 +110,8 @@ class SoftmaxHeads(nn.Module):
         self.layer, self.head_dim = layer, d
         self.rows, self.d_out = {"query": h * d, "key": g * d, "value": g * d}, h * d
         self.widths = list(self.rows.values())
-        self.window, self.softcap, self.scale = config.window_of(layer), config.attention_softcap, d**-0.5
+        self.window, self.softcap = config.window_of(layer), config.attention_softcap
+        self.scale = d**-0.5 * config.multipliers.scores
         self.query_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
         self.rotary = rotary(config, d, self.window) if config.positions == "rotary" else None

@@ -187,7 +187,7 @@ def join_of(config: Any, index: int) -> Any:
 
 
 JOINS: dict[str, Any] = {
-    "plain": lambda config, index: Plain(),
+    "plain": lambda config, index: Plain(config.multipliers.branch),
     "weighted": lambda config, index: Weighted(),
     "static_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=False),
     "dynamic_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=True),

@@ -33,13 +33,17 @@ class Residual(nn.Module):
 
 
 class Plain(Residual):
-    """stream + branch; stream [B, T, D]."""
+    """stream + scale * branch; stream [B, T, D]. scale: below 1 in a decoder with mup that is deeper than its base."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
 
     def forward(self, stream: Tensor) -> tuple[Tensor, None]:
         return stream, None
 
     def merge(self, stream: Tensor, branch_output: Tensor, kept: None) -> Tensor:
-        return stream + branch_output
+        return torch.add(stream, branch_output, alpha=self.scale)
 
 
 class Weighted(Residual):

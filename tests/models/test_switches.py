@@ -48,6 +48,10 @@ SWITCHES = {
     "n_predict": (1, 3),
     "share_unembedding": (True, False),
     "zero_init": (False, True),
+    "mup": (False, True),
+    "mup_base_width": (8, 64),
+    "mup_base_depth": (3, 2),
+    "mup_base_head_dim": (0, 4),
 }
 
 

@@ -104,6 +104,9 @@ IDLE = {  # field -> (a value, a choice beside which it does nothing, one beside
     "prediction_heads": ("transformer", {}, {"n_predict": 2}),
     "share_unembedding": (False, {}, {"n_predict": 2}),
     "prediction_weights": ("1,0.5", {}, {"n_predict": 2}),
+    "mup_base_width": (16, {}, {"mup": True}),
+    "mup_base_depth": (1, {}, {"mup": True}),
+    "mup_base_head_dim": (2, {}, {"mup": True}),
 }
 
 

@@ -144,8 +144,9 @@ def measure(copy: Run, config: LrRangeConfig) -> Range:
 
 
 def planned_rate(copy: Run) -> float:
-    """The peak learning rate of the matrices, which an entry of optim.roles may set."""
-    return copy.engine.optimizer.groups[0].lr
+    """The peak learning rate of the matrices, which an entry of optim.roles may set; with model.mup, that of its base."""
+    first = copy.engine.optimizer.groups[0]
+    return first.lr / first.width_factor
 
 
 def landmarks(rates: list[float], smoothed: list[float]) -> tuple[float | None, float | None]:

@@ -43,6 +43,7 @@ class AdamW(OptimizerRule):
     Config = AdamWConfig
     scope = "element"
     in_place = True
+    entrywise = True
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}

@@ -21,7 +21,8 @@ def no_schedule(step: int) -> float:
 @dataclass(frozen=True)
 class Group:
     """Parameters, by name, that share settings. schedule: 0-based step -> multiplier of lr; settings: name of a rule -> the fields
-    of its Config that the recipe sets; given: those of `rule` that the user sets; role: the entry of optim.roles, "" if none."""
+    of its Config that the recipe sets; given: those of `rule` that the user sets; role: the entry of optim.roles, "" if none.
+    width_factor, why: what model.mup has multiplied lr by, and all that it has changed, "" for nothing."""
 
     name: str
     parameters: list[str]
@@ -33,6 +34,8 @@ class Group:
     rule: str = DEFAULT_RULE
     given: dict[str, Any] = field(default_factory=dict)
     role: str = ""
+    width_factor: float = 1.0
+    why: str = ""
 
 
 def names_by_role(model: Any) -> dict[str, list[str]]:

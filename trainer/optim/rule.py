@@ -54,7 +54,8 @@ class OptimizerRule:
     updates each matrix, because an update is costly, and a parameter that fuses matrices comes as these; AdamW updates the rest.
 
     in_place: whether `update` needs no memory on the way, such as a fused kernel. Others get a part of the numbers at a time.
-    own_schedule: whether the rule needs no schedule of lr; then lr stays at its peak. config: Config with the fields that the user
+    own_schedule: whether the rule needs no schedule of lr; then lr stays at its peak. entrywise: whether each number of an update has
+    about the size lr, whatever that of the gradients (Adam, signs), and decay is decoupled: see `width_rule`. config: Config with the fields that the user
     sets; it decides which state there is. (A recipe may set further fields for a group: see GroupSettings.)
 
     Two fields of Config, if their default is None, stand for those of the run: total_steps for max_steps, warmup_steps for
@@ -65,6 +66,7 @@ class OptimizerRule:
     scope: ClassVar[Scope] = "element"
     in_place: ClassVar[bool] = False
     own_schedule: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
     config: Any
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
@@ -96,6 +98,11 @@ class OptimizerRule:
         """(learning rate, its source) where the recipe, for this model and size, gives AdamW the rate `adamw`; None: no rate of
         its own is known, so that it takes AdamW's."""
         return None
+
+    def width_rule(self) -> tuple[float, str] | None:
+        """For model.mup: (the power of the width with which the learning rate of hidden matrices changes, its source); None: none is
+        known."""
+        return (-1.0, "2203.03466, and 2308.01814 for all entrywise rules") if self.entrywise else None
 
     def evaluation_weights(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The weights of this parameter (or shard) to validate, generate and export with: averages, for example.

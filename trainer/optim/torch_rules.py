@@ -115,6 +115,7 @@ def torch_rule(name: str) -> type[TorchRule]:
         raise UserError(f"optim.name: torch.optim has no optimizer {name!r} (it has: {', '.join(sorted(known))})")
     scope: Scope = "element" if name in ELEMENT else "matrix" if name in MATRIX else "tensor"
     members = {"torch_class": found, "Config": config_of(found), "scope": scope, "in_place": name in TOLD_OF_FINITE}
+    members["entrywise"] = name == "AdamW"
     rule: Any = type(name, (TorchRule,), members)
     refuse_what_no_rule_can_do(found, rule.Config())
     return rule

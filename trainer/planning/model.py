@@ -29,6 +29,10 @@ def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
     if name not in model_names():
         raise UserError(_unknown(str(name), model_names()))
     model_class = get_model(name)
+    if "mup" in options and "mup" not in {field.name for field in dataclasses.fields(model_class.Config)}:
+        raise UserError(
+            f"model.mup: {name} has no maximal update parametrisation: {model_class.mup_refusal}; leave it out"
+        )
     both = with_lora(with_linear(model_class))  # type: ignore[arg-type]  # classes can be hashed
     given = coerced(both.Config, options, "model.")
     if given.get("linear", PLAIN) != PLAIN:

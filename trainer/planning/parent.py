@@ -257,6 +257,10 @@ def changed_model(given: dict[str, Any], parent: Parent, say: Say) -> dict[str, 
     shown = ", ".join(f"model.{key} is {now!r} (was {then!r})" for key, (now, then) in sorted(differing.items()))
     if differing and shapes_of(*after) != shapes_of(*before):
         raise UserError(f"init_from: {printable(shown)}, which the weights of {parent} do not fit; leave it as it was")
+    if len({getattr(config, "multipliers", None) for _, config in (before, after)}) > 1:
+        raise UserError(
+            f"init_from: {printable(shown)}, with which the weights of {parent} compute something else; leave model.mup as it was"
+        )
     if differing:
         say(f"init_from: {printable(shown)}: the weights of {parent} were trained with the old value")
     return model | adapters

@@ -27,6 +27,7 @@ from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
 from trainer.planning.model import check_vocabulary, read_model, with_threshold, written_out
+from trainer.planning.mup import check_mup
 from trainer.planning.objective import choose_layers, choose_objective
 from trainer.planning.resolver import (
     Draft,
@@ -126,6 +127,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft, target = choose_hardware(draft, model, gpu)
     draft = choose_recipe(draft)
     check_roles(draft.config.optim, model)
+    check_mup(draft.config.optim, model)
     draft = choose_packing(draft, dataset)
     draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
     draft, epoch = read_epoch(draft, dataset)

@@ -84,6 +84,17 @@ class ModelFacts:
     non_embedding: int
     trained: int
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the settings of the optimizer are those of a base: with model.mup."""
+        return self.meta.multipliers() is not None
+
+    @property
+    def base_non_embedding(self) -> int:
+        """`non_embedding` of the base of model.mup; without it, the model's own."""
+        scales = self.meta.multipliers()
+        return self.non_embedding if scales is None else round(self.non_embedding / (scales.width**2 * scales.depth))
+
     @classmethod
     def of(cls, name: str, model_class: Any, config: Any) -> ModelFacts:
         """UserError if the model cannot be built, or its count of parameters is wrong or beyond any machine."""

@@ -85,7 +85,8 @@ def inferred_rate(role: str, own: RoleConfig, draft: Draft, model: ModelFacts) -
     own: with a name, and with all settings that hold for it.
     """
     plain = replace(draft.config, optim=replace(draft.config.optim, roles={role: replace(own, name=None, settings={})}))
-    group = next(group for group in groups_of(plain, model.meta, shapes_of(model.meta)) if group.role == role)
+    groups = groups_of(plain, model.meta, shapes_of(model.meta), transferred=False)
+    group = next(group for group in groups if group.role == role)
     adamw = optim_defaults(draft, model)["lr"]
 
     def rate(name: str, settings: dict[str, Any]) -> Default:

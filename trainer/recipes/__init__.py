@@ -17,6 +17,7 @@ from trainer.optim import Assignment, Group, Optimizer, assign, matrices_of, no_
 from trainer.optim.groups import shapes_of
 from trainer.optim.narrow_state import StochasticRounding
 from trainer.recipes.hlb import Hlb, evaluation_rows, law_rows, weight_decay, weight_decay_base
+from trainer.recipes.mup import mup_rows, with_transfer
 from trainer.recipes.plain import Plain
 from trainer.recipes.recipe import PlanEntry, Recipe
 
@@ -35,18 +36,20 @@ def recipe_rows(config: Any, model: Any) -> list[PlanEntry]:
         rows = [row._replace(rule=f"constant, because {name} needs no schedule") for row in rows]
     shapes = shapes_of(model)
     parameters = sum(shape.numel() for shape in shapes.values())
-    return [*law_rows(config, parameters), *rows, *role_rows(config, model, shapes), *evaluation_rows(config)]
+    groups = groups_of(config, model, shapes)
+    rows += [*role_rows(config, groups), *mup_rows(model, groups)]
+    return [*law_rows(config, parameters), *rows, *evaluation_rows(config)]
 
 
-def role_rows(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list[PlanEntry]:
+def role_rows(config: Any, groups: list[Group]) -> list[PlanEntry]:
     """How the groups of each entry of optim.roles are trained. config: resolved."""
     rows = []
-    for group in groups_of(config, model, shapes) if config.optim.roles else []:
+    for group in groups:
         if group.role:
             schedule = config.optim.roles[group.role].schedule or config.optim.schedule
             schedule = "no schedule" if rule_class(group.rule).own_schedule else f"schedule {schedule}"
             decay = "by the loss" if group.loss_driven_decay else f"{group.weight_decay:g}"
-            how = f"{group.rule}, {schedule}, weight decay {decay}"
+            how = f"{group.rule}, {schedule}, weight decay {decay}" + f"; mup: {group.why}" * bool(group.why)
             rows.append(PlanEntry(f"lr of role {group.name}", group.lr, how))
     return rows
 
@@ -67,15 +70,20 @@ def schedule_change(config: Any, before: Any, step: int) -> str:
     return f"{line}; the schedules of the roles {', '.join(others)} change as well" if line and others else line
 
 
-def groups_of(config: Any, model: Any, shapes: Mapping[str, torch.Size]) -> list[Group]:
-    """The groups of the recipe, cut by rule and by role. Those that hold matrices come first in theirs. config: resolved."""
+def groups_of(config: Any, model: Any, shapes: Mapping[str, torch.Size], transferred: bool = True) -> list[Group]:
+    """The groups of the recipe, cut by rule and by role, and with model.mup by what that changes. Those that hold matrices come first in
+    theirs. config: resolved; transferred: False gives the settings of the base of model.mup."""
     assigned, matrices, groups = assign(model, config.optim, shapes), matrices_of(model, shapes), []
+    transfers: dict[str, Any] = model.transfers() if transferred else {}
     for group in RECIPES[config.optim.recipe].groups(model, shapes, config):
-        parts: dict[Assignment, list[str]] = {}
+        parts: dict[tuple[Assignment, Any], list[str]] = {}
         for name in group.parameters:
-            parts.setdefault(assigned[name], []).append(name)
+            parts.setdefault((assigned[name], transfers.get(name)), []).append(name)
         ordered = sorted(parts.items(), key=lambda part: matrices.keys().isdisjoint(part[1]))
-        groups += [part_of(group, names, how, config, len(parts) > 1) for how, names in ordered]
+        several = len({how for how, _ in parts}) > 1
+        for (how, transfer), names in ordered:
+            part = part_of(group, names, how, config, several)
+            groups.append(part if transfer is None else with_transfer(part, transfer))
     return groups
 
 

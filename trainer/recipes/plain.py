@@ -41,9 +41,11 @@ class Plain(Recipe):
         }
 
     def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
-        lr = learning_rate(max(2, facts.non_embedding))
+        # With model.mup the learning rate is that of the base, so it is the same at every size.
+        size, of = facts.base_non_embedding, " of the base of model.mup" * facts.has_base
+        lr = learning_rate(max(2, size))
         return {
-            "lr": Default(lr, "0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361)"),
+            "lr": Default(lr, f"0.003239 - 0.0001395 ln N, N without embeddings{of} (arXiv 2001.08361)"),
             "warmup_steps": Default(max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
             "schedule": Default("cosine", "plain recipe"),
             "decay_steps": Default(round(0.2 * config.max_steps), "a fifth of max_steps, for the schedule wsd"),

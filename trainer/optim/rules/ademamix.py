@@ -49,6 +49,7 @@ class AdEMAMix(OptimizerRule):
     """
 
     Config = AdEMAMixConfig
+    entrywise = True
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), **dict.fromkeys(("m1", "m2", "nu"), (shape, dtype))}

@@ -33,6 +33,7 @@ class ADOPT(OptimizerRule):
     """
 
     Config = ADOPTConfig
+    entrywise = True
 
     def state(self, shape: torch.Size, dtype: torch.dtype) -> Declared:
         return {STEP: (torch.Size(), torch.float32), "m": (shape, dtype), "v": (shape, dtype)}

@@ -39,6 +39,7 @@ class CautiousAdamW(Moments):
 
     Config = CautiousAdamWConfig
     scope = "tensor"
+    entrywise = True
 
     def update(
         self,

@@ -24,6 +24,7 @@ class Lion(OptimizerRule):
     and as much more decay."""
 
     Config = LionConfig
+    entrywise = True
 
     def default_lr(self, adamw: float) -> tuple[float, str] | None:
         return (

@@ -42,6 +42,7 @@ class MARS(OptimizerRule):
 
     Config = MARSConfig
     scope = "tensor"
+    entrywise = True
 
     def default_lr(self, adamw: float) -> tuple[float, str] | None:
         return max(adamw, min(10 * adamw, 6e-3)), (

@@ -77,6 +77,12 @@ class Muon(MatrixRule):
             return adamw, "AdamW's, for match_rms gives updates AdamW's size (arXiv 2502.16982)"
         return 0.02, f"Keller Jordan's, for scale {self.config.scale}"
 
+    def width_rule(self) -> tuple[float, str] | None:
+        """An update's spectral norm must be that of the outputs' change over the inputs', sqrt(m / n): constant for fixed m / n."""
+        powers = {"spectral": 0.0, "match_rms": -0.5}  # match_rms is 0.2 sqrt(max(m, n)), which grows with the width
+        power, source = powers.get(self.config.scale), "spectral condition, 2310.17813"
+        return None if power is None else (power, f"scale {self.config.scale}: {source}")
+
     def direction(self, group: GroupSettings, gradient: Tensor, state: dict[str, Tensor], finite: Tensor) -> Tensor:
         own = group.config
         ahead = momentum_of(own, gradient, state["momentum"], finite)

@@ -32,6 +32,7 @@ class ScheduleFree(OptimizerRule):
 
     Config = ScheduleFreeConfig
     own_schedule = True
+    entrywise = True
 
     def default_lr(self, adamw: float) -> tuple[float, str] | None:
         return max(adamw, min(2 * adamw, 2.5e-3)), (
