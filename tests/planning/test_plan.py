@@ -32,6 +32,7 @@ from trainer.runtime.distributed import World
 MAY_STAY_OPEN = {
     "branch_from",
     "init_from",
+    "dial",
     "data.path",
     "data.max_documents",
     "data.token_dtype",

@@ -386,6 +386,10 @@ class RunConfig:
         "that begins with its weights",
     )
     init_weights: str = setting("evaluation", f"which weights of the run init_from names; {WEIGHTS}")
+    dial: str | None = setting(
+        None,
+        "laws.yaml of a ladder of this architecture: its laws of learning rate and batch replace the recipe's, and it says which loss to expect",
+    )
     seed: int = setting(0, "seed of the weights, the data order and all random numbers", low=0, high=2**62)
     max_steps: int | None = setting(
         None, "optimiser steps; auto: from tokens, tokens_per_parameter or epochs, else 1000", low=1, high=10**9

@@ -23,6 +23,7 @@ from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
 from trainer.planning.data import choose_packing, note_mix, read_epoch
 from trainer.planning.dial import DEFAULT_SCALE
+from trainer.planning.expected import DialFile, Expected, choose_dial, expect
 from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
@@ -76,6 +77,8 @@ class Plan:
     texts_per_row: int = 1
     bytes_per_token: float | None = None  # of text in the training split of data.path, if it is known
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
+    expected: Expected | None = None  # by the law of losses in the file that `dial` names
+    laws: str = ""  # the text of that file, of which a run keeps a copy
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs. It finds the model's classes by name: pickle cannot send classes made in a function."""
@@ -129,7 +132,10 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     check_roles(draft.config.optim, model)
     check_mup(draft.config.optim, model)
     draft = choose_packing(draft, dataset)
-    draft = choose_batch(draft, model, dataset.sample_length if dataset is not None else config.data.sample_length)
+    draft, dial_file = choose_dial(draft, model, dataset)
+    laws = dial_file if isinstance(dial_file, DialFile) else None
+    stored = dataset.sample_length if dataset is not None else config.data.sample_length
+    draft = choose_batch(draft, model, stored, laws)
     draft, epoch = read_epoch(draft, dataset)
     draft = note_mix(choose_length(draft, model, epoch), dataset)
     length, documents = draft.config.batch.sequence_length, config.data.separate_documents
@@ -141,7 +147,8 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     draft = choose_engine(draft, model, estimate, world, target, texts * length)
     draft = choose_microbatch(draft, estimate, world.size, target, texts * length)
     draft = choose_background(draft, estimate, world.size, target)
-    draft = choose_optimiser(draft, model)
+    tokens = sum(tokens_at_lengths(draft.config.batch, draft.config.max_steps).values())
+    draft = choose_optimiser(draft, model, laws, tokens)
     draft = choose_roles(draft, model)
     draft = choose_rest(draft, model.meta.max_context, None if dataset is None else dataset.records)
     plan = Plan(
@@ -167,6 +174,8 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         unreached=estimate.unreached(
             ParallelLayout.of(draft.config, world.size, target), draft.config.engine.activation_checkpointing
         ),
+        expected=expect(dial_file, draft, model.non_embedding, epoch),
+        laws="" if laws is None else laws.laws.file,
     )
     check_noise_scale(plan)
     return plan
@@ -323,6 +332,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "padding": None if plan.epoch is None else plan.epoch.padding,
         "epochs_at_least": epochs_of(plan, minimum_tokens(plan)),
         "advice": advice(plan, minimum_tokens(plan)),
+        "expected_loss": None if plan.expected is None else dataclasses.asdict(plan.expected),
         "flops_per_token": flops_per_token(plan.model_class, plan.model_config, batch.sequence_length),
         "flops_per_byte": flops_per_byte(plan),
         "memory_bytes": expected_memory(plan),
@@ -374,6 +384,7 @@ def render(plan: Plan, more: Sequence[PlanEntry] = ()) -> str:
             "whole run" + (", at a multiplier of one" if plan.config.batch.dynamic else ""),
         ),
         *([] if epochs is None else [PlanEntry("epochs", epochs, f"tokens / {plan.train_tokens:,} training tokens")]),
+        *([] if plan.expected is None else [plan.expected.entry()]),
         PlanEntry("memory, GiB", f"{memory['total'] / GIB:.2f}", f"one device: {parts}"),
     ]
     entries = [*plan.entries, *recipe_entries(plan), *derived, *more]

@@ -172,14 +172,17 @@ def choose_recipe(draft: Draft) -> Draft:
     return draft.set("optim", "recipe", name).note("optim.recipe", name, why)
 
 
-def choose_batch(draft: Draft, model: ModelFacts, stored: int) -> Draft:
-    """Sequence lengths, and tokens of a step. stored: tokens of a sample in the dataset."""
+def choose_batch(draft: Draft, model: ModelFacts, stored: int, dial: Any = None) -> Draft:
+    """Sequence lengths, and tokens of a step. stored: tokens of a sample in the dataset; dial: the DialFile of the plan, if any."""
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
     if draft.config.data.packing != "concat" or draft.config.data.mix:
         draft = keep_length(draft)
-    defaults = RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model)
+    defaults = dict(RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model))
+    law = dial and dial.tokens_per_step(model.non_embedding, draft.config.batch.sequence_length)
+    if law is not None:
+        defaults["tokens_per_step"] = law
     for key, (value, rule) in defaults.items():
         if key == "tokens_per_step":
             value = max(value, draft.config.batch.sequence_length)
@@ -344,8 +347,9 @@ def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, 
     return None
 
 
-def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
-    """First the settings that the model is made for, then those of the recipe."""
+def choose_optimiser(draft: Draft, model: ModelFacts, dial: Any = None, tokens: int = 0) -> Draft:
+    """First the laws of `dial`, then the settings that the model is made for, then those of the recipe. dial: the DialFile of the plan,
+    if any; tokens: of the run."""
     optim = draft.config.optim
     rule = get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:
@@ -353,6 +357,8 @@ def choose_optimiser(draft: Draft, model: ModelFacts) -> Draft:
     defaults = optim_defaults(draft, model)
     adamw = defaults.pop("lr")
     instead = rate_of(rule, optim.name, adamw)
+    law = dial and dial.learning_rate(model.non_embedding, draft.config.batch.tokens_per_step, tokens)
+    instead = law or instead
     draft = draft.fill("optim", "lr", *instead)
     draft = choose_rest_lr(draft, rule, adamw if instead.value != adamw.value else None)
     for key, (value, reason) in defaults.items():

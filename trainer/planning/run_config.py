@@ -262,12 +262,14 @@ def with_branch(
     config = build(RunConfig, given)
     if stored is not None or config.branch_from is None:
         return given
+    if config.dial is not None:
+        raise UserError("dial: a branch goes on with the learning rate and the batch of its run; leave it out")
     if config.run_dir is None:
         raise UserError("branch_from: a branch is a run of its own; name its folder with --run_dir")
     source, step = branch_point(config.branch_from, "branch_from", say)
     before = dataclasses.replace(read_config(source, say), processes=_last_start(source, say).get("processes"))
     own: dict[str, Any] = {"run_dir": config.run_dir, "branch_from": f"{source.absolute()}@{step}"}
-    own |= {"init_from": None, "init_weights": "evaluation"}  # of that run's beginning
+    own |= {"init_from": None, "init_weights": "evaluation", "dial": None}  # of that run's beginning
     return {**merge_run(given, before, processes), **own}
 
 
@@ -277,6 +279,10 @@ def as_started(given: dict[str, Any], stored: StoredConfig) -> dict[str, Any]:
     config, values = build(RunConfig, given), stored.values
     named = {key: (getattr(config, key), values.get(key)) for key in ("branch_from", "init_from")}
     kept = {key: before for key, (text, before) in named.items() if names_same(text, before, key)}
+    dial, before = config.dial, values.get("dial")
+    # A file that is gone is not needed: the run has a copy. One that was changed is refused.
+    if dial is not None and names_same(dial, before, "dial") and not user_path(dial, "dial").exists():
+        kept["dial"] = before
     objective, before = given.get("objective") or {}, values.get("objective") or {}
     same = {key: before[key] for key in objective.keys() & before if names_same(objective[key], before[key], key)}
     return given | kept | ({"objective": objective | same} if same else {})

@@ -11,6 +11,7 @@ from typing import Any
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import DIGEST, digest_of, read_small, system_error, write_file
+from trainer.planning.laws import LAWS
 from trainer.planning.run_config import (
     ENVIRONMENT,
     keep_changed_config,
@@ -59,13 +60,21 @@ def is_locked(folder: Path) -> bool:
 
 
 def write_start(
-    folder: Path, config: RunConfig, plan_text: str | None, dataset_folder: Path, say: Callable[[str], None]
+    folder: Path,
+    config: RunConfig,
+    plan_text: str | None,
+    dataset_folder: Path,
+    say: Callable[[str], None],
+    laws: str = "",
 ) -> None:
-    """Write the files that describe the run: config.yaml, plan.txt, dataset.json, tokenizer.json, a line of environment.jsonl."""
+    """Write the files that describe the run: config.yaml, plan.txt, dataset.json, tokenizer.json, a line of environment.jsonl, and a copy
+    of the laws that `dial` names."""
     for name in ("dataset.json", "tokenizer.json"):
         _copy(dataset_folder / name, folder / name, plan_text is not None, say)
     if plan_text is not None:
         write_file(folder / "plan.txt", plan_text + "\n")
+    if laws:
+        write_file(folder / LAWS, laws)
     _append_line(folder / ENVIRONMENT, environment())
     keep_changed_config(folder)
     write_config(folder, config)  # last, since a folder with config.yaml can be resumed

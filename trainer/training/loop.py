@@ -14,6 +14,7 @@ from trainer.core.errors import Stopped, UserError
 from trainer.data.stream import local_folder
 from trainer.engine.base import autocast
 from trainer.optim import names_by_role
+from trainer.planning.expected import verdict
 from trainer.planning.run_config import plugins_of
 from trainer.recipes import schedule_change
 from trainer.runs.folder import unused_name, write_start
@@ -42,9 +43,9 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
         world.say(finished(run))
         return None
     if steps_before is not None:
-        world.on_leader(lambda: tell_schedule(run, steps_before))
+        world.on_leader(lambda: tell_changes(run, steps_before))
     described = local_folder(config.data, run.dataset)
-    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say))
+    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say, run.plan.laws))
     tokenizer = Tokenizer.from_file(
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )
@@ -91,11 +92,13 @@ def start_anew(folder: Path, say: Callable[[str], None]) -> None:
         say(f"{folder} has no checkpoint: the run starts at step 0; the old {name} is kept as {kept.name}")
 
 
-def tell_schedule(run: Run, steps_before: int) -> None:
-    """Say how a new max_steps changes the learning rates of a run that goes on."""
+def tell_changes(run: Run, steps_before: int) -> None:
+    """Say how a new max_steps changes the learning rates of a run that goes on, and which loss it should end with."""
     line = schedule_change(run.config, steps_before, run.state.step)
     if line:
         run.world.say(line)
+    if run.plan.expected is not None:
+        run.world.say("  ".join(map(str, run.plan.expected.entry())))
 
 
 def opening(run: Run) -> str:
@@ -182,7 +185,7 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
             save = judge(run, evaluated.validation) or bool(ended(run)) or save
         owed = row if evaluate and stop is not None else None  # the process that goes on makes its evaluation
         if owed is None:
-            report.write(row | why_ended(run), evaluated)
+            report.write(row | at_the_end(run), evaluated)
         check_finite(row)
         if evaluated is not None:
             show_progress(run, report, tokenizer)
@@ -195,10 +198,13 @@ def loop(run: Run, report: Report, tokenizer: Any) -> signal.Signals | None:
     return stop
 
 
-def why_ended(run: Run) -> dict[str, str]:
-    """What the last row of a run says if the run ends early."""
+def at_the_end(run: Run) -> dict[str, Any]:
+    """What only the last row of a run says: why it ends early, or which loss its plan expected."""
     early = ended(run)
-    return {"ended_early": early} if early else {}
+    if early:
+        return {"ended_early": early}
+    expected = run.plan.expected
+    return {} if expected is None or run.state.step < run.config.max_steps else expected.columns()
 
 
 def evaluation(run: Run, report: Report, tokenizer: Any) -> tuple[Evaluated | None, signal.Signals | None]:
@@ -226,7 +232,7 @@ def make_up(run: Run, row: dict[str, Any], report: Report, tokenizer: Any) -> si
     if stop is None:
         assert evaluated is not None
         judge(run, evaluated.validation)
-        report.write(row | why_ended(run), evaluated)
+        report.write(row | at_the_end(run), evaluated)
         show_progress(run, report, tokenizer)
         run.settle(report.sync())
     report.clock.start()
@@ -271,6 +277,8 @@ def finish(run: Run, report: Report, tokenizer: Any) -> None:
         text += f"ended early at step {run.state.step:,} of {run.config.max_steps:,}: {early}\n\n"
     if run.best:
         text += f"best: step {run.best[0][1]:,}, {run.state.metric} {run.best[0][0]:.4f}; `--step best` chooses it\n\n"
+    off = verdict(last)
+    text += f"{off}\n\n" * bool(off)
     plugins = "".join(f" --plugin {module}" for module in plugins_of(run.folder))
     seconds = last.get("compile_seconds", 0.0)  # missing if the last row was owed by an older release
     average = average_line(last)

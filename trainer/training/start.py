@@ -17,6 +17,7 @@ from trainer.data.dataset import DatasetInfo
 from trainer.data.obtain import absolute_paths, agree_on_dataset, obtain_dataset
 from trainer.data.stream import find_dataset
 from trainer.engine.gradients import refuse_unreached
+from trainer.planning.expected import outcome
 from trainer.planning.launcher_config import read_launcher_config
 from trainer.planning.parent import with_origin
 from trainer.planning.plan import Plan, render, resolve
@@ -76,8 +77,9 @@ def start(given: dict[str, Any], as_json: bool = False, from_step: int | None = 
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What a run that ended says to a program: its folder, and its last row of metrics.jsonl."""
-    return {"run_dir": str(folder), **(last_row(folder / "metrics.jsonl") or {})}
+    """What a run that ended says to a program: its folder, its last row of metrics.jsonl, and how far that is from what was expected."""
+    row = last_row(folder / "metrics.jsonl") or {}
+    return {"run_dir": str(folder), **row, **outcome(row)}
 
 
 def before_training_began(stop: Stopped, folder: Path, world: World) -> Stopped:

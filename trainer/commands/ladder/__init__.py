@@ -1,7 +1,7 @@
 """`ladder`: trains small models, fits how their loss falls, predicts a larger one, and then trains that one. README.md is the guide.
 
-spec.py: what the user asks for; fit.py: laws of losses; rates.py: the learning rate's optimum and its law; command.py: what the
-verb does, in order; page.py: ladder.md and ladder.png.
+spec.py: what the user asks for; fit.py: laws of losses; rates.py: optimum of a sweep and its law; command.py:
+what the verb does, in order; page.py: ladder.md and ladder.png; laws_file.py: laws.yaml, which a plan can use.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class LadderConfig:
         None, "tokens_per_parameter of the held-out run; auto: the middle one", above=0
     )
     seeds: list[int] = setting((1,), "seeds of each size; every run is a point of the fit")
-    check: Literal["none", "lr"] = setting(
-        "none", "lr: sweep the learning rate at each scale, and compare the rule with the optimum; no losses are fitted"
+    check: Literal["none", "lr", "batch"] = setting(
+        "none",
+        "lr, batch: sweep the learning rate, or tokens_per_step, at each scale, and compare the rule with the optimum; no losses are fitted",
     )
-    tuning_seed: int = setting(0, "check lr: seed of the sweeps", low=0)
-    most_learning_rates: int = setting(6, "check lr: most learning rates of one size", low=3)
+    tuning_seed: int = setting(0, "check lr, batch: seed of the sweeps", low=0)
+    most_learning_rates: int = setting(6, "check lr, batch: most learning rates, or batches, of one size", low=3)
     jobs: int | None = setting(None, "runs at a time; auto: one per GPU, one on a CPU", low=1)
     price: float | None = setting(None, "--estimate: price of one device for one hour, in any currency", above=0)
     estimate: bool = setting(False, "measure the speed of each size, print what the ladder will cost, and stop")

@@ -4,12 +4,15 @@ ladder-NAME/losses/            the runs that the law is fitted to: an experiment
             prediction.json    the law and what it expects of the held-out run; written before that run begins, and never again
             held-out/          the run that was predicted
             learning-rates/    the sweeps of `--check lr`
+            batches/           the sweeps of `--check batch`
+            laws.yaml          the laws that were found, for `dial`
             ladder.md .json .png
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +22,14 @@ from trainer.commands.compare.budget import plan_of
 from trainer.commands.compare.command import dataset_finder, say
 from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import SPEED, Experiment, Task, stored_experiment
-from trainer.commands.compare.learning_rates import RULE
+from trainer.commands.compare.learning_rates import RULE, rounded
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import Arm
 from trainer.commands.ladder import LadderConfig
-from trainer.commands.ladder.fit import Fit, fit
-from trainer.commands.ladder.page import publish_losses, publish_rates
-from trainer.commands.ladder.rates import Optimum, optimum
+from trainer.commands.ladder.fit import fit
+from trainer.commands.ladder.laws_file import keep, law_of_batches, law_of_rates, laws_of, origin
+from trainer.commands.ladder.page import BATCHES, RATES, publish_losses, publish_sweeps
+from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum
 from trainer.commands.ladder.spec import (
     Rung,
     arm,
@@ -40,6 +44,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import read_json, sealed, write_file
 from trainer.core.text import printable, printable_lines
 from trainer.data.obtain import obtain_dataset
+from trainer.planning.laws import BATCH_POWER, SHARE, Fit, Laws, LossLaw
 from trainer.planning.plan import Plan
 from trainer.planning.run_config import plugins_in
 from trainer.runs.folder import locked
@@ -47,7 +52,6 @@ from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment
 
 PREDICTION = "prediction.json"
-SHARE = 0.9  # of the interval
 
 
 def ladder(config: LadderConfig) -> None:
@@ -56,7 +60,7 @@ def ladder(config: LadderConfig) -> None:
     folder = ladder_folder(config)
     with locked(folder, key="ladder_dir", doing="at work on"):
         work = Work(config, folder)
-        (check_rates if config.check == "lr" else predict_and_check)(work)
+        {"none": predict_and_check, "lr": check_rates, "batch": check_batches}[config.check](work)
 
 
 class Work:
@@ -66,17 +70,34 @@ class Work:
         self.config, self.folder = config, folder
         self.plugins = plugins_in(sys.argv[1:])
         self.datasets: Callable[[Any], Any] = dataset_finder()
-        self.plans: dict[float, Plan] = {}  # by scale: its length changes nothing else
+        self.plans: dict[tuple[float, int | None], Plan] = {}  # by scale and batch: the length changes nothing else
 
     def rungs(self, sizes: list[tuple[float, float]]) -> list[Rung]:
         """The rungs of (scale, multiple) pairs; prepares the data where it is missing."""
         arms = [(arm(self.config, scale, multiple), multiple) for scale, multiple in sizes]
         with contextlib.suppress(UserError):  # the plan reports it
             obtain_dataset(arms[0][0].config(), World())
-        for made, _ in arms:
-            if made.scale not in self.plans:
-                self.plans[made.scale] = plan_of(made, self.datasets)
-        return [rung(made, multiple, self.plans[made.scale]) for made, multiple in arms]
+        return [rung(made, multiple, self.plan(made)) for made, multiple in arms]
+
+    def plan(self, made: Arm, batch: int | None = None) -> Plan:
+        """The plan of the arm's runs. batch: tokens of a step, if the arm sets them."""
+        key = made.scale, batch
+        if key not in self.plans:
+            self.plans[key] = plan_of(made, self.datasets)
+        return self.plans[key]
+
+    def at_batch(self, one: Rung, batch: int) -> Rung:
+        """The rung with other tokens of a step, as many in all, and a learning rate that follows the square root of the batch."""
+        made = arm(self.config, one.arm.scale, one.multiple, batch)
+        rate = one.length.learning_rate * (batch / one.plan.config.batch.tokens_per_step) ** BATCH_POWER
+        made = dataclasses.replace(made, learning_rates=(rounded(rate),))
+        return rung(made, one.multiple, self.plan(made, batch))
+
+    def laws(self, rungs: list[Rung]) -> Laws:
+        """The laws that the folder has so far. UserError if they are of something else than these rungs, or there are no data."""
+        config = rungs[0].arm.config()
+        obtain_dataset(config, World())
+        return laws_of(self.folder, rungs, self.datasets(config.data))
 
     def experiment(self, name: str, rungs: list[Rung], seeds: list[int], rates: int) -> Experiment:
         """The experiment of these rungs in the folder `name`. rates: most learning rates of one rung; 1: the inferred one."""
@@ -126,7 +147,8 @@ def predict_and_check(work: Work) -> None:
     pairs = [(scale, multiple) for scale in config.scales for multiple in config.tokens_per_parameter]
     *fitted, held_out = work.rungs([*pairs, (held_out_scale(config), held_out_multiple(config))])
     experiment = work.experiment("losses", fitted, config.seeds, rates=1)
-    if not work.train(experiment):
+    laws = None if config.estimate else work.laws(fitted)
+    if not work.train(experiment) or laws is None:
         return
     points = [(one, seed, final_loss(experiment, one.arm, seed)) for one in fitted for seed in config.seeds]
     found = fit_points(points)
@@ -134,6 +156,9 @@ def predict_and_check(work: Work) -> None:
     check = work.experiment("held-out", [held_out], config.seeds[:1], rates=1)
     work.train(check)
     measured = final_loss(check, held_out.arm, config.seeds[0])
+    laws.loss = LossLaw.of(found, "nats a token", origin(config, fitted, config.seeds, len(points)))
+    laws.loss.held_out = {key: prediction[key] for key in ("N", "D", "loss", "low", "high")} | {"measured": measured}
+    keep(work.folder, laws)
     publish_losses(work.folder, points, found, held_out, prediction, measured)
 
 
@@ -190,20 +215,75 @@ def check_rates(work: Work) -> None:
     config = work.config
     rungs = work.rungs([(scale, middle(config.tokens_per_parameter)) for scale in sorted(config.scales)])
     experiment = work.experiment("learning-rates", rungs, [], rates=config.most_learning_rates)
-    if not work.train(experiment):
+    laws = None if config.estimate else work.laws(rungs)
+    if not work.train(experiment) or laws is None:
         return
-    publish_rates(work.folder, rungs, [swept(experiment, one) for one in rungs])
+    found = [swept(experiment, one) for one in rungs]
+    laws.learning_rate = law_of_rates(config, rungs, [best for best, _ in found])
+    keep(work.folder, laws)
+    publish_sweeps(work.folder, RATES, rungs, found, laws.learning_rate)
 
 
 def swept(experiment: Experiment, one: Rung) -> tuple[Optimum, dict[float, float]]:
     """The optimum of a rung, and the losses of its sweep. UserError if a run of it failed."""
-    losses: dict[float, float] = {}
-    for rate in experiment.sweep(one.arm).tried:
-        state = experiment.state(Task(one.arm, rate, experiment.facts["tuning_seed"], "tuning"))
-        if state.word not in ("finished", "diverged"):
-            raise UserError(f"{one.arm.name} at scale {one.arm.scale:g}, lr {rate:g}: {state.word}: {state.message}")
-        losses[rate] = float("inf") if state.loss is None else state.loss
+    tried, seed = experiment.sweep(one.arm).tried, experiment.facts["tuning_seed"]
+    losses = {rate: loss_or_diverged(experiment, Task(one.arm, rate, seed, "tuning")) for rate in tried}
     rule = min(losses, key=lambda rate: abs(rate - one.length.learning_rate))  # six digits of it
-    if losses[rule] == float("inf") and min(losses.values()) == float("inf"):
-        raise UserError(f"scale {one.arm.scale:g}: every learning rate diverged")
-    return optimum(one.size, rule, losses), losses
+    return lowest(one, rule, losses), losses
+
+
+def loss_or_diverged(experiment: Experiment, task: Task) -> float:
+    """The loss of a run of a sweep, infinity if it diverged. UserError if it failed."""
+    state = experiment.state(task)
+    if state.word not in ("finished", "diverged"):
+        raise UserError(
+            f"{task.name}: {state.word}: {state.message or 'it has no loss'}; the same command tries it again"
+        )
+    return float("inf") if state.loss is None else state.loss
+
+
+def lowest(one: Rung, rule: float, losses: dict[float, float]) -> Optimum:
+    """The optimum of a sweep. UserError if every run of it diverged."""
+    if min(losses.values()) == float("inf"):
+        raise UserError(f"scale {one.arm.scale:g}: every run of the sweep diverged")
+    return optimum(one.size, rule, losses)
+
+
+def check_batches(work: Work) -> None:
+    """Sweep the tokens of a step at each scale, with equal tokens in all, and report where the rule is off."""
+    config, multiple = work.config, middle(work.config.tokens_per_parameter)
+    inferred = work.rungs([(scale, multiple) for scale in sorted(config.scales)])
+    rules = [(one.plan.config.batch.tokens_per_step, one.plan.config.batch.sequence_length) for one in inferred]
+    tried = [first_batches(*rule) for rule in rules]
+    laws = None if config.estimate else work.laws(inferred)
+    while True:
+        rungs = [[work.at_batch(one, batch) for batch in batches] for one, batches in zip(inferred, tried, strict=True)]
+        experiment = work.experiment("batches", [one for part in rungs for one in part], [config.tuning_seed], rates=1)
+        if not work.train(experiment) or laws is None:
+            return
+        sweeps = [
+            {
+                batch: loss_or_diverged(experiment, task_of(one, config.tuning_seed))
+                for batch, one in zip(batches, part, strict=True)
+            }
+            for batches, part in zip(tried, rungs, strict=True)
+        ]
+        further = [
+            next_batch(losses, length, config.most_learning_rates)
+            for losses, (_, length) in zip(sweeps, rules, strict=True)
+        ]
+        if not any(further):
+            break
+        tried = [batches + [batch] * (batch is not None) for batches, batch in zip(tried, further, strict=True)]
+    found = [
+        (lowest(one, batches[0], losses), losses) for one, batches, losses in zip(inferred, tried, sweeps, strict=True)
+    ]
+    laws.batch = law_of_batches(config, inferred, [best for best, _ in found])
+    keep(work.folder, laws)
+    publish_sweeps(work.folder, BATCHES, inferred, found, laws.batch)
+
+
+def task_of(one: Rung, seed: int) -> Task:
+    """The only run of a rung whose learning rate is given."""
+    assert one.arm.learning_rates is not None
+    return Task(one.arm, one.arm.learning_rates[0], seed, "test")

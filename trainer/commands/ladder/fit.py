@@ -9,10 +9,11 @@ one run that went wrong does not bend the law.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+
+from trainer.planning.laws import Fit, Law
 
 DELTA = 1e-2  # relative residual from which a point counts linearly: ten times what a seed moves the loss of such runs
 EXPONENTS = np.geomspace(0.02, 2.0, 41)  # of the first search; arXiv 2203.15556 has 0.34 and 0.28
@@ -20,57 +21,11 @@ REFINEMENTS = 6  # times that the search is repeated around the best exponents, 
 REWEIGHTINGS = 8  # iterations of the Huber weights
 
 
-@dataclass(frozen=True)
-class Law:
-    """irreducible + sum_i scales[i] x_i^-exponents[i]. names: of the x_i, such as ("N", "D")."""
-
-    names: tuple[str, ...]
-    irreducible: float
-    scales: tuple[float, ...]
-    exponents: tuple[float, ...]
-
-    def loss(self, *values: float) -> float:
-        """The loss at these values, in nats a token."""
-        terms = (scale * value**-power for scale, power, value in zip(self.scales, self.exponents, values, strict=True))
-        return self.irreducible + sum(terms)
-
-    @property
-    def numbers(self) -> int:
-        """Numbers that the fit chooses."""
-        return 1 + 2 * len(self.names)
-
-    def formula(self) -> str:
-        """The law as text, such as `1.69 + 406 N^-0.34 + 411 D^-0.28`."""
-        terms = (
-            f"{scale:.4g} {name}^-{power:.3f}"
-            for name, scale, power in zip(self.names, self.scales, self.exponents, strict=True)
-        )
-        return " + ".join([f"{self.irreducible:.4f}", *terms])
-
-
-@dataclass(frozen=True)
-class Fit:
-    """law: of all points; draws: laws of the bootstrap's samples; errors: relative residuals of the points, in their order."""
-
-    law: Law
-    draws: tuple[Law, ...]
-    errors: tuple[float, ...]
-
-    def predict(self, *values: float, share: float = 0.9) -> tuple[float, float, float]:
-        """(loss, low, high): the middle `share` of what a new run may have: the law's uncertainty, and a run's own scatter."""
-        scatter = np.random.default_rng(0).choice(inflated(self), len(self.draws))
-        losses = [law.loss(*values) * (1 + error) for law, error in zip(self.draws, scatter, strict=True)]
-        low, high = np.quantile(losses, [(1 - share) / 2, (1 + share) / 2])
-        return self.law.loss(*values), float(low), float(high)
-
-    def interval(self, number: Callable[[Law], float], share: float = 0.9) -> tuple[float, float]:
-        """The middle `share` of one number of the law over the bootstrap."""
-        low, high = np.quantile([number(law) for law in self.draws], [(1 - share) / 2, (1 + share) / 2])
-        return float(low), float(high)
-
-
 def fit(names: Sequence[str], points: Sequence[Sequence[float]], losses: Sequence[float], draws: int = 200) -> Fit:
-    """The law of `losses` [n] at `points` [n, len(names)], with a bootstrap of its residuals.
+    """The law of `losses` [n] at `points` [n, len(names)], with a parametric bootstrap.
+
+    The residuals of few points tell the scatter of a run only roughly: of n - p degrees of freedom, p numbers being fitted. So each draw
+    has its own scatter, by the chi-squared distribution. For a law that is linear in its numbers, this gives Student's t.
 
     Raises ValueError if there are not more points than numbers to choose, or the points do not tell two terms apart.
     """
@@ -83,22 +38,16 @@ def fit(names: Sequence[str], points: Sequence[Sequence[float]], losses: Sequenc
             raise ValueError(f"{len(set(column))} values of {name}; three are needed to tell a power of it")
     best = solve(tuple(names), x, y)
     expected = np.array([best.loss(*row) for row in x])
-    errors = y / expected - 1
-    one = Fit(best, (), tuple(errors))
+    freedom = len(y) - best.numbers
+    deviation = np.sqrt(((y / expected - 1) ** 2).sum() / freedom)
     generator = np.random.default_rng(0)
-    near = np.array(best.exponents)
-    drawn = []
+    drawn, scatter = [], []
     for _ in range(draws):
-        sample = expected * (1 + generator.choice(inflated(one), len(y)))
-        drawn.append(solve(tuple(names), x, sample, near))
-    return Fit(best, tuple(drawn), tuple(errors))
-
-
-def inflated(fit: Fit) -> np.ndarray:
-    """The residuals, without their mean, as large as those of new points: a fit with p numbers makes its own smaller."""
-    errors = np.array(fit.errors)
-    left = max(1, len(errors) - fit.law.numbers)
-    return (errors - errors.mean()) * np.sqrt(len(errors) / left)
+        size = deviation * np.sqrt(freedom / generator.chisquare(freedom))
+        sample = expected * np.exp(size * generator.standard_normal(len(y)))
+        drawn.append(solve(tuple(names), x, sample, np.array(best.exponents)))
+        scatter.append(float(np.expm1(size * generator.standard_normal())))
+    return Fit(best, tuple(drawn), tuple(scatter))
 
 
 def solve(names: tuple[str, ...], x: np.ndarray, y: np.ndarray, near: np.ndarray | None = None) -> Law:

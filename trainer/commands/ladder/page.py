@@ -6,18 +6,39 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.commands.ladder.fit import Fit, Law, fit
+from trainer.commands.ladder.fit import fit
 from trainer.commands.ladder.rates import GOAL, Optimum, power_law
 from trainer.commands.ladder.spec import Rung
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
+from trainer.planning.laws import LAWS, Fit, Law, PowerLaw
 from trainer.runtime.environment import environment
 
 Points = Sequence[tuple[Rung, int, float]]
+
+
+class Swept(NamedTuple):
+    """What a sweep changes. name: of its files; word: in the table; axis: in the figure; shown: its values as text."""
+
+    name: str
+    title: str
+    word: str
+    axis: str
+    shown: Callable[[float], str]
+    notes: tuple[str, ...] = ()
+
+
+RATES = Swept("learning-rates", "Learning rates of the ladder", "lr", "learning rate", "{:.3g}".format)
+BATCHES = Swept(
+    *("batches", "Batches of the ladder", "B", "tokens of a step", "{:,.0f}".format),
+    (
+        "B: tokens of a step; each run of a size trains on as many tokens; lr follows the square root of B from the rule's at the rule's B",
+    ),
+)
 
 
 def publish_losses(
@@ -38,7 +59,8 @@ def publish_losses(
         f"{prediction['loss']:.4f}, {prediction['share']:.0%} between {prediction['low']:.4f} and {prediction['high']:.4f}",
         f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
         f"{'inside' if inside else 'outside'} the interval",
-        "N: parameters without embeddings and head; the interval: bootstrap of the residuals, with a run's own scatter",
+        "N: parameters without embeddings and head; the interval: bootstrap by the scatter of the residuals, with a run's own scatter",
+        f"{LAWS} holds this law: `plan --dial {folder / LAWS}` says which loss a run should end with",
     ]
     body = {
         "law": found.law.formula(),
@@ -99,27 +121,32 @@ def compute_laws(points: Points) -> list[str]:
     return lines
 
 
-def publish_rates(folder: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]) -> None:
-    """Write the page of the learning rates, and print it."""
-    rows = [["scale", "N", "tokens", "rule's lr", "best lr", "rule's loss", "lowest", "rule loses", "verdict"]]
+def publish_sweeps(
+    folder: Path,
+    what: Swept,
+    rungs: Sequence[Rung],
+    found: Sequence[tuple[Optimum, dict[float, float]]],
+    law: PowerLaw | None,
+) -> None:
+    """Write the page of the sweeps, and print it. law: in laws.yaml; None if there are too few optima."""
+    word, shown = what.word, what.shown
+    rows = [
+        ["scale", "N", "tokens", f"rule's {word}", f"best {word}", "rule's loss", "lowest", "rule loses", "verdict"]
+    ]
     for one, (best, losses) in zip(rungs, found, strict=True):
-        rows.append(
-            [
-                *(
-                    f"{one.arm.scale:g}",
-                    f"{one.size:,}",
-                    f"{one.length.tokens:,}",
-                    f"{best.rule:.3g}",
-                    f"{best.best:.3g}",
-                ),
-                *(f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict),
-            ]
-        )
+        sizes = f"{one.arm.scale:g}", f"{one.size:,}", f"{one.length.tokens:,}", shown(best.rule), shown(best.best)
+        rows.append([*sizes, f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict])
     constant, power = power_law([best for best, _ in found])
+    kept = (
+        f"{LAWS} has no law of it: fewer than two sizes have an optimum with worse neighbours"
+        if law is None
+        else f"in {LAWS}: {law.law}"
+    )
     lines = [
-        f"lr = {constant:.4g} N^{power:.3f} through the optima, N without embeddings and head",
-        f"best: lowest point of a parabola in ln lr through the best rate and its neighbours; goal: the rule loses {GOAL:g} nats "
+        f"{word} = {constant:.4g} N^{power:.3f} through the optima, N without embeddings and head; {kept}",
+        f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the rule loses {GOAL:g} nats "
         "or less; one seed, so differences of a few thousandths mean nothing",
+        *what.notes,
     ]
     body = {
         "law": {"constant": constant, "power": power},
@@ -127,13 +154,13 @@ def publish_rates(folder: Path, rungs: Sequence[Rung], found: Sequence[tuple[Opt
             {
                 **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "rule": best.rule, "best": best.best},
                 **{"lowest": best.lowest, "lost": finite(best.lost), "bracketed": best.bracketed},
-                "losses": {f"{rate:g}": finite(loss) for rate, loss in sorted(losses.items())},
+                "losses": {f"{value:g}": finite(loss) for value, loss in sorted(losses.items())},
             }
             for one, (best, losses) in zip(rungs, found, strict=True)
         ],
     }
-    publish(folder, "learning-rates", "Learning rates of the ladder", rows, lines, body)
-    draw_rates(folder / "learning-rates.png", rungs, found)
+    publish(folder, what.name, what.title, rows, lines, body)
+    draw_sweeps(folder / f"{what.name}.png", what, rungs, found)
 
 
 def finite(loss: float) -> float | None:
@@ -173,8 +200,10 @@ def draw_losses(
     figure.savefig(out, dpi=100)
 
 
-def draw_rates(out: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]) -> None:
-    """Loss above the lowest over the learning rate, a line for each size; the rule's rate is ringed."""
+def draw_sweeps(
+    out: Path, what: Swept, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]
+) -> None:
+    """Loss above the lowest over what was swept, a line for each size; the rule's value is ringed."""
     figure, axis = new_figure()
     for index, (one, (best, losses)) in enumerate(zip(rungs, found, strict=True)):
         points = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
@@ -184,9 +213,8 @@ def draw_rates(out: Path, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, 
         )
         axis.axvline(best.best, color=f"C{index}", linewidth=0.8, linestyle=":")
     axis.axhline(GOAL, color="k", linewidth=0.8, linestyle="--")
-    axis.set(
-        xscale="log", xlabel="learning rate (ringed: the rule's; dotted: the optimum)", ylabel="nats above the lowest"
-    )
+    label = f"{what.axis} (ringed: the rule's; dotted: the optimum)"
+    axis.set(xscale="log", xlabel=label, ylabel="nats above the lowest")
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=100)
 

@@ -1,4 +1,4 @@
-"""The learning rate at several sizes: where its optimum is, how much the rule loses, and a law lr = k N^p through the optima."""
+"""Sweeps of the learning rate, or of the batch, at several sizes: where the optimum is, how much the rule loses, and a law k N^p."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ GOAL = 0.01  # nats that the rule may lose against the best of the sweep
 
 @dataclass(frozen=True)
 class Optimum:
-    """The sweep at one size. rule: the learning rate that `plan` infers; best: the optimum of a parabola through the best rate and
-    its neighbours; lost: nats that the rule loses against the lowest of the parabola and the sweep; bracketed: whether both
+    """The sweep at one size. rule: the value that `plan` infers; best: the optimum of a parabola through the best value and its
+    neighbours, over the logarithm; lost: nats that the rule loses against the lowest of the parabola and the sweep; bracketed: whether both
     neighbours are worse."""
 
     size: int
@@ -34,7 +34,7 @@ class Optimum:
 
 
 def optimum(size: int, rule: float, losses: Mapping[float, float]) -> Optimum:
-    """The optimum of a sweep. losses: learning rate -> loss, which has the rule's."""
+    """The optimum of a sweep. losses: learning rate, or tokens of a step -> loss, which has the rule's."""
     finite = sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
     rates = [rate for rate, _ in finite]
     at = min(range(len(finite)), key=lambda index: finite[index][1])
@@ -50,8 +50,26 @@ def optimum(size: int, rule: float, losses: Mapping[float, float]) -> Optimum:
 
 
 def power_law(optima: list[Optimum]) -> tuple[float, float]:
-    """(k, p) of lr = k N^p, the least squares of ln lr. ValueError for fewer than two sizes."""
+    """(k, p) of k N^p, the least squares of the optima's logarithms. ValueError for fewer than two sizes."""
     if len({one.size for one in optima}) < 2:
-        raise ValueError("a law of the learning rate needs two sizes")
+        raise ValueError("a law of the optimum needs two sizes")
     power, constant = np.polyfit(np.log([one.size for one in optima]), np.log([one.best for one in optima]), 1)
     return float(np.exp(constant)), float(power)
+
+
+def first_batches(rule: int, length: int) -> list[int]:
+    """The tokens of a step that a sweep begins with: those of the rule, half and twice as many, in whole sequences of `length`."""
+    sequences = max(1, rule // length)
+    return [count * length for count in dict.fromkeys((sequences, max(1, sequences // 2), 2 * sequences))]
+
+
+def next_batch(losses: Mapping[int, float], length: int, most: int) -> int | None:
+    """The tokens of a step to try next: beyond the end of the sweep that is best. None if both neighbours of the best are worse, if
+    `most` have been tried, or below one sequence."""
+    tried = sorted(losses)
+    best = min(tried, key=lambda batch: (losses[batch], batch))
+    if len(tried) >= most or best not in (tried[0], tried[-1]):
+        return None
+    if best == tried[0]:
+        return tried[0] // length // 2 * length or None
+    return 2 * tried[-1]

@@ -26,12 +26,14 @@ OURS = {  # keys of a run that the ladder sets itself
 
 @dataclass(frozen=True)
 class Rung:
-    """One size at one length. size: parameters outside embeddings and head; length: what the arm trains."""
+    """One size at one length. size: parameters outside embeddings and head; length: what the arm trains; plan: of its runs, but for their
+    length."""
 
     arm: Arm
     multiple: float
     size: int
     length: Length
+    plan: Plan
 
     @property
     def point(self) -> tuple[float, float]:
@@ -51,7 +53,7 @@ def check_numbers(config: LadderConfig) -> None:
             raise UserError(f"{key}: is empty, names a value twice, or holds one below 0")
     if min(config.scales) <= 0 or min(config.tokens_per_parameter) <= 0:
         raise UserError("scales, tokens_per_parameter: must be above 0")
-    least = 2 if config.check == "lr" else 3
+    least = 3 if config.check == "none" else 2
     if len(config.scales) < least:
         raise UserError(f"scales: a ladder needs {least} or more, not {len(config.scales)}")
     if config.check == "none" and len(config.tokens_per_parameter) < 3:
@@ -74,13 +76,15 @@ def middle(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def arm(config: LadderConfig, scale: float, multiple: float) -> Arm:
-    """A size at a length. UserError if the spec sets what the ladder sets."""
+def arm(config: LadderConfig, scale: float, multiple: float, batch: int | None = None) -> Arm:
+    """A size at a length. batch: tokens of a step; None: as the spec or the plan says. UserError if the spec sets what the ladder sets."""
     refuse_ours(config.common, "common", ours=OURS)
     values = merge(run_values(config.config, config.common), {"model_scale": scale})
     for key in ("max_steps", *LENGTHS):
         values.pop(key, None)  # a config of configs/ has its own length
-    made = Arm(f"{multiple:g}x", scale, values, {}, None)
+    if batch is not None:
+        values = merge(values, {"batch": {"tokens_per_step": batch}})
+    made = Arm(f"{multiple:g}x" + f" batch {batch}" * (batch is not None), scale, values, {}, None)
     if made.config().evaluation.patience:
         raise UserError("evaluation.patience: a run that ends early is no point of a law; leave it out")
     return made
@@ -91,4 +95,4 @@ def rung(made: Arm, multiple: float, plan: Plan) -> Rung:
     steps = nearest_steps(lambda count: tokens(plan, count), multiple * plan.non_embedding)
     count, flops = tokens(plan, steps), training_flops(plan, steps)
     length = Length(steps, count, flops, plan.parameters, round(flops / count), plan.config.optim.lr)
-    return Rung(made, multiple, plan.non_embedding, length)
+    return Rung(made, multiple, plan.non_embedding, length, plan)
