@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from law_files import laws, laws_file, values
 
+from trainer.commands.report.run_tables import expected_row
+from trainer.commands.report.series import read_columns
 from trainer.core.errors import UserError
 from trainer.planning.laws import LAWS
 from trainer.runs.metrics import last_row, read_rows
@@ -26,6 +29,10 @@ def test_a_run_says_how_far_it_is_from_the_expected_loss(tiny_dataset, tmp_path,
     text = out.out + out.err
     assert f"measured {row['val_loss']:.4f}, {told['off_expected']:+.4f} nats, {place} the interval" in text
     assert f"expected loss {expected:.4f}, 90% between" in text
+
+    (shown,) = expected_row(read_columns(run / "metrics.jsonl"))
+    assert shown[:3] == ["validation loss", f"{expected:.4f}", f"{row['val_loss']:.4f}"] and shown[3].endswith(place)
+    assert expected_row({"val_loss": np.array([3.0])}) == []
 
     assert (run / LAWS).read_text() == path.read_text()
     path.unlink()

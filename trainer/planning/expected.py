@@ -5,6 +5,7 @@ A run keeps the path of the file with its digest, and a copy in its folder, so t
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Expected:
 def outcome(row: dict[str, Any]) -> dict[str, Any]:
     """How far the last row of a run is from what its plan expected, in nats; empty if that expected nothing."""
     numbers = [row.get(key) for key in ("val_loss", "expected_val_loss", "expected_low", "expected_high")]
-    if not all(type(number) in (int, float) for number in numbers):
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         return {}
     measured, loss, low, high = numbers
     return {"off_expected": measured - loss, "inside_interval": low <= measured <= high}

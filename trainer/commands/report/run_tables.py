@@ -22,6 +22,8 @@ from trainer.core.errors import UserError
 from trainer.core.files import read_json, system_error
 from trainer.core.settings import helps
 from trainer.core.text import printable
+from trainer.planning.expected import outcome
+from trainer.planning.laws import SHARE
 from trainer.planning.plan import show_number
 from trainer.planning.run_config import flat
 
@@ -95,6 +97,7 @@ def amounts_table(run: Run, plan: dict[str, Rule], columns: dict[str, np.ndarray
     )
     peak = run.peak_memory_bytes
     rows = [
+        *expected_row(columns),
         ["steps", show(run.get("max_steps"), ",.0f"), f"{run.step:,}", ""],
         ["tokens", planned("tokens"), show(run.tokens, ",.0f"), ""],
         ["epochs", planned("epochs"), show(run.epochs, ".4g"), ""],
@@ -114,6 +117,20 @@ def amounts_table(run: Run, plan: dict[str, Rule], columns: dict[str, np.ndarray
     if "memory, GiB" in plan:
         notes.append(f"planned memory: {printable(plan['memory, GiB'].rule, 400)}")
     return Table(["", "planned", "measured", "range"], [row for row in rows if row[1:3] != [MISSING, MISSING]], notes)
+
+
+def expected_row(columns: dict[str, np.ndarray]) -> list[list[str]]:
+    """The validation loss at the end beside the one that the laws of a ladder expected; no row if they expected none."""
+    ends = np.flatnonzero(np.isfinite(columns.get("expected_val_loss", np.array([]))))
+    if not len(ends):
+        return []
+    row = {key: float(column[ends[-1]]) for key, column in columns.items()}
+    found = outcome(row)
+    if not found:
+        return []
+    place = "inside" if found["inside_interval"] else "outside"
+    interval = f"{SHARE:.0%} expected from {row['expected_low']:.4f} to {row['expected_high']:.4f}: {place}"
+    return [["validation loss", f"{row['expected_val_loss']:.4f}", f"{row['val_loss']:.4f}", interval]]
 
 
 def _planned_flops(plan: dict[str, Rule]) -> str:
