@@ -80,10 +80,10 @@ class Expected:
 
 def outcome(row: dict[str, Any]) -> dict[str, Any]:
     """How far the last row of a run is from what its plan expected, in nats; empty if that expected nothing."""
-    numbers = [row.get(key) for key in ("val_loss", "expected_val_loss", "expected_low", "expected_high")]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    keys = ("val_loss", "expected_val_loss", "expected_low", "expected_high")
+    if not all(type(row.get(key)) in (int, float) and math.isfinite(row[key]) for key in keys):
         return {}
-    measured, loss, low, high = numbers
+    measured, loss, low, high = (row[key] for key in keys)
     return {"off_expected": measured - loss, "inside_interval": low <= measured <= high}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ def loss_or_diverged(experiment: Experiment, task: Task) -> float:
     return float("inf") if state.loss is None else state.loss
 
 
-def lowest(one: Rung, rule: float, losses: dict[float, float]) -> Optimum:
+def lowest(one: Rung, rule: float, losses: Mapping[Any, float]) -> Optimum:
     """The optimum of a sweep. UserError if every run of it diverged."""
     if min(losses.values()) == float("inf"):
         raise UserError(f"scale {one.arm.scale:g}: every run of the sweep diverged")
@@ -274,7 +274,7 @@ def check_batches(work: Work) -> None:
         ]
         if not any(further):
             break
-        tried = [batches + [batch] * (batch is not None) for batches, batch in zip(tried, further, strict=True)]
+        tried = [[*batches, *([batch] if batch else [])] for batches, batch in zip(tried, further, strict=True)]
     found = [
         (lowest(one, batches[0], losses), losses) for one, batches, losses in zip(inferred, tried, sweeps, strict=True)
     ]

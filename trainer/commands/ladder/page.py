@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +125,7 @@ def publish_sweeps(
     folder: Path,
     what: Swept,
     rungs: Sequence[Rung],
-    found: Sequence[tuple[Optimum, dict[float, float]]],
+    found: Sequence[tuple[Optimum, Mapping[Any, float]]],
     law: PowerLaw | None,
 ) -> None:
     """Write the page of the sweeps, and print it. law: in laws.yaml; None if there are too few optima."""
@@ -201,7 +201,7 @@ def draw_losses(
 
 
 def draw_sweeps(
-    out: Path, what: Swept, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, dict[float, float]]]
+    out: Path, what: Swept, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, Mapping[Any, float]]]
 ) -> None:
     """Loss above the lowest over what was swept, a line for each size; the rule's value is ringed."""
     figure, axis = new_figure()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Optimum:
         )
 
 
-def optimum(size: int, rule: float, losses: Mapping[float, float]) -> Optimum:
+def optimum(size: int, rule: float, losses: Mapping[Any, float]) -> Optimum:
     """The optimum of a sweep. losses: learning rate, or tokens of a step -> loss, which has the rule's."""
     finite = sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
     rates = [rate for rate, _ in finite]
