@@ -61,11 +61,13 @@ class Output(NamedTuple):
     loss: cross-entropy in nats, mean or sum over the targets that count, fp32 scalar (None without targets)
     logits: [B, T, V] (None with targets, so that the loss can be fused with the head)
     parts: further losses by name, already included in `loss` (None: there are none)
+    measures: see LanguageModel.measures (None: there are none)
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     parts: dict[str, Tensor] | None = None
+    measures: dict[str, Tensor] | None = None
 
 
 class Split(NamedTuple):
@@ -120,7 +122,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return Output(logits=self.logits(hidden))
         loss, parts = self.loss(hidden, targets, reduction)
-        return Output(loss=loss, parts=parts or None)
+        return Output(loss=loss, parts=parts or None, measures=self.measures(hidden, targets) or None)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Set every parameter and buffer. The model was built on the meta device (see `materialise`), so values from
@@ -161,6 +163,11 @@ class LanguageModel(nn.Module):
         """
         total = self.nll(hidden, targets, weights).sum()
         return total if reduction == "sum" else total / (targets != IGNORE).sum(), {}
+
+    def measures(self, hidden: Hidden, targets: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """What a run prints by name beside its losses, as means over the targets that count: the sums, scalars without gradient.
+        weights: as for `loss`."""
+        return {}
 
     kernel_fields: ClassVar[tuple[str, ...]] = ()  # fields of Config that name a kernel; all know "auto" and "torch"
     device_kernels: ClassVar[tuple[str, ...]] = ()  # values of `kernel_fields` that only some devices can run
@@ -356,6 +363,10 @@ class LogitsAsHidden:
         return getattr(self.model, name)
 
 
+class OtherTokens(ValueError):
+    """An objective passes other tokens to a model than those that the columns of the batch are of."""
+
+
 class WithColumns:
     """A model with the columns of one batch that it takes by name: an objective need not know of them."""
 
@@ -365,7 +376,7 @@ class WithColumns:
 
     def of(self, tokens: Tensor) -> dict[str, Tensor]:
         if self.columns and tokens is not self.tokens:
-            raise ValueError(
+            raise OtherTokens(
                 f"the objective changes the tokens, and {', '.join(self.columns)} are of those that the batch holds; train with another "
                 "objective, or another patching"
             )

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.layers.attend import AttentionMask
@@ -55,6 +56,17 @@ def first_stage(tokens: Tensor, documents: Tensor | None, state: PatchState | No
     if state is None:
         return Stage(documents)
     return Stage(None, None, state, torch.full_like(tokens[:, 0], state.length), state.length + tokens.shape[1])
+
+
+def before_each(x: Tensor, stage: Stage, key: Hashable) -> Tensor:
+    """x [B, n, D] of the position before each one in its row: zeros before the first."""
+    if stage.state is None:
+        return F.pad(x[:, :-1], (0, 0, 1, 0))
+    held = torch.cat((stage.state.recall(key, x[:, :1]), x), dim=1)
+    rows = torch.arange(len(x), device=x.device)
+    new = x.shape[1] if stage.real is None else stage.real.sum(1)
+    stage.state.remember(key, held[rows, new][:, None])
+    return held[:, :-1]
 
 
 class Choice(NamedTuple):

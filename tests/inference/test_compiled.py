@@ -43,7 +43,7 @@ def hybrid(name):
 
 
 # What stands for several tokens is computed in some steps only.
-VARYING = {"megabyte", "hourglass", "blt", "spacebyte", "aunet"}
+VARYING = {"megabyte", "hourglass", "blt", "spacebyte", "aunet", "hnet"}
 RUNNERS |= {name: lambda n=name: hybrid(n) for name in HYBRIDS}
 
 

@@ -221,10 +221,23 @@ def test_what_cannot_be_is_one_line(tiny_dataset, data, entropy_run, tmp_path):
     with pytest.raises(UserError, match="^data.separate_documents: the entropies of .* see across documents"):
         make(data, tmp_path / "r", model=BLT, data={"path": str(data), "separate_documents": True})
     objective = {"name": "fim", "prefix": "a", "middle": "b", "suffix": "c"}
-    with pytest.raises(
-        UserError, match="the objective changes the tokens, and entropies are of those that the batch holds"
-    ):
+    with pytest.raises(UserError, match=OTHER_TOKENS):
         make(data, tmp_path / "r", model=BLT, batch=BATCH, objective=objective)
+
+
+OTHER_TOKENS = "^objective.name: the objective changes the tokens, and entropies are of those that the batch holds; train with another"
+
+
+def test_pairs_of_answers_are_refused_in_one_line(entropy_run, tmp_path):
+    """dpo puts both answers of a pair into the batch that the model reads. With other patching it trains."""
+    row = {"prompt": "say a", "chosen": "aaaa b", "rejected": "cc dd"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 16))
+    source = {"source": str(tmp_path / "rows.jsonl"), "records": "preference"}
+    pairs = prepared(tmp_path / "pairs", patches=str(entropy_run), **source)
+    simpo = {"batch": BATCH, "objective": {"name": "dpo", "loss": "simpo"}}
+    with pytest.raises(UserError, match=OTHER_TOKENS):
+        make(pairs, tmp_path / "r", model=BLT, **simpo)
+    make(pairs, tmp_path / "r", model=BLT | {"patching": "space"}, **simpo)
 
 
 def test_a_description_that_prepare_would_not_write_is_refused(data, tmp_path):

@@ -45,6 +45,22 @@ def of_aunet(config, length):
     return 6 * (total + c.n_layers * plain_layer(c, c.d_model, room) * room) // length
 
 
+def of_hnet(model, length):
+    """Layers of bytes, a router and a residual projection pass each position of a stage, and there is room for so many chunks of it."""
+    c, room, total = model.config, length, 2 * length * model.config.vocab_size * model.config.widths[0]
+    for level, width in enumerate(c.widths[:-1]):
+        outer, slots = model.outer[level], min(room, 17 + int((room - 1) * 1.25 / c.target))
+        blocks = [module for side in (outer.down, outer.up) for module in side.modules()]
+        total += sum(of_module(module, room) for module in blocks) + 2 * 3 * width * width * room
+        assert slots <= ssd.CHUNK
+        total += (
+            2 * slots * slots * width
+        )  # the smoothing of what comes back, in one chunk; scores of one number are no products
+        room = slots
+    total += 2 * c.n_layers * plain_layer(c, c.d_model, room) * room
+    return 3 * total // length
+
+
 def of_blt(config, length):
     """A byte passes the local layers, and one in `patch_size` bytes, of `static` patches, the latent ones. Scores of cross-attention are no
     matrix products."""

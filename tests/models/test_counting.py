@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hierarchical_flops import of_hierarchical
-from recurrent_flops import of_aunet, of_blt, of_spacebyte, of_stack
+from recurrent_flops import of_aunet, of_blt, of_hnet, of_spacebyte, of_stack
 from torch import nn
 
 from models import base, counting
@@ -13,6 +13,7 @@ from models.aunet import AUNet
 from models.base import LanguageModel, Output, cross_entropy, get_model, load_models, model_names, register
 from models.blt import Blt
 from models.config import check_ranges, setting
+from models.hnet import HNet
 from models.layers import normal_
 from models.layers.attention import DifferentialHeads, LatentAttention, SoftmaxHeads
 from models.layers.patches_fixed import HierarchicalStack
@@ -49,6 +50,8 @@ def by_formula(model, length):
         return of_spacebyte(c, length)
     if isinstance(model, AUNet):
         return of_aunet(c, length)
+    if isinstance(model, HNet):
+        return of_hnet(model, length)
     if isinstance(model, Stack):
         return of_stack(model, length)
     weights = scores = others = 0

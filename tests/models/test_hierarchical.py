@@ -223,7 +223,7 @@ def test_the_papers_loss_is_that_of_every_step_at_every_position():
         last = model.decode_steps(encoded[:, :count].flatten(0, 1), x.flatten(0, 1))[:, -1]
         logits = model.norm(last) @ model.unembedding().T
         expected[i] = cross_entropy(logits.unsqueeze(0), targets[:, i - 1 :].reshape(1, -1), "sum")
-    loss, _, parts = model(tokens, targets, reduction="sum")
+    loss, _, parts, _ = model(tokens, targets, reduction="sum")
     torch.testing.assert_close(parts["step_2"], 0.5 * expected[2])
     torch.testing.assert_close(parts["step_3"], 0.25 * expected[3])
     torch.testing.assert_close(loss, expected[1] + 0.5 * expected[2] + 0.25 * expected[3])

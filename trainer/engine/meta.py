@@ -40,12 +40,14 @@ def told_of_model(model_class: Any, what: str) -> Iterator[None]:
 
     what: a sentence that says what failed.
     """
-    from models.base import get_model, model_names
+    from models.base import OtherTokens, get_model, model_names
 
     try:
         yield
     except UserError:
         raise
+    except OtherTokens as error:
+        raise UserError(f"objective.name: {error}") from None
     except Exception as error:
         name = next((name for name in model_names() if get_model(name) is model_class), model_class.__name__)
         file = str(getattr(sys.modules.get(model_class.__module__), "__file__", ""))

@@ -19,6 +19,7 @@ class NextToken(Objective):
         weights = batch.get("weights")
         if weights is None:
             output = model(tokens, targets=targets, documents=documents, reduction="sum")
-            return Loss(output.loss, self.count(batch), output.parts)
-        loss, parts = model.loss(model.hidden(tokens, documents=documents), targets, "sum", weights)
-        return Loss(loss, self.count(batch), parts or None)
+            return Loss(output.loss, self.count(batch), output.parts, output.measures)
+        hidden = model.hidden(tokens, documents=documents)
+        loss, parts = model.loss(hidden, targets, "sum", weights)
+        return Loss(loss, self.count(batch), parts or None, model.measures(hidden, targets, weights) or None)
