@@ -25,6 +25,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 COMPARISONS = sorted([*(ROOT / "configs").glob("compare-*.yaml"), *(ROOT / "configs" / "record").glob("*.yaml")])
+WITH_ENTROPIES = ROOT / "configs" / "record" / "patches.yaml"  # its data are prepared with --patches
 LADDERS = sorted((ROOT / "configs").glob("ladder-*.yaml"))
 RUN_CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*COMPARISONS, *LADDERS})
 

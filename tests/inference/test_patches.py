@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from cases import matrix_values, train_cases
-from conftest import open_split, tiny_values, words_text
+from conftest import WITH_ENTROPIES, open_split, tiny_values, words_text
 from tiny_runs import make
 
 from trainer.commands import export
+from trainer.commands.compare import read
+from trainer.commands.compare.budget import lengths
+from trainer.commands.compare.spec import arms
 from trainer.commands.data import SurveyConfig
 from trainer.commands.data import run as survey
 from trainer.commands.export import ExportConfig
@@ -21,6 +24,7 @@ from trainer.commands.prepare import run as prepare_run
 from trainer.commands.train import run
 from trainer.core.config import DataConfig, PrepareConfig
 from trainer.core.errors import Damaged, UserError
+from trainer.core.settings import load_yaml
 from trainer.data.dataset import ENTROPIES, DatasetInfo
 from trainer.data.stream import find_dataset
 from trainer.inference.evaluation import validate
@@ -176,6 +180,13 @@ def test_an_export_for_transformers_is_refused_because_it_holds_one_model(traine
         export.run(ExportConfig(run_dir=str(trained), format="hf", out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     export.run(ExportConfig(run_dir=str(trained), out=str(tmp_path / "out")))
+
+
+def test_our_comparison_of_patches_can_run(data):
+    spec = read(load_yaml(WITH_ENTROPIES))
+    info = dataclasses.replace(find_dataset(DataConfig(path=str(data))), sample_length=1024)
+    found = lengths(arms(spec), spec.budget, lambda _: info, rate=None)
+    assert not [length.refused for length in found.values() if length.refused]
 
 
 def test_the_picture_of_a_dataset_shows_its_patches(data, tmp_path, capsys):
