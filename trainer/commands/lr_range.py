@@ -35,7 +35,9 @@ LEAST = 5  # losses, to say anything about a slope
 class LrRangeConfig(RunConfig):
     """`lr-range`: a run's keys, and the range. It goes on from the newest checkpoint of run_dir if there is one."""
 
-    low: float = setting(1e-7, "learning rate of the matrices in the first step", above=0)
+    low: float = setting(
+        1e-7, "learning rate of the matrices in the first step; with model.mup that of its base", above=0
+    )
     high: float = setting(10.0, "learning rate of the matrices in the last step", above=0)
     steps: int = setting(100, "optimiser steps from low to high; fewer if the loss explodes", low=LEAST)
     lr_range_dir: str | None = setting(None, "folder for lr-range.json and .png; auto: runs/lr-range-TIME")
