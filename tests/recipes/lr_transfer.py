@@ -3,7 +3,7 @@
     python tests/recipes/lr_transfer.py --data.path DATASET
 
 trains a Llama of each width with each learning rate on the same text, and prints the mean loss of the last tenth of the steps.
-models/README.md holds a table. --widths, --rates, --depth, --steps, --rows and --length change what is tried.
+--widths, --rates, --depth, --steps, --rows and --length change what is tried. mup's base is the first width.
 """
 
 import argparse
