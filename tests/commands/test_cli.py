@@ -92,7 +92,7 @@ def test_help_names_the_verbs_and_reports_its_time(capsys):
         ),
         (
             ["plan", "--model.name", "gpt3"],
-            "model.name: 'gpt3' is not known (allowed: blagpt, blagpt-best, ",
+            "model.name: 'gpt3' is not known (allowed: aunet, blagpt, ",
         ),
         (["plan", "--model.d_modle", "64"], "unknown key model.d_modle; did you mean model.d_model?"),
         (["plan", "--model.d_model", "wide"], "model.d_model: expected integer, got 'wide'"),

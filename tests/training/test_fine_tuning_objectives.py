@@ -1,13 +1,12 @@
 """The objectives of fine-tuning against plain references in fp64, and what must not change their losses."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.base import IGNORE, Hidden
+from models.base import IGNORE, Hidden, Output
 from trainer.core.errors import UserError
 from trainer.data.dataset import LOSS_MASK
 from trainer.objectives import FrozenModel, build_objective, resolve_objective
@@ -40,7 +39,7 @@ class Plain(torch.nn.Module):
         return self.nll(hidden, targets).sum(), {}
 
     def forward(self, tokens, targets, documents, reduction):
-        return SimpleNamespace(loss=self.nll(self.hidden(tokens), targets).sum(), parts=None)
+        return Output(loss=self.nll(self.hidden(tokens), targets).sum())
 
 
 def pairs(rows=3, length=12, prompt=4, seed=0):
