@@ -83,6 +83,13 @@ def test_claims_of_a_comparison_stand_in_its_report(tmp_path, capsys):
     assert "llama is &lt;b&gt;better&lt;/b&gt;" in page and said not in page
 
 
+def test_a_claim_about_nothing_is_refused(tmp_path):
+    experiment = simple_comparison(tmp_path / "demo")
+    experiment.content["claims"] = [{"words": "so", "source": "x", "pairs": []}]
+    with pytest.raises(UserError, match="a claim names no pair of arms"):
+        read_comparison(experiment.write())
+
+
 @pytest.mark.parametrize("pairs", [[["llama", "huge"]], [["llama"]], ["llama"], [["llama", "llama"]]])
 def test_a_claim_about_arms_that_are_not_there_is_refused(tmp_path, pairs):
     experiment = simple_comparison(tmp_path / "demo")

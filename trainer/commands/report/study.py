@@ -256,6 +256,8 @@ def _read_claim(one: Any, arms: dict[tuple[str, float], Arm], where: str) -> Cla
         if len(set(names)) != 2 or any((name, scale) not in arms for name in names for scale in scales):
             raise UserError(f"{where}: a claim's pair is {printable(repr(pair), 100)}, which are not two of the arms")
         pairs.append((names[0], names[1]))
+    if not pairs:  # a claim about nothing would count as shown
+        raise UserError(f"{where}: a claim names no pair of arms")
     words, source = (printable(_value(one, key, (str,), where), MESSAGE_LENGTH) for key in ("words", "source"))
     return Claim(words, source, tuple(pairs))
 
