@@ -11,7 +11,7 @@ from models.layers.attention import HEADS, Attention, Context, LatentAttention
 from models.layers.mlp import ACTIVATIONS
 from models.layers.norms import LayerNorm, make_norm
 from models.layers.pattention import Pattention
-from models.layers.residual import HyperConnection, Plain, Weighted, narrow
+from models.layers.residual import HyperConnection, Plain, Scaled, Weighted, narrow
 from models.state import DecodingState
 
 # Where the norms are: (before the branch, after the branch, after the sum).
@@ -187,7 +187,7 @@ def join_of(config: Any, index: int) -> Any:
 
 
 JOINS: dict[str, Any] = {
-    "plain": lambda config, index: Plain(config.multipliers.branch),
+    "plain": lambda config, index: Plain() if (scale := config.multipliers.branch) == 1 else Scaled(scale),
     "weighted": lambda config, index: Weighted(),
     "static_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=False),
     "dynamic_hyper": lambda config, index: HyperConnection(config.d_model, config.n_streams, index, dynamic=True),

@@ -33,17 +33,25 @@ class Residual(nn.Module):
 
 
 class Plain(Residual):
-    """stream + scale * branch; stream [B, T, D]. scale: below 1 in a decoder with mup that is deeper than its base."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
+    """stream + branch; stream [B, T, D]."""
 
     def forward(self, stream: Tensor) -> tuple[Tensor, None]:
         return stream, None
 
     def merge(self, stream: Tensor, branch_output: Tensor, kept: None) -> Tensor:
-        return torch.add(stream, branch_output, alpha=self.scale)
+        return stream + branch_output
+
+
+class Scaled(Plain):
+    """stream + scale * branch; stream [B, T, D]. For a decoder with mup that is deeper or shallower than its base."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def merge(self, stream: Tensor, branch_output: Tensor, kept: None) -> Tensor:
+        # Not `alpha` of torch.add: the compiler makes the number a variable, which an argument that is no tensor cannot be.
+        return stream + self.scale * branch_output
 
 
 class Weighted(Residual):
