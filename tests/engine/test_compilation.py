@@ -277,7 +277,8 @@ def test_a_compiler_that_is_not_there_is_no_end(no_programs, tmp_path):
 @pytest.fixture(params=("hlb", "gpt2"))
 def real(request):
     """A small model of three blocks or more, all of one kind."""
-    return build(request.param, scale=0.4)
+    name, _, mup = request.param.partition(" ")
+    return build(name, scale=0.4, **({"mup": True, "mup_base_head_dim": 8} if mup else {}))
 
 
 def test_evaluation_and_decoding_compile_nothing(real):
@@ -292,7 +293,8 @@ def test_evaluation_and_decoding_compile_nothing(real):
     assert graphs() == 0
 
 
-WAYS = [("hlb", "none"), ("gpt2", "selective"), ("hlb", "selective"), ("gpt2", "none")]
+# With mup, the forward pass also multiplies by numbers that depend on the size of the model.
+WAYS = [("hlb", "none"), ("gpt2 mup", "selective"), ("gpt2", "selective"), ("hlb", "selective"), ("gpt2", "none")]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ What `python -m trainer check` asks of any model stands in trainer/testing/. Her
 import contextlib
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ def subject_of(name):
     return Subject(name, get_model(name))
 
 
-def build(name, scale=SCALE, vocab=VOCAB):
-    """A small model with initial weights."""
-    return materialise(subject_of(name).meta_at(scale, vocab), torch.device("cpu"), torch.Generator().manual_seed(0))
+def build(name, scale=SCALE, vocab=VOCAB, **choices):
+    """A small model with initial weights. choices: fields of its config."""
+    subject = replace(subject_of(name), choices=choices)
+    return materialise(subject.meta_at(scale, vocab), torch.device("cpu"), torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
