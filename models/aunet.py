@@ -27,7 +27,7 @@ from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.patching import RULES, PatchState, Rule, refuse_fixed_shapes
 from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in, reset_parts
-from models.layers.positions import number_documents, positions_in_documents
+from models.layers.positions import positions_in_documents
 from models.layers.stack import HybridStack
 from models.layers.stages import Choice, Stage, choose, first_stage
 
@@ -131,12 +131,10 @@ class AUNet(HybridStack):
         documents: Tensor | None = None,
         state: Any = None,  # a PatchState
     ) -> Hidden:
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         refuse_fixed_shapes(state)
-        numbers = None if documents is None else number_documents(documents)
-        words, stage = self.ends_of_words(tokens, numbers, state), first_stage(tokens, numbers, state)
-        x = self.run_stage(0, self.embedding(tokens), stage, self.context(tokens, Context(numbers, state)), words)
+        context = self.context(tokens, documents, state)
+        words = self.ends_of_words(tokens, context.documents, state)
+        x = self.run_stage(0, self.embedding(tokens), first_stage(tokens, context.documents, state), context, words)
         if state is not None:
             state.length += tokens.shape[1]
         return Hidden(self.norm(x))

@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,  # [B, T] int64
         *,
-        documents: Tensor | None = None,  # [B, T], see Batch
+        documents: Tensor | None = None,  # [B, T], see Batch; None with a state
         state: Any = None,  # the State from `new_state`: `tokens` continue the tokens that it has read
     ) -> Hidden:
         raise NotImplementedError
@@ -118,6 +118,8 @@ class LanguageModel(nn.Module):
         reduction: str = "mean",  # "mean" or "sum" over the counted targets
         **further: Tensor,  # of `further_keys`
     ) -> Output:
+        if documents is not None and cache is not None:
+            raise ValueError("documents must be None with a cache: one document is decoded per row")
         hidden = self.hidden(tokens, documents=documents, state=cache, **further)
         if targets is None:
             return Output(logits=self.logits(hidden))

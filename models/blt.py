@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, Split, register
-from models.config import check_choice, check_ranges, setting
+from models.config import setting
 from models.layers import normal_
-from models.layers.attend import KERNELS, AttentionMask
+from models.layers.attend import AttentionMask
+from models.layers.byte_config import ByteConfig
 from models.layers.causal import Context
 from models.layers.ngrams import HashedNgrams
 from models.layers.norms import RMSNorm
@@ -38,8 +39,7 @@ from models.layers.patching import (
     refuse_fixed_shapes,
 )
 from models.layers.plain_attention import Visible, visible
-from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in, hidden_of
-from models.layers.positions import number_documents
+from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in
 from models.layers.stack import HybridStack
 from models.state import DecodingState
 
@@ -48,13 +48,7 @@ HASH_SHARE = 1 / 3  # of the hash tables, by default, relative to all other para
 
 
 @dataclass(frozen=True)
-class BltConfig:
-    vocab_size: int = setting(
-        320, "rows of the embedding and of the output projection; bytes and specials", low=1, high=10**9
-    )
-    d_model: int = setting(768, "width of the latent transformer", low=1, high=10**6)
-    n_layers: int = setting(12, "layers of the latent transformer", low=1, high=1000)
-    n_heads: int = setting(12, "heads of its attention; a multiple of sub_vectors", low=1, high=10**4)
+class BltConfig(ByteConfig):
     sub_vectors: int = setting(2, "vectors of a patch (k); local layers are d_model / sub_vectors wide", low=1, high=64)
     encoder_layers: int = setting(1, "local layers before the latent transformer", low=1, high=1000)
     decoder_layers: int = setting(3, "local layers after it", low=1, high=1000)
@@ -78,31 +72,15 @@ class BltConfig:
         low=0,
         high=10**8,
     )
-    rope_theta: float = setting(500_000.0, "base of the rotary wavelengths", above=1, high=1e12)
-    hidden_ratio: float = setting(8 / 3, "width of MLPs, relative to their input", above=0, high=100)
-    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
-    init_std: float = setting(0.02, "standard deviation of the initial matrices", above=0, high=1)
-    tied: bool = setting(False, "the output projection is the embedding")
-    dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
-    attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_choice(self, "attention_kernel", ("auto", *KERNELS))
+        super().__post_init__()
         if self.patching not in RULES:
             raise ValueError(f"patching must be {', '.join(RULES)}, not {self.patching!r}")
-        if self.d_model % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"n_heads must divide d_model ({self.d_model}) into heads of an even width, but {self.n_heads} does not"
-            )
         if self.n_heads % self.sub_vectors:
             raise ValueError(f"n_heads must be a multiple of sub_vectors ({self.sub_vectors}), not {self.n_heads}")
         if self.largest_ngram and self.largest_ngram < self.smallest_ngram:
             raise ValueError(f"largest_ngram must be 0 or at least smallest_ngram ({self.smallest_ngram})")
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
 
     @property
     def local_width(self) -> int:
@@ -117,17 +95,17 @@ class BltConfig:
         return Rule(self.patching, self.patch_size, self.threshold, self.max_patch)
 
     @property
+    def depth(self) -> int:
+        return self.encoder_layers + self.n_layers + self.decoder_layers
+
+    @property
     def shape(self) -> Shape:
         """Of the layers of the latent transformer."""
-        hidden = hidden_of(self.d_model, self.hidden_ratio)
-        depth = self.encoder_layers + self.n_layers + self.decoder_layers
-        numbers = self.rope_theta, self.norm_eps, self.init_std, depth, self.dropout
-        return Shape(self.d_model, self.n_heads, "swiglu", hidden, *numbers)
+        return self.shape_of(self.d_model, self.depth)
 
     @property
     def local_shape(self) -> Shape:
-        w = self.local_width
-        return self.shape.of_width(w, hidden_of(w, self.hidden_ratio), self.local_window)
+        return self.shape_of(self.local_width, self.depth, self.local_window)
 
 
 class EncoderLayer(nn.Module):
@@ -212,17 +190,14 @@ class Blt(HybridStack):
         entropies: Tensor | None = None,
     ) -> Hidden:
         """entropies: [B, T], of what the patcher predicts after each byte."""
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         refuse_fixed_shapes(state)
         if entropies is None and self.entropy_rule(self.config) is not None:
             entropies = self.entropies_of(tokens, documents, state)
         texts = tokens if state is None else state.append("tokens", tokens, dim=1)  # [B, read before + T]
         if state is not None and entropies is not None:
             entropies = state.append("entropies", entropies, dim=1)
-        numbers = None if documents is None else number_documents(documents)
-        context = self.context(tokens, Context(numbers, state))
-        patches = cut(texts, self.config.rule, numbers, entropies)
+        context = self.context(tokens, documents, state)
+        patches = cut(texts, self.config.rule, context.documents, entropies)
         x, patch_vectors, window = self.encode(texts, patches, context)
         last, known = patches.last[:, -tokens.shape[1] :], patches.known
         if state is None:

@@ -33,7 +33,6 @@ from models.layers.norms import RMSNorm
 from models.layers.patches_fixed import Learned, Level, PatchStack, WithinPatch
 from models.layers.plain_attention import Visible
 from models.layers.plain_block import PlainBlock, Seen, Shape
-from models.layers.positions import number_documents
 from models.state import DecodingState
 
 
@@ -126,16 +125,14 @@ class Ftp(PatchStack):
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         if self.config.chunked:
             return super().hidden(tokens, documents=documents, state=state)
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
-        documents = None if documents is None else number_documents(documents)
-        x = self.embedding(tokens)
-        context = self.context(tokens, Context(documents, state))
+        x, context = self.embedding(tokens), self.context(tokens, documents, state)
         encoded = self.encode(x, context)  # [B, T, D]
         if state is not None:
             state.length += tokens.shape[1]
         states = self.decode_steps(encoded.flatten(0, 1), x.flatten(0, 1).unsqueeze(1)).view_as(x)
-        return Hidden(self.norm(states), (encoded, tokens, documents) if self.config.predict_tokens > 1 else None)
+        return Hidden(
+            self.norm(states), (encoded, tokens, context.documents) if self.config.predict_tokens > 1 else None
+        )
 
     def encode(self, x: Tensor, context: Context) -> Tensor:
         for block in self.encoder:

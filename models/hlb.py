@@ -112,8 +112,6 @@ class Hlb(LanguageModel):
         self.max_context = QUANTISED_CONTEXT if config.position_bias_quantised else None
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         reach = self._reach(tokens, None if documents is None else number_documents(documents), state)
         x = self.dropout(self.embedding(tokens))  # [B, T, D]
         for block in self.layers:

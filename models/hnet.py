@@ -37,7 +37,7 @@ from models.layers.norms import RMSNorm
 from models.layers.patches_fixed import Learned
 from models.layers.patching import PatchState, Rule, refuse_fixed_shapes
 from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in
-from models.layers.positions import number_documents, positions_in_documents
+from models.layers.positions import positions_in_documents
 from models.layers.recurrent_kernels import CONVOLUTION, SSD
 from models.layers.shapes import head_counts
 from models.layers.ssd import ssd
@@ -271,11 +271,9 @@ class HNet(HybridStack):
         state: Any = None,  # a PatchState
     ) -> Hidden:
         """heads: the Route of each stage."""
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         refuse_fixed_shapes(state)
-        numbers = None if documents is None else number_documents(documents)
-        stage, context = first_stage(tokens, numbers, state), self.context(tokens, Context(numbers, state))
+        context = self.context(tokens, documents, state)
+        stage = first_stage(tokens, context.documents, state)
         routes: list[Route] = []
         x = self.run_stage(0, self.embedding(tokens), stage, context, routes)
         if state is not None:

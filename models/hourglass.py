@@ -258,7 +258,7 @@ class Hourglass(HierarchicalStack):
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         if state is not None:
-            check_state(state, documents, tokens.shape[1])
+            check_state(state, tokens.shape[1])
         documents = None if documents is None else number_documents(documents)
         start, count = 0 if state is None else state.length, tokens.shape[1]
         x = self.run_stage(0, self.embed(tokens), Stage(start, count, 1, documents, state))

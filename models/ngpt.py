@@ -152,8 +152,6 @@ class Ngpt(LanguageModel):
         self.logit_scale = Scale(config.vocab_size, 1.0, d**-0.5)  # s_z
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         count, device = tokens.shape[1], tokens.device
         j = torch.arange(count if state is None else state.n_keys(count), device=device)
         positions, visible = j if state is None else state.positions(count, device), None

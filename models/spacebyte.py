@@ -16,25 +16,19 @@ from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, Split, register
-from models.config import check_choice, check_ranges, setting
-from models.layers.attend import KERNELS, AttentionMask
+from models.config import setting
+from models.layers.attend import AttentionMask
+from models.layers.byte_config import ByteConfig
 from models.layers.causal import Context
 from models.layers.norms import RMSNorm
 from models.layers.patching import Patches, PatchState, Rule, cut, of_patch, refuse_fixed_shapes
 from models.layers.plain_attention import Visible, visible
-from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in, hidden_of
-from models.layers.positions import number_documents
+from models.layers.plain_block import PlainBlock, Shape, fused_matrices_in
 from models.layers.stack import HybridStack
 
 
 @dataclass(frozen=True)
-class SpaceByteConfig:
-    vocab_size: int = setting(
-        320, "rows of the embedding and of the output projection; bytes and specials", low=1, high=10**9
-    )
-    d_model: int = setting(768, "width of the global layers", low=1, high=10**6)
-    n_layers: int = setting(12, "global layers", low=1, high=1000)
-    n_heads: int = setting(12, "heads of their attention, an even number", low=1, high=10**4)
+class SpaceByteConfig(ByteConfig):
     local_layers: int = setting(2, "local layers, half as wide, on each side", low=1, high=1000)
     local_window: int = setting(512, "bytes that attention in local layers sees", low=1, high=10**9)
     patching: str = setting("space", "at which bytes global layers run: space or static")
@@ -44,45 +38,30 @@ class SpaceByteConfig:
         low=1,
         high=10**4,
     )
-    rope_theta: float = setting(500_000.0, "base of the rotary wavelengths", above=1, high=1e12)
-    hidden_ratio: float = setting(8 / 3, "width of MLPs, relative to their input", above=0, high=100)
-    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)
-    init_std: float = setting(0.02, "standard deviation of the initial matrices", above=0, high=1)
-    tied: bool = setting(False, "the output projection is the embedding")
-    dropout: float = setting(0.0, "part of what each branch adds that is zero in training", low=0, high=0.99)
-    attention_kernel: str = setting("auto", "auto, torch, sdpa, cudnn, flex, flash or flash3")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_choice(self, "attention_kernel", ("auto", *KERNELS))
+        super().__post_init__()
         if self.patching not in ("space", "static"):
             raise ValueError(f"patching must be space or static, not {self.patching!r}")
-        if self.d_model % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"n_heads must divide d_model ({self.d_model}) into heads of an even width, but {self.n_heads} does not"
-            )
         if self.n_heads % 2:
             raise ValueError(f"n_heads must be even, because local layers have half of the heads, not {self.n_heads}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
 
     @property
     def rule(self) -> Rule:
         return Rule(self.patching, self.patch_size)
 
     @property
+    def depth(self) -> int:
+        return self.n_layers + 2 * self.local_layers
+
+    @property
     def shape(self) -> Shape:
         """Of the global layers."""
-        hidden, depth = hidden_of(self.d_model, self.hidden_ratio), self.n_layers + 2 * self.local_layers
-        numbers = self.rope_theta, self.norm_eps, self.init_std, depth, self.dropout
-        return Shape(self.d_model, self.d_model // self.head_dim, "swiglu", hidden, *numbers)
+        return self.shape_of(self.d_model, self.depth)
 
     @property
     def local_shape(self) -> Shape:
-        w = self.d_model // 2
-        return self.shape.of_width(w, hidden_of(w, self.hidden_ratio), self.local_window)
+        return self.shape_of(self.d_model // 2, self.depth, self.local_window)
 
 
 @register("spacebyte")
@@ -109,13 +88,10 @@ class SpaceByte(HybridStack):
         documents: Tensor | None = None,
         state: Any = None,  # a PatchState
     ) -> Hidden:
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         refuse_fixed_shapes(state)
         texts = tokens if state is None else state.append("tokens", tokens, dim=1)  # [B, read before + T]
-        numbers = None if documents is None else number_documents(documents)
-        context = self.context(tokens, Context(numbers, state))
-        patches = cut(texts, self.config.rule, numbers)
+        context = self.context(tokens, documents, state)
+        patches = cut(texts, self.config.rule, context.documents)
         x = self.embedding(tokens)
         for layer in self.early:
             x = layer(x, context)

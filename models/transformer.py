@@ -103,8 +103,6 @@ class Transformer(LanguageModel):
 
     def context(self, tokens: Tensor, documents: Tensor | None, cache: DecodingState | None) -> Context:
         """Positions, and for every window size what each query sees."""
-        if documents is not None and cache is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
         length = tokens.shape[1]
         if self.max_context is not None and not isinstance(cache, StaticState):
             whole = length if cache is None else cache.length + length

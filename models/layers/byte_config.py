@@ -11,14 +11,16 @@ from models.layers.plain_block import Shape, hidden_of
 
 @dataclass(frozen=True)
 class ByteConfig:
-    """d_model, n_layers, n_heads: of the part that runs least often."""
+    """d_model, n_layers, n_heads: of the part that runs least often, over patches, words or chunks."""
 
     vocab_size: int = setting(
         320, "rows of the embedding and of the output projection; bytes and specials", low=1, high=10**9
     )
-    d_model: int = setting(768, "width of the layers of the last stage", low=1, high=10**6)
-    n_layers: int = setting(12, "layers of the last stage", low=1, high=1000)
-    n_heads: int = setting(12, "heads of its attention; those of other stages have the same width", low=1, high=10**4)
+    d_model: int = setting(
+        768, "width of the layers that run least often: over patches, words or chunks", low=1, high=10**6
+    )
+    n_layers: int = setting(12, "these layers", low=1, high=1000)
+    n_heads: int = setting(12, "heads of their attention; those of other layers have the same width", low=1, high=10**4)
     rope_theta: float = setting(500_000.0, "base of the rotary wavelengths", above=1, high=1e12)
     hidden_ratio: float = setting(8 / 3, "width of MLPs, relative to their input", above=0, high=100)
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm", above=0, high=1)

@@ -143,7 +143,7 @@ class PatchStack(HierarchicalStack):
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
         if state is not None:
-            check_state(state, documents, tokens.shape[1])
+            check_state(state, tokens.shape[1])
             return Hidden(self.norm(self.go_on(tokens, state)))
         size, length = self.patch_size, tokens.shape[1]
         patches = split(tokens, size)  # [B, K, P]
@@ -205,11 +205,9 @@ class PatchStack(HierarchicalStack):
         return context._replace(visible=visible(wanted, (0,), head_dim, weight, tokens, context))
 
 
-def check_state(state: DecodingState, documents: Tensor | None, count: int) -> None:
+def check_state(state: DecodingState, count: int) -> None:
     """ValueError if hierarchical models cannot read `count` more tokens with this state."""
     state.check_room(count)
-    if documents is not None:
-        raise ValueError("documents must be None with a cache: one document is decoded per row")
     if isinstance(state, StaticState):
         raise ValueError(
             "its steps have no fixed shapes: what stands for several tokens is computed only at the first of them"

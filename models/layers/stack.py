@@ -49,20 +49,16 @@ class Stack(LanguageModel):
         self.head = None if config.tied else nn.Linear(width, config.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Hidden:
-        if documents is not None and state is not None:
-            raise ValueError("documents must be None with a cache: one document is decoded per row")
-        x = self.embed(tokens)  # [B, T, D]
-        context = self.context(tokens, Context(None if documents is None else number_documents(documents), state))
-        x = self.run_layers(x, context)
+        x = self.run_layers(self.embed(tokens), self.context(tokens, documents, state))  # [B, T, D]
         if state is not None:
             state.length += tokens.shape[1]
         return Hidden(self.norm(x))
 
-    def context(self, tokens: Tensor, context: Context) -> Context:
-        """Completes the context of a forward pass."""
-        chosen = self.fused_kernels(tokens.device, tokens.shape[1], context.documents is not None)
+    def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
+        """What layers need besides x. documents: [B, T] as in Batch."""
+        chosen = self.fused_kernels(tokens.device, tokens.shape[1], documents is not None)
         calls: dict[str, Any] = {name: call for name, (_, _, call) in chosen.items()}
-        return context._replace(**calls)
+        return Context(None if documents is None else number_documents(documents), state, **calls)
 
     def fused_kernels(
         self, device: torch.device, length: int, documents: bool
@@ -144,8 +140,8 @@ class HybridStack(Stack):
     windows: tuple[int, ...] = (0,)
     attention_head_dim: int
 
-    def context(self, tokens: Tensor, context: Context) -> Context:
-        context, wanted = super().context(tokens, context), self.config.attention_kernel
+    def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
+        context, wanted = super().context(tokens, documents, state), self.config.attention_kernel
         weight = self.embedding.weight
         return context._replace(visible=visible(wanted, self.windows, self.attention_head_dim, weight, tokens, context))
 

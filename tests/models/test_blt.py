@@ -109,7 +109,7 @@ def test_with_patches_of_one_byte_and_one_vector_it_is_a_transformer_of_bytes():
         patching="static", patch_size=1.0, sub_vectors=1, n_heads=2, encoder_layers=2, largest_ngram=4, hash_size=9
     )
     tokens, _ = drawn(4)
-    context = model.context(tokens, Context())
+    context = model.context(tokens, None, None)
     seen = visible("auto", (0,), model.attention_head_dim, model.embedding.weight, tokens, Context())
     e = x = model.embed_bytes(tokens, torch.arange(LENGTH).expand_as(tokens), LENGTH)
     patch = model.pool(e)

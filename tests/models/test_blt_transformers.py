@@ -110,7 +110,7 @@ def test_the_decoder_is_the_same_but_for_the_doubled_residual(theirs, model, tok
     slots = int(patches.last.max()) + 1
     draw = torch.Generator().manual_seed(3)
     x, outputs = torch.randn(2, LENGTH, 16, generator=draw), torch.randn(2, slots, 32, generator=draw)
-    context, states = model.context(tokens, Context()), x
+    context, states = model.context(tokens, None, None), x
     for layer in layers:
         states = layer(states, model.unpool(outputs).unflatten(-1, (VECTORS, -1)), patches.last, None, context)
     decoder = theirs.BltLocalDecoder(of_decoder(theirs, len(layers))).eval()

@@ -10,7 +10,6 @@ from conftest import text_only_transformers
 from models.base import get_model, load_models
 from models.hugging_face import family_of
 from models.hugging_face_mamba import NO_BOUND, zamba2_config, zamba2_converted, zamba2_fields, zamba2_weights
-from models.layers.causal import Context
 from models.lfm2 import Lfm2, Lfm2Config
 from models.rene import Rene, ReneConfig
 from models.zamba2 import Zamba2, Zamba2Config
@@ -159,7 +158,7 @@ def test_without_its_projections_zamba2_is_a_stack_of_mamba2():
 def test_two_uses_of_a_block_differ_only_by_their_adapters():
     model = disturbed(model_of(Zamba2, Zamba2Config(**ZAMBA)))
     block, x = model.shared[0], torch.randn(1, 6, 32)
-    context = model.context(TOKENS[:1, :6], Context())
+    context = model.context(TOKENS[:1, :6], None, None)
     outputs = [block(x, x, use, 1, context) for use in (0, 1)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-4
     for adapter in block.adapters:
