@@ -44,6 +44,8 @@ def test_a_run_folder_holds_everything(finished):
     samples = (finished / "samples.txt").read_text()
     assert samples.count("=== step ") == 3
     assert "the cat" in samples
+    (start,) = map(json.loads, (finished / "environment.jsonl").read_text().splitlines())
+    assert (start["device"], start["processes"]) == ("CPU", 1)
 
 
 def test_metrics_rows(finished):

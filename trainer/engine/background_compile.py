@@ -31,6 +31,7 @@ from trainer.core.text import printable
 from trainer.engine.compilation import first_line
 from trainer.engine.meta import build_meta
 from trainer.runtime.compat import private
+from trainer.runtime.device import device_name
 
 MOST_SECONDS = 600.0  # a process that needs longer is ended
 NICENESS = 10  # the training process launches kernels and must not wait for a CPU
@@ -102,11 +103,11 @@ def start_background(plan: Any, objective: Any, device: torch.device) -> Backgro
 def _fingerprint(plan: Any, device: torch.device) -> str:
     """Of what the code depends on. It need not be complete: without the code in the cache the first step compiles."""
     config = plan.config
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     source = Path(inspect.getfile(plan.model_class)).read_bytes()
     shapes = plan.sequence_lengths, config.batch.tokens_per_step, config.batch.tokens_per_microbatch
     numbers = config.precision, config.float8, config.engine.activation_checkpointing
-    facts = torch.__version__, where, plan.model_config, source, shapes, numbers, config.objective, plan.end_of_text
+    where = torch.__version__, device_name(device)
+    facts = where, plan.model_config, source, shapes, numbers, config.objective, plan.end_of_text
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ from trainer.objectives.base import ModelAndObjective
 from trainer.optim import Optimizer
 from trainer.optim.ema import WeightAverage
 from trainer.recipes import build_optimizer
-from trainer.runtime.device import choose_device, free_bytes, keep_freed_memory
+from trainer.runtime.device import choose_device, device_name, free_bytes, keep_freed_memory
 from trainer.runtime.distributed import World
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line about what this engine really made: strategy, devices, precision, options, and rank 0's parameters."""
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        where = device_name(self.device)
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         tf32 = " (products in TF32)" if self.device.type == "cuda" and self.precision == "fp32" else ""
         held, total = self.held(), sum(self.shapes[name].numel() for name in self.local)

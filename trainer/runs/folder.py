@@ -66,16 +66,17 @@ def write_start(
     dataset_folder: Path,
     say: Callable[[str], None],
     laws: str = "",
+    device: str = "CPU",
 ) -> None:
     """Write the files that describe the run: config.yaml, plan.txt, dataset.json, tokenizer.json, a line of environment.jsonl, and a copy
-    of the laws that `dial` names."""
+    of the laws that `dial` names. device: the name of what the processes compute on."""
     for name in ("dataset.json", "tokenizer.json"):
         _copy(dataset_folder / name, folder / name, plan_text is not None, say)
     if plan_text is not None:
         write_file(folder / "plan.txt", plan_text + "\n")
     if laws:
         write_file(folder / LAWS, laws)
-    _append_line(folder / ENVIRONMENT, environment())
+    _append_line(folder / ENVIRONMENT, environment() | {"device": device})
     keep_changed_config(folder)
     write_config(folder, config)  # last, since a folder with config.yaml can be resumed
 

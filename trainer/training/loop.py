@@ -19,7 +19,7 @@ from trainer.planning.run_config import plugins_of
 from trainer.recipes import schedule_change
 from trainer.runs.folder import unused_name, write_start
 from trainer.runs.report import Report, average_line
-from trainer.runtime.device import thread_line
+from trainer.runtime.device import device_name, thread_line
 from trainer.runtime.signals import stopped_line
 from trainer.training.early_stopping import ended, judge
 from trainer.training.measuring import Evaluated
@@ -45,7 +45,8 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
     if steps_before is not None:
         world.on_leader(lambda: tell_changes(run, steps_before))
     described = local_folder(config.data, run.dataset)
-    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say, run.plan.laws))
+    device = device_name(run.engine.device)
+    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say, run.plan.laws, device))
     tokenizer = Tokenizer.from_file(
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )

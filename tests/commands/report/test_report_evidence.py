@@ -128,7 +128,9 @@ BREAKS = {
     "compute_differs": (lambda s: change(llama(s), tokens=52000), "used 1.016 times those of gpt2"),
     "data_repeated": (lambda s: change(llama(s), epochs=1.5), "more than once (up to 1.5 times) in 3 runs"),
     "batch_multiplied": (lambda s: change(llama(s), multiplied=True), "batch of llama at scale 1 grew"),
-    "machines_differ": (lambda s: change(llama(s), starts=start(host="other")), "host (machine, other)"),
+    "machines_differ": (
+        lambda s: change(llama(s), starts=start(host="other", device="NVIDIA A100")), "(cpu, NVIDIA A100), host (machine, other)"
+    ),
     "code_differs": (lambda s: change(llama(s), starts=start(git={"sha": "0123456789abcdef", "dirty": True})), "uncommitted changes"),
 }  # fmt: skip
 

@@ -44,6 +44,12 @@ def test_a_run_is_read(tmp_path):
     assert len(run.training["loss"]) == 40
 
 
+def test_a_run_names_what_it_computed_on(tmp_path):
+    named = load_run(write_run(tmp_path / "one", start={"device": "NVIDIA A100"}, device="auto"), "one")
+    older = load_run(write_run(tmp_path / "two", device="auto"), "two")
+    assert (named.device, older.device) == ("NVIDIA A100", "auto")
+
+
 def test_flops_are_summed_at_the_length_of_each_step(tmp_path):
     """Half of the steps at 16 tokens, half at 32; what the model counts for one token, times the tokens of a step."""
     from models.base import get_model

@@ -174,7 +174,8 @@ def machines_differ(study: Study) -> list[Caveat]:
         "torch": lambda start: start.get("versions", {}).get("torch"),
         "processes": lambda start: start.get("processes"),
     }
-    found = differing(study.test_runs, ["device"])
+    devices = distinct(study.test_runs, lambda run: run.device)
+    found = [f"device ({listed(devices.values())})"] if len(devices) > 1 else []
     for name, fact in facts.items():
         values = _of_starts(study, fact)
         if len(values) > 1:

@@ -81,6 +81,12 @@ class Run:
     def finished(self) -> bool:
         return self.state == "finished"
 
+    @property
+    def device(self) -> str | None:
+        """What the last start computed on. Older runs do not say; then it is what their config asks for."""
+        named = [start["device"] for start in self.starts if isinstance(start.get("device"), str)]
+        return named[-1] if named else self.get("device")
+
     def note(self, line: str) -> None:
         self.notes.append(printable(line, 400))
 

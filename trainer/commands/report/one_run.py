@@ -80,7 +80,7 @@ def _columns(run: Run) -> dict[str, np.ndarray]:
 def _lead(run: Run) -> list[str]:
     name, scale = run.get("model.name"), run.get("model_scale")
     size = MISSING if run.parameters is None else f"{run.parameters:,} parameters"
-    where = f"{run.get('device')}, {run.get('precision')}, strategy {run.get('engine.strategy')}"
+    where = f"{run.device}, {run.get('precision')}, strategy {run.get('engine.strategy')}"
     lines = [f"{name} at model_scale {show(scale, 'g')}, {size}; {where}; seed {run.seed}", str(run.folder)]
     for key, word in (("init_from", "began with the weights of"), ("branch_from", "branched from")):
         if run.get(key):

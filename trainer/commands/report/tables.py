@@ -189,7 +189,7 @@ def environment_table(study: Study) -> Table:
         dict.fromkeys(name for run in study.runs for start in run.starts for name in start.get("versions", {}))
     )
     rows = [
-        ["device", _spread(run.get("device") for run in study.runs)],
+        ["device", _spread(run.device for run in study.runs)],
         ["precision", _spread(run.get("precision") for run in study.runs)],
     ]
     rows += [
