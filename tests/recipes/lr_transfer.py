@@ -23,10 +23,10 @@ def read_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data.path", dest="path", required=True)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--rates", type=int, nargs="+", default=[-9, -8, -7, -6, -5], help="powers of two")
+    parser.add_argument("--rates", type=int, nargs="+", default=[*range(-11, -4)], help="powers of two")
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     return parser.parse_args()
 
