@@ -77,15 +77,37 @@ def sequences_differ(study: Study) -> list[Caveat]:
 
 
 def protocol_differs(study: Study) -> list[Caveat]:
-    """Losses compare only by the same protocol on the same part of the validation split."""
-    found = differing(study.test_runs, ["evaluation.max_tokens", "evaluation.sequence_length"])
-    protocols = distinct(study.test_runs, _protocol)
-    if len(protocols) > 1:
-        found.append(f"evaluation.protocol ({listed(protocols.values())})")
+    """Losses compare only by the same protocol on the same part of the validation split. Nothing is claimed of arms with another than the
+    baseline's."""
+    keys = ["evaluation.max_tokens", "evaluation.sequence_length"]
+    facts: dict[str, Callable[[Run], Any]] = {"evaluation.protocol": _protocol}
+    if len(distinct(study.test_runs, tokenizer_of)) > 1:
+        facts["the text of the validation loss"] = _validation_text
+    found = differing(study.test_runs, keys)
+    for name, fact in facts.items():
+        values = distinct(study.test_runs, fact)
+        if len(values) > 1:
+            found.append(f"{name} ({listed(values.values())})")
     if not found:
         return []
+
+    def protocol(arm: Arm | None) -> set[str]:
+        runs = [] if arm is None else list(arm.by_seed.values())
+        return {repr([*map(run.get, keys), *(fact(run) for fact in facts.values())]) for run in runs}
+
+    others = [arm for arm in study.arms if len(protocol(arm) | protocol(study.baseline_of(arm))) > 1]
     text = f"The validation protocol differs between runs: {listed(found)}."
-    return [Caveat("protocol_differs", text, blocks="the validation protocol differs")]
+    return [Caveat("protocol_differs", text, keys_of(others), "the validation protocol differs")]
+
+
+def _validation_text(run: Run) -> str | None:
+    """Which part of the validation split is read, where tokens are not the same text for all."""
+    splits, tokenizer = run.data.get("splits"), run.data.get("tokenizer")
+    known = isinstance(splits, dict) and isinstance(splits.get("validation"), dict) and isinstance(tokenizer, dict)
+    count, most = splits["validation"].get("tokens") if known else None, run.get("evaluation.max_tokens")
+    if not isinstance(count, int) or not isinstance(most, int):
+        return None
+    return f"the first {most:,} tokens of {tokenizer.get('name')}" if 0 < most < count else "all of it"
 
 
 def _protocol(run: Run) -> str | None:
