@@ -102,10 +102,12 @@ def protocol_differs(study: Study) -> list[Caveat]:
 
 def _validation_text(run: Run) -> str | None:
     """Which part of the validation split is read, where tokens are not the same text for all."""
-    splits, tokenizer = run.data.get("splits"), run.data.get("tokenizer")
-    known = isinstance(splits, dict) and isinstance(splits.get("validation"), dict) and isinstance(tokenizer, dict)
-    count, most = splits["validation"].get("tokens") if known else None, run.get("evaluation.max_tokens")
-    if not isinstance(count, int) or not isinstance(most, int):
+    splits, tokenizer, most = run.data.get("splits"), run.data.get("tokenizer"), run.get("evaluation.max_tokens")
+    split = splits.get("validation") if isinstance(splits, dict) else None
+    if not (isinstance(split, dict) and isinstance(tokenizer, dict) and isinstance(most, int)):
+        return None
+    count = split.get("tokens")
+    if not isinstance(count, int):
         return None
     return f"the first {most:,} tokens of {tokenizer.get('name')}" if 0 < most < count else "all of it"
 
