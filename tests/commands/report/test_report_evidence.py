@@ -228,18 +228,11 @@ def test_some_faults_forbid_a_claim(rule):
     assert found[1].claim == "none" and found[1].verdict.startswith("no claim: llama is better than gpt2 by 0.1")
 
 
-def test_between_tokenizers_as_many_tokens_are_another_text():
-    """And only the arm with another protocol than the baseline's is not judged."""
-    study, splits = sound(), {"splits": {"validation": {"tokens": 5000}}}
-    for arm in study.arms:
-        change(arm, values={"evaluation.max_tokens": 5000}, data=splits)
-    change(llama(study), data={"tokenizer": {"sha256": "b" * 64, "name": "words"}})
-    assert "protocol_differs" not in {caveat.rule for caveat in find_caveats(study)}
-    for arm in study.arms:
-        change(arm, values={"evaluation.max_tokens": 1000})
+def test_only_arms_with_another_protocol_than_the_baseline_are_not_judged():
+    study = sound()
+    change(llama(study), values={"evaluation.max_tokens": 9})
     (caveat,) = [one for one in find_caveats(study) if one.rule == "protocol_differs"]
-    assert "the first 1,000 tokens of words" in caveat.text
-    assert {name for name, _ in caveat.arms} == {"llama"} and caveat.blocks
+    assert caveat.arms == (("llama", 1.0),) and caveat.blocks
 
 
 def test_a_fault_of_one_scale_forbids_no_claim_at_another():

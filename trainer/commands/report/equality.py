@@ -80,36 +80,20 @@ def protocol_differs(study: Study) -> list[Caveat]:
     """Losses compare only by the same protocol on the same part of the validation split. Nothing is claimed of arms with another than the
     baseline's."""
     keys = ["evaluation.max_tokens", "evaluation.sequence_length"]
-    facts: dict[str, Callable[[Run], Any]] = {"evaluation.protocol": _protocol}
-    if len(distinct(study.test_runs, tokenizer_of)) > 1:
-        facts["the text of the validation loss"] = _validation_text
     found = differing(study.test_runs, keys)
-    for name, fact in facts.items():
-        values = distinct(study.test_runs, fact)
-        if len(values) > 1:
-            found.append(f"{name} ({listed(values.values())})")
+    protocols = distinct(study.test_runs, _protocol)
+    if len(protocols) > 1:
+        found.append(f"evaluation.protocol ({listed(protocols.values())})")
     if not found:
         return []
 
     def protocol(arm: Arm | None) -> set[str]:
         runs = [] if arm is None else list(arm.by_seed.values())
-        return {repr([*map(run.get, keys), *(fact(run) for fact in facts.values())]) for run in runs}
+        return {repr([*map(run.get, keys), _protocol(run)]) for run in runs}
 
     others = [arm for arm in study.arms if len(protocol(arm) | protocol(study.baseline_of(arm))) > 1]
     text = f"The validation protocol differs between runs: {listed(found)}."
     return [Caveat("protocol_differs", text, keys_of(others), "the validation protocol differs")]
-
-
-def _validation_text(run: Run) -> str | None:
-    """Which part of the validation split is read, where tokens are not the same text for all."""
-    splits, tokenizer, most = run.data.get("splits"), run.data.get("tokenizer"), run.get("evaluation.max_tokens")
-    split = splits.get("validation") if isinstance(splits, dict) else None
-    if not (isinstance(split, dict) and isinstance(tokenizer, dict) and isinstance(most, int)):
-        return None
-    count = split.get("tokens")
-    if not isinstance(count, int):
-        return None
-    return f"the first {most:,} tokens of {tokenizer.get('name')}" if 0 < most < count else "all of it"
 
 
 def _protocol(run: Run) -> str | None:
