@@ -16,10 +16,8 @@ class ByteConfig:
     vocab_size: int = setting(
         320, "rows of the embedding and of the output projection; bytes and specials", low=1, high=10**9
     )
-    d_model: int = setting(
-        768, "width of the layers that run least often: over patches, words or chunks", low=1, high=10**6
-    )
-    n_layers: int = setting(12, "these layers", low=1, high=1000)
+    d_model: int = setting(768, "width of the layers over patches, words or chunks", low=1, high=10**6)
+    n_layers: int = setting(12, "layers over patches, words or chunks", low=1, high=1000)
     n_heads: int = setting(12, "heads of their attention; those of other layers have the same width", low=1, high=10**4)
     rope_theta: float = setting(500_000.0, "base of the rotary wavelengths", above=1, high=1e12)
     hidden_ratio: float = setting(8 / 3, "width of MLPs, relative to their input", above=0, high=100)

@@ -40,7 +40,7 @@ def make_run(dataset: Path, folder: Path, model: str, precision: str = "fp32") -
         held |= {f"optimizer.{name}.exp_avg": tensor for name, tensor in own.state_dict().items()}
         facts = {"tokens": 512 * step}
         checkpoint.save(folder / "checkpoints", step, held, facts, World(), checkpoint.retention(9, 0))
-    write_start(folder, plan.config, "plan", dataset, print)
+    write_start(folder, plan.config, "plan", dataset, print, device="CPU")
     return folder
 
 

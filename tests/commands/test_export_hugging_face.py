@@ -48,7 +48,7 @@ def make_run(dataset: Path, folder: Path, model: str, **fields) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     held = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
     checkpoint.save(folder / "checkpoints", 3, held, {"tokens": 1536}, World(), checkpoint.retention(1, 0))
-    write_start(folder, plan.config, "plan", dataset, print)
+    write_start(folder, plan.config, "plan", dataset, print, device="CPU")
     return folder
 
 

@@ -157,7 +157,8 @@ def pair_words(pair: dict[str, Any]) -> str:
     if test is None or test["interval"] is None:
         return f"{names}: {'no pair of runs' if test is None else 'one seed'}"
     p = "" if pair["p_holm"] is None else f", p {pair['p_holm']:.2g}"
-    return f"{names} {test['mean']:+.4f} {span(test['interval'])}{p}"
+    why_not = f"; {pair['blocked']}" if pair["blocked"] else ""
+    return f"{names} {test['mean']:+.4f} {span(test['interval'])}{p}{why_not}"
 
 
 def study_lines(name: str, study: dict[str, Any]) -> list[str]:

@@ -66,7 +66,8 @@ def write_start(
     dataset_folder: Path,
     say: Callable[[str], None],
     laws: str = "",
-    device: str = "CPU",
+    *,
+    device: str,
 ) -> None:
     """Write the files that describe the run: config.yaml, plan.txt, dataset.json, tokenizer.json, a line of environment.jsonl, and a copy
     of the laws that `dial` names. device: the name of what the processes compute on."""

@@ -46,7 +46,9 @@ def train(run: Run, plan_text: str | None, steps_before: int | None) -> signal.S
         world.on_leader(lambda: tell_changes(run, steps_before))
     described = local_folder(config.data, run.dataset)
     device = device_name(run.engine.device)
-    world.on_leader(lambda: write_start(run.folder, config, plan_text, described, world.say, run.plan.laws, device))
+    world.on_leader(
+        lambda: write_start(run.folder, config, plan_text, described, world.say, run.plan.laws, device=device)
+    )
     tokenizer = Tokenizer.from_file(
         run.folder / "tokenizer.json", run.dataset.tokenizer.name, run.dataset.tokenizer.eot_id
     )

@@ -83,9 +83,9 @@ class Run:
 
     @property
     def device(self) -> str | None:
-        """What the last start computed on. Older runs do not say; then it is what their config asks for."""
-        named = [start["device"] for start in self.starts if isinstance(start.get("device"), str)]
-        return named[-1] if named else self.get("device")
+        """What its starts computed on. Older runs do not say; then it is what their config asks for."""
+        named = dict.fromkeys(printable(start["device"], 80) for start in self.starts if start.get("device"))
+        return ", then ".join(named) or self.get("device")
 
     def note(self, line: str) -> None:
         self.notes.append(printable(line, 400))
