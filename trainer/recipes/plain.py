@@ -13,14 +13,26 @@ from trainer.optim.schedules import SCHEDULES, Decay, multiplier
 from trainer.recipes.recipe import Default, Recipe
 
 BETA2 = 0.95  # of AdamW
+HIGHEST_RATE = 0.01  # the law comes from runs of 1e17 FLOPs and more; it grows without bound below
 
 
-def learning_rate(non_embedding: int) -> float:
-    """0.003239 - 0.0001395 ln N, N without embeddings (arXiv 2001.08361, appendix D.6)."""
-    return 0.003239 - 0.0001395 * math.log(non_embedding)
+def learning_rate(non_embedding: int, tokens_per_step: int) -> Default:
+    """0.3118 C^-0.125 (arXiv 2401.02954) for C = 6 N D of a compute-optimal run, D = 20 N, N without embeddings.
+
+    At most HIGHEST_RATE. With fewer tokens a step than `recommended_batch`, it is lower by the root of the ratio (arXiv 2205.10287).
+    `ladder --check lr` measures whether it is right; trainer/commands/ladder/README.md has what came out.
+    """
+    size, wanted = max(1, non_embedding), recommended_batch(non_embedding)
+    law = min(HIGHEST_RATE, 0.3118 * (6 * 20 * size**2) ** -0.125)
+    rule = f"0.3118 C^-0.125, C = 120 N^2, N without embeddings (arXiv 2401.02954), at most {HIGHEST_RATE:g}"
+    if tokens_per_step >= wanted:
+        return Default(law, rule)
+    return Default(
+        law * math.sqrt(tokens_per_step / wanted), rule + f"; x sqrt(tokens_per_step / {wanted:,}) (arXiv 2205.10287)"
+    )
 
 
-def tokens_per_step(non_embedding: int) -> int:
+def recommended_batch(non_embedding: int) -> int:
     """2048 * 160 (N / 108 M)^(2/3) tokens, N without embeddings (the rule of OLMo-core's model ladder)."""
     return round(2048 * 160 * (non_embedding / 108e6) ** (2 / 3))
 
@@ -47,7 +59,7 @@ class Plain(Recipe):
 
     def batch_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         longest = config.batch.sequence_length
-        sequences = max(1, round(tokens_per_step(facts.non_embedding) / longest))
+        sequences = max(1, round(recommended_batch(facts.non_embedding) / longest))
         rule = "2048*160 (N/108M)^(2/3), N without embeddings, in whole sequences"
         return {
             "sequence_start": Default(longest, "no growth"),
@@ -58,10 +70,10 @@ class Plain(Recipe):
 
     def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         # With model.mup the learning rate is that of the base, so it is the same at every size.
-        size, of = facts.base_non_embedding, " of the base of model.mup" * facts.has_base
-        lr = learning_rate(max(2, size))
+        lr = learning_rate(facts.base_non_embedding, config.batch.tokens_per_step)
+        of = ", N of the base of model.mup" * facts.has_base
         return {
-            "lr": Default(lr, f"0.003239 - 0.0001395 ln N, N without embeddings{of} (arXiv 2001.08361)"),
+            "lr": Default(lr.value, lr.rule + of),
             "warmup_steps": warmup_steps(config.max_steps),
             "schedule": Default("cosine", "plain recipe"),
             "decay_steps": Default(round(0.2 * config.max_steps), "a fifth of max_steps, for the schedule wsd"),

@@ -29,7 +29,7 @@ from trainer.commands.ladder import LadderConfig
 from trainer.commands.ladder.fit import fit
 from trainer.commands.ladder.laws_file import keep, law_of_batches, law_of_rates, laws_of, origin
 from trainer.commands.ladder.page import BATCHES, RATES, publish_losses, publish_sweeps
-from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum
+from trainer.commands.ladder.rates import FACTOR, Optimum, first_batches, next_batch, optimum
 from trainer.commands.ladder.spec import (
     Rung,
     arm,
@@ -214,6 +214,7 @@ def check_rates(work: Work) -> None:
     """Sweep the learning rate at each scale, and report where the rule is off."""
     config = work.config
     rungs = work.rungs([(scale, middle(config.tokens_per_parameter)) for scale in sorted(config.scales)])
+    rungs = [dataclasses.replace(one, arm=around_rule(one)) for one in rungs]
     experiment = work.experiment("learning-rates", rungs, [], rates=config.most_learning_rates)
     laws = None if config.estimate else work.laws(rungs)
     if not work.train(experiment) or laws is None:
@@ -222,6 +223,14 @@ def check_rates(work: Work) -> None:
     laws.learning_rate = law_of_rates(config, rungs, [best for best, _ in found])
     keep(work.folder, laws)
     publish_sweeps(work.folder, RATES, rungs, found, laws.learning_rate)
+
+
+def around_rule(one: Rung) -> Arm:
+    """The rung's arm, whose sweep begins with the rule's learning rate and its neighbours, and goes on by the same factor."""
+    rate = one.length.learning_rate
+    return dataclasses.replace(
+        one.arm, learning_rates=tuple(rounded(rate * factor) for factor in (1 / FACTOR, 1, FACTOR))
+    )
 
 
 def swept(experiment: Experiment, one: Rung) -> tuple[Optimum, dict[float, float]]:

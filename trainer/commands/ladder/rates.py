@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 GOAL = 0.01  # nats that the rule may lose against the best of the sweep
+FACTOR = math.sqrt(2)  # between the learning rates of a sweep
 
 
 @dataclass(frozen=True)
 class Optimum:
     """The sweep at one size. rule: the value that `plan` infers; best: the optimum of a parabola through the best value and its
-    neighbours, over the logarithm; lost: nats that the rule loses against the lowest of the parabola and the sweep; bracketed: whether both
-    neighbours are worse."""
+    neighbours, over the logarithm; lowest: loss of the sweep, not of the parabola, which is too low beside a steep side; lost: nats that
+    the rule loses against it; bracketed: whether both neighbours are worse."""
 
     size: int
     rule: float
@@ -43,10 +44,9 @@ def optimum(size: int, rule: float, losses: Mapping[Any, float]) -> Optimum:
     bracketed = rates[0] < best < rates[-1] or (best == rates[-1] and max(losses) > best and best > rates[0])
     if 0 < at < len(finite) - 1:
         x, y = (np.array(part) for part in zip(*finite[at - 1 : at + 2], strict=True))
-        curve, slope, level = np.polyfit(np.log(x), y, 2)
+        curve, slope, _ = np.polyfit(np.log(x), y, 2)
         if curve > 0:
             best = float(np.exp(-slope / (2 * curve)))
-            lowest = min(lowest, float(level - slope**2 / (4 * curve)))
     return Optimum(size, rule, best, lowest, losses[rule] - lowest, bracketed)
 
 
