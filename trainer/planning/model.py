@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from trainer.core.settings import coerced
 
 if TYPE_CHECKING:
     from trainer.data.dataset import DatasetInfo
+
+GPT2_STD, GPT2_WIDTH = 0.02, 768  # of its initial matrices
 
 
 def read_model(config: RunConfig) -> tuple[str, Any, dict[str, Any]]:
@@ -100,6 +103,25 @@ def with_threshold(
     source = f"measured by `prepare --patches {patches.run} --patch_size {patches.patch_size:g}`"
     chosen = {key: value for key, value in found.items() if key not in given}
     return dataclasses.replace(model_config, **chosen), dict.fromkeys(chosen, source)
+
+
+def with_init_std(model_class: Any, model_config: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+    """(model_config with an init_std that suits its width, unless it is given; by field, where that comes from).
+
+    GPT-2's 0.02 is 0.55 / sqrt(its width of 768), near the sqrt(0.4 / width) of arXiv 1910.05895. In a narrower model the branches are then
+    so weak at first that a learning rate 2 times the best leaves the model at the loss of pairs of tokens. With model.mup the base
+    decides.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(model_class.Config)}.get("init_std")
+    width = getattr(model_config, "d_model", GPT2_WIDTH)
+    of_width = getattr(model_config, "init", "gpt2") in ("mitchell", "width_scaled") or getattr(
+        model_config, "mup", False
+    )
+    if "init_std" in given or default != GPT2_STD or width >= GPT2_WIDTH or of_width:
+        return model_config, {}
+    found = float(f"{GPT2_STD * math.sqrt(GPT2_WIDTH / width):.3g}")
+    source = f"{GPT2_STD} sqrt({GPT2_WIDTH} / d_model), for widths below GPT-2's"
+    return dataclasses.replace(model_config, init_std=found), {"init_std": source}
 
 
 def _unknown(name: str, names: list[str]) -> str:

@@ -27,7 +27,7 @@ from trainer.planning.expected import DialFile, Expected, choose_dial, expect
 from trainer.planning.frozen import Frozen, choose_frozen
 from trainer.planning.length import Epoch, choose_length, sequence_lengths, tokens_at_lengths, whole_sequences
 from trainer.planning.memory import GIB, MemoryEstimate, ParallelLayout, expected_memory
-from trainer.planning.model import check_vocabulary, read_model, with_threshold, written_out
+from trainer.planning.model import check_vocabulary, read_model, with_init_std, with_threshold, written_out
 from trainer.planning.mup import check_mup
 from trainer.planning.objective import choose_layers, choose_objective
 from trainer.planning.resolver import (
@@ -242,6 +242,8 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
             raise UserError(f"model {name}: {error}") from None
     check_vocabulary(model_class, model_config, vocab_size)
     model_config, measured = with_threshold(model_class, model_config, options, dataset, config)
+    model_config, narrow = with_init_std(model_class, model_config, options)
+    measured = {**measured, **narrow}
     inferred = model_class.inferred(model_config)
     for key, value in dataclasses.asdict(model_config).items():
         meaning = f"; here {inferred[key]:,}" if key in inferred and not value else ""
