@@ -94,7 +94,8 @@ def test_the_inferred_rate_is_the_bases_at_every_size():
         rates.add(round(plan.config.optim.lr, 5))
         [entry] = [entry for entry in plan.entries if entry.key == "optim.lr"]
         assert "of the base of model.mup" in entry.rule
-    assert rates == {round(learning_rate(2 * 16 * 16 * 16), 5)}
+    base = 2 * 16 * 16 * 16
+    assert rates == {round(learning_rate(base, 10**6, 20 * base).value, 5)}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.recipes.plain import HIGHEST_RATE, learning_rate, recommended_batch, warmup_steps
+from trainer.recipes.plain import HIGHEST_RATE, learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,13 @@ def test_the_warm_up_is_long_enough_for_the_second_moment(max_steps, steps, rule
     assert found.value == steps and found.rule.startswith(rule)
 
 
-def test_the_learning_rate_follows_the_size_and_a_batch_that_is_too_small():
-    assert learning_rate(10**8, 10**9).value == pytest.approx(0.3118 * (6 * 10**8 * 20 * 10**8) ** -0.125, rel=1e-12)
-    assert learning_rate(10**8, 10**7).value / learning_rate(16 * 10**8, 10**7).value == pytest.approx(2, rel=1e-12)
-    full = recommended_batch(10**8)
-    quarter = learning_rate(10**8, full // 4)
-    assert (
-        quarter.value == pytest.approx(learning_rate(10**8, full).value / 2, rel=1e-4) and f"{full:,}" in quarter.rule
-    )
-    assert learning_rate(1000, 10**6).value == HIGHEST_RATE
+def test_the_learning_rate_follows_the_compute_and_a_batch_that_is_too_small():
+    """Of the two laws of arXiv 2401.02954, and the root of the batch."""
+    full = learning_rate(10**8, 10**7, 2 * 10**9)
+    assert full.value == pytest.approx(0.3118 * 1.2e18**-0.125, rel=1e-12) and full.rule.endswith("at most 0.01")
+    assert learning_rate(16 * 10**8, 10**7, 32 * 10**9).value == pytest.approx(full.value / 2, rel=1e-12)
+    batch = round(0.2920 * 1.2e18**0.3271)
+    assert learning_rate(10**8, batch, 2 * 10**9) == full
+    quarter = learning_rate(10**8, batch // 4, 2 * 10**9)
+    assert quarter.value == pytest.approx(full.value / 2, rel=1e-4) and f"{batch:,}" in quarter.rule
+    assert learning_rate(1000, 10**6, 10**6).value == HIGHEST_RATE

@@ -99,7 +99,7 @@ def test_the_start_says_what_is_trained(tiny_dataset, tmp_path, parent, capsys):
     assert f"parameters, {ADAPTERS:,} of them trained (" in said
     assert f"  decayed                  24 tensors         {ADAPTERS:,} parameters (matrix)  adamw" in said
     rate = next(line for line in said.splitlines() if line.startswith("optim.lr "))
-    assert "10 times 0.003239 - 0.0001395 ln N" in rate and "LoRA Without Regret" in rate
+    assert "10 times 0.3118 C^-0.125" in rate and "LoRA Without Regret" in rate
     assert next(line for line in said.splitlines() if line.startswith("model.lora_targets")).endswith(
         "the default of LoRA"
     )
@@ -178,7 +178,9 @@ def test_the_plan_knows_what_is_frozen(tiny_dataset, tmp_path, parent, capsys):
     plan = resolve(
         build(RunConfig, with_origin(values, None, 1, WORLD.say)), find_dataset(DataConfig(path=str(tiny_dataset)))
     )
-    assert plan.config.optim.lr == pytest.approx(10 * learning_rate(plan.non_embedding))
+    assert plan.config.optim.lr == pytest.approx(
+        10 * learning_rate(plan.non_embedding, plan.config.batch.tokens_per_step, 20 * plan.non_embedding).value
+    )
     estimate = MemoryEstimate(plan.model_class, plan.model_config, 64)
     everything = MemoryEstimate(*estimate_of_plain(plan), 64)
     adapters = plan.parameters - everything.parameters

@@ -16,19 +16,19 @@ BETA2 = 0.95  # of AdamW
 HIGHEST_RATE = 0.01  # the law comes from runs of 1e17 FLOPs and more; it grows without bound below
 
 
-def learning_rate(non_embedding: int, tokens_per_step: int) -> Default:
-    """0.3118 C^-0.125 (arXiv 2401.02954) for C = 6 N D of a compute-optimal run, D = 20 N, N without embeddings.
+def learning_rate(non_embedding: int, tokens_per_step: int, tokens: int) -> Default:
+    """0.3118 C^-0.125, C = 6 N D FLOPs (arXiv 2401.02954), N without embeddings; at most HIGHEST_RATE. tokens: D.
 
-    At most HIGHEST_RATE. With fewer tokens a step than `recommended_batch`, it is lower by the root of the ratio (arXiv 2205.10287).
+    That is for their batch of 0.2920 C^0.3271 tokens; a smaller one has a lower rate, by the root of the ratio (arXiv 2205.10287).
     `ladder --check lr` measures whether it is right; trainer/commands/ladder/README.md has what came out.
     """
-    size, wanted = max(1, non_embedding), recommended_batch(non_embedding)
-    law = min(HIGHEST_RATE, 0.3118 * (6 * 20 * size**2) ** -0.125)
-    rule = f"0.3118 C^-0.125, C = 120 N^2, N without embeddings (arXiv 2401.02954), at most {HIGHEST_RATE:g}"
-    if tokens_per_step >= wanted:
+    flops = 6 * max(1, non_embedding) * max(1, tokens)
+    law, batch = min(HIGHEST_RATE, 0.3118 * flops**-0.125), round(0.2920 * flops**0.3271)
+    rule = f"0.3118 C^-0.125, C = 6 N D = {flops:.3g} FLOPs, N without embeddings (arXiv 2401.02954), at most {HIGHEST_RATE:g}"
+    if tokens_per_step >= batch:
         return Default(law, rule)
     return Default(
-        law * math.sqrt(tokens_per_step / wanted), rule + f"; x sqrt(tokens_per_step / {wanted:,}) (arXiv 2205.10287)"
+        law * math.sqrt(tokens_per_step / batch), rule + f"; x sqrt(tokens_per_step / {batch:,}) (arXiv 2205.10287)"
     )
 
 
@@ -69,11 +69,8 @@ class Plain(Recipe):
         }
 
     def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
-        # With model.mup the learning rate is that of the base, so it is the same at every size.
-        lr = learning_rate(facts.base_non_embedding, config.batch.tokens_per_step)
-        of = ", N of the base of model.mup" * facts.has_base
         return {
-            "lr": Default(lr.value, lr.rule + of),
+            "lr": self.learning_rate(config, facts),
             "warmup_steps": warmup_steps(config.max_steps),
             "schedule": Default("cosine", "plain recipe"),
             "decay_steps": Default(round(0.2 * config.max_steps), "a fifth of max_steps, for the schedule wsd"),
@@ -81,6 +78,16 @@ class Plain(Recipe):
             "loss_driven_decay": Default(False, "plain recipe"),
             "clip_norm": Default(1.0, "plain recipe"),
         }
+
+    def learning_rate(self, config: Any, facts: Any) -> Default:
+        size, batch = facts.base_non_embedding, config.batch.tokens_per_step
+        tokens, why = batch * config.max_steps, ""
+        if facts.has_base:  # the same at every size, though the batch grows with it
+            tokens, why = 20 * size, "; of the base of model.mup, D = 20 N"
+        elif config.init_from or config.branch_from:  # the high rate of a short run would undo what was learned
+            tokens, why = max(tokens, 20 * size), "; D at least 20 N, since the weights are trained"
+        found = learning_rate(size, batch, tokens)
+        return Default(found.value, found.rule + why)
 
     def embedding_frequency(self, tied: bool) -> Default:
         return Default("none", "plain recipe")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.commands.compare.spec import Arm
+from trainer.core.config import LENGTHS
 from trainer.core.errors import UserError
 from trainer.core.text import printable
 from trainer.planning.length import nearest_steps, tokens_at_lengths
@@ -44,7 +45,7 @@ def lengths(
             plan = plan_of(arm, datasets)
             if first:
                 baselines[arm.scale] = arm, plan
-            found[arm.key] = length_of(arm, plan, *baselines[arm.scale], budget, rate)
+            found[arm.key] = with_rate(length_of(arm, plan, *baselines[arm.scale], budget, rate), arm, plan, datasets)
         except UserError as error:
             if first:
                 raise UserError(f"baseline {printable(arm.name)}: {error}") from None
@@ -64,8 +65,18 @@ def plan_of(arm: Arm, datasets: Callable[[Any], Any]) -> Plan:
     return plan
 
 
+def with_rate(length: Length, arm: Arm, plan: Plan, datasets: Callable[[Any], Any]) -> Length:
+    """The length with the learning rate that is inferred for it; it depends on the steps. plan: of the arm's runs, perhaps of another
+    length."""
+    config = arm.config()
+    if length.steps != plan.config.max_steps and config.optim.lr is None:
+        config = replace(config, max_steps=length.steps, **dict.fromkeys(LENGTHS))
+        plan = resolve(config, datasets(config.data))
+    return replace(length, learning_rate=plan.config.optim.lr)
+
+
 def length_of(arm: Arm, plan: Plan, baseline: Arm, reference: Plan, budget: str, rate: Rate) -> Length:
-    """The number of steps that is nearest to the baseline's budget, and what the arm does in them."""
+    """The number of steps that is nearest to the baseline's budget, and what the arm does in them; without a learning rate."""
     steps = reference.config.max_steps
     if arm is not baseline:
         if budget == "parameters":
@@ -79,7 +90,7 @@ def length_of(arm: Arm, plan: Plan, baseline: Arm, reference: Plan, budget: str,
             wanted, spent = float(tokens(reference, steps)), tokens
         steps = nearest_steps(lambda count: spent(plan, count), wanted)
     count, flops = tokens(plan, steps), training_flops(plan, steps)
-    return Length(steps, count, flops, plan.parameters, round(flops / count), plan.config.optim.lr)
+    return Length(steps, count, flops, plan.parameters, round(flops / count))
 
 
 def tokens(plan: Plan, steps: int) -> int:

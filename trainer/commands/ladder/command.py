@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.compare.budget import plan_of
+from trainer.commands.compare.budget import plan_of, with_rate
 from trainer.commands.compare.command import dataset_finder, say
 from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import SPEED, Experiment, Task, stored_experiment
@@ -70,14 +70,19 @@ class Work:
         self.config, self.folder = config, folder
         self.plugins = plugins_in(sys.argv[1:])
         self.datasets: Callable[[Any], Any] = dataset_finder()
-        self.plans: dict[tuple[float, int | None], Plan] = {}  # by scale and batch: the length changes nothing else
+        self.plans: dict[tuple[float, int | None], Plan] = {}  # by scale and batch: the length changes the rate alone
 
     def rungs(self, sizes: list[tuple[float, float]]) -> list[Rung]:
         """The rungs of (scale, multiple) pairs; prepares the data where it is missing."""
         arms = [(arm(self.config, scale, multiple), multiple) for scale, multiple in sizes]
         with contextlib.suppress(UserError):  # the plan reports it
             obtain_dataset(arms[0][0].config(), World())
-        return [rung(made, multiple, self.plan(made)) for made, multiple in arms]
+        return [self.rung(made, multiple) for made, multiple in arms]
+
+    def rung(self, made: Arm, multiple: float, batch: int | None = None) -> Rung:
+        """The rung of an arm. batch: tokens of a step, if the arm sets them."""
+        found = rung(made, multiple, self.plan(made, batch))
+        return dataclasses.replace(found, length=with_rate(found.length, made, found.plan, self.datasets))
 
     def plan(self, made: Arm, batch: int | None = None) -> Plan:
         """The plan of the arm's runs. batch: tokens of a step, if the arm sets them."""
@@ -91,7 +96,7 @@ class Work:
         made = arm(self.config, one.arm.scale, one.multiple, batch)
         rate = one.length.learning_rate * (batch / one.plan.config.batch.tokens_per_step) ** BATCH_POWER
         made = dataclasses.replace(made, learning_rates=(rounded(rate),))
-        return rung(made, one.multiple, self.plan(made, batch))
+        return self.rung(made, one.multiple, batch)
 
     def laws(self, rungs: list[Rung]) -> Laws:
         """The laws that the folder has so far. UserError if they are of something else than these rungs, or there are no data."""

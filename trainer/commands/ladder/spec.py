@@ -91,8 +91,9 @@ def arm(config: LadderConfig, scale: float, multiple: float, batch: int | None =
 
 
 def rung(made: Arm, multiple: float, plan: Plan) -> Rung:
-    """The rung of an arm: as many whole steps as come nearest to `multiple` tokens a parameter. plan: of the arm's runs."""
+    """The rung of an arm: as many whole steps as come nearest to `multiple` tokens a parameter; without a learning rate. plan: of the
+    arm's runs."""
     steps = nearest_steps(lambda count: tokens(plan, count), multiple * plan.non_embedding)
     count, flops = tokens(plan, steps), training_flops(plan, steps)
-    length = Length(steps, count, flops, plan.parameters, round(flops / count), plan.config.optim.lr)
+    length = Length(steps, count, flops, plan.parameters, round(flops / count))
     return Rung(made, multiple, plan.non_embedding, length, plan)
