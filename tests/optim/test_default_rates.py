@@ -72,7 +72,7 @@ def planned(model, scale, **optim):
 
 def of_plain(plan):
     batch = plan.config.batch.tokens_per_step
-    return learning_rate(plan.non_embedding, batch, batch * plan.config.max_steps).value
+    return learning_rate(plan.non_embedding, batch, batch * plan.config.max_steps)
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.2])

@@ -95,7 +95,7 @@ def test_the_inferred_rate_is_the_bases_at_every_size():
         [entry] = [entry for entry in plan.entries if entry.key == "optim.lr"]
         assert "of the base of model.mup" in entry.rule
     base = 2 * 16 * 16 * 16
-    assert rates == {round(learning_rate(base, 10**6, 20 * base).value, 5)}
+    assert rates == {round(learning_rate(base, 10**6, 20 * base), 5)}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,14 @@
 """The defaults of the recipe `plain`."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
-from trainer.recipes.plain import HIGHEST_RATE, learning_rate, warmup_steps
+from trainer.core.config import BatchConfig, RunConfig
+from trainer.recipes import RECIPES
+from trainer.recipes.hlb import rate_at_batch, tokens_per_microbatch
+from trainer.recipes.plain import HIGHEST_RATE, RATE_RULE, learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -24,11 +30,25 @@ def test_the_warm_up_is_long_enough_for_the_second_moment(max_steps, steps, rule
 
 def test_the_learning_rate_follows_the_compute_and_a_batch_that_is_too_small():
     """Of the two laws of arXiv 2401.02954, and the root of the batch."""
-    full = learning_rate(10**8, 10**7, 2 * 10**9)
-    assert full.value == pytest.approx(0.3118 * 1.2e18**-0.125, rel=1e-12) and full.rule.endswith("at most 0.01")
-    assert learning_rate(16 * 10**8, 10**7, 32 * 10**9).value == pytest.approx(full.value / 2, rel=1e-12)
-    batch = round(0.2920 * 1.2e18**0.3271)
-    assert learning_rate(10**8, batch, 2 * 10**9) == full
-    quarter = learning_rate(10**8, batch // 4, 2 * 10**9)
-    assert quarter.value == pytest.approx(full.value / 2, rel=1e-4) and f"{batch:,}" in quarter.rule
-    assert learning_rate(1000, 10**6, 10**6).value == HIGHEST_RATE
+    full, batch = learning_rate(10**8, 10**7, 2 * 10**9), 0.2920 * 1.2e18**0.3271
+    assert full == pytest.approx(0.3118 * 1.2e18**-0.125, rel=1e-12)
+    assert learning_rate(16 * 10**8, 10**7, 32 * 10**9) == pytest.approx(full / 2, rel=1e-12)
+    assert learning_rate(10**8, round(batch) + 1, 2 * 10**9) == full
+    assert learning_rate(10**8, round(batch / 4), 2 * 10**9) == pytest.approx(full / 2, rel=1e-4)
+    assert learning_rate(1000, 10**6, 10**6) == HIGHEST_RATE
+
+
+def test_a_model_that_is_trained_already_has_the_rate_of_a_long_run():
+    """A short run from the start has a high rate; it would undo what the weights have learned."""
+    facts = SimpleNamespace(base_non_embedding=10**8, has_base=False)
+    run = RunConfig(max_steps=10, batch=BatchConfig(tokens_per_step=2**13))
+    first = RECIPES["plain"].optim_defaults(run, facts)["lr"]
+    tuned = RECIPES["plain"].optim_defaults(replace(run, init_from="runs/parent"), facts)["lr"]
+    assert first.value == learning_rate(10**8, 2**13, 10 * 2**13) and first.rule == RATE_RULE
+    assert tuned.value == learning_rate(10**8, 2**13, 20 * 10**8) < first.value / 5 and "D at least 20 N" in tuned.rule
+
+
+def test_hlbs_rate_is_that_of_its_batch():
+    fitted = tokens_per_microbatch(1)
+    assert rate_at_batch(2.5e-3, fitted, 1) == rate_at_batch(2.5e-3, 4 * fitted, 1) == 2.5e-3
+    assert rate_at_batch(2.5e-3, fitted // 4, 1) == pytest.approx(2.5e-3 / 2, rel=1e-3)

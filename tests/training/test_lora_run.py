@@ -179,7 +179,7 @@ def test_the_plan_knows_what_is_frozen(tiny_dataset, tmp_path, parent, capsys):
         build(RunConfig, with_origin(values, None, 1, WORLD.say)), find_dataset(DataConfig(path=str(tiny_dataset)))
     )
     assert plan.config.optim.lr == pytest.approx(
-        10 * learning_rate(plan.non_embedding, plan.config.batch.tokens_per_step, 20 * plan.non_embedding).value
+        10 * learning_rate(plan.non_embedding, plan.config.batch.tokens_per_step, 20 * plan.non_embedding)
     )
     estimate = MemoryEstimate(plan.model_class, plan.model_config, 64)
     everything = MemoryEstimate(*estimate_of_plain(plan), 64)

@@ -60,15 +60,10 @@ def learning_rate(n_parameters: int) -> float:
     return 2.62 * base_learning_rate(n_parameters)
 
 
-def rate_at_batch(rate: float, tokens: int, scale: float) -> Default:
+def rate_at_batch(rate: float, tokens: int, scale: float) -> float:
     """The run's learning rate for steps of `tokens` tokens: the law was fitted with C tokens, and Adam's steps of noisier gradients
     should be shorter, by the root of the ratio (arXiv 2205.10287)."""
-    fitted, rule = tokens_per_microbatch(scale), "2.62 * 9e7 / (ln N)^8.8"
-    if tokens >= fitted:
-        return Default(rate, rule)
-    return Default(
-        rate * math.sqrt(tokens / fitted), rule + f"; x sqrt(tokens_per_step / C), C = {fitted:,} (arXiv 2205.10287)"
-    )
+    return rate * math.sqrt(min(1.0, tokens / tokens_per_microbatch(scale)))
 
 
 def weight_decay_base(n_parameters: int) -> float:
@@ -166,7 +161,10 @@ class Hlb(Recipe):
 
     def optim_defaults(self, config: Any, facts: Any) -> Mapping[str, Default]:
         return {
-            "lr": rate_at_batch(learning_rate(facts.parameters), config.batch.tokens_per_step, config.model_scale),
+            "lr": Default(
+                rate_at_batch(learning_rate(facts.parameters), config.batch.tokens_per_step, config.model_scale),
+                "2.62 * 9e7 / (ln N)^8.8; x sqrt(tokens_per_step / C) below C, the batch of the law (arXiv 2205.10287)",
+            ),
             "warmup_steps": Default(100, "hlb"),
             "schedule": Default("hlb", "its own of each group"),
             "decay_steps": Default(0, "not used by hlb's schedules"),

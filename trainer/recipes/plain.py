@@ -16,20 +16,21 @@ BETA2 = 0.95  # of AdamW
 HIGHEST_RATE = 0.01  # the law comes from runs of 1e17 FLOPs and more; it grows without bound below
 
 
-def learning_rate(non_embedding: int, tokens_per_step: int, tokens: int) -> Default:
+RATE_RULE = (  # the same text for every run: a law of the loss remembers by which rule its runs had their rates
+    f"0.3118 C^-0.125, C = 6 N D, N without embeddings, D tokens (arXiv 2401.02954), at most {HIGHEST_RATE:g}; x sqrt(B / 0.292 C^0.3271) "
+    "for steps of fewer tokens B (arXiv 2205.10287)"
+)
+
+
+def learning_rate(non_embedding: int, tokens_per_step: int, tokens: int) -> float:
     """0.3118 C^-0.125, C = 6 N D FLOPs (arXiv 2401.02954), N without embeddings; at most HIGHEST_RATE. tokens: D.
 
     That is for their batch of 0.2920 C^0.3271 tokens; a smaller one has a lower rate, by the root of the ratio (arXiv 2205.10287).
     `ladder --check lr` measures whether it is right; trainer/commands/ladder/README.md has what came out.
     """
     flops = 6 * max(1, non_embedding) * max(1, tokens)
-    law, batch = min(HIGHEST_RATE, 0.3118 * flops**-0.125), round(0.2920 * flops**0.3271)
-    rule = f"0.3118 C^-0.125, C = 6 N D = {flops:.3g} FLOPs, N without embeddings (arXiv 2401.02954), at most {HIGHEST_RATE:g}"
-    if tokens_per_step >= batch:
-        return Default(law, rule)
-    return Default(
-        law * math.sqrt(tokens_per_step / batch), rule + f"; x sqrt(tokens_per_step / {batch:,}) (arXiv 2205.10287)"
-    )
+    rate, batch = min(HIGHEST_RATE, 0.3118 * flops**-0.125), 0.2920 * flops**0.3271
+    return rate * math.sqrt(min(1.0, tokens_per_step / batch))
 
 
 def recommended_batch(non_embedding: int) -> int:
@@ -86,8 +87,7 @@ class Plain(Recipe):
             tokens, why = 20 * size, "; of the base of model.mup, D = 20 N"
         elif config.init_from or config.branch_from:  # the high rate of a short run would undo what was learned
             tokens, why = max(tokens, 20 * size), "; D at least 20 N, since the weights are trained"
-        found = learning_rate(size, batch, tokens)
-        return Default(found.value, found.rule + why)
+        return Default(learning_rate(size, batch, tokens), RATE_RULE + why)
 
     def embedding_frequency(self, tied: bool) -> Default:
         return Default("none", "plain recipe")
