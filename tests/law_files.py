@@ -31,7 +31,7 @@ def laws(dataset, folder, **changes):
     config = build(RunConfig, values(dataset, folder))
     info = find_dataset(config.data)
     plan = resolve(config, info)
-    sized = ["d_model", "n_layers", "n_heads"]
+    sized = ["d_model", "n_layers", "n_heads", "init_std"]
     fields = {
         key: value for key, value in dataclasses.asdict(plan.model_config).items() if key not in (*sized, "vocab_size")
     }

@@ -44,7 +44,10 @@ def planned(optim, **more):
 def test_each_role_has_what_its_entry_says(tiny_dataset, tmp_path):
     """And what the entry leaves out is as in the rest; the matrices' group, whose learning rate is logged, stays the first."""
     one = make(
-        tiny_dataset, tmp_path, model=UNTIED, optim={"name": "muon", "lr": 1e-2, "rest_lr": 1e-3, "roles": MIXED}
+        tiny_dataset,
+        tmp_path,
+        model=UNTIED,
+        optim={"name": "muon", "lr": 1e-2, "rest_lr": 1e-3, "roles": MIXED, "warmup_steps": 1},
     )
     found = groups_by_name(one)
     assert sorted(name for group, _ in found.values() for name in group.parameters) == sorted(one.engine.shapes)
