@@ -70,7 +70,8 @@ def with_rate(length: Length, arm: Arm, plan: Plan, datasets: Callable[[Any], An
     length."""
     config = arm.config()
     if length.steps != plan.config.max_steps and config.optim.lr is None:
-        config = replace(config, max_steps=length.steps, **dict.fromkeys(LENGTHS))
+        unset: Any = dict.fromkeys(LENGTHS)
+        config = replace(config, max_steps=length.steps, **unset)
         plan = resolve(config, datasets(config.data))
     return replace(length, learning_rate=plan.config.optim.lr)
 
