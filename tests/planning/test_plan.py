@@ -279,6 +279,14 @@ def test_configs_say_what_the_readme_says():
     assert (hlb.parameters, hlb.config.max_steps) == (46_009_736, 1000)
 
 
+@pytest.mark.parametrize("given, std", [
+    ({"d_model": 192}, 0.04), ({"d_model": 768}, 0.02), ({"d_model": 192, "init_std": 0.02}, 0.02), ({"d_model": 192, "mup": True}, 0.02),
+])  # fmt: skip
+def test_narrow_decoders_begin_with_larger_weights(given, std):
+    plan = resolved(model={"name": "llama", "n_layers": 2, "n_heads": 3, **given})
+    assert plan.model_config.init_std == plan.config.model["init_std"] == std
+
+
 def test_a_rule_leaves_its_draft_alone():
     """The batch needs only the model and the recipe; the optimiser needs the batch as well."""
     draft = rules.Draft(build(RunConfig, {"model": {"name": "gpt2"}, "optim": {"recipe": "plain"}, "max_steps": 100}))
