@@ -301,5 +301,13 @@ def test_our_ladders_can_run(file, tmp_path, monkeypatch):
     assert sizes == sorted(set(sizes)) and sizes[-1] > 1.5 * sizes[-2]
 
 
+def test_each_length_has_the_rate_of_its_compute(spec, tmp_path):
+    """Four times as many tokens in the same batch, which is large enough: 4^-0.125 of the rate."""
+    common = spec().common
+    config = spec(common={**common, "batch": {**common["batch"], "tokens_per_step": 8192}})
+    short, long = (one.length for one in Work(config, tmp_path / "ladder").rungs([(0.3, 8), (0.3, 32)]))
+    assert long.learning_rate / short.learning_rate == pytest.approx((long.tokens / short.tokens) ** -0.125, rel=1e-4)
+
+
 def test_the_next_scale_of_the_series():
     assert held_out_scale(read({"scales": [1, 2, 0.5]})) == 4
