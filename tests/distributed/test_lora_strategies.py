@@ -39,7 +39,7 @@ def parent(tiny_dataset, tmp_path_factory) -> Path:
 
 
 def case(dataset, folder: Path, parent: Path, strategy: str, name: str = "", **more) -> dict:
-    changes = {"init_from": str(parent), "optim__ema": 0.5, "evaluation__max_tokens": 128}
+    changes = {"init_from": str(parent), "optim__ema": 0.5, "optim__lr": 1e-2, "evaluation__max_tokens": 128}
     values = matrix_values(dataset, folder, "gpt2", strategy, **changes) | {"model": {"lora_rank": 4}}
     del values["model_scale"]
     whole = with_origin(values, None, 2, WORLD.say)

@@ -17,9 +17,9 @@ def cases(dataset, folder, *strategies, **changes):
 
 def magnified(noise_scale: float) -> float:
     """Relative error of tr(Sigma) / |G|^2 from the two norms, which are off by SAME. With x = |g_b|^2 / |g_B|^2, b = B / 2, it is
-    B (x - 1) / (2 - x), so x - 1 = noise_scale / (B + noise_scale)."""
+    B (x - 1) / (2 - x), so x - 1 = noise_scale / (B + noise_scale); by chance x may be less than 1."""
     x = 1 + noise_scale / (512 + noise_scale)
-    return 4 * SAME * x * (1 / (x - 1) + 1 / (2 - x))
+    return 4 * SAME * x * abs(1 / (x - 1) + 1 / (2 - x))
 
 
 @pytest.mark.parametrize(
