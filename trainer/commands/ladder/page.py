@@ -194,7 +194,8 @@ def draw_losses(
     at = held_out.length.tokens
     axis.errorbar([at], [prediction["loss"]], [[low], [high]], fmt="s", color="k", capsize=4, label="predicted, 90 %")
     axis.plot([at], [measured], "r*", markersize=11, label="measured")
-    axis.set(xscale="log", yscale="log", xlabel="training tokens", ylabel="validation loss, nats a token")
+    axis.set(xlabel="training tokens", ylabel="validation loss, nats a token")
+    logarithmic(axis)
     axis.set_title(f"L(N, D) = {law.formula()}", fontsize=9)
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=100)
@@ -214,9 +215,21 @@ def draw_sweeps(
         axis.axvline(best.best, color=f"C{index}", linewidth=0.8, linestyle=":")
     axis.axhline(GOAL, color="k", linewidth=0.8, linestyle="--")
     label = f"{what.axis} (ringed: the rule's; dotted: the optimum)"
-    axis.set(xscale="log", xlabel=label, ylabel="nats above the lowest")
+    axis.set(xlabel=label, ylabel="nats above the lowest")
+    logarithmic(axis)
     axis.legend(fontsize=8)
     figure.savefig(out, dpi=100)
+
+
+def logarithmic(axis: Any) -> None:
+    """The x axis, with plain numbers in each decade: matplotlib's own, as powers of 10, run into each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    thousands = EngFormatter(sep="\N{NO-BREAK SPACE}")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else thousands(value))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def new_figure() -> tuple[Any, Any]:
