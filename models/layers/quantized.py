@@ -13,6 +13,7 @@ The packed tensors are neither parameters nor buffers: a change of the model's t
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,10 +102,16 @@ def _int8_room(out: int, width: int, rows: Rows) -> Room:
 # -- nf4 ------------------------------------------------------------------------------------------------------------------
 
 
-def _pack_nf4(weight: Tensor, rows: Rows) -> dict[str, Tensor]:
+def _bitsandbytes() -> Any:
+    """Its functions. On some CPUs the first import warns that a kernel for products in 4 bits is missing, which nothing here calls."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return functional
+
+
+def _pack_nf4(weight: Tensor, rows: Rows) -> dict[str, Tensor]:
+    packed, state = _bitsandbytes().quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
     offset = state.absmax.mean()
     rest = state.absmax - offset
     outer = F.pad(rest, (0, -len(rest) % OUTER)).view(-1, OUTER).abs().amax(1) / 127
@@ -118,18 +125,18 @@ def _pack_nf4(weight: Tensor, rows: Rows) -> dict[str, Tensor]:
 
 
 def _nf4(tensors: Tensors, width: int, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes()
     scales = tensors["scales"].float()
     outer = tensors["scales_of_scales"][:, None].expand(-1, OUTER).flatten()[: len(scales)]
     state = functional.QuantState(
         absmax=scales * outer + tensors["offset"],
-        shape=torch.Size((sum(rows), width)),
+        # One long row: bitsandbytes' kernel for AVX-512 (0.50) begins a block in every row, and packing does not.
+        shape=torch.Size((sum(rows) * width,)),
         dtype=dtype,
         blocksize=BLOCK,
         quant_type="nf4",
     )
-    return functional.dequantize_4bit(tensors["packed"].view(-1, 1), state), None
+    return functional.dequantize_4bit(tensors["packed"].view(-1, 1), state).view(-1, width), None
 
 
 def _nf4_room(out: int, width: int, rows: Rows) -> Room:

@@ -50,6 +50,22 @@ def test_nf4_takes_the_nearest_level_of_each_block():
     assert (scales[:, 0] - blocks.abs().amax(1)).abs().max() <= offsets.abs().max() / 254 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out, width", [(64, 64), (20, 96), (96, 32), (7, 34), (1, 130)])
+def test_nf4_has_blocks_across_rows(out, width, dtype):
+    """Every weight is its level times its block's scale, whatever the width and the CPU: on one with AVX-512 bitsandbytes 0.50 takes
+    another block's scale if a row is not a whole number of blocks."""
+    needs("nf4")
+    tensors = FORMATS["nf4"].pack(drawn(out, width), [out])
+    codes = torch.stack([tensors["packed"] >> 4, tensors["packed"] & 15], -1).flatten().long()
+    scales = tensors["scales"] * tensors["scales_of_scales"].repeat_interleave(256)[: len(tensors["scales"])]
+    scales = (scales + tensors["offset"]).repeat_interleave(64)[: out * width]
+    expected = (torch.tensor(LEVELS)[codes] * scales).view(out, width)
+    found, _ = FORMATS["nf4"].matrix(tensors, width, [out], dtype)
+    # LEVELS have 7 digits; a type's eps is twice the error of rounding to it
+    torch.testing.assert_close(found.float(), expected, rtol=1e-6 + torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_zeros_and_their_scale_are_exact():
     needs("nf4")
     for format in FORMATS:
