@@ -15,8 +15,9 @@ from models.layers.positions import number_documents
 class EntropyModel:
     """A frozen model. It is no nn.Module, so the model that holds it neither trains it nor stores it.
 
-    It computes in fp32 everywhere, and entropies are rounded to float16, as datasets store them: texts must be cut alike when data are
-    prepared, in training and while decoding. ids: of the tokenizer, others are padding. end: id that ends documents, if the model was
+    It computes in fp32 everywhere, and entropies are rounded to float16, as datasets store them: texts should be cut alike when data are
+    prepared, in training and while decoding. On another machine, or in another batch, an entropy beside a rounding edge of float16 may
+    still be the next number, and one beside the threshold cuts elsewhere. ids: of the tokenizer, others are padding. end: id that ends documents, if the model was
     trained with documents kept apart; None: they were not.
     """
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,11 +104,18 @@ def _int8_room(out: int, width: int, rows: Rows) -> Room:
 
 
 def _bitsandbytes() -> Any:
-    """Its functions. On some CPUs the first import warns that a kernel for products in 4 bits is missing, which nothing here calls."""
+    """Its functions. On some CPUs its first import would fetch a kernel for products in 4 bits from a hub, by the package `kernels`, and
+    warns if it cannot. Nothing here calls that kernel: it is neither fetched nor missed."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes import functional
-
-    return functional
+    modules: dict[str, Any] = sys.modules
+    hidden = not {"bitsandbytes", "kernels"} & modules.keys()
+    if hidden:
+        modules["kernels"] = None  # an import of it fails
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    finally:
+        if hidden:
+            del modules["kernels"]
 
 
 def _pack_nf4(weight: Tensor, rows: Rows) -> dict[str, Tensor]:

@@ -1,5 +1,9 @@
 """Packed weights: the levels of each format, products and gradients, and which weights of every model are packed."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +68,21 @@ def test_nf4_has_blocks_across_rows(out, width, dtype):
     found, _ = FORMATS["nf4"].matrix(tensors, width, [out], dtype)
     # LEVELS have 7 digits; a type's eps is twice the error of rounding to it
     torch.testing.assert_close(found.float(), expected, rtol=1e-6 + torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_bitsandbytes_fetches_no_kernel_from_a_hub(tmp_path):
+    """On CPUs with bf16 its import asks the package `kernels` for one, if that is installed."""
+    needs("nf4")
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
+    code = (
+        "import sys; from models.layers.quantized import FORMATS; import torch; FORMATS['nf4'].pack(torch.ones(2, 64), [2]); "
+        "assert 'bitsandbytes' in sys.modules and 'kernels' not in sys.modules"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_zeros_and_their_scale_are_exact():

@@ -81,7 +81,8 @@ def close(a: dict, b: dict) -> bool:
 def test_it_begins_with_the_parents_weights_and_only_adapters_change(tiny_dataset, tmp_path, parent, tuned):
     run(child(tiny_dataset, tmp_path / "full", parent, model={}, max_steps=1, optim={"recipe": "plain"}))
     begin, full = read_rows(tuned / "metrics.jsonl")[0], read_rows(tmp_path / "full" / "metrics.jsonl")[0]
-    assert begin["loss"] == full["loss"] and begin["grad_norm"] < full["grad_norm"]
+    # Frozen weights may be multiplied in another order than those that want a gradient: matmul asks.
+    assert begin["loss"] == pytest.approx(full["loss"], rel=1e-6) and begin["grad_norm"] < full["grad_norm"]
     before, after = weights(parent, 6), weights(tuned, 6)
     base = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     assert same({name: after[name] for name in base}, base)
