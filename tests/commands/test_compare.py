@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import Experiment, State, facts_of, state_of, stored_experiment
 from trainer.commands.compare.learning_rates import DIVERGED, start, sweep
 from trainer.commands.compare.queue import Queue, device_slots, tail
-from trainer.commands.compare.spec import arms, claims_of
+from trainer.commands.compare.spec import Arm, arms, claims_of
 from trainer.core.errors import UserError
 from trainer.core.settings import load_yaml
 from trainer.data.stream import find_dataset
@@ -156,6 +157,7 @@ def test_a_variant_has_learning_rates_of_its_own():
         ({"learning_rates": ["0", "1"]}, "above 0"),
         ({"learning_rates": ["1e-3", "1.0000001e-3"]}, "names a value twice"),
         ({"variants": {"a": {"learning_rates": "x"}, "b": {}}}, "variants.a.learning_rates"),
+        ({"variants": {"a" * 201: {}, "b": {}}}, "has 201 characters, at most 200 name a variant"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused_in_one_line(values, words):
@@ -491,6 +493,25 @@ def test_a_stopped_queue_asks_its_runs_once_and_goes_on(tmp_path, stub):
     ended = processes.wait(started)  # at once: the stubs end by SIGTERM
     assert "SIGINT: 2 runs write a checkpoint and stop" in ended.said and ended.returncode != 0
     assert {run["state"] for run in entries(folder)[1]} == {"waiting"}
+
+
+def test_a_bench_of_other_values_is_made_again(tmp_path, monkeypatch):
+    """The spec was edited between two estimates: the variant has its name and another width."""
+    speeds_of = {"64": 1000.0, "128": 500.0}
+
+    def bench(command, **_):
+        values = load_yaml(command[-1])
+        row = {"tokens_per_second": {"median": speeds_of[values["model"]["d_model"]]}, "peak_memory_bytes": 0}
+        (Path(values["bench_dir"]) / "bench.json").write_text(json.dumps({"rows": [row]}))
+        made.append(row)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    made: list = []
+    monkeypatch.setattr("trainer.planning.speed.subprocess.run", bench)
+    for width in ("64", "64", "128"):
+        one = Arm("a", 1.0, {"model": {"name": "gpt2", "d_model": width}}, {}, None)
+        assert Speeds(tmp_path, {}, [], print).tokens_per_second(one) == speeds_of[width]
+    assert len(made) == 2
 
 
 def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):

@@ -16,6 +16,7 @@ from trainer.core.settings import merge
 from trainer.core.text import printable
 
 BENCH = {"baselines": [], "rounds": 3, "steps_per_round": 3}
+CONFIG = "bench.yaml"
 
 
 def measure_speed(
@@ -23,11 +24,12 @@ def measure_speed(
 ) -> dict[str, Any]:
     """The row of bench.json for the run of these values: `tokens_per_second`, `peak_memory_bytes` and more.
 
-    folder: keeps the bench; one that is there already is read, not made again. environment: variables besides those of this
-    process. UserError if the speed cannot be measured.
+    folder: keeps the bench; one that is there already, of the same values, is read, not made again. environment: variables besides those
+    of this process. UserError if the speed cannot be measured.
     """
     result = folder / "bench.json"
-    if not result.exists():
+    if not is_measured(values, folder):
+        result.unlink(missing_ok=True)
         _bench(values, folder, plugins, environment or {})
     try:
         return json.loads(result.read_bytes())["rows"][0]
@@ -35,10 +37,24 @@ def measure_speed(
         raise UserError(f"{printable(result)}: is not what `bench` writes; delete it") from None
 
 
+def is_measured(values: dict[str, Any], folder: Path) -> bool:
+    """Whether the folder has a bench of these values."""
+    config = folder / CONFIG
+    return (
+        (folder / "bench.json").exists()
+        and config.exists()
+        and config.read_text(encoding="utf-8") == _config(values, folder)
+    )
+
+
+def _config(values: dict[str, Any], folder: Path) -> str:
+    return yaml_text.dump(yaml_text.untyped(merge(values, {**BENCH, "bench_dir": str(folder)})))
+
+
 def _bench(values: dict[str, Any], folder: Path, plugins: list[str], environment: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "bench.yaml"
-    write_file(config, yaml_text.dump(yaml_text.untyped(merge(values, {**BENCH, "bench_dir": str(folder)}))))
+    config = folder / CONFIG
+    write_file(config, _config(values, folder))
     words = [sys.executable, "-m", "trainer", "bench", str(config)]
     words += [word for plugin in plugins for word in ("--plugin", plugin)]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", env={**os.environ, **environment})

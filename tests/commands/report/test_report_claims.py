@@ -43,13 +43,31 @@ def test_means_in_the_opposite_order_that_chance_explains_decide_nothing():
     assert judged.verdict == "not decided: the means have the opposite order"
 
 
-def test_p_is_adjusted_for_all_pairs_of_all_claims():
-    one = study({"a": 2.8, "b": 2.9}, (("a", "b"),))
+def test_p_is_adjusted_for_all_pairs_of_all_claims_each_once():
+    """Also a pair that another claim has the other way round; not one of which nothing can be claimed."""
+    losses = {"a": 2.8, "b": 2.9, "c": 3.0, "d": 3.1}
+    one = study(losses, (("a", "b"),))
     (alone,) = judge(one, "loss", [])
-    one.claims = one.claims * 10
-    many = judge(one, "loss", [])
-    assert many[0].pairs[0].adjusted == pytest.approx(10 * alone.pairs[0].adjusted)
     assert alone.pairs[0].adjusted == alone.pairs[0].test.p
+    one.claims += [
+        Claim("not so", "another", (("b", "a"),)),
+        Claim("more", "another", (("a", "b"), ("b", "c"), ("b", "d"))),
+    ]
+    protocol = Caveat("protocol_differs", "d has windows of its own", (("d", 1.0),), "the validation protocol differs")
+    first, opposite, more = judge(one, "loss", [protocol])
+    assert first.pairs[0].adjusted == opposite.pairs[0].adjusted == pytest.approx(2 * alone.pairs[0].adjusted)
+    assert [first.verdict, opposite.verdict] == ["shown", "contradicted"]
+    assert more.pairs[2].adjusted is None and "p " not in more.pairs[2].words()
+    assert more.verdict == "not decided: the means have the claimed order"
+
+
+def test_a_claim_needs_three_seeds_that_both_arms_have():
+    """Each arm has three, and two of them are the same."""
+    one = study({"a": 2.8, "b": 2.9}, (("a", "b"),))
+    one.arms[0].runs[2].seed = 4
+    (judged,) = judge(one, "loss", [])
+    assert judged.pairs[0].test.n == 2 and judged.pairs[0].blocked == "a claim needs 3 or more seeds of both arms"
+    assert judged.verdict.startswith("not decided")
 
 
 def test_a_caveat_that_forbids_a_claim_decides_nothing():

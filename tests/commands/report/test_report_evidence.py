@@ -124,7 +124,10 @@ BREAKS = {
     "data_differs": (lambda s: change(llama(s), data={"fingerprint": "0" * 64}), "fingerprints ffffffffffff, 000000000000"),
     "order_differs": (lambda s: change(llama(s), values={"data.order": "samples"}), "data.order (windows, samples)"),
     "sequences_differ": (lambda s: change(llama(s), values={"batch.sequence_start": 16}), "batch.sequence_start (64, 16)"),
-    "protocol_differs": (lambda s: change(llama(s), values={"evaluation.max_tokens": 9}), "evaluation.max_tokens (0, 9)"),
+    "baseline_changed": (lambda s: setattr(s, "first_baseline", "llama"), "declared llama as its baseline: who chooses gpt2"),
+    "protocol_differs": (
+        lambda s: change(llama(s), values={"evaluation.sequence_length": 9}), "evaluation.sequence_length (64, 9)"
+    ),
     "compute_differs": (lambda s: change(llama(s), tokens=52000), "used 1.016 times those of gpt2"),
     "data_repeated": (lambda s: change(llama(s), epochs=1.5), "more than once (up to 1.5 times) in 3 runs"),
     "batch_multiplied": (lambda s: change(llama(s), multiplied=True), "batch of llama at scale 1 grew"),
@@ -230,7 +233,9 @@ def test_some_faults_forbid_a_claim(rule):
 
 def test_only_arms_with_another_protocol_than_the_baseline_are_not_judged():
     study = sound()
-    change(llama(study), values={"evaluation.max_tokens": 9})
+    change(llama(study), values={"evaluation.max_tokens": 9})  # of the earlier validations alone
+    assert not find_caveats(study)
+    change(llama(study), values={"evaluation.sequence_length": 9})
     (caveat,) = [one for one in find_caveats(study) if one.rule == "protocol_differs"]
     assert caveat.arms == (("llama", 1.0),) and caveat.blocks
 
@@ -268,6 +273,34 @@ def test_a_worse_arm_is_called_worse():
     assert one.test.mean == pytest.approx(0.1, abs=1e-3) and one.test.interval[0] > 0
 
 
+def test_a_claim_needs_three_seeds_that_both_arms_have():
+    """Arm and baseline have three seeds each, and share two."""
+    study = sound()
+    llama(study).runs[2].seed = 4
+    one = results(study, "loss", find_caveats(study), None)[1]
+    assert one.test.n == 2 and one.adjusted is None and one.claim == "none"
+    assert one.verdict.endswith("2 seeds, but a claim needs 3 or more seeds of both arms")
+
+
+def test_an_arm_of_which_nothing_can_be_claimed_costs_the_others_nothing():
+    study = sound()
+    alone = results(study, "loss", [], None)[1].adjusted
+    change(study.arms[3], values={"evaluation.sequence_length": 9})
+    found = results(study, "loss", find_caveats(study), None)
+    assert found[3].adjusted is None and found[1].adjusted == found[1].test.p == pytest.approx(alone / 2)
+
+
+def test_as_many_seeds_as_are_needed_after_the_correction():
+    """The difference of one arm in two costs more seeds than that of one alone."""
+    study = sound()
+    for run, loss in zip(llama(study).by_seed.values(), (3.0, 2.98, 2.95), strict=True):
+        run.loss = loss
+    both = results(study, "loss", [], None)[1]
+    study.arms = study.arms[:2]
+    alone = results(study, "loss", [], None)[1]
+    assert both.needed > alone.needed >= 3
+
+
 def test_one_seed_says_nothing_about_chance():
     study = sound()
     del llama(study).runs[1:3]
@@ -286,5 +319,7 @@ def test_equal_differences_make_no_claim():
 def test_the_target_has_its_own_test():
     """One-sided: three losses near 2.9 are below 2.95, those near 3 are not."""
     study = sound()
+    alone = results(dataclasses.replace(study, arms=study.arms[:2]), "loss", [], 2.95)
     found = results(study, "loss", [], 2.95)
+    assert found[1].below_target == pytest.approx(2 * alone[1].below_target)  # Holm: of four arms two are far above
     assert found[0].below_target > 0.99 and found[1].below_target < 0.01

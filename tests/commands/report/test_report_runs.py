@@ -17,7 +17,7 @@ from trainer.commands.report.load import POINTS, load_run
 from trainer.commands.report.page import Page
 from trainer.commands.report.publish import body, section
 from trainer.commands.report.results import results
-from trainer.commands.report.study import read_studies
+from trainer.commands.report.study import read_comparison, read_studies
 from trainer.core.errors import UserError
 from trainer.planning.run_config import seal
 
@@ -284,6 +284,38 @@ def test_learning_rates_of_loose_runs_make_a_curve_and_the_best_the_table(tmp_pa
     assert "tuned_on_test_runs" in rules and not rules & {"not_swept", "not_bracketed"}
     shutil.rmtree(tmp_path / "0.004-1")
     assert "not_bracketed" in {caveat.rule for caveat in find_caveats(loose(tmp_path))}
+
+
+def test_a_learning_rate_brackets_only_with_a_result(tmp_path):
+    """One that diverged has one; one that is not at its end has none."""
+    runs = {
+        rate: write_run(tmp_path / f"{rate}-1", loss, optim__lr=rate)
+        for rate, loss in ((0.001, 3.1), (0.002, 3.0), (0.004, 3.05))
+    }
+    assert loose(tmp_path).arms[0].bracketed
+    rows = (runs[0.004] / "metrics.jsonl").read_text().splitlines()
+    (runs[0.004] / "metrics.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    study = loose(tmp_path)
+    assert study.arms[0].bracketed is False and "not_bracketed" in {caveat.rule for caveat in find_caveats(study)}
+
+
+def test_names_of_variants_are_read_whole(tmp_path):
+    """Two that are equal in their first 60 characters, and claims of them."""
+    experiment, long = Experiment(tmp_path / "e"), "weight_decay=0.1 warmup_fraction=0.05 n_layers=4 d_model=128 head"
+    names = [f"{long}=1", f"{long}=2"]
+    for name in names:
+        experiment.arm(name)
+    experiment.content |= {"baseline": names[0], "claims": [{"words": "so", "source": "x", "pairs": [names]}]}
+    study = read_comparison(experiment.write())
+    assert [arm.name for arm in study.arms] == names and study.claims[0].pairs == (tuple(names),)
+
+
+def test_another_baseline_than_the_declared_one_is_told(tmp_path):
+    folder = simple_comparison(tmp_path / "demo").write()
+    (study,) = read_studies([str(folder)], "llama")
+    assert (study.baseline, study.first_baseline) == ("llama", "gpt2")
+    assert "baseline_changed" in {caveat.rule for caveat in find_caveats(study)}
+    assert not read_studies([str(folder)], "gpt2")[0].first_baseline
 
 
 def test_the_same_run_twice_counts_once(tmp_path):

@@ -14,7 +14,7 @@ from trainer.core.errors import UserError
 from trainer.core.text import markdown_table, printable
 from trainer.data.stream import find_dataset
 from trainer.planning.memory import GIB
-from trainer.planning.speed import measure_speed
+from trainer.planning.speed import is_measured, measure_speed
 
 
 class Speeds:
@@ -34,7 +34,7 @@ class Speeds:
         """The row of the arm's bench. UserError if it cannot be measured."""
         own = self.folder / f"{folder_name(arm.name)}-scale{arm.scale:g}"
         folder = self._benches.setdefault(yaml_text.dump(yaml_text.untyped(arm.values)), own)
-        if not (folder / "bench.json").exists():
+        if not is_measured(arm.values, folder):
             self.say(f"measuring the speed of {arm.name} at scale {arm.scale:g}")
         return measure_speed(arm.values, folder, self.plugins, self.slot)
 

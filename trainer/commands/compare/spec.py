@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.compare import CompareConfig
+from trainer.commands.report.study import GIVEN_LENGTH
 from trainer.core.config import LENGTHS, RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
@@ -132,6 +133,11 @@ def variants(config: CompareConfig) -> dict[str, dict[str, Any]]:
         values = with_changes(values, changes)
         full = " ".join(filter(None, (name, label(changes))))
         refuse_ours({key: value for key, value in values.items() if key != "learning_rates"}, f"variants.{full}")
+        if len(full) > GIVEN_LENGTH:  # folders are named by it
+            raise UserError(
+                f"variants: {printable(full, 80)} has {len(full)} characters, at most {GIVEN_LENGTH} name a variant; give it a shorter name, "
+                "or take fewer keys into the grid"
+            )
         found[full] = values
     return found
 

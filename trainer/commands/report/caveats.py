@@ -12,6 +12,8 @@ from trainer.core.text import printable
 
 SHOWN = 6  # names in a sentence
 NAME_LENGTH = 120  # characters of each
+LEAST_SEEDS = 3  # two runs cannot show how much runs differ by chance
+FEW_SEEDS = f"a claim needs {LEAST_SEEDS} or more seeds of both arms"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trainer.commands.report.caveats import Caveat, label
 from trainer.commands.report.page import Table
-from trainer.commands.report.results import LEVEL, UNITS, p_text, paired_differences
+from trainer.commands.report.results import LEVEL, UNITS, objections, p_text, paired_differences
 from trainer.commands.report.statistics import TTest, holm, t_test
 from trainer.commands.report.study import Arm, Claim, Study
 
@@ -16,14 +16,18 @@ EQUAL, ALIKE = "equal on every seed", "every seed differs by the same amount, wh
 
 @dataclass
 class Pair:
-    """Two arms of a claim. test: of the paired differences better - worse, None without pairs; adjusted: its p by Holm
-    over all pairs of all claims; blocked: why nothing can be claimed of the two, or empty."""
+    """Two arms of a claim. test: of the paired differences better - worse, None without pairs; adjusted: its p by Holm over all
+    pairs of all claims of which something can be claimed, None for another; blocked: why nothing can be claimed, or empty."""
 
     better: Arm
     worse: Arm
     test: TTest | None
     blocked: str
     adjusted: float | None = None
+
+    @property
+    def arms(self) -> frozenset[tuple[str, float]]:
+        return frozenset((arm.name, arm.scale) for arm in (self.better, self.worse))
 
     @property
     def shown(self) -> bool | None:
@@ -36,11 +40,11 @@ class Pair:
         """What the two differ by."""
         if self.test is None:
             return "no seed has a finished run of both"
-        if self.test.interval is None or self.adjusted is None:
+        if self.test.interval is None:
             return f"{self.test.mean:+.4f}, one seed"
         low, high = self.test.interval
-        difference = f"{self.test.mean:+.4f} [{low:+.4f}, {high:+.4f}], {p_text(self.adjusted)}"
-        return f"{difference}; {self.blocked}" if self.blocked else difference
+        p = "" if self.adjusted is None else f", {p_text(self.adjusted)}"
+        return f"{self.test.mean:+.4f} [{low:+.4f}, {high:+.4f}]{p}" + (f"; {self.blocked}" if self.blocked else "")
 
 
 @dataclass
@@ -70,23 +74,29 @@ class Judgement:
 
 
 def judge(study: Study, metric: str, caveats: list[Caveat]) -> list[Judgement]:
-    """Each claim of the study at each scale. metric: loss or bits, by which arms are compared."""
+    """Each claim of the study at each scale. metric: loss or bits, by which arms are compared.
+
+    Holm's correction counts each two arms once, whatever claims they stand in, and not those of which nothing can be claimed: what
+    the caveats forbid was known before the losses.
+    """
     found = []
     for claim in study.claims:
         for scale in study.scales:
             by_name = {arm.name: arm for arm in study.at(scale)}
             pairs = [_pair(by_name[better], by_name[worse], metric, caveats) for better, worse in claim.pairs]
             found.append(Judgement(claim, scale, pairs))
-    tested = [(pair, pair.test.p) for one in found for pair in one.pairs if pair.test and pair.test.p is not None]
-    for (pair, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
-        pair.adjusted = adjusted
+    pairs = [pair for one in found for pair in one.pairs]
+    ps = {pair.arms: pair.test.p for pair in pairs if pair.test and pair.test.p is not None and not pair.blocked}
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    for pair in pairs:
+        pair.adjusted = adjusted.get(pair.arms)
     return found
 
 
 def _pair(better: Arm, worse: Arm, metric: str, caveats: Iterable[Caveat]) -> Pair:
     differences = paired_differences(better, worse, metric)
-    blocked = [caveat.blocks for caveat in caveats if caveat.stops(better, worse)]
     test = t_test(differences) if differences else None
+    blocked = objections(caveats, better, worse, test)
     if test is not None and test.sd == 0:
         blocked.insert(0, ALIKE if test.mean else EQUAL)
     return Pair(better, worse, test, next(iter(blocked), ""))
@@ -102,7 +112,7 @@ def claim_table(study: Study, judged: list[Judgement], metric: str) -> Table:
             rows.append([*said, names, pair.words()])
     notes = [
         f"difference: of the validation loss at the end, in {UNITS[metric]}, mean over pairs of runs with the same seed; negative: as "
-        "claimed; its 95 % interval by Student's t; p: paired t test, two-sided, Holm over all rows",
+        "claimed; its 95 % interval by Student's t; p: paired t test, two-sided, Holm over all pairs of which something can be claimed",
         f"shown: every pair is as claimed at p < {LEVEL:g}; contradicted: a pair is the other way round at p < {LEVEL:g}",
     ]
     return Table(["claim", "source", "verdict", "pair", "difference"], rows, notes if rows else [])

@@ -21,12 +21,12 @@ SEQUENCES = ("batch.sequence_start", "batch.sequence_length", "batch.sequence_do
 
 
 def tokenizers_differ(study: Study) -> list[Caveat]:
-    """A nat per token means another thing for each tokenizer; a bit per byte does not."""
+    """A nat per token means another thing for each tokenizer, and so does a token; a bit per byte does not."""
     found = distinct(study.test_runs, tokenizer_of)
     if len(found) < 2:
         return []
     names = distinct(study.test_runs, lambda run: run.data["tokenizer"].get("name") if tokenizer_of(run) else None)
-    text = f"The tokenizers differ ({listed(names.values())}): bits per byte decide, losses in nats per token cannot be compared."
+    text = f"The tokenizers differ ({listed(names.values())}): bits per byte decide, losses in nats per token cannot be compared, and as many tokens are not as much text."
     return [Caveat("tokenizers_differ", text)]
 
 
@@ -77,9 +77,9 @@ def sequences_differ(study: Study) -> list[Caveat]:
 
 
 def protocol_differs(study: Study) -> list[Caveat]:
-    """Losses compare only by the same protocol on the same part of the validation split. Nothing is claimed of arms with another than the
-    baseline's."""
-    keys = ["evaluation.max_tokens", "evaluation.sequence_length"]
+    """Losses compare only by the same protocol. Nothing is claimed of arms with another than the baseline's. The losses are those at the
+    end, which are of the whole split: evaluation.max_tokens limits only the earlier ones."""
+    keys = ["evaluation.sequence_length"]
     found = differing(study.test_runs, keys)
     protocols = distinct(study.test_runs, _protocol)
     if len(protocols) > 1:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from trainer.commands.report.caveats import Caveat, differing, keys_of, label, listed
+from trainer.commands.report.caveats import FEW_SEEDS, LEAST_SEEDS, Caveat, differing, keys_of, label, listed
 from trainer.commands.report.equality import EQUALITY
 from trainer.commands.report.study import Study, lower_rates
-
-LEAST_SEEDS = 3
 
 
 def find_caveats(study: Study) -> list[Caveat]:
@@ -72,7 +70,7 @@ def tuned_on_test_runs(study: Study) -> list[Caveat]:
     tuning = {run.seed for run in study.runs if run.purpose == "tuning"} | {study.tuning_seed}
     if study.declared and tuning & tested:
         text = f"Learning rates were chosen with seed {listed(tuning & tested)}, which is also a test seed: arms look better than they are."
-        return [Caveat("tuned_on_test_runs", text)]
+        return [Caveat("tuned_on_test_runs", text, blocks="learning rates were chosen with a test seed")]
     arms = [arm for arm in study.arms if any(run.purpose == "both" for run in arm.runs)]
     if not arms:
         return []
@@ -82,6 +80,7 @@ def tuned_on_test_runs(study: Study) -> list[Caveat]:
             "tuned_on_test_runs",
             f"The learning rate of {names} was chosen on the runs that are shown: it looks better than it is.",
             keys_of(arms),
+            "its learning rate, or the other arm's, was chosen on these runs",
         )
     ]
 
@@ -105,6 +104,14 @@ def warmup_differs(study: Study) -> list[Caveat]:
     return []
 
 
+def baseline_changed(study: Study) -> list[Caveat]:
+    """Of several baselines, one against which an arm is claimed to be better may be found by chance."""
+    if not study.first_baseline:
+        return []
+    text = f"The comparison declared {study.first_baseline} as its baseline: who chooses {study.baseline} after seeing results must say so."
+    return [Caveat("baseline_changed", text)]
+
+
 # -- how many runs, of what sizes, how far ---------------------------------------------------------------------------------
 
 
@@ -115,7 +122,7 @@ def few_seeds(study: Study) -> list[Caveat]:
         return []
     names = listed(f"{label(study, arm)} ({len(arm.by_seed)})" for arm in arms)
     text = f"Fewer than {LEAST_SEEDS} finished seeds: {names}. A claim needs {LEAST_SEEDS} or more."
-    return [Caveat("few_seeds", text, keys_of(arms), f"a claim needs {LEAST_SEEDS} or more seeds of both arms")]
+    return [Caveat("few_seeds", text, keys_of(arms), FEW_SEEDS)]
 
 
 def equal_seeds(study: Study) -> list[Caveat]:
@@ -190,6 +197,7 @@ RULES = (
     not_bracketed,
     tuning_differs,
     tuned_on_test_runs,
+    baseline_changed,
     few_seeds,
     equal_seeds,
     pairs_missing,

@@ -156,7 +156,7 @@ def _targets(study: Study, found: list[Result], target: float | None) -> list[tu
             one for one in found if (one.below_target is not None and one.below_target < LEVEL) == (kind == "better")
         ]
         names = (
-            f"{label(study, one.arm)} ({'too few seeds' if one.below_target is None else p_text(one.below_target)})"
+            f"{label(study, one.arm)} ({'too few seeds, or equal losses' if one.below_target is None else p_text(one.below_target)})"
             for one in arms
         )
         if arms:

@@ -47,15 +47,15 @@ def t_cdf(t: float, degrees: int) -> float:
 
 @functools.cache
 def t_quantile(p: float, degrees: int) -> float:
-    """The t with P(T <= t) = p, for 0 < p < 1."""
+    """The t with P(T <= t) = p, for 0 < p < 1. By bisection to the last digit: t may be in the millions for one degree of freedom."""
     if p < 0.5:
         return -t_quantile(1 - p, degrees)
-    high = 1.0
+    low, high = 0.0, 1.0
     while t_cdf(-high, degrees) > 1 - p:
-        high *= 2
-    return float(
-        mpmath.findroot(lambda t: t_cdf(-float(t), degrees) - (1 - p), (0, high), solver="anderson", tol=1e-20)
-    )
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if t_cdf(-middle, degrees) > 1 - p else (low, middle)
+    return high
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -83,9 +83,9 @@ def t_test(values: Sequence[float], against: float = 0.0) -> TTest:
 
 
 def p_below(values: Sequence[float], target: float) -> float | None:
-    """One-sided: the p value of "the mean is not below `target`". None for one value."""
+    """One-sided: the p value of "the mean is not below `target`". None for one value, or equal ones, which say nothing about chance."""
     mean, sd = mean_and_sd(values)
-    return None if sd is None else t_cdf(_t(mean - target, sd, len(values)), len(values) - 1)
+    return t_cdf(_t(mean - target, sd, len(values)), len(values) - 1) if sd else None
 
 
 def _t(difference: float, sd: float, n: int) -> float:
@@ -136,19 +136,20 @@ def _below(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def seeds_needed(mean: float, sd: float, level: float) -> int | None:
-    """The fewest seeds that show a difference of `mean` at `level` with a power of 80 %. None: no difference, or above MOST_SEEDS.
+def seeds_needed(mean: float, sd: float, level: float, least: int = 2) -> int | None:
+    """The fewest seeds, `least` or more, that show a difference of `mean` at `level` with a power of 80 %. None: no difference, or above
+    MOST_SEEDS.
 
     mean, sd: of the paired differences; both are taken as if they were the true ones.
     """
     if mean == 0:
         return None
     if sd == 0:
-        return 2
+        return least
     effect = mean / sd
     tails = [float(mpmath.erfinv(2 * p - 1)) * math.sqrt(2) for p in (1 - level / 2, POWER)]
     n = max(
-        2, math.ceil((sum(tails) / effect) ** 2)
+        least, math.ceil((sum(tails) / effect) ** 2)
     )  # of the normal distribution: a lower bound, and close to the answer
     if n > MOST_SEEDS:
         return None

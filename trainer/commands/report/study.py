@@ -22,7 +22,8 @@ EXPERIMENT = "experiment.json"
 FORMAT = 1
 BUDGETS = ("tokens", "parameters", "flops", "seconds")
 STATES = ("waiting", "running", "finished", "diverged", "failed", "refused")
-NAME_LENGTH = 60
+NAME_LENGTH = 60  # characters of a name that this module makes
+GIVEN_LENGTH = 200  # and of one that a comparison gives; `compare` refuses longer ones
 MESSAGE_LENGTH = 400
 MOST_RUNS = 2000
 # Keys that two runs of one arm may differ in, besides those that change nothing that is computed: the data is known by its
@@ -85,6 +86,7 @@ class Study:
     """Arms that are compared with each other.
 
     budget, rule, seeds, tuning_seed, claims, command: of experiment.json; declared: whether there is one
+    first_baseline: the one that the comparison declared; "" if it is the baseline
     notes: what could not be read, each a line
     """
 
@@ -100,6 +102,7 @@ class Study:
     claims: list[Claim] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    first_baseline: str = ""
 
     @property
     def scales(self) -> list[float]:
@@ -134,7 +137,9 @@ def read_studies(folders: list[str], baseline: str | None) -> list[Study]:
     studies = [read_comparison(path) for path in comparisons]
     studies += [group([load_run(path, name) for path, name in zip(loose, _names(loose), strict=True)])] if loose else []
     for study in studies:
-        study.baseline = _choose_baseline(study, baseline)
+        chosen = _choose_baseline(study, baseline)
+        study.first_baseline = study.baseline if study.baseline != chosen else ""
+        study.baseline = chosen
     return studies
 
 
@@ -217,7 +222,7 @@ def read_comparison(folder: Path) -> Study:
         printable(_value(content, "name", (str,), where), NAME_LENGTH),
         folder,
         arms,
-        _value(content, "baseline", (str,), where),
+        printable(_value(content, "baseline", (str,), where), GIVEN_LENGTH),
         declared=True,
         budget=_choice(content, "budget", BUDGETS, where),
         rule=printable(_value(content, "rule", (str,), where), MESSAGE_LENGTH),
@@ -238,7 +243,7 @@ def read_comparison(folder: Path) -> Study:
 def _read_arm(one: Any, where: str) -> Arm:
     refused = _value(one, "refused", (str, NOTHING), where)
     return Arm(
-        printable(_value(one, "name", (str,), where), NAME_LENGTH),
+        printable(_value(one, "name", (str,), where), GIVEN_LENGTH),
         float(_value(one, "scale", NUMBER, where)),
         changes=_value(one, "changes", (dict,), where),
         learning_rate=_value(one, "learning_rate", (*NUMBER, NOTHING), where),
@@ -252,7 +257,7 @@ def _read_claim(one: Any, arms: dict[tuple[str, float], Arm], where: str) -> Cla
     scales = {scale for _, scale in arms}
     pairs = []
     for pair in _value(one, "pairs", (list,), where):
-        names = [printable(name, NAME_LENGTH) for name in pair] if isinstance(pair, list) else []
+        names = [printable(name, GIVEN_LENGTH) for name in pair] if isinstance(pair, list) else []
         if len(set(names)) != 2 or any((name, scale) not in arms for name in names for scale in scales):
             raise UserError(f"{where}: a claim's pair is {printable(repr(pair), 100)}, which are not two of the arms")
         pairs.append((names[0], names[1]))
@@ -267,8 +272,8 @@ def _read_run(folder: Path, one: Any, where: str) -> tuple[Run, tuple[str, float
     inner = _value(one, "folder", (str,), where)
     if Path(inner).is_absolute() or ".." in Path(inner).parts or "\0" in inner:
         raise UserError(f"{where}: folder {printable(repr(inner), 100)} is not inside the comparison")
-    state, name = _choice(one, "state", STATES, where), printable(Path(inner).name, NAME_LENGTH)
-    key = (printable(_value(one, "arm", (str,), where), NAME_LENGTH), float(_value(one, "scale", NUMBER, where)))
+    state, name = _choice(one, "state", STATES, where), printable(Path(inner).name, GIVEN_LENGTH)
+    key = (printable(_value(one, "arm", (str,), where), GIVEN_LENGTH), float(_value(one, "scale", NUMBER, where)))
     run = load_run(folder / inner, name) if is_run(folder / inner) else Run(folder / inner, name)
     run.purpose = _choice(one, "purpose", ("tuning", "test"), where)
     run.seed, run.scale = _value(one, "seed", (int,), where), key[1]
@@ -367,17 +372,24 @@ def _named(key: str, value: Any) -> str:
 
 
 def _choose_rate(arm: Arm) -> None:
-    """Of several learning rates: the best of those with the most finished seeds makes the table, the others only the curve."""
+    """Of several learning rates: the best of those with the most finished seeds makes the table, the others only the curve. Rates without
+    a result bracket nothing; one that diverged does."""
     for run in arm.runs:
         run.purpose = "both"
     curve = arm.curve()
     finished = {rate: [run.loss for run in runs if run.loss is not None] for rate, runs in curve.items()}
     most = max(map(len, finished.values()), default=0)
     ends = {rate: statistics.fmean(losses) if losses else math.inf for rate, losses in finished.items()}
-    arm.learning_rate = best = min((rate for rate in curve if len(finished[rate]) == most), key=ends.__getitem__)
+    arm.learning_rate = best = min(
+        (rate for rate in curve if len(finished[rate]) == most), key=ends.__getitem__, default=None
+    )
     for run in arm.runs:
         run.purpose = "tuning" if run.learning_rate != best else "both" if len(curve) > 1 else "test"
-    arm.bracketed = min(curve) < best < max(curve) if len(curve) > 1 else None
+    ended = [
+        best,
+        *(rate for rate, runs in curve.items() if any(run.finished or run.state == "diverged" for run in runs)),
+    ]
+    arm.bracketed = min(ended) < best < max(ended) if len(curve) > 1 else None
 
 
 def lower_rates(curve: dict[float, list[Run]], chosen: float) -> list[float]:

@@ -85,12 +85,12 @@ def final_table(study: Study, results: list[Result], target: float | None) -> Ta
         f"deviation between seeds{'' if unit == 'nats' else ', here of bits/byte'}",
         f"difference: arm - {study.baseline} of the same scale, in {unit}, mean over pairs of runs with the same seed; negative is "
         "better; its 95 % intervals by Student's t and by a percentile bootstrap (10,000 draws; too narrow below about 10 seeds)",
-        f"p: paired t test, two-sided; p, Holm: adjusted for the number of arms; claim: p, Holm < {LEVEL:g} (modded-nanogpt's rule)",
-        f"seeds needed: to show a difference of this size at p < {LEVEL:g} with a power of 80 %, if mean and spread are the true ones",
+        f"p: paired t test, two-sided; p, Holm: adjusted for the number of arms of which something can be claimed; claim: p, Holm < {LEVEL:g} (modded-nanogpt's rule)",
+        f"seeds needed: to show a difference of this size at p, Holm < {LEVEL:g} with a power of 80 %, if mean and spread are the true ones",
     ]
     if target is not None:
         notes.append(
-            f"p, loss < {target:g}: one-sided t test of the mean loss; modded-nanogpt accepts a record at p < {LEVEL:g}"
+            f"p, loss < {target:g}: one-sided t test of the mean loss, adjusted for the number of arms (Holm); modded-nanogpt accepts a record at p < {LEVEL:g}"
         )
     return Table(header, rows, notes)
 
