@@ -43,10 +43,11 @@ def record(tmp_path, monkeypatch):
 
 def test_the_page_has_claims_and_results_and_names_what_is_missing(record):
     page = record("--train", "false")
-    assert "| llama is \\| better | a paper | llama - gpt2 -0.0997" in page and "|   shown |" in page
+    assert "| llama is \\| better | a paper | llama - gpt2 -0.0997 nats" in page and "|   shown |" in page
     assert "## first" in page and "Not measured yet: [second](second.yaml)." in page
     rows = [line for line in page.splitlines() if line.startswith(("| gpt2 ", "| llama |"))]
-    assert "baseline" in rows[0] and "better" in rows[1]
+    assert "baseline" in rows[0] and "better" in rows[1] and "sd, nats" in page
+    assert "- Not judged yet: llama is better." in page, "the claim of the spec has other words"
 
 
 def test_results_stay_when_the_runs_are_gone(record, tmp_path):

@@ -64,7 +64,7 @@ def run(config: RecordConfig) -> None:
             work.train()
     for name, spec in specs.items():
         keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
-    write_page(folder, list(specs))
+    write_page(folder, specs)
 
 
 def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, CompareConfig]]:
@@ -117,22 +117,42 @@ def keep_results(report: Path, kept: Path) -> None:
         write_file(kept.with_suffix(".svg"), figures[0].read_text(encoding="utf-8"))
 
 
-def write_page(folder: Path, names: list[str]) -> None:
+def write_page(folder: Path, specs: dict[str, CompareConfig]) -> None:
     """Write RECORD.md from the results in `folder`."""
     from trainer.core.files import read_json, write_file
 
-    found = {name: read_json(folder / f"{name}.json") for name in names if (folder / f"{name}.json").exists()}
-    missing = [name for name in names if name not in found]
+    found = {name: read_json(folder / f"{name}.json") for name in specs if (folder / f"{name}.json").exists()}
+    missing = [name for name in specs if name not in found]
     lines = ["# Record", "", "Written by `python -m trainer record`; README.md says how to read it.", ""]
     lines += claim_lines(found)
     for name, study in found.items():
-        lines += ["", *study_lines(name, study)]
+        lines += ["", *study_lines(name, study), *new_claims(specs[name], study)]
         if (folder / f"{name}.svg").exists():
             lines += ["", f"![{name}: validation loss against training FLOPs, of each arm]({name}.svg)"]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(f'[{name}]({name}.yaml)' for name in missing)}."]
     write_file(folder / PAGE, "\n".join(lines) + "\n")
     print(f"{printable(folder / PAGE)}: {len(found)} comparisons, {len(missing)} not measured yet", file=sys.stderr)
+
+
+def new_claims(spec: CompareConfig, study: dict[str, Any]) -> list[str]:
+    """The claims of the spec that its results do not judge: they were added since."""
+    from trainer.commands.report.markdown import escape
+
+    judged = {claim["claim"] for claim in study["claims"]}
+    return [f"- Not judged yet: {escape(str(words))}." for words in spec.claims if str(words) not in judged]
+
+
+def unit_of(study: dict[str, Any]) -> str:
+    """What the arms are compared by."""
+    from trainer.commands.report.results import UNITS
+
+    return UNITS[study["arms"][0]["metric"]]
+
+
+def at_scale(study: dict[str, Any], one: dict[str, Any]) -> str:
+    """The scale of an arm or a claim, where the study has several."""
+    return f" at scale {one['scale']:g}" if len({arm["scale"] for arm in study["arms"]}) > 1 else ""
 
 
 def claim_lines(found: dict[str, Any]) -> list[str]:
@@ -142,13 +162,18 @@ def claim_lines(found: dict[str, Any]) -> list[str]:
     rows = [["claim", "source", "here", "verdict", "comparison"]]
     for name, study in found.items():
         for claim in study["claims"]:
-            pairs = "; ".join(pair_words(pair) for pair in claim["pairs"])
-            said = [escape(claim["claim"]), escape(claim["source"]), escape(pairs), claim["verdict"]]
+            pairs = "; ".join(pair_words(pair, unit_of(study)) for pair in claim["pairs"])
+            said = [
+                escape(claim["claim"] + at_scale(study, claim)),
+                escape(claim["source"]),
+                escape(pairs),
+                claim["verdict"],
+            ]
             rows.append([*said, f"[{name}](#{name}), equal {study['budget']}"])
     return ["## Claims", "", *markdown_table(rows)] if len(rows) > 1 else []
 
 
-def pair_words(pair: dict[str, Any]) -> str:
+def pair_words(pair: dict[str, Any], unit: str) -> str:
     """What two neighbours of a claimed order differ by."""
     from trainer.commands.report.tables import span
 
@@ -158,7 +183,7 @@ def pair_words(pair: dict[str, Any]) -> str:
         return f"{names}: {'no pair of runs' if test is None else 'one seed'}"
     p = "" if pair["p_holm"] is None else f", p {pair['p_holm']:.2g}"
     why_not = f"; {pair['blocked']}" if pair["blocked"] else ""
-    return f"{names} {test['mean']:+.4f} {span(test['interval'])}{p}{why_not}"
+    return f"{names} {test['mean']:+.4f} {unit} {span(test['interval'])}{p}{why_not}"
 
 
 def study_lines(name: str, study: dict[str, Any]) -> list[str]:
@@ -175,14 +200,14 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
         "arm",
         "learning rate",
         "loss",
-        "sd",
+        f"sd, {unit_of(study)}",
         "bits/byte",
-        f"difference to {study['baseline']}",
+        f"difference to {study['baseline']}, {unit_of(study)}",
         "p, Holm",
         "claim",
     ]
     rows = [[*header, "parameters", "tokens", "TFLOP", "tokens/s", "peak GiB"]]
-    rows += [arm_cells(arm, study["baseline"]) for arm in study["arms"]]
+    rows += [arm_cells(arm, study["baseline"], at_scale(study, arm)) for arm in study["arms"]]
     caveats = [f"- {escape(caveat['text'])}" for caveat in study["caveats"]]
     return [
         f"## {name}",
@@ -195,8 +220,8 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
     ]
 
 
-def arm_cells(arm: dict[str, Any], baseline: str) -> list[str]:
-    """The row of an arm."""
+def arm_cells(arm: dict[str, Any], baseline: str, scale: str) -> list[str]:
+    """The row of an arm. scale: told after its name."""
     from trainer.commands.report.tables import p_cell, show, span
 
     test, name = arm["difference"], arm["name"]
@@ -212,7 +237,7 @@ def arm_cells(arm: dict[str, Any], baseline: str) -> list[str]:
         show(tera, ",.1f"),
         show(arm["rate"], ",.0f"),
     ]
-    return [name, *reached, show(arm["bits_per_byte"], ".4f"), *judged, *costs, show(peak, ".2f")]
+    return [name + scale, *reached, show(arm["bits_per_byte"], ".4f"), *judged, *costs, show(peak, ".2f")]
 
 
 VERB = Verb(
