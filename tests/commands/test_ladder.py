@@ -1,7 +1,9 @@
 """`ladder`: fits of known laws, the prediction that comes before its run, and the rule of the learning rate beside the optimum."""
 
+import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import LADDERS, tiny_values
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare.budget import plan_of
 from trainer.commands.ladder import read
-from trainer.commands.ladder.command import Work, ladder, predicted
+from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
 from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum, power_law
@@ -60,6 +62,28 @@ def test_the_interval_is_as_wide_as_the_scatter():
     assert found.predict(16e6, 160e6) == (loss, low, high)  # nothing in it is left to chance
 
 
+def test_draws_of_the_bootstrap_are_not_bounded_by_their_search():
+    """Points with much scatter tell an exponent within a factor of more than 2 only."""
+    noise = 0.01 * np.random.default_rng(3).standard_normal(len(POINTS))
+    noisy = [CHINCHILLA.loss(*point) * (1 + error) for point, error in zip(POINTS, noise, strict=True)]
+    found = fit(("N", "D"), POINTS, noisy, draws=40)
+    ratios = [law.exponents[0] / found.law.exponents[0] for law in found.draws]
+    assert min(ratios) < 0.45 and max(ratios) > 2.2
+
+
+def test_more_seeds_of_the_same_points_are_no_new_points(monkeypatch):
+    """What a law misses at a size is the same for all its seeds: three equal ones tell nothing more."""
+    monkeypatch.setattr("trainer.commands.ladder.command.fit", lambda *data: fit(*data, draws=5))
+    noise = 0.005 * np.random.default_rng(3).standard_normal(len(POINTS))
+    rungs = [SimpleNamespace(point=point, arm=SimpleNamespace(key=(f"{i}", 1.0))) for i, point in enumerate(POINTS)]
+    losses = [CHINCHILLA.loss(*point) * (1 + error) for point, error in zip(POINTS, noise, strict=True)]
+    one, three = (
+        fit_points([(rung, seed, loss) for rung, loss in zip(rungs, losses, strict=True) for seed in range(seeds)])
+        for seeds in (1, 3)
+    )  # of five draws each
+    assert one.predict(64e6, 640e6) == pytest.approx(three.predict(64e6, 640e6), rel=1e-6)
+
+
 def test_numbers_below_zero_are_left_out():
     """The best non-negative solution, against a search over a grid."""
     generator = np.random.default_rng(0)
@@ -98,6 +122,8 @@ def test_an_optimum_between_the_rates_is_found():
     assert found.bracketed and found.lost == 0 and found.verdict == "within 0.01"
     found = optimum(1000, 1e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: float("inf")})  # it diverged: worse
     assert found.bracketed and found.lost > 0.1 and found.verdict == "off: the best is 4 times the rule"
+    found = optimum(1000, 2e-3, {1e-3: float("inf"), 2e-3: 3.0, 4e-3: 3.2})  # also below the best
+    assert (found.best, found.bracketed) == (2e-3, True)
 
 
 def test_the_law_of_the_optima():
@@ -203,7 +229,7 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     assert (folder / "prediction.json").read_bytes() == before
     work = Work(spec(), folder)
     (other,) = work.rungs([(0.45, 2)])
-    with pytest.raises(UserError, match="put held_out_. back"):
+    with pytest.raises(UserError, match="put the spec back"):
         predicted(folder / "prediction.json", fit(("N",), [(k,) for k in range(1, 6)], [3.0] * 5, draws=1), other)
     (folder / "prediction.json").write_bytes(before.replace(b'"loss"', b'"lost"'))
     with pytest.raises(Damaged, match="digest"):
@@ -215,7 +241,7 @@ def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_pa
     found = json.loads((tmp_path / "ladder" / "learning-rates.json").read_text())
     assert [one["rule"] for one in found["sizes"]] == [5e-4] * 3
     assert [one["best"] for one in found["sizes"]] == pytest.approx([2e-3] * 3, rel=1e-3)
-    assert found["law"]["power"] == pytest.approx(0, abs=1e-3) and all(one["bracketed"] for one in found["sizes"])
+    assert found["law"].startswith("lr = ") and all(one["bracketed"] for one in found["sizes"])
     assert not any("Infinity" in path.read_text() for path in (tmp_path / "ladder").glob("*.json"))
     page = capsys.readouterr().out
     assert page.count("off: the best is 4 times the rule") == 3
@@ -226,7 +252,7 @@ def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_pa
     )
 
 
-def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, capsys):
+def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, capsys, monkeypatch):
     """From 512 tokens up to 8192, with a learning rate that follows; its law joins those that the file has."""
     folder = tmp_path / "ladder"
     config = spec(check="batch", scales=[0.15, 0.3])
@@ -244,7 +270,11 @@ def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, caps
         assert max(rates) / min(rates) == pytest.approx(32**0.5, rel=1e-4)
     laws = read_laws(folder / LAWS)
     assert laws.batch.value(5e4) == pytest.approx(4096) and laws.learning_rate.law == "lr = 1"
-    assert "in laws.yaml: B = " in capsys.readouterr().out
+    assert "embeddings and head: B = " in capsys.readouterr().out
+    before = (folder / "batches.json").read_text()
+    monkeypatch.setattr(compare_queue, "TRAIN", ["false"])
+    ladder(config)  # knows the batches that the sweep went on to, and trains nothing
+    assert json.loads((folder / "batches.json").read_text())["sizes"] == json.loads(before)["sizes"]
 
     with pytest.raises(UserError, match="^ladder_dir: .*laws.yaml holds laws with another sequence_length"):
         ladder(
@@ -263,6 +293,57 @@ def test_a_sweep_of_batches_ends():
     assert next_batch({64: 3.0, 128: 3.1}, 64, 6) is None  # no batch is smaller than a sequence
     assert next_batch({128: 3.0, 256: 3.1}, 64, 6) == 64 and next_batch({128: 3.1, 256: 3.0}, 64, 6) == 512
     assert next_batch({64: 3.1, 128: 3.0, 256: 3.1}, 64, 6) is None and next_batch({64: 2.0, 128: 1.0}, 64, 2) is None
+
+
+def test_a_run_that_diverged_ends_the_ladder(spec, tmp_path):
+    """The same command does not try it again, and does not say so."""
+    (tmp_path / "stub.py").write_text(
+        STUB.replace("    loss = 3 + 0.1 * math.log(batch / 4096)**2", "    pass").replace(
+            "(folder /", "loss = loss if size < 1e5 else None\n(folder /", 1
+        )
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match="diverged: step .* has no law, or its prediction failed"):
+            ladder(spec())
+    assert not (tmp_path / "ladder" / "prediction.json").exists()
+
+
+def test_a_folder_of_another_learning_rate_is_refused(spec, tmp_path):
+    ladder(spec(check="lr"))
+    with pytest.raises(UserError, match="other settings of variant|learning rate"):
+        ladder(spec(check="lr", common={**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}}))
+    work = Work(spec(), tmp_path / "ladder")
+    rungs = work.rungs([(0.15, 1), (0.3, 1)])
+    work.experiment("other", rungs, [1], rates=1).write()
+    rungs[0] = dataclasses.replace(rungs[0], length=dataclasses.replace(rungs[0].length, learning_rate=1e-4))
+    with pytest.raises(
+        UserError, match="^ladder_dir: .* and learning rate .*, now it has .* and learning rate 0.0001; choose another"
+    ):
+        work.experiment("other", rungs, [1], rates=1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"held_out_scale": 0.301}, {"scales": [0.15, 0.3, 0.301]}, {"check": "lr", "scales": [0.3, 0.301]}]
+)
+def test_two_scales_of_one_size_are_no_ladder(spec, changes):
+    with pytest.raises(
+        UserError, match=r"^scales: 0.3(01)? and 0.3(01)? are one size, [\d,]+ parameters without embeddings and head"
+    ):
+        ladder(spec(**changes))
+
+
+def test_an_estimate_counts_the_run_that_is_predicted(spec, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "trainer.commands.compare.estimate.measure_speed",
+        lambda *_: {"tokens_per_second": {"median": 1e4}, "peak_memory_bytes": 1},
+    )
+    ladder(spec(estimate=True))
+    first, second = capsys.readouterr().out.split("The run that is predicted:")
+    assert (
+        "9 runs, each at one learning rate" in first
+        and "1 runs, each at one learning rate" in second
+        and "0.45" in second
+    )
 
 
 def test_a_run_without_a_loss_is_no_point(spec, tmp_path):

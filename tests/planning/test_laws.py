@@ -122,6 +122,39 @@ def test_what_is_not_as_in_the_ladder_is_said(tiny_dataset, tmp_path):
     )  # the file's law, where the ladder's runs followed `a rule`
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "schedule-free", "adafactor"])
+def test_the_rule_of_a_learning_rate_is_the_same_at_every_size(tiny_dataset, tmp_path, optimizer):
+    """Its text holds no number of one size, so a run of another size than the ladder's has the ladder's rule."""
+    small, large = (
+        planned(
+            values(
+                tiny_dataset,
+                tmp_path / "run",
+                model={**MODEL, "d_model": width},
+                optim={"recipe": "plain", "name": optimizer},
+            )
+        )
+        for width in (32, 64)
+    )
+    assert small.non_embedding < large.non_embedding and rules(small)["optim.lr"] == rules(large)["optim.lr"]
+
+
+def test_that_a_dial_file_extrapolates_is_no_other_rule(tiny_dataset, tmp_path):
+    """The ladder's runs took their rates from the same laws, at other sizes."""
+    law, path = laws(tiny_dataset, tmp_path), tmp_path / "laws.yaml"
+    rule = rules(planned(values(tiny_dataset, tmp_path / "run", dial=str(laws_file(tiny_dataset, tmp_path)))))[
+        "optim.lr"
+    ]
+    for rates, other in (
+        (f"{rule.partition('; extrapolated')[0]}; extrapolated: N is 9 times the largest of the fit", False),
+        ("x", True),
+    ):
+        origin = dataclasses.replace(law.loss.origin, rates=rates)
+        path.write_text(dataclasses.replace(law, loss=dataclasses.replace(law.loss, origin=origin)).text())
+        plan = planned(values(tiny_dataset, tmp_path / "run", dial=str(path)))
+        assert ("another rule" in plan.expected.rule) == other
+
+
 @pytest.mark.parametrize(
     "changes, run, said",
     [

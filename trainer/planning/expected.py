@@ -15,6 +15,7 @@ from models.config import kernel_fields_of, with_later_fields
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
+from trainer.data.mixture import fingerprint
 from trainer.optim import DEFAULT_RULE
 from trainer.planning.laws import LAWS, SHARE, Laws, LossLaw, read_laws
 from trainer.planning.length import tokens_at_lengths
@@ -125,7 +126,7 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
         raise type(error)(f"dial: {error}") from None
     if not pinned:
         check_subject(laws, path, config, model.model_class, dataset)
-    found = DialFile(laws, path, differing(laws, dataset), bool(pinned))
+    found = DialFile(laws, path, differing(laws, config.data, dataset), bool(pinned))
     draft = draft.set("", "dial", f"{path}@{laws.digest}")
     return draft.note("dial", path.name, told(found)), found
 
@@ -174,16 +175,12 @@ def fields(of: Any, model: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def differing(laws: Laws, dataset: Any) -> tuple[str, ...]:
-    """What of the run is not as in the ladder and does not rule its laws out."""
-    found = []
+def differing(laws: Laws, data: Any, dataset: Any) -> tuple[str, ...]:
+    """What of the run is not as in the ladder and does not rule its laws out. data: section `data`; dataset: the main one."""
     if dataset is None:
-        found.append("data that are not prepared yet cannot be compared")
-    elif dataset.fingerprint != laws.of.fingerprint:
-        found.append(
-            f"data {laws.of.data} there (fingerprint {laws.of.fingerprint[:12]}), {dataset.fingerprint[:12]} here"
-        )
-    return tuple(found)
+        return ("data that are not prepared yet cannot be compared",)
+    here, there = fingerprint(data, dataset), laws.of.fingerprint
+    return () if here == there else (f"data {laws.of.data} there (fingerprint {there[:12]}), {here[:12]} here",)
 
 
 def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> Expected | None:
@@ -218,9 +215,14 @@ def unlike(law: LossLaw, of: Any, draft: Draft, decided: bool) -> list[str]:
     )
     found = [f"{name} {ours} (in the ladder {theirs})" for name, theirs, ours in settings if theirs != ours]
     rule = next(entry.rule for entry in draft.entries if entry.key == "optim.lr")
-    if not decided and rule != law.origin.rates:
+    if not decided and without_range(rule) != without_range(law.origin.rates):
         found.append(f"the learning rate of the ladder's runs had another rule ({law.origin.rates})")
     return found
+
+
+def without_range(rule: str) -> str:
+    """The rule of a learning rate without what `Origin.beyond` says of the run's own size."""
+    return rule.partition("; extrapolated: ")[0]
 
 
 def validation_of(config: Any) -> str:

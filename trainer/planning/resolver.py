@@ -400,7 +400,7 @@ def rate_of(rule: OptimizerRule, name: str, adamw: Default) -> Default:
     found = rule.default_lr(adamw.value)
     if found is not None:
         rate, source = found
-        return Default(rate, f"{source}; AdamW's is {adamw.value:.3g}, {adamw.rule}")
+        return Default(rate, f"{source}; AdamW's: {adamw.rule}")
     unknown = "" if name == DEFAULT_RULE else f"; AdamW's, for no rate of {name} is published"
     return Default(adamw.value, adamw.rule + unknown)
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.compare.budget import plan_of, with_rate
+from trainer.commands.compare.budget import Length, plan_of, with_rate
 from trainer.commands.compare.command import dataset_finder, say
 from trainer.commands.compare.estimate import Speeds, estimate
 from trainer.commands.compare.experiment import SPEED, Experiment, Task, stored_experiment
@@ -37,6 +38,7 @@ from trainer.commands.ladder.spec import (
     held_out_multiple,
     held_out_scale,
     ladder_folder,
+    means_of,
     middle,
     rung,
 )
@@ -52,6 +54,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment
 
 PREDICTION = "prediction.json"
+BATCHES_FOLDER, HELD_OUT = "batches", "held-out"
 
 
 def ladder(config: LadderConfig) -> None:
@@ -134,16 +137,34 @@ class Work:
         return True
 
 
+def check_sizes(rungs: list[Rung]) -> None:
+    """UserError if two scales are the same model: below 1 M parameters the dial's steps are coarse."""
+    scales: dict[int, float] = {}
+    for one in rungs:
+        other = scales.setdefault(one.size, one.arm.scale)
+        if other != one.arm.scale:
+            raise UserError(
+                f"scales: {other:g} and {one.arm.scale:g} are one size, {one.size:,} parameters without embeddings and head; choose "
+                "others (`plan --model_scale S` shows the shapes)"
+            )
+
+
 def check_lengths(folder: Path, experiment: Experiment, rungs: list[Rung]) -> None:
-    """UserError if runs of the folder have another length than the rungs: the program or the data has changed since."""
+    """UserError if runs of the folder have another length or learning rate than the rungs: the program, the data or the rule has changed."""
     for one in rungs:
         before = experiment.lengths.get(one.arm.key)
-        if before is not None and (before.steps, before.parameters) != (one.length.steps, one.length.parameters):
+        if before is not None and facts(before) != facts(one.length):
             raise UserError(
-                f"ladder_dir: {printable(folder)} has {one.arm.name} at scale {one.arm.scale:g} with {before.parameters:,} "
-                f"parameters and {before.steps:,} steps, now it has {one.length.parameters:,} and {one.length.steps:,}; "
-                "choose another --ladder_dir"
+                f"ladder_dir: {printable(folder)} has {one.arm.name} at scale {one.arm.scale:g} with {facts(before)}, now it has "
+                f"{facts(one.length)}; choose another --ladder_dir"
             )
+
+
+def facts(length: Length) -> str:
+    """What decides the loss of a rung's runs, and must not change in a folder."""
+    return (
+        f"{length.parameters:,} parameters, {length.steps:,} steps and learning rate {rounded(length.learning_rate):g}"
+    )
 
 
 def predict_and_check(work: Work) -> None:
@@ -151,16 +172,21 @@ def predict_and_check(work: Work) -> None:
     config = work.config
     pairs = [(scale, multiple) for scale in config.scales for multiple in config.tokens_per_parameter]
     *fitted, held_out = work.rungs([*pairs, (held_out_scale(config), held_out_multiple(config))])
+    check_sizes([*fitted, held_out])
     experiment = work.experiment("losses", fitted, config.seeds, rates=1)
+    stored = stored_experiment(work.folder / HELD_OUT)
+    seeds = stored["seeds"] if stored else config.seeds[:1]  # more seeds later do not change the run that was predicted
+    check = work.experiment(HELD_OUT, [held_out], seeds, rates=1)
     laws = None if config.estimate else work.laws(fitted)
     if not work.train(experiment) or laws is None:
+        print("\nThe run that is predicted:\n")
+        work.train(check)
         return
     points = [(one, seed, final_loss(experiment, one.arm, seed)) for one in fitted for seed in config.seeds]
     found = fit_points(points)
     prediction = predicted(work.folder / PREDICTION, found, held_out)
-    check = work.experiment("held-out", [held_out], config.seeds[:1], rates=1)
     work.train(check)
-    measured = final_loss(check, held_out.arm, config.seeds[0])
+    measured = final_loss(check, held_out.arm, seeds[0])
     laws.loss = LossLaw.of(found, "nats a token", origin(config, fitted, config.seeds, len(points)))
     laws.loss.held_out = {key: prediction[key] for key in ("N", "D", "loss", "low", "high")} | {"measured": measured}
     keep(work.folder, laws)
@@ -168,19 +194,23 @@ def predict_and_check(work: Work) -> None:
 
 
 def final_loss(experiment: Experiment, of: Arm, seed: int) -> float:
-    """The validation loss of a run at its end. UserError if it did not end well: a law through the others would hide it."""
+    """The validation loss of a run at its end. UserError if it failed or diverged: a law through the others would hide it."""
     task = Task(of, experiment.lengths[of.key].learning_rate, seed, "test")
-    state = experiment.state(task)
-    if state.loss is None:
+    loss = loss_or_diverged(experiment, task)
+    if math.isinf(loss):
         raise UserError(
-            f"{task.name}: {state.word}: {state.message or 'it has no loss'}; the same command tries it again"
+            f"{task.name}: diverged: {experiment.state(task).message}; so this ladder has no law, or its prediction failed: another try "
+            "needs other `scales` or a lower optim.lr, in another --ladder_dir"
         )
-    return state.loss
+    return loss
 
 
 def fit_points(points: list[tuple[Rung, int, float]]) -> Fit:
+    """The law through the mean of each size and length over its seeds: what the law misses there is the same for all of them, so they are
+    not independent points."""
+    means = means_of(points)
     try:
-        return fit(("N", "D"), [one.point for one, _, _ in points], [loss for _, _, loss in points])
+        return fit(("N", "D"), [one.point for one, _ in means], [loss for _, loss in means])
     except ValueError as error:
         raise UserError(f"scales, tokens_per_parameter: {error}") from None
 
@@ -192,7 +222,8 @@ def predicted(path: Path, found: Fit, held_out: Rung) -> dict[str, Any]:
         if (before["N"], before["D"]) != (held_out.size, held_out.length.tokens):
             raise UserError(
                 f"{printable(path)}: predicts {before['N']:,} parameters and {before['D']:,} tokens, not the {held_out.size:,} and "
-                f"{held_out.length.tokens:,} of the spec; put held_out_* back, or choose another --ladder_dir"
+                f"{held_out.length.tokens:,} of the spec; put the spec back (what held_out_* does not say follows from scales and "
+                "tokens_per_parameter), or choose another --ladder_dir"
             )
         return before
     loss, low, high = found.predict(*held_out.point, share=SHARE)
@@ -219,6 +250,7 @@ def check_rates(work: Work) -> None:
     """Sweep the learning rate at each scale, and report where the rule is off."""
     config = work.config
     rungs = work.rungs([(scale, middle(config.tokens_per_parameter)) for scale in sorted(config.scales)])
+    check_sizes(rungs)
     rungs = [dataclasses.replace(one, arm=around_rule(one)) for one in rungs]
     experiment = work.experiment("learning-rates", rungs, [], rates=config.most_learning_rates)
     laws = None if config.estimate else work.laws(rungs)
@@ -247,7 +279,7 @@ def swept(experiment: Experiment, one: Rung) -> tuple[Optimum, dict[float, float
 
 
 def loss_or_diverged(experiment: Experiment, task: Task) -> float:
-    """The loss of a run of a sweep, infinity if it diverged. UserError if it failed."""
+    """The loss of a run, infinity if it diverged. UserError if it failed."""
     state = experiment.state(task)
     if state.word not in ("finished", "diverged"):
         raise UserError(
@@ -267,13 +299,23 @@ def check_batches(work: Work) -> None:
     """Sweep the tokens of a step at each scale, with equal tokens in all, and report where the rule is off."""
     config, multiple = work.config, middle(work.config.tokens_per_parameter)
     inferred = work.rungs([(scale, multiple) for scale in sorted(config.scales)])
+    check_sizes(inferred)
     rules = [(one.plan.config.batch.tokens_per_step, one.plan.config.batch.sequence_length) for one in inferred]
-    tried = [first_batches(*rule) for rule in rules]
+    begun = begun_batches(work.folder / BATCHES_FOLDER)
+    tried = [
+        list(dict.fromkeys([*first_batches(*rule), *begun.get(one.arm.scale, [])]))
+        for one, rule in zip(inferred, rules, strict=True)
+    ]
     laws = None if config.estimate else work.laws(inferred)
     while True:
         rungs = [[work.at_batch(one, batch) for batch in batches] for one, batches in zip(inferred, tried, strict=True)]
-        experiment = work.experiment("batches", [one for part in rungs for one in part], [config.tuning_seed], rates=1)
+        experiment = work.experiment(
+            BATCHES_FOLDER, [one for part in rungs for one in part], [config.tuning_seed], rates=1
+        )
         if not work.train(experiment) or laws is None:
+            print(
+                f"- a sweep of batches goes on to at most {config.most_learning_rates} of each size; those above are begun or the first"
+            )
             return
         sweeps = [
             {
@@ -295,6 +337,15 @@ def check_batches(work: Work) -> None:
     laws.batch = law_of_batches(config, inferred, [best for best, _ in found])
     keep(work.folder, laws)
     publish_sweeps(work.folder, BATCHES, inferred, found, laws.batch)
+
+
+def begun_batches(folder: Path) -> dict[float, list[int]]:
+    """The tokens of a step that an earlier command has tried or begun at each scale: a sweep may have grown."""
+    stored = stored_experiment(folder)
+    found: dict[float, list[int]] = {}
+    for entry in stored["arms"] if stored else ():
+        found.setdefault(entry["scale"], []).append(int(entry["values"]["batch"]["tokens_per_step"]))
+    return found
 
 
 def task_of(one: Rung, seed: int) -> Task:

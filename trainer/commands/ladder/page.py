@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.commands.ladder.fit import fit
-from trainer.commands.ladder.rates import GOAL, Optimum, power_law
-from trainer.commands.ladder.spec import Rung
+from trainer.commands.ladder.rates import GOAL, Optimum
+from trainer.commands.ladder.spec import Rung, means_of
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
 from trainer.planning.laws import LAWS, Fit, Law, PowerLaw
@@ -111,8 +111,9 @@ def intervals(found: Fit) -> list[str]:
 def compute_laws(points: Points) -> list[str]:
     """L(C) = E + k C^-gamma at each number of tokens a parameter that has enough sizes; C: training FLOPs."""
     lines = []
-    for multiple in sorted({one.multiple for one, _, _ in points}):
-        part = [(one.length.flops, loss) for one, _, loss in points if one.multiple == multiple]
+    means = means_of(points)
+    for multiple in sorted({one.multiple for one, _ in means}):
+        part = [(one.length.flops, loss) for one, loss in means if one.multiple == multiple]
         try:
             law = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part], draws=0).law
         except ValueError:
@@ -136,20 +137,19 @@ def publish_sweeps(
     for one, (best, losses) in zip(rungs, found, strict=True):
         sizes = f"{one.arm.scale:g}", f"{one.size:,}", f"{one.length.tokens:,}", shown(best.rule), shown(best.best)
         rows.append([*sizes, f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict])
-    constant, power = power_law([best for best, _ in found])
     kept = (
         f"{LAWS} has no law of it: fewer than two sizes have an optimum with worse neighbours"
         if law is None
-        else f"in {LAWS}: {law.law}"
+        else f"in {LAWS}, through the optima with worse neighbours, N without embeddings and head: {law.law}"
     )
     lines = [
-        f"{word} = {constant:.4g} N^{power:.3f} through the optima, N without embeddings and head; {kept}",
+        kept,
         f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the rule loses {GOAL:g} nats "
-        "or less; one seed, so differences of a few thousandths mean nothing",
+        "or less; one seed, which may move such a difference by as much",
         *what.notes,
     ]
     body = {
-        "law": {"constant": constant, "power": power},
+        "law": None if law is None else law.law,
         "sizes": [
             {
                 **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "rule": best.rule, "best": best.best},

@@ -38,10 +38,9 @@ class Optimum:
 def optimum(size: int, rule: float, losses: Mapping[Any, float]) -> Optimum:
     """The optimum of a sweep. losses: learning rate, or tokens of a step -> loss, which has the rule's."""
     finite = sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
-    rates = [rate for rate, _ in finite]
     at = min(range(len(finite)), key=lambda index: finite[index][1])
     best, lowest = finite[at]
-    bracketed = rates[0] < best < rates[-1] or (best == rates[-1] and max(losses) > best and best > rates[0])
+    bracketed = min(losses) < best < max(losses)  # one that diverged is worse
     if 0 < at < len(finite) - 1:
         x, y = (np.array(part) for part in zip(*finite[at - 1 : at + 2], strict=True))
         curve, slope, _ = np.polyfit(np.log(x), y, 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from trainer.commands.compare.budget import Length, tokens
 from trainer.commands.compare.spec import Arm, refuse_ours, run_values
@@ -88,6 +90,15 @@ def arm(config: LadderConfig, scale: float, multiple: float, batch: int | None =
     if made.config().evaluation.patience:
         raise UserError("evaluation.patience: a run that ends early is no point of a law; leave it out")
     return made
+
+
+def means_of(points: Sequence[tuple[Rung, int, float]]) -> list[tuple[Rung, float]]:
+    """The mean loss of each rung over its seeds. points: (rung, seed, loss)."""
+    losses: dict[tuple[str, float], list[float]] = {}
+    for one, _, loss in points:
+        losses.setdefault(one.arm.key, []).append(loss)
+    rungs = {one.arm.key: one for one, _, _ in points}
+    return [(one, fmean(losses[key])) for key, one in rungs.items()]
 
 
 def rung(made: Arm, multiple: float, plan: Plan) -> Rung:

@@ -377,12 +377,14 @@ def _choose_rate(arm: Arm) -> None:
     for run in arm.runs:
         run.purpose = "both"
     curve = arm.curve()
+    if not curve:  # no run names its learning rate
+        for run in arm.runs:
+            run.purpose = "test"
+        return
     finished = {rate: [run.loss for run in runs if run.loss is not None] for rate, runs in curve.items()}
-    most = max(map(len, finished.values()), default=0)
+    most = max(map(len, finished.values()))
     ends = {rate: statistics.fmean(losses) if losses else math.inf for rate, losses in finished.items()}
-    arm.learning_rate = best = min(
-        (rate for rate in curve if len(finished[rate]) == most), key=ends.__getitem__, default=None
-    )
+    arm.learning_rate = best = min((rate for rate in curve if len(finished[rate]) == most), key=ends.__getitem__)
     for run in arm.runs:
         run.purpose = "tuning" if run.learning_rate != best else "both" if len(curve) > 1 else "test"
     ended = [
