@@ -30,6 +30,7 @@ from trainer.commands.compare.experiment import Experiment, State, facts_of, sta
 from trainer.commands.compare.learning_rates import DIVERGED, start, sweep
 from trainer.commands.compare.queue import Queue, device_slots, tail
 from trainer.commands.compare.spec import Arm, arms, claims_of
+from trainer.commands.report.study import read_comparison
 from trainer.core.errors import UserError
 from trainer.core.settings import load_yaml
 from trainer.data.stream import find_dataset
@@ -357,6 +358,7 @@ def test_seeds_and_variants_may_be_added_and_nothing_else_may_change(tmp_path, s
     said = run_queue(experiment(folder, seeds=["1", "2"], variants=more))
     assert sum("seed2 finished" in line for line in said) == 3
     assert not any("small" in line and "seed1" in line for line in said)
+    assert read_comparison(folder).added_seeds == [2]
     for values, words in [
         ({"seeds": ["2"]}, "seed 1, which the spec no longer names"),
         ({"seeds": ["1", "2"], "variants": TWO}, "variant third at scale 1"),

@@ -125,6 +125,7 @@ BREAKS = {
     "order_differs": (lambda s: change(llama(s), values={"data.order": "samples"}), "data.order (windows, samples)"),
     "sequences_differ": (lambda s: change(llama(s), values={"batch.sequence_start": 16}), "batch.sequence_start (64, 16)"),
     "baseline_changed": (lambda s: setattr(s, "first_baseline", "llama"), "declared llama as its baseline: who chooses gpt2"),
+    "seeds_added": (lambda s: setattr(s, "added_seeds", [3]), "Seeds 3 were added after the comparison began"),
     "protocol_differs": (
         lambda s: change(llama(s), values={"evaluation.sequence_length": 9}), "evaluation.sequence_length (64, 9)"
     ),

@@ -66,7 +66,8 @@ class Experiment:
 
     def __init__(self, folder: Path, facts: dict[str, Any], arms: list[Arm], stored: dict[str, Any] | None) -> None:
         """facts: what the spec says beside the arms (see `facts_of`); stored: experiment.json, None if there is none yet."""
-        self.folder, self.facts, self.arms = folder, facts, arms
+        first = facts["seeds"] if stored is None else stored.get("first_seeds", stored["seeds"])
+        self.folder, self.facts, self.arms = folder, facts | {"first_seeds": first}, arms
         self.lengths: dict[tuple[str, float], Length] = {}
         self.running: set[str] = set()  # names of runs that this process has started
         self._ended: dict[str, State] = {}  # runs that ended in this command

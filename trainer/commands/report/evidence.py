@@ -125,6 +125,14 @@ def few_seeds(study: Study) -> list[Caveat]:
     return [Caveat("few_seeds", text, keys_of(arms), FEW_SEEDS)]
 
 
+def seeds_added(study: Study) -> list[Caveat]:
+    """Whoever adds seeds until p is small finds a small p at last, also of nothing."""
+    if not study.added_seeds:
+        return []
+    text = f"Seeds {listed(study.added_seeds)} were added after the comparison began. If its results were seen before, p is too small."
+    return [Caveat("seeds_added", text)]
+
+
 def equal_seeds(study: Study) -> list[Caveat]:
     """Runs that do not depend on their seed say nothing about chance."""
     arms = [arm for arm in study.arms if len(arm.by_seed) > 1 and len({run.loss for run in arm.by_seed.values()}) == 1]
@@ -199,6 +207,7 @@ RULES = (
     tuned_on_test_runs,
     baseline_changed,
     few_seeds,
+    seeds_added,
     equal_seeds,
     pairs_missing,
     unfinished,

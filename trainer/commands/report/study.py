@@ -86,7 +86,7 @@ class Study:
     """Arms that are compared with each other.
 
     budget, rule, seeds, tuning_seed, claims, command: of experiment.json; declared: whether there is one
-    first_baseline: the one that the comparison declared; "" if it is the baseline
+    first_baseline: the one that the comparison declared, "" if it is the baseline; added_seeds: those that it did not begin with
     notes: what could not be read, each a line
     """
 
@@ -103,6 +103,7 @@ class Study:
     command: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     first_baseline: str = ""
+    added_seeds: list[int] = field(default_factory=list)
 
     @property
     def scales(self) -> list[float]:
@@ -236,6 +237,8 @@ def read_comparison(folder: Path) -> Study:
         if key not in by_key:
             raise UserError(f"{where}: a run has arm {printable(repr(key), 100)}, which is not among the arms")
         _add(by_key[key], run)
+    first = _value({"first_seeds": study.seeds} | content, "first_seeds", (list,), where)
+    study.added_seeds = [seed for seed in study.seeds if seed not in first]
     study.notes += [note for run in study.runs for note in run.notes]
     return study
 
