@@ -130,6 +130,7 @@ BREAKS = {
         lambda s: change(llama(s), values={"evaluation.sequence_length": 9}), "evaluation.sequence_length (64, 9)"
     ),
     "compute_differs": (lambda s: change(llama(s), tokens=52000), "used 1.016 times those of gpt2"),
+    "frozen_not_counted": (lambda s: change(llama(s), frozen=("objective.teacher",)), "models of llama at scale 1 (objective.teacher)"),
     "data_repeated": (lambda s: change(llama(s), epochs=1.5), "more than once (up to 1.5 times) in 3 runs"),
     "batch_multiplied": (lambda s: change(llama(s), multiplied=True), "batch of llama at scale 1 grew"),
     "machines_differ": (

@@ -44,6 +44,15 @@ def test_a_run_is_read(tmp_path):
     assert len(run.training["loss"]) == 40
 
 
+def test_a_run_names_the_frozen_models_of_its_objective(tmp_path):
+    """Their passes are not in its FLOPs."""
+    taught = write_run(tmp_path / "taught", objective={"name": "distill", "teacher": "runs/teacher"})
+    assert (
+        load_run(taught, "taught").frozen == ("objective.teacher",)
+        and not load_run(write_run(tmp_path / "r"), "r").frozen
+    )
+
+
 def test_a_run_names_what_it_computed_on(tmp_path):
     named = load_run(write_run(tmp_path / "one", start={"device": "NVIDIA A100"}, device="auto"), "one")
     older = load_run(write_run(tmp_path / "two", device="auto"), "two")

@@ -151,6 +151,19 @@ def _amount(arm: Arm, name: str) -> float | None:
     return None if not amounts or None in amounts or not sum(amounts) else sum(amounts) / len(amounts)
 
 
+def frozen_not_counted(study: Study) -> list[Caveat]:
+    """A teacher computes too, and may be larger than the model that learns from it."""
+    arms = [arm for arm in study.arms if any(run.frozen for run in arm.by_seed.values())]
+    if not arms:
+        return []
+    keys = listed(key for arm in arms for run in arm.by_seed.values() for key in run.frozen)
+    names = listed(label(study, arm) for arm in arms)
+    text = (
+        f"FLOPs and parameters leave out the frozen models of {names} ({keys}): these arms compute more than they say."
+    )
+    return [Caveat("frozen_not_counted", text, keys_of(arms))]
+
+
 def data_repeated(study: Study) -> list[Caveat]:
     """On repeated data, arms that memorise less look better."""
     runs = [run for run in study.test_runs if run.epochs is not None and run.epochs > 1]
@@ -239,6 +252,7 @@ EQUALITY = (
     sequences_differ,
     protocol_differs,
     compute_differs,
+    frozen_not_counted,
     data_repeated,
     batch_multiplied,
     machines_differ,

@@ -43,7 +43,7 @@ class Run:
     loss, bits: validation loss (nats per token) and bits per byte at the end of the schedule; last_loss: the last one that is there
     ended_early: why the run ended before max_steps, by evaluation.patience; tokens, flops, seconds: training in all; rate: tokens per second (median of the steps after the first)
     training, validation: AXES and loss (nats per token), and bits for validation -> [points]
-    starts: the lines of environment.jsonl; data: dataset.json; sample: the last text of samples.txt
+    frozen: keys of the models that the objective asks and does not train; starts: the lines of environment.jsonl; data: dataset.json; sample: the last text of samples.txt
     """
 
     folder: Path
@@ -73,6 +73,7 @@ class Run:
     validation: dict[str, np.ndarray] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     config: RunConfig | None = None  # as read, without the kernels of its machine
     sample: str = ""
     notes: list[str] = field(default_factory=list)
@@ -229,6 +230,7 @@ def _count(run: Run, config: RunConfig, rows: Rows) -> dict[int, int]:
     """Count the run's parameters. Returns sequence length -> training FLOPs of one token; empty if the model cannot be built."""
     from models.config import kernel_fields_of
     from models.counting import parameters_of
+    from trainer.objectives import build_objective, resolve_objective
 
     lengths = rows.columns["sequence_length"]
     if config.batch.sequence_double_every == 0 and config.batch.sequence_length:
@@ -239,6 +241,9 @@ def _count(run: Run, config: RunConfig, rows: Rows) -> dict[int, int]:
     try:
         model_class, model_config = written_out(config)
         run.parameters = parameters_of(model_class, model_config)
+        run.frozen = tuple(
+            f"objective.{name}" for name in build_objective(resolve_objective(config.objective)).frozen_models()
+        )
         known = np.unique(lengths[np.isfinite(lengths)])
         return {int(length): flops_per_token(model_class, model_config, int(length)) for length in known}
     except Exception as error:  # a model of a plug-in may raise anything
