@@ -17,8 +17,10 @@ class EntropyModel:
 
     It computes in fp32 everywhere, and entropies are rounded to float16, as datasets store them: texts should be cut alike when data are
     prepared, in training and while decoding. On another machine, or in another batch, an entropy beside a rounding edge of float16 may
-    still be the next number, and one beside the threshold cuts elsewhere. ids: of the tokenizer, others are padding. end: id that ends documents, if the model was
-    trained with documents kept apart; None: they were not.
+    still be the next number, and one beside the threshold cuts elsewhere.
+
+    ids: of the tokenizer, others are padding. end: id that ends documents, if the model was trained with documents kept apart; None: they
+    were not.
     """
 
     def __init__(self, model: Any, ids: int, end: int | None) -> None:

@@ -104,15 +104,24 @@ def _int8_room(out: int, width: int, rows: Rows) -> Room:
 
 
 def _bitsandbytes() -> Any:
-    """Its functions. On some CPUs its first import would fetch a kernel for products in 4 bits from a hub, by the package `kernels`, and
-    warns if it cannot. Nothing here calls that kernel: it is neither fetched nor missed."""
+    """Its functions. Every product asks for them, also in compiled code, so only the first call does more than an import."""
+    if "bitsandbytes" not in sys.modules:
+        _import_bitsandbytes()
+    from bitsandbytes import functional
+
+    return functional
+
+
+def _import_bitsandbytes() -> None:
+    """On some CPUs its import would fetch a kernel for products in 4 bits from a hub, by the package `kernels`, and warns if it cannot.
+    Nothing here calls that kernel: it is neither fetched nor missed."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     modules: dict[str, Any] = sys.modules
-    hidden = not {"bitsandbytes", "kernels"} & modules.keys()
+    hidden = "kernels" not in modules
     if hidden:
         modules["kernels"] = None  # an import of it fails
     try:
-        return importlib.import_module("bitsandbytes.functional")
+        importlib.import_module("bitsandbytes")
     finally:
         if hidden:
             del modules["kernels"]

@@ -85,6 +85,14 @@ def test_bitsandbytes_fetches_no_kernel_from_a_hub(tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_a_frozen_base_in_4_bits_compiles_in_one_piece():
+    """Each break of the graph would cost every product of a compiled run."""
+    needs("nf4")
+    layer, x = packed("nf4", drawn()), drawn(3).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_zeros_and_their_scale_are_exact():
     needs("nf4")
     for format in FORMATS:

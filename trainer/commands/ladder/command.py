@@ -54,7 +54,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment
 
 PREDICTION = "prediction.json"
-BATCHES_FOLDER, HELD_OUT = "batches", "held-out"
+HELD_OUT = "held-out"
 
 
 def ladder(config: LadderConfig) -> None:
@@ -153,14 +153,14 @@ def check_lengths(folder: Path, experiment: Experiment, rungs: list[Rung]) -> No
     """UserError if runs of the folder have another length or learning rate than the rungs: the program, the data or the rule has changed."""
     for one in rungs:
         before = experiment.lengths.get(one.arm.key)
-        if before is not None and facts(before) != facts(one.length):
+        if before is not None and decisive(before) != decisive(one.length):
             raise UserError(
-                f"ladder_dir: {printable(folder)} has {one.arm.name} at scale {one.arm.scale:g} with {facts(before)}, now it has "
-                f"{facts(one.length)}; choose another --ladder_dir"
+                f"ladder_dir: {printable(folder)} has {one.arm.name} at scale {one.arm.scale:g} with {decisive(before)}, now it has "
+                f"{decisive(one.length)}; choose another --ladder_dir"
             )
 
 
-def facts(length: Length) -> str:
+def decisive(length: Length) -> str:
     """What decides the loss of a rung's runs, and must not change in a folder."""
     return (
         f"{length.parameters:,} parameters, {length.steps:,} steps and learning rate {rounded(length.learning_rate):g}"
@@ -301,7 +301,7 @@ def check_batches(work: Work) -> None:
     inferred = work.rungs([(scale, multiple) for scale in sorted(config.scales)])
     check_sizes(inferred)
     rules = [(one.plan.config.batch.tokens_per_step, one.plan.config.batch.sequence_length) for one in inferred]
-    begun = begun_batches(work.folder / BATCHES_FOLDER)
+    begun = begun_batches(work.folder / BATCHES.name)
     tried = [
         list(dict.fromkeys([*first_batches(*rule), *begun.get(one.arm.scale, [])]))
         for one, rule in zip(inferred, rules, strict=True)
@@ -310,7 +310,7 @@ def check_batches(work: Work) -> None:
     while True:
         rungs = [[work.at_batch(one, batch) for batch in batches] for one, batches in zip(inferred, tried, strict=True)]
         experiment = work.experiment(
-            BATCHES_FOLDER, [one for part in rungs for one in part], [config.tuning_seed], rates=1
+            BATCHES.name, [one for part in rungs for one in part], [config.tuning_seed], rates=1
         )
         if not work.train(experiment) or laws is None:
             print(
