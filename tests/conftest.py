@@ -100,6 +100,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 THAW = gc.unfreeze
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def beyond(sample: Collection, values: Iterable, several: bool = False) -> list:
@@ -128,6 +129,24 @@ def full_fp32():
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def no_group_left():
+    """A process has one default group, and what joined it is in its environment: what a test leaves would be the next one's error."""
+
+    def group_exists() -> bool:
+        dist = sys.modules.get("torch.distributed")
+        return dist is not None and dist.is_initialized()
+
+    before, environment = group_exists(), {name: os.environ.get(name) for name in RANK_NAMES}
+    yield
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        os.environ.update({} if value is None else {name: value})
+    if group_exists() and not before:
+        sys.modules["torch.distributed"].destroy_process_group()
+        pytest.fail("the test left a process group behind")
 
 
 PICTURE = b"\x89PNG of a test"

@@ -156,4 +156,6 @@ def test_other_verbs_know_the_parent(tiny_dataset, tmp_path, parent, capsys):
     assert bench.STEP.argument(values).model["d_model"] == 32
     copy = lr_range.open_copy(lr_range.VERB.argument(values).values)
     copy.stream.close()
+    copy.engine.close()
+    copy.world.stop()
     assert same(copy.model.state_dict(), open_run(str(parent), None, "cpu", "auto").model.state_dict())
