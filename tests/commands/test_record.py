@@ -46,6 +46,7 @@ def test_the_page_has_claims_and_results_and_names_what_is_missing(record):
     assert "| llama is \\| better | a paper | llama - gpt2 -0.0997 nats" in page and "|   shown |" in page
     assert "## first" in page and "Not measured yet: [second](second.yaml)." in page
     rows = [line for line in page.splitlines() if line.startswith(("| gpt2 ", "| llama |"))]
+    assert "- Data: fingerprint " in page and "; validation tokens " in page
     assert "baseline" in rows[0] and "better" in rows[1] and "sd, nats" in page
     assert "- Not judged yet: llama is better." in page, "the claim of the spec has other words"
 

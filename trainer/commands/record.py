@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.commands.compare import CompareConfig
 
 KEPT = ("name", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
+DATA = ("fingerprint", "tokenizer", "training tokens", "validation tokens", "validation bytes")  # and of its data
 PAGE = "RECORD.md"
 SECONDS_PER_HOUR = 3600
 
@@ -112,7 +113,8 @@ def keep_results(report: Path, kept: Path) -> None:
         return
     hours = sum(run["seconds"] or 0 for run in study["runs"]) / SECONDS_PER_HOUR
     facts = {"made": content["made"], "runs": len(study["runs"]), "finished": len(finished), "hours": hours}
-    write_file(kept, sealed(facts | {key: study[key] for key in KEPT}))
+    data = {"data": {fact: study["data"][fact] for fact in DATA}}
+    write_file(kept, sealed(facts | {key: study[key] for key in KEPT} | data))
     if figures := sorted(report.parent.glob("*-validation-flops-log.svg")):
         write_file(kept.with_suffix(".svg"), figures[0].read_text(encoding="utf-8"))
 
@@ -208,6 +210,7 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
     ]
     rows = [[*header, "parameters", "tokens", "TFLOP", "tokens/s", "peak GiB"]]
     rows += [arm_cells(arm, study["baseline"], at_scale(study, arm)) for arm in study["arms"]]
+    data = "; ".join(f"{fact} {value}" for fact, value in study.get("data", {}).items())
     caveats = [f"- {escape(caveat['text'])}" for caveat in study["caveats"]]
     return [
         f"## {name}",
@@ -216,6 +219,7 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
         "",
         *markdown_table(rows),
         "",
+        *([f"- Data: {escape(data)}."] if data else []),
         *caveats,
     ]
 

@@ -175,6 +175,7 @@ def body(study: Study, found: list[Result], caveats: list[Caveat]) -> dict[str, 
         "caveats": [{"rule": caveat.rule, "text": caveat.text, "arms": caveat.arms} for caveat in caveats],
         "notes": study.notes,
         "environment": {fact: value for fact, value in tables.environment_table(study).rows},
+        "data": {fact: value for fact, value in tables.data_table(study).rows},
         "runs": [
             {
                 "folder": str(run.folder),
