@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer.core.config import BatchConfig, RunConfig
+from models.base import get_model, load_models, model_names
+from models.counting import build_on_meta
+from trainer.core.config import BatchConfig, OptimConfig, RunConfig
+from trainer.optim import names_by_role
+from trainer.optim.groups import shapes_of
 from trainer.recipes import RECIPES
 from trainer.recipes.hlb import rate_at_batch, tokens_per_microbatch
 from trainer.recipes.plain import HIGHEST_RATE, RATE_RULE, learning_rate, warmup_steps
@@ -52,3 +56,31 @@ def test_hlbs_rate_is_that_of_its_batch():
     fitted = tokens_per_microbatch(1)
     assert rate_at_batch(2.5e-3, fitted, 1) == rate_at_batch(2.5e-3, 4 * fitted, 1) == 2.5e-3
     assert rate_at_batch(2.5e-3, fitted // 4, 1) == pytest.approx(2.5e-3 / 2, rel=1e-3)
+
+
+load_models()
+SHAPES = {
+    "rwkv7": [{}, {"form": "preview"}],
+    "gated-delta-net": [{}, {"decay": "channel"}],
+    "ftp": [{"mode": "chunked"}],
+}
+
+
+@pytest.mark.parametrize("name", sorted(model_names()))
+def test_what_decays(name):
+    """Tables and matrices; no short convolution, token shift or low-rank part, though they have two dimensions."""
+    optim = OptimConfig(lr=1e-3, schedule="cosine", weight_decay=0.1, warmup_steps=40)
+    config = SimpleNamespace(optim=optim, max_steps=1000)
+    for choices in SHAPES.get(name, [{}]):
+        model_class = get_model(name)
+        model = build_on_meta(model_class, model_class.Config(vocab_size=64, **choices))
+        role_of = {parameter: role for role, names in names_by_role(model).items() for parameter in names}
+        groups = RECIPES["plain"].groups(model, shapes_of(model), config)
+        assert [group.weight_decay for group in groups] == [0.1, 0.0][: len(groups)]
+        decayed = {role_of[parameter] for parameter in groups[0].parameters}
+        assert {"matrix", "embedding"} <= decayed <= {"matrix", "embedding", "head", "position"}
+        assert sorted(parameter for group in groups for parameter in group.parameters) == sorted(role_of)
+        assert all(
+            model.get_parameter(other).dim() < 2 or role_of[other] in ("norm", "bias")
+            for other in groups[-1].parameters
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.optim import Group
+from trainer.optim import Group, names_by_role
 from trainer.optim.schedules import SCHEDULES, Decay, multiplier
 from trainer.recipes.recipe import Default, Recipe
 
@@ -93,10 +93,12 @@ class Plain(Recipe):
         return Default("none", "plain recipe")
 
     def groups(self, model: Any, shapes: Mapping[str, torch.Size], config: Any) -> list[Group]:
-        """Only parameters of two or more dimensions decay."""
+        """Parameters of two or more dimensions decay, but none whose role counts as norm or bias: short convolutions, token shifts."""
         optim, schedule = config.optim, self.schedule(config.optim.schedule, config)
-        decayed = [name for name, shape in shapes.items() if len(shape) >= 2]
-        rest = [name for name, shape in shapes.items() if len(shape) < 2]
+        by_role = names_by_role(model)
+        never = {*by_role["norm"], *by_role["bias"]}
+        decayed = [name for name, shape in shapes.items() if len(shape) >= 2 and name not in never]
+        rest = [name for name in shapes if name not in set(decayed)]
         adamw = {"adamw": {"beta1": 0.9, "beta2": BETA2, "eps": 1e-8}}
         groups = [
             Group("decayed", decayed, optim.lr, schedule, optim.weight_decay, optim.loss_driven_decay, adamw),
