@@ -24,6 +24,7 @@ from models.layers.norms import RMSNorm
 from models.layers.pattention import Pattention
 from models.layers.positions import Alibi, Rotary, Scaling, positions_in_documents, yarn_temperature
 from models.layers.quantized import rounds_inputs
+from models.layers.sums import running_sum
 from models.state import DecodingState, StaticState
 
 
@@ -346,20 +347,6 @@ class KeyValueShift(nn.Module):
         fill_(self.before, 1 - own)
 
 
-def running_sum(x: Tensor) -> Tensor:
-    """x.cumsum(1), x [B, T, H]. Under deterministic algorithms on CUDA it uses sum_by_doubling, because torch's cumsum raises there."""
-    return sum_by_doubling(x) if x.is_cuda and torch.are_deterministic_algorithms_enabled() else x.cumsum(dim=1)
-
-
-def sum_by_doubling(x: Tensor) -> Tensor:
-    """x.cumsum(1) in ceil(log2 T) additions of a shifted copy; the shift doubles each time."""
-    shift = 1
-    while shift < x.shape[1]:
-        x = x + F.pad(x[:, :-shift], (0, 0, shift, 0))
-        shift *= 2
-    return x
-
-
 class ForgetGate(nn.Module):
     """The running sum of log f_t, with f_t = sigmoid(w x_t + b) per head (arXiv 2503.02130), in fp32."""
 
@@ -370,7 +357,7 @@ class ForgetGate(nn.Module):
 
     def forward(self, x: Tensor, cache: DecodingState | None) -> Tensor:
         """[B, T, D] -> [B, H, T_k]"""
-        sums = running_sum(F.logsigmoid(self.gate(x).float())).transpose(1, 2)
+        sums = running_sum(F.logsigmoid(self.gate(x).float()), 1).transpose(1, 2)
         if cache is None:
             return sums
         last = cache.last((self.layer, "forget"))  # [B, H, 1]

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layers.sums import running_sum
+
 
 class Chunks(NamedTuple):
     """Which tokens of a sequence in chunks of Q, n of them, see which. Documents begin with an empty state.
@@ -32,9 +34,7 @@ def chunks_of(length: int, size: int, documents: Tensor | None, device: torch.de
     causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     if documents is None:
         return Chunks(causal)
-    number = (
-        F.pad(documents, (0, -length % size), mode="replicate").unflatten(1, (-1, size)).unsqueeze(2)
-    )  # [B, n, 1, Q]
+    number = documents_in_chunks(documents, size).unsqueeze(2)  # [B, n, 1, Q]
     last = number[..., -1]  # [B, n, 1]
     before = torch.cat((number[:, :1, :, 0], last[:, :-1]), dim=1)  # the document that the chunk begins in
     return Chunks(
@@ -43,6 +43,12 @@ def chunks_of(length: int, size: int, documents: Tensor | None, device: torch.de
         number == last.unsqueeze(-1),
         before == last,
     )
+
+
+def documents_in_chunks(documents: Tensor, size: int) -> Tensor:
+    """[B, T] -> [B, n, size]; what fills up the last chunk belongs to the last document. (CUDA replicates no integers in F.pad.)"""
+    filling = documents[:, -1:].expand(-1, -documents.shape[1] % size)
+    return torch.cat((documents, filling), dim=1).unflatten(1, (-1, size))
 
 
 def split(x: Tensor, size: int) -> Tensor:
@@ -74,17 +80,17 @@ def sums_between(x: Tensor) -> Tensor:
     Differences of cumulative sums would lose the digits that the sums have in common.
     """
     later = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-1).unsqueeze(-1)  # l > j
-    return x.unsqueeze(-2).where(later, 0.0).cumsum(-3)
+    return running_sum(x.unsqueeze(-2).where(later, 0.0), -3)
 
 
 def sums_before(x: Tensor) -> Tensor:
     """[..., Q, C]: entry i is the sum of x over l < i."""
-    return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+    return running_sum(F.pad(x[..., :-1, :], (0, 0, 1, 0)), -2)
 
 
 def sums_after(x: Tensor) -> Tensor:
     """[..., Q, C]: entry i is the sum of x over l > i."""
-    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+    return running_sum(F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2), -2).flip(-2)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from models.layers.chunks import (
     sums_between,
     wide,
 )
+from models.layers.sums import running_sum
 
 CHUNK = 64
 BLOCK = 4  # tokens that are compared channel by channel: the memory for it grows with it
@@ -141,7 +142,7 @@ def _by_chunks(
     states = carried(added, state, lambda chunk, entering: entering @ factors[:, chunk - both.start])
     if seeing.start < v.shape[1]:
         start = torch.stack(states[seeing], dim=1).transpose(-1, -2)  # [B, n, H, K, V]
-        ra = masked(r * log_w.cumsum(-2).exp(), from_start)
+        ra = masked(r * running_sum(log_w, -2).exp(), from_start)
         further = rb[:, seeing] @ (ua[:, seeing] @ start) + ra[:, seeing] @ start
         o = torch.cat((o[:, : seeing.start], o[:, seeing] + further), dim=1)
     return o.transpose(2, 3).flatten(1, 2)[:, :length], states[-1] if keep_state else None
@@ -174,7 +175,7 @@ def _pairs(x: Tensor, y: Tensor, log_w: Tensor, least_log_w: float) -> Tensor:
     ):  # two neighbours make one: the rows of the later one meet the columns of the earlier one at its end
         (_, second), (first, _) = (t.unflatten(-2, (-1, 2, size)).unbind(-3) for t in (x, y))
         early, late = log_w.unflatten(-2, (-1, 2, size)).unbind(-3)
-        later = second * torch.stack((sums_before(late), late.cumsum(-2)), dim=-4).exp()
+        later = second * torch.stack((sums_before(late), running_sum(late, -2)), dim=-4).exp()
         cross = _product(later, first * sums_after(early).exp().unsqueeze(-4))
         upper, lower = found.unflatten(-3, (-1, 2)).unbind(-3)
         found = torch.cat((F.pad(upper, (0, size)), torch.cat((cross, lower), dim=-1)), dim=-2)
@@ -196,7 +197,7 @@ def _by_channel(x: Tensor, y: Tensor, log_w: Tensor) -> Tensor:
 
 def _through_the_middle(x: Tensor, y: Tensor, log_w: Tensor) -> Tensor:
     """As `_by_channel`, for decays so weak that no exponent exceeds LARGEST: both sides are scaled to a token in the middle."""
-    sums = log_w.cumsum(-2)
+    sums = running_sum(log_w, -2)
     middle = sums[..., (y.shape[-2] - 1) // 2, :].unsqueeze(-2)  # [..., m, 1, K]
     later = x * (torch.stack((sums_before(log_w), sums), dim=-4) - middle.unsqueeze(-4)).exp()
     return _product(later, y * (middle - sums).exp().unsqueeze(-4))

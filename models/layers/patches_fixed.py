@@ -14,14 +14,13 @@ from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import counting
 from models.base import Hidden, Split
 from models.layers import normal_
 from models.layers.causal import Context
-from models.layers.chunks import split
+from models.layers.chunks import documents_in_chunks, split
 from models.layers.plain_attention import visible
 from models.layers.plain_block import fused_matrices_in
 from models.layers.positions import number_documents
@@ -148,8 +147,7 @@ class PatchStack(HierarchicalStack):
         size, length = self.patch_size, tokens.shape[1]
         patches = split(tokens, size)  # [B, K, P]
         if documents is not None:
-            documents = number_documents(documents)
-            documents = F.pad(documents, (0, -length % size), mode="replicate").unflatten(1, (-1, size))
+            documents = documents_in_chunks(number_documents(documents), size)
         x = self.decode(patches, self.contexts(patches[:, :-1], documents), documents)
         return Hidden(self.norm(x.flatten(1, 2)[:, :length]))
 

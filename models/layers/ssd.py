@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.layers import without_autocast
 from models.layers.chunks import carried, chunks_of, chunks_with_state, masked, split, sums_after, sums_between, wide
+from models.layers.sums import running_sum
 
 CHUNK = 64
 
@@ -70,7 +71,7 @@ def _by_chunks(
     # A token that fills up the last chunk has dt = 0: it changes nothing.
     u = split(x * dt.unsqueeze(-1), size).unflatten(3, (groups, -1))  # [B, n, Q, G, H/G, P]
     log_decay = split(dt * A, size).transpose(2, 3).unsqueeze(-1)  # [B, n, H, Q, 1]
-    total, after = log_decay.cumsum(3).squeeze(-1), sums_after(log_decay).squeeze(-1)  # [B, n, H, Q]
+    total, after = running_sum(log_decay, 3).squeeze(-1), sums_after(log_decay).squeeze(-1)  # [B, n, H, Q]
     B, C = split(B, size), split(C, size)  # [B, n, Q, G, N]
 
     decay = masked(sums_between(log_decay).squeeze(-1).exp(), sees.within).unflatten(2, (groups, -1))  # [..., Q, Q]

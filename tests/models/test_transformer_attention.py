@@ -16,7 +16,7 @@ import models.transformer
 from models.base import Cache
 from models.hugging_face import llama_config, load_llama_weights
 from models.layers import attend
-from models.layers.attention import sum_by_doubling
+from models.layers.sums import sum_by_doubling
 from models.presets import Llama
 
 
@@ -152,14 +152,15 @@ def test_biases_are_where_they_were_asked_for(changes, owners):
     assert {name.removeprefix("attention.").replace("mlp.up", "up") for name in found} == set(owners.split())
 
 
+@pytest.mark.parametrize("dim", [1, -2])
 @pytest.mark.parametrize("length", [1, 2, 37, 64])
-def test_sums_by_doubling_are_running_sums(length):
+def test_sums_by_doubling_are_running_sums(length, dim):
     """What stands for cumsum where CUDA has none that is the same each time."""
     x = draw(0, 2, length, 3).requires_grad_()
     upstream = draw(1, 2, length, 3)
-    expected = x.cumsum(1)
-    torch.testing.assert_close(sum_by_doubling(x), expected)
-    given, wanted = (torch.autograd.grad(out, x, upstream)[0] for out in (sum_by_doubling(x), expected))
+    expected = x.cumsum(dim)
+    torch.testing.assert_close(sum_by_doubling(x, dim), expected)
+    given, wanted = (torch.autograd.grad(out, x, upstream)[0] for out in (sum_by_doubling(x, dim), expected))
     torch.testing.assert_close(given, wanted)
 
 

@@ -86,6 +86,27 @@ class NoWaiting(TorchDispatchMode):
             raise HostSync(f"a copy from {given.device} to {to.device} without non_blocking waits for the device")
 
 
+class OnlyWhatCudaHas(TorchDispatchMode):
+    """Raises NotImplementedError, as torch on a GPU does, at operators that CUDA lacks for these types, or has only in forms that give
+    other numbers each time. FakeTensorMode, which asks the CPU's code for shapes, has no objection."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, dist.tensor.DTensor) for kind in types):
+            return NotImplemented  # the operators on its local tensor come here
+        given = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        if given is not None and given.is_cuda:
+            name, exact = function.overloadpacket.__name__, not given.dtype.is_floating_point
+            if exact and name.startswith(("replication_pad", "reflection_pad")):
+                raise NotImplementedError(f"{name} of {given.dtype} on CUDA")
+            if not exact and name in UNREPEATABLE and torch.are_deterministic_algorithms_enabled():
+                raise NotImplementedError(f"{name} on CUDA under deterministic algorithms")
+        return function(*args, **(kwargs or {}))
+
+
+# Of those that torch.use_deterministic_algorithms names, the ones a model could want.
+UNREPEATABLE = ("cumsum", "put_", "histc", "bincount", "kthvalue", "median", "replication_pad1d_backward")
+
+
 def _wait(*_: Any) -> None:
     if any(isinstance(mode, NoWaiting) for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()):
         raise HostSync("synchronize() waits for the device")

@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from fake_gpu import PER_MACHINE, NoWaiting, fake_gpus  # noqa: E402, I001  (before torch)
+from fake_gpu import PER_MACHINE, NoWaiting, OnlyWhatCudaHas, fake_gpus  # noqa: E402, I001  (before torch)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
@@ -240,7 +240,7 @@ def rehearse(case: Case) -> Outcome:
             plan = dataclasses.replace(plan, end_of_text=0)  # resolve has it from a dataset
         tracker: Any = Tracker() if case.tracked else contextlib.nullcontext()
         before = traced_graphs()
-        with without_numbers(tracker):
+        with without_numbers(tracker), OnlyWhatCudaHas():
             run = Run(plan, world, None, Watchdog(World(), 60), StopSignals(World()))
             results = [optimiser_step(run)]
             with contextlib.nullcontext() if config.engine.offload else NoWaiting():

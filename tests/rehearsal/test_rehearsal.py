@@ -100,6 +100,16 @@ OPTIONS = {
     "bf16 moments": small("hlb", "single", optim={"state_precision": "bf16"}),
     "hlb's FlexAttention": small("hlb", "ddp", model={"attention_kernel": "flex"}),
     "documents": small("transformer", "ddp", data={"separate_documents": True}),
+    "documents, a delta rule": small("rwkv7", "ddp", data={"separate_documents": True}),
+    "documents, a state space": small("zamba2", "fsdp", data={"separate_documents": True}),
+    "documents, patches": small("megabyte", "single", data={"separate_documents": True}),
+    "deterministic, a delta rule": small("gated-delta-net", "single", deterministic=True),
+    "deterministic, decays of channels": small(
+        "gated-delta-net", "single", model={"decay": "channel"}, deterministic=True
+    ),
+    "deterministic, a known bound": small("rwkv7", "single", deterministic=True),
+    "deterministic, a state space": small("mamba2", "ddp", deterministic=True),
+    "deterministic, a forget gate": small("transformer", "single", model={"forget_gate": True}, deterministic=True),
     "selective": small("llama", "fsdp", engine={"activation_checkpointing": "selective"}),
     "full": small("hlb", "ddp", engine={"activation_checkpointing": "full"}),
     "no sequence for this rank": small("gpt2", "fsdp", batch={"tokens_per_step": 4 * 256}) | {"rank": 0},
