@@ -199,12 +199,12 @@ class TimeMixPreview(nn.Module):
             x + change * (mix.to(x.dtype) + more) for mix, more in zip(self.mix, corrections.to(x.dtype), strict=True)
         )
         r, k, v = self.receptance(xrg), wide(self.key(xk)), wide(self.value(xv))
-        log_w = STRONGEST * torch.sigmoid(self.decay(xwa))
+        z = self.decay(xwa)
+        log_w = STRONGEST * torch.sigmoid(z)  # -exp(w~), with w~ = -softplus(-z) - 1/2
         removal = F.normalize(heads_of(k + self.removal(xk), self.heads), dim=-1)
         rate, key_rate = torch.sigmoid(self.rate(xwa)), torch.sigmoid(self.key_rate(xwa))
         k = k * (key_rate + rate * (1 - key_rate))
-        # log w is -exp(w~), so w~ = log(-log w); k * exp(min(w~ n, 0))
-        k = k * ((-log_w).log() * torch.sigmoid(self.key_decay(xk))).clamp(max=0).exp()
+        k = k * ((F.logsigmoid(z) - 0.5) * torch.sigmoid(self.key_decay(xk))).exp()  # exp(w~ n), which is at most 1
         y = recurrence(self, context, r, log_w, k, v, removal, rate)
         y = self.norm(y) + with_bonus(r, k, v, self.bonus, self.heads)
         return self.out(y.to(x.dtype) * self.gate(xrg)), values

@@ -7,6 +7,7 @@ import re
 import pytest
 import tokenizers
 import torch
+from test_recurrent_models import FORMS, recurrent_model
 
 from models.base import get_model, load_models, model_names
 from models.presets import Gpt2
@@ -73,6 +74,21 @@ def test_a_batch_is_its_prompts_alone(runner, temperature):
     alone = [g.generate(runner, [prompt], 12, VOCAB, seed=7 + i, **options)[0] for i, prompt in enumerate(prompts)]
     assert together == alone
     assert [len(new) for new in together] == [12, 12, 12]
+
+
+class Given(Runner):
+    """Generates with a model that is there already."""
+
+    def __init__(self, model):
+        self.model, self.device, self.precision = model, torch.device("cpu"), "fp32"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_recurrent_model_reads_prompts_of_several_lengths_together(form):
+    draw, runner = torch.Generator().manual_seed(2), Given(recurrent_model(form))
+    prompts = [torch.randint(VOCAB, (length,), generator=draw).tolist() for length in (1, 70, 33, 2)]
+    together = g.generate(runner, prompts, 5, VOCAB, temperature=0)
+    assert together == [g.generate(runner, [prompt], 5, VOCAB, temperature=0)[0] for prompt in prompts]
 
 
 def test_padded_ids_are_never_sampled(runner):

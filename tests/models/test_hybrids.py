@@ -202,6 +202,21 @@ def test_decoding_with_a_window_equals_the_whole_beyond_two_windows(window):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 2, 8, 70, 0])
+def test_renes_window_is_a_mask_of_the_last_tokens(window):
+    """Token i sees token j if 0 <= i - j < window; 0: all that came before. Its attention without a kernel, in fp64."""
+    model = disturbed(model_of(Rene, ReneConfig(**RENE | {"window": window}))).double()
+    [layer] = [layer for layer in model.layers if layer.kind == "attention"]
+    x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = layer.mixer(x, model.context(TOKENS[:2], None, None), layer.layer)
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in layer.mixer.qkv(x).chunk(3, dim=-1))
+    apart = torch.arange(70)[:, None] - torch.arange(70)  # i - j
+    hidden = (apart < 0) | (apart >= window if window else apart < 0)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(hidden, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, layer.mixer.out((scores @ v).transpose(1, 2).flatten(2)), rtol=1e-12, atol=1e-12)
+
+
 def test_the_order_of_renes_layers_is_blagpts():
     kinds = Rene.kinds(ReneConfig())
     assert [i for i, kind in enumerate(kinds) if kind == "attention"] == [6]

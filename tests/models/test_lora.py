@@ -52,7 +52,7 @@ def draw_b(model) -> None:
 @pytest.mark.parametrize("name", ADAPTED)
 def test_it_starts_as_the_model_and_only_adapters_are_trained(name):
     case = subject(name)
-    model = case.model
+    model = case.build()
     for parameter in model.parameters():
         if not parameter.requires_grad and not parameter.any():  # a branch that starts at zero hides its adapters
             nn.init.constant_(parameter, 0.5)
@@ -97,7 +97,6 @@ def test_each_matrix_of_a_fused_layer_has_its_own_pair():
 def test_the_contract_of_models_holds():
     """Seeds, shards, decoding with latent attention (which multiplies by a matrix without calling its layer), counts, roles."""
     case = subject("llama", attention="latent", d_model=32, n_layers=2, n_heads=2)
-    draw_b(case._pristine)
     numbers.cached_decoding_equals_the_whole(case)
     numbers.no_token_sees_the_future(case)
     numbers.copies_share_no_state(case)
@@ -109,7 +108,7 @@ def test_the_contract_of_models_holds():
 
 def test_initial_factors_have_the_variance_of_the_papers_code():
     """1 / (3 d_in); the sample of 4 x 128 numbers is within 5 standard errors, sqrt(2 / 512) each, of it."""
-    model = Subject("gpt2", with_lora(get_model("gpt2")), {"lora_rank": 4, "d_model": 128, "n_heads": 2}).model
+    model = Subject("gpt2", with_lora(get_model("gpt2")), {"lora_rank": 4, "d_model": 128, "n_heads": 2}).build()
     pair = model.layers[0].attention.out.lora[0]
     assert 3 * 128 * pair.a.var().item() == pytest.approx(1, abs=5 * (2 / 512) ** 0.5)
     assert not pair.b.any()

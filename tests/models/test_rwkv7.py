@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import rwkv7
 from models.rwkv7 import Rwkv7, Rwkv7Config
+from trainer.testing import numbers
+from trainer.testing.subject import Failed, Subject
 
 SIZES = {"vocab_size": 32, "d_model": 32, "n_layers": 3, "head_dim": 16}
 
@@ -98,6 +101,80 @@ def test_logits_are_those_of_the_formulas(form):
             assert (found[row] - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+def test_the_strongest_key_decay_of_the_preview_is_finite():
+    """w~ is the logarithm of -log w, which is 0 in fp32 from z = -104 on; so are its gradients."""
+    model = model_of("preview").float()
+    model.layers[0].time.decay.base.data.fill_(-110)
+    tokens = torch.arange(10).view(1, 10)
+    loss = model(tokens, tokens).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# What is left of the shift or of the recurrence in a faulty model -> the check that must find it.
+FAULTS = {
+    "the recurrence sees the future": ("recurrence", lambda real, *given: real(*given).flip(1), "causality"),
+    "the shift takes the next token": ("previous", lambda real, x, *_: x.roll(-1, 1), "causality"),
+    "the state is not carried": (
+        "recurrence",
+        lambda real, mixer, context, *given: real(mixer, context._replace(state=None), *given),
+        "decoding",
+    ),
+    "the shift is not carried": (
+        "previous",
+        lambda real, x, context, key: real(x, context._replace(state=None), key),
+        "decoding",
+    ),
+    "the state crosses documents": (
+        "recurrence",
+        lambda real, mixer, context, *given: real(mixer, context._replace(documents=None), *given),
+        "documents",
+    ),
+    "the shift crosses documents": (
+        "previous",
+        lambda real, x, context, key: real(x, context._replace(documents=None), key),
+        "documents",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("form", ["final", "preview"])
+def test_what_must_not_be_is_found(monkeypatch, form, fault):
+    """Its branches begin at zero: on initial weights the contract would find none of these."""
+    name, broken, check = FAULTS[fault]
+    real = getattr(rwkv7, name)
+    monkeypatch.setattr(rwkv7, name, lambda *given: broken(real, *given))
+    [found] = [one for one in numbers.CHECKS if one.name == check]
+    with pytest.raises(Failed):
+        found.run(Subject("rwkv7", Rwkv7, {"form": form}))
+
+
+def test_initial_values_are_those_of_the_papers_code():
+    """Of the final form: each channel's mixing, decay, rate and gains, in the first and the last layer and between."""
+    depth, width, head = 4, 64, 16
+    model = Rwkv7(Rwkv7Config(vocab_size=32, d_model=width, n_layers=depth, head_dim=head))
+    model.init_weights(torch.Generator().manual_seed(0))
+    n = torch.arange(width).float()
+    linear = n / (width - 1) - 0.5
+    zigzag = 2 * (n % head) / (head - 1) - 1
+    zigzag = zigzag.sign() * zigzag**2
+    for layer, block in enumerate(model.layers):
+        first, last, time = layer / (depth - 1), 1 - layer / depth, block.time
+        for i, power in enumerate((0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):  # r, w, k, v, a, g
+            torch.testing.assert_close(time.mix[i], 1 - (n / width) ** (power * last))
+        torch.testing.assert_close(block.channel.mix, 1 - (n / width) ** (last**4))
+        decay = -6 + 6 * (n / (width - 1)) ** (1 + first**0.3) + 0.5 + 2.5 * zigzag
+        torch.testing.assert_close(time.decay.base, decay, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(time.rate.base, -0.19 + 0.3 * zigzag + 0.4 * linear, rtol=1e-5, atol=1e-5)
+        assert (time.from_first is None) == (layer == 0)
+        if time.from_first is not None:
+            torch.testing.assert_close(time.from_first.base, 0.73 - 0.4 * linear)
+        torch.testing.assert_close(time.removal_scale, 0.71 - 0.1 * linear)
+        assert (time.key_rate == 1.02).all() and (time.bonus == -0.04).all() and not time.gate.A.any()
+        assert (time.norm.weight == time.norm.weight[0]).all()
+
+
 def test_initial_decays_cover_slow_and_fast_channels():
     model = Rwkv7(Rwkv7Config(**SIZES))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -108,11 +185,3 @@ def test_initial_decays_cover_slow_and_fast_channels():
         torch.testing.assert_close(block.time.key.weight @ block.time.key.weight.T, 0.01 * torch.eye(32))
     gains = [block.time.norm.weight[0].item() for block in model.layers]
     assert gains == pytest.approx([(1 / 3) ** 0.7, (2 / 3) ** 0.7, 1.0])
-
-
-def test_low_rank_parts_and_shifts_get_no_weight_decay():
-    model = Rwkv7(Rwkv7Config(**SIZES))
-    groups = model.parameter_groups()
-    assert all(name.endswith((".weight",)) for name in groups["matrix"])
-    assert {"low rank", "token shift"} <= groups.keys()
-    assert set(model.names_by_role()) <= set(model.roles)

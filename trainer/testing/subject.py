@@ -16,6 +16,7 @@ from models.materialise import materialise
 from trainer.engine.meta import build_meta
 from trainer.planning import dial
 
+MOVED = 0.1  # standard deviation of what moves each weight from its initial value
 VOCAB, SCALE = 257, 0.2  # the smallest scale at which the zoo's models have more than one block
 ROWS, LENGTH = 2, 24
 
@@ -73,17 +74,22 @@ class Subject:
         return materialise(self.meta_at(SCALE), torch.device("cpu"), torch.Generator().manual_seed(seed))
 
     @functools.cached_property
-    def _pristine(self) -> Any:
-        return self.build()
+    def _moved(self) -> Any:
+        model, generator = self.build(), torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += MOVED * torch.randn(parameter.shape, generator=generator)
+        model.post_step()
+        return model
 
     @property
     def model(self) -> Any:
-        """A fresh copy of the small model."""
-        return copy.deepcopy(self._pristine)
+        """A fresh copy of the small model, its weights moved at random: what begins at zero would hide the faults behind it."""
+        return copy.deepcopy(self._moved)
 
     @property
     def length(self) -> int:
-        return min(LENGTH, self._pristine.max_context or LENGTH)
+        return min(LENGTH, self._moved.max_context or LENGTH)
 
     @property
     def tokens(self) -> Tensor:
