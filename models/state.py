@@ -101,11 +101,15 @@ class DecodingState:
         return self._recurrent[key] if key in self._recurrent else torch.zeros_like(like)
 
     def remember(self, key: Hashable, value: Tensor) -> None:
-        """Replace the recurrent state under `key`. ValueError if its shape changes, because its size is fixed."""
+        """Replace the recurrent state under `key`. ValueError if its shape changes, because its size is fixed.
+
+        A small part of a large tensor is copied: it would keep a whole prompt in memory.
+        """
         before = self._recurrent.get(key)
         if before is not None and before.shape != value.shape:
             raise ValueError(f"recurrent state {key!r} was {list(before.shape)}, and is now {list(value.shape)}")
-        self._recurrent[key] = value
+        a_part = value.untyped_storage().nbytes() > 2 * value.nbytes
+        self._recurrent[key] = value.clone() if a_part else value
 
     # -- for the decoding loop -----------------------------------------------------------------------------------------
 

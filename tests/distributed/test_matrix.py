@@ -75,7 +75,10 @@ ZOO = [name for name in model_names() if get_model(name).__module__.startswith("
 
 
 # Of models that have no shape with as few parameters as the others.
-SHAPES = dict.fromkeys(("rwkv7", "zamba2"), {"d_model": 64, "n_layers": 2})
+SHAPES = {
+    "rwkv7": {"d_model": 64, "n_layers": 2},
+    "zamba2": {"d_model": 64, "n_layers": 4, "hybrid_every": 2, "shared_blocks": 1},  # two uses of one block
+}
 
 
 def test_every_model_of_the_zoo(tiny_dataset, tmp_path):

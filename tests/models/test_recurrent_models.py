@@ -61,6 +61,19 @@ def test_pieces_with_a_state_equal_the_whole(model, tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "form", [form for form in FORMS if form not in ("zamba2", "lfm2")]
+)  # these keep all keys and values
+def test_a_long_prompt_leaves_a_state_as_small_as_a_short_one(form, tokens):
+    model, sizes = recurrent_model(form), []
+    for prompt in (tokens[:, :20], tokens):
+        state = model.new_state(2, None, torch.device("cpu"), torch.float32)
+        model(prompt, cache=state)
+        sizes.append(state.nbytes)
+    assert sizes[1] == sizes[0]
+
+
+@torch.no_grad()
 def test_documents_that_begin_at_and_beside_the_edge_of_a_chunk(model, tokens):
     model, lengths = model.double(), [64, 1, 62, 6, 70]
     numbers = torch.repeat_interleave(torch.tensor([0, 1, 0, 1, 2]), torch.tensor(lengths)).expand(2, -1)
