@@ -7,7 +7,7 @@ from conftest import tiny_values
 from trainer.core.config import RunConfig
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
-from trainer.planning.expected import validation_of
+from trainer.planning.expected import settings_of, validation_of
 from trainer.planning.laws import BATCH_POWER, Fit, Law, Laws, LossLaw, Origin, PowerLaw, Subject
 from trainer.planning.plan import resolve
 
@@ -42,8 +42,14 @@ def laws(dataset, folder, **changes):
         fingerprint=info.fingerprint,
         **{"tokenizer": "bytes", "tokenizer_sha256": info.tokenizer.sha256, "vocab_size": 257, "sequence_length": 64},
         validation=validation_of(plan.config),
+        settings=settings_of(plan.config, plan.entries, sized),
     )
-    ranges = {"N": [1000.0, 50_000.0], "D": [1000.0, 10_000.0], "B": [512.0, 512.0]}
+    ranges = {
+        "N": [1000.0, 50_000.0],
+        "D": [1000.0, 10_000.0],
+        "B": [512.0, 512.0],
+        "tokens_per_parameter": [0.01, 10.0],
+    }
     where = Origin("0" * 64, "python -m trainer ladder x.yaml", "2026", {"torch": "2"}, [1], 9, "a rule", **ranges)
     draws = tuple(dataclasses.replace(LAW, irreducible=2.9 + 0.01 * k) for k in range(21))
     return Laws(

@@ -9,6 +9,7 @@ from trainer.core.config import RunConfig
 from trainer.core.errors import Damaged, UserError
 from trainer.core.settings import build
 from trainer.data.stream import find_dataset
+from trainer.planning.expected import settings_of
 from trainer.planning.laws import Laws, read_laws
 from trainer.planning.plan import render, resolve, summary
 
@@ -36,7 +37,7 @@ def test_a_file_reads_back_as_it_was_written(tiny_dataset, tmp_path):
     [
         (lambda text: text.replace("points: 9", "points: 8"), Damaged, "its digest is not that of its content"),
         (lambda text: text[:-10], Damaged, "its digest is not that of its content"),
-        (lambda text: text.replace("laws format 1", "laws format 2"), UserError, "has format 2 of crescendo-lm"),
+        (lambda text: text.replace("laws format 2", "laws format 3"), UserError, "has format 3 of crescendo-lm"),
         (lambda text: text.split("\n", 1)[1], UserError, "is not a file of laws"),
         (lambda text: "", UserError, "is not a file of laws"),
     ],
@@ -120,6 +121,81 @@ def test_what_is_not_as_in_the_ladder_is_said(tiny_dataset, tmp_path):
     assert (
         "had another rule (a rule)" in plan.expected.rule
     )  # the file's law, where the ladder's runs followed `a rule`
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("optim", "weight_decay", 10.0, "optim.weight_decay 10.0 (in the ladder 0.1)"),
+        ("optim", "schedule", "constant", "optim.schedule constant (in the ladder cosine)"),
+        ("optim", "warmup_steps", 4, "optim.warmup_steps 4 (in the ladder by its rule)"),
+        ("optim", "clip_norm", 1e-6, "optim.clip_norm 1e-06 (in the ladder 1.0)"),
+        ("optim", "settings", {"beta1": 0.5}, "optim.settings.beta1 0.5 (in the ladder unset)"),
+        ("optim", "roles", {"matrix": {"name": "muon"}}, "optim.roles.matrix.name muon (in the ladder unset)"),
+        ("optim", "lr", 100.0, "optim.lr 100.0 (in the ladder by its rule)"),
+        ("optim", "ema", 0.9, "optim.ema 0.9 (in the ladder 0.0)"),
+        ("batch", "sequence_start", 16, "batch.sequence_start 16 (in the ladder 64)"),
+        ("batch", "ramp_steps", 2, "batch.ramp_steps 2 (in the ladder 0)"),
+        ("data", "separate_documents", True, "data.separate_documents True (in the ladder False)"),
+        ("model", "init_std", 5.0, "model.init_std 5.0 (in the ladder by its rule)"),
+        (None, "precision", "pure_bf16", "precision pure_bf16 (in the ladder "),
+    ],
+)
+def test_what_decides_a_loss_and_is_not_as_in_the_ladder_is_said(tiny_dataset, tmp_path, section, key, value, said):
+    path = laws_file(tiny_dataset, tmp_path)
+    given = values(tiny_dataset, tmp_path / "run", dial=str(path))
+    alike = planned(given)
+    if section is None:
+        given[key] = value
+    else:
+        given[section] = {**given[section], key: value}
+    found = planned(given).expected.rule
+    assert said in found and said not in alike.expected.rule and found.count(said) == 1
+
+
+def test_a_rate_that_the_ladder_set_is_compared_as_a_number(tiny_dataset, tmp_path):
+    """`set` there and `set` here are no reason to believe that they are the same."""
+    rate = {"optim": {"recipe": "plain", "lr": 0.01}}
+    settings = settings_of(*of_plan(planned(values(tiny_dataset, tmp_path / "run", **rate))))
+    path = laws_file(tiny_dataset, tmp_path, settings=settings)
+    same, other = (
+        planned(values(tiny_dataset, tmp_path / "run", dial=str(path), optim={"recipe": "plain", "lr": lr}))
+        for lr in (0.01, 100.0)
+    )
+    assert "optim.lr" not in same.expected.rule
+    assert "optim.lr 100.0 (in the ladder 0.01)" in other.expected.rule
+
+
+def of_plan(plan):
+    return plan.config, plan.entries, ["d_model", "n_layers", "n_heads", "init_std"]
+
+
+def test_the_config_of_a_run_is_no_way_around_the_check_of_the_subject(tiny_dataset, tmp_path):
+    """It names the file with its digest; a run of its own that begins with it is checked as any other."""
+    path = laws_file(tiny_dataset, tmp_path)
+    stored = dataclasses.asdict(planned(values(tiny_dataset, tmp_path / "run", dial=str(path))).config)
+    assert "@" in stored["dial"]
+    for section, change in (("optim", {"name": "lion"}), ("model", {"mlp": "relu2"})):
+        changed = {**stored, section: {**stored[section], **change}}
+        with pytest.raises(UserError, match="holds laws of"):
+            planned(changed)
+    changed = {**stored, "optim": {**stored["optim"], "lr": 77.0}}
+    assert "optim.lr 77.0 (in the ladder by its rule)" in planned(changed).expected.rule
+
+
+def test_tokens_of_a_parameter_have_a_range_too(tiny_dataset, tmp_path):
+    """A ladder lies on rays D = multiple x N: a corner of its box of N and D is far from every run of it."""
+    law, path = laws(tiny_dataset, tmp_path), tmp_path / "laws.yaml"
+    origin = dataclasses.replace(law.loss.origin, tokens_per_parameter=[1.0, 2.0])
+    near = {name: dataclasses.replace(getattr(law, name), origin=origin) for name in ("loss", "learning_rate", "batch")}
+    path.write_text(dataclasses.replace(law, **near).text())
+    plan = planned(values(tiny_dataset, tmp_path / "run", dial=str(path)))
+    share = 4 * 512 / plan.non_embedding
+    said = f"extrapolated: D / N is {share:.3g} times the smallest of the fit"
+    assert share < 1 and said in plan.expected.rule and said in rules(plan)["optim.lr"]
+    free = values(tiny_dataset, tmp_path / "run", dial=str(path))
+    del free["batch"]["tokens_per_step"]
+    assert "D / N is" in rules(planned(free))["batch.tokens_per_step"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "schedule-free", "adafactor"])

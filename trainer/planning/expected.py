@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.config import kernel_fields_of, with_later_fields
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
 from trainer.core.text import printable
@@ -20,11 +22,38 @@ from trainer.optim import DEFAULT_RULE
 from trainer.planning.laws import LAWS, SHARE, Laws, LossLaw, read_laws
 from trainer.planning.length import tokens_at_lengths
 from trainer.planning.resolver import Draft
-from trainer.planning.run_config import folder_of
+from trainer.planning.run_config import CONFIG, LENGTHS, flat, folder_of
 from trainer.recipes import PlanEntry
 from trainer.recipes.recipe import Default
 
 PINNED = re.compile(r"(.+)@([0-9a-f]{64})")
+BY_RULE = "by its rule"
+MOST_NAMED = 6  # settings that are not as in the ladder
+# Keys that `settings_of` leaves out: the size and length of a run, where it runs and what it writes, and what a Subject holds besides.
+ELSEWHERE = (
+    *("run_dir", "seed", "device", "profile", "dial", "deterministic", "model", "parameters", "max_steps", *LENGTHS),
+    *(
+        "objective.name",
+        "init_from",
+        "init_weights",
+        "branch_from",
+        "data.",
+        "engine.",
+        "evaluation.",
+        "checkpoint.",
+        "log.",
+    ),
+    *("batch.tokens_per_", "batch.device_token_capacity", "batch.sequence_length"),
+    *("optim.recipe", "optim.name", "optim.non_finite", "optim.max_skips"),
+)
+OF_THE_DATA = ("data.order", "data.packing", "data.separate_documents")
+OF_THE_SIZE = (
+    "optim.lr",
+    "optim.rest_lr",
+    "optim.warmup_steps",
+    "optim.decay_steps",
+    "batch.ramp_start",
+)  # follow N, D or B
 
 
 @dataclass(frozen=True)
@@ -45,13 +74,16 @@ class DialFile:
         rule = "; ".join(filter(None, (law.law, self.path.name, law.origin.beyond(N=size, D=tokens, B=batch))))
         return Default(float(f"{law.value(size, batch):.6g}"), rule)
 
-    def tokens_per_step(self, size: int, length: int) -> Default | None:
-        """batch.tokens_per_step in whole sequences of `length` tokens; None without a law of it. size: N."""
+    def tokens_per_step(self, size: int, length: int, steps: int | None) -> Default | None:
+        """batch.tokens_per_step in whole sequences of `length` tokens; None without a law of it. size: N; steps: of the run, if that is
+        known."""
         law = self.laws.batch
         if law is None:
             return None
-        rule = "; ".join(filter(None, (law.law, f"{self.path.name}, in whole sequences", law.origin.beyond(N=size))))
-        return Default(max(1, round(law.value(size) / length)) * length, rule)
+        value = max(1, round(law.value(size) / length)) * length
+        known = {"N": size} if steps is None else {"N": size, "D": steps * value}
+        rule = "; ".join(filter(None, (law.law, f"{self.path.name}, in whole sequences", law.origin.beyond(**known))))
+        return Default(value, rule)
 
 
 @dataclass(frozen=True)
@@ -103,7 +135,8 @@ def verdict(row: dict[str, Any]) -> str:
 def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile | str | None]:
     """The laws that the config names, with the digest of their file in the draft; None without `dial`. model: ModelFacts.
 
-    A run that goes on reads its own copy. Where that is gone or damaged, the reason comes instead of laws: its values are decided.
+    A run that goes on reads its own copy. Where that is gone or damaged, the reason comes instead of laws: its values are decided. A new
+    run with the config of another one is a new run: its laws are checked.
     UserError if the file cannot be read, or holds laws of something else.
     """
     config = draft.config
@@ -115,18 +148,18 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
         )
     pinned = PINNED.fullmatch(config.dial)
     path = user_path(pinned[1] if pinned else config.dial, "dial").absolute()
+    copy = folder_of(config) / LAWS
+    goes_on = pinned is not None and (copy.exists() or (folder_of(config) / CONFIG).exists())
     try:
-        copy = folder_of(config) / LAWS
         laws = read_laws(copy if pinned and copy.exists() else path)
         if pinned and laws.digest != pinned[2]:
             raise UserError(f"{printable(path)}: is not the file that the run began with (another digest)")
     except UserError as error:
-        if pinned and config.optim.lr is not None and config.batch.tokens_per_step is not None:
+        if goes_on and config.optim.lr is not None and config.batch.tokens_per_step is not None:
             return draft.note("dial", config.dial, f"not read: {error}"), str(error)
         raise type(error)(f"dial: {error}") from None
-    if not pinned:
-        check_subject(laws, path, config, model.model_class, dataset)
-    found = DialFile(laws, path, differing(laws, config.data, dataset), bool(pinned))
+    check_subject(laws, path, config, dataset)
+    found = DialFile(laws, path, differing(laws, config, dataset), goes_on)
     draft = draft.set("", "dial", f"{path}@{laws.digest}")
     return draft.note("dial", path.name, told(found)), found
 
@@ -140,7 +173,7 @@ def told(dial: DialFile) -> str:
     return f"laws of {of.model['name']}: {have}; {dial.path}, digest {dial.laws.digest[:12]}{other}"
 
 
-def check_subject(laws: Laws, path: Path, config: Any, model_class: Any, dataset: Any) -> None:
+def check_subject(laws: Laws, path: Path, config: Any, dataset: Any) -> None:
     """UserError if the laws are of another architecture, recipe, optimizer, objective or, for a law of losses, tokenizer. config:
     with a recipe and every field of the model."""
     of, name = laws.of, printable(path)
@@ -175,12 +208,50 @@ def fields(of: Any, model: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def differing(laws: Laws, data: Any, dataset: Any) -> tuple[str, ...]:
-    """What of the run is not as in the ladder and does not rule its laws out. data: section `data`; dataset: the main one."""
+def settings_of(config: Any, entries: Iterable[PlanEntry], sized: Iterable[str]) -> dict[str, Any]:
+    """What decides a run's loss besides N, D, B and what a Subject holds: key -> its value, or BY_RULE where a rule follows the size.
+
+    config: resolved; entries: of its plan; sized: fields of the model that the dial chooses.
+    """
+    rules = {entry.key: entry.rule for entry in entries}
+    follow = {*OF_THE_SIZE, *(f"model.{field}" for field in sized)}
+    found = {
+        key: BY_RULE if key in follow and not rules.get(key, "").startswith("set") else value
+        for key, value in flat(config).items()
+        if key in follow or key.startswith(OF_THE_DATA) or not key.startswith(ELSEWHERE)
+    }
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+def other_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Where `ours` is not as in the ladder, for readers. A key that the ladder's release did not know had its default."""
+    unset = flat(RunConfig())
+    pairs = {key: (theirs.get(key, unset.get(key)), value) for key, value in ours.items()}
+    found = [
+        f"{key} {told_value(own)} (in the ladder {told_value(his)})" for key, (his, own) in pairs.items() if his != own
+    ]
+    more = len(found) - MOST_NAMED
+    return found if more <= 0 else [*found[:MOST_NAMED], f"{more} more settings"]
+
+
+def told_value(value: Any) -> str:
+    return "unset" if value is None else printable(value, 60)
+
+
+def differing(laws: Laws, config: Any, dataset: Any) -> tuple[str, ...]:
+    """What of the run is not as in the ladder and does not rule its laws out, as far as its config says; dataset: the main one."""
+    given = {
+        key: value
+        for key, value in flat(config).items()
+        if value not in (None, "auto") and laws.of.settings.get(key, BY_RULE) != BY_RULE
+    }
+    found = other_settings(laws.of.settings, given)
     if dataset is None:
-        return ("data that are not prepared yet cannot be compared",)
-    here, there = fingerprint(data, dataset), laws.of.fingerprint
-    return () if here == there else (f"data {laws.of.data} there (fingerprint {there[:12]}), {here[:12]} here",)
+        return (*found, "data that are not prepared yet cannot be compared")
+    here, there = fingerprint(config.data, dataset), laws.of.fingerprint
+    if here != there:
+        found.insert(0, f"data {laws.of.data} there (fingerprint {there[:12]}), {here[:12]} here")
+    return tuple(found)
 
 
 def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> Expected | None:
@@ -202,7 +273,7 @@ def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> 
         notes.append(f"the data are read {tokens / epoch.tokens:.3g} times, and the law is of new tokens")
     notes.extend(dial.differing)
     notes.extend(unlike(law, of, draft, dial.decided))
-    return Expected("; ".join(filter(None, notes)), loss, low, high)
+    return Expected("; ".join(dict.fromkeys(filter(None, notes))), loss, low, high)
 
 
 def unlike(law: LossLaw, of: Any, draft: Draft, decided: bool) -> list[str]:
@@ -214,6 +285,10 @@ def unlike(law: LossLaw, of: Any, draft: Draft, decided: bool) -> list[str]:
         ("validation by", of.validation, validation_of(config)),
     )
     found = [f"{name} {ours} (in the ladder {theirs})" for name, theirs, ours in settings if theirs != ours]
+    ours = settings_of(config, draft.entries, of.sized)
+    if decided:  # every value is set
+        ours = {key: value for key, value in ours.items() if of.settings.get(key) != BY_RULE}
+    found += other_settings(of.settings, ours)
     rule = next(entry.rule for entry in draft.entries if entry.key == "optim.lr")
     if not decided and without_range(rule) != without_range(law.origin.rates):
         found.append(f"the learning rate of the ladder's runs had another rule ({law.origin.rates})")

@@ -1,6 +1,6 @@
 """laws.yaml: what a ladder has measured of an architecture, so that a plan can use it. `ladder` writes the file, `dial` names it.
 
-    # crescendo-lm 0.3.0, laws format 1, digest 5f1c...    the release that wrote it, and the sha256 of all other lines
+    # crescendo-lm 0.3.0, laws format 2, digest 5f1c...    the release that wrote it, and the sha256 of all other lines
     of: ...               whose laws these are: architecture, recipe, data
     loss: ...             L(N, D) = E + A N^-alpha + B D^-beta, with draws of its bootstrap
     learning_rate: ...    lr = k N^p B^0.5, from `ladder --check lr`
@@ -27,8 +27,9 @@ from trainer.core.settings import build
 from trainer.core.text import printable
 
 LAWS = "laws.yaml"  # in the folder of a ladder, and as a copy in that of a run
-FORMAT = 1
+FORMAT = 2
 HEADER = re.compile(r"# crescendo-lm (\S+), laws format ([0-9]+), digest ([0-9a-f]{64})")
+ROUNDED = 0.01  # by which a run may leave the ranges of a fit: D is whole steps, so D / N is the spec's only nearly
 SHARE = 0.9  # of new runs that fall into the interval of a prediction
 BATCH_POWER = (
     0.5  # of B in the law of the learning rate: Adam's steps of less noisy gradients may be longer (arXiv 2205.10287)
@@ -92,7 +93,7 @@ def middle_of(values: Sequence[float], share: float) -> tuple[float, float]:
 @dataclass
 class Subject:
     """Section `of`. model: its name and the fields that the dial leaves alone; sized: the fields that the dial chooses; validation: the
-    protocol and the windows by which losses are measured."""
+    protocol and the windows by which losses are measured; settings: what else decides a loss (expected.settings_of)."""
 
     model: dict[str, Any]
     sized: list[str]
@@ -106,11 +107,13 @@ class Subject:
     vocab_size: int
     sequence_length: int
     validation: str
+    settings: dict[str, Any]
 
 
 @dataclass
 class Origin:
-    """Where a law comes from, and the ranges of N, D and B that it was fitted to. rates: the rule of the learning rate of its runs."""
+    """Where a law comes from, and the ranges of N, D, B and D / N that it was fitted to. rates: the rule of the learning rate of its
+    runs."""
 
     spec_digest: str
     command: str
@@ -122,20 +125,24 @@ class Origin:
     N: list[float]
     D: list[float]
     B: list[float]
+    tokens_per_parameter: list[float]
 
     def beyond(self, **values: float) -> str:
-        """ "" if these values of N, D and B are within the ranges; else by which factors they are outside."""
+        """ "" if these values of N, D and B, and D / N, are within the ranges; else by which factors they are outside."""
+        ranges = {name: getattr(self, name) for name in values}
+        if {"N", "D"} <= values.keys():
+            values["D / N"], ranges["D / N"] = values["D"] / values["N"], self.tokens_per_parameter
         found = []
         for name, value in values.items():
-            low, high = getattr(self, name)
-            if value > high * (1 + 1e-9):
+            low, high = ranges[name]
+            if value > high * (1 + ROUNDED):
                 found.append(f"{name} is {value / high:.3g} times the largest of the fit")
-            elif value < low * (1 - 1e-9):
+            elif value < low * (1 - ROUNDED):
                 found.append(f"{name} is {value / low:.3g} times the smallest of the fit")
         return f"extrapolated: {', '.join(found)}" if found else ""
 
     def check(self, where: str) -> None:
-        for name in ("N", "D", "B"):
+        for name in ("N", "D", "B", "tokens_per_parameter"):
             values = getattr(self, name)
             if len(values) != 2 or not 0 < values[0] <= values[1]:
                 raise UserError(f"{where}.{name}: must be the smallest and the largest value, above 0")

@@ -180,7 +180,7 @@ def choose_batch(draft: Draft, model: ModelFacts, stored: int, dial: Any = None)
     if draft.config.data.packing != "concat" or draft.config.data.mix:
         draft = keep_length(draft)
     defaults = dict(RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model))
-    law = dial and dial.tokens_per_step(model.non_embedding, draft.config.batch.sequence_length)
+    law = dial and dial.tokens_per_step(model.non_embedding, draft.config.batch.sequence_length, draft.config.max_steps)
     if law is not None:
         defaults["tokens_per_step"] = law
     for key, (value, rule) in defaults.items():

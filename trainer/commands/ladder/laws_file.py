@@ -17,12 +17,13 @@ from trainer.core.text import printable
 from trainer.data.dataset import DatasetInfo
 from trainer.data.mixture import fingerprint
 from trainer.planning import dial
-from trainer.planning.expected import validation_of
+from trainer.planning.expected import settings_of, validation_of
 from trainer.planning.laws import BATCH_POWER, LAWS, Laws, Origin, PowerLaw, Subject, parse_laws, read_laws
 from trainer.planning.model import read_model
 from trainer.runtime.environment import environment
 
 FAR = 32.0  # a scale at which the dial chooses another shape than at those of any ladder
+OTHERS = "another for each size"
 OF_THE_COMMAND = ("ladder_dir", "jobs", "price", "estimate", "check")  # what decides no result
 
 
@@ -48,6 +49,11 @@ def subject_of(rungs: Sequence[Rung], dataset: DatasetInfo) -> Subject:
     shapes = [dataclasses.asdict(one.plan.model_config) for one in rungs] + far_shape(rungs[0])
     sized = [key for key in shapes[0] if any(shape.get(key) != shapes[0][key] for shape in shapes)]
     kept = {key: value for key, value in shapes[0].items() if key not in (*sized, "vocab_size")}
+    settings = [settings_of(one.plan.config, one.plan.entries, sized) for one in rungs]
+    same = {
+        key: value if all(other.get(key) == value for other in settings) else OTHERS
+        for key, value in settings[0].items()
+    }
     return Subject(
         model={"name": config.model["name"], **kept},
         sized=sized,
@@ -61,6 +67,7 @@ def subject_of(rungs: Sequence[Rung], dataset: DatasetInfo) -> Subject:
         vocab_size=tokenizer.vocab_size,
         sequence_length=config.batch.sequence_length,
         validation=validation_of(config),
+        settings=same,
     )
 
 
@@ -92,6 +99,7 @@ def origin(config: LadderConfig, rungs: Sequence[Rung], seeds: Sequence[int], po
         N=ends(one.size for one in rungs),
         D=ends(one.length.tokens for one in rungs),
         B=ends(one.plan.config.batch.tokens_per_step for one in rungs),
+        tokens_per_parameter=ends(one.length.tokens / one.size for one in rungs),
     )
 
 
