@@ -50,7 +50,9 @@ def laws(dataset, folder, **changes):
         "B": [512.0, 512.0],
         "tokens_per_parameter": [0.01, 10.0],
     }
-    where = Origin("0" * 64, "python -m trainer ladder x.yaml", "2026", {"torch": "2"}, [1], 9, "a rule", **ranges)
+    where = Origin(
+        "0" * 64, "python -m trainer ladder x.yaml", "2026", {"torch": "2"}, [1], 9, "a rule", **ranges, epochs=0.5
+    )
     draws = tuple(dataclasses.replace(LAW, irreducible=2.9 + 0.01 * k) for k in range(21))
     return Laws(
         dataclasses.replace(of, **changes),

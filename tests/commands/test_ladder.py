@@ -223,6 +223,9 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
         (said["loss"], said["low"], said["high"]), rel=1e-4
     )
     assert laws.loss.held_out["measured"] == found["measured"] and laws.loss.origin.B == [512, 512]
+    assert laws.of.settings["optim.weight_decay"] == 0.1 and laws.of.settings["optim.warmup_steps"] == "by its rule"
+    assert laws.loss.origin.tokens_per_parameter == pytest.approx([0.5, 2.0], rel=0.05)
+    assert laws.loss.origin.epochs > 1 and f"the data are read up to {laws.loss.origin.epochs:.3g} times" in page
 
     ladder(spec(seeds=[1, 2]))  # more points do not change what was said before the held-out run
     assert len(json.loads((folder / "ladder.json").read_text())["points"]) == 18
@@ -233,6 +236,9 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
         predicted(folder / "prediction.json", fit(("N",), [(k,) for k in range(1, 6)], [3.0] * 5, draws=1), other)
     (folder / "prediction.json").write_bytes(before.replace(b'"loss"', b'"lost"'))
     with pytest.raises(Damaged, match="digest"):
+        ladder(spec(seeds=[1, 2]))
+    (folder / "prediction.json").unlink()
+    with pytest.raises(UserError, match="would be no prediction"):
         ladder(spec(seeds=[1, 2]))
 
 

@@ -19,7 +19,7 @@ from trainer.core.files import user_path
 from trainer.core.text import printable
 from trainer.data.mixture import fingerprint
 from trainer.optim import DEFAULT_RULE
-from trainer.planning.laws import LAWS, SHARE, Laws, LossLaw, read_laws
+from trainer.planning.laws import LAWS, ONCE, SHARE, Laws, LossLaw, read_laws
 from trainer.planning.length import tokens_at_lengths
 from trainer.planning.resolver import Draft
 from trainer.planning.run_config import CONFIG, LENGTHS, flat, folder_of
@@ -269,8 +269,10 @@ def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> 
     loss, low, high = law.fit().predict(size, tokens)
     notes = [law.law, f"{law.origin.points} runs of {of.data}", str(dial.path)]
     notes.append(law.origin.beyond(N=size, D=tokens, B=config.batch.tokens_per_step))
-    if tokens > 1.01 * epoch.tokens:
-        notes.append(f"the data are read {tokens / epoch.tokens:.3g} times, and the law is of new tokens")
+    times = tokens / epoch.tokens
+    if max(times, law.origin.epochs) > ONCE:
+        of_law = f"read up to {law.origin.epochs:.3g} times" if law.origin.epochs > ONCE else "new"
+        notes.append(f"the data are read {times:.3g} times, and the law is of tokens that were {of_law}")
     notes.extend(dial.differing)
     notes.extend(unlike(law, of, draft, dial.decided))
     return Expected("; ".join(dict.fromkeys(filter(None, notes))), loss, low, high)

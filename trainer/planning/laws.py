@@ -30,6 +30,7 @@ LAWS = "laws.yaml"  # in the folder of a ladder, and as a copy in that of a run
 FORMAT = 2
 HEADER = re.compile(r"# crescendo-lm (\S+), laws format ([0-9]+), digest ([0-9a-f]{64})")
 ROUNDED = 0.01  # by which a run may leave the ranges of a fit: D is whole steps, so D / N is the spec's only nearly
+ONCE = 1.01  # readings of the data that still count as one
 SHARE = 0.9  # of new runs that fall into the interval of a prediction
 BATCH_POWER = (
     0.5  # of B in the law of the learning rate: Adam's steps of less noisy gradients may be longer (arXiv 2205.10287)
@@ -113,7 +114,7 @@ class Subject:
 @dataclass
 class Origin:
     """Where a law comes from, and the ranges of N, D, B and D / N that it was fitted to. rates: the rule of the learning rate of its
-    runs."""
+    runs; epochs: how many times they read their data at most."""
 
     spec_digest: str
     command: str
@@ -126,6 +127,7 @@ class Origin:
     D: list[float]
     B: list[float]
     tokens_per_parameter: list[float]
+    epochs: float
 
     def beyond(self, **values: float) -> str:
         """ "" if these values of N, D and B, and D / N, are within the ranges; else by which factors they are outside."""

@@ -226,6 +226,11 @@ def predicted(path: Path, found: Fit, held_out: Rung) -> dict[str, Any]:
                 "tokens_per_parameter), or choose another --ladder_dir"
             )
         return before
+    if any((path.parent / HELD_OUT / "runs").glob("*")):
+        raise UserError(
+            f"{printable(path)}: is gone, and the run that it predicted has begun: what is written now would be no prediction; put the "
+            "file back, or choose another --ladder_dir"
+        )
     loss, low, high = found.predict(*held_out.point, share=SHARE)
     content = {
         "environment": environment(),

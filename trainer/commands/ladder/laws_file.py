@@ -100,6 +100,7 @@ def origin(config: LadderConfig, rungs: Sequence[Rung], seeds: Sequence[int], po
         D=ends(one.length.tokens for one in rungs),
         B=ends(one.plan.config.batch.tokens_per_step for one in rungs),
         tokens_per_parameter=ends(one.length.tokens / one.size for one in rungs),
+        epochs=max(one.epochs for one in rungs),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from trainer.commands.ladder.rates import GOAL, Optimum
 from trainer.commands.ladder.spec import Rung, means_of
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
-from trainer.planning.laws import LAWS, Fit, Law, PowerLaw
+from trainer.planning.laws import LAWS, ONCE, Fit, Law, PowerLaw
 from trainer.runtime.environment import environment
 
 Points = Sequence[tuple[Rung, int, float]]
@@ -55,6 +55,7 @@ def publish_losses(
         f"L(N, D) = {found.law.formula()}, in nats a token",
         *intervals(found),
         *compute_laws(points),
+        *repeated([*(one for one, _, _ in points), held_out]),
         f"predicted before the run: scale {held_out.arm.scale:g}, N {held_out.size:,}, {held_out.length.tokens:,} tokens: "
         f"{prediction['loss']:.4f}, {prediction['share']:.0%} between {prediction['low']:.4f} and {prediction['high']:.4f}",
         f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
@@ -74,6 +75,12 @@ def publish_losses(
     }
     publish(folder, "ladder", "Ladder of losses", rows, lines, body)
     draw_losses(folder / "ladder.png", points, found.law, held_out, prediction, measured)
+
+
+def repeated(rungs: Iterable[Rung]) -> list[str]:
+    """A line if runs read their data more than once: they learn less from that than from new tokens (arXiv 2305.16264)."""
+    most = max(one.epochs for one in rungs)
+    return [f"the data are read up to {most:.3g} times: this law is not one of new tokens"] if most > ONCE else []
 
 
 def cells(one: Rung, seed: int) -> list[str]:

@@ -38,6 +38,12 @@ class Rung:
     plan: Plan
 
     @property
+    def epochs(self) -> float:
+        """How many times its runs read the training split."""
+        assert self.plan.epoch is not None  # a ladder prepares its data first
+        return self.length.tokens / self.plan.epoch.tokens
+
+    @property
     def point(self) -> tuple[float, float]:
         """(N, D): parameters without embeddings and head, training tokens."""
         return float(self.size), float(self.length.tokens)
