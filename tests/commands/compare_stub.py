@@ -20,7 +20,7 @@ def experiment(folder, inferred=1e-3, **values) -> Experiment:
     """The experiment of TWO in `folder`, whose runs have 10 steps."""
     config = spec(**values)
     found = arms(config)
-    facts = facts_of(config, "test", ["compare"], found[0].name)
+    facts = facts_of(config, "test", ["compare"], found)
     made = Experiment(folder, facts, found, stored_experiment(folder))
     for arm in found:
         made.lengths.setdefault(arm.key, Length(10, 5120, 10**9, 1000, 6000, inferred))

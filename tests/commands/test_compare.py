@@ -519,7 +519,7 @@ def test_a_bench_of_other_values_is_made_again(tmp_path, monkeypatch):
 def test_an_estimate_counts_runs_hours_and_money(tmp_path, sized, monkeypatch):
     config, found, dataset = sized
     monkeypatch.setattr("trainer.commands.compare.estimate.find_dataset", lambda data: dataset)
-    facts = facts_of(config, "test", ["compare"], "gpt2")
+    facts = facts_of(config, "test", ["compare"], found)
     made = Experiment(tmp_path, facts, found, None)
     made.lengths = lengths(found, "tokens", lambda data: dataset, rate=None)
     speeds = Speeds(tmp_path, {}, [], print)

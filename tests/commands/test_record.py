@@ -10,7 +10,11 @@ from synthetic_runs import simple_comparison
 from trainer.__main__ import dispatch
 from trainer.commands.compare import command
 from trainer.commands.compare.estimate import Estimate
+from trainer.commands.compare.experiment import facts_of
+from trainer.commands.compare.spec import arms
+from trainer.commands.record import RecordConfig, read_specs
 from trainer.core.errors import UserError
+from trainer.core.files import read_json, sealed
 
 SPEC = """
 # A comparison.
@@ -56,6 +60,25 @@ def test_results_stay_when_the_runs_are_gone(record, tmp_path):
     assert "(first.svg)" in page and "<svg" in (tmp_path / "record" / "first.svg").read_text()
     shutil.rmtree(tmp_path / "runs")
     assert record("--train", "false") == page
+
+
+def test_results_of_another_spec_are_told(record, tmp_path):
+    """The digest of what the comparison asked for, against that of the spec beside the page."""
+    path = tmp_path / "record" / "first.yaml"
+    [(_, spec)] = [one for one in read_specs(path.parent, RecordConfig()) if one[0] == "first"]
+    experiment = tmp_path / "runs" / "first" / "experiment.json"
+    digest = facts_of(spec, "", [], arms(spec))["spec"]
+    experiment.write_text(sealed(read_json(experiment) | {"spec": digest}))
+    dispatch(["report", str(experiment.parent)])
+    assert "The spec was changed since" not in record("--train", "false")
+    assert "The spec was changed since" not in record("--train", "false", "--common.data.path", str(tmp_path))
+    for before, after in (
+        ("max_steps: 40", "max_steps: 41"),
+        ("[llama, gpt2]", "[gpt2, llama]"),
+        ("common:", "seeds: [1]\ncommon:"),
+    ):
+        path.write_text(SPEC.replace(before, after))
+        assert "**The spec was changed since:**" in record("--train", "false")
 
 
 def test_results_that_were_changed_are_refused(record, tmp_path):

@@ -21,7 +21,7 @@ from trainer.core.text import markdown_table, printable, printable_lines
 if TYPE_CHECKING:
     from trainer.commands.compare import CompareConfig
 
-KEPT = ("name", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
+KEPT = ("name", "spec", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
 DATA = ("fingerprint", "tokenizer", "training tokens", "validation tokens", "validation bytes")  # and of its data
 PAGE = "RECORD.md"
 SECONDS_PER_HOUR = 3600
@@ -128,7 +128,7 @@ def write_page(folder: Path, specs: dict[str, CompareConfig]) -> None:
     lines = ["# Record", "", "Written by `python -m trainer record`; README.md says how to read it.", ""]
     lines += claim_lines(found)
     for name, study in found.items():
-        lines += ["", *study_lines(name, study), *new_claims(specs[name], study)]
+        lines += ["", *study_lines(name, study), *changed_since(specs[name], study)]
         if (folder / f"{name}.svg").exists():
             lines += ["", f"![{name}: validation loss against training FLOPs, of each arm]({name}.svg)"]
     if missing:
@@ -137,12 +137,18 @@ def write_page(folder: Path, specs: dict[str, CompareConfig]) -> None:
     print(f"{printable(folder / PAGE)}: {len(found)} comparisons, {len(missing)} not measured yet", file=sys.stderr)
 
 
-def new_claims(spec: CompareConfig, study: dict[str, Any]) -> list[str]:
-    """The claims of the spec that its results do not judge: they were added since."""
+def changed_since(spec: CompareConfig, study: dict[str, Any]) -> list[str]:
+    """What the spec asks for and its results are not of, for it was changed since."""
+    from trainer.commands.compare.experiment import facts_of
+    from trainer.commands.compare.spec import arms
     from trainer.commands.report.markdown import escape
 
     judged = {claim["claim"] for claim in study["claims"]}
-    return [f"- Not judged yet: {escape(str(words))}." for words in spec.claims if str(words) not in judged]
+    lines = [f"- Not judged yet: {escape(str(words))}." for words in spec.claims if str(words) not in judged]
+    now = facts_of(spec, "", [], arms(spec))["spec"]
+    if study.get("spec", now) != now:
+        lines.append("- **The spec was changed since:** these are results of an earlier one.")
+    return lines
 
 
 def unit_of(study: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def opened(config: CompareConfig) -> Iterator[Work]:
     plugins = plugins_in(words)
     folder, found = compare_folder(config), arms(config)
     name = folder.name.removeprefix("compare-")
-    facts = facts_of(config, name, ["python", "-m", "trainer", *words], found[0].name)
+    facts = facts_of(config, name, ["python", "-m", "trainer", *words], found)
     slots = device_slots(config.jobs, found[0].config().device)
     with locked(folder, key="compare_dir", doing="at work on"):
         experiment = Experiment(folder, facts, found, stored_experiment(folder))

@@ -23,10 +23,10 @@ from typing import Any
 from trainer.checkpoint.format import found
 from trainer.commands.compare.budget import Length
 from trainer.commands.compare.learning_rates import DIVERGED, RULE, Sweep, start, sweep
-from trainer.commands.compare.spec import Arm, claims_of, folder_name
+from trainer.commands.compare.spec import Arm, claims_of, flat_text, folder_name
 from trainer.core import yaml_text
 from trainer.core.errors import UserError
-from trainer.core.files import DIGEST, read_json, sealed, write_file
+from trainer.core.files import DIGEST, digest_of, read_json, sealed, write_file
 from trainer.core.settings import merge
 from trainer.core.text import printable
 from trainer.planning.run_config import is_run
@@ -262,19 +262,36 @@ def stored_length(arm: dict[str, Any]) -> Length:
     return Length(**{**fields, "learning_rate": arm["inferred_learning_rate"], "refused": ""})
 
 
-def facts_of(config: Any, name: str, command: list[str], baseline: str) -> dict[str, Any]:
-    """What experiment.json says beside arms and runs. config: a CompareConfig."""
-    return {
-        "name": name,
-        "command": command,
+def facts_of(config: Any, name: str, command: list[str], arms: list[Arm]) -> dict[str, Any]:
+    """What experiment.json says beside arms and runs. config: a CompareConfig; arms: its arms, the baseline first."""
+    asked = {
         "budget": config.budget,
-        "baseline": baseline,
-        "rule": RULE.format(most=config.most_learning_rates),
+        "baseline": arms[0].name,
         "seeds": list(config.seeds),
         "tuning_seed": config.tuning_seed,
         "most_learning_rates": config.most_learning_rates,
         "claims": claims_of(config),
     }
+    rule = RULE.format(most=config.most_learning_rates)
+    return {"name": name, "command": command, "rule": rule, "spec": spec_digest(asked, arms), **asked}
+
+
+def spec_digest(asked: dict[str, Any], arms: list[Arm]) -> str:
+    """sha256 of what a spec asks for. Where its data are is not part of it: their fingerprint tells data apart."""
+    settings = [
+        (
+            arm.name,
+            arm.scale,
+            arm.learning_rates,
+            {
+                key: value
+                for key, value in flat_text(arm.values).items()
+                if not key.startswith(("data.path", "data.source"))
+            },
+        )
+        for arm in arms
+    ]
+    return digest_of({**asked, "arms": settings})
 
 
 def check_same(folder: Path, stored: dict[str, Any], facts: dict[str, Any], arms: list[Arm]) -> None:

@@ -169,6 +169,7 @@ def body(study: Study, found: list[Result], caveats: list[Caveat]) -> dict[str, 
     return {
         "name": study.name,
         "folder": None if study.folder is None else str(study.folder),
+        "spec": study.spec,
         "budget": study.budget,
         "baseline": study.baseline,
         "arms": [_arm_body(one) for one in found],

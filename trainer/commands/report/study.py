@@ -85,7 +85,7 @@ class Claim:
 class Study:
     """Arms that are compared with each other.
 
-    budget, rule, seeds, tuning_seed, claims, command: of experiment.json; declared: whether there is one
+    budget, rule, seeds, tuning_seed, claims, command, spec: of experiment.json; declared: whether there is one
     first_baseline: the one that the comparison declared, "" if it is the baseline; added_seeds: those that it did not begin with
     notes: what could not be read, each a line
     """
@@ -102,6 +102,7 @@ class Study:
     claims: list[Claim] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spec: str = ""  # digest of what the comparison asks for
     first_baseline: str = ""
     added_seeds: list[int] = field(default_factory=list)
 
@@ -231,6 +232,7 @@ def read_comparison(folder: Path) -> Study:
         tuning_seed=_value(content, "tuning_seed", (int, NOTHING), where),
         claims=[_read_claim(one, by_key, where) for one in _value({"claims": []} | content, "claims", (list,), where)],
         command=[str(word) for word in _value(content, "command", (list,), where)],
+        spec=_value({"spec": ""} | content, "spec", (str,), where),
     )
     for one in runs:
         run, key = _read_run(folder, one, where)
