@@ -158,6 +158,11 @@ def unit_of(study: dict[str, Any]) -> str:
     return UNITS[study["arms"][0]["metric"]]
 
 
+def budget_of(study: dict[str, Any]) -> str:
+    """What the arms have in common."""
+    return "FLOPs" if study["budget"] == "flops" else str(study["budget"])
+
+
 def at_scale(study: dict[str, Any], one: dict[str, Any]) -> str:
     """The scale of an arm or a claim, where the study has several."""
     return f" at scale {one['scale']:g}" if len({arm["scale"] for arm in study["arms"]}) > 1 else ""
@@ -177,7 +182,7 @@ def claim_lines(found: dict[str, Any]) -> list[str]:
                 escape(pairs),
                 claim["verdict"],
             ]
-            rows.append([*said, f"[{name}](#{name}), equal {study['budget']}"])
+            rows.append([*said, f"[{name}](#{name}), equal {budget_of(study)}"])
     return ["## Claims", "", *markdown_table(rows)] if len(rows) > 1 else []
 
 
@@ -200,7 +205,7 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
 
     facts = study["environment"]
     lead = (
-        f"Equal {study['budget']}, spec [{name}.yaml]({name}.yaml); {study['finished']} of {study['runs']} runs finished, "
+        f"Equal {budget_of(study)}, spec [{name}.yaml]({name}.yaml); {study['finished']} of {study['runs']} runs finished, "
         f"{study['hours']:.2f} hours of training; {facts.get('device', 'n/a')}, {facts.get('precision', 'n/a')}, torch "
         f"{facts.get('torch', 'n/a')}; started {facts.get('started', 'n/a')}."
     )

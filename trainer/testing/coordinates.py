@@ -1,7 +1,7 @@
 """The coordinate check of model.mup (arXiv 2203.03466, appendix D.1): how large activations are after some steps, at several sizes.
 
-Where the parametrisation is right, they stay flat as width or depth grow; without it they grow. The runs are resolved and optimised as
-`train` does it, on random tokens that are the same for all.
+Where the parametrisation is right, they stay flat as width or depth grow; without it they grow. The parameter groups are those of
+`train`; weights begin with init_std 0.02 at every width, gradients are not clipped, and the tokens are random and the same for all.
 """
 
 from __future__ import annotations
