@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from conftest import ROOT
 from law_files import LAW, MODEL, RATE, laws, laws_file, values
 
 from trainer.core.config import RunConfig
@@ -196,6 +197,18 @@ def test_tokens_of_a_parameter_have_a_range_too(tiny_dataset, tmp_path):
     free = values(tiny_dataset, tmp_path / "run", dial=str(path))
     del free["batch"]["tokens_per_step"]
     assert "D / N is" in rules(planned(free))["batch.tokens_per_step"]
+
+
+@pytest.mark.parametrize("name", ["hlb", "llama"])
+def test_the_laws_of_the_record_are_whole(name):
+    """They are read as any file of laws, and predict what the page beside them says."""
+    folder = ROOT / "configs" / "record" / "ladders"
+    law = read_laws(folder / f"{name}.yaml").loss
+    page, said = (folder / f"{name}.md").read_text(), law.held_out
+    assert (
+        f"90% between {said['low']:.4f} and {said['high']:.4f}" in page and f"measured: {said['measured']:.4f}" in page
+    )
+    assert law.fit().predict(said["N"], said["D"])[0] == pytest.approx(said["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "schedule-free", "adafactor"])
