@@ -88,6 +88,8 @@ class LanguageModel(nn.Module):
     roles: ClassVar[tuple[str, ...]] = ("matrix", "embedding", "head", "norm", "bias", "position")
     # The model's own roles, such as "decay vector" or "hash table" -> the entry of `roles` that an optimiser treats them as.
     further_roles: ClassVar[Mapping[str, str]] = {}
+    # Whether an inferred init_std grows as widths fall below GPT-2's: where that was measured to help.
+    narrow_init: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()

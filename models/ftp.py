@@ -105,6 +105,7 @@ class Ftp(PatchStack):
     """`layers` are the decoder's blocks. Both stacks end in an RMSNorm; the embedding is shared, and by default the output matrix."""
 
     Config = FtpConfig
+    narrow_init = True
     n_contexts = 3
 
     def __init__(self, config: FtpConfig) -> None:

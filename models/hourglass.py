@@ -247,6 +247,7 @@ class Hourglass(HierarchicalStack):
     """Pre-norm blocks of one width at all levels, and a final RMSNorm."""
 
     Config = HourglassConfig
+    narrow_init = True
 
     def __init__(self, config: HourglassConfig) -> None:
         c = config

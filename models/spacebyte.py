@@ -69,6 +69,7 @@ class SpaceByte(HybridStack):
     """`layers` are the global ones, `early` and `late` the local ones before and after them."""
 
     Config = SpaceByteConfig
+    narrow_init = True
     embedding: nn.Embedding
 
     def __init__(self, config: SpaceByteConfig) -> None:

@@ -59,6 +59,7 @@ class Transformer(LanguageModel):
     """Embedding, blocks, norm, output projection; the switches are fields of `Config`."""
 
     Config = TransformerConfig
+    narrow_init = True
     kernel_fields, device_kernels = ("attention_kernel", "kernels"), ("cudnn", "flex", "flash", "flash3", "liger")
     masks_documents = True
 

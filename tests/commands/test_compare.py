@@ -251,12 +251,13 @@ WITH_OTHER_BUDGET = [file for file in COMPARISONS if file.stem.endswith("-flops"
 
 @pytest.mark.parametrize("file", WITH_OTHER_BUDGET, ids=lambda file: file.stem)
 def test_our_comparisons_with_equal_flops_have_the_arms_of_those_with_equal_parameters(file):
-    """They may train for fewer steps."""
+    """They may train for fewer steps, and judge further claims, which are made at equal FLOPs."""
     config, base = (read(load_yaml(path)) for path in (file, file.with_stem(file.stem.removesuffix("-flops"))))
     assert (config.budget, base.budget) == ("flops", "parameters")
     for one in (config, base):
         one.common.pop("max_steps")
-    assert arms(config) == arms(base) and claims_of(config) == claims_of(base)
+    assert arms(config) == arms(base)
+    assert all(claim in claims_of(config) for claim in claims_of(base))
 
 
 @pytest.mark.parametrize(
