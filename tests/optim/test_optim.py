@@ -214,7 +214,7 @@ def test_the_calls_of_a_step_do_not_grow_with_the_number_of_tensors(layers):
     local = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in local.items()}
     config = OptimConfig(recipe="plain", lr=1e-3, warmup_steps=3, weight_decay=0.1, loss_driven_decay=False)
-    groups = plain.Plain().groups(None, shapes, SimpleNamespace(optim=config, max_steps=100))
+    groups = plain.Plain().groups(model, shapes, SimpleNamespace(optim=config, max_steps=100))
     optimizer = optim.Optimizer(groups, shapes, local, 1.0, torch.zeros_like, torch.device("cpu"))
     for parameter in local.values():
         parameter.grad = torch.ones_like(parameter)
@@ -224,15 +224,3 @@ def test_the_calls_of_a_step_do_not_grow_with_the_number_of_tensors(layers):
         optimizer.zero_grad(set_to_none=False)  # as for ddp and CUDA graphs
     assert calls.names == 2 * ["aten::_foreach_add_", "aten::_fused_adamw_"] + ["aten::_foreach_zero_"]
     assert not any(parameter.grad.any() for parameter in local.values())
-
-
-def test_plain_recipe_decays_matrices_only():
-    cls = get_model("gpt2")
-    model = cls(cls.config_for_scale(0.02, 257, 2_000_000))
-    config = OptimConfig(recipe="plain", lr=1e-3, warmup_steps=3, weight_decay=0.1, loss_driven_decay=False)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    groups = plain.Plain().groups(None, shapes, SimpleNamespace(optim=config, max_steps=100))
-    assert [group.weight_decay for group in groups] == [0.1, 0.0]
-    assert all(len(shapes[name]) >= 2 for name in groups[0].parameters)
-    assert all(len(shapes[name]) < 2 for name in groups[1].parameters)
-    assert sum(len(group.parameters) for group in groups) == len(list(model.parameters()))
