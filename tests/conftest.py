@@ -100,7 +100,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 THAW = gc.unfreeze
-RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def beyond(sample: Collection, values: Iterable, several: bool = False) -> list:
@@ -139,7 +138,9 @@ def no_group_left():
         dist = sys.modules.get("torch.distributed")
         return dist is not None and dist.is_initialized()
 
-    before, environment = group_exists(), {name: os.environ.get(name) for name in RANK_NAMES}
+    from trainer.runtime.launcher import NAMES
+
+    before, environment = group_exists(), {name: os.environ.get(name) for name in NAMES}
     yield
     for name, value in environment.items():
         os.environ.pop(name, None)

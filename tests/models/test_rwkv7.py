@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import rwkv7
+from models.layers.causal import Context
 from models.rwkv7 import Rwkv7, Rwkv7Config
 from trainer.testing import numbers
 from trainer.testing.subject import Failed, Subject
@@ -111,30 +112,21 @@ def test_the_strongest_key_decay_of_the_preview_is_finite():
     assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-# What is left of the shift or of the recurrence in a faulty model -> the check that must find it.
+def without(part):
+    """A shift or recurrence that does not know of the state, or of documents."""
+    return lambda real, *given: real(
+        *(one._replace(**{part: None}) if isinstance(one, Context) else one for one in given)
+    )
+
+
+# The function that is broken, how (it is given the real one first) -> the check that must find it.
 FAULTS = {
     "the recurrence sees the future": ("recurrence", lambda real, *given: real(*given).flip(1), "causality"),
     "the shift takes the next token": ("previous", lambda real, x, *_: x.roll(-1, 1), "causality"),
-    "the state is not carried": (
-        "recurrence",
-        lambda real, mixer, context, *given: real(mixer, context._replace(state=None), *given),
-        "decoding",
-    ),
-    "the shift is not carried": (
-        "previous",
-        lambda real, x, context, key: real(x, context._replace(state=None), key),
-        "decoding",
-    ),
-    "the state crosses documents": (
-        "recurrence",
-        lambda real, mixer, context, *given: real(mixer, context._replace(documents=None), *given),
-        "documents",
-    ),
-    "the shift crosses documents": (
-        "previous",
-        lambda real, x, context, key: real(x, context._replace(documents=None), key),
-        "documents",
-    ),
+    "the state is not carried": ("recurrence", without("state"), "decoding"),
+    "the shift is not carried": ("previous", without("state"), "decoding"),
+    "the state crosses documents": ("recurrence", without("documents"), "documents"),
+    "the shift crosses documents": ("previous", without("documents"), "documents"),
 }
 
 

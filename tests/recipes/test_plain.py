@@ -4,8 +4,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from test_zoo import ZOO
 
-from models.base import get_model, load_models, model_names
+from models.base import get_model
 from models.counting import build_on_meta
 from trainer.core.config import BatchConfig, OptimConfig, RunConfig
 from trainer.optim import names_by_role
@@ -58,7 +59,6 @@ def test_hlbs_rate_is_that_of_its_batch():
     assert rate_at_batch(2.5e-3, fitted // 4, 1) == pytest.approx(2.5e-3 / 2, rel=1e-3)
 
 
-load_models()
 SHAPES = {
     "rwkv7": [{}, {"form": "preview"}],
     "gated-delta-net": [{}, {"decay": "channel"}],
@@ -66,7 +66,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(model_names()))
+@pytest.mark.parametrize("name", ZOO)
 def test_what_decays(name):
     """Tables and matrices; no short convolution, token shift or low-rank part, though they have two dimensions."""
     optim = OptimConfig(lr=1e-3, schedule="cosine", weight_decay=0.1, warmup_steps=40)

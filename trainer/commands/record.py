@@ -146,7 +146,7 @@ def changed_since(spec: CompareConfig, study: dict[str, Any]) -> list[str]:
     judged = {claim["claim"] for claim in study["claims"]}
     lines = [f"- Not judged yet: {escape(str(words))}." for words in spec.claims if str(words) not in judged]
     now = facts_of(spec, "", [], arms(spec))["spec"]
-    if study.get("spec", now) != now:
+    if (study.get("spec") or now) != now:  # not known of results that an earlier release kept
         lines.append("- **The spec was changed since:** these are results of an earlier one.")
     return lines
 

@@ -22,7 +22,7 @@ from trainer.optim import DEFAULT_RULE
 from trainer.planning.laws import LAWS, ONCE, SHARE, Laws, LossLaw, read_laws
 from trainer.planning.length import tokens_at_lengths
 from trainer.planning.resolver import Draft
-from trainer.planning.run_config import CONFIG, LENGTHS, flat, folder_of
+from trainer.planning.run_config import CONFIG, LENGTHS, OF_THE_DATA, flat, folder_of
 from trainer.recipes import PlanEntry
 from trainer.recipes.recipe import Default
 
@@ -32,28 +32,12 @@ MOST_NAMED = 6  # settings that are not as in the ladder
 # Keys that `settings_of` leaves out: the size and length of a run, where it runs and what it writes, and what a Subject holds besides.
 ELSEWHERE = (
     *("run_dir", "seed", "device", "profile", "dial", "deterministic", "model", "parameters", "max_steps", *LENGTHS),
-    *(
-        "objective.name",
-        "init_from",
-        "init_weights",
-        "branch_from",
-        "data.",
-        "engine.",
-        "evaluation.",
-        "checkpoint.",
-        "log.",
-    ),
-    *("batch.tokens_per_", "batch.device_token_capacity", "batch.sequence_length"),
+    *("init_from", "init_weights", "branch_from", "objective.name", "data.", "engine.", "evaluation.", "checkpoint."),
+    *("log.", "batch.tokens_per_", "batch.device_token_capacity", "batch.sequence_length"),
     *("optim.recipe", "optim.name", "optim.non_finite", "optim.max_skips"),
 )
-OF_THE_DATA = ("data.order", "data.packing", "data.separate_documents")
-OF_THE_SIZE = (
-    "optim.lr",
-    "optim.rest_lr",
-    "optim.warmup_steps",
-    "optim.decay_steps",
-    "batch.ramp_start",
-)  # follow N, D or B
+# What rules choose for N, D or B.
+OF_THE_SIZE = ("optim.lr", "optim.rest_lr", "optim.warmup_steps", "optim.decay_steps", "batch.ramp_start")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ CHANGEABLE = (
     "log.",
 )
 
+# Keys of the section `data` that decide what a run computes; the fingerprint of the data covers the others.
+OF_THE_DATA = ("data.order", "data.packing", "data.separate_documents")
+
 # Keys that depend on the strategy and the number of processes. If either changes, they are decided anew.
 BY_STRATEGY = (
     "strategy",

@@ -16,7 +16,7 @@ from trainer.commands.report.load import Run, load_run
 from trainer.core.errors import UserError
 from trainer.core.files import read_json, user_path
 from trainer.core.text import printable
-from trainer.planning.run_config import changeable, is_run
+from trainer.planning.run_config import OF_THE_DATA, changeable, is_run
 
 EXPERIMENT = "experiment.json"
 FORMAT = 1
@@ -29,7 +29,6 @@ MOST_RUNS = 2000
 # Keys that two runs of one arm may differ in, besides those that change nothing that is computed: the data is known by its
 # fingerprint, the learning rate makes a curve.
 WITHIN_AN_ARM = ("seed", "optim.lr", "data.", "log.")
-OF_THE_DATA = ("data.order", "data.packing", "data.separate_documents")
 NAMED_FIRST = ("model.name", "optim.name", "objective.name", "max_steps")
 
 
