@@ -253,8 +253,9 @@ print(peak() - before)
 def test_memory_is_that_of_a_shard(tmp_path):
     """64 tensors of 4 MiB in files of 16 MiB.
 
-    Held at once are a shard's tensors, perhaps their bytes once more (older safetensors copy them), a tensor while it is
-    read, and up to 16 MiB of libraries that are loaded at the first read: 64 MiB where everything would be 256.
+    Held at once are one file's tensors, perhaps their bytes once more (older safetensors copy them), a tensor while it is
+    read, and up to 16 MiB of libraries that are loaded at the first read: 52 MiB where everything would be 256. A second
+    file's tensors do not fit.
     """
     mib = 1 << 20
     held = {f"model.{i:02d}": torch.full((mib,), float(i)) for i in range(64)}
@@ -264,4 +265,4 @@ def test_memory_is_that_of_a_shard(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 16
-    assert int(done.stdout) < 64 * mib, f"{int(done.stdout) / mib:.0f} MiB"
+    assert int(done.stdout) < 52 * mib, f"{int(done.stdout) / mib:.0f} MiB"

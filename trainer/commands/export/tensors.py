@@ -32,6 +32,7 @@ def write_tensors(sizes: dict[str, int], tensors: Iterable[tuple[str, Tensor]], 
             save_file(held, out / file, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise UserError(f"out: {out / file} could not be written: {error}") from None
+        del held  # before the next file's tensors are read: a file's are held, not two files'
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         index: dict[str, Any] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
