@@ -280,10 +280,13 @@ def test_configs_say_what_the_readme_says():
 
 
 @pytest.mark.parametrize("given, std", [
-    ({"d_model": 192}, 0.04), ({"d_model": 768}, 0.02), ({"d_model": 192, "init_std": 0.02}, 0.02), ({"d_model": 192, "mup": True}, 0.02),
+    ({"d_model": 192}, 0.04), ({"d_model": 768}, 0.02), ({"d_model": 192, "init_std": 0.02}, 0.02),
+    ({"d_model": 192, "mup": True}, 0.0346), ({"d_model": 1536, "mup": True}, 0.0346), ({"d_model": 256}, 0.0346),
+    ({"d_model": 192, "mup": True, "mup_base_width": 768}, 0.02),
 ])  # fmt: skip
 def test_narrow_decoders_begin_with_larger_weights(given, std):
-    plan = resolved(model={"name": "llama", "n_layers": 2, "n_heads": 3, **given})
+    """With mup the base's width decides, so that the base is the standard model of its size."""
+    plan = resolved(model={"name": "llama", "n_layers": 2, "n_heads": 4, **given})
     assert plan.model_config.init_std == plan.config.model["init_std"] == std
 
 

@@ -16,6 +16,7 @@ import torch
 
 from trainer.core.config import DataConfig
 from trainer.data.stream import Split, find_dataset
+from trainer.planning.model import with_init_std
 from trainer.testing.coordinates import Trial, start, take_step
 
 
@@ -47,7 +48,9 @@ def last_loss(options, width, rate, on, tokens, vocab_size):
     base = (options.widths[0], options.depth) if on else None
     optim = {"lr": 2.0**rate, "schedule": "cosine", "warmup_steps": options.steps // 10}
     trial = Trial({"name": "llama", "hidden_multiple": 32}, optim, options.steps, (0,), 16, base, vocab_size)
-    model, optimizer = start(*trial.planned(width, options.depth), torch.Generator().manual_seed(0))
+    model_class, model_config, config = trial.planned(width, options.depth)
+    model_config, _ = with_init_std(model_class, model_config, {})  # as `train` begins
+    model, optimizer = start(model_class, model_config, config, torch.Generator().manual_seed(0))
     losses = []
     for step, batch in enumerate(tokens):
         loss = model(batch[:, :-1], batch[:, 1:]).loss

@@ -109,19 +109,21 @@ def with_init_std(model_class: Any, model_config: Any, given: Mapping[str, Any])
     """(model_config with an init_std that suits its width, unless it is given; by field, where that comes from).
 
     GPT-2's 0.02 is 0.55 / sqrt(its width of 768), near the sqrt(0.4 / width) of arXiv 1910.05895. In a narrower decoder the branches are then
-    so weak at first that a learning rate 2 times the best leaves the model at the loss of pairs of tokens. With model.mup the base
-    decides. Only classes with `narrow_init`: others learn less with it.
+    so weak at first that a learning rate 2 times the best leaves the model at the loss of pairs of tokens. With model.mup the width
+    is that of the base. Only classes with `narrow_init`: others learn less with it.
     """
+    from models.mup import base_of
+
     default = {field.name: field.default for field in dataclasses.fields(model_class.Config)}.get("init_std")
-    width = getattr(model_config, "d_model", GPT2_WIDTH)
-    of_width = getattr(model_config, "init", "gpt2") in ("mitchell", "width_scaled") or getattr(
-        model_config, "mup", False
-    )
+    width, named = getattr(model_config, "d_model", GPT2_WIDTH), "d_model"
+    if getattr(model_config, "mup", False):
+        width, named = base_of(model_config)[0], "mup's base width"
+    of_width = getattr(model_config, "init", "gpt2") in ("mitchell", "width_scaled")
     kept = "init_std" in given or default != GPT2_STD or width >= GPT2_WIDTH or of_width
     if kept or not model_class.narrow_init:
         return model_config, {}
     found = float(f"{GPT2_STD * math.sqrt(GPT2_WIDTH / width):.3g}")
-    source = f"{GPT2_STD} sqrt({GPT2_WIDTH} / d_model), for widths below GPT-2's"
+    source = f"{GPT2_STD} sqrt({GPT2_WIDTH} / {named}), for widths below GPT-2's"
     return dataclasses.replace(model_config, init_std=found), {"init_std": source}
 
 
