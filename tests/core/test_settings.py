@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from models.base import get_model, load_models
 from trainer.commands.bench import BenchConfig
+from trainer.commands.compare import CompareConfig
 from trainer.commands.evaluate import EvaluateConfig
 from trainer.commands.export import ExportConfig
 from trainer.commands.generate import GenerateConfig
@@ -321,6 +322,19 @@ def test_a_repeated_flag_is_a_list_in_yaml(tmp_path):
     config = build(RunConfig, parse_flags(["--model.x", "1", "--model.x", "2", "--model.x", "3"])[1])
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_yaml(tmp_path / "c.yaml")["model"]["x"] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "cls, key, text, expected",
+    [
+        (CompareConfig, "seeds", "1,2", "seeds: expected integer, got '1,2'; for several, repeat the flag: --seeds 1 --seeds 2"),
+        (CompareConfig, "learning_rates", "0,5", "expected number, got '0,5'; for several"),  # may be a decimal comma
+        (BenchConfig, "baselines", "bare,eager,", "got 'bare,eager,'; for several, repeat the flag: --baselines bare --baselines eager$"),
+    ],
+)  # fmt: skip
+def test_a_list_with_commas_is_told_how_several_values_are_given(cls, key, text, expected):
+    with pytest.raises(UserError, match=expected):
+        build(cls, parse_flags([f"--{key}", text])[1])
 
 
 def test_a_missing_base_names_the_file_that_asks_for_it(tmp_path, monkeypatch):

@@ -315,7 +315,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         return yaml_text.untyped(value)
     if origin is list:
         items = value if isinstance(value, list) else [value]
-        return [coerce(arguments[0], item, key) for item in items]
+        return [_item(arguments[0], item, key) for item in items]
     value = _last(value, hint)
     if origin is typing.Literal:
         return _choice(arguments, value, key)
@@ -333,6 +333,14 @@ def _named_section(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict | None):
         raise UserError(f"{key}: is a section with keys {', '.join(leaf_keys(cls))}; got {shown(value)}")
     return build(cls, value or {}, f"{key}.")
+
+
+def _item(hint: Any, value: Any, key: str) -> Any:
+    """One value of a list. The UserError for "a,b" says how to give several; numbers may have a decimal comma, so nothing is split."""
+    if hint is str or not isinstance(value, str) or "," not in value:
+        return coerce(hint, value, key)
+    flags = printable(" ".join(f"--{key} {part.strip()}" for part in value.split(",") if part.strip()), 200)
+    raise UserError(f"{key}: expected {describe_type(hint)}, got {shown(value)}; for several, repeat the flag: {flags}")
 
 
 def _last(value: Any, hint: Any) -> Any:
