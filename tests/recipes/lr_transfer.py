@@ -2,8 +2,9 @@
 
     python tests/recipes/lr_transfer.py --data.path DATASET
 
-trains a Llama of each width with each learning rate on the same text, and prints the mean loss of the last tenth of the steps.
---widths, --rates, --depth, --steps, --rows and --length change what is tried. mup's base is the first width.
+trains a Llama of each width with each learning rate on the same text, and prints the mean loss of the last tenth of the steps, over
+all seeds of the initial weights. --widths, --rates, --seeds, --depth, --steps, --rows and --length change what is tried. mup's base is
+the first width.
 """
 
 import argparse
@@ -24,7 +25,8 @@ def read_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data.path", dest="path", required=True)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--rates", type=int, nargs="+", default=[*range(-11, -4)], help="powers of two")
+    parser.add_argument("--rates", type=int, nargs="+", default=[*range(-10, -5)], help="powers of two")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=4)
@@ -43,14 +45,14 @@ def batches(options):
     return torch.stack(rows).view(options.steps, options.rows, -1), info.tokenizer.vocab_size
 
 
-def last_loss(options, width, rate, on, tokens, vocab_size):
+def last_loss(options, width, rate, on, seed, tokens, vocab_size):
     """Mean loss of the last tenth of the steps; infinite if it is not a number."""
     base = (options.widths[0], options.depth) if on else None
     optim = {"lr": 2.0**rate, "schedule": "cosine", "warmup_steps": options.steps // 10}
     trial = Trial({"name": "llama", "hidden_multiple": 32}, optim, options.steps, (0,), 16, base, vocab_size)
     model_class, model_config, config = trial.planned(width, options.depth)
     model_config, _ = with_init_std(model_class, model_config, {})  # as `train` begins
-    model, optimizer = start(model_class, model_config, config, torch.Generator().manual_seed(0))
+    model, optimizer = start(model_class, model_config, config, torch.Generator().manual_seed(seed))
     losses = []
     for step, batch in enumerate(tokens):
         loss = model(batch[:, :-1], batch[:, 1:]).loss
@@ -70,13 +72,13 @@ def main():
     print("| width | " + " | ".join(f"2^{rate}" for rate in options.rates) + " |")
     for width in options.widths:
         for on in (False, True) if width != options.widths[0] else (False,):  # at the base both are the same
-            begun, cells = time.process_time(), []
+            begun, losses = time.process_time(), []  # [rates, seeds]
             for rate in options.rates:
-                cells.append(last_loss(options, width, rate, on, tokens, vocab_size))
-            best = min(cells)
-            shown = [f"**{cell:.3f}**" if cell == best else f"{cell:.3f}" for cell in cells]
+                losses.append([last_loss(options, width, rate, on, seed, tokens, vocab_size) for seed in options.seeds])
+            cells = [sum(row) / len(row) for row in losses]
+            shown = [f"**{cell:.3f}**" if cell == min(cells) else f"{cell:.3f}" for cell in cells]
             print(f"| {'mup' if on else 'standard'} {width} | " + " | ".join(shown) + " |", flush=True)
-            facts = {"mup": on, "width": width, "losses": cells, "cpu_seconds": round(time.process_time() - begun)}
+            facts = {"mup": on, "width": width, "losses": losses, "cpu_seconds": round(time.process_time() - begun)}
             print(json.dumps(facts), file=sys.stderr, flush=True)
 
 
