@@ -99,7 +99,9 @@ class Hlb(LanguageModel):
 
     Config = HlbConfig
     kernel_fields, device_kernels = ("attention_kernel",), ("flex",)
-    mup_refusal = "its recipe has laws of learning rate and decay over the size"
+    mup_refusal = (
+        "its recipe has laws of learning rate and decay over the size instead, and no rule is written for its blocks"
+    )
     masks_documents = True
 
     def __init__(self, config: HlbConfig) -> None:

@@ -74,8 +74,15 @@ def base_of(config: Any) -> tuple[int, int, int]:
     """(width, depth, width of a head) at which nothing changes. Without mup these are the model's own."""
     if not config.mup:
         return config.d_model, config.n_layers, config.head_width
+    depth = config.n_layers if learned_mixing(config) else BASE_DEPTH
     head = config.mup_base_head_dim or config.head_width
-    return config.mup_base_width or BASE_WIDTH, config.mup_base_depth or BASE_DEPTH, head
+    return config.mup_base_width or BASE_WIDTH, config.mup_base_depth or depth, head
+
+
+def learned_mixing(config: Any) -> list[str]:
+    """The switches of a decoder by which it learns how to mix its stream. They have no rule over depth: its own depth is the base's."""
+    mixing = {"residual": config.residual != "plain", "x0_skip": config.x0_skip, "unet_skips": config.unet_skips}
+    return [name for name, used in mixing.items() if used]
 
 
 def check(config: Any) -> None:
@@ -93,12 +100,11 @@ def check(config: Any) -> None:
         raise ValueError(
             f"mup_base_head_dim must be that of the model with attention {config.attention}: its heads have no rule for growth"
         )
-    mixing = {"residual": config.residual != "plain", "x0_skip": config.x0_skip, "unet_skips": config.unet_skips}
-    named = [name for name, used in mixing.items() if used]
+    named = learned_mixing(config)
     if scales.depth != 1 and named:
         raise ValueError(
             f"mup_base_depth must be n_layers ({config.n_layers}) with {' and '.join(named)}: learned mixing of the stream has no rule "
-            "over depth"
+            "over depth; leave mup_base_depth out"
         )
 
 

@@ -193,7 +193,9 @@ class TransformerConfig:
     # -- the same learning rate at every size: mup.py
     mup: bool = _field(False, "maximal update parametrisation: lr, decay and init of a base for every width and depth")
     mup_base_width: int = _field(0, "mup: d_model at which it equals the standard parametrisation (0: 256)")
-    mup_base_depth: int = _field(0, "mup: n_layers at which it equals the standard one (0: 2)", high=DEEPEST)
+    mup_base_depth: int = _field(
+        0, "mup: n_layers at which it equals the standard one (0: 2; n_layers with learned mixing)", high=DEEPEST
+    )
     mup_base_head_dim: int = _field(0, "mup: channels of a head at the base (0: as here, so heads do not grow)")
 
     # -- derived ---------------------------------------------------------------------------------------------------

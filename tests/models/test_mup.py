@@ -87,8 +87,11 @@ def test_initial_weights_over_the_size():
     [
         ({"attention": "latent"}, "mup cannot be used with latent attention"),
         ({"init": "mitchell"}, "init must be gpt2 or normal with mup, not 'mitchell'"),
-        ({"residual": "weighted"}, r"mup_base_depth must be n_layers \(3\) with residual"),
-        ({"x0_skip": True, "unet_skips": True}, r"mup_base_depth must be n_layers \(3\) with x0_skip and unet_skips"),
+        ({"residual": "weighted", "mup_base_depth": 2}, r"mup_base_depth must be n_layers \(3\) with residual"),
+        (
+            {"x0_skip": True, "unet_skips": True, "mup_base_depth": 2},
+            r"mup_base_depth must be n_layers \(3\) with x0_skip and unet_skips",
+        ),
         ({"attention": "differential", "mup_base_head_dim": 4}, "mup_base_head_dim must be that of the model"),
         ({"mup": False, "mup_base_width": 8}, "mup_base_width has a meaning only with mup"),
     ],
@@ -96,6 +99,12 @@ def test_initial_weights_over_the_size():
 def test_what_has_no_rule_is_refused(changes, why):
     with pytest.raises(ValueError, match=f"^{why}"):
         small(**{"mup": True, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"residual": "weighted"}, {"x0_skip": True, "unet_skips": True}])
+def test_learned_mixing_has_its_own_depth_as_base(changes):
+    config = small(mup=True, **changes)
+    assert (config.inferred()["mup_base_depth"], config.multipliers.depth) == (3, 1)
 
 
 # -- coordinates -------------------------------------------------------------------------------------------------------

@@ -290,6 +290,12 @@ def test_narrow_decoders_begin_with_larger_weights(given, std):
     assert plan.model_config.init_std == plan.config.model["init_std"] == std
 
 
+def test_the_dial_sizes_a_decoder_with_mup_and_learned_mixing():
+    plan = resolved(model={"name": "modded", "mup": True}, model_scale=0.5)
+    said = {entry.key: entry.value for entry in p.recipe_entries(plan)}
+    assert said["mup base"] == f"256 x {plan.model_config.n_layers}"
+
+
 @pytest.mark.parametrize("name", ["gated-delta-net", "lfm2", "aunet", "blt", "hourglass", "ftp", "spacebyte"])
 def test_only_models_that_gain_by_it_begin_with_larger_weights(name):
     """A gated delta net of width 128 lost 0.44 nats by the decoders' rule, a BLT 0.6 bits/byte; an Hourglass gained 0.4."""
