@@ -211,6 +211,15 @@ def test_the_laws_of_the_record_are_whole(name):
     assert law.fit().predict(said["N"], said["D"])[0] == pytest.approx(said["loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize("name, known", [("llama", True), ("gpt2", False)])
+def test_a_plan_without_a_dial_names_the_laws_that_there_are(tiny_dataset, tmp_path, name, known):
+    said = rules(
+        planned(values(tiny_dataset, tmp_path / "run", model={**MODEL, "name": name}, optim={"recipe": "plain"}))
+    )
+    assert said.get("dial", "").endswith("llama.yaml has laws of this model: --dial takes it") == known
+    assert ("dial" in said) == known
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "schedule-free", "adafactor"])
 def test_the_rule_of_a_learning_rate_is_the_same_at_every_size(tiny_dataset, tmp_path, optimizer):
     """Its text holds no number of one size, so a run of another size than the ladder's has the ladder's rule."""

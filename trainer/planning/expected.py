@@ -16,6 +16,7 @@ from models.config import kernel_fields_of, with_later_fields
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
+from trainer.core.settings import ROOT
 from trainer.core.text import printable
 from trainer.data.mixture import fingerprint
 from trainer.optim import DEFAULT_RULE
@@ -28,6 +29,7 @@ from trainer.recipes.recipe import Default
 
 PINNED = re.compile(r"(.+)@([0-9a-f]{64})")
 BY_RULE = "by its rule"
+LADDERS = ROOT / "configs" / "record" / "ladders"
 MOST_NAMED = 6  # settings that are not as in the ladder
 # Keys that `settings_of` leaves out: the size and length of a run, where it runs and what it writes, and what a Subject holds besides.
 ELSEWHERE = (
@@ -117,7 +119,8 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile | str | None]:
-    """The laws that the config names, with the digest of their file in the draft; None without `dial`. model: ModelFacts.
+    """The laws that the config names, with the digest of their file in the draft; None without `dial`, where the plan names the file of
+    this project for the model, if there is one. model: ModelFacts.
 
     A run that goes on reads its own copy. Where that is gone or damaged, the reason comes instead of laws: its values are decided. A new
     run with the config of another one is a new run: its laws are checked.
@@ -125,7 +128,10 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
     """
     config = draft.config
     if config.dial is None:
-        return draft, None
+        known = LADDERS / f"{config.model['name']}.yaml"
+        return (
+            draft.note("dial", "none", f"{known} has laws of this model: --dial takes it") if known.exists() else draft
+        ), None
     if config.init_from is not None:
         raise UserError(
             "dial: laws are of runs that begin with new weights, not with those of init_from; leave one of them out"
