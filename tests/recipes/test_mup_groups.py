@@ -14,7 +14,7 @@ from trainer.optim.groups import shapes_of
 from trainer.planning.parent import ModelParent, changed_model
 from trainer.planning.plan import recipe_entries, resolve
 from trainer.recipes import groups_of
-from trainer.recipes.plain import learning_rate
+from trainer.recipes.plain import HIGHEST_RATE, learning_rate
 
 load_models()
 # Four times as wide and three times as deep as the base.
@@ -85,17 +85,22 @@ def test_the_plan_names_base_and_rates():
     assert row.value == 2**-10 and "2203.03466" in row.rule and "weight decay 0.5" in row.rule
 
 
-def test_the_inferred_rate_is_the_bases_at_every_size():
-    rates = set()
-    for width, depth in ((64, 2), (128, 4)):
+def test_the_inferred_rate_is_that_of_the_base_trained_as_long():
+    """At every size, for the same batch and number of steps; that of the standard model of the base's size, but for its norms."""
+    rates = []
+    for width, depth, on in ((64, 2, True), (128, 4, True), (16, 2, False)):
         # Without norms the parameters would be 3:1 in the same ratio; with hidden_ratio 4 the MLP is as well.
-        model = MUP | {"d_model": width, "n_layers": depth, "hidden_ratio": 4.0, "mup_base_depth": 2}
-        plan = planned({"lr": None}, model=model)
-        rates.add(round(plan.config.optim.lr, 5))
+        base = {"mup_base_depth": 2} if on else {"mup": False, "mup_base_width": 0, "mup_base_depth": 0}
+        model = MUP | {"d_model": width, "n_layers": depth, "hidden_ratio": 4.0, **base}
+        plan = planned({"lr": None}, model, batch={"tokens_per_step": 2**14}, max_steps=10**6)
+        rates.append(plan.config.optim.lr)
         [entry] = [entry for entry in plan.entries if entry.key == "optim.lr"]
-        assert "of the base of model.mup" in entry.rule
-    base = 2 * 16 * 16 * 16
-    assert rates == {round(learning_rate(base, 10**6, 20 * base), 5)}
+        assert ("of the base of model.mup, trained as long" in entry.rule) == on
+    expected = learning_rate(2 * 16 * 16 * 16, 2**14, 2**14 * 10**6)
+    norms = (
+        5 * 16 / (2 * 16 * 16 * 16)
+    )  # the share of the base's parameters, in the compute by which its rate and batch fall
+    assert expected < HIGHEST_RATE and rates == pytest.approx([expected] * 3, rel=norms * (0.125 + 0.3271 / 2))
 
 
 @pytest.mark.parametrize(

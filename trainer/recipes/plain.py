@@ -82,11 +82,9 @@ class Plain(Recipe):
 
     def learning_rate(self, config: Any, facts: Any) -> Default:
         size, batch = facts.base_non_embedding, config.batch.tokens_per_step
-        tokens, why = batch * config.max_steps, ""
-        if facts.has_base:  # the same at every size, unless the batch is small for the rule
-            tokens, why = 20 * size, "; of the base of model.mup, D = 20 N"
-        elif config.init_from or config.branch_from:  # the high rate of a short run would undo what was learned
-            tokens, why = max(tokens, 20 * size), "; D at least 20 N, since the weights are trained"
+        tokens, why = batch * config.max_steps, "; of the base of model.mup, trained as long" if facts.has_base else ""
+        if config.init_from or config.branch_from:  # the high rate of a short run would undo what was learned
+            tokens, why = max(tokens, 20 * size), why + "; D at least 20 N, since the weights are trained"
         return Default(learning_rate(size, batch, tokens), RATE_RULE + why)
 
     def embedding_frequency(self, tied: bool) -> Default:
