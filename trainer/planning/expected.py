@@ -16,6 +16,7 @@ from models.config import kernel_fields_of, with_later_fields
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
+from trainer.core.settings import LARGEST
 from trainer.core.text import printable
 from trainer.data.mixture import fingerprint
 from trainer.optim import DEFAULT_RULE
@@ -60,14 +61,23 @@ class DialFile:
 
     def tokens_per_step(self, size: int, length: int, steps: int | None) -> Default | None:
         """batch.tokens_per_step in whole sequences of `length` tokens; None without a law of it. size: N; steps: of the run, if that is
-        known."""
+        known. UserError if the law gives a batch that no run can have."""
         law = self.laws.batch
         if law is None:
             return None
-        value = max(1, round(law.value(size) / length)) * length
+        tokens = law.value(size)
+        if not 1 <= tokens <= LARGEST:
+            raise self.unusable("batch.tokens_per_step", tokens, size)
+        value = max(1, round(tokens / length)) * length
         known = {"N": size} if steps is None else {"N": size, "D": steps * value}
         rule = "; ".join(filter(None, (law.law, f"{self.path.name}, in whole sequences", law.origin.beyond(**known))))
         return Default(value, rule)
+
+    def unusable(self, key: str, value: float, size: int) -> UserError:
+        """Of a value that the key cannot have. size: N."""
+        return UserError(
+            f"dial: {printable(self.path)} gives {key} {value:.4g} at N {size:,}, which no run can have; set {key}, or leave dial out"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer import __version__
 from trainer.core import yaml_text
@@ -144,9 +144,10 @@ class Origin:
         return f"extrapolated: {', '.join(found)}" if found else ""
 
     def check(self, where: str) -> None:
+        """UserError for a range that no run has."""
         for name in ("N", "D", "B", "tokens_per_parameter"):
             values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1]:
+            if len(values) != 2 or not 0 < values[0] <= values[1] < math.inf:
                 raise UserError(f"{where}.{name}: must be the smallest and the largest value, above 0")
 
 
@@ -155,7 +156,7 @@ class LossLaw:
     """Section `loss`. numbers: E, A, alpha, B, beta; draws: the same of each draw of the bootstrap, and the share by which a new run
     misses it. held_out: what was predicted and then measured; empty before that."""
 
-    unit: str
+    unit: Literal["nats a token"]
     law: str
     numbers: list[float]
     draws: list[str]
@@ -163,7 +164,7 @@ class LossLaw:
     held_out: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fit: Fit, unit: str, origin: Origin) -> LossLaw:
+    def of(cls, fit: Fit, unit: Literal["nats a token"], origin: Origin) -> LossLaw:
         draws = [
             " ".join(f"{number:.6g}" for number in (*numbers_of(law), error))
             for law, error in zip(fit.draws, fit.scatter, strict=True)
@@ -171,13 +172,26 @@ class LossLaw:
         return cls(unit, f"L(N, D) = {fit.law.formula()}", numbers_of(fit.law), draws, origin)
 
     def fit(self) -> Fit:
-        """The law with its draws. ValueError if a number is missing or not finite."""
+        """The law with its draws. ValueError if a number is missing, not finite or none of a law of losses."""
         rows = [self.numbers, *([float(word) for word in line.split()] for line in self.draws)]
         finite = all(math.isfinite(number) for row in rows for number in row)
         if len(self.numbers) != 5 or len(rows) < 2 or any(len(row) != 6 for row in rows[1:]) or not finite:
-            raise ValueError("numbers, draws: must hold five finite numbers, and six for each draw")
+            raise ValueError("loss.numbers, loss.draws: must hold five finite numbers, and six for each draw")
+        if not all(map(possible, rows)):
+            raise ValueError(
+                "loss.numbers, loss.draws: no losses fall so; E, A and B must be 0 or more and one of them above it, alpha and beta "
+                "above 0, and the loss finite"
+            )
         laws = [Law(("N", "D"), e, (a, b), (alpha, beta)) for e, a, alpha, b, beta, *_ in rows]
         return Fit(laws[0], tuple(laws[1:]), tuple(row[5] for row in rows[1:]))
+
+
+def possible(row: Sequence[float]) -> bool:
+    """Whether E, A, alpha, B, beta, and by which share a new run misses the law, give losses that are above 0, finite, and fall. row: these
+    six, or the first five."""
+    e, a, alpha, b, beta, *error = row
+    most = (e + a + b) * (1 + sum(error))  # at N = D = 1
+    return min(e, a, b) >= 0 and min(alpha, beta) > 0 and 0 < most < math.inf
 
 
 def numbers_of(law: Law) -> list[float]:
@@ -190,15 +204,18 @@ class PowerLaw:
     """Sections `learning_rate` and `batch`: constant N^power B^batch_power. measured: a line for each size, for readers."""
 
     law: str
-    constant: float
+    constant: float = field(metadata={"above": 0})
     power: float
-    batch_power: float
+    batch_power: float = field(metadata={"low": 0})
     measured: list[str]
     origin: Origin
 
     def value(self, size: float, batch: float = 1.0) -> float:
-        """size: N; batch: tokens of a step."""
-        return self.constant * size**self.power * batch**self.batch_power
+        """size: N; batch: tokens of a step. Infinite if it is too large for a float."""
+        try:
+            return self.constant * size**self.power * batch**self.batch_power
+        except OverflowError:
+            return math.inf
 
 
 @dataclass
@@ -224,7 +241,7 @@ SECTIONS = {"loss": LossLaw, "learning_rate": PowerLaw, "batch": PowerLaw}
 
 
 def read_laws(path: Path) -> Laws:
-    """The laws in a file. UserError if there is none or a later release wrote it, Damaged if it was changed after it was written."""
+    """The laws in a file. UserError if there is none, a later release wrote it or a law is impossible, Damaged if it was changed after it was written."""
     return parse_laws(read_small(path), printable(path))
 
 
