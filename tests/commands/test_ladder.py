@@ -21,7 +21,7 @@ from trainer.core.errors import UserError
 from trainer.core.files import Damaged
 from trainer.core.settings import load_yaml
 from trainer.data.stream import find_dataset
-from trainer.planning.laws import LAWS, Law, PowerLaw, read_laws
+from trainer.planning.laws import LAWS, Law, PowerLaw, parse_laws, read_laws
 
 CHINCHILLA = Law(("N", "D"), 1.69, (406.4, 410.7), (0.34, 0.28))
 POINTS = [(size, size * multiple) for size in (1e6, 2e6, 4e6, 8e6) for multiple in (5, 10, 20)]
@@ -230,6 +230,13 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     ladder(spec(seeds=[1, 2]))  # more points do not change what was said before the held-out run
     assert len(json.loads((folder / "ladder.json").read_text())["points"]) == 18
     assert (folder / "prediction.json").read_bytes() == before
+    whole = (folder / LAWS).read_text()
+    (folder / LAWS).write_text(whole.replace("points: 18", "points: 19"))
+    with pytest.raises(Damaged, match="put it back, or delete it and run every `ladder` command of its folder again$"):
+        ladder(spec(seeds=[1, 2]))
+    (folder / LAWS).unlink()
+    ladder(spec(seeds=[1, 2]))
+    assert read_laws(folder / LAWS).loss.numbers == parse_laws(whole.encode(), LAWS).loss.numbers
     work = Work(spec(), folder)
     (other,) = work.rungs([(0.45, 2)])
     with pytest.raises(UserError, match="put the spec back"):

@@ -257,7 +257,8 @@ def parse_laws(content: bytes, where: str) -> Laws:
         )
     if hashlib.sha256(rest).hexdigest() != header[3]:
         raise Damaged(
-            f"{where}: its digest is not that of its content; it was changed after it was written; run `ladder` again"
+            f"{where}: its digest is not that of its content; it was changed after it was written; put it back, or delete it and run "
+            "every `ladder` command of its folder again"
         )
     values = yaml_text.parse(rest, where)
     try:
