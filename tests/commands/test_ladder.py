@@ -214,7 +214,7 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     assert found["measured"] == pytest.approx(found["prediction"]["loss"], rel=1e-3)  # the stub's runs follow one law
     assert found["numbers"]["alpha"]["value"] == pytest.approx(0.34, abs=0.02)
     page = capsys.readouterr().out
-    assert "predicted before the run: scale 0.45" in page and "measured: " in page
+    assert "predicted before the run: scale 0.45" in page and "measured: " in page and "earlier fit" not in page
     laws = read_laws(folder / LAWS)
     assert (laws.of.model["name"], laws.of.tokenizer, laws.loss.origin.points) == ("llama", "bytes", 9)
     assert {"d_model", "n_layers", "n_heads"} <= {*laws.of.sized} and "mlp" in laws.of.model
@@ -227,7 +227,10 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     assert laws.loss.origin.tokens_per_parameter == pytest.approx([0.5, 2.0], rel=0.05)
     assert laws.loss.origin.epochs > 1 and f"the data are read up to {laws.loss.origin.epochs:.3g} times" in page
 
+    (tmp_path / "stub.py").write_text(STUB.replace("1.69 +", "1.79 +"))
     ladder(spec(seeds=[1, 2]))  # more points do not change what was said before the held-out run
+    page = capsys.readouterr().out
+    assert page.count(f"the prediction is of an earlier fit: L(N, D) = {said['law']}\n") == 1
     assert len(json.loads((folder / "ladder.json").read_text())["points"]) == 18
     assert (folder / "prediction.json").read_bytes() == before
     whole = (folder / LAWS).read_text()

@@ -58,6 +58,7 @@ def publish_losses(
         *repeated([*(one for one, _, _ in points), held_out]),
         f"predicted before the run: scale {held_out.arm.scale:g}, N {held_out.size:,}, {held_out.length.tokens:,} tokens: "
         f"{prediction['loss']:.4f}, {prediction['share']:.0%} between {prediction['low']:.4f} and {prediction['high']:.4f}",
+        *earlier_fit(found, prediction),
         f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
         f"{'inside' if inside else 'outside'} the interval",
         "N: parameters without embeddings and head; the interval: bootstrap by the scatter of the residuals, with a run's own scatter",
@@ -75,6 +76,12 @@ def publish_losses(
     }
     publish(folder, "ladder", "Ladder of losses", rows, lines, body)
     draw_losses(folder / "ladder.png", points, found.law, held_out, prediction, measured)
+
+
+def earlier_fit(found: Fit, prediction: dict[str, Any]) -> list[str]:
+    """A line if the prediction is of another law than the page's: a prediction stays when more runs make a new fit."""
+    before = prediction["law"]
+    return [] if before == found.law.formula() else [f"the prediction is of an earlier fit: L(N, D) = {before}"]
 
 
 def repeated(rungs: Iterable[Rung]) -> list[str]:
