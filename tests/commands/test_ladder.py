@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from trainer.commands.ladder import read
 from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
+from trainer.commands.ladder.page import compute_laws
 from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum, power_law
 from trainer.commands.ladder.spec import check_numbers, held_out_scale
 from trainer.core.errors import UserError
@@ -82,6 +84,22 @@ def test_more_seeds_of_the_same_points_are_no_new_points(monkeypatch):
         for seeds in (1, 3)
     )  # of five draws each
     assert one.predict(64e6, 640e6) == pytest.approx(three.predict(64e6, 640e6), rel=1e-6)
+
+
+def test_the_law_of_the_compute_has_intervals_too():
+    """Four sizes at five tokens a parameter; the three at ten are too few for a law."""
+    flops = [(5, 10.0**k) for k in (12, 13, 14, 15)] + [(10, 10.0**k) for k in (12, 13, 14)]
+    rungs = [
+        SimpleNamespace(multiple=multiple, length=SimpleNamespace(flops=c), arm=SimpleNamespace(key=(f"{multiple}", c)))
+        for multiple, c in flops
+    ]
+    scatter = (1.001, 0.999, 1.001, 0.999) * 2
+    points = [(one, 1, (2 + 90 * one.length.flops**-0.15) * by) for one, by in zip(rungs, scatter, strict=False)]
+    (line,) = compute_laws(points)
+    assert line.startswith("at 5 tokens a parameter: L(C) = ")
+    for name, true in (("E", 2.0), ("k", 90.0), ("gamma", 0.15)):
+        low, high = map(float, re.search(rf" {name} [-+.e\d]+ \[([-+.e\d]+), ([-+.e\d]+)\]", line).groups())
+        assert low < true < high
 
 
 def test_numbers_below_zero_are_left_out():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,10 +77,6 @@ class Fit:
         """(loss, low, high): the middle `share` of what a new run may have: the law's uncertainty, and a run's own scatter."""
         losses = [law.loss(*values) * (1 + error) for law, error in zip(self.draws, self.scatter, strict=True)]
         return self.law.loss(*values), *middle_of(losses, share)
-
-    def interval(self, number: Callable[[Law], float], share: float = SHARE) -> tuple[float, float]:
-        """The middle `share` of one number of the law over the bootstrap."""
-        return middle_of([number(law) for law in self.draws], share)
 
 
 def middle_of(values: Sequence[float], share: float) -> tuple[float, float]:
@@ -195,8 +191,9 @@ def possible(row: Sequence[float]) -> bool:
 
 
 def numbers_of(law: Law) -> list[float]:
-    (a, b), (alpha, beta) = law.scales, law.exponents
-    return [law.irreducible, a, alpha, b, beta]
+    """E, A, alpha, B, beta, or as many as the law has."""
+    pairs = zip(law.scales, law.exponents, strict=True)
+    return [law.irreducible, *(number for pair in pairs for number in pair)]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from trainer.commands.ladder.rates import GOAL, Optimum
 from trainer.commands.ladder.spec import Rung, means_of
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
-from trainer.planning.laws import LAWS, ONCE, Fit, Law, PowerLaw
+from trainer.planning.laws import LAWS, ONCE, SHARE, Fit, Law, PowerLaw, middle_of, numbers_of
 from trainer.runtime.environment import environment
 
 Points = Sequence[tuple[Rung, int, float]]
@@ -53,7 +53,7 @@ def publish_losses(
         rows.append([*cells(one, seed), f"{loss:.4f}", f"{expected:.4f}", f"{loss / expected - 1:+.2%}"])
     lines = [
         f"L(N, D) = {found.law.formula()}, in nats a token",
-        *intervals(found),
+        intervals(found),
         *compute_laws(points),
         *repeated([*(one for one, _, _ in points), held_out]),
         f"predicted before the run: scale {held_out.arm.scale:g}, N {held_out.size:,}, {held_out.length.tokens:,} tokens: "
@@ -102,24 +102,20 @@ def cells(one: Rung, seed: int) -> list[str]:
 
 
 def law_numbers(found: Fit) -> dict[str, dict[str, float]]:
-    """Each number of the law, with the middle 90 % of the bootstrap."""
-    getters: dict[str, Callable[[Law], float]] = {
-        "E": lambda law: law.irreducible,
-        "A": lambda law: law.scales[0],
-        "alpha": lambda law: law.exponents[0],
-        "B": lambda law: law.scales[1],
-        "beta": lambda law: law.exponents[1],
-    }
+    """Each number of L(N, D) or L(C), with the middle 90 % of the bootstrap."""
+    names = ("E", "A", "alpha", "B", "beta") if len(found.law.names) == 2 else ("E", "k", "gamma")
     numbers = {}
-    for name, getter in getters.items():
-        low, high = found.interval(getter)
-        numbers[name] = {"value": getter(found.law), "low": low, "high": high}
+    drawn = zip(*map(numbers_of, found.draws), strict=True)  # of each number
+    for name, value, values in zip(names, numbers_of(found.law), drawn, strict=True):
+        low, high = middle_of(values, SHARE)
+        numbers[name] = {"value": value, "low": low, "high": high}
     return numbers
 
 
-def intervals(found: Fit) -> list[str]:
+def intervals(found: Fit) -> str:
+    """The numbers of a law as text."""
     shown = (f"{name} {n['value']:.4g} [{n['low']:.4g}, {n['high']:.4g}]" for name, n in law_numbers(found).items())
-    return ["90 % intervals: " + ", ".join(shown)]
+    return "90 % intervals: " + ", ".join(shown)
 
 
 def compute_laws(points: Points) -> list[str]:
@@ -129,10 +125,11 @@ def compute_laws(points: Points) -> list[str]:
     for multiple in sorted({one.multiple for one, _ in means}):
         part = [(one.length.flops, loss) for one, loss in means if one.multiple == multiple]
         try:
-            law = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part], draws=0).law
+            found = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part])
         except ValueError:
             continue  # a power with an irreducible term needs four points
-        lines.append(f"at {multiple:g} tokens a parameter: L(C) = {law.formula()}, C in training FLOPs")
+        formula = f"L(C) = {found.law.formula()}, C in training FLOPs"
+        lines.append(f"at {multiple:g} tokens a parameter: {formula}; {intervals(found)}")
     return lines
 
 
