@@ -16,7 +16,7 @@ from trainer.commands.ladder import read
 from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
-from trainer.commands.ladder.page import compute_laws
+from trainer.commands.ladder.page import compute_laws, ratio
 from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum, power_law
 from trainer.commands.ladder.spec import check_numbers, held_out_scale
 from trainer.core.errors import UserError
@@ -100,6 +100,12 @@ def test_the_law_of_the_compute_has_intervals_too():
     for name, true in (("E", 2.0), ("k", 90.0), ("gamma", 0.15)):
         low, high = map(float, re.search(rf" {name} [-+.e\d]+ \[([-+.e\d]+), ([-+.e\d]+)\]", line).groups())
         assert low < true < high
+
+
+def test_few_tokens_a_parameter_are_not_shown_as_none():
+    assert [
+        ratio(value) for value in (0.03125, 0.5, 1.0004, 20.46, 99.96, 1250.0)
+    ] == "0.0312 0.5 1 20.5 100 1,250".split()
 
 
 def test_numbers_below_zero_are_left_out():

@@ -95,10 +95,15 @@ def cells(one: Rung, seed: int) -> list[str]:
         f"{one.arm.scale:g}",
         f"{one.size:,}",
         f"{one.length.tokens:,}",
-        f"{one.length.tokens / one.size:.1f}",
+        ratio(one.length.tokens / one.size),
         str(seed),
         f"{one.length.learning_rate:.3g}",
     ]
+
+
+def ratio(value: float) -> str:
+    """Three significant digits, and from 100 on all digits before the point: 0.0312, 5, 20.5, 1,250."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def law_numbers(found: Fit) -> dict[str, dict[str, float]]:
