@@ -12,7 +12,7 @@ from conftest import LADDERS, tiny_values
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare.budget import plan_of
-from trainer.commands.ladder import read
+from trainer.commands.ladder import VERB, LadderConfig, read
 from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
@@ -21,7 +21,7 @@ from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, op
 from trainer.commands.ladder.spec import check_numbers, held_out_scale
 from trainer.core.errors import UserError
 from trainer.core.files import Damaged
-from trainer.core.settings import load_yaml
+from trainer.core.settings import help_text, load_yaml
 from trainer.data.stream import find_dataset
 from trainer.planning.laws import LAWS, Law, PowerLaw, parse_laws, read_laws
 
@@ -155,6 +155,13 @@ def test_the_law_of_the_optima():
     assert power_law(optima) == (pytest.approx(0.7), pytest.approx(-0.4))
     with pytest.raises(ValueError, match="two sizes"):
         power_law(optima[:1])
+
+
+def test_the_help_says_what_the_guide_says():
+    told = help_text(LadderConfig)
+    assert "SPEC.yaml" in VERB.help and "every run is a point" not in told
+    assert "their mean is one point of the fit" in told and "three or more; of --check, two or more" in told
+    check_numbers(read({"check": "lr", "scales": [1, 2], "held_out_scale": 4}))
 
 
 # -- the verb --------------------------------------------------------------------------------------------------------------
