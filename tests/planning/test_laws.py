@@ -302,6 +302,14 @@ def test_laws_of_something_else_are_refused(tiny_dataset, tmp_path, changes, run
     assert str(caught.value).startswith("dial: ")
 
 
+def test_a_file_without_a_law_is_refused(tiny_dataset, tmp_path):
+    """`ladder --check lr` writes one if no sweep has an optimum with worse neighbours."""
+    path = tmp_path / "laws.yaml"
+    path.write_text(Laws(laws(tiny_dataset, tmp_path).of).text())
+    with pytest.raises(UserError, match="^dial: .*laws.yaml: holds no law, .*leave dial out$"):
+        planned(values(tiny_dataset, tmp_path / "run", dial=str(path)))
+
+
 def test_sizes_are_free(tiny_dataset, tmp_path):
     path = laws_file(tiny_dataset, tmp_path)
     given = values(

@@ -131,7 +131,7 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
 
     A run that goes on reads its own copy. Where that is gone or damaged, the reason comes instead of laws: its values are decided. A new
     run with the config of another one is a new run: its laws are checked.
-    UserError if the file cannot be read, or holds laws of something else.
+    UserError if the file cannot be read, holds no law, or holds laws of something else.
     """
     config = draft.config
     if config.dial is None:
@@ -148,6 +148,10 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
         laws = read_laws(copy if pinned and copy.exists() else path)
         if pinned and laws.digest != pinned[2]:
             raise UserError(f"{printable(path)}: is not the file that the run began with (another digest)")
+        if not have(laws):
+            raise UserError(
+                f"{printable(path)}: holds no law, as after a --check without optima; run `ladder` in its folder, or leave dial out"
+            )
     except UserError as error:
         if goes_on and config.optim.lr is not None and config.batch.tokens_per_step is not None:
             return draft.note("dial", config.dial, f"not read: {error}"), str(error)
@@ -161,10 +165,14 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
 def told(dial: DialFile) -> str:
     """Which laws a file has, and what of the run is not as in its ladder."""
     of = dial.laws.of
-    named = {"loss": dial.laws.loss, "learning rate": dial.laws.learning_rate, "batch": dial.laws.batch}
-    have = ", ".join(f"{name} ({law.origin.points} runs)" for name, law in named.items() if law is not None)
     other = f"; not as in the ladder: {'; '.join(dial.differing)}" if dial.differing else ""
-    return f"laws of {of.model['name']}: {have}; {dial.path}, digest {dial.laws.digest[:12]}{other}"
+    return f"laws of {of.model['name']}: {have(dial.laws)}; {dial.path}, digest {dial.laws.digest[:12]}{other}"
+
+
+def have(laws: Laws) -> str:
+    """The laws of a file, and of how many runs each is; "" if there is none."""
+    named = {"loss": laws.loss, "learning rate": laws.learning_rate, "batch": laws.batch}
+    return ", ".join(f"{name} ({law.origin.points} runs)" for name, law in named.items() if law is not None)
 
 
 def check_subject(laws: Laws, path: Path, config: Any, dataset: Any) -> None:
