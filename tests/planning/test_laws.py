@@ -177,6 +177,7 @@ def test_what_is_not_as_in_the_ladder_is_said(tiny_dataset, tmp_path):
         ("batch", "ramp_steps", 2, "batch.ramp_steps 2 (in the ladder 0)"),
         ("data", "separate_documents", True, "data.separate_documents True (in the ladder False)"),
         ("model", "init_std", 5.0, "model.init_std 5.0 (in the ladder by its rule)"),
+        ("model", "vocab_size", 4096, "model.vocab_size 4096 (padded for the tokenizer of the ladder: 320)"),
         (None, "precision", "pure_bf16", "precision pure_bf16 (in the ladder "),
     ],
 )

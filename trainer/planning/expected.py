@@ -253,7 +253,16 @@ def differing(laws: Laws, config: Any, dataset: Any) -> tuple[str, ...]:
     here, there = fingerprint(config.data, dataset), laws.of.fingerprint
     if here != there:
         found.insert(0, f"data {laws.of.data} there (fingerprint {there[:12]}), {here[:12]} here")
+    found += other_vocabulary(laws, config.model["vocab_size"])
     return tuple(found)
+
+
+def other_vocabulary(laws: Laws, ours: int) -> list[str]:
+    """What a model of other ids than those of the ladder's tokenizer is told: the file holds no vocab_size of the ladder's models."""
+    from models.base import pad_vocab  # imports torch
+
+    theirs = pad_vocab(laws.of.vocab_size)
+    return [] if ours == theirs else [f"model.vocab_size {ours} (padded for the tokenizer of the ladder: {theirs})"]
 
 
 def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> Expected | None:
