@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from conftest import LADDERS, tiny_values
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare.budget import plan_of
+from trainer.commands.compare.experiment import State, Task
+from trainer.commands.compare.spec import Arm
 from trainer.commands.ladder import VERB, LadderConfig, read
-from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
+from trainer.commands.ladder.command import Work, final_loss, fit_points, ladder, loss_or_diverged, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
 from trainer.commands.ladder.page import compute_laws, ratio
@@ -353,6 +357,29 @@ def test_a_run_that_diverged_ends_the_ladder(spec, tmp_path):
         with pytest.raises(UserError, match="diverged: step .* has no law, or its prediction failed"):
             ladder(spec())
     assert not (tmp_path / "ladder" / "prediction.json").exists()
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [
+        (0.0, "has a validation loss of 0, .* above 0; delete runs/x, "),
+        (-1.0, "has a validation loss of -1, "),
+        (float("nan"), "has a validation loss of nan, "),
+        (1e308, "diverged: its loss is above 100 nats a token; so this ladder has no law"),
+    ],
+)
+def test_a_loss_that_no_run_can_have_is_no_point(loss, said):
+    made = Arm("1x", 0.5, {}, {}, None)
+    experiment: Any = SimpleNamespace(
+        lengths={made.key: SimpleNamespace(learning_rate=1e-3)},
+        state=lambda task: State("finished", loss=loss),
+        run_folder=lambda task: Path("runs/x"),
+    )
+    name = Task(made, 1e-3, 1, "test").name
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: {said}"):
+        final_loss(experiment, made, 1)
+    if loss > 0:  # in a sweep it is worse than any other
+        assert loss_or_diverged(experiment, Task(made, 1e-3, 1, "tuning")) == float("inf")
 
 
 def test_a_folder_of_another_learning_rate_is_refused(spec, tmp_path):
