@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +14,20 @@ from conftest import LADDERS, tiny_values
 
 from trainer.commands.compare import queue as compare_queue
 from trainer.commands.compare.budget import plan_of
-from trainer.commands.ladder import read
-from trainer.commands.ladder.command import Work, fit_points, ladder, predicted
+from trainer.commands.compare.experiment import State, Task
+from trainer.commands.compare.spec import Arm
+from trainer.commands.ladder import VERB, LadderConfig, read
+from trainer.commands.ladder.command import Work, final_loss, fit_points, ladder, loss_or_diverged, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
+from trainer.commands.ladder.page import compute_laws, ratio
 from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum, power_law
 from trainer.commands.ladder.spec import check_numbers, held_out_scale
 from trainer.core.errors import UserError
 from trainer.core.files import Damaged
-from trainer.core.settings import load_yaml
+from trainer.core.settings import help_text, load_yaml
 from trainer.data.stream import find_dataset
-from trainer.planning.laws import LAWS, Law, PowerLaw, read_laws
+from trainer.planning.laws import LAWS, Law, PowerLaw, parse_laws, read_laws
 
 CHINCHILLA = Law(("N", "D"), 1.69, (406.4, 410.7), (0.34, 0.28))
 POINTS = [(size, size * multiple) for size in (1e6, 2e6, 4e6, 8e6) for multiple in (5, 10, 20)]
@@ -84,6 +90,28 @@ def test_more_seeds_of_the_same_points_are_no_new_points(monkeypatch):
     assert one.predict(64e6, 640e6) == pytest.approx(three.predict(64e6, 640e6), rel=1e-6)
 
 
+def test_the_law_of_the_compute_has_intervals_too():
+    """Four sizes at five tokens a parameter; the three at ten are too few for a law."""
+    flops = [(5, 10.0**k) for k in (12, 13, 14, 15)] + [(10, 10.0**k) for k in (12, 13, 14)]
+    rungs = [
+        SimpleNamespace(multiple=multiple, length=SimpleNamespace(flops=c), arm=SimpleNamespace(key=(f"{multiple}", c)))
+        for multiple, c in flops
+    ]
+    scatter = (1.001, 0.999, 1.001, 0.999) * 2
+    points = [(one, 1, (2 + 90 * one.length.flops**-0.15) * by) for one, by in zip(rungs, scatter, strict=False)]
+    (line,) = compute_laws(points)
+    assert line.startswith("at 5 tokens a parameter: L(C) = ")
+    for name, true in (("E", 2.0), ("k", 90.0), ("gamma", 0.15)):
+        low, high = map(float, re.search(rf" {name} [-+.e\d]+ \[([-+.e\d]+), ([-+.e\d]+)\]", line).groups())
+        assert low < true < high
+
+
+def test_few_tokens_a_parameter_are_not_shown_as_none():
+    assert [
+        ratio(value) for value in (0.03125, 0.5, 1.0004, 20.46, 99.96, 1250.0)
+    ] == "0.0312 0.5 1 20.5 100 1,250".split()
+
+
 def test_numbers_below_zero_are_left_out():
     """The best non-negative solution, against a search over a grid."""
     generator = np.random.default_rng(0)
@@ -131,6 +159,13 @@ def test_the_law_of_the_optima():
     assert power_law(optima) == (pytest.approx(0.7), pytest.approx(-0.4))
     with pytest.raises(ValueError, match="two sizes"):
         power_law(optima[:1])
+
+
+def test_the_help_says_what_the_guide_says():
+    told = help_text(LadderConfig)
+    assert "SPEC.yaml" in VERB.help and "every run is a point" not in told
+    assert "their mean is one point of the fit" in told and "three or more; of --check, two or more" in told
+    check_numbers(read({"check": "lr", "scales": [1, 2], "held_out_scale": 4}))
 
 
 # -- the verb --------------------------------------------------------------------------------------------------------------
@@ -214,7 +249,7 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     assert found["measured"] == pytest.approx(found["prediction"]["loss"], rel=1e-3)  # the stub's runs follow one law
     assert found["numbers"]["alpha"]["value"] == pytest.approx(0.34, abs=0.02)
     page = capsys.readouterr().out
-    assert "predicted before the run: scale 0.45" in page and "measured: " in page
+    assert "predicted before the run: scale 0.45" in page and "measured: " in page and "earlier fit" not in page
     laws = read_laws(folder / LAWS)
     assert (laws.of.model["name"], laws.of.tokenizer, laws.loss.origin.points) == ("llama", "bytes", 9)
     assert {"d_model", "n_layers", "n_heads"} <= {*laws.of.sized} and "mlp" in laws.of.model
@@ -227,9 +262,19 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
     assert laws.loss.origin.tokens_per_parameter == pytest.approx([0.5, 2.0], rel=0.05)
     assert laws.loss.origin.epochs > 1 and f"the data are read up to {laws.loss.origin.epochs:.3g} times" in page
 
+    (tmp_path / "stub.py").write_text(STUB.replace("1.69 +", "1.79 +"))
     ladder(spec(seeds=[1, 2]))  # more points do not change what was said before the held-out run
+    page = capsys.readouterr().out
+    assert page.count(f"the prediction is of an earlier fit: L(N, D) = {said['law']}\n") == 1
     assert len(json.loads((folder / "ladder.json").read_text())["points"]) == 18
     assert (folder / "prediction.json").read_bytes() == before
+    whole = (folder / LAWS).read_text()
+    (folder / LAWS).write_text(whole.replace("points: 18", "points: 19"))
+    with pytest.raises(Damaged, match="put it back, or delete it and run every `ladder` command of its folder again$"):
+        ladder(spec(seeds=[1, 2]))
+    (folder / LAWS).unlink()
+    ladder(spec(seeds=[1, 2]))
+    assert read_laws(folder / LAWS).loss.numbers == parse_laws(whole.encode(), LAWS).loss.numbers
     work = Work(spec(), folder)
     (other,) = work.rungs([(0.45, 2)])
     with pytest.raises(UserError, match="put the spec back"):
@@ -312,6 +357,29 @@ def test_a_run_that_diverged_ends_the_ladder(spec, tmp_path):
         with pytest.raises(UserError, match="diverged: step .* has no law, or its prediction failed"):
             ladder(spec())
     assert not (tmp_path / "ladder" / "prediction.json").exists()
+
+
+@pytest.mark.parametrize(
+    "loss, said",
+    [
+        (0.0, "has a validation loss of 0, .* above 0; delete runs/x, "),
+        (-1.0, "has a validation loss of -1, "),
+        (float("nan"), "has a validation loss of nan, "),
+        (1e308, "diverged: its loss is above 100 nats a token; so this ladder has no law"),
+    ],
+)
+def test_a_loss_that_no_run_can_have_is_no_point(loss, said):
+    made = Arm("1x", 0.5, {}, {}, None)
+    experiment: Any = SimpleNamespace(
+        lengths={made.key: SimpleNamespace(learning_rate=1e-3)},
+        state=lambda task: State("finished", loss=loss),
+        run_folder=lambda task: Path("runs/x"),
+    )
+    name = Task(made, 1e-3, 1, "test").name
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: {said}"):
+        final_loss(experiment, made, 1)
+    if loss > 0:  # in a sweep it is worse than any other
+        assert loss_or_diverged(experiment, Task(made, 1e-3, 1, "tuning")) == float("inf")
 
 
 def test_a_folder_of_another_learning_rate_is_refused(spec, tmp_path):

@@ -194,6 +194,17 @@ def test_the_verb_refuses_what_it_cannot_compare(changes, why, tmp_path):
         coordinates.run(CoordinatesConfig(**{"out": str(tmp_path / "a.png"), "steps": 0, "seeds": 1, **changes}))
 
 
+@pytest.mark.parametrize(
+    "lr, why",
+    [(1e3, "lr, steps: scores . is 0 after 4 steps at width 32"), (1e30, "lr: .* is not finite after 4 steps")],
+)
+def test_activations_that_have_no_logarithm_are_an_error_of_one_line(lr, why, tmp_path):
+    config = CoordinatesConfig(widths=[32, 64], depths=[2], steps=4, seeds=1, lr=lr, out=str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match=f"^{why}"):
+        coordinates.run(config)
+    assert not (tmp_path / "a.png").exists()
+
+
 # -- where the weights go ----------------------------------------------------------------------------------------------
 
 HF = {

@@ -65,11 +65,49 @@ def test_content_that_no_ladder_writes_is_refused(tiny_dataset, tmp_path):
         (tmp_path / "laws.yaml").write_text(dataclasses.replace(whole, loss=changed).text())
         with pytest.raises(UserError, match=said):
             read_laws(tmp_path / "laws.yaml")
+    for section, changed, said in (
+        ("learning_rate", {"constant": -1.0}, "learning_rate.constant: -1.0 is too small; it must be above 0"),
+        ("learning_rate", {"constant": 0.0}, "learning_rate.constant: 0.0 is too small"),
+        ("batch", {"constant": -1.0}, "batch.constant: -1.0 is too small"),
+        ("batch", {"power": float("inf")}, "batch.power: expected number"),
+        ("loss", {"unit": "bits a byte"}, "loss.unit: "),
+        ("loss", {"numbers": [3.0, 40.0, -0.4, 30.0, 0.4]}, "loss.numbers, loss.draws: no losses fall so"),
+        ("loss", {"numbers": [-3.0, 40.0, 0.4, 30.0, 0.4]}, "loss.numbers, loss.draws: no losses fall so"),
+        ("loss", {"numbers": [0.0, 0.0, 0.4, 0.0, 0.4]}, "loss.numbers, loss.draws: no losses fall so"),
+        ("loss", {"draws": ["3 1e308 0.5 1e308 0.4 0"]}, "loss.numbers, loss.draws: no losses fall so"),
+        ("loss", {"draws": ["3 40 0.5 30 0.4 -2"]}, "loss.numbers, loss.draws: no losses fall so"),
+    ):
+        part = dataclasses.replace(getattr(whole, section), **changed)
+        (tmp_path / "laws.yaml").write_text(dataclasses.replace(whole, **{section: part}).text())
+        with pytest.raises(UserError, match=f"laws.yaml: is not as `ladder` writes it: {said}"):
+            read_laws(tmp_path / "laws.yaml")
     (tmp_path / "laws.yaml").write_text(Laws(dataclasses.replace(whole.of, vocab_size="many")).text())
     with pytest.raises(UserError, match="is not as `ladder` writes it"):
         read_laws(tmp_path / "laws.yaml")
     with pytest.raises(UserError, match="^dial: .*missing.yaml: cannot be read"):
         planned(values(tiny_dataset, tmp_path / "run", dial=str(tmp_path / "missing.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "key", "said"),
+    [
+        ("learning_rate", {"constant": 1e300, "power": 100.0}, "optim.lr", "inf"),
+        ("learning_rate", {"power": -200.0}, "optim.lr", "0"),
+        ("batch", {"constant": 1e300}, "batch.tokens_per_step", r"[\d.]+e\+30\d"),
+        ("batch", {"constant": 1e-300}, "batch.tokens_per_step", r"[\d.]+e-29\d"),
+        ("batch", {"power": 1e300}, "batch.tokens_per_step", "inf"),
+    ],
+)
+def test_a_law_that_gives_what_no_run_can_have_is_refused(tiny_dataset, tmp_path, section, changed, key, said):
+    law, path = laws(tiny_dataset, tmp_path), tmp_path / "laws.yaml"
+    path.write_text(dataclasses.replace(law, **{section: dataclasses.replace(getattr(law, section), **changed)}).text())
+    given = values(tiny_dataset, tmp_path / "run", dial=str(path))
+    del given["batch"]["tokens_per_step"]
+    with pytest.raises(UserError, match=rf"^dial: .*laws.yaml gives {key} {said} at N [\d,]+, .*; set {key}"):
+        planned(given)
+    part, _, name = key.partition(".")
+    given[part][name] = 512 if part == "batch" else 0.5
+    assert getattr(getattr(planned(given).config, part), name) == given[part][name]
 
 
 def test_the_laws_replace_the_rules_of_the_recipe(tiny_dataset, tmp_path):
@@ -139,6 +177,7 @@ def test_what_is_not_as_in_the_ladder_is_said(tiny_dataset, tmp_path):
         ("batch", "ramp_steps", 2, "batch.ramp_steps 2 (in the ladder 0)"),
         ("data", "separate_documents", True, "data.separate_documents True (in the ladder False)"),
         ("model", "init_std", 5.0, "model.init_std 5.0 (in the ladder by its rule)"),
+        ("model", "vocab_size", 4096, "model.vocab_size 4096 (padded for the tokenizer of the ladder: 320)"),
         (None, "precision", "pure_bf16", "precision pure_bf16 (in the ladder "),
     ],
 )
@@ -271,6 +310,14 @@ def test_laws_of_something_else_are_refused(tiny_dataset, tmp_path, changes, run
     with pytest.raises(UserError, match=said) as caught:
         planned(values(tiny_dataset, tmp_path / "run", dial=str(path), **run))
     assert str(caught.value).startswith("dial: ")
+
+
+def test_a_file_without_a_law_is_refused(tiny_dataset, tmp_path):
+    """`ladder --check lr` writes one if no sweep has an optimum with worse neighbours."""
+    path = tmp_path / "laws.yaml"
+    path.write_text(Laws(laws(tiny_dataset, tmp_path).of).text())
+    with pytest.raises(UserError, match="^dial: .*laws.yaml: holds no law, .*leave dial out$"):
+        planned(values(tiny_dataset, tmp_path / "run", dial=str(path)))
 
 
 def test_sizes_are_free(tiny_dataset, tmp_path):

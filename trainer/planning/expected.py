@@ -16,7 +16,7 @@ from models.config import kernel_fields_of, with_later_fields
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.files import user_path
-from trainer.core.settings import ROOT
+from trainer.core.settings import LARGEST, ROOT
 from trainer.core.text import printable
 from trainer.data.mixture import fingerprint
 from trainer.optim import DEFAULT_RULE
@@ -62,14 +62,23 @@ class DialFile:
 
     def tokens_per_step(self, size: int, length: int, steps: int | None) -> Default | None:
         """batch.tokens_per_step in whole sequences of `length` tokens; None without a law of it. size: N; steps: of the run, if that is
-        known."""
+        known. UserError if the law gives a batch that no run can have."""
         law = self.laws.batch
         if law is None:
             return None
-        value = max(1, round(law.value(size) / length)) * length
+        tokens = law.value(size)
+        if not 1 <= tokens <= LARGEST:
+            raise self.unusable("batch.tokens_per_step", tokens, size)
+        value = max(1, round(tokens / length)) * length
         known = {"N": size} if steps is None else {"N": size, "D": steps * value}
         rule = "; ".join(filter(None, (law.law, f"{self.path.name}, in whole sequences", law.origin.beyond(**known))))
         return Default(value, rule)
+
+    def unusable(self, key: str, value: float, size: int) -> UserError:
+        """Of a value that the key cannot have. size: N."""
+        return UserError(
+            f"dial: {printable(self.path)} gives {key} {value:.4g} at N {size:,}, which no run can have; set {key}, or leave dial out"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
 
     A run that goes on reads its own copy. Where that is gone or damaged, the reason comes instead of laws: its values are decided. A new
     run with the config of another one is a new run: its laws are checked.
-    UserError if the file cannot be read, or holds laws of something else.
+    UserError if the file cannot be read, holds no law, or holds laws of something else.
     """
     config = draft.config
     if config.dial is None:
@@ -144,6 +153,10 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
         laws = read_laws(copy if pinned and copy.exists() else path)
         if pinned and laws.digest != pinned[2]:
             raise UserError(f"{printable(path)}: is not the file that the run began with (another digest)")
+        if not have(laws):
+            raise UserError(
+                f"{printable(path)}: holds no law, as after a --check without optima; run `ladder` in its folder, or leave dial out"
+            )
     except UserError as error:
         if goes_on and config.optim.lr is not None and config.batch.tokens_per_step is not None:
             return draft.note("dial", config.dial, f"not read: {error}"), str(error)
@@ -157,10 +170,14 @@ def choose_dial(draft: Draft, model: Any, dataset: Any) -> tuple[Draft, DialFile
 def told(dial: DialFile) -> str:
     """Which laws a file has, and what of the run is not as in its ladder."""
     of = dial.laws.of
-    named = {"loss": dial.laws.loss, "learning rate": dial.laws.learning_rate, "batch": dial.laws.batch}
-    have = ", ".join(f"{name} ({law.origin.points} runs)" for name, law in named.items() if law is not None)
     other = f"; not as in the ladder: {'; '.join(dial.differing)}" if dial.differing else ""
-    return f"laws of {of.model['name']}: {have}; {dial.path}, digest {dial.laws.digest[:12]}{other}"
+    return f"laws of {of.model['name']}: {have(dial.laws)}; {dial.path}, digest {dial.laws.digest[:12]}{other}"
+
+
+def have(laws: Laws) -> str:
+    """The laws of a file, and of how many runs each is; "" if there is none."""
+    named = {"loss": laws.loss, "learning rate": laws.learning_rate, "batch": laws.batch}
+    return ", ".join(f"{name} ({law.origin.points} runs)" for name, law in named.items() if law is not None)
 
 
 def check_subject(laws: Laws, path: Path, config: Any, dataset: Any) -> None:
@@ -241,7 +258,16 @@ def differing(laws: Laws, config: Any, dataset: Any) -> tuple[str, ...]:
     here, there = fingerprint(config.data, dataset), laws.of.fingerprint
     if here != there:
         found.insert(0, f"data {laws.of.data} there (fingerprint {there[:12]}), {here[:12]} here")
+    found += other_vocabulary(laws, config.model["vocab_size"])
     return tuple(found)
+
+
+def other_vocabulary(laws: Laws, ours: int) -> list[str]:
+    """What a model of other ids than those of the ladder's tokenizer is told: the file holds no vocab_size of the ladder's models."""
+    from models.base import pad_vocab  # imports torch
+
+    theirs = pad_vocab(laws.of.vocab_size)
+    return [] if ours == theirs else [f"model.vocab_size {ours} (padded for the tokenizer of the ladder: {theirs})"]
 
 
 def expect(dial: DialFile | str | None, draft: Draft, size: int, epoch: Any) -> Expected | None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer import __version__
 from trainer.core import yaml_text
@@ -77,10 +77,6 @@ class Fit:
         """(loss, low, high): the middle `share` of what a new run may have: the law's uncertainty, and a run's own scatter."""
         losses = [law.loss(*values) * (1 + error) for law, error in zip(self.draws, self.scatter, strict=True)]
         return self.law.loss(*values), *middle_of(losses, share)
-
-    def interval(self, number: Callable[[Law], float], share: float = SHARE) -> tuple[float, float]:
-        """The middle `share` of one number of the law over the bootstrap."""
-        return middle_of([number(law) for law in self.draws], share)
 
 
 def middle_of(values: Sequence[float], share: float) -> tuple[float, float]:
@@ -144,9 +140,10 @@ class Origin:
         return f"extrapolated: {', '.join(found)}" if found else ""
 
     def check(self, where: str) -> None:
+        """UserError for a range that no run has."""
         for name in ("N", "D", "B", "tokens_per_parameter"):
             values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1]:
+            if len(values) != 2 or not 0 < values[0] <= values[1] < math.inf:
                 raise UserError(f"{where}.{name}: must be the smallest and the largest value, above 0")
 
 
@@ -155,7 +152,7 @@ class LossLaw:
     """Section `loss`. numbers: E, A, alpha, B, beta; draws: the same of each draw of the bootstrap, and the share by which a new run
     misses it. held_out: what was predicted and then measured; empty before that."""
 
-    unit: str
+    unit: Literal["nats a token"]
     law: str
     numbers: list[float]
     draws: list[str]
@@ -163,7 +160,7 @@ class LossLaw:
     held_out: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, fit: Fit, unit: str, origin: Origin) -> LossLaw:
+    def of(cls, fit: Fit, unit: Literal["nats a token"], origin: Origin) -> LossLaw:
         draws = [
             " ".join(f"{number:.6g}" for number in (*numbers_of(law), error))
             for law, error in zip(fit.draws, fit.scatter, strict=True)
@@ -171,18 +168,32 @@ class LossLaw:
         return cls(unit, f"L(N, D) = {fit.law.formula()}", numbers_of(fit.law), draws, origin)
 
     def fit(self) -> Fit:
-        """The law with its draws. ValueError if a number is missing or not finite."""
+        """The law with its draws. ValueError if a number is missing, not finite or none of a law of losses."""
         rows = [self.numbers, *([float(word) for word in line.split()] for line in self.draws)]
         finite = all(math.isfinite(number) for row in rows for number in row)
         if len(self.numbers) != 5 or len(rows) < 2 or any(len(row) != 6 for row in rows[1:]) or not finite:
-            raise ValueError("numbers, draws: must hold five finite numbers, and six for each draw")
+            raise ValueError("loss.numbers, loss.draws: must hold five finite numbers, and six for each draw")
+        if not all(map(possible, rows)):
+            raise ValueError(
+                "loss.numbers, loss.draws: no losses fall so; E, A and B must be 0 or more and one of them above it, alpha and beta "
+                "above 0, and the loss finite"
+            )
         laws = [Law(("N", "D"), e, (a, b), (alpha, beta)) for e, a, alpha, b, beta, *_ in rows]
         return Fit(laws[0], tuple(laws[1:]), tuple(row[5] for row in rows[1:]))
 
 
+def possible(row: Sequence[float]) -> bool:
+    """Whether E, A, alpha, B, beta, and by which share a new run misses the law, give losses that are above 0, finite, and fall. row: these
+    six, or the first five."""
+    e, a, alpha, b, beta, *error = row
+    most = (e + a + b) * (1 + sum(error))  # at N = D = 1
+    return min(e, a, b) >= 0 and min(alpha, beta) > 0 and 0 < most < math.inf
+
+
 def numbers_of(law: Law) -> list[float]:
-    (a, b), (alpha, beta) = law.scales, law.exponents
-    return [law.irreducible, a, alpha, b, beta]
+    """E, A, alpha, B, beta, or as many as the law has."""
+    pairs = zip(law.scales, law.exponents, strict=True)
+    return [law.irreducible, *(number for pair in pairs for number in pair)]
 
 
 @dataclass
@@ -190,15 +201,18 @@ class PowerLaw:
     """Sections `learning_rate` and `batch`: constant N^power B^batch_power. measured: a line for each size, for readers."""
 
     law: str
-    constant: float
+    constant: float = field(metadata={"above": 0})
     power: float
-    batch_power: float
+    batch_power: float = field(metadata={"low": 0})
     measured: list[str]
     origin: Origin
 
     def value(self, size: float, batch: float = 1.0) -> float:
-        """size: N; batch: tokens of a step."""
-        return self.constant * size**self.power * batch**self.batch_power
+        """size: N; batch: tokens of a step. Infinite if it is too large for a float."""
+        try:
+            return self.constant * size**self.power * batch**self.batch_power
+        except OverflowError:
+            return math.inf
 
 
 @dataclass
@@ -224,7 +238,7 @@ SECTIONS = {"loss": LossLaw, "learning_rate": PowerLaw, "batch": PowerLaw}
 
 
 def read_laws(path: Path) -> Laws:
-    """The laws in a file. UserError if there is none or a later release wrote it, Damaged if it was changed after it was written."""
+    """The laws in a file. UserError if there is none, a later release wrote it or a law is impossible, Damaged if it was changed after it was written."""
     return parse_laws(read_small(path), printable(path))
 
 
@@ -240,7 +254,8 @@ def parse_laws(content: bytes, where: str) -> Laws:
         )
     if hashlib.sha256(rest).hexdigest() != header[3]:
         raise Damaged(
-            f"{where}: its digest is not that of its content; it was changed after it was written; run `ladder` again"
+            f"{where}: its digest is not that of its content; it was changed after it was written; put it back, or delete it and run "
+            "every `ladder` command of its folder again"
         )
     values = yaml_text.parse(rest, where)
     try:

@@ -6,6 +6,7 @@ A rule is a function from a `Draft`, and the facts that it needs, to a new draft
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,14 +174,17 @@ def choose_recipe(draft: Draft) -> Draft:
 
 
 def choose_batch(draft: Draft, model: ModelFacts, stored: int, dial: Any = None) -> Draft:
-    """Sequence lengths, and tokens of a step. stored: tokens of a sample in the dataset; dial: the DialFile of the plan, if any."""
+    """Sequence lengths, and tokens of a step. stored: tokens of a sample in the dataset; dial: the DialFile of the plan, if any.
+    UserError for lengths that cannot be, or a law in `dial` that gives no batch."""
     longest = min(stored, model.meta.max_context or stored)
     rule = "length of the stored samples" if longest == stored else "longest context of the model"
     draft = draft.fill("batch", "sequence_length", longest, rule)
     if draft.config.data.packing != "concat" or draft.config.data.mix:
         draft = keep_length(draft)
     defaults = dict(RECIPES[draft.config.optim.recipe].batch_defaults(draft.config, model))
-    law = dial and dial.tokens_per_step(model.non_embedding, draft.config.batch.sequence_length, draft.config.max_steps)
+    law = None
+    if dial and draft.config.batch.tokens_per_step is None:
+        law = dial.tokens_per_step(model.non_embedding, draft.config.batch.sequence_length, draft.config.max_steps)
     if law is not None:
         defaults["tokens_per_step"] = law
     for key, (value, rule) in defaults.items():
@@ -349,7 +353,7 @@ def _background_drawback(config: Any, estimate: MemoryEstimate, processes: int, 
 
 def choose_optimiser(draft: Draft, model: ModelFacts, dial: Any = None, tokens: int = 0) -> Draft:
     """First the laws of `dial`, then the settings that the model is made for, then those of the recipe. dial: the DialFile of the plan,
-    if any; tokens: of the run."""
+    if any; tokens: of the run. UserError for settings that cannot be, or a law in `dial` that gives no learning rate."""
     optim = draft.config.optim
     rule = get_rule(optim.name, optim.settings)  # UserError for a name or a key that does not exist
     if draft.config.max_steps < 1:
@@ -358,6 +362,8 @@ def choose_optimiser(draft: Draft, model: ModelFacts, dial: Any = None, tokens: 
     adamw = defaults.pop("lr")
     instead = rate_of(rule, optim.name, adamw)
     law = dial and dial.learning_rate(model.non_embedding, draft.config.batch.tokens_per_step, tokens)
+    if law and optim.lr is None and not 0 < law.value < math.inf:
+        raise dial.unusable("optim.lr", law.value, model.non_embedding)
     instead = law or instead
     draft = draft.fill("optim", "lr", *instead)
     draft = choose_rest_lr(draft, rule, adamw if instead.value != adamw.value else None)

@@ -67,17 +67,21 @@ class Trial:
     vocab_size: int = VOCAB
 
     def over_widths(self, widths: Sequence[int], depth: int) -> Growth:
-        """Of every block's output and scores, and of the logits. UserError for a config that cannot be."""
+        """Of every block's output and scores, and of the logits. UserError for a config that cannot be, or as of `at`."""
         found = [self.at(width, depth) for width in widths]
         return Growth(list(widths), {part: [one[part] for one in found] for part in found[0]})
 
     def over_depths(self, depths: Sequence[int], width: int) -> Growth:
-        """Of the last block's output, of the scores in all blocks, and of the logits."""
+        """Of the last block's output, of the scores in all blocks, and of the logits. UserError as of `over_widths`."""
         found = [over_all_blocks(self.at(width, depth), depth) for depth in depths]
         return Growth(list(depths), {part: [one[part] for one in found] for part in found[0]})
 
     def at(self, width: int, depth: int) -> dict[str, float]:
+        """Part -> geometric mean over the seeds. UserError if a part has no logarithm: it is not finite, or 0."""
         runs = [after_steps(*self.planned(width, depth), self.steps, seed) for seed in self.seeds]
+        for part, mean in (pair for run in runs for pair in run.items()):
+            if not 0 < mean < math.inf:
+                raise UserError(no_size(part, mean, f"after {self.steps} steps at width {width} and depth {depth}"))
         return {part: math.exp(sum(math.log(run[part]) for run in runs) / len(runs)) for part in runs[0]}
 
     def planned(self, width: int, depth: int) -> tuple[Any, Any, RunConfig]:
@@ -99,6 +103,13 @@ class Trial:
             raise UserError(f"model {name}: {error}") from None
         check_mup(config.optim, ModelFacts.of(name, model_class, model_config))
         return model_class, model_config, config
+
+
+def no_size(part: str, mean: float, where: str) -> str:
+    """What to do about a part that is not finite, or 0 everywhere: as where its weights have not learned, or are far too large."""
+    if mean == 0:
+        return f"lr, steps: {part} is 0 {where}, so it has no growth; change --lr or --steps"
+    return f"lr: {part} is not finite {where}; lower --lr"
 
 
 BASE_FIELDS = ("mup", "mup_base_width", "mup_base_depth")

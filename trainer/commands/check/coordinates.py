@@ -21,7 +21,8 @@ KINDS = {"standard": False, "mup": True}
 
 
 def run(config: CoordinatesConfig) -> None:
-    """Run the verb: write the picture, print a line for each part; exit with code 1 if mup lets one grow or vanish."""
+    """Run the verb: write the picture, print a line for each part; exit with code 1 if mup lets one grow or vanish.
+    UserError as of `check`, and if activations are not finite, or 0."""
     check(config)
     out = user_path(config.out, "out")
     if not out.parent.is_dir():

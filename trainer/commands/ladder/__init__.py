@@ -21,7 +21,9 @@ class LadderConfig:
     ladder_dir: str | None = setting(None, "folder of the ladder; auto: runs/ladder-NAME, NAME of the spec's file")
     config: str | None = setting(None, "a run's config that all runs share; the keys of `common` override it")
     common: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of a run that all runs share"})
-    scales: list[float] = setting((), "values of model_scale that the law is fitted to, three or more")
+    scales: list[float] = setting(
+        (), "values of model_scale that the law is fitted to, three or more; of --check, two or more"
+    )
     tokens_per_parameter: list[float] = setting(
         (5.0, 10.0, 20.0), "training tokens for each parameter outside embeddings and head; three or more for L(N, D)"
     )
@@ -33,7 +35,7 @@ class LadderConfig:
     held_out_tokens: float | None = setting(
         None, "tokens_per_parameter of the held-out run; auto: the middle one", above=0
     )
-    seeds: list[int] = setting((1,), "seeds of each size; every run is a point of the fit")
+    seeds: list[int] = setting((1,), "seeds of each size and length; their mean is one point of the fit")
     check: Literal["none", "lr", "batch"] = setting(
         "none",
         "lr, batch: sweep the learning rate, or tokens_per_step, at each scale, and compare the rule with the optimum; no losses are fitted",
@@ -66,7 +68,7 @@ def run(config: LadderConfig) -> None:
 
 VERB = Verb(
     name="ladder",
-    help="fit the loss of small models, predict a larger one, and check it; check the rule of the learning rate",
+    help="fit the loss of the small models of SPEC.yaml, predict a larger one, and check it; check the rules of learning rate and batch",
     config=LadderConfig,
     run=run,
     alone=True,

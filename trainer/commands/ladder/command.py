@@ -55,6 +55,7 @@ from trainer.runtime.environment import environment
 
 PREDICTION = "prediction.json"
 HELD_OUT = "held-out"
+MOST_LOSS = 100.0  # nats a token; even ln of 2^31 ids is 21.5: a run that ends so far above has learned nothing
 
 
 def ladder(config: LadderConfig) -> None:
@@ -194,12 +195,14 @@ def predict_and_check(work: Work) -> None:
 
 
 def final_loss(experiment: Experiment, of: Arm, seed: int) -> float:
-    """The validation loss of a run at its end. UserError if it failed or diverged: a law through the others would hide it."""
+    """The validation loss of a run at its end. UserError if it failed, diverged or has an impossible loss: a law through the others would
+    hide it."""
     task = Task(of, experiment.lengths[of.key].learning_rate, seed, "test")
     loss = loss_or_diverged(experiment, task)
     if math.isinf(loss):
+        why = experiment.state(task).message or f"its loss is above {MOST_LOSS:g} nats a token"
         raise UserError(
-            f"{task.name}: diverged: {experiment.state(task).message}; so this ladder has no law, or its prediction failed: another try "
+            f"{task.name}: diverged: {why}; so this ladder has no law, or its prediction failed: another try "
             "needs other `scales` or a lower optim.lr, in another --ladder_dir"
         )
     return loss
@@ -284,13 +287,19 @@ def swept(experiment: Experiment, one: Rung) -> tuple[Optimum, dict[float, float
 
 
 def loss_or_diverged(experiment: Experiment, task: Task) -> float:
-    """The loss of a run, infinity if it diverged. UserError if it failed."""
+    """The loss of a run, infinity if it diverged or is above MOST_LOSS. UserError if it failed, or its loss is not above 0."""
     state = experiment.state(task)
     if state.word not in ("finished", "diverged"):
         raise UserError(
             f"{task.name}: {state.word}: {state.message or 'it has no loss'}; the same command tries it again"
         )
-    return float("inf") if state.loss is None else state.loss
+    loss = float("inf") if state.loss is None else state.loss
+    if not loss > 0:
+        raise UserError(
+            f"{task.name}: has a validation loss of {loss:g}, and a law is of losses above 0; delete {printable(experiment.run_folder(task))}, "
+            "and the same command trains it again"
+        )
+    return loss if loss <= MOST_LOSS else float("inf")
 
 
 def lowest(one: Rung, rule: float, losses: Mapping[Any, float]) -> Optimum:

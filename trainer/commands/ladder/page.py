@@ -15,7 +15,7 @@ from trainer.commands.ladder.rates import GOAL, Optimum
 from trainer.commands.ladder.spec import Rung, means_of
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
-from trainer.planning.laws import LAWS, ONCE, Fit, Law, PowerLaw
+from trainer.planning.laws import LAWS, ONCE, SHARE, Fit, Law, PowerLaw, middle_of, numbers_of
 from trainer.runtime.environment import environment
 
 Points = Sequence[tuple[Rung, int, float]]
@@ -53,11 +53,12 @@ def publish_losses(
         rows.append([*cells(one, seed), f"{loss:.4f}", f"{expected:.4f}", f"{loss / expected - 1:+.2%}"])
     lines = [
         f"L(N, D) = {found.law.formula()}, in nats a token",
-        *intervals(found),
+        intervals(found),
         *compute_laws(points),
         *repeated([*(one for one, _, _ in points), held_out]),
         f"predicted before the run: scale {held_out.arm.scale:g}, N {held_out.size:,}, {held_out.length.tokens:,} tokens: "
         f"{prediction['loss']:.4f}, {prediction['share']:.0%} between {prediction['low']:.4f} and {prediction['high']:.4f}",
+        *earlier_fit(found, prediction),
         f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
         f"{'inside' if inside else 'outside'} the interval",
         "N: parameters without embeddings and head; the interval: bootstrap by the scatter of the residuals, with a run's own scatter",
@@ -77,6 +78,12 @@ def publish_losses(
     draw_losses(folder / "ladder.png", points, found.law, held_out, prediction, measured)
 
 
+def earlier_fit(found: Fit, prediction: dict[str, Any]) -> list[str]:
+    """A line if the prediction is of another law than the page's: a prediction stays when more runs make a new fit."""
+    before = prediction["law"]
+    return [] if before == found.law.formula() else [f"the prediction is of an earlier fit: L(N, D) = {before}"]
+
+
 def repeated(rungs: Iterable[Rung]) -> list[str]:
     """A line if runs read their data more than once: they learn less from that than from new tokens (arXiv 2305.16264)."""
     most = max(one.epochs for one in rungs)
@@ -88,31 +95,32 @@ def cells(one: Rung, seed: int) -> list[str]:
         f"{one.arm.scale:g}",
         f"{one.size:,}",
         f"{one.length.tokens:,}",
-        f"{one.length.tokens / one.size:.1f}",
+        ratio(one.length.tokens / one.size),
         str(seed),
         f"{one.length.learning_rate:.3g}",
     ]
 
 
+def ratio(value: float) -> str:
+    """Three significant digits, and from 100 on all digits before the point: 0.0312, 5, 20.5, 1,250."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def law_numbers(found: Fit) -> dict[str, dict[str, float]]:
-    """Each number of the law, with the middle 90 % of the bootstrap."""
-    getters: dict[str, Callable[[Law], float]] = {
-        "E": lambda law: law.irreducible,
-        "A": lambda law: law.scales[0],
-        "alpha": lambda law: law.exponents[0],
-        "B": lambda law: law.scales[1],
-        "beta": lambda law: law.exponents[1],
-    }
+    """Each number of L(N, D) or L(C), with the middle 90 % of the bootstrap."""
+    names = ("E", "A", "alpha", "B", "beta") if len(found.law.names) == 2 else ("E", "k", "gamma")
     numbers = {}
-    for name, getter in getters.items():
-        low, high = found.interval(getter)
-        numbers[name] = {"value": getter(found.law), "low": low, "high": high}
+    drawn = zip(*map(numbers_of, found.draws), strict=True)  # of each number
+    for name, value, values in zip(names, numbers_of(found.law), drawn, strict=True):
+        low, high = middle_of(values, SHARE)
+        numbers[name] = {"value": value, "low": low, "high": high}
     return numbers
 
 
-def intervals(found: Fit) -> list[str]:
+def intervals(found: Fit) -> str:
+    """The numbers of a law as text."""
     shown = (f"{name} {n['value']:.4g} [{n['low']:.4g}, {n['high']:.4g}]" for name, n in law_numbers(found).items())
-    return ["90 % intervals: " + ", ".join(shown)]
+    return "90 % intervals: " + ", ".join(shown)
 
 
 def compute_laws(points: Points) -> list[str]:
@@ -122,10 +130,11 @@ def compute_laws(points: Points) -> list[str]:
     for multiple in sorted({one.multiple for one, _ in means}):
         part = [(one.length.flops, loss) for one, loss in means if one.multiple == multiple]
         try:
-            law = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part], draws=0).law
+            found = fit(("C",), [[flops] for flops, _ in part], [loss for _, loss in part])
         except ValueError:
             continue  # a power with an irreducible term needs four points
-        lines.append(f"at {multiple:g} tokens a parameter: L(C) = {law.formula()}, C in training FLOPs")
+        formula = f"L(C) = {found.law.formula()}, C in training FLOPs"
+        lines.append(f"at {multiple:g} tokens a parameter: {formula}; {intervals(found)}")
     return lines
 
 
