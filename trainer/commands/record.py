@@ -20,6 +20,9 @@ from trainer.core.text import markdown_table, printable, printable_lines
 
 if TYPE_CHECKING:
     from trainer.commands.compare import CompareConfig
+    from trainer.commands.compare.budget import Length
+
+    Lengths = dict[tuple[str, float], Length]  # of arms, by their keys
 
 KEPT = ("name", "spec", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
 DATA = ("fingerprint", "tokenizer", "training tokens", "validation tokens", "validation bytes")  # and of its data
@@ -50,22 +53,22 @@ def read(values: Values) -> RecordConfig:
 
 
 def run(config: RecordConfig) -> None:
-    """Run the verb."""
-    from trainer.commands.compare.command import opened
+    """Run the verb. UserError for a spec that makes no sense, and at the end if comparisons wait for their data."""
     from trainer.core.files import user_path
 
     folder = user_path(config.folder, "folder")
     specs = dict(read_specs(folder, config))
+    waiting: dict[str, str] = {}
     if config.train or config.estimate:
-        print_estimate(specs, config)
-    if config.estimate:
-        return
-    for spec in specs.values() if config.train else ():
-        with opened(spec) as work:
-            work.train()
-    for name, spec in specs.items():
-        keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
-    write_page(folder, specs)
+        lengths, waiting = size_all(specs)
+        print_estimate(specs, lengths, waiting, config)
+        if not config.estimate:
+            train_all(specs, lengths)
+    if not config.estimate:
+        for name, spec in specs.items():
+            keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
+        write_page(folder, specs)
+    refuse_left_out(waiting)
 
 
 def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, CompareConfig]]:
@@ -83,21 +86,64 @@ def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, Compar
         yield path.stem, spec
 
 
-def print_estimate(specs: dict[str, CompareConfig], config: RecordConfig) -> None:
-    """What is left to train, of each comparison and in all."""
+def size_all(specs: dict[str, CompareConfig]) -> tuple[dict[str, Lengths], dict[str, str]]:
+    """The lengths of the arms of each comparison that has data, and why each of the others has none.
+
+    This comes before any speed is measured, which takes long. UserError for a spec that makes no sense.
+    """
+    from trainer.commands.compare.command import opened
+    from trainer.commands.compare.experiment import facts_of
+    from trainer.commands.compare.spec import arms
+    from trainer.core.errors import Absent
+
+    for spec in specs.values():  # a wrong key is told before any text is prepared
+        facts_of(spec, "", [], arms(spec))
+    lengths, waiting = {}, {}
+    for name, spec in specs.items():
+        try:
+            with opened(spec) as work:
+                lengths[name] = work.experiment.lengths
+        except Absent as error:
+            waiting[name] = str(error)
+    return lengths, waiting
+
+
+def train_all(specs: dict[str, CompareConfig], lengths: dict[str, Lengths]) -> None:
+    """Train what is missing of the comparisons that have data. lengths: of their arms."""
+    from trainer.commands.compare.command import opened
+
+    for name, known in lengths.items():
+        with opened(specs[name], known) as work:
+            work.train()
+
+
+def print_estimate(
+    specs: dict[str, CompareConfig], lengths: dict[str, Lengths], waiting: dict[str, str], config: RecordConfig
+) -> None:
+    """What is left to train, of each comparison and in all. lengths, waiting: see `size_all`."""
     from trainer.commands.compare.command import opened
 
     rows, runs, hours, at_once = [["comparison", "runs at most", "hours"]], 0, 0.0, 1
-    for name, spec in specs.items():
-        with opened(spec) as work:
+    for name, known in lengths.items():
+        with opened(specs[name], known) as work:
             found, at_once = work.estimate(config.price), len(work.slots)
         sys.stdout.write(printable_lines(f"{name}\n\n{found.text}\n\n"))
         rows.append([name, str(found.runs), f"{found.hours:.2f}"])
         runs, hours = runs + found.runs, hours + found.hours
+    rows += [[name, "no data", ""] for name in waiting]
     cost = "" if config.price is None else f"; {hours * config.price:,.2f} at {config.price:g} an hour and device"
     rows.append(["in all", str(runs), f"{hours:.2f}"])
-    text = "\n".join([*markdown_table(rows), "", f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"])
-    print(printable_lines(text), flush=True)
+    reasons = [f"{name} waits for its data: {printable(why)}" for name, why in waiting.items()]
+    last = f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"
+    print(printable_lines("\n".join([*markdown_table(rows), "", *reasons, last])), flush=True)
+
+
+def refuse_left_out(waiting: dict[str, str]) -> None:
+    """UserError if comparisons wait for their data. waiting: see `size_all`."""
+    if waiting:
+        raise UserError(
+            f"left out for want of data: {', '.join(waiting)}; the reasons are above; mend them, then give the same command again"
+        )
 
 
 def keep_results(report: Path, kept: Path) -> None:

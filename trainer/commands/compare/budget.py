@@ -35,7 +35,7 @@ def lengths(
 ) -> dict[tuple[str, float], Length]:
     """The length of every arm. datasets(data config) -> its DatasetInfo, or None; rate: asked only for a budget of seconds.
 
-    UserError if a baseline cannot run. Another arm that cannot is refused alone.
+    UserError if a baseline cannot run, Absent if for want of data. Another arm that cannot is refused alone.
     """
     found: dict[tuple[str, float], Length] = {}
     baselines: dict[float, tuple[Arm, Plan]] = {}
@@ -48,7 +48,7 @@ def lengths(
             found[arm.key] = with_rate(length_of(arm, plan, *baselines[arm.scale], budget, rate), arm, plan, datasets)
         except UserError as error:
             if first:
-                raise UserError(f"baseline {printable(arm.name)}: {error}") from None
+                raise type(error)(f"baseline {printable(arm.name)}: {error}") from None
             found[arm.key] = Length(refused=str(error))
     return found
 
