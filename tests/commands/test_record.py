@@ -171,6 +171,20 @@ def test_a_wrong_key_in_the_last_spec_stops_before_any_speed_is_measured(mixed):
     assert not mixed.measured
 
 
+def test_another_text_is_for_the_specs_that_name_one():
+    """Data of the others are made in another way: from that text they would be something else."""
+    config = RecordConfig(common={"data": {"source": "my-text"}})
+    sources = {
+        name: spec.common["data"].get("source") for name, spec in read_specs(ROOT / "configs" / "record", config)
+    }
+    without = {"patches", "patches-flops"}
+    assert {name: None if name in without else "my-text" for name in sources} == sources
+    folders = {}
+    for _, spec in read_specs(ROOT / "configs" / "record", config):
+        for data in (arm.values["data"] for arm in arms(spec) if "source" in arm.values["data"]):
+            assert folders.setdefault(data["path"], data["tokenizer"]) == data["tokenizer"]
+
+
 def test_a_folder_without_specs_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no spec of a comparison"):
         dispatch(["record", str(tmp_path)])

@@ -37,7 +37,8 @@ class RecordConfig:
     folder: str = setting("configs/record", "folder of the specs and of the page (the flag is optional)")
     runs: str = setting("runs/record", "folder of the comparisons, each in a folder with the name of its spec")
     common: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "keys of a run, over those of each spec, such as common.data.path"}
+        default_factory=dict,
+        metadata={"help": "keys of a run, over those of each spec; common.data.source is for the specs that name one"},
     )
     jobs: int | None = setting(None, "runs at a time; auto: one per GPU, one on a CPU", low=1)
     price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)
@@ -79,11 +80,20 @@ def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, Compar
     if not paths:
         raise UserError(f"folder: {printable(folder)} holds no spec of a comparison (*.yaml)")
     for path in paths:
-        values = merge(compare.spec_file(str(path), {}), {"common": config.common} if config.common else {})
+        values = with_common(compare.spec_file(str(path), {}), config.common)
         values["compare_dir"] = str(Path(config.runs) / path.stem)
         spec = compare.read(values)
         spec.jobs = config.jobs or spec.jobs
         yield path.stem, spec
+
+
+def with_common(values: Values, common: dict[str, Any]) -> Values:
+    """The values of a spec, under the keys of a run that all specs get. data.source is only for those that name a text: the data of
+    others are made in another way."""
+    own, data = (values.get("common") or {}).get("data") or {}, common.get("data") or {}
+    if "source" not in own and "source" in data:
+        common = {**common, "data": {key: value for key, value in data.items() if key != "source"}}
+    return merge(values, {"common": common}) if common else values
 
 
 def size_all(specs: dict[str, CompareConfig]) -> tuple[dict[str, Lengths], dict[str, str]]:

@@ -54,9 +54,12 @@ def lengths(
 
 
 def plan_of(arm: Arm, datasets: Callable[[Any], Any]) -> Plan:
-    """The plan of the arm's runs. UserError if its number of tokens is not known before it has trained."""
+    """The plan of the arm's runs. UserError if its number of tokens is not known before it has trained, or its data are of another
+    tokenizer than it names: arms are told apart by what they name."""
     config = arm.config()
     plan = resolve(config, datasets(config.data))
+    if plan.unused_tokenizer:
+        raise UserError(f"{plan.unused_tokenizer}; give another data.path, or leave data.tokenizer out")
     if plan.config.batch.dynamic:
         raise UserError(
             "batch.dynamic: its batch size follows the gradient norm, so its tokens are not known before the run; "
