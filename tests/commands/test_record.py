@@ -104,6 +104,7 @@ def test_all_hours_are_said_before_anything_trains(record, tmp_path, monkeypatch
             experiment=SimpleNamespace(lengths={"lengths of": config.compare_dir}),
             estimate=lambda price: Estimate("| arm |", 12, 1.5),
             train=lambda: said.append("train"),
+            left_out=list,
         )
 
     monkeypatch.setattr(command, "opened", opened)
@@ -161,6 +162,19 @@ def test_comparisons_without_data_wait_and_the_others_go_on(mixed, tmp_path, mon
         assert "c waits for its data: baseline gpt2: no-text: no such file or folder" in shown
     assert set(mixed.measured) == {"gpt2", "llama"}
     assert (mixed.folder / "RECORD.md").exists()
+
+
+def test_a_variant_that_is_left_out_is_told_at_the_end(mixed, monkeypatch):
+    monkeypatch.setattr("trainer.commands.compare.command.Work.train", lambda work: None)
+    for name in "ac":
+        (mixed.folder / f"{name}.yaml").unlink()
+    (mixed.folder / "d.yaml").write_text("base: b.yaml\nvariants: {llama: {model: {d_model: 512}}}\nbudget: parameters")
+    for flags in ["--estimate"], []:
+        with pytest.raises(UserError, match="^left out llama of d; the reasons are above"):
+            mixed.call(*flags)
+    spec = ["compare", str(mixed.folder / "d.yaml")]
+    with pytest.raises(UserError, match="^left out: llama; .*report.md says why; the other variants are done"):
+        dispatch(spec)
 
 
 def test_a_wrong_key_in_the_last_spec_stops_before_any_speed_is_measured(mixed):

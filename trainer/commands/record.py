@@ -54,22 +54,23 @@ def read(values: Values) -> RecordConfig:
 
 
 def run(config: RecordConfig) -> None:
-    """Run the verb. UserError for a spec that makes no sense, and at the end if comparisons wait for their data."""
+    """Run the verb. UserError for a spec that makes no sense, and at the end if comparisons wait for their data or variants were left out."""
     from trainer.core.files import user_path
 
     folder = user_path(config.folder, "folder")
     specs = dict(read_specs(folder, config))
     waiting: dict[str, str] = {}
+    left_out: list[str] = []
     if config.train or config.estimate:
         lengths, waiting = size_all(specs)
-        print_estimate(specs, lengths, waiting, config)
+        left_out = print_estimate(specs, lengths, waiting, config)
         if not config.estimate:
-            train_all(specs, lengths)
+            left_out = train_all(specs, lengths)
     if not config.estimate:
         for name, spec in specs.items():
             keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
         write_page(folder, specs)
-    refuse_left_out(waiting)
+    refuse_left_out(waiting, left_out)
 
 
 def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, CompareConfig]]:
@@ -118,25 +119,30 @@ def size_all(specs: dict[str, CompareConfig]) -> tuple[dict[str, Lengths], dict[
     return lengths, waiting
 
 
-def train_all(specs: dict[str, CompareConfig], lengths: dict[str, Lengths]) -> None:
-    """Train what is missing of the comparisons that have data. lengths: of their arms."""
+def train_all(specs: dict[str, CompareConfig], lengths: dict[str, Lengths]) -> list[str]:
+    """Train what is missing of the comparisons that have data, and name the variants that were left out. lengths: of their arms."""
     from trainer.commands.compare.command import opened
 
+    left_out = []
     for name, known in lengths.items():
         with opened(specs[name], known) as work:
             work.train()
+            left_out += [f"{variant} of {name}" for variant in work.left_out()]
+    return left_out
 
 
 def print_estimate(
     specs: dict[str, CompareConfig], lengths: dict[str, Lengths], waiting: dict[str, str], config: RecordConfig
-) -> None:
-    """What is left to train, of each comparison and in all. lengths, waiting: see `size_all`."""
+) -> list[str]:
+    """Print what is left to train, of each comparison and in all, and name the variants that cannot be. lengths, waiting: see `size_all`."""
     from trainer.commands.compare.command import opened
 
+    left_out: list[str] = []
     rows, runs, hours, at_once = [["comparison", "runs at most", "hours"]], 0, 0.0, 1
     for name, known in lengths.items():
         with opened(specs[name], known) as work:
             found, at_once = work.estimate(config.price), len(work.slots)
+        left_out += [f"{variant} of {name}" for variant in found.left_out]
         sys.stdout.write(printable_lines(f"{name}\n\n{found.text}\n\n"))
         rows.append([name, str(found.runs), f"{found.hours:.2f}"])
         runs, hours = runs + found.runs, hours + found.hours
@@ -146,13 +152,16 @@ def print_estimate(
     reasons = [f"{name} waits for its data: {printable(why)}" for name, why in waiting.items()]
     last = f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"
     print(printable_lines("\n".join([*markdown_table(rows), "", *reasons, last])), flush=True)
+    return left_out
 
 
-def refuse_left_out(waiting: dict[str, str]) -> None:
-    """UserError if comparisons wait for their data. waiting: see `size_all`."""
-    if waiting:
+def refuse_left_out(waiting: dict[str, str], left_out: list[str]) -> None:
+    """UserError if comparisons wait for their data, or variants were left out. waiting: see `size_all`."""
+    parts = [f"for want of data: {', '.join(waiting)}"] if waiting else []
+    parts += [", ".join(left_out)] if left_out else []
+    if parts:
         raise UserError(
-            f"left out for want of data: {', '.join(waiting)}; the reasons are above; mend them, then give the same command again"
+            f"left out {printable('; and '.join(parts))}; the reasons are above and in the reports; mend them, then give the same command again"
         )
 
 

@@ -15,6 +15,7 @@ from trainer.commands.compare.experiment import SPEED, Experiment, facts_of, sto
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import arms, compare_folder
 from trainer.core.config import RunConfig
+from trainer.core.errors import UserError
 from trainer.core.text import printable, printable_lines
 from trainer.data.obtain import obtain_dataset
 from trainer.data.stream import find_dataset
@@ -38,6 +39,13 @@ class Work:
 
     def estimate(self, price: float | None) -> Estimate:
         return estimate(self.experiment, price, self.speeds, len(self.slots))
+
+    def left_out(self) -> list[str]:
+        """The variants that were refused, or of which a run was refused or failed."""
+        made = self.experiment
+        refused = [arm.name for arm in made.arms if made.lengths[arm.key].refused]
+        failed = [task.arm.name for task in made.tasks() if made.state(task).word in ("failed", "refused")]
+        return list(dict.fromkeys([*refused, *failed]))
 
     def train(self) -> None:
         """Train what is missing, and write the report."""
@@ -67,7 +75,7 @@ def opened(config: CompareConfig, known: dict[tuple[str, float], Length] | None 
 
 
 def compare(config: CompareConfig) -> None:
-    """Train what is missing of the comparison, and report it."""
+    """Train what is missing of the comparison, and report it. UserError at the end if variants were left out."""
     with opened(config) as work:
         if config.estimate:
             sys.stdout.write(printable_lines(work.estimate(config.price).text) + "\n")
@@ -76,6 +84,11 @@ def compare(config: CompareConfig) -> None:
             write_elements(work.experiment, work.plugins, config.elements == "new")
         else:
             work.train()
+            if left_out := work.left_out():
+                raise UserError(
+                    f"left out: {printable(', '.join(left_out))}; {printable(work.experiment.folder / 'report' / 'report.md')} says why; "
+                    "the other variants are done"
+                )
 
 
 def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:
