@@ -3,6 +3,7 @@
 Most tests train nothing: a stub stands for `train` and writes what a run leaves behind.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -222,7 +223,8 @@ def test_equal_parameters_refuse_another_size(sized):
 
 
 def test_an_arm_that_names_another_tokenizer_than_its_data_have_is_refused(sized):
-    config, _, dataset = sized
+    shared, _, dataset = sized
+    config = copy.deepcopy(shared)
     config.variants["llama"]["data"] = {"tokenizer": "train-bpe:300"}
     result = lengths(arms(config), "tokens", lambda data: dataset, rate=None)
     assert "data.tokenizer: train-bpe:300, but " in result["llama", 0.05].refused
