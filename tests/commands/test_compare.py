@@ -3,6 +3,7 @@
 Most tests train nothing: a stub stands for `train` and writes what a run leaves behind.
 """
 
+import copy
 import itertools
 import json
 import os
@@ -219,6 +220,18 @@ def test_equal_parameters_refuse_another_size(sized):
     _, found, dataset = sized
     result = lengths(found[:2], "parameters", lambda data: dataset, rate=None)
     assert "parameters, the baseline" in result["llama", 0.05].refused
+
+
+def test_an_arm_that_names_another_tokenizer_than_its_data_have_is_refused(sized):
+    shared, _, dataset = sized
+    config = copy.deepcopy(shared)
+    config.variants["llama"]["data"] = {"tokenizer": "train-bpe:300"}
+    result = lengths(arms(config), "tokens", lambda data: dataset, rate=None)
+    assert "data.tokenizer: train-bpe:300, but " in result["llama", 0.05].refused
+    assert " was prepared with bytes; give another data.path" in result["llama", 0.05].refused
+    config.common["data"]["tokenizer"] = "gpt2"
+    with pytest.raises(UserError, match="baseline gpt2: data.tokenizer: gpt2, but "):
+        lengths(arms(config), "tokens", lambda data: dataset, rate=None)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+import yaml
+from conftest import ROOT, tiny_values
 from synthetic_runs import simple_comparison
 
 from trainer.__main__ import dispatch
@@ -96,10 +97,15 @@ def test_all_hours_are_said_before_anything_trains(record, tmp_path, monkeypatch
     said = []
 
     @contextlib.contextmanager
-    def opened(config):
-        said.append(("open", config.compare_dir, config.common["max_steps"], config.jobs))
-        estimate = Estimate("| arm |", 12, 1.5)
-        yield SimpleNamespace(slots=[{}, {}], estimate=lambda price: estimate, train=lambda: said.append("train"))
+    def opened(config, known=None):
+        said.append(("open", config.compare_dir, config.common["max_steps"], config.jobs, known))
+        yield SimpleNamespace(
+            slots=[{}, {}],
+            experiment=SimpleNamespace(lengths={"lengths of": config.compare_dir}),
+            estimate=lambda price: Estimate("| arm |", 12, 1.5),
+            train=lambda: said.append("train"),
+            left_out=list,
+        )
 
     monkeypatch.setattr(command, "opened", opened)
     record("--price", "2", "--jobs", "2", "--common.max_steps", "7")
@@ -108,11 +114,89 @@ def test_all_hours_are_said_before_anything_trains(record, tmp_path, monkeypatch
         "| in all     |           24 |  3.00 |" in shown and "1.50 hours with 2 at a time; 6.00 at 2 an hour" in shown
     )
     runs = str(tmp_path / "runs")
-    first, second = (("open", f"{runs}/{name}", "7", 2) for name in ("first", "second"))
-    assert said == [first, second, first, "train", second, "train"]
+    first, second = (("open", f"{runs}/{name}", "7", 2, None) for name in ("first", "second"))
+    sized = [(*one[:-1], {"lengths of": one[1]}) for one in (first, second)]
+    assert said == [first, second, *sized, sized[0], "train", sized[1], "train"], "each is sized once"
     said.clear()
     record("--estimate")
     assert "train" not in said
+
+
+@pytest.fixture
+def mixed(tmp_path, tiny_dataset, monkeypatch):
+    """Call `record` on a comparison with data between two without; what is not measured has a speed of 1,000 tokens a second."""
+    monkeypatch.chdir(tmp_path)
+    measured = []
+
+    def speed(values, *_):
+        measured.append(values["model"]["name"])
+        return {"tokens_per_second": {"median": 1000}, "peak_memory_bytes": 0}
+
+    monkeypatch.setattr("trainer.commands.compare.estimate.measure_speed", speed)
+    folder = tmp_path / "record"
+    folder.mkdir()
+    common = tiny_values(tiny_dataset, "", batch__sequence_start=64, batch__sequence_double_every=0)
+    del common["run_dir"], common["model"]
+    for name, data in {"a": {"path": "gone"}, "b": {}, "c": {"path": "new", "source": "no-text"}}.items():
+        values = yaml.safe_load(SPEC) | {"common": {**common, "data": common["data"] | data}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+
+    def call(*flags):
+        dispatch(["record", str(folder), "--runs", str(tmp_path / "runs"), *flags])
+
+    return SimpleNamespace(call=call, folder=folder, measured=measured)
+
+
+def test_comparisons_without_data_wait_and_the_others_go_on(mixed, tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(
+        "trainer.commands.compare.command.Work.train", lambda work: trained.append(work.experiment.folder.name)
+    )
+    for flags, trains in (["--estimate"], []), ([], ["b"]):
+        with pytest.raises(UserError, match="^left out for want of data: a, c; the reasons are above"):
+            mixed.call(*flags)
+        assert trained == trains
+        shown = capsys.readouterr().out
+        assert "| a          |      no data |       |" in shown and "| in all     |           18 |" in shown
+        assert "a waits for its data: baseline gpt2: no dataset at gone in " in shown
+        assert "c waits for its data: baseline gpt2: no-text: no such file or folder" in shown
+    assert set(mixed.measured) == {"gpt2", "llama"}
+    assert (mixed.folder / "RECORD.md").exists()
+
+
+def test_a_variant_that_is_left_out_is_told_at_the_end(mixed, monkeypatch):
+    monkeypatch.setattr("trainer.commands.compare.command.Work.train", lambda work: None)
+    for name in "ac":
+        (mixed.folder / f"{name}.yaml").unlink()
+    (mixed.folder / "d.yaml").write_text("base: b.yaml\nvariants: {llama: {model: {d_model: 512}}}\nbudget: parameters")
+    for flags in ["--estimate"], []:
+        with pytest.raises(UserError, match="^left out llama of d; the reasons are above"):
+            mixed.call(*flags)
+    spec = ["compare", str(mixed.folder / "d.yaml")]
+    with pytest.raises(UserError, match="^left out: llama; .*report.md says why; the other variants are done"):
+        dispatch(spec)
+
+
+def test_a_wrong_key_in_the_last_spec_stops_before_any_speed_is_measured(mixed):
+    for wrong, message in ("{d_modle: 3}", "d_modle"), ("{n_layers: two}", "n_layers"):
+        (mixed.folder / "d.yaml").write_text(f"base: b.yaml\nvariants: {{gpt2: {{model: {wrong}}}}}")
+        with pytest.raises(UserError, match=message):
+            mixed.call("--estimate")
+    assert not mixed.measured
+
+
+def test_another_text_is_for_the_specs_that_name_one():
+    """Data of the others are made in another way: from that text they would be something else."""
+    config = RecordConfig(common={"data": {"source": "my-text"}})
+    sources = {
+        name: spec.common["data"].get("source") for name, spec in read_specs(ROOT / "configs" / "record", config)
+    }
+    without = {"patches", "patches-flops"}
+    assert {name: None if name in without else "my-text" for name in sources} == sources
+    folders = {}
+    for _, spec in read_specs(ROOT / "configs" / "record", config):
+        for data in (arm.values["data"] for arm in arms(spec) if "source" in arm.values["data"]):
+            assert folders.setdefault(data["path"], data["tokenizer"]) == data["tokenizer"]
 
 
 def test_a_folder_without_specs_is_refused(tmp_path):

@@ -11,7 +11,11 @@ from trainer.recipes import schedule_change
 
 def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None, trained=None):
     return SimpleNamespace(
-        parameters=parameters, non_embedding=non_embedding, train_tokens=train_tokens, trained=trained or parameters
+        parameters=parameters,
+        non_embedding=non_embedding,
+        train_tokens=train_tokens,
+        trained=trained or parameters,
+        unused_tokenizer="",
     )
 
 

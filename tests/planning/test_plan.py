@@ -638,3 +638,20 @@ def test_extreme_numbers_are_planned_or_refused_at_once(words, capsys):
     with contextlib.suppress(UserError), known_errors():
         dispatch(["plan", "--model.name", "llama", "--model_scale", "0.01", "--device", "cpu", *words.split()])
     assert time.process_time() - begin < 60, "it takes a second, or for ever"
+
+
+def test_a_tokenizer_that_is_not_that_of_the_data_is_told(tiny_dataset, tmp_path):
+    """By what the config names: nothing, the data's own under several names, another."""
+    (tmp_path / "same.json").write_bytes((tiny_dataset / "tokenizer.json").read_bytes())
+
+    def plan(**data):
+        values = tiny_values(tiny_dataset, tmp_path)
+        config = build(RunConfig, {**values, "data": values["data"] | data})
+        return p.resolve(config, find_dataset(config.data))
+
+    for same in ({}, {"tokenizer": "bytes"}, {"tokenizer": str(tmp_path / "same.json")}):
+        made = plan(**same)
+        assert not made.unused_tokenizer and "was prepared with" not in p.render(made)
+    assert plan().config.data.tokenizer == "bytes", "the data say it"
+    line = f"note: data.tokenizer: chars, but {tiny_dataset} was prepared with bytes, which the run reads; "
+    assert line in p.render(plan(tokenizer="chars"))

@@ -20,6 +20,9 @@ from trainer.core.text import markdown_table, printable, printable_lines
 
 if TYPE_CHECKING:
     from trainer.commands.compare import CompareConfig
+    from trainer.commands.compare.budget import Length
+
+    Lengths = dict[tuple[str, float], Length]  # of arms, by their keys
 
 KEPT = ("name", "spec", "budget", "baseline", "arms", "claims", "caveats", "environment")  # of a study in report.json
 DATA = ("fingerprint", "tokenizer", "training tokens", "validation tokens", "validation bytes")  # and of its data
@@ -34,7 +37,8 @@ class RecordConfig:
     folder: str = setting("configs/record", "folder of the specs and of the page (the flag is optional)")
     runs: str = setting("runs/record", "folder of the comparisons, each in a folder with the name of its spec")
     common: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "keys of a run, over those of each spec, such as common.data.path"}
+        default_factory=dict,
+        metadata={"help": "keys of a run, over those of each spec; common.data.source is for the specs that name one"},
     )
     jobs: int | None = setting(None, "runs at a time; auto: one per GPU, one on a CPU", low=1)
     price: float | None = setting(None, "price of one device for one hour, in any currency", above=0)
@@ -50,22 +54,23 @@ def read(values: Values) -> RecordConfig:
 
 
 def run(config: RecordConfig) -> None:
-    """Run the verb."""
-    from trainer.commands.compare.command import opened
+    """Run the verb. UserError for a spec that makes no sense, and at the end if comparisons wait for their data or variants were left out."""
     from trainer.core.files import user_path
 
     folder = user_path(config.folder, "folder")
     specs = dict(read_specs(folder, config))
+    waiting: dict[str, str] = {}
+    left_out: list[str] = []
     if config.train or config.estimate:
-        print_estimate(specs, config)
-    if config.estimate:
-        return
-    for spec in specs.values() if config.train else ():
-        with opened(spec) as work:
-            work.train()
-    for name, spec in specs.items():
-        keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
-    write_page(folder, specs)
+        lengths, waiting = size_all(specs)
+        left_out = print_estimate(specs, lengths, waiting, config)
+        if not config.estimate:
+            left_out = train_all(specs, lengths)
+    if not config.estimate:
+        for name, spec in specs.items():
+            keep_results(Path(str(spec.compare_dir)) / "report" / "report.json", folder / f"{name}.json")
+        write_page(folder, specs)
+    refuse_left_out(waiting, left_out)
 
 
 def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, CompareConfig]]:
@@ -76,28 +81,88 @@ def read_specs(folder: Path, config: RecordConfig) -> Iterator[tuple[str, Compar
     if not paths:
         raise UserError(f"folder: {printable(folder)} holds no spec of a comparison (*.yaml)")
     for path in paths:
-        values = merge(compare.spec_file(str(path), {}), {"common": config.common} if config.common else {})
+        values = with_common(compare.spec_file(str(path), {}), config.common)
         values["compare_dir"] = str(Path(config.runs) / path.stem)
         spec = compare.read(values)
         spec.jobs = config.jobs or spec.jobs
         yield path.stem, spec
 
 
-def print_estimate(specs: dict[str, CompareConfig], config: RecordConfig) -> None:
-    """What is left to train, of each comparison and in all."""
+def with_common(values: Values, common: dict[str, Any]) -> Values:
+    """The values of a spec, under the keys of a run that all specs get. data.source is only for those that name a text: the data of
+    others are made in another way."""
+    own, data = (values.get("common") or {}).get("data") or {}, common.get("data") or {}
+    if "source" not in own and "source" in data:
+        common = {**common, "data": {key: value for key, value in data.items() if key != "source"}}
+    return merge(values, {"common": common}) if common else values
+
+
+def size_all(specs: dict[str, CompareConfig]) -> tuple[dict[str, Lengths], dict[str, str]]:
+    """The lengths of the arms of each comparison that has data, and why each of the others has none.
+
+    This comes before any speed is measured, which takes long. UserError for a spec that makes no sense.
+    """
+    from trainer.commands.compare.command import opened
+    from trainer.commands.compare.experiment import facts_of
+    from trainer.commands.compare.spec import arms
+    from trainer.core.errors import Absent
+
+    for spec in specs.values():  # a wrong key is told before any text is prepared
+        facts_of(spec, "", [], arms(spec))
+    lengths, waiting = {}, {}
+    for name, spec in specs.items():
+        try:
+            with opened(spec) as work:
+                lengths[name] = work.experiment.lengths
+        except Absent as error:
+            waiting[name] = str(error)
+    return lengths, waiting
+
+
+def train_all(specs: dict[str, CompareConfig], lengths: dict[str, Lengths]) -> list[str]:
+    """Train what is missing of the comparisons that have data, and name the variants that were left out. lengths: of their arms."""
     from trainer.commands.compare.command import opened
 
+    left_out = []
+    for name, known in lengths.items():
+        with opened(specs[name], known) as work:
+            work.train()
+            left_out += [f"{variant} of {name}" for variant in work.left_out()]
+    return left_out
+
+
+def print_estimate(
+    specs: dict[str, CompareConfig], lengths: dict[str, Lengths], waiting: dict[str, str], config: RecordConfig
+) -> list[str]:
+    """Print what is left to train, of each comparison and in all, and name the variants that cannot be. lengths, waiting: see `size_all`."""
+    from trainer.commands.compare.command import opened
+
+    left_out: list[str] = []
     rows, runs, hours, at_once = [["comparison", "runs at most", "hours"]], 0, 0.0, 1
-    for name, spec in specs.items():
-        with opened(spec) as work:
+    for name, known in lengths.items():
+        with opened(specs[name], known) as work:
             found, at_once = work.estimate(config.price), len(work.slots)
+        left_out += [f"{variant} of {name}" for variant in found.left_out]
         sys.stdout.write(printable_lines(f"{name}\n\n{found.text}\n\n"))
         rows.append([name, str(found.runs), f"{found.hours:.2f}"])
         runs, hours = runs + found.runs, hours + found.hours
+    rows += [[name, "no data", ""] for name in waiting]
     cost = "" if config.price is None else f"; {hours * config.price:,.2f} at {config.price:g} an hour and device"
     rows.append(["in all", str(runs), f"{hours:.2f}"])
-    text = "\n".join([*markdown_table(rows), "", f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"])
-    print(printable_lines(text), flush=True)
+    reasons = [f"{name} waits for its data: {printable(why)}" for name, why in waiting.items()]
+    last = f"{hours / at_once:.2f} hours with {at_once} at a time{cost}"
+    print(printable_lines("\n".join([*markdown_table(rows), "", *reasons, last])), flush=True)
+    return left_out
+
+
+def refuse_left_out(waiting: dict[str, str], left_out: list[str]) -> None:
+    """UserError if comparisons wait for their data, or variants were left out. waiting: see `size_all`."""
+    parts = [f"for want of data: {', '.join(waiting)}"] if waiting else []
+    parts += [", ".join(left_out)] if left_out else []
+    if parts:
+        raise UserError(
+            f"left out {printable('; and '.join(parts))}; the reasons are above and in the reports; mend them, then give the same command again"
+        )
 
 
 def keep_results(report: Path, kept: Path) -> None:

@@ -44,8 +44,10 @@ class CorpusConfig:
         "text file, directory, .jsonl, .ndjson or .json of rows (also .gz, .zst), .parquet, hf://NAME[/CONFIG][:SPLIT], "
         "builtin:python-stdlib, token ids (.bin, .npy), or MDS shards of another program",
     )
-    tokenizer: str = setting(
-        "gpt2", "gpt2, gpt-neox-20b, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one"
+    tokenizer: str | None = setting(
+        None,
+        "gpt2, gpt-neox-20b, bytes, chars, train-bpe:N, a tokenizer.json, or a folder that holds one; auto: gpt2, or that of data that are "
+        "there",
     )
     validation_source: str | None = setting(
         None, "source of the validation split; auto: hold out documents of `source`"
@@ -82,6 +84,11 @@ class CorpusConfig:
     sample_length: int = setting(
         1024, "tokens per stored sample; training sequences cannot be longer", low=1, high=LONGEST
     )
+
+    @property
+    def new_tokenizer(self) -> str:
+        """The tokenizer of data that are not prepared yet."""
+        return self.tokenizer or "gpt2"
 
 
 @dataclass

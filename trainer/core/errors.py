@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class Absent(UserError):
+    """Data that a path names and that are not there: a dataset without a text to prepare it from, or that text."""
+
+
 class MachineError(UserError):
     """A fault of the machine or network, not a mistake of the user: the same command may work if it is run again."""
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.core.errors import Damaged, UserError
+from trainer.core.errors import Absent, Damaged, UserError
 from trainer.core.files import DIGEST, parse_json, read_small, sealed, system_error, write_file
 from trainer.core.text import printable
 
@@ -131,11 +131,11 @@ class DatasetInfo:
     def load(cls, path: str | Path) -> DatasetInfo:
         """The description in the local folder `path`, of a dataset or of a run, compared with the tokenizer.json beside it.
 
-        Raises UserError if there is none, Damaged if it is not what was written.
+        Raises Absent if there is none, Damaged if it is not what was written, another UserError if it is something else.
         """
         folder = Path(path).expanduser()
         if not present(folder):
-            raise UserError(_missing(folder))
+            raise Absent(_missing(folder))
         if folder.is_file():
             raise UserError(
                 f"{folder}: is a file, not a prepared dataset; run `python -m trainer prepare --source {folder} --out DIR` "

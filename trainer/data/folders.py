@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.core.errors import UserError
+from trainer.core.errors import Absent, UserError
 from trainer.core.files import system_error, user_path
 from trainer.core.text import printable
 from trainer.data.dataset import INDEX
@@ -64,7 +64,7 @@ def kind_of(path: Path) -> str:
 def find_files(spec: str, key: str, text_field: str) -> tuple[list[Path], list[str]]:
     """The files that `spec` names, and notes on what is left out; `key` is the setting that holds `spec`.
 
-    Raises UserError if there is nothing to read, or if a file cannot be read.
+    Raises Absent if the path is not there, another UserError if there is nothing to read, or if a file cannot be read.
     """
     if spec.startswith("hf://"):
         return [], []
@@ -76,7 +76,7 @@ def find_files(spec: str, key: str, text_field: str) -> tuple[list[Path], list[s
     if path.is_dir():
         return _of_folder(path, spec, text_field)
     if not path.exists():
-        raise UserError(f"{printable(spec)}: no such file or folder; give one, hf://NAME, or {STDLIB}")
+        raise Absent(f"{printable(spec)}: no such file or folder; give one, hf://NAME, or {STDLIB}")
     if not path.is_file():
         raise UserError(
             f"{printable(spec)}: is a pipe or a device, which cannot be read twice; write the text to a file first, and "

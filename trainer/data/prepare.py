@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +38,7 @@ def prepare(config: PrepareConfig, log: Log = say, predictor: OpenPredictor | No
     predictor: opens the model of config.teacher or config.patches.
     The shards are the same bytes for any number of workers. If it raises UserError, it leaves nothing behind.
     """
+    config = replace(config, tokenizer=config.new_tokenizer)
     out = _checked_target(config)
     with signals_as_interrupts(), one_line_errors(out):
         sources = open_sources(config)
@@ -135,15 +136,16 @@ def _write(
 def _tokenizer(config: PrepareConfig, sources: list[Source], log: Log) -> Tokenizer:
     """The tokenizer of `config`; if it is trained, it sees only training text."""
     ids = next((source for source in sources if source.holds_ids), None)
-    if ids and config.tokenizer.startswith(("train-bpe", "chars")):
+    spec = config.new_tokenizer
+    if ids and spec.startswith(("train-bpe", "chars")):
         raise UserError(
-            f"{printable(ids.spec)}: holds token ids, so the tokenizer that made them is needed, not {config.tokenizer}"
+            f"{printable(ids.spec)}: holds token ids, so the tokenizer that made them is needed, not {spec}"
         )
-    if config.tokenizer.startswith("train-bpe"):
-        log(f"training {config.tokenizer} on the first text of {printable(config.source)}")
-    elif config.tokenizer == "chars":
+    if spec.startswith("train-bpe"):
+        log(f"training {spec} on the first text of {printable(config.source)}")
+    elif spec == "chars":
         log(f"reading {printable(config.source)} once for its characters")
-    tokenizer = get_tokenizer(config.tokenizer, _training_texts(sources[0]), config.end_of_text, learn_in_child)
+    tokenizer = get_tokenizer(spec, _training_texts(sources[0]), config.end_of_text, learn_in_child)
     for note in tokenizer.notes:
         log(note)
     end = printable(tokenizer.decode([tokenizer.eot_id]))

@@ -20,6 +20,7 @@ from trainer.data.learn import Learned, learn_bpe
 from trainer.data.readers import hub_error
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+SIZES = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257}  # ids of the tokenizers that are always the same
 HUB = {"gpt2": "openai-community/gpt2", "gpt-neox-20b": "EleutherAI/gpt-neox-20b"}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 

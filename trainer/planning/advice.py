@@ -16,6 +16,8 @@ MOST_EPOCHS = 4  # up to then, repeated text is nearly as good as new text (arXi
 def advice(plan: Any, tokens: int) -> list[str]:
     """tokens: of the whole run, as a minimum."""
     lines = []
+    if plan.unused_tokenizer:
+        lines.append(f"{plan.unused_tokenizer}, which the run reads; for the other one, give a new data.path")
     share = plan.non_embedding / plan.parameters
     if share < LEAST_SHARE:
         lines.append(

@@ -7,9 +7,41 @@ from typing import Any
 
 import numpy as np
 
+from trainer.core.config import DataConfig
 from trainer.core.errors import UserError
+from trainer.core.files import user_path
+from trainer.core.text import printable
+from trainer.data.tokenizers import SIZES, get_tokenizer
 from trainer.planning.length import Epoch, tokens_at_lengths
 from trainer.planning.resolver import Draft
+
+
+def choose_tokenizer(draft: Draft, dataset: Any) -> tuple[Draft, str]:
+    """data.tokenizer, and a line if the config names another one than that of the data, which counts. dataset: as in `choose_packing`."""
+    data = draft.config.data
+    if dataset is None:
+        return draft.fill("data", "tokenizer", data.new_tokenizer, "the default (data not prepared yet)"), ""
+    own = dataset.tokenizer.name
+    if data.tokenizer is None or is_tokenizer(data, dataset):
+        return draft.fill("data", "tokenizer", own, f"that of {data.path}"), ""
+    line = f"data.tokenizer: {printable(data.tokenizer)}, but {data.path} was prepared with {own}"
+    return draft.note("data.tokenizer", own, f"that of {data.path}; {printable(data.tokenizer)} is not used"), line
+
+
+def is_tokenizer(data: DataConfig, dataset: Any) -> bool:
+    """Whether data.tokenizer, which is given, names the tokenizer of a DatasetInfo, perhaps by another name."""
+    given, own = data.new_tokenizer, dataset.tokenizer
+    if given in (own.name, dataset.arguments.get("tokenizer")):
+        return True
+    if given in SIZES:  # may have been prepared from a copy of its files
+        return own.vocab_size == SIZES[given]
+    try:
+        if not user_path(given, "data.tokenizer").exists():
+            return False
+        end = data.end_of_text or dataset.arguments.get("end_of_text")
+        return get_tokenizer(given, end_of_text=end).sha256 == own.sha256
+    except UserError:
+        return False
 
 
 def choose_packing(draft: Draft, dataset: Any) -> Draft:

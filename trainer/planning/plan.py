@@ -21,7 +21,7 @@ from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
 from trainer.planning.advice import advice, epochs_of
-from trainer.planning.data import choose_packing, note_mix, read_epoch
+from trainer.planning.data import choose_packing, choose_tokenizer, note_mix, read_epoch
 from trainer.planning.dial import DEFAULT_SCALE
 from trainer.planning.expected import DialFile, Expected, choose_dial, expect
 from trainer.planning.frozen import Frozen, choose_frozen
@@ -79,6 +79,7 @@ class Plan:
     unreached: list[str] | None = None  # parameters that get no gradient; None: not known
     expected: Expected | None = None  # by the law of losses in the file that `dial` names
     laws: str = ""  # the text of that file, of which a run keeps a copy
+    unused_tokenizer: str = ""  # says that data.tokenizer is not that of the data, if so
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs. It finds the model's classes by name: pickle cannot send classes made in a function."""
@@ -121,6 +122,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
     """
     world = world or find_rank_info(os.environ)
     draft = Draft(build(RunConfig, dataclasses.asdict(config)))  # a copy: the caller's stays as given
+    draft, unused = choose_tokenizer(draft, dataset)
     draft, model, vocab_size = choose_model(draft, dataset)
     if draft.config.init_from is not None:
         rule = f"its {draft.config.init_weights} weights, model and tokenizer; the rest begins at step 0"
@@ -176,6 +178,7 @@ def resolve(config: RunConfig, dataset: Any = None, world: Any = None, gpu: Any 
         ),
         expected=expect(dial_file, draft, model.non_embedding, epoch),
         laws="" if laws is None else laws.laws.file,
+        unused_tokenizer=unused,
     )
     check_noise_scale(plan)
     return plan
@@ -219,8 +222,8 @@ def choose_model(draft: Draft, dataset: Any) -> tuple[Draft, ModelFacts, int]:
         vocab_size, source = dataset.tokenizer.vocab_size, f"tokenizer of {config.data.path}"
     else:
         vocab_size, source = (
-            _vocab_of(config.data.tokenizer, config.data.end_of_text),
-            f"tokenizer {config.data.tokenizer} (data not prepared yet)",
+            _vocab_of(config.data.new_tokenizer, config.data.end_of_text),
+            f"tokenizer {config.data.new_tokenizer} (data not prepared yet)",
         )
     padded = pad_vocab(vocab_size)
     if "vocab_size" not in options:
@@ -288,15 +291,15 @@ def choose_scale(draft: Draft, vocab_size: int) -> Draft:
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     """Vocabulary size of a tokenizer before its dataset is prepared."""
+    from trainer.data.tokenizers import SIZES, get_tokenizer  # reads files on this machine, never the network
+
     # The text decides how many characters it has; 128 is about an alphabet, its capitals and punctuation.
-    known = {"gpt2": 50_257, "gpt-neox-20b": 50_277, "bytes": 257, "chars": 128}
+    known = {**SIZES, "chars": 128}
     name, _, size = tokenizer.partition(":")
     if name == "train-bpe" and re.fullmatch(r"[0-9]{3,8}", size) and int(size) > 256:
         return int(size)
     if tokenizer in known:
         return known[tokenizer]
-    from trainer.data.tokenizers import get_tokenizer  # reads files on this machine, never the network
-
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 

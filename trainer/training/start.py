@@ -106,6 +106,8 @@ def run_joined(
     # Rank 0 plans. The others take its plan, or its error.
     plan, plan_text = world.on_leader(lambda: make_plan(given, stored, config, dataset))
     config = plan.config
+    if stored is not None and (given.get("data") or {}).get("tokenizer") and plan.unused_tokenizer:
+        world.say(plan.unused_tokenizer)  # a new run says it in its plan
     if world.size == 1:
         join(world, config.device, alone=config.engine.strategy != "single")
     with contextlib.ExitStack() as stack:

@@ -35,7 +35,7 @@ def lengths(
 ) -> dict[tuple[str, float], Length]:
     """The length of every arm. datasets(data config) -> its DatasetInfo, or None; rate: asked only for a budget of seconds.
 
-    UserError if a baseline cannot run. Another arm that cannot is refused alone.
+    UserError if a baseline cannot run, Absent if for want of data. Another arm that cannot is refused alone.
     """
     found: dict[tuple[str, float], Length] = {}
     baselines: dict[float, tuple[Arm, Plan]] = {}
@@ -48,15 +48,18 @@ def lengths(
             found[arm.key] = with_rate(length_of(arm, plan, *baselines[arm.scale], budget, rate), arm, plan, datasets)
         except UserError as error:
             if first:
-                raise UserError(f"baseline {printable(arm.name)}: {error}") from None
+                raise type(error)(f"baseline {printable(arm.name)}: {error}") from None
             found[arm.key] = Length(refused=str(error))
     return found
 
 
 def plan_of(arm: Arm, datasets: Callable[[Any], Any]) -> Plan:
-    """The plan of the arm's runs. UserError if its number of tokens is not known before it has trained."""
+    """The plan of the arm's runs. UserError if its number of tokens is not known before it has trained, or its data are of another
+    tokenizer than it names: arms are told apart by what they name."""
     config = arm.config()
     plan = resolve(config, datasets(config.data))
+    if plan.unused_tokenizer:
+        raise UserError(f"{plan.unused_tokenizer}; give another data.path, or leave data.tokenizer out")
     if plan.config.batch.dynamic:
         raise UserError(
             "batch.dynamic: its batch size follows the gradient norm, so its tokens are not known before the run; "

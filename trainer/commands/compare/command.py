@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.commands.compare import CompareConfig
-from trainer.commands.compare.budget import lengths
+from trainer.commands.compare.budget import Length, lengths
 from trainer.commands.compare.estimate import Estimate, Speeds, estimate
 from trainer.commands.compare.experiment import SPEED, Experiment, facts_of, stored_experiment
 from trainer.commands.compare.queue import Queue, device_slots
 from trainer.commands.compare.spec import arms, compare_folder
+from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.text import printable, printable_lines
 from trainer.data.obtain import obtain_dataset
@@ -39,6 +40,13 @@ class Work:
     def estimate(self, price: float | None) -> Estimate:
         return estimate(self.experiment, price, self.speeds, len(self.slots))
 
+    def left_out(self) -> list[str]:
+        """The variants that were refused, or of which a run was refused or failed."""
+        made = self.experiment
+        refused = [arm.name for arm in made.arms if made.lengths[arm.key].refused]
+        failed = [task.arm.name for task in made.tasks() if made.state(task).word in ("failed", "refused")]
+        return list(dict.fromkeys([*refused, *failed]))
+
     def train(self) -> None:
         """Train what is missing, and write the report."""
         self.experiment.write()
@@ -47,8 +55,11 @@ class Work:
 
 
 @contextlib.contextmanager
-def opened(config: CompareConfig) -> Iterator[Work]:
-    """The comparison of a spec. UserError for a spec that makes no sense, or a folder that holds something else."""
+def opened(config: CompareConfig, known: dict[tuple[str, float], Length] | None = None) -> Iterator[Work]:
+    """The comparison of a spec. known: lengths of its arms that an earlier opening found.
+
+    UserError for a spec that makes no sense, or a folder that holds something else; Absent if the baseline has no data.
+    """
     words = sys.argv[1:]
     plugins = plugins_in(words)
     folder, found = compare_folder(config), arms(config)
@@ -57,13 +68,14 @@ def opened(config: CompareConfig) -> Iterator[Work]:
     slots = device_slots(config.jobs, found[0].config().device)
     with locked(folder, key="compare_dir", doing="at work on"):
         experiment = Experiment(folder, facts, found, stored_experiment(folder))
+        experiment.lengths = {**(known or {}), **experiment.lengths}
         speeds = Speeds(folder / SPEED, slots[0], plugins, say)
         size_arms(experiment, config, speeds)
         yield Work(experiment, speeds, slots, plugins)
 
 
 def compare(config: CompareConfig) -> None:
-    """Train what is missing of the comparison, and report it."""
+    """Train what is missing of the comparison, and report it. UserError at the end if variants were left out."""
     with opened(config) as work:
         if config.estimate:
             sys.stdout.write(printable_lines(work.estimate(config.price).text) + "\n")
@@ -72,18 +84,20 @@ def compare(config: CompareConfig) -> None:
             write_elements(work.experiment, work.plugins, config.elements == "new")
         else:
             work.train()
+            if left_out := work.left_out():
+                raise UserError(
+                    f"left out: {printable(', '.join(left_out))}; {printable(work.experiment.folder / 'report' / 'report.md')} says why; "
+                    "the other variants are done"
+                )
 
 
 def size_arms(experiment: Experiment, config: CompareConfig, speeds: Speeds) -> None:
-    """Set the length of every arm. Lengths of an earlier command stay, whatever the code would say today."""
+    """Set the length of every arm; prepares their data where they are missing. Lengths of an earlier command stay, whatever the code would say today."""
     new = [arm for arm in experiment.arms if arm.key not in experiment.lengths]
     baselines = [arm for arm in experiment.arms if arm.name == experiment.arms[0].name]
     scales = {arm.scale for arm in new}
     sized = [arm for arm in experiment.arms if arm in new or (arm in baselines and arm.scale in scales)]
-    for arm in sized:
-        with contextlib.suppress(UserError):  # `lengths` reports it
-            obtain_dataset(arm.config(), World())
-    found = lengths(sized, config.budget, dataset_finder(), speeds.tokens_per_second)
+    found = lengths(sized, config.budget, preparing_finder(), speeds.tokens_per_second)
     experiment.lengths = {**found, **experiment.lengths}
     for arm in new:
         if found[arm.key].refused:
@@ -100,6 +114,17 @@ def dataset_finder() -> Callable[[Any], Any]:
         return read[data.path]
 
     return find
+
+
+def preparing_finder() -> Callable[[Any], Any]:
+    """`dataset_finder`, which prepares what is missing. UserError if it cannot."""
+    find = dataset_finder()
+
+    def prepared(data: Any) -> Any:
+        obtain_dataset(RunConfig(data=data), World())
+        return find(data)
+
+    return prepared
 
 
 def write_elements(experiment: Experiment, plugins: list[str], only_new: bool) -> None:

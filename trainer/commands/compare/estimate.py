@@ -41,11 +41,13 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be trained, at most. text: a table of the arms, and notes; hours: of one device."""
+    """What is still to be trained, at most. text: a table of the arms, and notes; hours: of one device; left_out: the arms
+    that cannot run or be measured."""
 
     text: str
     runs: int
     hours: float
+    left_out: tuple[str, ...] = ()
 
 
 def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_once: int) -> Estimate:
@@ -53,7 +55,7 @@ def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_onc
     rows = [
         ["arm", "scale", "parameters", "steps", "tokens", "TFLOP", "tokens/s", "min a run", "runs left", "hours", "GiB"]
     ]
-    notes, total, most = [], 0.0, 0
+    notes, left_out, total, most = [], [], 0.0, 0
     for arm in experiment.arms:
         length = experiment.lengths[arm.key]
         try:
@@ -61,6 +63,7 @@ def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_onc
                 raise UserError(length.refused)
             rate, memory = speeds.tokens_per_second(arm), speeds.peak_memory_bytes(arm)
         except UserError as error:
+            left_out.append(arm.name)
             notes.append(f"{arm.name} at scale {arm.scale:g} left out: {printable(error)}")
             continue
         seconds = length.tokens / rate + validation_seconds(arm, length.steps, rate)
@@ -85,7 +88,9 @@ def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_onc
         f"tokens/s and GiB: measured by `bench` ({speeds.folder}); with validation, without start and samples",
         *notes,
     ]
-    return Estimate("\n".join([*markdown_table(rows), "", *(f"- {note}" for note in notes)]), most, hours)
+    return Estimate(
+        "\n".join([*markdown_table(rows), "", *(f"- {note}" for note in notes)]), most, hours, tuple(left_out)
+    )
 
 
 def validation_seconds(arm: Arm, steps: int, rate: float) -> float:
