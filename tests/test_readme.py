@@ -83,7 +83,7 @@ def test_every_command_of_the_readme_that_needs_one_cpu_is_run(workplace, capfd,
         )  # `compare` names its folder after its spec, and reports its command
         more = TINY if verb == "train" else ["--max_new_tokens", "2"] if verb == "generate" else []
         if verb == "compare":
-            more = ["--common.batch.sequence_length", "64"]  # of the tiny dataset
+            more = ["--common.batch.sequence_length", "64", "--common.data.tokenizer", "bytes"]  # of the tiny dataset
         if verb == "train" and "configs/quickstart.yaml" in words:
             more = [*more, *SMALL]
         if verb == "train" and not any(word.endswith(".yaml") for word in words):
