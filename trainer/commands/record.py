@@ -211,7 +211,7 @@ def changed_since(spec: CompareConfig, study: dict[str, Any]) -> list[str]:
     judged = {claim["claim"] for claim in study["claims"]}
     lines = [f"- Not judged yet: {escape(str(words))}." for words in spec.claims if str(words) not in judged]
     now = facts_of(spec, "", [], arms(spec))["spec"]
-    if (study.get("spec") or now) != now:  # not known of results that an earlier release kept
+    if study["spec"] != now:
         lines.append("- **The spec was changed since:** these are results of an earlier one.")
     return lines
 
@@ -286,7 +286,7 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
     ]
     rows = [[*header, "parameters", "tokens", "TFLOP", "tokens/s", "peak GiB"]]
     rows += [arm_cells(arm, study["baseline"], at_scale(study, arm)) for arm in study["arms"]]
-    data = "; ".join(f"{fact} {value}" for fact, value in study.get("data", {}).items())
+    data = "; ".join(f"{fact} {value}" for fact, value in study["data"].items())
     caveats = [f"- {escape(caveat['text'])}" for caveat in study["caveats"]]
     return [
         f"## {name}",
@@ -295,7 +295,7 @@ def study_lines(name: str, study: dict[str, Any]) -> list[str]:
         "",
         *markdown_table(rows),
         "",
-        *([f"- Data: {escape(data)}."] if data else []),
+        f"- Data: {escape(data)}.",
         *caveats,
     ]
 
