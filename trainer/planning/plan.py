@@ -17,6 +17,7 @@ from models.objective_layers import with_layers
 from trainer.core.config import RunConfig
 from trainer.core.errors import UserError
 from trainer.core.settings import build
+from trainer.data.tokenizers import SIZES, get_tokenizer
 from trainer.engine.meta import build_meta, flops_per_token, told_of_model
 from trainer.optim import schedules
 from trainer.planning import dial
@@ -291,8 +292,6 @@ def choose_scale(draft: Draft, vocab_size: int) -> Draft:
 
 def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
     """Vocabulary size of a tokenizer before its dataset is prepared."""
-    from trainer.data.tokenizers import SIZES, get_tokenizer  # reads files on this machine, never the network
-
     # The text decides how many characters it has; 128 is about an alphabet, its capitals and punctuation.
     known = {**SIZES, "chars": 128}
     name, _, size = tokenizer.partition(":")
@@ -300,6 +299,7 @@ def _vocab_of(tokenizer: str, end_of_text: str | None) -> int:
         return int(size)
     if tokenizer in known:
         return known[tokenizer]
+    # Reads files on this machine, never the network.
     return get_tokenizer(tokenizer, end_of_text=end_of_text).vocab_size
 
 
