@@ -149,7 +149,7 @@ def test_an_optimum_between_the_rates_is_found():
     assert (found.best, found.lowest) == (pytest.approx(3e-3), loss(4e-3))  # the lowest is one that was measured
     assert found.bracketed and found.lost == 0 and found.verdict == "within 0.01"
     found = optimum(1000, 1e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: float("inf")})  # it diverged: worse
-    assert found.bracketed and found.lost > 0.1 and found.verdict == "off: the best is 4 times the rule"
+    assert found.bracketed and found.lost > 0.1 and found.verdict == "off: the best is 4 times as large"
     found = optimum(1000, 2e-3, {1e-3: float("inf"), 2e-3: 3.0, 4e-3: 3.2})  # also below the best
     assert (found.best, found.bracketed) == (2e-3, True)
 
@@ -295,7 +295,8 @@ def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_pa
     assert found["law"].startswith("lr = ") and all(one["bracketed"] for one in found["sizes"])
     assert not any("Infinity" in path.read_text() for path in (tmp_path / "ladder").glob("*.json"))
     page = capsys.readouterr().out
-    assert page.count("off: the best is 4 times the rule") == 3
+    assert page.count("off: the best is 4 times as large") == 3
+    assert " given lr " in page and "optim.lr is given: this says nothing of its rule" in page and "rule's" not in page
     assert (tmp_path / "ladder" / "learning-rates.png").stat().st_size > 5000
     law = read_laws(tmp_path / "ladder" / LAWS).learning_rate
     assert law.value(1e5, 512) == pytest.approx(2e-3, rel=1e-2) and law.value(1e5, 2048) == pytest.approx(

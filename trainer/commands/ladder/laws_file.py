@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.commands.ladder import LadderConfig
 from trainer.commands.ladder.rates import Optimum, power_law
-from trainer.commands.ladder.spec import Rung
+from trainer.commands.ladder.spec import Rung, whose
 from trainer.core.errors import UserError
 from trainer.core.files import digest_of, write_file
 from trainer.core.text import printable
@@ -123,7 +123,7 @@ def law_of_rates(config: LadderConfig, rungs: Sequence[Rung], found: Sequence[Op
         f"lr = {constant:.4g} N^{power:.3f} B^{BATCH_POWER:g}",
         *(constant, power, BATCH_POWER),
         [
-            f"{told(one)}, B {one.plan.config.batch.tokens_per_step:,}: lr {best.best:.4g}, the rule's {best.rule:.4g}"
+            f"{told(one)}, B {one.plan.config.batch.tokens_per_step:,}: lr {best.best:.4g}, {whose(one, 'optim.lr')} {best.rule:.4g}"
             for one, best in pairs
         ],
         origin(config, [one for one, _ in pairs], [config.tuning_seed], len(pairs)),
@@ -140,7 +140,10 @@ def law_of_batches(config: LadderConfig, rungs: Sequence[Rung], found: Sequence[
     return PowerLaw(
         f"B = {constant:.4g} N^{power:.3f}",
         *(constant, power, 0.0),
-        [f"{told(one)}: B {best.best:,.0f}, the rule's {best.rule:,.0f}" for one, best in pairs],
+        [
+            f"{told(one)}: B {best.best:,.0f}, {whose(one, 'batch.tokens_per_step')} {best.rule:,.0f}"
+            for one, best in pairs
+        ],
         dataclasses.replace(where, B=ends(best.best for _, best in pairs)),
     )
 

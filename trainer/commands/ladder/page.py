@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.commands.ladder.fit import fit
 from trainer.commands.ladder.rates import GOAL, Optimum
-from trainer.commands.ladder.spec import Rung, means_of
+from trainer.commands.ladder.spec import Rung, means_of, whose
 from trainer.core.files import write_file
 from trainer.core.text import markdown_table, printable_lines
 from trainer.planning.laws import LAWS, ONCE, SHARE, Fit, Law, PowerLaw, middle_of, numbers_of
@@ -22,8 +22,10 @@ Points = Sequence[tuple[Rung, int, float]]
 
 
 class Swept(NamedTuple):
-    """What a sweep changes. name: of its files; word: in the table; axis: in the figure; shown: its values as text."""
+    """What a sweep changes. key: of a run's config; name: of its files; word: in the table; axis: in the figure; shown: its values as
+    text."""
 
+    key: str
     name: str
     title: str
     word: str
@@ -32,11 +34,11 @@ class Swept(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-RATES = Swept("learning-rates", "Learning rates of the ladder", "lr", "learning rate", "{:.3g}".format)
+RATES = Swept("optim.lr", "learning-rates", "Learning rates of the ladder", "lr", "learning rate", "{:.3g}".format)
 BATCHES = Swept(
-    *("batches", "Batches of the ladder", "B", "tokens of a step", "{:,.0f}".format),
+    *("batch.tokens_per_step", "batches", "Batches of the ladder", "B", "tokens of a step", "{:,.0f}".format),
     (
-        "B: tokens of a step; each run of a size trains on as many tokens; lr follows the square root of B from the rule's at the rule's B",
+        "B: tokens of a step; each run of a size trains on as many tokens; lr follows the square root of B from the plan's at the plan's B",
     ),
 )
 
@@ -146,10 +148,8 @@ def publish_sweeps(
     law: PowerLaw | None,
 ) -> None:
     """Write the page of the sweeps, and print it. law: in laws.yaml; None if there are too few optima."""
-    word, shown = what.word, what.shown
-    rows = [
-        ["scale", "N", "tokens", f"rule's {word}", f"best {word}", "rule's loss", "lowest", "rule loses", "verdict"]
-    ]
+    word, shown, source = what.word, what.shown, whose(rungs[0], what.key)
+    rows = [["scale", "N", "tokens", f"{source} {word}", f"best {word}", "its loss", "lowest", "it loses", "verdict"]]
     for one, (best, losses) in zip(rungs, found, strict=True):
         sizes = f"{one.arm.scale:g}", f"{one.size:,}", f"{one.length.tokens:,}", shown(best.rule), shown(best.best)
         rows.append([*sizes, f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict])
@@ -160,8 +160,9 @@ def publish_sweeps(
     )
     lines = [
         kept,
-        f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the rule loses {GOAL:g} nats "
+        f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the {source} {word} loses {GOAL:g} nats "
         "or less; one seed, which may move such a difference by as much",
+        *([f"{what.key} is given: this says nothing of its rule"] if source == "given" else []),
         *what.notes,
     ]
     body = {
@@ -220,7 +221,7 @@ def draw_losses(
 def draw_sweeps(
     out: Path, what: Swept, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, Mapping[Any, float]]]
 ) -> None:
-    """Loss above the lowest over what was swept, a line for each size; the rule's value is ringed."""
+    """Loss above the lowest over what was swept, a line for each size; the rule's or given value is ringed."""
     figure, axis = new_figure()
     for index, (one, (best, losses)) in enumerate(zip(rungs, found, strict=True)):
         points = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
@@ -230,7 +231,7 @@ def draw_sweeps(
         )
         axis.axvline(best.best, color=f"C{index}", linewidth=0.8, linestyle=":")
     axis.axhline(GOAL, color="k", linewidth=0.8, linestyle="--")
-    label = f"{what.axis} (ringed: the rule's; dotted: the optimum)"
+    label = f"{what.axis} (ringed: {whose(rungs[0], what.key)}; dotted: the optimum)"
     axis.set(xlabel=label, ylabel="nats above the lowest")
     logarithmic(axis)
     axis.legend(fontsize=8)

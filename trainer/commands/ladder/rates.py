@@ -15,7 +15,7 @@ FACTOR = math.sqrt(2)  # between the learning rates of a sweep
 
 @dataclass(frozen=True)
 class Optimum:
-    """The sweep at one size. rule: the value that `plan` infers; best: the optimum of a parabola through the best value and its
+    """The sweep at one size. rule: the value that `plan` infers, or a given one; best: the optimum of a parabola through the best value and its
     neighbours, over the logarithm; lowest: loss of the sweep, not of the parabola, which is too low beside a steep side; lost: nats that
     the rule loses against it; bracketed: whether both neighbours are worse."""
 
@@ -31,7 +31,7 @@ class Optimum:
         if not self.bracketed:
             return "open: the best is at the end of the sweep"
         return (
-            f"within {GOAL:g}" if self.lost <= GOAL else f"off: the best is {self.best / self.rule:.2g} times the rule"
+            f"within {GOAL:g}" if self.lost <= GOAL else f"off: the best is {self.best / self.rule:.2g} times as large"
         )
 
 

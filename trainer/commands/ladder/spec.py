@@ -98,6 +98,12 @@ def arm(config: LadderConfig, scale: float, multiple: float, batch: int | None =
     return made
 
 
+def whose(one: Rung, key: str) -> str:
+    """Whose value of `key` a sweep begins with: that of its rule, or a given one, which says nothing of the rule."""
+    section, field = key.split(".")
+    return "rule's" if getattr(getattr(one.arm.config(), section), field) is None else "given"
+
+
 def means_of(points: Sequence[tuple[Rung, int, float]]) -> list[tuple[Rung, float]]:
     """The mean loss of each rung over its seeds. points: (rung, seed, loss)."""
     losses: dict[tuple[str, float], list[float]] = {}
