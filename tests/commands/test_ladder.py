@@ -17,12 +17,14 @@ from trainer.commands.compare.budget import plan_of
 from trainer.commands.compare.experiment import State, Task
 from trainer.commands.compare.spec import Arm
 from trainer.commands.ladder import VERB, LadderConfig, read
-from trainer.commands.ladder.command import Work, final_loss, fit_points, ladder, loss_or_diverged, predicted
+from trainer.commands.ladder.command import final_loss, fit_points, ladder, predicted
 from trainer.commands.ladder.fit import fit, non_negative
 from trainer.commands.ladder.laws_file import keep, laws_of, origin
 from trainer.commands.ladder.page import compute_laws, ratio
-from trainer.commands.ladder.rates import Optimum, first_batches, next_batch, optimum, power_law
+from trainer.commands.ladder.rates import Optimum, optimum, power_law
 from trainer.commands.ladder.spec import check_numbers, held_out_scale
+from trainer.commands.ladder.sweeps import LEARNING_RATES, TOKENS_OF_A_STEP, first_batches, next_value
+from trainer.commands.ladder.work import Work, loss_or_diverged
 from trainer.core.errors import UserError
 from trainer.core.files import Damaged
 from trainer.core.settings import help_text, load_yaml
@@ -137,25 +139,40 @@ def test_too_few_points_are_no_law(points, said):
 
 
 def test_an_optimum_between_the_rates_is_found():
-    def loss(rate):
-        return 3 + 0.1 * np.log(rate / 3e-3) ** 2
+    def curve(*rates):
+        return {rate: [3 + 0.1 * np.log(rate / 3e-3) ** 2] for rate in rates}
 
-    rates = (1e-3, 2e-3, 4e-3)
-    found = optimum(1000, 1e-3, {rate: loss(rate) for rate in rates})
-    assert (found.best, found.bracketed) == (4e-3, False) and found.verdict.startswith(
-        "open"
-    )  # the highest that was tried
-    found = optimum(1000, 4e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: loss(8e-3)})
-    assert (found.best, found.lowest) == (pytest.approx(3e-3), loss(4e-3))  # the lowest is one that was measured
+    rates, diverged = (1e-3, 2e-3, 4e-3), [float("inf")]
+    found = optimum(1000, 1e-3, curve(*rates))
+    assert (found.best, found.bracketed) == (4e-3, False)  # the highest that was tried
+    assert found.verdict.startswith("open") and found.error is None
+    found = optimum(1000, 4e-3, curve(*rates, 8e-3))
+    assert (found.best, found.lowest) == (
+        pytest.approx(3e-3),
+        *curve(4e-3)[4e-3],
+    )  # the lowest is one that was measured
     assert found.bracketed and found.lost == 0 and found.verdict == "within 0.01"
-    found = optimum(1000, 1e-3, {**{rate: loss(rate) for rate in rates}, 8e-3: float("inf")})  # it diverged: worse
+    found = optimum(1000, 1e-3, {**curve(*rates), 8e-3: diverged})  # worse than any other
     assert found.bracketed and found.lost > 0.1 and found.verdict == "off: the best is 4 times as large"
-    found = optimum(1000, 2e-3, {1e-3: float("inf"), 2e-3: 3.0, 4e-3: 3.2})  # also below the best
+    found = optimum(1000, 2e-3, {1e-3: diverged, 2e-3: [3.0], 4e-3: [3.2]})  # also below the best
     assert (found.best, found.bracketed) == (2e-3, True)
 
 
+def test_the_optimum_of_several_seeds_is_that_of_their_means():
+    losses = {
+        1e-3: [3.10, 3.00, 3.05],
+        2e-3: [3.04, 2.98, 3.04],
+        4e-3: [3.00, 3.08, 3.07],
+        8e-3: [2.9, float("inf"), 2.9],
+    }
+    found = optimum(1000, 1e-3, losses)
+    assert (found.own_loss, found.lowest) == (pytest.approx(3.05), pytest.approx(3.02)) and found.bracketed
+    assert found.error == pytest.approx(np.std([0.06, 0.02, 0.01], ddof=1) / 3**0.5)  # the seeds' own differences
+    assert optimum(1000, 8e-3, losses).error is None and optimum(1000, 8e-3, losses).lost == float("inf")
+
+
 def test_the_law_of_the_optima():
-    optima = [Optimum(size, 1e-3, 0.7 * size**-0.4, 3.0, 0.0, True) for size in (10**5, 10**6, 10**7)]
+    optima = [Optimum(size, 1e-3, 3.0, 0.7 * size**-0.4, 3.0, None, True) for size in (10**5, 10**6, 10**7)]
     assert power_law(optima) == (pytest.approx(0.7), pytest.approx(-0.4))
     with pytest.raises(ValueError, match="two sizes"):
         power_law(optima[:1])
@@ -164,7 +181,7 @@ def test_the_law_of_the_optima():
 def test_the_help_says_what_the_guide_says():
     told = help_text(LadderConfig)
     assert "SPEC.yaml" in VERB.help and "every run is a point" not in told
-    assert "their mean is one point of the fit" in told and "three or more; of --check, two or more" in told
+    assert "their mean is one point" in told and "three or more; of --check, two or more" in told
     check_numbers(read({"check": "lr", "scales": [1, 2], "held_out_scale": 4}))
 
 
@@ -211,7 +228,7 @@ def spec(tiny_dataset, tmp_path, monkeypatch):
             plans[key] = plan_of(arm, datasets)
         return plans[key]
 
-    monkeypatch.setattr("trainer.commands.ladder.command.plan_of", plan_once)
+    monkeypatch.setattr("trainer.commands.ladder.work.plan_of", plan_once)
     common = tiny_values(tiny_dataset, tmp_path, model={"name": "llama"}, optim={"recipe": "plain"})
     for key in ("run_dir", "max_steps", "model_scale"):
         del common[key]
@@ -290,7 +307,7 @@ def test_a_ladder_predicts_and_then_checks_itself(spec, tmp_path, capsys, monkey
 def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_path, capsys):
     ladder(spec(check="lr", common={**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}}))
     found = json.loads((tmp_path / "ladder" / "learning-rates.json").read_text())
-    assert [one["rule"] for one in found["sizes"]] == [5e-4] * 3
+    assert [one["own"] for one in found["sizes"]] == [5e-4] * 3
     assert [one["best"] for one in found["sizes"]] == pytest.approx([2e-3] * 3, rel=1e-3)
     assert found["law"].startswith("lr = ") and all(one["bracketed"] for one in found["sizes"])
     assert not any("Infinity" in path.read_text() for path in (tmp_path / "ladder").glob("*.json"))
@@ -304,13 +321,34 @@ def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_pa
     )
 
 
+def test_a_sweep_of_several_seeds(spec, tmp_path, capsys):
+    """Seeds disagree by 0.02 nats, about the slope too: the page has their means and the error of the difference. More seeds join later."""
+    noise = STUB.replace("2e-3)**2 if", "2e-3)**2 + int(config['seed']) * (0.02 + 0.001 * math.log(lr)) if")
+    (tmp_path / "stub.py").write_text(noise)
+    common = {**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}}
+    config = spec(check="lr", scales=[0.15, 0.3], seeds=[1], common=common)
+    ladder(config)
+    assert "one seed, which may move" in capsys.readouterr().out
+    config.seeds = [1, 3]
+    ladder(config)
+    page = capsys.readouterr().out
+    assert "losses: means of 2 seeds; ±: standard error of the difference" in page
+    found = json.loads((tmp_path / "ladder" / "learning-rates.json").read_text())["sizes"]
+    for one in found:
+        own = one["losses"][f"{one['own']:g}"]
+        lowest = min((of for of in one["losses"].values() if None not in of), key=sum)
+        assert one["lost"] == pytest.approx(np.mean(own) - np.mean(lowest))
+        assert one["error"] == pytest.approx(abs((own[0] - lowest[0]) - (own[1] - lowest[1])) / 2)
+    assert read_laws(tmp_path / "ladder" / LAWS).learning_rate.origin.seeds == [1, 3]
+
+
 def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, capsys, monkeypatch):
     """From 512 tokens up to 8192, with a learning rate that follows; its law joins those that the file has."""
     folder = tmp_path / "ladder"
     config = spec(check="batch", scales=[0.15, 0.3])
     rungs = Work(config, folder).rungs([(scale, 1) for scale in config.scales])
     before = laws_of(folder, rungs, find_dataset(rungs[0].arm.config().data))
-    before.learning_rate = PowerLaw("lr = 1", 1.0, 0.0, 0.0, [], origin(config, rungs, [0], 2))
+    before.learning_rate = PowerLaw("lr = 1", 1.0, 0.0, 0.0, [], origin(config, rungs, 2))
     keep(folder, before)
     ladder(config)
     found = json.loads((folder / "batches.json").read_text())
@@ -340,11 +378,29 @@ def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, caps
         )
 
 
-def test_a_sweep_of_batches_ends():
-    assert first_batches(1000, 64) == [960, 448, 1920] and first_batches(64, 64) == [64, 128]
-    assert next_batch({64: 3.0, 128: 3.1}, 64, 6) is None  # no batch is smaller than a sequence
-    assert next_batch({128: 3.0, 256: 3.1}, 64, 6) == 64 and next_batch({128: 3.1, 256: 3.0}, 64, 6) == 512
-    assert next_batch({64: 3.1, 128: 3.0, 256: 3.1}, 64, 6) is None and next_batch({64: 2.0, 128: 1.0}, 64, 2) is None
+def test_a_sweep_ends():
+    def rung(batch, rate=1e-3):
+        run = SimpleNamespace(batch=SimpleNamespace(tokens_per_step=batch, sequence_length=64))
+        return SimpleNamespace(plan=SimpleNamespace(config=run), length=SimpleNamespace(learning_rate=rate))
+
+    def next_batch(losses, most=6):
+        return next_value(TOKENS_OF_A_STEP, rung(64), losses, most)
+
+    assert first_batches(rung(1000)) == [960, 448, 1920] and first_batches(rung(64)) == [64, 128]
+    assert next_batch({64: [3.0], 128: [3.1]}) is None  # no batch is smaller than a sequence
+    assert next_batch({128: [3.0], 256: [3.1]}) == 64 and next_batch({128: [3.1], 256: [3.0]}) == 512
+    assert (
+        next_batch({64: [3.1], 128: [3.0], 256: [3.1]}) is None and next_batch({64: [2.0], 128: [1.0]}, most=2) is None
+    )
+    assert next_batch({64: [3.0, 3.3], 128: [3.1, 3.1], 256: [3.1, 3.3]}) is None  # by the mean of the seeds
+
+    def next_rate(losses):
+        return next_value(LEARNING_RATES, rung(64), losses, 8)
+
+    diverged = [float("inf")]
+    assert next_rate({1e-3: [3.0], 2e-3: [3.1], 4e-3: [3.2]}) == 5e-4
+    assert next_rate({1e-3: [3.2], 2e-3: [3.1], 4e-3: [3.0]}) == 8e-3
+    assert next_rate({1e-3: diverged, 2e-3: diverged, 4e-3: diverged}) == 5e-4  # the highest that does not is below
 
 
 def test_a_run_that_diverged_ends_the_ladder(spec, tmp_path):
@@ -385,16 +441,22 @@ def test_a_loss_that_no_run_can_have_is_no_point(loss, said):
 
 def test_a_folder_of_another_learning_rate_is_refused(spec, tmp_path):
     ladder(spec(check="lr"))
-    with pytest.raises(UserError, match="other settings of variant|learning rate"):
-        ladder(spec(check="lr", common={**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}}))
+    given = spec(check="lr", common={**spec().common, "optim": {"recipe": "plain", "lr": 5e-4}})
+    with pytest.raises(
+        UserError, match=r"holds laws with another optim.lr \(by its rule, now 0.0005\); choose another"
+    ):
+        ladder(given)
+    (tmp_path / "ladder" / LAWS).unlink()
+    with pytest.raises(UserError, match="was begun with baseline 1x lr .*, now it is 1x lr 0.0005"):
+        ladder(given)
     work = Work(spec(), tmp_path / "ladder")
     rungs = work.rungs([(0.15, 1), (0.3, 1)])
-    work.experiment("other", rungs, [1], rates=1).write()
+    work.experiment("other", rungs, [1]).write()
     rungs[0] = dataclasses.replace(rungs[0], length=dataclasses.replace(rungs[0].length, learning_rate=1e-4))
     with pytest.raises(
         UserError, match="^ladder_dir: .* and learning rate .*, now it has .* and learning rate 0.0001; choose another"
     ):
-        work.experiment("other", rungs, [1], rates=1)
+        work.experiment("other", rungs, [1])
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,14 @@ class LadderConfig:
     held_out_tokens: float | None = setting(
         None, "tokens_per_parameter of the held-out run; auto: the middle one", above=0
     )
-    seeds: list[int] = setting((1,), "seeds of each size and length; their mean is one point of the fit")
+    seeds: list[int] = setting(
+        (1,), "seeds of each size and length, or of each value of --check; their mean is one point"
+    )
     check: Literal["none", "lr", "batch"] = setting(
         "none",
         "lr, batch: sweep the learning rate, or tokens_per_step, at each scale, and compare the rule with the optimum; no losses are fitted",
     )
-    tuning_seed: int = setting(0, "check lr, batch: seed of the sweeps", low=0)
-    most_learning_rates: int = setting(8, "check lr, batch: most learning rates, or batches, of one size", low=3)
+    most_values: int = setting(8, "check lr, batch: most learning rates, or batches, of one size", low=3)
     jobs: int | None = setting(None, "runs at a time; auto: one per GPU, one on a CPU", low=1)
     price: float | None = setting(None, "--estimate: price of one device for one hour, in any currency", above=0)
     estimate: bool = setting(False, "measure the speed of each size, print what the ladder will cost, and stop")

@@ -33,14 +33,21 @@ def laws_of(folder: Path, rungs: Sequence[Rung], dataset: DatasetInfo) -> Laws:
     if not path.exists():
         return empty
     before = read_laws(path)
-    then, now = (dataclasses.asdict(laws.of) for laws in (before, parse_laws(empty.text().encode(), LAWS)))
-    differing = [key for key in now if then[key] != now[key] and key not in ("sized", "data")]
+    then, now = (facts_of(laws.of) for laws in (before, parse_laws(empty.text().encode(), LAWS)))
+    differing = [key for key in {**now, **then} if then.get(key) != now.get(key) and key not in ("sized", "data")]
     if differing:
         raise UserError(
-            f"ladder_dir: {printable(path)} holds laws with another {differing[0]} ({printable(then[differing[0]], 200)}, now "
-            f"{printable(now[differing[0]], 200)}); choose another --ladder_dir"
+            f"ladder_dir: {printable(path)} holds laws with another {differing[0]} ({printable(then.get(differing[0]), 200)}, now "
+            f"{printable(now.get(differing[0]), 200)}); choose another --ladder_dir"
         )
     return before
+
+
+def facts_of(subject: Subject) -> dict[str, Any]:
+    """What the laws are of, each setting and field of the model alone."""
+    facts = dataclasses.asdict(subject)
+    settings, model = facts.pop("settings"), facts.pop("model")
+    return facts | {f"model.{field}": value for field, value in model.items()} | settings
 
 
 def subject_of(rungs: Sequence[Rung], dataset: DatasetInfo) -> Subject:
@@ -84,7 +91,7 @@ def far_shape(one: Rung) -> list[dict[str, Any]]:
     return [dataclasses.asdict(far)]
 
 
-def origin(config: LadderConfig, rungs: Sequence[Rung], seeds: Sequence[int], points: int) -> Origin:
+def origin(config: LadderConfig, rungs: Sequence[Rung], points: int) -> Origin:
     """Where a law comes from that was fitted to `points` runs of these rungs."""
     asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in OF_THE_COMMAND}
     start = environment()
@@ -93,7 +100,7 @@ def origin(config: LadderConfig, rungs: Sequence[Rung], seeds: Sequence[int], po
         command=" ".join(["python", "-m", "trainer", *sys.argv[1:]]),
         time=start["time"],
         versions=start["versions"],
-        seeds=list(seeds),
+        seeds=list(config.seeds),
         points=points,
         rates=next(entry.rule for entry in rungs[0].plan.entries if entry.key == "optim.lr"),
         N=ends(one.size for one in rungs),
@@ -123,10 +130,10 @@ def law_of_rates(config: LadderConfig, rungs: Sequence[Rung], found: Sequence[Op
         f"lr = {constant:.4g} N^{power:.3f} B^{BATCH_POWER:g}",
         *(constant, power, BATCH_POWER),
         [
-            f"{told(one)}, B {one.plan.config.batch.tokens_per_step:,}: lr {best.best:.4g}, {whose(one, 'optim.lr')} {best.rule:.4g}"
+            f"{told(one)}, B {one.plan.config.batch.tokens_per_step:,}: lr {best.best:.4g}, {whose(one, 'optim.lr')} {best.own:.4g}"
             for one, best in pairs
         ],
-        origin(config, [one for one, _ in pairs], [config.tuning_seed], len(pairs)),
+        origin(config, [one for one, _ in pairs], len(pairs)),
     )
 
 
@@ -136,12 +143,12 @@ def law_of_batches(config: LadderConfig, rungs: Sequence[Rung], found: Sequence[
     if len(pairs) < 2:
         return None
     constant, power = power_law([best for _, best in pairs])
-    where = origin(config, [one for one, _ in pairs], [config.tuning_seed], len(pairs))
+    where = origin(config, [one for one, _ in pairs], len(pairs))
     return PowerLaw(
         f"B = {constant:.4g} N^{power:.3f}",
         *(constant, power, 0.0),
         [
-            f"{told(one)}: B {best.best:,.0f}, {whose(one, 'batch.tokens_per_step')} {best.rule:,.0f}"
+            f"{told(one)}: B {best.best:,.0f}, {whose(one, 'batch.tokens_per_step')} {best.own:,.0f}"
             for one, best in pairs
         ],
         dataclasses.replace(where, B=ends(best.best for _, best in pairs)),

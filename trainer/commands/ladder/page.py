@@ -144,24 +144,32 @@ def publish_sweeps(
     folder: Path,
     what: Swept,
     rungs: Sequence[Rung],
-    found: Sequence[tuple[Optimum, Mapping[Any, float]]],
+    found: Sequence[tuple[Optimum, Mapping[float, Sequence[float]]]],
     law: PowerLaw | None,
 ) -> None:
-    """Write the page of the sweeps, and print it. law: in laws.yaml; None if there are too few optima."""
+    """Write the page of the sweeps, and print it. found: the optimum of each rung, and the losses of each value by seed; law: in laws.yaml,
+    None if there are too few optima."""
     word, shown, source = what.word, what.shown, whose(rungs[0], what.key)
     rows = [["scale", "N", "tokens", f"{source} {word}", f"best {word}", "its loss", "lowest", "it loses", "verdict"]]
-    for one, (best, losses) in zip(rungs, found, strict=True):
-        sizes = f"{one.arm.scale:g}", f"{one.size:,}", f"{one.length.tokens:,}", shown(best.rule), shown(best.best)
-        rows.append([*sizes, f"{losses[best.rule]:.4f}", f"{best.lowest:.4f}", f"{best.lost:.4f}", best.verdict])
+    for one, (best, _) in zip(rungs, found, strict=True):
+        lost = f"{best.lost:.4f}" + (f" ± {best.error:.4f}" if best.error else "")
+        sizes = f"{one.arm.scale:g}", f"{one.size:,}", f"{one.length.tokens:,}", shown(best.own), shown(best.best)
+        rows.append([*sizes, f"{best.own_loss:.4f}", f"{best.lowest:.4f}", lost, best.verdict])
     kept = (
         f"{LAWS} has no law of it: fewer than two sizes have an optimum with worse neighbours"
         if law is None
         else f"in {LAWS}, through the optima with worse neighbours, N without embeddings and head: {law.law}"
     )
+    seeds = len(next(iter(found[0][1].values())))
+    noise = (
+        "one seed, which may move such a difference by as much"
+        if seeds == 1
+        else f"losses: means of {seeds} seeds; ±: standard error of the difference; the lowest of noisy means is a little too low"
+    )
     lines = [
         kept,
         f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the {source} {word} loses {GOAL:g} nats "
-        "or less; one seed, which may move such a difference by as much",
+        f"or less; {noise}",
         *([f"{what.key} is given: this says nothing of its rule"] if source == "given" else []),
         *what.notes,
     ]
@@ -169,9 +177,9 @@ def publish_sweeps(
         "law": None if law is None else law.law,
         "sizes": [
             {
-                **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "rule": best.rule, "best": best.best},
-                **{"lowest": best.lowest, "lost": finite(best.lost), "bracketed": best.bracketed},
-                "losses": {f"{value:g}": finite(loss) for value, loss in sorted(losses.items())},
+                **{"scale": one.arm.scale, "N": one.size, "D": one.length.tokens, "own": best.own, "best": best.best},
+                **{"lowest": best.lowest, "lost": finite(best.lost), "error": best.error, "bracketed": best.bracketed},
+                "losses": {f"{value:g}": [finite(loss) for loss in of] for value, of in sorted(losses.items())},
             }
             for one, (best, losses) in zip(rungs, found, strict=True)
         ],
@@ -219,16 +227,18 @@ def draw_losses(
 
 
 def draw_sweeps(
-    out: Path, what: Swept, rungs: Sequence[Rung], found: Sequence[tuple[Optimum, Mapping[Any, float]]]
+    out: Path,
+    what: Swept,
+    rungs: Sequence[Rung],
+    found: Sequence[tuple[Optimum, Mapping[float, Sequence[float]]]],
 ) -> None:
-    """Loss above the lowest over what was swept, a line for each size; the rule's or given value is ringed."""
+    """Loss above the lowest over what was swept, means over the seeds, a line for each size; the plan's value is ringed."""
     figure, axis = new_figure()
     for index, (one, (best, losses)) in enumerate(zip(rungs, found, strict=True)):
-        points = [(rate, loss - best.lowest) for rate, loss in sorted(losses.items()) if np.isfinite(loss)]
+        means = [(value, float(np.mean(of)) - best.lowest) for value, of in sorted(losses.items())]
+        points = [(value, mean) for value, mean in means if np.isfinite(mean)]
         axis.plot(*zip(*points, strict=True), "o-", color=f"C{index}", markersize=4, label=f"N {one.size:,}")
-        axis.plot(
-            [best.rule], [losses[best.rule] - best.lowest], "o", color=f"C{index}", markersize=11, fillstyle="none"
-        )
+        axis.plot([best.own], [best.lost], "o", color=f"C{index}", markersize=11, fillstyle="none")
         axis.axvline(best.best, color=f"C{index}", linewidth=0.8, linestyle=":")
     axis.axhline(GOAL, color="k", linewidth=0.8, linestyle="--")
     label = f"{what.axis} (ringed: {whose(rungs[0], what.key)}; dotted: the optimum)"

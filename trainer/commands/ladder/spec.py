@@ -19,7 +19,7 @@ from trainer.planning.plan import Plan, training_flops
 
 OURS = {  # keys of a run that the ladder sets itself
     "run_dir": "each run has its own folder",
-    "seed": "use `seeds` and `tuning_seed`",
+    "seed": "use `seeds`",
     "model_scale": "use `scales`",
     "parameters": "use `scales`",
     **dict.fromkeys(("max_steps", *LENGTHS), "the ladder's own tokens_per_parameter decides how long a run is"),
