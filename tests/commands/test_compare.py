@@ -507,7 +507,7 @@ def test_a_stopped_queue_asks_its_runs_once_and_goes_on(tmp_path, stub):
     processes.until(lambda: said(started).count(" begins; ") == 2)
     processes.send(started, signal.SIGINT)
     ended = processes.wait(started)  # at once: the stubs end by SIGTERM
-    assert "SIGINT: 2 runs write a checkpoint and stop" in ended.said and ended.returncode != 0
+    assert "SIGINT: runs in progress (2) write a checkpoint and stop" in ended.said and ended.returncode != 0
     assert {run["state"] for run in entries(folder)[1]} == {"waiting"}
 
 

@@ -477,8 +477,8 @@ def test_an_estimate_counts_the_run_that_is_predicted(spec, monkeypatch, capsys)
     ladder(spec(estimate=True))
     first, second = capsys.readouterr().out.split("The run that is predicted:")
     assert (
-        "9 runs, each at one learning rate" in first
-        and "1 runs, each at one learning rate" in second
+        "runs left: 9, each at one learning rate" in first
+        and "runs left: 1, each at one learning rate" in second
         and "0.45" in second
     )
 

@@ -83,7 +83,7 @@ def estimate(experiment: Experiment, price: float | None, speeds: Speeds, at_onc
         f"at most {most} runs: a sweep ends when it has bracketed its best learning rate, at the latest after {tried}"
     )
     notes = [
-        sweeps if tried > 1 else f"{most} runs, each at one learning rate",
+        sweeps if tried > 1 else f"runs left: {most}, each at one learning rate",
         f"{hours:.2f} hours of one device{cost}; {hours / at_once:.2f} hours with {at_once} at a time",
         f"tokens/s and GiB: measured by `bench` ({speeds.folder}); with validation, without start and samples",
         *notes,

@@ -137,7 +137,7 @@ class Queue:
         """Ask every run to write a checkpoint and stop. A second request ends them at once."""
         if self.jobs:
             self.say(
-                f"{signal.Signals(asked[0]).name}: {len(self.jobs)} runs write a checkpoint and stop; again: at once"
+                f"{signal.Signals(asked[0]).name}: runs in progress ({len(self.jobs)}) write a checkpoint and stop; again: at once"
             )
         sent = 0
         while any(job.process.poll() is None for job in self.jobs):
