@@ -342,6 +342,19 @@ def test_a_sweep_of_several_seeds(spec, tmp_path, capsys):
     assert read_laws(tmp_path / "ladder" / LAWS).learning_rate.origin.seeds == [1, 3]
 
 
+def test_a_rule_whose_runs_diverge_loses_without_end(spec, tmp_path, capsys):
+    """The sweep goes down from there."""
+    ladder(spec(check="lr", scales=[0.15, 0.3]))
+    found = json.loads((tmp_path / "ladder" / "learning-rates.json").read_text())["sizes"]
+    assert all(
+        one["own"] > 3e-3 and one["losses"][f"{one['own']:g}"] == [None] and one["lost"] is None for one in found
+    )
+    assert all(one["bracketed"] and 1.4e-3 < one["best"] < 2.8e-3 for one in found)  # within a step of the stub's
+    assert re.search(
+        r"\| +inf \| +[\d.]+ \| +inf \| +off: the best is 0\.\d+ times as large \|", capsys.readouterr().out
+    )
+
+
 def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, capsys, monkeypatch):
     """From 512 tokens up to 8192, with a learning rate that follows; its law joins those that the file has."""
     folder = tmp_path / "ladder"

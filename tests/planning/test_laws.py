@@ -122,6 +122,7 @@ def test_the_laws_replace_the_rules_of_the_recipe(tiny_dataset, tmp_path):
     told = rules(plan)
     assert told["optim.lr"].startswith("lr = 0.0001 N^-0.100 B^0.5; laws.yaml")
     assert told["batch.tokens_per_step"].startswith("B = 4 N^0.500; laws.yaml")
+    assert "laws of llama: loss, 9 runs; learning rate, 9 sizes; batch, 9 sizes; " in told["dial"]
     assert planned(dataclasses.asdict(plan.config)).config == plan.config  # nothing is left to decide
     set_by_user = planned(values(tiny_dataset, tmp_path / "run", dial=str(path), optim={"recipe": "plain", "lr": 0.5}))
     assert (set_by_user.config.optim.lr, rules(set_by_user)["optim.lr"]) == (0.5, "set")

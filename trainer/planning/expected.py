@@ -175,9 +175,9 @@ def told(dial: DialFile) -> str:
 
 
 def have(laws: Laws) -> str:
-    """The laws of a file, and of how many runs each is; "" if there is none."""
-    named = {"loss": laws.loss, "learning rate": laws.learning_rate, "batch": laws.batch}
-    return ", ".join(f"{name} ({law.origin.points} runs)" for name, law in named.items() if law is not None)
+    """The laws of a file, and how many runs or, of a sweep, sizes each is fitted to; "" if there is none."""
+    named = {"loss, {} runs": laws.loss, "learning rate, {} sizes": laws.learning_rate, "batch, {} sizes": laws.batch}
+    return "; ".join(text.format(law.origin.points) for text, law in named.items() if law is not None)
 
 
 def check_subject(laws: Laws, path: Path, config: Any, dataset: Any) -> None:
