@@ -313,6 +313,7 @@ def test_the_rule_of_the_learning_rate_is_compared_with_the_optimum(spec, tmp_pa
     assert not any("Infinity" in path.read_text() for path in (tmp_path / "ladder").glob("*.json"))
     page = capsys.readouterr().out
     assert page.count("off: the best is 4 times as large") == 3
+    assert re.search(r"- scale 0.3, lr and loss: 0.000354 [\d.]+, .*, 0.00283 [\d.]+\n", page)
     assert " given lr " in page and "optim.lr is given: this says nothing of its rule" in page and "rule's" not in page
     assert (tmp_path / "ladder" / "learning-rates.png").stat().st_size > 5000
     law = read_laws(tmp_path / "ladder" / LAWS).learning_rate

@@ -166,8 +166,14 @@ def publish_sweeps(
         if seeds == 1
         else f"losses: means of {seeds} seeds; ±: standard error of the difference; the lowest of noisy means is a little too low"
     )
+    curves = [
+        f"scale {one.arm.scale:g}, {word} and loss: "
+        + ", ".join(f"{shown(value)} {np.mean(of):.4f}" for value, of in sorted(losses.items()))
+        for one, (_, losses) in zip(rungs, found, strict=True)
+    ]
     lines = [
         kept,
+        *curves,
         f"best: lowest point of a parabola in ln {word} through the best and its neighbours; goal: the {source} {word} loses {GOAL:g} nats "
         f"or less; {noise}",
         *([f"{what.key} is given: this says nothing of its rule"] if source == "given" else []),
