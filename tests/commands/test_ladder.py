@@ -340,7 +340,10 @@ def test_a_sweep_of_several_seeds(spec, tmp_path, capsys):
         lowest = min((of for of in one["losses"].values() if None not in of), key=sum)
         assert one["lost"] == pytest.approx(np.mean(own) - np.mean(lowest))
         assert one["error"] == pytest.approx(abs((own[0] - lowest[0]) - (own[1] - lowest[1])) / 2)
-    assert read_laws(tmp_path / "ladder" / LAWS).learning_rate.origin.seeds == [1, 3]
+    laws = read_laws(tmp_path / "ladder" / LAWS)
+    assert laws.learning_rate.origin.seeds == [1, 3]
+    told = f"- runs: llama, recipe plain, optimizer adamw; {laws.of.data}, fingerprint {laws.of.fingerprint[:12]}, tokenizer bytes; `python -m"
+    assert told in page
 
 
 def test_a_rule_whose_runs_diverge_loses_without_end(spec, tmp_path, capsys):

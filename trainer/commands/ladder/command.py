@@ -20,7 +20,7 @@ from trainer.commands.compare.experiment import Experiment, Task, stored_experim
 from trainer.commands.compare.spec import Arm
 from trainer.commands.ladder import LadderConfig
 from trainer.commands.ladder.fit import fit
-from trainer.commands.ladder.laws_file import keep, origin
+from trainer.commands.ladder.laws_file import about, keep, origin
 from trainer.commands.ladder.page import publish_losses
 from trainer.commands.ladder.spec import (
     Rung,
@@ -78,7 +78,7 @@ def predict_and_check(work: Work) -> None:
     laws.loss = LossLaw.of(found, "nats a token", origin(config, fitted, len(points)))
     laws.loss.held_out = {key: prediction[key] for key in ("N", "D", "loss", "low", "high")} | {"measured": measured}
     keep(work.folder, laws)
-    publish_losses(work.folder, points, found, held_out, prediction, measured)
+    publish_losses(work.folder, about(laws.of), points, found, held_out, prediction, measured)
 
 
 def final_loss(experiment: Experiment, of: Arm, seed: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def origin(config: LadderConfig, rungs: Sequence[Rung], points: int) -> Origin:
     start = environment()
     return Origin(
         spec_digest=digest_of(asked),
-        command=" ".join(["python", "-m", "trainer", *sys.argv[1:]]),
+        command=command(),
         time=start["time"],
         versions=start["versions"],
         seeds=list(config.seeds),
@@ -108,6 +109,19 @@ def origin(config: LadderConfig, rungs: Sequence[Rung], points: int) -> Origin:
         B=ends(one.plan.config.batch.tokens_per_step for one in rungs),
         tokens_per_parameter=ends(one.length.tokens / one.size for one in rungs),
         epochs=max(one.epochs for one in rungs),
+    )
+
+
+def command() -> str:
+    """The command that is at work, as one types it."""
+    return shlex.join(["python", "-m", "trainer", *sys.argv[1:]])
+
+
+def about(subject: Subject) -> str:
+    """A line for a page: what its runs are, and the command that made it."""
+    data = f"{subject.data}, fingerprint {subject.fingerprint[:12]}, tokenizer {subject.tokenizer}"
+    return (
+        f"runs: {subject.model['name']}, recipe {subject.recipe}, optimizer {subject.optimizer}; {data}; `{command()}`"
     )
 
 

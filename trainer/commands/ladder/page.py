@@ -44,9 +44,9 @@ BATCHES = Swept(
 
 
 def publish_losses(
-    folder: Path, points: Points, found: Fit, held_out: Rung, prediction: dict[str, Any], measured: float
+    folder: Path, about: str, points: Points, found: Fit, held_out: Rung, prediction: dict[str, Any], measured: float
 ) -> None:
-    """Write the page of the loss law, and print it. measured: loss of the held-out run."""
+    """Write the page of the loss law, and print it. about: a line on its runs; measured: loss of the held-out run."""
     off = measured - prediction["loss"]
     inside = prediction["low"] <= measured <= prediction["high"]
     rows = [["scale", "N", "tokens", "tokens / N", "seed", "lr", "loss", "law", "off"]]
@@ -64,6 +64,7 @@ def publish_losses(
         f"measured: {measured:.4f}, {off:+.4f} nats ({off / prediction['loss']:+.2%}), "
         f"{'inside' if inside else 'outside'} the interval",
         "N: parameters without embeddings and head; the interval: bootstrap by the scatter of the residuals, with a run's own scatter",
+        about,
         f"{LAWS} holds this law: `plan --dial {folder / LAWS}` says which loss a run should end with",
     ]
     body = {
@@ -142,13 +143,14 @@ def compute_laws(points: Points) -> list[str]:
 
 def publish_sweeps(
     folder: Path,
+    about: str,
     what: Swept,
     rungs: Sequence[Rung],
     found: Sequence[tuple[Optimum, Mapping[float, Sequence[float]]]],
     law: PowerLaw | None,
 ) -> None:
-    """Write the page of the sweeps, and print it. found: the optimum of each rung, and the losses of each value by seed; law: in laws.yaml,
-    None if there are too few optima."""
+    """Write the page of the sweeps, and print it. about: a line on its runs; found: the optimum of each rung, and the losses of each value
+    by seed; law: in laws.yaml, None if there are too few optima."""
     word, shown, source = what.word, what.shown, whose(rungs[0], what.key)
     rows = [["scale", "N", "tokens", f"{source} {word}", f"best {word}", "its loss", "lowest", "it loses", "verdict"]]
     for one, (best, _) in zip(rungs, found, strict=True):
@@ -178,6 +180,7 @@ def publish_sweeps(
         f"or less; {noise}",
         *([f"{what.key} is given: this says nothing of its rule"] if source == "given" else []),
         *what.notes,
+        about,
     ]
     body = {
         "law": None if law is None else law.law,

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.commands.compare.experiment import Task, stored_experiment
 from trainer.commands.compare.learning_rates import above, below, rounded
 from trainer.commands.ladder import LadderConfig
-from trainer.commands.ladder.laws_file import keep, law_of_batches, law_of_rates
+from trainer.commands.ladder.laws_file import about, keep, law_of_batches, law_of_rates
 from trainer.commands.ladder.page import BATCHES, RATES, Swept, publish_sweeps
 from trainer.commands.ladder.rates import FACTOR, Optimum, is_bracketed, optimum
 from trainer.commands.ladder.spec import Rung, middle
@@ -61,7 +61,7 @@ def sweep_and_check(work: Work, kind: Kind) -> None:
     law = kind.law(config, rungs, found)
     setattr(laws, kind.field, law)
     keep(work.folder, laws)
-    publish_sweeps(work.folder, kind.swept, rungs, list(zip(found, losses, strict=True)), law)
+    publish_sweeps(work.folder, about(laws.of), kind.swept, rungs, list(zip(found, losses, strict=True)), law)
 
 
 def begun_values(work: Work, kind: Kind) -> dict[float, list[Any]]:
