@@ -9,8 +9,20 @@ from trainer.planning.advice import advice, epochs_of
 from trainer.recipes import schedule_change
 
 
-def plan(parameters=100_000_000, non_embedding=60_000_000, train_tokens=None, trained=None):
+def plan(
+    parameters=100_000_000,
+    non_embedding=60_000_000,
+    train_tokens=None,
+    trained=None,
+    steps=1000,
+    init_from=None,
+    **rules,
+):
+    rules = {"max_steps": "1e9 tokens", "batch.tokens_per_step": "its rule"} | rules
+    batch = SimpleNamespace(sequence_length=128)
     return SimpleNamespace(
+        entries=[SimpleNamespace(key=key, rule=rule) for key, rule in rules.items()],
+        config=SimpleNamespace(max_steps=steps, init_from=init_from, batch=batch),
         parameters=parameters,
         non_embedding=non_embedding,
         train_tokens=train_tokens,
@@ -47,6 +59,15 @@ def test_reading_the_text_many_times_is_told():
     (line,) = advice(plan(train_tokens=500_000_000), 2_100_000_000)
     assert line.startswith("the run reads its text 4.2 times; beyond 4 times")
     assert epochs_of(plan(), 10) is None and epochs_of(plan(train_tokens=4), 10) == 2.5
+
+
+def test_few_steps_of_a_batch_that_nobody_set_are_told():
+    (line,) = advice(plan(steps=14), 2_000_000_000)
+    assert line.startswith("the run has only 14 optimizer steps") and "such as 10,000,000, ends" in line  # a 200th
+    assert "such as 384, ends" in advice(plan(10_000, 6_000, steps=5), 100_000)[-1]  # 500, in whole sequences
+    assert "such as 128, ends" in advice(plan(10_000, 6_000, steps=5), 20_000)[-1]  # one sequence
+    for silent in ({"steps": 200}, {"batch.tokens_per_step": "set"}, {"max_steps": "set"}, {"init_from": "runs/a"}):
+        assert advice(plan(**{"steps": 14} | silent), 2_000_000_000) == []
 
 
 def config(max_steps, recipe="plain"):
