@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from law_files import LAW, MODEL, RATE, laws, laws_file, values
@@ -249,6 +250,22 @@ def test_the_laws_of_the_record_are_whole(name):
         f"90% between {said['low']:.4f} and {said['high']:.4f}" in page and f"measured: {said['measured']:.4f}" in page
     )
     assert law.fit().predict(said["N"], said["D"])[0] == pytest.approx(said["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hlb", "llama", "mamba2"])
+def test_the_learning_rates_of_the_record_are_whole(name):
+    """The law goes through what its page calls the best, as near as three sizes and the page's digits allow."""
+    folder = ROOT / "configs" / "record" / "ladders"
+    laws, page = read_laws(folder / f"{name}.yaml"), (folder / f"learning-rates-{name}.md").read_text()
+    law = laws.learning_rate
+    assert law.law in page and f"`{law.origin.command}`" in page and laws.of.fingerprint[:12] in page
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| 0.")]
+    assert len(rows) == law.origin.points == 3 and laws.of.model["name"] == name
+    sizes, best = ([float(row[at].replace(",", "")) for row in rows] for at in (1, 4))
+    power, constant = np.polyfit(np.log(sizes), np.log(best) - 0.5 * np.log(1024), 1)
+    # Three digits are within 0.3 %; over a ratio of 3 of the sizes this is 0.005 of the power, and e^(0.005 ln N) = 7 % of the constant.
+    assert (law.power, law.constant) == (pytest.approx(power, abs=0.006), pytest.approx(np.exp(constant), rel=0.08))
+    assert all(row[-1] == "within 0.01" for row in rows)  # what the guide says of the rules
 
 
 @pytest.mark.parametrize("name, known", [("llama", True), ("gpt2", False)])
