@@ -263,7 +263,7 @@ def logarithmic(axis: Any) -> None:
 
     thousands = EngFormatter(sep="\N{NO-BREAK SPACE}")
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else thousands(value))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
