@@ -26,7 +26,7 @@ from trainer.commands.ladder.spec import check_numbers, held_out_scale
 from trainer.commands.ladder.sweeps import LEARNING_RATES, TOKENS_OF_A_STEP, first_batches, next_value
 from trainer.commands.ladder.work import Work, loss_or_diverged
 from trainer.core.errors import UserError
-from trainer.core.files import Damaged
+from trainer.core.files import DIGEST, Damaged, read_json, sealed
 from trainer.core.settings import help_text, load_yaml
 from trainer.data.stream import find_dataset
 from trainer.planning.laws import LAWS, Law, PowerLaw, parse_laws, read_laws
@@ -393,6 +393,19 @@ def test_the_rule_of_the_batch_is_compared_with_the_optimum(spec, tmp_path, caps
                 },
             )
         )
+
+
+def test_a_folder_of_an_earlier_release_goes_on(spec, tmp_path):
+    """It names a tuning seed, which no ladder has any more."""
+    work = Work(spec(), tmp_path / "ladder")
+    rungs = work.rungs([(0.15, 1)])
+    work.experiment("losses", rungs, [1]).write()
+    path = tmp_path / "ladder" / "losses" / "experiment.json"
+    content = read_json(path) | {"tuning_seed": 0}
+    del content[DIGEST]
+    path.write_text(sealed(content))
+    work.experiment("losses", rungs, [1]).write()
+    assert read_json(path)["tuning_seed"] == 0
 
 
 def test_a_sweep_ends():

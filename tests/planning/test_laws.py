@@ -268,6 +268,17 @@ def test_the_learning_rates_of_the_record_are_whole(name):
     assert all(row[-1] == "within 0.01" for row in rows)  # what the guide says of the rules
 
 
+@pytest.mark.parametrize("name", ["hlb", "llama"])
+def test_the_batches_of_the_record_are_whole(name):
+    folder = ROOT / "configs" / "record" / "ladders"
+    law, page = read_laws(folder / f"{name}.yaml").batch, (folder / f"batches-{name}.md").read_text()
+    assert law.law in page and f"`{law.origin.command}`" in page
+    sizes = [float(line.split("|")[2].replace(",", "")) for line in page.splitlines() if line.startswith("| 0.")]
+    best = [float(line.split("|")[5].replace(",", "")) for line in page.splitlines() if line.startswith("| 0.")]
+    power, _ = np.polyfit(np.log(sizes), np.log(best), 1)
+    assert law.power == pytest.approx(power, abs=0.006)  # the page's whole tokens are within 0.2 %
+
+
 @pytest.mark.parametrize("name, known", [("llama", True), ("gpt2", False)])
 def test_a_plan_without_a_dial_names_the_laws_that_there_are(tiny_dataset, tmp_path, name, known):
     said = rules(

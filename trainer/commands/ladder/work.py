@@ -31,7 +31,7 @@ MOST_LOSS = 100.0  # nats a token; even ln of 2^31 ids is 21.5: a run that ends 
 
 
 class Work:
-    """What both ladders need. folder: of the ladder."""
+    """What a ladder and its checks need. folder: of the ladder."""
 
     def __init__(self, config: LadderConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -74,6 +74,7 @@ class Work:
     def experiment(self, name: str, rungs: list[Rung], seeds: list[int]) -> Experiment:
         """The experiment of these rungs in the folder `name`, each with one learning rate."""
         folder = self.folder / name
+        stored = stored_experiment(folder)
         facts = {
             "name": f"{self.folder.name} {name}",
             "command": ["python", "-m", "trainer", *sys.argv[1:]],
@@ -81,10 +82,10 @@ class Work:
             "baseline": rungs[0].arm.name,
             "rule": RULE.format(most=1),
             "seeds": list(seeds),
-            "tuning_seed": None,  # nothing is tuned
+            "tuning_seed": stored["tuning_seed"] if stored else None,  # nothing is tuned; an earlier release wrote one
             "most_learning_rates": 1,
         }
-        made = Experiment(folder, facts, [one.arm for one in rungs], stored_experiment(folder))
+        made = Experiment(folder, facts, [one.arm for one in rungs], stored)
         check_lengths(folder, made, rungs)
         made.lengths = {one.arm.key: one.length for one in rungs}
         return made
